@@ -1,0 +1,89 @@
+"""What every checkpoint tool reads: a set of logical tensors, of which any region can be asked for."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+MASTER = "optimizer.state.param."
+EXP_AVG = "optimizer.state.exp_avg."
+EXP_AVG_SQ = "optimizer.state.exp_avg_sq."
+STATE_PREFIXES = (MASTER, EXP_AVG, EXP_AVG_SQ)
+
+
+@dataclass(frozen=True)
+class Region:
+    """A rectangle of a logical tensor: where it starts and how far it goes along each axis."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> Region:
+        """All of a tensor of `shape`."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def numel(self) -> int:
+        """Number of values."""
+        return math.prod(self.sizes)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Index of the region in the whole tensor."""
+        return tuple(slice(o, o + n) for o, n in zip(self.offsets, self.sizes, strict=True))
+
+    def intersect(self, other: Region) -> Region | None:
+        """What the two have in common; none if they do not meet."""
+        starts = tuple(max(a, b) for a, b in zip(self.offsets, other.offsets, strict=True))
+        ends = tuple(
+            min(a + n, b + m)
+            for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+        )
+        sizes = tuple(e - s for s, e in zip(starts, ends, strict=True))
+        return Region(starts, sizes) if all(n > 0 for n in sizes) else None
+
+    def within(self, outer: Region) -> Region:
+        """The same rectangle, counted from the corner of `outer`."""
+        return Region(tuple(a - b for a, b in zip(self.offsets, outer.offsets, strict=True)), self.sizes)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Global shape and stored dtype of a logical tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class LogicalCheckpoint(ABC):
+    """A set of logical tensors and what describes them.
+
+    Names are those of `model.parameters.parameter_specs`; optimizer state has the same names behind
+    `optimizer.state.param.` (fp32 masters), `optimizer.state.exp_avg.` and `optimizer.state.exp_avg_sq.`.
+    `manifest` describes it: keys `run` (resolved run file as plain data), `stage` (name), `step` (of the stage),
+    `tokens` (of the run), `samples` (of the run), `optimizer_step` (Adam's); a view that has none of them gives {}.
+    """
+
+    manifest: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+    @abstractmethod
+    def read(self, name: str, region: Region | None = None) -> torch.Tensor:
+        """Values of `region` (all of the tensor without one) of shape `region.sizes`, in the stored dtype.
+
+        Only that region is read or computed. Raises CheckpointError naming the tensor where it cannot.
+        """
+
+    def has_optimizer(self) -> bool:
+        """Whether masters and moments are there."""
+        return any(name.startswith(EXP_AVG) for name in self.tensors)
+
+
+class CheckpointError(Exception):
+    """A checkpoint is damaged or is not what was asked for; the message says which, and how to mend it."""
