@@ -77,13 +77,10 @@ class LogicalCheckpoint(ABC):
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:
         """Values of `region` (all of the tensor without one) of shape `region.sizes`, in the stored dtype.
 
-        Only that region is read or computed. Raises CheckpointError naming the tensor where it cannot.
+        Only that region is read or computed. Raises RequestError for a tensor that is not
+        there and DamagedError for one that cannot be read, naming it.
         """
 
     def has_optimizer(self) -> bool:
         """Whether masters and moments are there."""
         return any(name.startswith(EXP_AVG) for name in self.tensors)
-
-
-class CheckpointError(Exception):
-    """A checkpoint is damaged or is not what was asked for; the message says which, and how to mend it."""
