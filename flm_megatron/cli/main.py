@@ -1,0 +1,53 @@
+"""The `flm` command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from flm_megatron.errors import FlmError
+
+COMMANDS = {
+    "train": "train a run file's stages, growing between them",
+    "config": "show every field of the run file, or a run file resolved",
+    "data": "make datasets and tokenizers",
+    "checkpoint": "inspect, verify, compare, re-shard, import and export checkpoints",
+    "grow": "write a grown checkpoint",
+    "mup": "check the maximal-update parametrization",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 failed, 2 wrong request, 3 stopped by a signal after saving."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser(arguments[0] if arguments else None)
+    args, rest = parser.parse_known_args(arguments)
+    if rest and not getattr(args, "accepts_overrides", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.overrides = rest
+    try:
+        return args.run(args)
+    except FlmError as error:
+        print(f"flm {args.command}: {error}", file=sys.stderr)
+        return error.status
+
+
+def _parser(wanted: str | None) -> argparse.ArgumentParser:
+    """The parser, with the arguments of the wanted command only, so that help starts fast."""
+    from flm_megatron import __version__
+
+    parser = argparse.ArgumentParser(prog="flm", description="Train very large language models in stages.")
+    parser.add_argument("--version", action="version", version=f"flm_megatron {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, allow_abbrev=False)
+        if name == wanted:
+            module = importlib.import_module(f"flm_megatron.cli.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

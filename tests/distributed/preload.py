@@ -1,0 +1,15 @@
+"""Imported once by the fork server, so that every test process starts with torch and megatron-core in memory."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: F401
+
+from flm_megatron.device import current
+
+current().prepare()
+
+import megatron.core.distributed  # noqa: E402,F401
+import megatron.core.models.gpt.gpt_model  # noqa: E402,F401
+import megatron.core.optimizer  # noqa: E402,F401
