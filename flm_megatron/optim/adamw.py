@@ -1,0 +1,126 @@
+"""AdamW over PyTorch's fused kernel that counts its steps in the parameter groups.
+
+Transformer Engine's and Apex's FusedAdam keep one integer `step` per parameter group, and megatron-core's
+distributed optimizer saves and loads that. `torch.optim.AdamW`, its fallback where neither is installed, keeps a
+step per parameter instead, which the distributed optimizer can neither save before the first step nor reshard.
+With this class in the fallback's place there is one code path on every device.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim.adamw import adamw as functional_adamw
+
+FUSED_DEVICES = ("cpu", "cuda")
+FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class AdamW(torch.optim.Optimizer):
+    """Adam with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101), bias-corrected.
+
+    Takes the keywords megatron-core gives to FusedAdam. Each group has an int `step`, 0 before the first update
+    and counted in every group whether or not this rank owns a part of it, so that all groups always agree. The
+    state of a parameter is `exp_avg` and `exp_avg_sq`, of its shape and dtype, made on its first update.
+
+    Raises:
+        ValueError: a negative or non-finite learning rate, beta, epsilon or weight decay, or `adam_w_mode=False`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+    ) -> None:
+        if not adam_w_mode:
+            raise ValueError("adam_w_mode=False (weight decay inside the gradient) is not offered: use decoupled decay")
+        if not (0.0 <= lr < float("inf") and 0.0 <= eps < float("inf") and 0.0 <= weight_decay < float("inf")):
+            raise ValueError(f"lr {lr}, eps {eps} and weight_decay {weight_decay} have to be finite and not negative")
+        if not (0.0 <= betas[0] < 1.0 and 0.0 <= betas[1] < 1.0):
+            raise ValueError(f"betas {betas} have to lie in [0, 1)")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient; returns what `closure` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            group["step"] = int(group.get("step", 0)) + 1
+            for params in self._by_device_and_dtype(group):
+                self._update(params, group)
+        return loss
+
+    def _by_device_and_dtype(self, group: dict[str, Any]) -> list[list[torch.Tensor]]:
+        """Parameters of `group` that have values and a gradient; one kernel call takes one device and dtype."""
+        batches: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = defaultdict(list)
+        for param in group["params"]:
+            if param.grad is not None and param.numel():
+                batches[param.device, param.dtype].append(param)
+        return list(batches.values())
+
+    def _update(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
+        grads = [param.grad for param in params]
+        states = [self._state_of(param) for param in params]
+        moments = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+        beta1, beta2 = group["betas"]
+        options = {
+            "lr": float(group["lr"]),
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+            "amsgrad": False,
+            "maximize": False,
+        }
+        device, dtype = params[0].device, params[0].dtype
+        if device.type in FUSED_DEVICES and dtype in FUSED_DTYPES:
+            # The kernel only reads the step, so all parameters share one; filling it on the device does not wait.
+            steps = [torch.full((), float(group["step"]), dtype=torch.float32, device=device)] * len(params)
+            torch._fused_adamw_(params, grads, *moments, [], steps, **options)
+        else:
+            # This form adds one to each step itself.
+            steps = [torch.tensor(float(group["step"] - 1)) for _ in params]
+            functional_adamw(params, grads, *moments, [], steps, foreach=True, **options)
+
+    def _state_of(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
+        state = self.state[param]
+        if "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        return state
+
+
+def install_adamw(replace: bool = False) -> bool:
+    """Put `AdamW` where megatron-core looks for FusedAdam, before any optimizer is built.
+
+    Transformer Engine's or Apex's FusedAdam stays unless `replace` is true. Afterwards megatron-core takes the
+    code path it has for FusedAdam: steps in the groups, no step in the state of a parameter.
+
+    Returns:
+        Whether `AdamW` is what megatron-core will use.
+    """
+    import megatron.core.optimizer as engine
+    from megatron.core.optimizer import distrib_optimizer
+
+    if engine.Adam is AdamW:
+        return True
+    if not (replace or engine.USING_PYTORCH_OPTIMIZER):
+        return False
+    engine.Adam = AdamW
+    engine.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.Adam = AdamW
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    # megatron-core knows two owners of this convention; "Apex" is the one without Transformer Engine's extra state.
+    distrib_optimizer.USING_APEX_OPTIMIZER = True
+    distrib_optimizer.USING_TE_OPTIMIZER = False
+    return True
