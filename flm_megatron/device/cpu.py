@@ -1,0 +1,87 @@
+"""The CPU and gloo."""
+
+from __future__ import annotations
+
+import platform
+import re
+import resource
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flm_megatron.device.base import Device, require_engine
+
+PROCESS = Path("/proc/self")
+KIB_PER_GIB = 2**20
+
+
+class CpuDevice(Device):
+    """The processor of this host, standing in for the GPU that megatron-core asks for."""
+
+    name = "cpu"
+    backend = "gloo"
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The CPU."""
+        return torch.device("cpu")
+
+    def prepare(self) -> None:
+        """Check the engine's version, then answer its requests for CUDA with the CPU."""
+        require_engine()
+        _install_adapter()
+
+    def engine_options(self) -> dict[str, Any]:
+        """No fusions (they are CUDA's), and pipeline outputs kept.
+
+        With gloo a send still reads its tensor after the call has returned, so freeing the storage of a pipeline
+        output would corrupt what the next rank receives.
+        """
+        return {
+            "use_cpu_initialization": True,
+            "gradient_accumulation_fusion": False,
+            "masked_softmax_fusion": False,
+            "bias_dropout_fusion": False,
+            "bias_activation_fusion": False,
+            "deallocate_pipeline_outputs": False,
+        }
+
+    def synchronize(self) -> None:
+        """Nothing is queued on a CPU."""
+
+    def peak_memory_gib(self) -> float:
+        """Largest resident set of this process, in GiB."""
+        return _peak_resident_kib() / KIB_PER_GIB
+
+    def reset_peak_memory(self) -> None:
+        """Start the peak resident set anew (only Linux can: elsewhere the peak is that of the whole process)."""
+        control = PROCESS / "clear_refs"
+        if control.exists():
+            control.write_text("5")
+
+    def hardware_name(self) -> str:
+        """Model name of the processor."""
+        info = Path("/proc/cpuinfo")
+        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else None
+        return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def _peak_resident_kib() -> int:
+    status = PROCESS / "status"
+    if status.exists():
+        # Not getrusage: its peak survives exec, so a small child would report the peak of what started it.
+        found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.M)
+        if found:
+            return int(found.group(1))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // 1024 if sys.platform == "darwin" else peak
+
+
+@cache
+def _install_adapter() -> None:
+    from flm_megatron.device.cpu_adapter import install
+
+    install()

@@ -1,0 +1,128 @@
+"""Answers to megatron-core's requests for CUDA, on a machine that has none.
+
+megatron-core names CUDA in its factory calls (`torch.zeros(..., device="cuda")`), moves tensors with `.cuda()`,
+tells GPU tensors by `Tensor.type()` and keeps CUDA random-number states. Each of these is answered by the CPU.
+The functions themselves are replaced rather than a `TorchFunctionMode` entered: a mode is off inside backward,
+where recomputed layers call factories again, and it slows every other call of torch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+
+FACTORIES = [
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "rand_like",
+    "randint",
+    "randn",
+    "randn_like",
+    "randperm",
+    "tensor",
+    "zeros",
+    "zeros_like",
+]
+
+
+def install() -> None:
+    """Put all answers in place; once in a process, before the first use of megatron-core."""
+    for name in FACTORIES:
+        setattr(torch, name, _made_on_cpu(getattr(torch, name)))
+    _answer_tensor_methods()
+    _answer_cuda_module()
+    _answer_rng_tracker()
+
+
+def _names_cuda(device: Any) -> bool:
+    return device is not None and not isinstance(device, int) and torch.device(device).type == "cuda"
+
+
+def _made_on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if _names_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _answer_tensor_methods() -> None:
+    plain_type = torch.Tensor.type
+
+    def type_of(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The optimizers accept parameters of the types `torch.cuda.…Tensor` only."""
+        answer = plain_type(tensor, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    def stay(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A tensor on the CPU is where it has to be."""
+        return tensor
+
+    torch.Tensor.type = type_of  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = stay  # type: ignore[method-assign, assignment]
+
+
+def _answer_cuda_module() -> None:
+    # One function for each name: torch's compiler keeps a table of them and refuses one under two names.
+    def set_device(device: Any) -> None:
+        """There is one CPU."""
+
+    def synchronize(device: Any = None) -> None:
+        """No queue to wait for."""
+
+    def empty_cache() -> None:
+        """No cache to empty."""
+
+    def get_rng_state(device: Any = None) -> torch.Tensor:
+        """State of the CPU's generator."""
+        return torch.get_rng_state()
+
+    def set_rng_state(new_state: torch.Tensor, device: Any = None) -> None:
+        """Set the CPU's generator."""
+        torch.set_rng_state(new_state)
+
+    def manual_seed(seed: int) -> None:
+        """Seed the CPU's generator."""
+        torch.manual_seed(seed)
+
+    def current_device() -> Any:
+        """The CPU."""
+        return torch.device("cpu")
+
+    for answer in (set_device, synchronize, empty_cache, get_rng_state, set_rng_state, manual_seed, current_device):
+        setattr(torch.cuda, answer.__name__, answer)
+
+
+def _answer_rng_tracker() -> None:
+    with warnings.catch_warnings():
+        # The engine says at import which optional packages it goes without; the program never needs them.
+        warnings.simplefilter("ignore")
+        from megatron.core.models.gpt import gpt_model  # noqa: F401
+        from megatron.core.tensor_parallel import random
+
+    def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        """State of the CPU's generator."""
+        return torch.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+        """Set the CPU's generator."""
+        torch.set_rng_state(new_state)
+
+    random._get_cuda_rng_state = get_state
+    random._set_cuda_rng_state = set_state

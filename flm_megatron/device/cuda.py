@@ -1,0 +1,62 @@
+"""CUDA and NCCL."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from flm_megatron.device.base import Device, require_engine
+
+GIB = 2**30
+
+
+class CudaDevice(Device):
+    """One GPU of this host, chosen by LOCAL_RANK (0 without a launcher)."""
+
+    name = "cuda"
+    backend = "nccl"
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The GPU numbered LOCAL_RANK."""
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+    def prepare(self) -> None:
+        """Check the engine's version and make this process's GPU the current one."""
+        require_engine()
+        torch.cuda.set_device(self.torch_device)
+
+    def engine_options(self) -> dict[str, Any]:
+        """Fusions that need no more than torch; the fused gradient accumulation only where its extension is."""
+        return {
+            "use_cpu_initialization": False,
+            "gradient_accumulation_fusion": _has_fused_gradient_accumulation(),
+            "masked_softmax_fusion": False,
+            "bias_dropout_fusion": True,
+            "deallocate_pipeline_outputs": True,
+        }
+
+    def synchronize(self) -> None:
+        """Wait for the GPU's queues."""
+        torch.cuda.synchronize(self.torch_device)
+
+    def peak_memory_gib(self) -> float:
+        """Largest memory that torch's allocator has held, in GiB."""
+        return torch.cuda.max_memory_allocated(self.torch_device) / GIB
+
+    def reset_peak_memory(self) -> None:
+        """Start the allocator's peak anew."""
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+
+    def hardware_name(self) -> str:
+        """The driver's name of the GPU, such as `NVIDIA H100 80GB HBM3`."""
+        return torch.cuda.get_device_name(self.torch_device)
+
+
+@cache
+def _has_fused_gradient_accumulation() -> bool:
+    return find_spec("fused_weight_gradient_mlp_cuda") is not None
