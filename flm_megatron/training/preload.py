@@ -1,10 +1,8 @@
-"""Imported once by the fork server, so that every test process starts with torch and megatron-core in memory."""
+"""Imported once by a fork server, so that every process it forks starts with torch and megatron-core in memory."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import torch  # noqa: F401
 
 from flm_megatron.device import current
 

@@ -1,0 +1,28 @@
+"""Train a run file's stages in order, going on where the run stands."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `flm train`; anything else of the form `--field value` overrides the run file."""
+    parser.add_argument("run_file", help="run file (YAML)")
+    parser.add_argument("--stage", help="train only this stage")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved run file and stop")
+    parser.epilog = "Any field of the run file can be overridden: --stages.0.parallel.tensor 2 (see `flm config`)."
+    parser.set_defaults(accepts_overrides=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train what is left to do."""
+    from flm_megatron.config.loader import dump_run, load_run
+
+    config = load_run(args.run_file, args.overrides)
+    if args.print_config:
+        print(dump_run(config), end="")
+        return 0
+    from flm_megatron.training.launch import train
+    from flm_megatron.training.preflight import resolve
+
+    return train(resolve(config), args.stage)

@@ -1,0 +1,229 @@
+"""Training one stage from where it stands to its end, or until a signal."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch.distributed as dist
+
+from flm_megatron.checkpoint.engine import SaveHandle, load_state, save_state
+from flm_megatron.config.loader import run_to_dict
+from flm_megatron.config.schema import RunConfig
+from flm_megatron.data.loader import batches
+from flm_megatron.data.stream import SampleStream, validation_streams
+from flm_megatron.device import current
+from flm_megatron.device.hardware import find_hardware
+from flm_megatron.errors import FlmError
+from flm_megatron.optim.learning_rate import learning_rate, set_learning_rates
+from flm_megatron.training.budget import stage_budgets
+from flm_megatron.training.flops import training_flops_per_token
+from flm_megatron.training.metrics import MetricsLog, StepMetrics
+from flm_megatron.training.parallel import is_main_rank, layout
+from flm_megatron.training.signals import StopRequest, stop_on_signal
+from flm_megatron.training.start import Start, checkpoint_store, first_view, resumed_stage
+from flm_megatron.training.step import Batch, Engine, StepResult
+
+RECENT_STEPS = 20
+
+
+def train_stage(run: RunConfig, start: Start) -> bool:
+    """Train the stage that `start` names, on every rank of the world; returns whether it came to its end.
+
+    False means that a signal stopped it, after a checkpoint was saved.
+    """
+    stage = run.stages[start.stage]
+    with layout(stage.parallel, run.distributed.timeout_s), stop_on_signal() as stop:
+        trainer = StageTrainer(run, start)
+        try:
+            return trainer.train(stop)
+        finally:
+            trainer.close()
+
+
+class StageTrainer:
+    """One stage under way: its engine, its place in the stream, its log and its checkpoints."""
+
+    def __init__(self, run: RunConfig, start: Start) -> None:
+        from megatron.core import parallel_state
+
+        self.index, self.step = start.stage, start.step
+        self.budget = stage_budgets(run)[start.stage]
+        self.stage, view = _begin(run, start)
+        self.run = replace(run, stages=[*run.stages[: self.index], self.stage, *run.stages[self.index + 1 :]])
+        self.engine = Engine(self.stage, run.data.sequence_length)
+        load_state(view, self.engine.chunks, self.engine.optimizer)
+        self.data_rank = parallel_state.get_data_parallel_rank()
+        self.data_size = parallel_state.get_data_parallel_world_size()
+        self.log = _open_log(self.run, self.index, self.step)
+        self.store = checkpoint_store(run)
+        self.pending: SaveHandle | None = None
+        self.times: deque[float] = deque(maxlen=RECENT_STEPS)
+        self.saved_step = start.step if start.step else -1
+        self.validation = validation_streams(run.data, run.seed) if self.stage.validation.samples else {}
+
+    def train(self, stop: StopRequest) -> bool:
+        """Train to the end of the budget, or to a stop request; saves before it returns."""
+        stream = SampleStream(self.run.data, self.run.seed, "train")
+        first = self.budget.first_sample + self.step * self.stage.global_batch
+        feed = batches(
+            stream, first, self.stage.global_batch, self.stage.micro_batch, self.data_rank, self.data_size
+        )
+        stopped = False
+        if self.log:
+            self.log.begin(self.stage.name, self.step, self.budget.steps)
+        try:
+            while self.step < self.budget.steps and not stopped:
+                stopped = self._train_step(next(feed), stop)
+                self._at_intervals()
+        finally:
+            feed.close()
+        finished = self.step >= self.budget.steps
+        if finished and self.stage.validation.samples and not self._due(self.stage.validation.interval_steps):
+            self._validate()
+        self._save(finished)
+        self._finish_save()
+        return finished
+
+    def close(self) -> None:
+        """End the log."""
+        if self.log:
+            self.log.close()
+
+    def _train_step(self, group: list[Batch], stop: StopRequest) -> bool:
+        """One step with its learning rate, its check and its report; returns whether a stop was asked for."""
+        began = time.perf_counter()
+        lr = learning_rate(self.budget.tokens_at(self.step + 1), self.run, self.index)
+        set_learning_rates(self.engine.optimizer, self.stage, lr)
+        result = self.engine.train_step(group, stop.asked)
+        self.step += 1
+        self.times.append(time.perf_counter() - began)
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            raise FlmError(
+                f"stage {self.stage.name!r} step {self.step}: loss {result.loss}, gradient norm {result.grad_norm} "
+                f"are not finite; the last checkpoint is untouched (samples {self.budget.batch_samples} from "
+                f"{self.budget.first_sample + (self.step - 1) * self.budget.batch_samples})"
+            )
+        if self.log:
+            interval = self.run.logging.interval_steps
+            speak = self.step % interval == 0 or self.step == self.budget.steps
+            self.log.step(self._metrics(result, lr), self.budget.steps, speak)
+        return result.stop
+
+    def _metrics(self, result: StepResult, lr: float) -> StepMetrics:
+        device = current()
+        per_device = self.budget.step_tokens / self.times[-1] / dist.get_world_size()
+        tflops = per_device * training_flops_per_token(self.stage.model, self.run.data.sequence_length) / 1e12
+        peak = _peak_tflops(self.stage.precision)
+        return StepMetrics(
+            stage=self.stage.name,
+            step=self.step,
+            tokens=self.budget.tokens_at(self.step),
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            lr=lr,
+            step_time_s=self.times[-1],
+            tokens_per_s_per_device=per_device,
+            tflops_per_device=tflops,
+            mfu=tflops / peak if peak else None,
+            peak_memory_gib=device.peak_memory_gib(),
+            eta_s=(self.budget.steps - self.step) * median(self.times),
+        )
+
+    def _at_intervals(self) -> None:
+        if self._due(self.stage.validation.interval_steps) and self.validation:
+            self._validate()
+        if self._due(self.run.checkpoint.interval_steps) and self.step < self.budget.steps:
+            self._save(finished=False)
+
+    def _due(self, interval: int) -> bool:
+        return interval > 0 and self.step % interval == 0
+
+    def _validate(self) -> None:
+        """Loss of every validation set over the same samples in every stage and layout."""
+        losses = {name: self._validation_loss(stream) for name, stream in self.validation.items()}
+        mean = sum(losses.values()) / len(losses)
+        if self.log:
+            tokens = self.budget.tokens_at(self.step)
+            values = {"stage": self.stage.name, "step": self.step, "tokens": tokens, "val_loss": mean}
+            self.log.record(values | {f"val_loss/{name}": loss for name, loss in losses.items()})
+            parts = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+            self.log.say(f"{self.stage.name} step {self.step} | validation loss {mean:.4f} ({parts})")
+
+    def _validation_loss(self, stream: SampleStream) -> float:
+        stage, samples = self.stage, self.stage.validation.samples
+        feed = batches(
+            stream, 0, stage.global_batch, stage.micro_batch, self.data_rank, self.data_size, end_sample=samples
+        )
+        try:
+            return self.engine.validation_loss(feed)
+        finally:
+            feed.close()
+
+    def _save(self, finished: bool) -> None:
+        """Save this step if it is not saved yet, after the save before it is whole."""
+        if self.saved_step == self.step:
+            return
+        self._finish_save()
+        path = self.store.path(self.stage.name, self.step)
+        self.pending = save_state(
+            path, self.engine.chunks, self.engine.optimizer, self._manifest(), self.run.checkpoint.asynchronous
+        )
+        self.saved_step, self.finished = self.step, finished
+        if not self.run.checkpoint.asynchronous:
+            self._finish_save()
+
+    def _finish_save(self) -> None:
+        """Wait for the save under way; when it is whole, drop checkpoints that are no longer wanted."""
+        if self.pending is None:
+            return
+        self.pending.wait()
+        self.pending = None
+        if is_main_rank():
+            wanted = self.run.checkpoint
+            self.store.prune(self.stage.name, wanted.keep_last, wanted.keep_every_steps, self.finished)
+
+    def _manifest(self) -> dict[str, Any]:
+        samples = self.budget.first_sample + self.step * self.budget.batch_samples
+        groups = self.engine.optimizer.param_groups
+        return {
+            "run": run_to_dict(self.run),
+            "stage": self.stage.name,
+            "step": self.step,
+            "samples": samples,
+            "tokens": self.budget.tokens_at(self.step),
+            "optimizer_step": max((group.get("step", 0) for group in groups), default=0),
+            "layout": asdict(self.stage.parallel) | {"world": dist.get_world_size()},
+        }
+
+
+def _begin(run: RunConfig, start: Start) -> tuple[Any, Any]:
+    """The stage as it is really trained, and the view its state is loaded from."""
+    from flm_megatron.checkpoint.opening import open_checkpoint
+
+    stage = run.stages[start.stage]
+    if start.step:
+        assert start.source is not None
+        view = open_checkpoint(start.source)
+        return resumed_stage(stage, view.manifest), view
+    if start.stage == 0:
+        return stage, first_view(run, stage.model, start.source)
+    raise FlmError("growth")
+
+
+def _open_log(run: RunConfig, index: int, step: int) -> MetricsLog | None:
+    """The main rank's log."""
+    if not is_main_rank():
+        return None
+    names = [stage.name for stage in run.stages]
+    return MetricsLog(Path(run.output), run.logging.tensorboard, names, names[index], step)
+
+
+def _peak_tflops(precision: str) -> float | None:
+    hardware = find_hardware(current().hardware_name())
+    return hardware.peak_tflops(precision) if hardware else None

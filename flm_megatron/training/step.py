@@ -1,0 +1,154 @@
+"""One stage's model, wrapped for training, and what is done with it: a training step and a validation loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from flm_megatron.config.schema import StageConfig
+from flm_megatron.device import current
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step measured, the same on every rank. `stop` says that some rank was asked to stop."""
+
+    loss: float
+    tokens: int
+    grad_norm: float
+    stop: bool
+
+
+class Engine:
+    """A stage's model chunks under megatron-core's data parallelism, with their optimizer.
+
+    Built under initialised parallel groups; the weights are whatever the engine left there until a checkpoint view
+    is loaded.
+    """
+
+    def __init__(self, stage: StageConfig, sequence_length: int) -> None:
+        from flm_megatron.model.build import build_model
+        from flm_megatron.optim.build import build_optimizer
+
+        self.stage = stage
+        self.sequence_length = sequence_length
+        self.chunks = wrap_chunks(build_model(stage.model, stage), stage)
+        self.optimizer = build_optimizer(stage, self.chunks)
+        _connect(self.chunks, stage, self.optimizer)
+
+    def train_step(self, batches: list[Batch], stop: bool = False) -> StepResult:
+        """Forward and backward over this rank's micro-batches, then one optimizer step.
+
+        Takes tokens, labels, position_ids [micro_batch, sequence] int64 and loss_mask [micro_batch, sequence] fp32.
+        Gradients and loss are means over all unmasked tokens of the global batch.
+        """
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss, tokens, stopped = self._losses(batches, forward_only=False, stop=stop)
+        _, grad_norm, _ = self.optimizer.step()
+        return StepResult(loss / max(tokens, 1), tokens, float(grad_norm), stopped)
+
+    def validation_loss(self, batches: Iterator[list[Batch]]) -> float:
+        """Mean loss over all unmasked tokens of the batches, in nats; the same on every rank."""
+        total, count = 0.0, 0
+        _set_training(self.chunks, False)
+        with torch.no_grad():
+            for group in batches:
+                loss, tokens, _ = self._losses(group, forward_only=True)
+                total, count = total + loss, count + tokens
+        _set_training(self.chunks, True)
+        return total / max(count, 1)
+
+    def _losses(self, batches: list[Batch], forward_only: bool, stop: bool = False) -> tuple[float, int, bool]:
+        """Sum of losses and number of tokens over all ranks, and whether any rank was asked to stop."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        iterators = [iter(batches) for _ in self.chunks]
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(batches),
+            seq_length=self.sequence_length,
+            micro_batch_size=self.stage.micro_batch,
+            forward_only=forward_only,
+        )
+        return _reduce(outputs, stop)
+
+
+def forward_step(data_iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    """megatron-core's forward step: per-token losses [micro_batch, sequence] and how to sum them."""
+    device = current().torch_device
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(data_iterator).items()}
+    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return losses, partial(_sum_loss, batch["loss_mask"])
+
+
+def wrap_chunks(chunks: list[Any], stage: StageConfig) -> list[Any]:
+    """Model chunks under megatron-core's distributed data parallel, gradients accumulated in fp32 buffers."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    parallel = stage.parallel
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+    )
+    device = current().torch_device
+    return [
+        DistributedDataParallel(chunk.config, config, chunk.to(device), disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def _connect(chunks: list[Any], stage: StageConfig, optimizer: Any) -> None:
+    """Tell the schedules how gradients are finished and which communication overlaps."""
+    from megatron.core.distributed import finalize_model_grads
+
+    config = chunks[0].config
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    if stage.parallel.overlap_grad_reduce:
+        config.no_sync_func = _one_or_list([chunk.no_sync for chunk in chunks])
+        config.grad_sync_func = _one_or_list([chunk.start_grad_sync for chunk in chunks])
+    if stage.parallel.overlap_param_gather:
+        config.param_sync_func = _one_or_list([chunk.start_param_sync for chunk in chunks])
+
+
+def _one_or_list(functions: list[Any]) -> Any:
+    return functions[0] if len(functions) == 1 else functions
+
+
+def _sum_loss(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sum over unmasked tokens, their number, and both in float64 for the log (a copy: the engine scales in place)."""
+    total = (losses.float() * mask).sum()
+    tokens = mask.sum()
+    return total, tokens.to(torch.int), torch.stack([total.detach().double(), tokens.double()])
+
+
+def _reduce(outputs: list[torch.Tensor], stop: bool) -> tuple[float, int, bool]:
+    """Add up over the world; only one tensor rank of each last pipeline part puts its losses in."""
+    from megatron.core import parallel_state
+
+    counted = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    sums = torch.zeros(3, dtype=torch.float64, device=current().torch_device)
+    if counted and outputs:
+        sums[:2] = torch.stack(outputs).sum(0)
+    sums[2] = float(stop)
+    dist.all_reduce(sums)
+    loss, tokens, stopped = sums.tolist()
+    return loss, int(tokens), stopped > 0
+
+
+def _set_training(chunks: list[Any], training: bool) -> None:
+    for chunk in chunks:
+        chunk.train(training)
