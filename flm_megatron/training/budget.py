@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from flm_megatron.config.budget import stage_steps
 from flm_megatron.config.schema import RunConfig
 
 
@@ -42,7 +42,7 @@ def stage_budgets(run: RunConfig) -> list[StageBudget]:
     budgets: list[StageBudget] = []
     sample = 0
     for stage in run.stages:
-        steps = math.ceil(stage.tokens / (stage.global_batch * run.data.sequence_length))
+        steps = stage_steps(stage, run.data.sequence_length)
         budgets.append(StageBudget(steps, sample, stage.global_batch, run.data.sequence_length))
         sample = budgets[-1].end_sample
     return budgets

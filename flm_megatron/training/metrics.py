@@ -90,9 +90,9 @@ class MetricsLog:
                 if isinstance(value, float):
                     self._writer.add_scalar(f"{values['stage']}/{name}", value, values["step"])
 
-    def step(self, metrics: StepMetrics, steps: int, speak: bool, extra: dict[str, Any]) -> None:
+    def step(self, metrics: StepMetrics, steps: int, speak: bool) -> None:
         """Report one step."""
-        self.record({**asdict(metrics), **extra})
+        self.record(asdict(metrics))
         if self._bar is not None:
             self._bar.update(1)
         if speak:

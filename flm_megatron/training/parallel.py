@@ -19,7 +19,9 @@ def launched() -> bool:
 
 
 @contextmanager
-def world(config: DistributedConfig, rank: int | None = None, size: int | None = None, store: str = "env://") -> Iterator[None]:
+def world(
+    config: DistributedConfig, rank: int | None = None, size: int | None = None, store: str = "env://"
+) -> Iterator[None]:
     """The world of all processes, from the environment (torchrun) or from a shared file; left when the block ends."""
     device = current()
     device.prepare()

@@ -20,7 +20,7 @@ from flm_megatron.data.stream import SampleStream, validation_streams
 from flm_megatron.device import current
 from flm_megatron.device.hardware import find_hardware
 from flm_megatron.errors import FlmError
-from flm_megatron.optim.learning_rate import learning_rate, set_learning_rates
+from flm_megatron.optim.learning_rate import set_learning_rates
 from flm_megatron.training.budget import stage_budgets
 from flm_megatron.training.flops import training_flops_per_token
 from flm_megatron.training.metrics import MetricsLog, StepMetrics
@@ -71,9 +71,7 @@ class StageTrainer:
         """Train to the end of the budget, or to a stop request; saves before it returns."""
         stream = SampleStream(self.run.data, self.run.seed, "train")
         first = self.budget.first_sample + self.step * self.stage.global_batch
-        feed = batches(
-            stream, first, self.stage.global_batch, self.stage.micro_batch, self.data_rank, self.data_size
-        )
+        feed = batches(stream, first, self.stage.global_batch, self.stage.micro_batch, self.data_rank, self.data_size)
         stopped = False
         if self.log:
             self.log.begin(self.stage.name, self.step, self.budget.steps)
@@ -98,8 +96,13 @@ class StageTrainer:
     def _train_step(self, group: list[Batch], stop: StopRequest) -> bool:
         """One step with its learning rate, its check and its report; returns whether a stop was asked for."""
         began = time.perf_counter()
-        lr = learning_rate(self.budget.tokens_at(self.step + 1), self.run, self.index)
-        set_learning_rates(self.engine.optimizer, self.stage, lr)
+        rates = set_learning_rates(
+            self.engine.optimizer,
+            self.budget.tokens_at(self.step + 1),
+            self.run.stages,
+            self.index,
+            self.run.data.sequence_length,
+        )
         result = self.engine.train_step(group, stop.asked)
         self.step += 1
         self.times.append(time.perf_counter() - began)
@@ -112,7 +115,7 @@ class StageTrainer:
         if self.log:
             interval = self.run.logging.interval_steps
             speak = self.step % interval == 0 or self.step == self.budget.steps
-            self.log.step(self._metrics(result, lr), self.budget.steps, speak)
+            self.log.step(self._metrics(result, rates["vector"]), self.budget.steps, speak)
         return result.stop
 
     def _metrics(self, result: StepResult, lr: float) -> StepMetrics:

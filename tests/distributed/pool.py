@@ -38,7 +38,9 @@ class Pool:
         when a rank is still running after `timeout_s`.
         """
         with tempfile.TemporaryDirectory() as folder:
-            ranks = [self._start(rank, world_size, Path(folder) / "store", function, args) for rank in range(world_size)]
+            ranks = [
+                self._start(rank, world_size, Path(folder) / "store", function, args) for rank in range(world_size)
+            ]
             try:
                 return _collect(ranks, time.monotonic() + timeout_s)
             finally:
@@ -47,7 +49,9 @@ class Pool:
                     process.join()
                     connection.close()
 
-    def _start(self, rank: int, world_size: int, store: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    def _start(
+        self, rank: int, world_size: int, store: Path, function: Callable[..., Any], args: tuple[Any, ...]
+    ) -> Any:
         here, there = self.context.Pipe()
         process = self.context.Process(target=_rank_main, args=(there, rank, world_size, str(store), function, args))
         process.start()
