@@ -19,7 +19,7 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 failed, 2 wrong request, 3 stopped by a signal after saving."""
+    """Run one command; returns the exit status: 0 done, 1 failed, 2 wrong request, 3 stopped after saving."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser(arguments[0] if arguments else None)
     args, rest = parser.parse_known_args(arguments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flm_megatron.config.schema import ModelConfig
-from flm_megatron.model.parameters import EMBEDDING, parameter_specs
+from flm_megatron.model.parameters import parameter_specs
 
 CONVENTION = "model FLOPs, causal attention counted half, no recomputation"
 
@@ -11,11 +11,7 @@ CONVENTION = "model FLOPs, causal attention counted half, no recomputation"
 def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     """Floating-point operations of one token's forward pass: two per weight of every matrix and of the head, and
     the two attention products over the half of the keys that causality leaves (the convention of Megatron-LM)."""
-    weights = sum(
-        spec.numel
-        for spec in parameter_specs(model).values()
-        if spec.kind in ("matrix", "head") and spec.name != EMBEDDING
-    )
+    weights = sum(spec.numel for spec in parameter_specs(model).values() if spec.kind in ("matrix", "head"))
     keys = sequence_length / 2
     attention = 2 * 2 * keys * model.num_attention_heads * model.kv_channels * model.num_layers
     return 2.0 * weights + attention

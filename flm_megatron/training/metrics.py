@@ -33,8 +33,8 @@ class StepMetrics:
         mfu = "n/a" if self.mfu is None else f"{100 * self.mfu:.1f}%"
         return (
             f"{self.stage} step {self.step}/{steps} | tokens {short(self.tokens)} | loss {self.loss:.4f} | "
-            f"grad norm {self.grad_norm:.3f} | lr {self.lr:.3e} | {short(self.tokens_per_s_per_device)} tokens/s/device | "
-            f"{self.tflops_per_device:.3g} TFLOP/s | MFU {mfu} | memory {self.peak_memory_gib:.2f} GiB | "
+            f"grad norm {self.grad_norm:.3f} | lr {self.lr:.3e} | "
+            f"{short(self.tokens_per_s_per_device)} tokens/s/device | {self.tflops_per_device:.3g} TFLOP/s | MFU {mfu} | memory {self.peak_memory_gib:.2f} GiB | "
             f"left {duration(self.eta_s)}"
         )
 

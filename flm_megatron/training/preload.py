@@ -8,6 +8,5 @@ from flm_megatron.device import current
 
 current().prepare()
 
-import megatron.core.distributed  # noqa: E402,F401
-import megatron.core.models.gpt.gpt_model  # noqa: E402,F401
-import megatron.core.optimizer  # noqa: E402,F401
+from megatron.core import distributed, optimizer  # noqa: E402, F401
+from megatron.core.models.gpt import gpt_model  # noqa: E402, F401
