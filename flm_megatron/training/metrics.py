@@ -34,8 +34,8 @@ class StepMetrics:
         return (
             f"{self.stage} step {self.step}/{steps} | tokens {short(self.tokens)} | loss {self.loss:.4f} | "
             f"grad norm {self.grad_norm:.3f} | lr {self.lr:.3e} | "
-            f"{short(self.tokens_per_s_per_device)} tokens/s/device | {self.tflops_per_device:.3g} TFLOP/s | MFU {mfu} | memory {self.peak_memory_gib:.2f} GiB | "
-            f"left {duration(self.eta_s)}"
+            f"{short(self.tokens_per_s_per_device)} tokens/s/device | {self.tflops_per_device:.3g} TFLOP/s | "
+            f"MFU {mfu} | memory {self.peak_memory_gib:.2f} GiB | left {duration(self.eta_s)}"
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from flm_megatron.checkpoint.engine import SaveHandle, load_state, save_state
+from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.data.loader import batches
@@ -21,7 +22,6 @@ from flm_megatron.device import current
 from flm_megatron.device.hardware import find_hardware
 from flm_megatron.errors import FlmError
 from flm_megatron.optim.learning_rate import set_learning_rates
-from flm_megatron.training.budget import stage_budgets
 from flm_megatron.training.flops import training_flops_per_token
 from flm_megatron.training.metrics import MetricsLog, StepMetrics
 from flm_megatron.training.parallel import is_main_rank, layout

@@ -10,10 +10,10 @@ from flm_megatron.checkpoint.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.store import CheckpointStore
+from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.loader import run_from_dict
 from flm_megatron.config.schema import ModelConfig, RunConfig, StageConfig
 from flm_megatron.errors import RequestError
-from flm_megatron.training.budget import stage_budgets
 
 DERIVED_FIELDS = ("norm_epsilon",)  # growth may change these; the checkpoint has the last word
 
