@@ -1,0 +1,81 @@
+"""Which old layer each layer of the deeper model comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flm_megatron.config.schema import GrowthConfig
+from flm_megatron.errors import RequestError
+
+
+@dataclass(frozen=True)
+class LayerSource:
+    """Where one new layer comes from: the old layer's index, and whether it is a copy beside the original."""
+
+    source: int
+    copy: bool
+
+
+def select_layers(
+    old_layers: int, new_layers: int, growth: GrowthConfig, distances: Sequence[float] | None = None
+) -> tuple[LayerSource, ...]:
+    """Source of every new layer, in the order of the new model.
+
+    Every old layer appears once as the original, in its old order. `distance` copies the layers with the smallest
+    of `distances` (one number per old layer), `interleave` spreads copies evenly, `top` copies the last layers and
+    `list` those of `growth.copied_layers`; each copy follows its source. `stack` puts copies of layers 0, 1, 2, ...
+    on top. More copies than old layers go round again, so any ratio is possible.
+
+    Raises:
+        RequestError: distances or the list of copied layers are missing or do not fit the layers.
+    """
+    extra = new_layers - old_layers
+    if growth.layer_selection == "stack":
+        originals = [LayerSource(i, False) for i in range(old_layers)]
+        return tuple(originals + [LayerSource(i % old_layers, True) for i in range(extra)])
+    counts = _copies(old_layers, extra, growth, distances)
+    return tuple(LayerSource(i, k > 0) for i in range(old_layers) for k in range(1 + counts[i]))
+
+
+def _copies(old_layers: int, extra: int, growth: GrowthConfig, distances: Sequence[float] | None) -> list[int]:
+    """How many copies each old layer gets."""
+    if extra == 0:
+        return [0] * old_layers
+    if growth.layer_selection == "list":
+        return _listed(old_layers, extra, growth.copied_layers)
+    if growth.layer_selection == "interleave":
+        return [(i + 1) * extra // old_layers - i * extra // old_layers for i in range(old_layers)]
+    top = growth.layer_selection == "top"
+    order = list(range(old_layers))[::-1] if top else _by_distance(old_layers, distances)
+    counts = [extra // old_layers] * old_layers
+    for i in order[: extra % old_layers]:
+        counts[i] += 1
+    return counts
+
+
+def _by_distance(old_layers: int, distances: Sequence[float] | None) -> list[int]:
+    """Old layers, the one nearest to the identity first; of equal ones the lower index first."""
+    if distances is None:
+        raise RequestError(
+            "growth.layer_selection is `distance`, but no layer distances were measured: measure them with "
+            "`flm grow distance`, or choose interleave, top, stack or list"
+        )
+    if len(distances) != old_layers:
+        raise RequestError(f"{len(distances)} layer distances were given for {old_layers} layers: give one per layer")
+    return sorted(range(old_layers), key=lambda i: (distances[i], i))
+
+
+def _listed(old_layers: int, extra: int, copied: list[int] | None) -> list[int]:
+    """Number of mentions of each layer."""
+    if copied is None or len(copied) != extra:
+        raise RequestError(
+            f"growth.copied_layers names {len(copied or [])} layers, but growing {old_layers} layers to "
+            f"{old_layers + extra} needs {extra} copies: name {extra} (a layer may be named more than once)"
+        )
+    wrong = [i for i in copied if not 0 <= i < old_layers]
+    if wrong:
+        raise RequestError(
+            f"growth.copied_layers names layer {wrong[0]}, but the old model has layers 0 to {old_layers - 1}"
+        )
+    return [copied.count(i) for i in range(old_layers)]

@@ -1,0 +1,163 @@
+"""A growth, decided: everything that the grown tensors follow from, as one value that goes into the checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from flm_megatron.config.schema import GrowthConfig, ModelConfig
+from flm_megatron.errors import RequestError
+from flm_megatron.growth.layers import LayerSource, select_layers
+from flm_megatron.growth.rules import check_growth
+
+Operator = Literal["mask", "zero"]
+
+
+@dataclass(frozen=True)
+class GrowthPlan:
+    """Old and new model, an operator per dimension, and the source of every layer.
+
+    `new` is the model that is really trained: see `grown_model`. New values are drawn from `seed` and `stage`
+    (the grown stage's name), so that two growths of one run never draw the same numbers.
+    """
+
+    stage: str
+    old: ModelConfig
+    new: ModelConfig
+    hidden: Operator
+    ffn: Operator
+    heads: Operator
+    layers: Literal["mask", "zero", "copy"]
+    layer_sources: tuple[LayerSource, ...]
+    seed: int
+    optimizer_step: Literal["keep", "birth"] = "keep"
+    mask_steps: int = 0
+    mask_shape: Literal["linear", "cosine"] = "linear"
+
+    @property
+    def norm_scale(self) -> float:
+        """Factor on old norm weights: sqrt(d_old / d_new) under `zero`, as the mean square is over more channels."""
+        return math.sqrt(self.old.hidden_size / self.new.hidden_size) if self.hidden == "zero" else 1.0
+
+    @property
+    def head_scale(self) -> float:
+        """Factor on old LM-head weights that undoes the change of the logit multiplier output_mult / m."""
+        return self.old.logit_multiplier / self.new.logit_multiplier
+
+    @property
+    def embedding_scale(self) -> float:
+        """Factor on old embedding weights that undoes a change of input_mult."""
+        return self.old.input_mult / self.new.input_mult
+
+    @property
+    def grows_heads(self) -> bool:
+        """Whether query heads or query groups are added."""
+        return (self.old.num_attention_heads, self.old.query_groups) != (
+            self.new.num_attention_heads,
+            self.new.query_groups,
+        )
+
+    @property
+    def masked(self) -> tuple[str, ...]:
+        """Dimensions that grow behind a mask, of hidden, ffn, heads, layers."""
+        grows = {
+            "hidden": self.old.hidden_size != self.new.hidden_size,
+            "ffn": self.old.ffn_hidden_size != self.new.ffn_hidden_size,
+            "heads": self.grows_heads,
+            "layers": self.old.num_layers != self.new.num_layers,
+        }
+        return tuple(name for name, does in grows.items() if does and getattr(self, name) == "mask")
+
+    @property
+    def preserving(self) -> bool:
+        """Whether the grown model computes the old function at its first step."""
+        return not (self.layers == "copy" and self.old.num_layers != self.new.num_layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for a checkpoint's manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> GrowthPlan:
+        """The plan that `to_json` gave."""
+        values = dict(data)
+        values["old"], values["new"] = ModelConfig(**values["old"]), ModelConfig(**values["new"])
+        values["layer_sources"] = tuple(LayerSource(**source) for source in values["layer_sources"])
+        return cls(**values)
+
+
+def make_plan(
+    old: ModelConfig,
+    new: ModelConfig,
+    growth: GrowthConfig,
+    seed: int,
+    distances: Sequence[float] | None = None,
+    stage: str = "grown",
+) -> GrowthPlan:
+    """Plan the growth of `old`, the model as it was trained, into the configured `new`.
+
+    `distances` has one number per old layer and is needed only where layers are selected by distance.
+
+    Raises:
+        RequestError: the growth is not possible as asked.
+    """
+    check_growth(old, new, growth)
+    return GrowthPlan(
+        stage=stage,
+        old=old,
+        new=_effective(old, new, growth),
+        hidden=growth.hidden,
+        ffn=growth.ffn,
+        heads=growth.heads,
+        layers=growth.layers,
+        layer_sources=select_layers(old.num_layers, new.num_layers, growth, distances),
+        seed=seed,
+        optimizer_step=growth.optimizer_step,
+        mask_steps=growth.mask_steps,
+        mask_shape=growth.mask_shape,
+    )
+
+
+def grown_model(plan: GrowthPlan) -> ModelConfig:
+    """The model that the grown stage trains: as configured, but for what preserves the function.
+
+    Under `zero` on the hidden size, norm_epsilon is d_old / d_new of the old one: the mean square falls by that
+    factor when zero channels join it. output_mult stays as configured; LM-head weights take up its change.
+    """
+    return plan.new
+
+
+def check_same_plan(saved: GrowthPlan, now: GrowthPlan) -> None:
+    """A resumed stage goes on under the plan it was grown with.
+
+    Raises:
+        RequestError: the plans differ; the message names the first difference.
+    """
+    before, after = _flat(saved.to_json()), _flat(now.to_json())
+    for name in before:
+        if before[name] != after[name]:
+            raise RequestError(
+                f"stage {saved.stage!r} was grown with {name} = {_brief(before[name])}, and the run file now gives "
+                f"{_brief(after[name])}: set it back, or start the stage anew in another output folder"
+            )
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, its keys joined by dots."""
+    out: dict[str, Any] = {}
+    for key, value in data.items():
+        out.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return out
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def _effective(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> ModelConfig:
+    """`new` with the old vocabulary, and the epsilon that `grown_model` explains."""
+    ratio = old.hidden_size / new.hidden_size if growth.hidden == "zero" else 1.0
+    return replace(new, vocab_size=old.vocab_size, norm_epsilon=old.norm_epsilon * ratio)

@@ -1,0 +1,120 @@
+"""What can be grown into what: one small rule per function, each raising RequestError with the values and the mend."""
+
+from __future__ import annotations
+
+from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig, StageConfig
+from flm_megatron.errors import RequestError
+
+KEPT_FIELDS = ("normalization", "activation", "bias", "position", "rope_theta", "xpos_scale_base")
+WIDTHS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "query_groups")
+
+
+def check_growth(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> None:
+    """All rules that concern two models and the growth between them."""
+    check_kept(old, new)
+    check_vocabulary(old, new)
+    check_no_shrinking(old, new)
+    check_heads(old, new)
+    check_depth_operator(old, new, growth)
+
+
+def check_kept(old: ModelConfig, new: ModelConfig) -> None:
+    """The kind of block and its constants stay."""
+    for name in KEPT_FIELDS:
+        before, after = getattr(old, name), getattr(new, name)
+        if before != after:
+            raise RequestError(
+                f"model.{name} is {before!r} in the stage before and {after!r} in the grown one: growth keeps it, "
+                f"so set model.{name} to {before!r}"
+            )
+    if old.mup.enabled != new.mup.enabled:
+        raise RequestError(
+            f"model.mup.enabled is {old.mup.enabled} in the stage before and {new.mup.enabled} in the grown one: "
+            "growth keeps the parametrization, so set both alike"
+        )
+
+
+def check_vocabulary(old: ModelConfig, new: ModelConfig) -> None:
+    """The vocabulary stays; none in the new model means the old one's."""
+    if new.vocab_size is not None and new.vocab_size != old.vocab_size:
+        raise RequestError(
+            f"model.vocab_size is {old.vocab_size} in the stage before and {new.vocab_size} in the grown one: "
+            "growth keeps the tokenizer and its vocabulary, so use the same in every stage"
+        )
+
+
+def check_no_shrinking(old: ModelConfig, new: ModelConfig) -> None:
+    """No dimension gets smaller."""
+    for name in WIDTHS:
+        before, after = getattr(old, name), getattr(new, name)
+        if after < before:
+            raise RequestError(f"{name} shrinks from {before} to {after}: growth only adds; give at least {before}")
+
+
+def check_heads(old: ModelConfig, new: ModelConfig) -> None:
+    """Head dim stays; every old query group keeps its queries together."""
+    if new.kv_channels != old.kv_channels:
+        raise RequestError(
+            f"head dim changes from {old.kv_channels} to {new.kv_channels}: growth adds heads of the same size; "
+            f"set model.head_dim to {old.kv_channels}, or num_attention_heads so that hidden_size / "
+            f"num_attention_heads is {old.kv_channels}"
+        )
+    if new.num_attention_heads % new.query_groups:
+        raise RequestError(
+            f"{new.num_attention_heads} query heads do not divide into {new.query_groups} query groups: "
+            "make num_attention_heads a multiple of num_query_groups"
+        )
+    before, after = (m.num_attention_heads // m.query_groups for m in (old, new))
+    if after < before:
+        raise RequestError(
+            f"query heads per group fall from {before} to {after} ({new.num_attention_heads} heads, "
+            f"{new.query_groups} groups): an old group's queries would lose their keys and values; "
+            f"give at least {before * new.query_groups} heads or fewer groups"
+        )
+
+
+def check_depth_operator(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> None:
+    """G_stack's plain copy stands alone: it changes the function, so preserving widths beside it would mislead."""
+    grows_width = any(getattr(old, n) != getattr(new, n) for n in WIDTHS if n != "num_layers")
+    if growth.layers == "copy" and grows_width:
+        raise RequestError(
+            "growth.layers is `copy` (not function-preserving) while other dimensions grow too: grow depth alone with "
+            "`copy`, or use `zero` or `mask` for layers"
+        )
+
+
+def check_mask_length(stage: StageConfig, sequence_length: int, masked: bool) -> None:
+    """The mask opens within the stage."""
+    if stage.growth is None or not masked:
+        return
+    steps = -(-stage.tokens // (stage.global_batch * sequence_length))
+    if stage.growth.mask_steps > steps:
+        raise RequestError(
+            f"stage {stage.name!r}: growth.mask_steps is {stage.growth.mask_steps}, but the stage has {steps} steps "
+            f"({stage.tokens} tokens): give at most {steps}"
+        )
+    if stage.growth.mask_steps < 1:
+        raise RequestError(f"stage {stage.name!r}: growth.mask_steps is {stage.growth.mask_steps}: give at least 1")
+
+
+def check_source_stage(run: RunConfig, stage_index: int, source_stage: str | None) -> None:
+    """A stage grows from the stage before it; a source that names no stage is taken on trust."""
+    if stage_index < 1:
+        raise RequestError(f"stage {run.stages[0].name!r} is the first: only later stages grow")
+    before = run.stages[stage_index - 1].name
+    if source_stage is not None and source_stage != before:
+        raise RequestError(
+            f"stage {run.stages[stage_index].name!r} grows from stage {before!r}, but the checkpoint is of stage "
+            f"{source_stage!r}: give a checkpoint of {before!r}, or another --stage"
+        )
+
+
+def check_epsilons(run: RunConfig) -> None:
+    """norm_epsilon is configured once: growing the hidden size with `zero` derives the later ones from it."""
+    first = run.stages[0]
+    for stage in run.stages[1:]:
+        if stage.growth is not None and stage.model.norm_epsilon != first.model.norm_epsilon:
+            raise RequestError(
+                f"stage {stage.name!r}: model.norm_epsilon is {stage.model.norm_epsilon:g}, stage {first.name!r} has "
+                f"{first.model.norm_epsilon:g}: growth derives the value of later stages, so give the first one's"
+            )

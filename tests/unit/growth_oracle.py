@@ -1,0 +1,120 @@
+"""A small float64 decoder over logical tensors, with growth masks: the oracle of the growth tests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flm_megatron.config.schema import ModelConfig
+from flm_megatron.growth.plan import GrowthPlan
+
+LAYER = "decoder.layers."
+
+
+@dataclass
+class Masks:
+    """Vectors that are 1 on old units and v on new ones; a layer's blend is v for copies."""
+
+    hidden: Tensor
+    ffn: Tensor
+    heads: Tensor
+    layers: list[float]
+
+
+def open_masks(model: ModelConfig) -> Masks:
+    """Masks that do nothing."""
+    one = torch.ones
+    return Masks(
+        one(model.hidden_size).double(),
+        one(model.ffn_hidden_size).double(),
+        one(model.num_attention_heads).double(),
+        [1.0] * model.num_layers,
+    )
+
+
+def masks_at(plan: GrowthPlan, v: float) -> Masks:
+    """Masks of a plan at v."""
+    masks, old, new = open_masks(plan.new), plan.old, plan.new
+    if "hidden" in plan.masked:
+        masks.hidden[old.hidden_size :] = v
+    if "ffn" in plan.masked:
+        masks.ffn[old.ffn_hidden_size :] = v
+    if "heads" in plan.masked:
+        per_group = masks.heads.view(new.query_groups, -1)
+        per_group[old.query_groups :] = v
+        per_group[:, old.num_attention_heads // old.query_groups :] = v
+    if "layers" in plan.masked:
+        masks.layers = [v if s.copy else 1.0 for s in plan.layer_sources]
+    return masks
+
+
+def logits(model: ModelConfig, tensors: Mapping[str, Tensor], tokens: Tensor, masks: Masks | None = None) -> Tensor:
+    """Logits [batch, sequence, vocabulary] in float64 of `tokens` [batch, sequence]."""
+    masks = masks or open_masks(model)
+    weights = {name: t.double() for name, t in tensors.items()}
+    x = torch.nn.functional.embedding(tokens, weights["embedding.word_embeddings.weight"]) * model.input_mult
+    x = x * masks.hidden
+    for i, blend in enumerate(masks.layers):
+        layer = {name[len(LAYER) :]: t[i] for name, t in weights.items() if name.startswith(LAYER)}
+        y = x + attention(model, layer, norm(model, layer, "self_attention.linear_qkv.layer_norm_", x, masks), masks)
+        y = y + feed_forward(model, layer, norm(model, layer, "mlp.linear_fc1.layer_norm_", y, masks), masks)
+        x = blend * y + (1 - blend) * x
+    x = norm(model, weights, "decoder.final_layernorm.", x, masks)
+    return x @ weights["output_layer.weight"].T * model.logit_multiplier
+
+
+def norm(model: ModelConfig, weights: Mapping[str, Tensor], prefix: str, x: Tensor, masks: Masks) -> Tensor:
+    """RMSNorm or LayerNorm over the masked channels."""
+    m = masks.hidden
+    if model.normalization == "layernorm":
+        x = x - (x * m).sum(-1, keepdim=True) / m.sum()
+    x = x * m
+    x = x * torch.rsqrt((x**2).sum(-1, keepdim=True) / m.sum() + model.norm_epsilon)
+    return (x * weights[prefix + "weight"] + weights.get(prefix + "bias", torch.zeros(1).double())) * m
+
+
+def attention(model: ModelConfig, layer: Mapping[str, Tensor], x: Tensor, masks: Masks) -> Tensor:
+    """Grouped-query attention with rotary positions; new heads' queries, keys and values are masked."""
+    batch, length, _ = x.shape
+    groups, channels = model.query_groups, model.kv_channels
+    per_group = model.num_attention_heads // groups
+    qkv = x @ layer["self_attention.linear_qkv.weight"].T + layer.get("self_attention.linear_qkv.bias", 0)
+    qkv = qkv.view(batch, length, groups, per_group + 2, channels)
+    mask = masks.heads.view(groups, per_group, 1)
+    q = qkv[..., :per_group, :] * mask
+    k, v = qkv[..., per_group, :] * mask[:, 0], qkv[..., per_group + 1, :] * mask[:, 0]
+    q, k = rotate(model, q.flatten(2, 3)), rotate(model, k)
+    k, v = (t.repeat_interleave(per_group, 2) for t in (k, v))
+    scores = torch.einsum("bqhc,bkhc->bhqk", q, k) / math.sqrt(channels)
+    scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
+    out = torch.einsum("bhqk,bkhc->bqhc", scores.softmax(-1), v).view(batch, length, groups, per_group, channels)
+    in_old_group = mask[:, :1].expand_as(mask)
+    out = out * torch.where(in_old_group == 1, mask, torch.ones_like(mask))
+    out = out.flatten(2) @ layer["self_attention.linear_proj.weight"].T + layer.get(
+        "self_attention.linear_proj.bias", 0
+    )
+    return out * masks.hidden
+
+
+def rotate(model: ModelConfig, x: Tensor) -> Tensor:
+    """Half-rotation rotary positions of [batch, sequence, heads, channels]."""
+    half = model.kv_channels // 2
+    inverse = model.rope_theta ** (-torch.arange(half).double() / half)
+    angle = torch.outer(torch.arange(x.shape[1]).double(), inverse)[:, None]
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+
+def feed_forward(model: ModelConfig, layer: Mapping[str, Tensor], x: Tensor, masks: Masks) -> Tensor:
+    """SwiGLU or GELU; gate and up are masked each."""
+    y = x @ layer["mlp.linear_fc1.weight"].T + layer.get("mlp.linear_fc1.bias", 0)
+    if model.gated:
+        gate, up = (part * masks.ffn for part in y.chunk(2, -1))
+        y = torch.nn.functional.silu(gate) * up
+    else:
+        y = torch.nn.functional.gelu(y * masks.ffn)
+    return (y @ layer["mlp.linear_fc2.weight"].T + layer.get("mlp.linear_fc2.bias", 0)) * masks.hidden

@@ -1,0 +1,124 @@
+"""Which layers are copied, what may grow into what, and plans as plain data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from flm_megatron.config.schema import DataConfig, GrowthConfig, MupConfig, RunConfig, StageConfig
+from flm_megatron.errors import RequestError
+from flm_megatron.growth.layers import select_layers
+from flm_megatron.growth.plan import GrowthPlan, check_same_plan, grown_model, make_plan
+from flm_megatron.growth.rules import check_epsilons, check_mask_length, check_source_stage
+from tests.unit.growth_cases import growth, old_model, plan_for
+
+
+def sources(old: int, new: int, selection: str, **changes: Any) -> list[str]:
+    """Sources of the new layers, copies marked with a prime."""
+    distances = changes.pop("distances", None)
+    found = select_layers(old, new, growth("zero", layer_selection=selection, **changes), distances)
+    return [f"{s.source}{'c' * s.copy}" for s in found]
+
+
+def test_layer_selection() -> None:
+    assert sources(4, 6, "interleave") == ["0", "1", "1c", "2", "3", "3c"]
+    assert sources(3, 8, "interleave") == ["0", "0c", "1", "1c", "1c", "2", "2c", "2c"]
+    assert sources(4, 6, "top") == ["0", "1", "2", "2c", "3", "3c"]
+    assert sources(3, 7, "stack") == ["0", "1", "2", "0c", "1c", "2c", "0c"]
+    assert sources(4, 6, "list", copied_layers=[2, 2]) == ["0", "1", "2", "2c", "2c", "3"]
+    assert sources(4, 6, "distance", distances=[0.3, 0.1, 0.2, 0.1]) == ["0", "1", "1c", "2", "3", "3c"]
+    assert sources(2, 5, "distance", distances=[0.3, 0.1]) == ["0", "0c", "1", "1c", "1c"]
+    assert sources(3, 3, "distance") == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_selection": "distance"}, "no layer distances were measured"),
+        ({"layer_selection": "list", "copied_layers": [0]}, "names 1 layers, but .* needs 2"),
+        ({"layer_selection": "list"}, "names 0 layers"),
+        ({"layer_selection": "list", "copied_layers": [0, 3]}, "names layer 3, but .* 0 to 2"),
+    ],
+)
+def test_wrong_layer_selection(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        plan_for("layers", "zero", old_model(), changes)
+
+
+def test_distances_of_another_model() -> None:
+    with pytest.raises(RequestError, match="2 layer distances were given for 3 layers"):
+        select_layers(3, 4, growth("zero", layer_selection="distance"), [0.1, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 20}, "hidden_size shrinks from 24 to 20"),
+        ({"num_layers": 2}, "num_layers shrinks from 3 to 2"),
+        ({"ffn_hidden_size": 49}, "ffn_hidden_size shrinks from 50 to 49"),
+        ({"num_query_groups": 1}, "query_groups shrinks from 2 to 1"),
+        ({"head_dim": 8}, "head dim changes from 6 to 8"),
+        ({"num_attention_heads": 7, "num_query_groups": 3}, "7 query heads do not divide into 3 query groups"),
+        ({"num_attention_heads": 4, "num_query_groups": 4}, "heads per group fall from 2 to 1 .* at least 8 heads"),
+        ({"vocab_size": 38}, "vocab_size is 37 .* 38"),
+        ({"activation": "gelu"}, "model.activation is 'swiglu'"),
+        ({"normalization": "layernorm"}, "model.normalization is 'rmsnorm'"),
+        ({"bias": True}, "model.bias is False"),
+        ({"rope_theta": 5e5}, "model.rope_theta is 10000.0"),
+        ({"mup": MupConfig()}, "model.mup.enabled is True"),
+    ],
+)
+def test_what_cannot_grow(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        make_plan(old_model(), old_model(**changes), growth("zero"), seed=1)
+
+
+def test_plain_copies_stand_alone() -> None:
+    with pytest.raises(RequestError, match="grow depth alone"):
+        plan_for("all", "zero", old_model(), {"layers": "copy"})
+
+
+def test_plan_round_trip_and_resume() -> None:
+    plan = plan_for("all", "mask", old_model(), {"hidden": "zero", "optimizer_step": "birth"})
+    again = GrowthPlan.from_json(json.loads(json.dumps(plan.to_json())))
+    assert again == plan
+    assert again.masked == ("ffn", "heads", "layers")
+    check_same_plan(plan, again)
+    with pytest.raises(RequestError, match="seed = 5, and the run file now gives 6"):
+        check_same_plan(plan, replace(plan, seed=6))
+    with pytest.raises(RequestError, match=r"new\.ffn_hidden_size = 110, and the run file now gives 111"):
+        check_same_plan(plan, replace(plan, new=replace(plan.new, ffn_hidden_size=111)))
+
+
+def test_grown_model_keeps_vocabulary_and_derives_epsilon() -> None:
+    old = old_model()
+    new = old_model(hidden_size=36, vocab_size=None, norm_epsilon=0.5)
+    assert grown_model(make_plan(old, new, growth("zero"), 1)).norm_epsilon == pytest.approx(1e-2 * 24 / 36, rel=1e-15)
+    assert grown_model(make_plan(old, new, growth("mask"), 1)).norm_epsilon == 1e-2
+    assert grown_model(make_plan(old, new, growth("mask"), 1)).vocab_size == 37
+
+
+def run_of(*stages: StageConfig) -> RunConfig:
+    """A run of these stages."""
+    return RunConfig(data=DataConfig(sequence_length=16), stages=list(stages))
+
+
+def test_rules_about_stages() -> None:
+    first = StageConfig(name="a")
+    second = StageConfig(name="b", tokens=16 * 8 * 10, growth=GrowthConfig(mask_steps=11))
+    run = run_of(first, second)
+    with pytest.raises(RequestError, match=r"mask_steps is 11, but the stage has 10 steps \(1280 tokens\)"):
+        check_mask_length(second, 16, masked=True)
+    check_mask_length(second, 16, masked=False)
+    check_source_stage(run, 1, "a")
+    with pytest.raises(RequestError, match="grows from stage 'a', but the checkpoint is of stage 'c'"):
+        check_source_stage(run, 1, "c")
+    with pytest.raises(RequestError, match="is the first"):
+        check_source_stage(run, 0, "a")
+    check_epsilons(run)
+    second.model.norm_epsilon = 1e-6
+    with pytest.raises(RequestError, match="norm_epsilon is 1e-06, stage 'a' has 1e-05"):
+        check_epsilons(run)
