@@ -159,7 +159,8 @@ class ScheduleConfig:
     warmup_samples: int | None = None
     """The same in samples; give one of the two."""
     decay_tokens: int | None = None
-    """Tokens from the start of the schedule to its end; none means the end of the stage (or of the run under `continue`)."""
+    """Tokens from the start of the schedule to its end; none means the end of the stage, or of the last stage that
+    continues the schedule."""
     wsd_decay_fraction: float = 0.1
     """wsd: last part of the schedule that decays linearly."""
     power_exponent: float = -0.51

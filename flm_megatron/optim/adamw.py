@@ -69,7 +69,7 @@ class AdamW(torch.optim.Optimizer):
         return list(batches.values())
 
     def _update(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
-        grads = [param.grad for param in params]
+        grads = [param.grad for param in params if param.grad is not None]
         states = [self._state_of(param) for param in params]
         moments = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
         beta1, beta2 = group["betas"]

@@ -1,0 +1,123 @@
+"""The learning rate as a pure function of the tokens consumed.
+
+It depends on the run file and a position alone: no state is kept, none is saved, and a checkpoint never changes
+it. `position` counts the tokens of the run including those of the step's own batch, so that the first step
+learns and the last one learns at `min_lr` exactly. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flm_megatron.config.budget import stage_budgets, warmup_tokens
+from flm_megatron.config.schema import OptimizerConfig, RunConfig, ScheduleConfig, StageConfig
+from flm_megatron.model.parameters import parameter_specs
+from flm_megatron.optim.groups import DECAYED, Group, learning_rate_scales
+
+
+def learning_rate(position: int, run: RunConfig, stage_index: int) -> float:
+    """Learning rate of vectors at `position` (tokens of the run, including this step's) in stage `stage_index`.
+
+    The shape of the schedule and its warm-up are those of the stage where it started: the nearest one, looking
+    back, whose boundary is `restart` (or the first). The values `lr` and `min_lr` are the present stage's own.
+    """
+    stage, anchor = run.stages[stage_index], schedule_start(run.stages, stage_index)
+    budgets, sequence_length = stage_budgets(run), run.data.sequence_length
+    shape, warmup = run.stages[anchor].schedule, warmup_tokens(run.stages[anchor].schedule, sequence_length)
+    end = schedule_tokens(run, anchor)
+
+    def continued(at: int) -> float:
+        return scheduled(at - budgets[anchor].first_token, shape, stage.optimizer, warmup, end)
+
+    done = position - budgets[stage_index].first_token
+    rewarm = warmup_tokens(stage.schedule, sequence_length)
+    if stage_index > anchor and stage.schedule.boundary == "rewarm" and done < rewarm:
+        return continued(position - done + rewarm) * done / rewarm
+    return continued(position)
+
+
+def schedule_start(stages: Sequence[StageConfig], stage_index: int) -> int:
+    """Index of the stage at which the schedule of stage `stage_index` started."""
+    while stage_index > 0 and stages[stage_index].schedule.boundary != "restart":
+        stage_index -= 1
+    return stage_index
+
+
+def schedule_tokens(run: RunConfig, anchor: int) -> int:
+    """Tokens from the start of the schedule that starts at stage `anchor` to its end.
+
+    As given by `decay_tokens`, or else to the end of the last stage that continues it.
+    """
+    given = run.stages[anchor].schedule.decay_tokens
+    if given is not None:
+        return given
+    budgets = stage_budgets(run)
+    last = max(i for i in range(len(run.stages)) if schedule_start(run.stages, i) == anchor)
+    return budgets[last].tokens_at(budgets[last].steps) - budgets[anchor].first_token
+
+
+def scheduled(tokens: int, schedule: ScheduleConfig, options: OptimizerConfig, warmup: int, end: int) -> float:
+    """Learning rate `tokens` after the start of a schedule that warms up over `warmup` and ends at `end` tokens."""
+    if tokens < warmup:
+        return options.lr * tokens / warmup
+    if schedule.kind == "power":
+        return _power(tokens, schedule, options, warmup)
+    if schedule.kind == "constant":
+        return options.lr
+    if tokens >= end:
+        return options.min_lr
+    if schedule.kind == "wsd":
+        warmup = max(warmup, end - round(schedule.wsd_decay_fraction * end))
+    progress = max(0.0, (tokens - warmup) / (end - warmup))
+    return options.min_lr + (options.lr - options.min_lr) * _REMAINING[schedule.kind](progress)
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def _linear(progress: float) -> float:
+    return 1.0 - progress
+
+
+_REMAINING: dict[str, Callable[[float], float]] = {"cosine": _cosine, "linear": _linear, "wsd": _linear}
+"""Share of the way from `min_lr` to `lr` that is left, by progress from 0 to 1 (wsd: of its last part)."""
+
+
+def _power(tokens: int, schedule: ScheduleConfig, options: OptimizerConfig, warmup: int) -> float:
+    """lr x (tokens / start)^exponent beyond `start`, not below min_lr (power scheduler, arXiv 2408.13359)."""
+    start = warmup if schedule.power_start_tokens is None else schedule.power_start_tokens
+    if tokens <= start:
+        return options.lr
+    return max(options.min_lr, options.lr * (tokens / start) ** schedule.power_exponent)
+
+
+def group_learning_rates(rate: float, stage: StageConfig) -> dict[Group, float]:
+    """Learning rate of each parameter group where vectors learn at `rate`.
+
+    Matrices follow the same schedule from their own peak, `matrix_lr`, times their scale (muP: 1/m).
+    """
+    options = stage.optimizer
+    peaks: dict[Group, float] = {
+        "matrix": options.matrix_lr or options.lr,
+        "vocabulary": options.lr,
+        "vector": options.lr,
+    }
+    scales = learning_rate_scales(parameter_specs(stage.model))
+    return {group: rate * (peak / options.lr) * scales[group] for group, peak in peaks.items()}
+
+
+def set_learning_rates(optimizer: Any, stage: StageConfig, rate: float) -> dict[Group, float]:
+    """Write `lr` and `weight_decay` into every parameter group of a megatron-core optimizer, before its step.
+
+    `rate` is what `learning_rate` gives. Both values come from the run file at each step, whatever a checkpoint
+    has put there. Returns the learning rate of each group.
+    """
+    rates = group_learning_rates(rate, stage)
+    for group in optimizer.param_groups:
+        tag: Group = group["group"]
+        group["lr"] = group["max_lr"] = rates[tag]
+        group["weight_decay"] = stage.optimizer.weight_decay if tag in DECAYED else 0.0
+    return rates
