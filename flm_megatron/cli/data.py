@@ -1,0 +1,123 @@
+"""Make datasets and tokenizers from text."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flm_megatron.data.corpus import Corpus
+    from flm_megatron.data.description import Description
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommands `build`, `tokenizer` and `stdlib`."""
+    commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    _add_build(commands.add_parser("build", help="encode text into an indexed dataset", allow_abbrev=False))
+    _add_tokenizer(commands.add_parser("tokenizer", help="train a SentencePiece tokenizer", allow_abbrev=False))
+    _add_stdlib(
+        commands.add_parser(
+            "stdlib", help="tokenizer and datasets from Python's own standard library", allow_abbrev=False
+        )
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the chosen subcommand."""
+    return args.run_data(args)
+
+
+def _add_corpus(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="text file, .jsonl file, or folder of sources and prose"
+    )
+    parser.add_argument("--field", default="text", help="field of a JSON line that holds the text (default: text)")
+    parser.add_argument("--suffixes", nargs="+", metavar="SUFFIX", help="files to take from folders, e.g. .py .md")
+
+
+def _add_build(parser: argparse.ArgumentParser) -> None:
+    _add_corpus(parser)
+    parser.add_argument("--tokenizer", required=True, help="SentencePiece model file")
+    parser.add_argument("--out", required=True, metavar="PREFIX", help="write PREFIX.bin, PREFIX.idx and PREFIX.json")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    parser.add_argument(
+        "--validation-share", type=float, default=0.0, help="share of documents for PREFIX_validation (default: 0)"
+    )
+    parser.set_defaults(run_data=_build)
+
+
+def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    _add_corpus(parser)
+    parser.add_argument("--out", required=True, help="model file to write")
+    parser.add_argument("--vocab-size", type=int, default=32000, help="number of ids (default: 32000)")
+    parser.add_argument(
+        "--max-bytes", type=int, default=200_000_000, help="bytes of text to learn from, sampled (default: 200000000)"
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="seed of the sampling (default: 1234)")
+    parser.set_defaults(run_data=_tokenizer)
+
+
+def _add_stdlib(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="number of ids (default: 4096)")
+    parser.add_argument("--max-bytes", type=int, default=8_000_000, help="bytes of text (default: 8000000)")
+    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    parser.set_defaults(run_data=_stdlib)
+
+
+def _corpus(args: argparse.Namespace) -> Corpus:
+    from flm_megatron.data.corpus import ALL_SUFFIXES, Corpus
+
+    return Corpus(args.inputs, args.field, args.suffixes or ALL_SUFFIXES)
+
+
+def _build(args: argparse.Namespace) -> int:
+    from flm_megatron.data.build import build_dataset
+    from flm_megatron.data.tokenizer import Tokenizer
+
+    corpus = _corpus(args)
+    written = build_dataset(
+        corpus.documents(),
+        Tokenizer(args.tokenizer),
+        args.out,
+        workers=args.workers,
+        validation_share=args.validation_share,
+        total_bytes=corpus.size_bytes(),
+    )
+    for prefix, description in written.items():
+        print(_line(prefix, description))
+    return 0
+
+
+def _tokenizer(args: argparse.Namespace) -> int:
+    from flm_megatron.data.tokenizer import train_tokenizer
+
+    corpus = _corpus(args)
+    tokenizer = train_tokenizer(
+        corpus.documents(),
+        args.out,
+        args.vocab_size,
+        text_bytes=corpus.size_bytes(),
+        max_bytes=args.max_bytes,
+        seed=args.seed,
+    )
+    print(f"{args.out}: {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint}")
+    return 0
+
+
+def _stdlib(args: argparse.Namespace) -> int:
+    from flm_megatron.data.standard_library import build_standard_library
+
+    made = build_standard_library(args.out, vocab_size=args.vocab_size, max_bytes=args.max_bytes, workers=args.workers)
+    print(_line(os.path.join(args.out, "train"), made.train))
+    print(_line(os.path.join(args.out, "validation"), made.validation))
+    entropy = made.entropy
+    print(
+        f"unigram entropy of validation: {entropy.nats_per_token:.4f} nats/token, {entropy.bits_per_byte:.4f} bits/byte"
+    )
+    return 0
+
+
+def _line(prefix: str, made: Description) -> str:
+    return f"{prefix}: {made.tokens:,} tokens, {made.text_bytes:,} bytes, {made.documents:,} documents"

@@ -1,0 +1,138 @@
+"""What is recorded beside an indexed dataset, and whether the files on disk still agree with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from flm_megatron.config.schema import DataConfig, SourceConfig
+from flm_megatron.data.tokenizer import Tokenizer
+from flm_megatron.errors import DamagedError, RequestError
+
+FORMAT = "flm_megatron indexed dataset"
+VERSION = 1
+# Layout of megatron-core's .idx: magic, version, code of the type of ids, sequences, documents + 1; then lengths
+# (int32), offsets in bytes (int64) and the document ends (int64).
+IDX_HEADER = struct.Struct("<9sQBQQ")
+IDX_MAGIC = b"MMIDIDX\x00\x00"
+ID_BYTES = {4: 4, 8: 2}
+
+
+@dataclass(frozen=True)
+class Description:
+    """An indexed dataset: what went into it (PREFIX.json)."""
+
+    tokens: int
+    """Ids in the .bin, end-of-document ids included."""
+    text_bytes: int
+    """UTF-8 bytes of the text."""
+    documents: int
+    """Documents, none of them empty."""
+    vocab_size: int
+    """Ids of the tokenizer."""
+    tokenizer: str
+    """Fingerprint of the tokenizer: SHA-256 of its model file."""
+    eod: int
+    """Id that ends each document."""
+    pad: int
+    """Id of padding, which is not in the data."""
+    bin_bytes: int
+    """Size of the .bin file."""
+    idx_bytes: int
+    """Size of the .idx file."""
+    sha256: str
+    """Hash of the .bin file."""
+    format: str = FORMAT
+    version: int = VERSION
+
+    def write(self, path: Path) -> None:
+        """Write as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+def file_of(prefix: str | os.PathLike[str], suffix: str) -> Path:
+    """PREFIX.bin, PREFIX.idx or PREFIX.json."""
+    return Path(f"{os.fspath(prefix)}.{suffix}")
+
+
+def read_description(prefix: str | os.PathLike[str]) -> Description:
+    """Read PREFIX.json and check that the .bin and .idx beside it are the size they were when written.
+
+    Raises:
+        RequestError: a file is missing, or it is of another version.
+        DamagedError: PREFIX.json cannot be read, or a file has another size.
+    """
+    for suffix in ("json", "bin", "idx"):
+        if not file_of(prefix, suffix).is_file():
+            raise RequestError(f"dataset {prefix}: {file_of(prefix, suffix)} is missing; make it with `flm data build`")
+    description = _parse(file_of(prefix, "json"))
+    for suffix, recorded in (("bin", description.bin_bytes), ("idx", description.idx_bytes)):
+        size = file_of(prefix, suffix).stat().st_size
+        if size != recorded:
+            raise DamagedError(
+                f"{file_of(prefix, suffix)} has {size} bytes but {recorded} were written: build it again"
+            )
+    return description
+
+
+def _parse(path: Path) -> Description:
+    try:
+        fields = json.loads(path.read_text())
+        version = (fields["format"], fields["version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{path} does not describe a dataset ({error!r}): build the dataset again") from None
+    if version != (FORMAT, VERSION):
+        raise RequestError(f"{path} is {version[0]!r} version {version[1]}, but {FORMAT!r} version {VERSION} is needed")
+    try:
+        return Description(**fields)
+    except TypeError as error:
+        raise DamagedError(f"{path} does not describe a dataset ({error}): build the dataset again") from None
+
+
+def source_name(source: SourceConfig) -> str:
+    """Name of a source in logs: given, or the last part of its path."""
+    return source.name or Path(source.path).name
+
+
+def check_datasets(data: DataConfig, tokenizer: Tokenizer | None, vocab_size: int | None = None) -> None:
+    """Check every dataset of a run against its files, the run's tokenizer and the model's vocabulary.
+
+    Needs no engine: it can run before any process is started.
+
+    Raises:
+        RequestError: a dataset is missing, was made with another tokenizer than `tokenizer` (or than the other
+            datasets), or has ids that `vocab_size` does not hold.
+        DamagedError: files do not agree with what was written.
+    """
+    sources = [*data.train, *data.validation]
+    descriptions = [read_description(source.path) for source in sources]
+    for source, description in zip(sources, descriptions, strict=True):
+        if tokenizer and description.tokenizer != tokenizer.fingerprint:
+            raise RequestError(
+                f"dataset {source.path} was made with another tokenizer (fingerprint {description.tokenizer[:12]}) than"
+                f" {tokenizer.path} (fingerprint {tokenizer.fingerprint[:12]}): give that tokenizer, or build it again"
+            )
+        if vocab_size is not None and description.vocab_size > vocab_size:
+            raise RequestError(
+                f"dataset {source.path} has ids up to {description.vocab_size - 1}, but the model's vocabulary is"
+                f" {vocab_size}: set model.vocab_size to {description.vocab_size} or more, or leave it out"
+            )
+    check_same_tokenizer(sources, descriptions)
+
+
+def check_same_tokenizer(sources: Sequence[SourceConfig], descriptions: Sequence[Description]) -> None:
+    """Check that all datasets were made with one tokenizer.
+
+    Raises:
+        RequestError: two were not; names both.
+    """
+    for source, description in zip(sources, descriptions, strict=True):
+        if description.tokenizer != descriptions[0].tokenizer:
+            raise RequestError(
+                f"datasets {sources[0].path} and {source.path} were made with different tokenizers"
+                f" (fingerprints {descriptions[0].tokenizer[:12]} and {description.tokenizer[:12]}): build one again"
+            )

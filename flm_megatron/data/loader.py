@@ -1,0 +1,104 @@
+"""Micro-batches of one data-parallel rank, read ahead in the background."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from flm_megatron.errors import RequestError
+
+if TYPE_CHECKING:
+    import torch
+
+    from flm_megatron.data.stream import SampleStream
+
+Batch = dict[str, "torch.Tensor"]
+
+
+def rank_samples(start: int, global_batch: int, data_rank: int, data_size: int) -> range:
+    """Samples of one rank in the global batch [start, start + global_batch): an equal, contiguous part."""
+    part = global_batch // data_size
+    return range(start + data_rank * part, start + (data_rank + 1) * part)
+
+
+def batches(
+    stream: SampleStream,
+    start_sample: int,
+    global_batch: int,
+    micro_batch: int,
+    data_rank: int,
+    data_size: int,
+    prefetch: int = 2,
+) -> Iterator[list[Batch]]:
+    """For each step the rank's micro-batches, from the global batch that begins at `start_sample` on, without end.
+
+    A micro-batch is the stream's fields stacked: [micro_batch, sequence] on the CPU. Over all ranks a step takes
+    exactly the next `global_batch` samples, whatever `micro_batch` and `data_size` are. Up to `prefetch` steps are
+    read ahead by a thread, which ends when the iterator is closed or dropped.
+
+    Raises:
+        RequestError: the batch is not divisible; or, at the step concerned, the stream ends.
+    """
+    if global_batch % (micro_batch * data_size):
+        raise RequestError(
+            f"global batch {global_batch} is not divisible by micro-batch {micro_batch} x data parallel {data_size}"
+        )
+    return _ahead(_steps(stream, start_sample, global_batch, micro_batch, data_rank, data_size), prefetch)
+
+
+def _steps(
+    stream: SampleStream, start: int, global_batch: int, micro_batch: int, data_rank: int, data_size: int
+) -> Iterator[list[Batch]]:
+    while True:
+        stream.check_budget(start + global_batch)
+        mine = rank_samples(start, global_batch, data_rank, data_size)
+        yield [_stack(stream, mine[i : i + micro_batch]) for i in range(0, len(mine), micro_batch)]
+        start += global_batch
+
+
+def _stack(stream: SampleStream, indices: range) -> Batch:
+    import torch
+
+    samples = [stream[index] for index in indices]
+    return {field: torch.stack([sample[field] for sample in samples]) for field in samples[0]}
+
+
+def _ahead(steps: Iterator[list[Batch]], depth: int) -> Iterator[list[Batch]]:
+    """Give the items of `steps`, which a thread reads up to `depth` ahead."""
+    ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(depth)
+    stop = threading.Event()
+    thread = threading.Thread(target=_fill, args=(steps, ready, stop), name="data-prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _fill(steps: Iterator[list[Batch]], ready: queue.Queue[list[Batch] | BaseException], stop: threading.Event) -> None:
+    try:
+        for item in steps:
+            if not _put(ready, item, stop):
+                return
+    except Exception as error:  # handed to the reader, which raises it
+        _put(ready, error, stop)
+
+
+def _put(
+    ready: queue.Queue[list[Batch] | BaseException], item: list[Batch] | BaseException, stop: threading.Event
+) -> bool:
+    """Put `item` when there is room; false if asked to stop first."""
+    while not stop.is_set():
+        try:
+            ready.put(item, timeout=0.1)
+        except queue.Full:
+            continue
+        return True
+    return False

@@ -1,0 +1,145 @@
+"""One indexed dataset cut into samples by megatron-core, and the order of its samples in each pass."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from flm_megatron.config.schema import SourceConfig
+from flm_megatron.data.description import Description, read_description, source_name
+from flm_megatron.data.permutation import Permutation
+from flm_megatron.errors import RequestError
+
+if TYPE_CHECKING:
+    import torch
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
+WHOLE = "whole"
+FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+class Source:
+    """Samples of one dataset.
+
+    megatron-core's GPTDataset is built for exactly one pass, so that what a sample holds never depends on how many
+    are asked for: the documents are shuffled by `seed`, laid end to end and cut every `sequence_length` ids (what
+    is over at the end is left out). Every pass then takes all samples, in an order of its own.
+    """
+
+    def __init__(self, config: SourceConfig, sequence_length: int, seed: int, cache: str | None) -> None:
+        """Open the dataset, building its sample index under `cache` (or beside it) if it is not there yet.
+
+        Raises:
+            RequestError: the dataset is missing or smaller than one sample, or the cache cannot be written.
+            DamagedError: its files do not agree with what was written.
+        """
+        self.name = source_name(config)
+        self.description = read_description(config.path)
+        self._seed = seed
+        if self.description.tokens <= sequence_length:
+            raise RequestError(
+                f"dataset {config.path} has {self.description.tokens:,} tokens, too few for one sample of"
+                f" {sequence_length} (and one more for the last label): shorten data.sequence_length or add text"
+            )
+        self._dataset = _open(config.path, self.description, sequence_length, seed, cache)
+        self._order = lru_cache(maxsize=2)(self._order_of_pass)
+
+    def __len__(self) -> int:
+        """Samples in one pass."""
+        return len(self._dataset)
+
+    def _order_of_pass(self, epoch: int) -> Permutation:
+        return Permutation(len(self), f"{self._seed}/{self.name}/{epoch}")
+
+    def sample_id(self, draw: int) -> tuple[int, int]:
+        """(epoch, sample) of the `draw`-th sample taken from this source, counted over all passes."""
+        epoch, place = divmod(draw, len(self))
+        return epoch, self._order(epoch)[place]
+
+    def read(self, sample: int) -> dict[str, torch.Tensor]:
+        """Sample `sample` of a pass: `tokens`, `labels`, `position_ids` int64 and `loss_mask` fp32, [sequence]."""
+        item = self._dataset[sample]
+        return {field: item[field] for field in FIELDS}
+
+    def documents(self, sample: int) -> list[int]:
+        """Numbers in the dataset of the documents that sample `sample` takes text from, in order."""
+        row = self._dataset.shuffle_index[sample]
+        first, last = self._dataset.sample_index[row, 0], self._dataset.sample_index[row + 1, 0]
+        return [int(number) for number in self._dataset.document_index[first : last + 1]]
+
+
+def _open(prefix: str, description: Description, length: int, seed: int, cache: str | None) -> GPTDataset:
+    from flm_megatron.device import current
+
+    current().prepare()
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    indexed = IndexedDataset(prefix)
+    key = f"{description.sha256}/{description.eod}/{description.pad}/{length}/{seed}"
+    folder = _cache_root(prefix, cache) / hashlib.sha256(key.encode()).hexdigest()[:24]
+    if not (folder / WHOLE).exists():
+        _build_index(indexed, description, length, seed, folder)
+    return _gpt_dataset(indexed, description, length, seed, folder)
+
+
+def _cache_root(prefix: str, cache: str | None) -> Path:
+    return Path(cache) if cache else Path(f"{prefix}_cache")
+
+
+def _build_index(indexed: Any, description: Description, length: int, seed: int, folder: Path) -> None:
+    """Build the index in a folder of our own, then rename it into place.
+
+    Processes that come at the same time on one machine wait for the first one; wherever locks do not reach (some
+    network disks), each builds and the first to finish stays. Both are safe: all of them build the same files.
+    """
+    from filelock import FileLock
+
+    partial = folder.with_name(f".{folder.name}.{os.uname().nodename}.{os.getpid()}.partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if (folder / WHOLE).exists():
+                return
+            partial.mkdir()
+            _gpt_dataset(indexed, description, length, seed, partial)
+            (partial / WHOLE).touch()
+            _rename_unless_there(partial, folder)
+    except PermissionError as error:
+        raise RequestError(f"cannot write sample indices: {error}; set data.cache to a folder that can be") from None
+
+
+def _rename_unless_there(partial: Path, folder: Path) -> None:
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not (folder / WHOLE).exists():
+            raise
+        shutil.rmtree(partial)
+
+
+def _gpt_dataset(indexed: Any, description: Description, length: int, seed: int, folder: Path) -> GPTDataset:
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.utils import Split
+
+    ids = {"eod": description.eod, "pad": description.pad, "vocab_size": description.vocab_size}
+    config = GPTDatasetConfig(
+        random_seed=seed % 2**32,
+        sequence_length=length,
+        blend_per_split=[([description.sha256], None), None, None],
+        path_to_cache=str(folder),
+        tokenizer=SimpleNamespace(**ids, unique_identifiers=ids),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    documents = numpy.arange(len(indexed), dtype=numpy.int32)
+    # The hash stands for the path: a dataset that is moved keeps its indices.
+    return GPTDataset(indexed, description.sha256, documents, None, Split.train, config)

@@ -1,0 +1,99 @@
+"""A corpus that needs no download: the sources of the running Python's own standard library, code and prose."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from flm_megatron.data.build import build_dataset
+from flm_megatron.data.description import Description, read_description
+from flm_megatron.data.statistics import UnigramEntropy, unigram_entropy
+from flm_megatron.data.tokenizer import train_tokenizer
+from flm_megatron.errors import RequestError
+
+# Tests repeat themselves, encodings are tables, and the rest is not the standard library.
+LEFT_OUT = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
+SUFFIXES = (".py", ".txt", ".rst")
+HELD_OUT_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class StandardLibrary:
+    """What `build_standard_library` made."""
+
+    train: Description
+    validation: Description
+    entropy: UnigramEntropy
+
+
+def standard_library_documents(max_bytes: int = 8_000_000) -> tuple[list[str], list[str]]:
+    """Texts of training files and of held-out files.
+
+    Files are taken in an order that follows from the hash of their path until there are `max_bytes`; about one in
+    twenty is held out, again by that hash, so the same Python gives the same texts in the same order.
+
+    Raises:
+        RequestError: this Python has no standard library sources on disk.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    train: list[str] = []
+    held_out: list[str] = []
+    used = 0
+    for place, text in _texts(root):
+        if used + len(text) > max_bytes:
+            continue
+        used += len(text)
+        (held_out if place < HELD_OUT_SHARE else train).append(text.decode())
+    if not train or not held_out:
+        raise RequestError(f"no standard library sources for {max_bytes:,} bytes of text under {root}")
+    return train, held_out
+
+
+def _texts(root: Path) -> Iterator[tuple[float, bytes]]:
+    """(place in [0, 1), UTF-8 text) of each file, in the order of a second hash."""
+    found = [path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file()]
+    names = {path.relative_to(root).as_posix(): path for path in found}
+    digests = {name: hashlib.sha256(name.encode()).digest() for name in names}
+    for name in sorted(names, key=lambda name: digests[name][8:]):
+        data = names[name].read_bytes()
+        if data and not LEFT_OUT & set(Path(name).parts) and _is_utf8(data):
+            yield int.from_bytes(digests[name][:4], "big") / 2**32, data
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def build_standard_library(
+    out: str | os.PathLike[str], *, vocab_size: int = 4096, max_bytes: int = 8_000_000, workers: int = 1
+) -> StandardLibrary:
+    """Write OUT/tokenizer.model and the datasets OUT/train and OUT/validation; the folder appears when it is whole.
+
+    Raises:
+        RequestError: `out` exists, or the text is too small for `vocab_size`.
+    """
+    out = Path(out)
+    if out.exists():
+        raise RequestError(f"{out} exists: choose another folder, or remove it first")
+    parts = dict(zip(("train", "validation"), standard_library_documents(max_bytes), strict=True))
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        tokenizer = train_tokenizer(parts["train"], partial / "tokenizer.model", vocab_size)
+        for name, texts in parts.items():
+            size = sum(len(text.encode()) for text in texts)
+            build_dataset(texts, tokenizer, partial / name, workers=workers, total_bytes=size)
+        entropy = unigram_entropy(partial / "train", partial / "validation")
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return StandardLibrary(read_description(out / "train"), read_description(out / "validation"), entropy)
