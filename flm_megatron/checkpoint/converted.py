@@ -1,0 +1,63 @@
+"""A checkpoint in another dtype, without its optimizer, or with a factor on some tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from flm_megatron.checkpoint.logical import (
+    MASTER,
+    STATE_PREFIXES,
+    LogicalCheckpoint,
+    Region,
+    TensorInfo,
+)
+
+
+class ConvertedCheckpoint(LogicalCheckpoint):
+    """`source` with its weights in `dtype` (none keeps theirs), and `factors` on the weights of those names.
+
+    Where a wider dtype or a factor is asked for and there is an fp32 master, values come from the master and are
+    rounded once. Factors are for weights alone, so they go without the optimizer.
+    """
+
+    def __init__(
+        self,
+        source: LogicalCheckpoint,
+        dtype: torch.dtype | None = None,
+        factors: Mapping[str, float] | None = None,
+        optimizer: bool = True,
+    ) -> None:
+        assert not (factors and optimizer), "the optimizer's state would not fit scaled weights"
+        self.source, self.dtype = source, dtype
+        self.factors = {name: factor for name, factor in (factors or {}).items() if factor != 1.0}
+        self.manifest: dict[str, Any] = source.manifest
+        self.tensors = {name: self._info(name) for name in source.tensors if optimizer or not _is_state(name)}
+
+    def read(self, name: str, region: Region | None = None) -> torch.Tensor:
+        """Values of `region` of shape `region.sizes`; see `LogicalCheckpoint.read`."""
+        dtype = self._info(name).dtype
+        factor = self.factors.get(name, 1.0)
+        if factor == 1.0 and dtype == self.source.tensors[name].dtype:
+            return self.source.read(name, region)
+        master = MASTER + name
+        values = self.source.read(master if master in self.source.tensors else name, region)
+        if factor != 1.0:
+            values = values.float() * factor
+        return values.to(dtype)
+
+    def _info(self, name: str) -> TensorInfo:
+        info = self.source.tensors[name]
+        return info if self.dtype is None or _is_state(name) else TensorInfo(info.shape, self.dtype)
+
+
+def is_power_of_two(factor: float) -> bool:
+    """Whether multiplying by `factor` is exact in binary floating point (short of overflow and underflow)."""
+    return factor > 0 and math.frexp(factor)[0] == 0.5
+
+
+def _is_state(name: str) -> bool:
+    return name.startswith(STATE_PREFIXES)

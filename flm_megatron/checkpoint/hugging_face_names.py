@@ -1,0 +1,175 @@
+"""How the logical tensors lie in Llama's: bands of rows, the same in every layer.
+
+A logical tensor is cut into bands of whole rows, each of which is a band of rows of one Hugging Face tensor: the
+query-key-value matrix has, per query group, the rows of its queries, its key and its value; the first feed-forward
+matrix has all gate rows, then all up rows; everything else is one band. The order of the channels of a head is the
+same on both sides, because both rotate the two halves of a head against each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from flm_megatron.checkpoint.logical import Region
+from flm_megatron.config.schema import ModelConfig
+from flm_megatron.errors import RequestError
+from flm_megatron.model.parameters import (
+    ATTENTION_NORM,
+    EMBEDDING,
+    FC1,
+    FC2,
+    FINAL_NORM,
+    HEAD,
+    MLP_NORM,
+    PROJECTION,
+    QKV,
+    ParameterSpec,
+    parameter_specs,
+)
+
+LAYER = "model.layers.{layer}."
+
+
+@dataclass(frozen=True)
+class Band:
+    """Rows `row` to `row + rows` of a logical tensor (of one layer, if stacked) are the rows of `target` from
+    `target_row` on; `target` has `{layer}` in its name if the logical tensor is stacked."""
+
+    target: str
+    target_row: int
+    row: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of a logical tensor, and the same values as a rectangle of the Hugging Face tensor `target`."""
+
+    target: str
+    target_region: Region
+    region: Region
+
+
+@dataclass(frozen=True)
+class TargetTensor:
+    """A Hugging Face tensor: its shape, the logical tensor it is part of, and the layer (none if not stacked)."""
+
+    shape: tuple[int, ...]
+    source: str
+    layer: int | None
+    bands: tuple[Band, ...]
+
+    def sources(self, first: int, rows: int) -> Iterator[tuple[int, Region]]:
+        """Regions of the logical tensor that are rows `first` to `first + rows`, each with its first row."""
+        for band in self.bands:
+            start, end = max(first, band.target_row), min(first + rows, band.target_row + band.rows)
+            if start < end:
+                row = band.row + start - band.target_row
+                offsets, sizes = (row, *(0 for _ in self.shape[1:])), (end - start, *self.shape[1:])
+                if self.layer is not None:
+                    offsets, sizes = (self.layer, *offsets), (1, *sizes)
+                yield start, Region(offsets, sizes)
+
+
+def refuse_other_blocks(model: ModelConfig) -> None:
+    """Raise RequestError, naming what Llama's block lacks, if `model` has another block."""
+    reasons = [
+        f"{name} = {value}"
+        for name, value, wanted in (
+            ("normalization", model.normalization, "rmsnorm"),
+            ("activation", model.activation, "swiglu"),
+            ("position", model.position, "rope"),
+        )
+        if value != wanted
+    ]
+    if reasons:
+        raise RequestError(
+            f"the model's block ({', '.join(reasons)}) has no Hugging Face form here: Llama's block has rmsnorm, "
+            "swiglu and rope; use `flm checkpoint reshard` instead"
+        )
+
+
+def bands_of(model: ModelConfig) -> dict[str, tuple[Band, ...]]:
+    """The bands of every logical tensor of `model`, by its name. Raises RequestError for a block Llama lacks."""
+    refuse_other_blocks(model)
+    return {name: tuple(_bands(model, spec)) for name, spec in parameter_specs(model).items()}
+
+
+def target_tensors(model: ModelConfig) -> dict[str, TargetTensor]:
+    """Every Hugging Face tensor of `model` by name, in the order of execution."""
+    bands, specs = bands_of(model), parameter_specs(model)
+    stacked = [spec for spec in specs.values() if spec.stacked]
+    result: dict[str, TargetTensor] = {}
+    result.update(_targets(specs[EMBEDDING], bands, None))
+    for layer in range(model.num_layers):
+        for spec in stacked:
+            result.update(_targets(spec, bands, layer))
+    for spec in specs.values():
+        if not spec.stacked and spec.name != EMBEDDING:
+            result.update(_targets(spec, bands, None))
+    return result
+
+
+def pieces(bands: tuple[Band, ...], stacked: bool, region: Region) -> Iterator[Piece]:
+    """The parts of Hugging Face tensors that make up `region` of a logical tensor with these bands."""
+    layers = range(region.offsets[0], region.offsets[0] + region.sizes[0]) if stacked else [None]
+    row_axis = 1 if stacked else 0
+    first, count = region.offsets[row_axis], region.sizes[row_axis]
+    other_offsets, other_sizes = region.offsets[row_axis + 1 :], region.sizes[row_axis + 1 :]
+    for layer in layers:
+        lead = () if layer is None else (layer,)
+        for band in bands:
+            start, end = max(first, band.row), min(first + count, band.row + band.rows)
+            if start < end:
+                sizes = (end - start, *other_sizes)
+                yield Piece(
+                    band.target.format(layer=layer),
+                    Region((band.target_row + start - band.row, *other_offsets), sizes),
+                    Region((*lead, start, *other_offsets), (*(1 for _ in lead), *sizes)),
+                )
+
+
+def _targets(spec: ParameterSpec, bands: dict[str, tuple[Band, ...]], layer: int | None) -> dict[str, TargetTensor]:
+    by_target: dict[str, list[Band]] = {}
+    for band in bands[spec.name]:
+        by_target.setdefault(band.target.format(layer=layer), []).append(band)
+    trailing = spec.shape[2:] if spec.stacked else spec.shape[1:]
+    return {
+        target: TargetTensor((sum(band.rows for band in parts), *trailing), spec.name, layer, tuple(parts))
+        for target, parts in by_target.items()
+    }
+
+
+def _bands(model: ModelConfig, spec: ParameterSpec) -> Iterator[Band]:
+    kind = "bias" if spec.name.endswith("bias") else "weight"
+    module = spec.name[: -len(kind) - 1]
+    rows = spec.shape[1] if spec.stacked else spec.shape[0]
+    if module == QKV:
+        yield from _attention_bands(model, kind)
+    elif module == FC1:
+        yield Band(f"{LAYER}mlp.gate_proj.{kind}", 0, 0, model.ffn_hidden_size)
+        yield Band(f"{LAYER}mlp.up_proj.{kind}", 0, model.ffn_hidden_size, model.ffn_hidden_size)
+    else:
+        yield Band(f"{_WHOLE[module]}.{kind}", 0, 0, rows)
+
+
+def _attention_bands(model: ModelConfig, kind: str) -> Iterator[Band]:
+    channels, groups = model.kv_channels, model.query_groups
+    queries = model.num_attention_heads // groups * channels
+    for group in range(groups):
+        row = group * (queries + 2 * channels)
+        yield Band(f"{LAYER}self_attn.q_proj.{kind}", group * queries, row, queries)
+        yield Band(f"{LAYER}self_attn.k_proj.{kind}", group * channels, row + queries, channels)
+        yield Band(f"{LAYER}self_attn.v_proj.{kind}", group * channels, row + queries + channels, channels)
+
+
+_WHOLE = {
+    EMBEDDING.removesuffix(".weight"): "model.embed_tokens",
+    ATTENTION_NORM: f"{LAYER}input_layernorm",
+    PROJECTION: f"{LAYER}self_attn.o_proj",
+    MLP_NORM: f"{LAYER}post_attention_layernorm",
+    FC2: f"{LAYER}mlp.down_proj",
+    FINAL_NORM: "model.norm",
+    HEAD.removesuffix(".weight"): "lm_head",
+}

@@ -1,0 +1,104 @@
+"""A row-major array of plain bytes inside a file, of which any region can be read or written in place."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flm_megatron.checkpoint.logical import Region
+from flm_megatron.errors import DamagedError
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """Where an array lies: `shape` values of `dtype` from byte `offset` of `path` on."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, region: Region | None = None) -> torch.Tensor:
+        """A copy of `region`, of shape `region.sizes`; only its bytes are read and nothing stays mapped.
+
+        Raises DamagedError when the file is missing or ends before the array does.
+        """
+        region = region or Region.whole(self.shape)
+        out = torch.empty(region.sizes, dtype=self.dtype)
+        if not region.numel:
+            return out
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                if os.fstat(file.fileno()).st_size < self.offset + self.nbytes:
+                    raise DamagedError(f"{self.path}: the file ends before its data does (truncated?)")
+                if is_contiguous(region, self.shape):
+                    self._read_run(file.fileno(), region, out)
+                else:
+                    out = self._read_strided(file.fileno(), region)
+        except OSError as error:
+            raise DamagedError(f"{self.path}: cannot be read: {error.strerror or error}") from error
+        return out
+
+    def write(self, fd: int, values: torch.Tensor, region: Region) -> None:
+        """Write `values` (shape `region.sizes`) in place through the open descriptor `fd`; the region must be one run.
+
+        Raises OSError as `os.pwrite` does.
+        """
+        assert is_contiguous(region, self.shape), f"{region} is not one run of bytes of {self.shape}"
+        assert values.dtype == self.dtype and tuple(values.shape) == region.sizes
+        data = memoryview(as_bytes(values))
+        position = self.offset + _start(region, self.shape) * self.dtype.itemsize
+        while data:
+            written = os.pwrite(fd, data[: 1 << 30], position)
+            data, position = data[written:], position + written
+
+    def _read_run(self, fd: int, region: Region, out: torch.Tensor) -> None:
+        data = memoryview(as_bytes(out))
+        position = self.offset + _start(region, self.shape) * self.dtype.itemsize
+        while data:
+            count = os.preadv(fd, [data[: 1 << 30]], position)
+            if not count:
+                raise DamagedError(f"{self.path}: the file ends before its data does (truncated?)")
+            data, position = data[count:], position + count
+
+    def _read_strided(self, fd: int, region: Region) -> torch.Tensor:
+        """Map the file for the time of the copy: only the pages that hold the region are touched."""
+        start = self.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        length = self.offset + self.nbytes - start
+        mapped = mmap.mmap(fd, length, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
+        mapped.madvise(mmap.MADV_RANDOM)
+        size = self.dtype.itemsize
+        raw = torch.frombuffer(mapped, dtype=torch.uint8, offset=self.offset - start, count=self.nbytes)
+        in_bytes = Region(
+            (*region.offsets[:-1], region.offsets[-1] * size), (*region.sizes[:-1], region.sizes[-1] * size)
+        )
+        rows = raw.view(*self.shape[:-1], self.shape[-1] * size)
+        return rows[in_bytes.slices].clone(memory_format=torch.contiguous_format).view(self.dtype)
+
+
+def as_bytes(values: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy (numpy has no bfloat16, so through uint8)."""
+    return memoryview(values.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def is_contiguous(region: Region, shape: tuple[int, ...]) -> bool:
+    """Whether `region` is one run of a row-major array of `shape`."""
+    axis = next((i for i, n in enumerate(region.sizes) if n != 1), len(shape))
+    return region.sizes[axis + 1 :] == tuple(shape[axis + 1 :])
+
+
+def _start(region: Region, shape: tuple[int, ...]) -> int:
+    index = 0
+    for offset, size in zip(region.offsets, shape, strict=True):
+        index = index * size + offset
+    return index
