@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flm_megatron.config.schema import DataConfig, GrowthConfig, MupConfig, RunConfig, StageConfig
 from flm_megatron.errors import RequestError
+from flm_megatron.growth.boundary import (
+    check_boundary,
+    check_masks_open,
+    check_same_tokenizer,
+    grown_view,
+    manifest_model,
+    needs_distances,
+    saved_mask_value,
+    saved_plan,
+)
 from flm_megatron.growth.layers import select_layers
 from flm_megatron.growth.plan import GrowthPlan, check_same_plan, grown_model, make_plan
 from flm_megatron.growth.rules import check_epsilons, check_mask_length, check_source_stage
-from tests.unit.growth_cases import growth, old_model, plan_for
+from flm_megatron.growth.schedule import mask_value
+from tests.unit.growth_cases import GROWN, growth, old_model, plan_for, trained
 
 
 def sources(old: int, new: int, selection: str, **changes: Any) -> list[str]:
@@ -122,3 +134,62 @@ def test_rules_about_stages() -> None:
     second.model.norm_epsilon = 1e-6
     with pytest.raises(RequestError, match="norm_epsilon is 1e-06, stage 'a' has 1e-05"):
         check_epsilons(run)
+
+
+def small_run(**growth_changes: Any) -> RunConfig:
+    """Two stages that grow in every dimension."""
+    big = replace(old_model(), **GROWN["all"], vocab_size=None)
+    stages = [
+        StageConfig(name="small", model=old_model()),
+        StageConfig(name="big", model=big, tokens=16 * 8 * 10, growth=growth("mask", mask_steps=4, **growth_changes)),
+    ]
+    return run_of(*stages)
+
+
+def test_boundary_carries_the_position_on() -> None:
+    source = trained(old_model())
+    source.manifest |= {"tokens": 640, "samples": 40, "optimizer_step": 12}
+    view, plan = grown_view(source, small_run(), 1)
+    assert plan.stage == "big" and plan.new.vocab_size == 37
+    manifest = view.manifest
+    assert [manifest[k] for k in ("stage", "step", "tokens", "samples", "optimizer_step")] == ["big", 0, 640, 40, 12]
+    assert saved_plan(manifest) == plan
+    assert manifest_model(manifest) is not None and manifest_model(manifest).num_layers == 5  # type: ignore[union-attr]
+    assert not needs_distances(small_run(), 1)
+    assert needs_distances(small_run(layer_selection="distance"), 1)
+    with pytest.raises(RequestError, match="no layer distances were measured"):
+        grown_view(source, small_run(layer_selection="distance"), 1)
+
+
+def test_boundary_takes_the_trained_epsilon() -> None:
+    source = trained(old_model())
+    source.manifest["run"] = {"stages": [{"name": "small", "model": asdict(old_model(norm_epsilon=3e-3))}]}
+    assert grown_view(source, small_run(hidden="zero"), 1)[1].new.norm_epsilon == pytest.approx(3e-3 * 24 / 33)
+
+
+def test_masks_are_a_function_of_the_step() -> None:
+    linear, cosine = GrowthConfig(mask_steps=4), GrowthConfig(mask_steps=4, mask_shape="cosine")
+    assert [mask_value(linear, s) for s in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert [mask_value(cosine, s) for s in range(6)] == pytest.approx([0, 0.1464466, 0.5, 0.8535534, 1, 1])
+
+
+def test_growing_in_the_middle_of_a_mask() -> None:
+    view, _ = grown_view(trained(old_model()), small_run(), 1)
+    assert saved_mask_value({**view.manifest, "step": 3}) == 0.75
+    check_masks_open({**view.manifest, "step": 4})
+    with pytest.raises(RequestError, match=r"'big' is at step 3, .* \(v = 0.750, open at step 4\)"):
+        check_masks_open({**view.manifest, "step": 3})
+
+
+def test_boundary_refuses_before_reading(tmp_path: Path) -> None:
+    run = small_run()
+    assert run.stages[1].growth is not None
+    run.stages[1].growth.mask_steps = 11
+    with pytest.raises(RequestError, match="mask_steps is 11"):
+        check_boundary(run, 1)
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    run.tokenizer = str(tmp_path / "a")
+    check_same_tokenizer({"run": {"tokenizer": run.tokenizer}}, run)
+    with pytest.raises(RequestError, match="growth keeps the tokenizer"):
+        check_same_tokenizer({"run": {"tokenizer": str(tmp_path / "b")}}, run)

@@ -1,0 +1,16 @@
+"""How far growth masks are open: a function of the plan and the stage's step, so nothing else has to be saved."""
+
+from __future__ import annotations
+
+import math
+
+from flm_megatron.config.schema import GrowthConfig
+from flm_megatron.growth.plan import GrowthPlan
+
+
+def mask_value(growth: GrowthConfig | GrowthPlan, step: int) -> float:
+    """v in [0, 1] for the forward pass after `step` steps of the stage: 0 at the first, 1 from `mask_steps` on."""
+    if step >= growth.mask_steps:
+        return 1.0
+    progress = max(step, 0) / growth.mask_steps
+    return progress if growth.mask_shape == "linear" else (1 - math.cos(math.pi * progress)) / 2
