@@ -1,0 +1,104 @@
+"""The engine's configuration of one stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from flm_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
+from flm_megatron.device import current
+from flm_megatron.model.split import pipeline_split
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class EngineConfig(TransformerConfig):
+    """megatron-core's configuration, and what our own modules read besides."""
+
+    recompute_norms_and_mlp: bool = False
+    """Compute the norms and the feed-forward layers again in the backward pass (`recompute: selective`).
+    The engine's own selective recomputation of norms needs Transformer Engine."""
+    xpos_scale_base: float | None = None
+    """xPos: tokens over which the decay exponent grows by one; none for plain rotary positions."""
+
+
+def transformer_config(stage: StageConfig) -> EngineConfig:
+    """Engine configuration of `stage`, with what the current device needs.
+
+    Weights are allocated but not initialised: they come out of a checkpoint view, under every layout alike.
+
+    Raises:
+        RequestError: the layers cannot be split over the pipeline as asked.
+    """
+    options = {
+        **_shape(stage.model),
+        **_layout(stage.model.num_layers, stage.parallel),
+        **_precision(stage),
+        **_recomputation(stage),
+        **current().engine_options(),
+    }
+    # The engine fuses bias and activation for the gated form exactly, but for GELU only as its tanh approximation.
+    options["bias_activation_fusion"] &= stage.model.gated
+    return EngineConfig(**options)
+
+
+def _shape(model: ModelConfig) -> dict[str, Any]:
+    activation: Callable[..., torch.Tensor] = F.silu if model.gated else F.gelu
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.query_groups,
+        "kv_channels": model.kv_channels,
+        "normalization": {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[model.normalization],
+        "layernorm_epsilon": model.norm_epsilon,
+        "gated_linear_unit": model.gated,
+        "activation_func": activation,
+        "add_bias_linear": model.bias,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "perform_initialization": False,
+        "cuda_graph_scope": [],  # the engine's default is a name that it warns of
+        "xpos_scale_base": model.xpos_scale_base if model.position == "xpos" else None,
+    }
+
+
+def _layout(num_layers: int, parallel: ParallelConfig) -> dict[str, Any]:
+    parts = [["decoder"] * count for count in pipeline_split(num_layers, parallel)]
+    parts[0].insert(0, "embedding")
+    parts[-1].append("loss")
+    interleaved = parallel.virtual_pipeline > 1
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if interleaved else None,
+        "pipeline_model_parallel_layout": parts if parallel.pipeline > 1 else None,
+        "sequence_parallel": parallel.sequence,
+        # Only the interleaved schedule can overlap its transfers; it needs them one by one then.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+    }
+
+
+def _precision(stage: StageConfig) -> dict[str, Any]:
+    dtype = DTYPES[stage.precision]
+    return {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": stage.precision == "bf16",
+        # Gradients of the sum over tokens; the loop divides by the number of tokens of the whole batch.
+        "calculate_per_token_loss": True,
+    }
+
+
+def _recomputation(stage: StageConfig) -> dict[str, Any]:
+    if stage.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {"recompute_norms_and_mlp": stage.recompute == "selective"}

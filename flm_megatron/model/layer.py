@@ -1,0 +1,62 @@
+"""One pre-norm transformer layer, with recomputation that needs no Transformer Engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import checkpoint
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+
+class TeleFLMLayer(TransformerLayer):
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    The engine's layer, with a forward pass of its own: what it leaves out (cross attention, experts, inference
+    kernels) Tele-FLM does not have.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **unused: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output [sequence, batch, hidden] of the layer, and `context` as it came."""
+        recompute = self.config.recompute_norms_and_mlp and self.training and torch.is_grad_enabled()
+        attended = self._attention(hidden_states, recompute, attention_mask, rotary_pos_emb, packed_seq_params)
+        hidden_states = self._add(self.self_attn_bda, attended, hidden_states)
+        fed = checkpoint(self._mlp, False, hidden_states) if recompute else self._mlp(hidden_states)
+        return self._add(self.mlp_bda, fed, hidden_states), context
+
+    def _attention(
+        self,
+        hidden_states: Tensor,
+        recompute: bool,
+        attention_mask: Tensor | None,
+        rotary_pos_emb: Tensor | None,
+        packed_seq_params: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        # `fp8=None`: with the engine's default it calls Transformer Engine, installed or not.
+        norm = CheckpointWithoutOutput(fp8=None) if recompute else None
+        normed = norm.checkpoint(self.input_layernorm, hidden_states) if norm else self.input_layernorm(hidden_states)
+        output, bias = self.self_attention(
+            normed,
+            attention_mask=attention_mask,
+            rotary_pos_emb=rotary_pos_emb,
+            packed_seq_params=packed_seq_params,
+        )
+        if norm:
+            norm.discard_output_and_register_recompute(output)
+        return output, bias
+
+    def _mlp(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.mlp(self.pre_mlp_layernorm(hidden_states))
+
+    def _add(self, bias_dropout_add: Any, output: tuple[Tensor, Tensor | None], residual: Tensor) -> Tensor:
+        return bias_dropout_add(self.training, self.config.bias_dropout_fusion)(output, residual, self.hidden_dropout)

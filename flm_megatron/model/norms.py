@@ -1,0 +1,45 @@
+"""RMSNorm and LayerNorm that take part in sequence parallelism."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from flm_megatron.device import current
+
+
+def _parameter(hidden_size: int, config: TransformerConfig, value: float) -> nn.Parameter:
+    data = torch.full((hidden_size,), value, dtype=config.params_dtype, device=current().torch_device)
+    parameter = nn.Parameter(data)
+    # Under sequence parallelism each rank sees a part of the sequence: the engine sums these gradients.
+    parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return parameter
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis; computed in fp32, returned in the dtype of x."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = _parameter(hidden_size, config, 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [sequence, batch, hidden]."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = _parameter(hidden_size, config, 1.0)
+        self.bias = _parameter(hidden_size, config, 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [sequence, batch, hidden]."""
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)

@@ -1,0 +1,53 @@
+"""Which modules a layer is made of."""
+
+from __future__ import annotations
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+from flm_megatron.model.attention import CoreAttention
+from flm_megatron.model.engine_config import EngineConfig
+from flm_megatron.model.layer import TeleFLMLayer
+from flm_megatron.model.norms import LayerNorm, RMSNorm
+
+# Checkpoints name norms after the linear layer that reads them, as Transformer Engine's fused layers do.
+NORM_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def block_spec(config: EngineConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Layers and final norm of model chunk `vp_stage` of this pipeline rank, in plain PyTorch modules."""
+    layers = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(config)] * layers, layer_norm=_norm(config))
+
+
+def layer_spec(config: EngineConfig) -> ModuleSpec:
+    """One Tele-FLM layer."""
+    norm = _norm(config)
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear
+    )
+    return ModuleSpec(
+        module=TeleFLMLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, attention),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(MLP, submodules=MLPSubmodules(ColumnParallelLinear, None, RowParallelLinear)),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=NORM_NAMES,
+        ),
+    )
+
+
+def _norm(config: EngineConfig) -> type[RMSNorm] | type[LayerNorm]:
+    return RMSNorm if config.normalization == "RMSNorm" else LayerNorm

@@ -1,0 +1,97 @@
+"""Tele-FLM on megatron-core's GPTModel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from flm_megatron.config.schema import ModelConfig
+from flm_megatron.model.engine_config import EngineConfig
+from flm_megatron.model.spec import block_spec
+
+
+class TeleFLM(GPTModel):
+    """A decoder with Tele-FLM's two multipliers, whose padding ids cannot be predicted.
+
+    The embedding output is multiplied by `input_mult`, the final hidden state by `logit_multiplier` before the
+    head. Logits of ids from the true vocabulary size on are -inf, so that no padding changes the loss; the rows
+    behind them get zero gradients.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: EngineConfig,
+        padded_vocab_size: int,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+    ) -> None:
+        assert model.vocab_size, "the vocabulary size comes with the model or its tokenizer"
+        super().__init__(
+            config,
+            block_spec(config, vp_stage),
+            vocab_size=padded_vocab_size,
+            max_sequence_length=0,  # only learned positions have a longest sequence
+            pre_process=pre_process,
+            post_process=post_process,
+            position_embedding_type="rope",
+            rotary_base=model.rope_theta,  # type: ignore[arg-type]
+            vp_stage=vp_stage,
+        )
+        self.true_vocab_size = model.vocab_size
+        self.input_multiplier = model.input_mult
+        self.logit_multiplier = model.logit_multiplier
+
+    def forward(  # type: ignore[override]
+        self,
+        tokens: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+    ) -> Tensor:
+        """Loss of each token [batch, sequence] in fp32 with `labels`, else logits [batch, sequence, vocabulary].
+
+        `tokens` and `labels` are [batch, sequence]. Positions are those of the sequence whatever `position_ids`
+        says; `attention_mask` [batch or 1, 1, sequence, sequence] is true where attention must not look, none
+        leaves it causal. Logits cover this tensor-parallel rank's part of the padded vocabulary, or all of it with
+        `runtime_gather_output`. A pipeline rank that is not the last returns hidden states.
+        """
+        return super().forward(
+            tokens, position_ids, attention_mask, labels=labels, runtime_gather_output=runtime_gather_output
+        )
+
+    def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        embedded, *others = super()._preprocess(*args, **kwargs)
+        if self.pre_process and self.input_multiplier != 1:
+            embedded = embedded * self.input_multiplier
+        return embedded, *others
+
+    def _postprocess(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        labels: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+        **unused: Any,
+    ) -> Tensor:
+        if not self.post_process:
+            return hidden_states
+        if self.logit_multiplier != 1:
+            hidden_states = hidden_states * self.logit_multiplier
+        logits, _ = self.output_layer(hidden_states, runtime_gather_output=runtime_gather_output)
+        self._exclude_padding(logits)
+        if labels is None:
+            return logits.transpose(0, 1).contiguous()
+        return self.compute_language_model_loss(labels, logits)
+
+    def _exclude_padding(self, logits: Tensor) -> None:
+        width = logits.size(-1)
+        start = 0 if width == self.vocab_size else width * self.pg_collection.tp.rank()
+        true_width = max(0, min(width, self.true_vocab_size - start))
+        # Written behind autograd's back: the loss's own gradient of an id of probability 0 is 0 already.
+        with torch.no_grad():
+            logits[..., true_width:].fill_(-torch.inf)

@@ -1,0 +1,107 @@
+"""Tele-FLM in plain PyTorch, independent of megatron-core: what the engine's model is held against.
+
+Driven by a table of logical tensors (names and shapes of `model.parameters`) in any floating dtype. Written for
+reading, not for speed: one sequence of formulas, attention with its full matrix of scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from flm_megatron.config.schema import ModelConfig
+from flm_megatron.model.parameters import parameter_specs
+
+LAYER = "decoder.layers."
+
+
+def random_tensors(model: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """All logical tensors of `model`, drawn so that every part of the computation matters to the result.
+
+    Values are drawn in float64, so two dtypes differ by rounding only.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for spec in parameter_specs(model).values():
+        noise = torch.randn(spec.shape, generator=generator, dtype=torch.float64)
+        std = spec.init_std or 0.1
+        tensors[spec.name] = (spec.init_mean + std * noise).to(dtype)
+    return tensors
+
+
+def reference_logits(model: ModelConfig, tensors: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
+    """Logits [batch, sequence, true vocabulary] of `tokens` [batch, sequence], in the dtype of `tensors`."""
+    hidden = tensors["embedding.word_embeddings.weight"][tokens] * model.input_mult
+    for index in range(model.num_layers):
+        layer = {name.removeprefix(LAYER): x[index] for name, x in tensors.items() if name.startswith(LAYER)}
+        normed = _norm(model, layer, "self_attention.linear_qkv.layer_norm_", hidden)
+        hidden = hidden + _attention(model, layer, normed)
+        normed = _norm(model, layer, "mlp.linear_fc1.layer_norm_", hidden)
+        hidden = hidden + _feed_forward(model, layer, normed)
+    hidden = _norm(model, tensors, "decoder.final_layernorm.", hidden)
+    factor = model.output_mult
+    if model.mup.enabled:
+        factor = factor / (model.hidden_size / model.mup.base_hidden_size)
+    return (hidden * factor) @ tensors["output_layer.weight"].T
+
+
+def reference_loss(model: ModelConfig, tensors: Mapping[str, Tensor], tokens: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood [batch, sequence] of `labels` in nats."""
+    logits = reference_logits(model, tensors, tokens)
+    return logits.logsumexp(-1) - logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def _norm(model: ModelConfig, tensors: Mapping[str, Tensor], prefix: str, x: Tensor) -> Tensor:
+    if model.normalization == "layernorm":
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + model.norm_epsilon)
+        return scaled * tensors[prefix + "weight"] + tensors[prefix + "bias"]
+    return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + model.norm_epsilon) * tensors[prefix + "weight"]
+
+
+def _linear(layer: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+    out = x @ layer[f"{name}.weight"].T
+    return out + layer[f"{name}.bias"] if f"{name}.bias" in layer else out
+
+
+def _attention(model: ModelConfig, layer: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    batch, sequence, _ = x.shape
+    groups, channels = model.query_groups, model.kv_channels
+    per_group = model.num_attention_heads // groups
+    # The fused matrix is ordered by query group: its queries, then its key, then its value.
+    qkv = _linear(layer, "self_attention.linear_qkv", x).view(batch, sequence, groups, per_group + 2, channels)
+    query, key, value = qkv[..., :per_group, :], qkv[..., per_group : per_group + 1, :], qkv[..., per_group + 1 :, :]
+    query, key = _positions(model, query, +1), _positions(model, key, -1)
+    scores = torch.einsum("bigqc,bjgkc->bgqij", query, key) / math.sqrt(channels)
+    future = torch.ones(sequence, sequence, dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+    mixed = torch.einsum("bgqij,bjgkc->bigqc", weights, value).reshape(batch, sequence, -1)
+    return _linear(layer, "self_attention.linear_proj", mixed)
+
+
+def _positions(model: ModelConfig, x: Tensor, xpos_sign: int) -> Tensor:
+    """Rotate x [batch, sequence, group, head, channels] in pairs (i, i + channels/2); xPos also scales the pairs."""
+    sequence, channels = x.size(1), x.size(-1)
+    position = torch.arange(sequence, dtype=torch.float64)[:, None]
+    pair = torch.arange(channels // 2, dtype=torch.float64)
+    angle = position * model.rope_theta ** (-2 * pair / channels)
+    scale = torch.ones_like(angle)
+    if model.position == "xpos":
+        zeta = (2 * pair / channels + 0.4) / 1.4
+        scale = zeta ** (xpos_sign * position / model.xpos_scale_base)
+    cos, sin = ((scale * f(angle)).to(x.dtype)[None, :, None, None, :] for f in (torch.cos, torch.sin))
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def _feed_forward(model: ModelConfig, layer: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    inner = _linear(layer, "mlp.linear_fc1", x)
+    if model.activation == "swiglu":
+        gate, up = inner.chunk(2, -1)
+        inner = gate * torch.sigmoid(gate) * up
+    else:
+        inner = 0.5 * inner * (1 + torch.erf(inner / math.sqrt(2)))
+    return _linear(layer, "mlp.linear_fc2", inner)
