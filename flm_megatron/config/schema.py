@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-SETTINGS = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+SETTINGS = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
 
 
 @dataclass(config=SETTINGS)

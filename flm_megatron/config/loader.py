@@ -1,0 +1,117 @@
+"""Reading a run file: YAML, presets and defaults, overrides, types."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from flm_megatron.config.messages import explain
+from flm_megatron.config.overrides import apply_overrides, stage_name
+from flm_megatron.config.presets import load_preset
+from flm_megatron.config.schema import RunConfig
+from flm_megatron.config.yaml_text import format_yaml, parse_yaml
+from flm_megatron.errors import RequestError
+
+_RUN = TypeAdapter(RunConfig)
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that a file describes, with overrides of the form `--field value` applied.
+
+    The key `defaults` at the top is merged under every stage, the preset that a stage names comes over it, and
+    the stage's own keys and the overrides over both.
+
+    Raises:
+        RequestError: no such file, not YAML, an unknown key or preset, or a value of the wrong type.
+    """
+    source = str(path)
+    document = parse_yaml(_read(source), source)
+    if not isinstance(document, dict):
+        raise RequestError(f"{source}: a run file is a mapping of keys, this is {document!r:.60}")
+    apply_overrides(document, overrides)
+    return run_from_dict(_merged(document, source), source)
+
+
+def _read(source: str) -> str:
+    try:
+        return Path(source).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RequestError(f"{source}: not UTF-8 text, so not a run file") from None
+    except OSError as error:
+        raise RequestError(f"{source}: cannot be read ({error.strerror})") from None
+
+
+def _merged(document: dict[str, Any], source: str) -> dict[str, Any]:
+    """The document with presets and defaults merged into its stages, and both keys gone."""
+    document = dict(document)
+    defaults = document.pop("defaults", None) or {}
+    if not isinstance(defaults, dict):
+        raise RequestError(f"{source}: defaults: {defaults!r:.60} does not fit, expected the fields of a stage")
+    stages = document.get("stages")
+    if isinstance(stages, list):
+        document["stages"] = [_merged_stage(stage, defaults) for stage in stages]
+    return document
+
+
+def _merged_stage(stage: Any, defaults: dict[str, Any]) -> Any:
+    if not isinstance(stage, dict):
+        return stage  # its type is refused with everything else's
+    own = {key: value for key, value in stage.items() if key != "preset"}
+    if "preset" in stage:
+        own["name"] = stage_name(stage)
+        defaults = _over(load_preset(stage["preset"]), defaults)
+    return _over(own, defaults)
+
+
+def _over(upper: dict[str, Any], lower: dict[str, Any]) -> dict[str, Any]:
+    """`upper` laid over `lower`: sections key by key, anything else replaced."""
+    merged = dict(lower)
+    for key, value in upper.items():
+        below = lower.get(key)
+        merged[key] = _over(value, below) if isinstance(value, dict) and isinstance(below, dict) else value
+    return merged
+
+
+def run_from_dict(data: dict[str, Any], source: str = "run") -> RunConfig:
+    """The run of plain data as `run_to_dict` makes it; `source` names it in errors.
+
+    Raises:
+        RequestError: an unknown key or a value of the wrong type.
+    """
+    try:
+        return _RUN.validate_python(data)
+    except ValidationError as error:
+        raise RequestError(f"{source}: {explain(error)}") from None
+
+
+def run_to_dict(run: RunConfig) -> dict[str, Any]:
+    """The run as plain data (mappings, lists, text and numbers), fit for JSON and YAML."""
+    return _RUN.dump_python(run, mode="json")
+
+
+def dump_run(run: RunConfig) -> str:
+    """The run as the YAML text of a run file with every field, which reads back as the same run."""
+    return format_yaml(run_to_dict(run))
+
+
+def resolve_vocabulary(run: RunConfig, vocab_size: int) -> RunConfig:
+    """The run with the tokenizer's vocabulary in every model that leaves it open.
+
+    Raises:
+        RequestError: a model states another size.
+    """
+    for index, stage in enumerate(run.stages):
+        if stage.model.vocab_size not in (None, vocab_size):
+            raise RequestError(
+                f"stages.{index}.model.vocab_size is {stage.model.vocab_size}, the tokenizer's is {vocab_size}: "
+                f"leave vocab_size out, or give the tokenizer that belongs to the model"
+            )
+    stages = [
+        dataclasses.replace(stage, model=dataclasses.replace(stage.model, vocab_size=vocab_size))
+        for stage in run.stages
+    ]
+    return dataclasses.replace(run, stages=stages)

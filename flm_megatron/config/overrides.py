@@ -1,0 +1,76 @@
+"""Overrides from the command line: `--stages.0.parallel.tensor 2`, `--stages.52b.tokens=1e9`, `--name x`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from flm_megatron.config.messages import nearest
+from flm_megatron.config.yaml_text import parse_yaml
+from flm_megatron.errors import RequestError
+
+
+def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Write overrides into the plain data of a run file, before presets and defaults are merged.
+
+    Values are YAML. An element of a list is named by its index, a stage also by its name.
+
+    Raises:
+        RequestError: not of the form `--path value`, or a path through something that has no parts.
+    """
+    for path, value in _pairs(overrides):
+        _assign(document, path.split("."), parse_yaml(value, f"--{path}"), path)
+
+
+def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+    rest = iter(overrides)
+    for word in rest:
+        if not word.startswith("--") or word == "--":
+            raise RequestError(f"{word!r} is not an override: give --field value, such as --stages.0.tokens 1e9")
+        path, equals, value = word[2:].partition("=")
+        if not equals:
+            given = next(rest, None)
+            if given is None or given.startswith("--"):
+                raise RequestError(f"--{path} has no value: give --{path} VALUE")
+            value = given
+        yield path, value
+
+
+def _assign(place: Any, keys: list[str], value: Any, path: str) -> None:
+    """Set what `keys` lead to from `place`, making sections on the way where there are none."""
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(place, list):
+            index: Any = _index(place, key, path)
+        elif isinstance(place, dict):
+            index = key
+        else:
+            raise RequestError(f"--{path}: {'.'.join(keys[:depth])} is {place!r}, which has no {key!r}")
+        if last:
+            place[index] = value
+        elif isinstance(place, list) or place.get(key) is not None:
+            place = place[index]
+        else:
+            place = place.setdefault(key, {}) if key not in place else _replaced_null(place, key)
+
+
+def _replaced_null(place: dict[str, Any], key: str) -> dict[str, Any]:
+    place[key] = {}
+    return place[key]
+
+
+def _index(items: list[Any], key: str, path: str) -> int:
+    if key.isdigit():
+        if int(key) < len(items):
+            return int(key)
+        raise RequestError(f"--{path}: there is no element {key}, the list has {len(items)} (0 to {len(items) - 1})")
+    names = [stage_name(item) for item in items]
+    if key in names:
+        return names.index(key)
+    known = [name for name in names if name is not None]
+    raise RequestError(f"--{path}: no element is named {key!r}, {nearest(key, known) if known else 'give an index'}")
+
+
+def stage_name(stage: Any) -> str | None:
+    """Name of a stage as plain data; a stage from a preset that has no name of its own bears the preset's."""
+    return stage.get("name", stage.get("preset")) if isinstance(stage, dict) else None
