@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from flm_megatron.errors import RequestError
@@ -48,6 +48,29 @@ def batches(
     return _ahead(_steps(stream, start_sample, global_batch, micro_batch, data_rank, data_size), prefetch)
 
 
+def validation_batches(
+    stream: SampleStream, samples: int, global_batch: int, micro_batch: int, data_rank: int, data_size: int
+) -> Iterator[list[Batch]]:
+    """The rank's micro-batches over the first `samples` samples (all, if there are fewer), in global batches.
+
+    Where the last global batch is longer than what is left, it is filled up with samples whose tokens are all
+    masked, so that every layout sees the same tokens.
+    """
+    end = min(samples, stream.limit_samples or samples)
+    for start in range(0, end, global_batch):
+        mine = rank_samples(start, global_batch, data_rank, data_size)
+        yield [_stack_masked(stream, mine[i : i + micro_batch], end) for i in range(0, len(mine), micro_batch)]
+
+
+def _stack_masked(stream: SampleStream, indices: range, end: int) -> Batch:
+    """Samples stacked; one at or beyond `end` is sample 0 with nothing unmasked."""
+    batch = _stack(stream, [index if index < end else 0 for index in indices])
+    for row, index in enumerate(indices):
+        if index >= end:
+            batch["loss_mask"][row] = 0
+    return batch
+
+
 def _steps(
     stream: SampleStream, start: int, global_batch: int, micro_batch: int, data_rank: int, data_size: int
 ) -> Iterator[list[Batch]]:
@@ -58,7 +81,7 @@ def _steps(
         start += global_batch
 
 
-def _stack(stream: SampleStream, indices: range) -> Batch:
+def _stack(stream: SampleStream, indices: Sequence[int]) -> Batch:
     import torch
 
     samples = [stream[index] for index in indices]

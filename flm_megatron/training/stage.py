@@ -16,7 +16,7 @@ from flm_megatron.checkpoint.engine import SaveHandle, load_state, save_state
 from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import RunConfig
-from flm_megatron.data.loader import batches
+from flm_megatron.data.loader import batches, validation_batches
 from flm_megatron.data.stream import SampleStream, validation_streams
 from flm_megatron.device import current
 from flm_megatron.device.hardware import find_hardware
@@ -159,14 +159,9 @@ class StageTrainer:
             self.log.say(f"{self.stage.name} step {self.step} | validation loss {mean:.4f} ({parts})")
 
     def _validation_loss(self, stream: SampleStream) -> float:
-        stage, samples = self.stage, self.stage.validation.samples
-        feed = batches(
-            stream, 0, stage.global_batch, stage.micro_batch, self.data_rank, self.data_size, end_sample=samples
-        )
-        try:
-            return self.engine.validation_loss(feed)
-        finally:
-            feed.close()
+        stage = self.stage
+        sizes = (stage.global_batch, stage.micro_batch, self.data_rank, self.data_size)
+        return self.engine.validation_loss(validation_batches(stream, stage.validation.samples, *sizes))
 
     def _save(self, finished: bool) -> None:
         """Save this step if it is not saved yet, after the save before it is whole."""
