@@ -13,6 +13,7 @@ def resolve(run: RunConfig) -> RunConfig:
     Raises:
         RequestError: no tokenizer, no data, or data made with another tokenizer.
     """
+    from flm_megatron.data.description import check_datasets
     from flm_megatron.data.tokenizer import Tokenizer
 
     if run.tokenizer is None:
@@ -20,4 +21,5 @@ def resolve(run: RunConfig) -> RunConfig:
     if not run.data.train:
         raise RequestError("data.train has no sources: name at least one dataset made by `flm data build`")
     tokenizer = Tokenizer(run.tokenizer)
+    check_datasets(run.data, tokenizer)
     return resolve_vocabulary(run, tokenizer.vocab_size)

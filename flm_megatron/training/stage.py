@@ -21,7 +21,7 @@ from flm_megatron.data.stream import SampleStream, validation_streams
 from flm_megatron.device import current
 from flm_megatron.device.hardware import find_hardware
 from flm_megatron.errors import FlmError
-from flm_megatron.optim.learning_rate import set_learning_rates
+from flm_megatron.optim.learning_rate import learning_rate, set_learning_rates
 from flm_megatron.training.flops import training_flops_per_token
 from flm_megatron.training.metrics import MetricsLog, StepMetrics
 from flm_megatron.training.parallel import is_main_rank, layout
@@ -96,13 +96,8 @@ class StageTrainer:
     def _train_step(self, group: list[Batch], stop: StopRequest) -> bool:
         """One step with its learning rate, its check and its report; returns whether a stop was asked for."""
         began = time.perf_counter()
-        rates = set_learning_rates(
-            self.engine.optimizer,
-            self.budget.tokens_at(self.step + 1),
-            self.run.stages,
-            self.index,
-            self.run.data.sequence_length,
-        )
+        lr = learning_rate(self.budget.tokens_at(self.step + 1), self.run, self.index)
+        set_learning_rates(self.engine.optimizer, self.stage, lr)
         result = self.engine.train_step(group, stop.asked)
         self.step += 1
         self.times.append(time.perf_counter() - began)
@@ -115,7 +110,7 @@ class StageTrainer:
         if self.log:
             interval = self.run.logging.interval_steps
             speak = self.step % interval == 0 or self.step == self.budget.steps
-            self.log.step(self._metrics(result, rates["vector"]), self.budget.steps, speak)
+            self.log.step(self._metrics(result, lr), self.budget.steps, speak)
         return result.stop
 
     def _metrics(self, result: StepResult, lr: float) -> StepMetrics:

@@ -11,8 +11,16 @@ import torch
 
 from flm_megatron.checkpoint.engine import load_state
 from flm_megatron.checkpoint.initial import InitialCheckpoint
-from flm_megatron.config.schema import ModelConfig, MupConfig, OptimizerConfig, ParallelConfig, StageConfig
-from flm_megatron.optim.learning_rate import set_learning_rates
+from flm_megatron.config.schema import (
+    DataConfig,
+    ModelConfig,
+    MupConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    StageConfig,
+)
+from flm_megatron.optim.learning_rate import learning_rate, set_learning_rates
 from flm_megatron.training.parallel import layout
 from flm_megatron.training.step import Batch, Engine
 
@@ -95,9 +103,11 @@ def engine_under(parallel: ParallelConfig, stage: StageConfig = STAGE, seed: int
 def take_steps(engine: Engine, steps: range) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step."""
     stage = engine.stage
+    run = RunConfig(data=DataConfig(sequence_length=SEQUENCE), stages=[stage])
     results = []
     for step in steps:
-        set_learning_rates(engine.optimizer, (step + 1) * GLOBAL_BATCH * SEQUENCE, [stage], 0, SEQUENCE)
+        position = (step + 1) * GLOBAL_BATCH * SEQUENCE
+        set_learning_rates(engine.optimizer, stage, learning_rate(position, run, 0))
         batch = synthetic_batch(step, stage.model.vocab_size or 0)
         result = engine.train_step(micro_batches(batch, stage.micro_batch))
         results.append((result.loss, result.grad_norm))
