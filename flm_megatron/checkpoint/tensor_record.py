@@ -59,7 +59,10 @@ def locate(path: Path, offset: int, length: int) -> tuple[StoredArray, StoredTen
             if not isinstance(tensor, StoredTensor):
                 raise DamagedError(f"{path}: no tensor at byte {offset}")
             info = archive.getinfo(f"{root}data/{tensor.key}")
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size < tensor.storage_numel * tensor.dtype.itemsize:
+            if (
+                info.compress_type != zipfile.ZIP_STORED
+                or info.file_size < tensor.storage_numel * tensor.dtype.itemsize
+            ):
                 raise DamagedError(f"{path}: values of the tensor at byte {offset} are incomplete")
             start = offset + info.header_offset
             file.seek(start)
@@ -82,7 +85,7 @@ class _Tensor:
     def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         storage = _Storage(dtype, math.prod(shape))
-        self.arguments = (storage, 0, tuple(shape), strides, False, collections.OrderedDict())
+        self.arguments: tuple[object, ...] = (storage, 0, tuple(shape), strides, False, collections.OrderedDict())
 
     def __reduce__(self) -> tuple[object, ...]:
         return torch._utils._rebuild_tensor_v2, self.arguments

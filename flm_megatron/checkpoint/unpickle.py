@@ -24,10 +24,16 @@ import torch.distributed.checkpoint.planner
 from flm_megatron.errors import DamagedError
 
 METADATA_CLASSES = (
-    "Metadata TensorStorageMetadata ChunkStorageMetadata BytesStorageMetadata TensorProperties MetadataIndex"
-    " StorageMeta _MEM_FORMAT_ENCODING"
-).split()
-PLANNER_CLASSES = "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData".split()
+    "Metadata",
+    "TensorStorageMetadata",
+    "ChunkStorageMetadata",
+    "BytesStorageMetadata",
+    "TensorProperties",
+    "MetadataIndex",
+    "StorageMeta",
+    "_MEM_FORMAT_ENCODING",
+)
+PLANNER_CLASSES = ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
 MAX_DIMENSIONS = 64
 
 

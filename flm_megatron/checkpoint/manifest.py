@@ -1,0 +1,93 @@
+"""`manifest.json`: what a checkpoint is, and the size and checksum of each of its files."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flm_megatron.errors import DamagedError, RequestError
+
+MANIFEST = "manifest.json"
+VERSION = 1
+BLOCK = 8 * 2**20
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint folder; none if it has none.
+
+    Keys: `version`, `run`, `stage`, `step`, `tokens`, `samples`, `optimizer_step`, `layout`, `optimizer` (`logical`
+    or `none`), `files` ({name: {size, crc32}}), `tensors` ({name: hash}), `logical_hash`, `crc32` (of all the rest).
+
+    Raises:
+        RequestError: written by a newer version of this program.
+        DamagedError: broken, or changed since it was written.
+    """
+    file = path / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{file}: cannot be read: {error}") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("version"), int):
+        raise DamagedError(f"{file}: is not a manifest")
+    if manifest["version"] > VERSION:
+        raise RequestError(
+            f"{path} is of format version {manifest['version']}, this program knows up to {VERSION}: update it"
+        )
+    if manifest.get("crc32") != _checksum(manifest):
+        raise DamagedError(f"{file}: was changed or damaged since it was written")
+    return manifest
+
+
+def manifest_text(manifest: dict[str, Any]) -> str:
+    """The file's text, with version and checksum added."""
+    manifest = {"version": VERSION, **manifest}
+    return json.dumps({**manifest, "crc32": _checksum(manifest)}, indent=1)
+
+
+def verify(path: str | Path, quick: bool = False, progress: Callable[[int], None] | None = None) -> dict[str, Any]:
+    """Check the files of a checkpoint against its manifest: sizes, and checksums unless `quick`.
+
+    `progress` is called with the number of bytes read since its last call. Returns the manifest.
+
+    Raises:
+        RequestError: there is no manifest.
+        DamagedError: a file is missing, of another size or changed; the message names it.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise RequestError(f"{path} has no {MANIFEST}: its files have no checksums to be held against")
+    for name, wanted in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise DamagedError(f"{file} is missing")
+        size = file.stat().st_size
+        if size != wanted["size"]:
+            raise DamagedError(f"{file} has {size} bytes instead of {wanted['size']}: truncated or overwritten")
+        if not quick and (checksum := file_checksum(file, progress)) != wanted["crc32"]:
+            raise DamagedError(f"{file}: checksum is {checksum} instead of {wanted['crc32']}: its bytes have changed")
+    return manifest
+
+
+def file_checksum(file: Path, progress: Callable[[int], None] | None = None) -> str:
+    """CRC-32 of a file as 8 hex digits. Raises DamagedError when it cannot be read."""
+    crc, block = 0, bytearray(BLOCK)
+    try:
+        with file.open("rb", buffering=0) as stream:
+            while count := stream.readinto(block):
+                crc = zlib.crc32(memoryview(block)[:count], crc)
+                if progress:
+                    progress(count)
+    except OSError as error:
+        raise DamagedError(f"{file}: cannot be read: {error.strerror or error}") from error
+    return f"{crc:08x}"
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "crc32"}
+    return f"{zlib.crc32(json.dumps(rest, sort_keys=True).encode()):08x}"

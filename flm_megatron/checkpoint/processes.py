@@ -1,0 +1,73 @@
+"""Processes that do one piece of work together and agree on whether it went well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from flm_megatron.errors import DamagedError, FlmError, RequestError
+
+T = TypeVar("T")
+ERRORS = {kind.__name__: kind for kind in (FlmError, RequestError, DamagedError)}
+
+
+class Processes:
+    """The processes of `group` (of all, if torch.distributed runs; else this one alone)."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.distributed = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank(group) if self.distributed else 0
+        self.size = dist.get_world_size(group) if self.distributed else 1
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Do `work` everywhere; the results of all ranks on rank 0, this rank's own in the others' stead elsewhere.
+
+        If it fails on any rank it fails on all: on the failing rank with its own error, elsewhere with the same kind
+        of error and the rank's number.
+        """
+        result: Any = None
+        error: Exception | None = None
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        outcomes = self._gather((result, None if error is None else describe(error)))
+        failures = [(rank, failure) for rank, (_, failure) in enumerate(outcomes) if failure] if outcomes else []
+        failures = self._broadcast(failures)
+        if error is not None:
+            raise error
+        if failures:
+            rank, (kind, message) = failures[0]
+            raise ERRORS.get(kind, FlmError)(f"rank {rank}: {message}")
+        return [result for result, _ in outcomes] if outcomes else [result] * self.size
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Do `work` on rank 0; everyone gets its result or its error."""
+        results = self.together(lambda: work() if self.rank == 0 else None)
+        return self._broadcast(results[0])
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values, dst=self._first(), group=self.group)
+        return values or []
+
+    def _broadcast(self, value: Any) -> Any:
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=self._first(), group=self.group)
+        return values[0]
+
+    def _first(self) -> int:
+        return 0 if self.group is None else dist.get_global_rank(self.group, 0)
+
+
+def describe(error: BaseException) -> tuple[str, str]:
+    """Kind and message of an error, to be sent to other ranks."""
+    message = str(error)
+    return type(error).__name__, message if type(error).__name__ in ERRORS else f"{type(error).__name__}: {message}"

@@ -1,0 +1,57 @@
+"""Cutting regions into smaller ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from flm_megatron.checkpoint.logical import Region
+
+
+def split_region(region: Region, limit: int) -> Iterator[Region]:
+    """Parts of at most `limit` values (at least one), in row-major order; each is one run of the region's values."""
+    if region.numel <= max(1, limit):
+        yield region
+        return
+    axis = next(i for i, n in enumerate(region.sizes) if n > 1)
+    step = max(1, limit // (region.numel // region.sizes[axis]))
+    for start in range(0, region.sizes[axis], step):
+        part = slice_axis(region, axis, start, min(step, region.sizes[axis] - start))
+        yield from split_region(part, limit)
+
+
+def slice_axis(region: Region, axis: int, start: int, size: int) -> Region:
+    """`size` places from `start` on along one axis, counted from the region's corner."""
+    offsets, sizes = list(region.offsets), list(region.sizes)
+    offsets[axis] += start
+    sizes[axis] = size
+    return Region(tuple(offsets), tuple(sizes))
+
+
+def flat_rectangles(shape: tuple[int, ...], start: int, end: int) -> Iterator[Region]:
+    """Rectangles that cover values `start` to `end` of a row-major array of `shape`, in order.
+
+    At most three for two axes: the end of a row, whole rows, the start of a row.
+    """
+    if start >= end:
+        return
+    if not shape:
+        yield Region((), ())
+        return
+    inner = math.prod(shape[1:])
+    first, last = start // inner, (end - 1) // inner
+    if first == last and len(shape) > 1:
+        yield from _under(first, shape[1:], start - first * inner, end - first * inner)
+        return
+    whole_from, whole_to = -(-start // inner), end // inner
+    if start < whole_from * inner:
+        yield from _under(first, shape[1:], start - first * inner, inner)
+    if whole_from < whole_to:
+        yield Region((whole_from, *(0,) * (len(shape) - 1)), (whole_to - whole_from, *shape[1:]))
+    if end > whole_to * inner:
+        yield from _under(whole_to, shape[1:], 0, end - whole_to * inner)
+
+
+def _under(index: int, shape: tuple[int, ...], start: int, end: int) -> Iterator[Region]:
+    for part in flat_rectangles(shape, start, end):
+        yield Region((index, *part.offsets), (1, *part.sizes))

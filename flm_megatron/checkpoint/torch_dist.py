@@ -1,0 +1,229 @@
+"""Reading megatron-core's `torch_dist` folders, ours and Megatron-LM's own, without a model or a process group."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER, LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.manifest import read_manifest
+from flm_megatron.checkpoint.regions import slice_axis
+from flm_megatron.checkpoint.stored_array import StoredArray, is_contiguous
+from flm_megatron.checkpoint.tensor_record import locate
+from flm_megatron.checkpoint.unpickle import Foreign, read_pickle, read_torch_file
+from flm_megatron.errors import DamagedError, RequestError
+
+METADATA = ".metadata"
+FORMAT = "metadata.json"
+COMMON = "common.pt"
+SPAN_BYTES = 32 * 2**20  # of a file that are mapped at a time
+# Megatron-LM's names of the same state, with the prefix it gives to one of several optimizers.
+STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(param|fp32_param|exp_avg|exp_avg_sq)\.(.+)")
+STATE_NAMES = {"param": MASTER, "fp32_param": MASTER, "exp_avg": EXP_AVG, "exp_avg_sq": EXP_AVG_SQ}
+NAMELESS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+\.")
+
+
+@dataclass(frozen=True)
+class StoredChunk:
+    """A rectangle of a tensor and the record that holds it."""
+
+    region: Region
+    file: str
+    offset: int
+    length: int
+
+
+class TorchDistCheckpoint(LogicalCheckpoint):
+    """A `torch_dist` folder. `nameless_optimizer` says that it holds optimizer state in `dp_reshardable` buckets.
+
+    Raises:
+        RequestError: the folder is of a version that is not known.
+        DamagedError: its metadata is missing or broken, or names anything but data.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        metadata = _read_metadata(self.path)
+        self.chunks: dict[str, list[StoredChunk]] = {}
+        self._arrays: dict[StoredChunk, tuple[StoredArray, tuple[Any, ...] | None]] = {}
+        self.tensors: Mapping[str, TensorInfo] = self._read_tensors(metadata)
+        self.nameless_optimizer = any(NAMELESS.match(name) for name in metadata.state_dict_metadata)
+        self.manifest: dict[str, Any] = read_manifest(self.path) or _foreign_manifest(self.path)
+
+    def has_optimizer(self) -> bool:
+        """Whether moments are there by name. Raises RequestError for `dp_reshardable` optimizer state."""
+        if self.nameless_optimizer:
+            raise self._nameless()
+        return super().has_optimizer()
+
+    def read(self, name: str, region: Region | None = None) -> torch.Tensor:
+        """Values of a region; only its bytes (for bands of columns: the pages they lie in) are read."""
+        info = self._info(name)
+        region = region or Region.whole(info.shape)
+        if region.intersect(Region.whole(info.shape)) != region and region.numel:
+            raise RequestError(f"{name}: region {region} does not lie in its shape {info.shape}")
+        met = [(chunk, part) for chunk in self.chunks[name] if (part := chunk.region.intersect(region))]
+        if sum(part.numel for _, part in met) != region.numel:
+            raise DamagedError(f"{self.path}: {name} is not stored as a whole: part of {region} is missing")
+        if len(met) == 1:
+            return self._read_chunk(name, *met[0])
+        out = torch.empty(region.sizes, dtype=info.dtype)
+        for chunk, part in met:
+            out[part.within(region).slices] = self._read_chunk(name, chunk, part)
+        return out
+
+    def _info(self, name: str) -> TensorInfo:
+        if name in self.tensors:
+            return self.tensors[name]
+        if self.nameless_optimizer and STATE.match(name):
+            raise self._nameless()
+        raise RequestError(f"{self.path} has no tensor {name}")
+
+    def _nameless(self) -> RequestError:
+        return RequestError(
+            f"{self.path} keeps its optimizer state in nameless buckets (dp_reshardable), which only the layout that"
+            " saved it can use: save it again as fully_reshardable, or use the weights alone"
+        )
+
+    def _read_chunk(self, name: str, chunk: StoredChunk, part: Region) -> torch.Tensor:
+        inside = part.within(chunk.region)
+        try:
+            values, whole = self._array(chunk)
+            if values.dtype != self.tensors[name].dtype:
+                raise DamagedError(f"{values.path}: stored as {values.dtype}, not {self.tensors[name].dtype}")
+            if whole is not None:
+                flat = values.read().as_strided(*whole).reshape(chunk.region.sizes)
+                return flat[inside.slices].clone()
+            out = torch.empty(part.sizes, dtype=values.dtype)
+            for band in _bands(inside, values):
+                out[band.within(inside).slices] = values.read(band)
+            return out
+        except DamagedError as error:
+            raise DamagedError(f"{name}: {error}") from error
+
+    def _array(self, chunk: StoredChunk) -> tuple[StoredArray, tuple[Any, ...] | None]:
+        if chunk not in self._arrays:
+            self._arrays[chunk] = _array(self.path / chunk.file, chunk)
+        return self._arrays[chunk]
+
+    def _read_tensors(self, metadata: Metadata) -> dict[str, TensorInfo]:
+        found: dict[str, TensorInfo] = {}
+        storage = _storage_table(metadata, self.path)
+        for stored, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                continue  # bytes: never read
+            match = STATE.fullmatch(stored)
+            name = STATE_NAMES[match[1]] + match[2] if match else stored
+            found[name] = TensorInfo(tuple(entry.size), entry.properties.dtype)
+            regions = [Region(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
+            self.chunks[name] = [self._chunk(stored, region, storage) for region in regions]
+        return found
+
+    def _chunk(
+        self, stored: str, region: Region, storage: dict[tuple[str, tuple[int, ...]], _StorageInfo]
+    ) -> StoredChunk:
+        info = storage.get((stored, region.offsets))
+        if info is None:
+            raise DamagedError(f"{self.path / METADATA}: no place is given for {stored} at {region.offsets}")
+        if getattr(info, "transform_descriptors", None):
+            raise RequestError(f"{self.path}: {stored} is stored compressed or transformed, which cannot be read")
+        file = Path(info.relative_path)
+        if file.is_absolute() or len(file.parts) != 1 or ".." in file.parts:
+            raise DamagedError(f"{self.path / METADATA}: {stored} is said to lie outside of the folder: {file}")
+        return StoredChunk(region, info.relative_path, int(info.offset), int(info.length))
+
+
+def _bands(inside: Region, values: StoredArray) -> Iterator[Region]:
+    """Parts of a region that each span few bytes of the file, so that memory does not grow with the chunk."""
+    if is_contiguous(inside, values.shape) or inside.numel == 0:
+        yield inside
+        return
+    axis = next(i for i, n in enumerate(inside.sizes) if n > 1)
+    row_bytes = values.nbytes // values.shape[axis]
+    for outer in values.shape[:axis]:
+        row_bytes //= outer
+    step = max(1, SPAN_BYTES // max(1, row_bytes))
+    for start in range(0, inside.sizes[axis], step):
+        part = slice_axis(inside, axis, start, min(step, inside.sizes[axis] - start))
+        if part.sizes[axis] == 1:
+            yield from _bands(part, values)
+        else:
+            yield part
+
+
+def _array(path: Path, chunk: StoredChunk) -> tuple[StoredArray, tuple[Any, ...] | None]:
+    """Where a chunk's values lie; for values that are not stored row-major also how to find them in the storage."""
+    storage, tensor = locate(path, chunk.offset, chunk.length)
+    sizes = chunk.region.sizes
+    numel, contiguous = 1, True
+    for size, stride in zip(reversed(tensor.size), reversed(tensor.stride), strict=True):
+        contiguous = contiguous and (size == 1 or stride == numel)
+        numel *= size
+    reach = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.size, tensor.stride, strict=True)) + 1
+    if numel != chunk.region.numel or min(tensor.offset, *tensor.stride, 0) < 0 or reach > tensor.storage_numel:
+        raise DamagedError(f"{path}: holds a tensor of shape {tensor.size} where {sizes} is expected")
+    if not contiguous:
+        return storage, (tensor.size, tensor.stride, tensor.offset)
+    offset = storage.offset + tensor.offset * tensor.dtype.itemsize
+    return StoredArray(path, offset, sizes, tensor.dtype), None
+
+
+def _read_metadata(path: Path) -> Metadata:
+    try:
+        kind = json.loads((path / FORMAT).read_text())
+    except FileNotFoundError:
+        kind = {"sharded_backend": "torch_dist"}  # a plain folder of torch.distributed.checkpoint has none
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{path / FORMAT}: cannot be read: {error}") from error
+    if not isinstance(kind, dict) or kind.get("sharded_backend") != "torch_dist":
+        raise RequestError(f"{path} is not in the torch_dist format: {kind}")
+    if kind.get("sharded_backend_version", 1) != 1:
+        raise RequestError(f"{path} is of version {kind['sharded_backend_version']} of torch_dist; known is 1")
+    metadata = read_pickle(path / METADATA)
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
+        raise DamagedError(f"{path / METADATA}: is not the metadata of a checkpoint")
+    return metadata
+
+
+def _storage_table(metadata: Metadata, path: Path) -> dict[tuple[str, tuple[int, ...]], _StorageInfo]:
+    table: dict[tuple[str, tuple[int, ...]], _StorageInfo] = {}
+    for index, info in (metadata.storage_data or {}).items():
+        if not isinstance(index, MetadataIndex) or not isinstance(info, _StorageInfo):
+            raise DamagedError(f"{path / METADATA}: does not say where its tensors are stored")
+        if index.offset is not None:
+            table[index.fqn, tuple(index.offset)] = info
+    return table
+
+
+def _foreign_manifest(path: Path) -> dict[str, Any]:
+    """What Megatron-LM's own checkpoint says about itself: `step` and `samples`; `optimizer_step` where it is known."""
+    if not (path / COMMON).exists():
+        return {}
+    common = read_torch_file(path / COMMON)
+    if not isinstance(common, dict):
+        return {}
+    known: dict[str, Any] = {"step": common.get("iteration")}
+    arguments = common.get("args")
+    if arguments is not None and not isinstance(arguments, Foreign):
+        known["samples"] = getattr(arguments, "consumed_train_samples", None)
+    known["optimizer_step"] = _optimizer_step(common.get("optimizer"))
+    return {key: value for key, value in known.items() if isinstance(value, int)}
+
+
+def _optimizer_step(optimizer: Any) -> int | None:
+    """The one Adam step among the parameter groups, wherever they are nested; none when there is none."""
+    if isinstance(optimizer, dict):
+        groups = [g for g in optimizer.get("param_groups") or [] if isinstance(g, dict)]
+        steps = [int(group["step"]) for group in groups if "step" in group]
+        if steps:
+            return max(steps)
+    children = optimizer.values() if isinstance(optimizer, dict) else optimizer if isinstance(optimizer, list) else ()
+    return next((step for child in children if (step := _optimizer_step(child)) is not None), None)

@@ -1,0 +1,221 @@
+"""Writing `torch_dist` folders from any number of processes, in bounded memory, whole or not at all.
+
+The files are those that torch.distributed.checkpoint and megatron-core write and read. They are laid out here
+because their writers copy every tensor several times, check the plan in quadratic time and start a helper process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from flm_megatron.checkpoint.logical import EXP_AVG, STATE_PREFIXES, LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.logical_hash import combine_hashes, tensor_hash
+from flm_megatron.checkpoint.manifest import MANIFEST, file_checksum, manifest_text
+from flm_megatron.checkpoint.processes import Processes
+from flm_megatron.checkpoint.regions import split_region
+from flm_megatron.checkpoint.shard_file import Record, Rectangle, Written, write_shard
+from flm_megatron.checkpoint.torch_dist import COMMON, FORMAT, METADATA
+from flm_megatron.errors import FlmError, RequestError
+
+PARTIAL = ".partial"
+KIND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+CHUNK_BYTES = 32 * 2**20
+FILE_BYTES = 8 * 2**30
+
+
+def write_view(
+    view: LogicalCheckpoint,
+    path: str | Path,
+    manifest: dict[str, Any] | None = None,
+    group: dist.ProcessGroup | None = None,
+    progress: Callable[[int], None] | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> dict[str, Any]:
+    """Copy a view into a new checkpoint folder; its tensors are shared out over the processes of `group`.
+
+    `manifest` is the view's own if not given. `progress` is called with the bytes done since its last call.
+    Returns the manifest that was written. Raises as `write_checkpoint`, and whatever reading the view raises.
+    """
+    processes = Processes(group)
+    files = plan_files(view.tensors, processes.rank, processes.size, chunk_bytes)
+    shards = {
+        name: [Rectangle(tensor, region, partial(view.read, tensor, region)) for tensor, region in parts]
+        for name, parts in files.items()
+    }
+    manifest = dict(view.manifest if manifest is None else manifest)
+    return write_checkpoint(path, view.tensors, shards, manifest, group, progress)
+
+
+def plan_files(
+    tensors: Mapping[str, TensorInfo], rank: int = 0, size: int = 1, chunk_bytes: int = CHUNK_BYTES
+) -> dict[str, list[tuple[str, Region]]]:
+    """The files that `rank` of `size` processes writes, and the regions in each: about equal bytes for every rank."""
+    total = sum(Region.whole(i.shape).numel * i.dtype.itemsize for i in tensors.values())
+    files: dict[str, list[tuple[str, Region]]] = {}
+    position = 0
+    for name, info in tensors.items():
+        for region in split_region(Region.whole(info.shape), chunk_bytes // info.dtype.itemsize):
+            if position * size // max(total, 1) == rank:
+                number = (position - rank * total // size) // FILE_BYTES
+                files.setdefault(f"__{rank}_{number}.distcp", []).append((name, region))
+            position += region.numel * info.dtype.itemsize
+    return files
+
+
+def write_checkpoint(
+    path: str | Path,
+    tensors: Mapping[str, TensorInfo],
+    shards: Mapping[str, Iterable[Rectangle]],
+    manifest: dict[str, Any],
+    group: dist.ProcessGroup | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Write a checkpoint folder together with the other processes of `group`.
+
+    `tensors` is the same everywhere; `shards` are this process's files by name (unique over all processes), each
+    with its rectangles; together the rectangles of all processes cover every tensor once. Everything is written
+    under a temporary name, synchronised to the disk, and renamed when it is whole. Returns the manifest.
+
+    Raises:
+        RequestError: the destination exists or cannot be written (disk full, no permission).
+        FlmError: another process failed, or the rectangles do not cover a tensor. Nothing is left at the destination.
+    """
+    path, processes = Path(path), Processes(group)
+    folder = path.with_name(path.name + PARTIAL)
+    processes.on_first(lambda: _start(path, folder))
+    try:
+        results = processes.together(lambda: _write_shards(folder, shards, tensors, progress))
+        return processes.on_first(lambda: _finish(folder, path, tensors, results, manifest))
+    except BaseException:
+        if processes.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _start(path: Path, folder: Path) -> None:
+    if path.exists():
+        raise RequestError(f"{path} exists already: choose another destination or remove it")
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise RequestError(f"{folder}: cannot be made: {error.strerror or error}") from error
+
+
+def _write_shards(
+    folder: Path,
+    shards: Mapping[str, Iterable[Rectangle]],
+    tensors: Mapping[str, TensorInfo],
+    progress: Callable[[int], None] | None,
+) -> Written:
+    written = Written()
+    for name, rectangles in shards.items():
+        write_shard(folder / name, rectangles, tensors, written, progress)
+    return written
+
+
+def _finish(
+    folder: Path, path: Path, tensors: Mapping[str, TensorInfo], results: list[Written], manifest: dict[str, Any]
+) -> dict[str, Any]:
+    records = [record for result in results for record in result.records]
+    check_cover(tensors, records)
+    manifest = {**manifest, **_contents(tensors, results)}
+    try:
+        _write(folder / METADATA, pickle.dumps(_metadata(tensors, records)))
+        _write(folder / FORMAT, json.dumps(KIND).encode())
+        torch.save({"checkpoint_version": 3.0, "iteration": int(manifest.get("step") or 0)}, folder / COMMON)
+        for name in (METADATA, FORMAT, COMMON):
+            file = folder / name
+            manifest["files"][name] = {"size": file.stat().st_size, "crc32": file_checksum(file)}
+        _write(folder / MANIFEST, manifest_text(manifest).encode())
+        _sync_folder(folder)
+        folder.rename(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
+    return json.loads(manifest_text(manifest))
+
+
+def _contents(tensors: Mapping[str, TensorInfo], results: list[Written]) -> dict[str, Any]:
+    """The parts of the manifest that follow from what was written."""
+    totals = {name: sum(result.hashes.get(name, 0) for result in results) for name in tensors}
+    hashes = {name: tensor_hash(info, totals[name]) for name, info in tensors.items()}
+    return {
+        "optimizer": "logical" if any(name.startswith(EXP_AVG) for name in tensors) else "none",
+        "files": {name: entry for result in results for name, entry in result.files.items()},
+        "tensors": hashes,
+        "weights_hash": combine_hashes({n: h for n, h in hashes.items() if not n.startswith(STATE_PREFIXES)}),
+        "logical_hash": combine_hashes(hashes),
+    }
+
+
+def check_cover(tensors: Mapping[str, TensorInfo], records: Iterable[Record]) -> None:
+    """Raise FlmError unless the records lie in their tensors and hold as many values as these, each corner once."""
+    volumes, corners = dict.fromkeys(tensors, 0), set()
+    for record in records:
+        whole = Region.whole(tensors[record.name].shape)
+        corner = (record.name, record.region.offsets)
+        outside = whole.numel and record.region.intersect(whole) != record.region
+        if outside or corner in corners:
+            raise FlmError(f"{record.name}: rectangle {record.region} lies outside of it or is written twice")
+        volumes[record.name] += record.region.numel
+        corners.add(corner)
+    for name, info in tensors.items():
+        if volumes[name] != Region.whole(info.shape).numel:
+            raise FlmError(f"{name}: {volumes[name]} of its {Region.whole(info.shape).numel} values were given")
+
+
+def _metadata(tensors: Mapping[str, TensorInfo], records: Iterable[Record]) -> Metadata:
+    entries = {
+        name: TensorStorageMetadata(TensorProperties(dtype=info.dtype), torch.Size(info.shape), [])
+        for name, info in tensors.items()
+    }
+    storage = {}
+    for record in records:
+        offsets, sizes = torch.Size(record.region.offsets), torch.Size(record.region.sizes)
+        chunks = entries[record.name].chunks
+        storage[MetadataIndex(record.name, offsets, len(chunks))] = _StorageInfo(
+            record.file, record.offset, record.length
+        )
+        chunks.append(ChunkStorageMetadata(offsets, sizes))
+    return Metadata(dict(entries), planner_data={}, storage_data=storage, storage_meta=StorageMeta())
+
+
+def _write(file: Path, data: bytes) -> None:
+    with file.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
