@@ -18,7 +18,7 @@ from flm_megatron.checkpoint.unpickle import Foreign, SafeUnpickler, StoredTenso
 from flm_megatron.errors import DamagedError, FlmError
 
 FOREIGN_PACKAGES = ("megatron", "numpy", "torch")
-"""Packages whose objects lie beside weights in training checkpoints: kept as inert records, neither imported nor run."""
+"""Packages whose objects lie beside weights in training checkpoints: inert records, neither imported nor run."""
 LOCAL_HEADER = struct.Struct("<26xHH")
 
 
