@@ -62,6 +62,8 @@ class StageTrainer:
         self.data_size = parallel_state.get_data_parallel_world_size()
         self.log = _open_log(self.run, self.index, self.step)
         self.store = checkpoint_store(run)
+        if is_main_rank():
+            self.store.clean([stage.name for stage in run.stages])
         self.pending: SaveHandle | None = None
         self.times: deque[float] = deque(maxlen=RECENT_STEPS)
         self.saved_step = start.step if start.step else -1
@@ -84,7 +86,7 @@ class StageTrainer:
         finished = self.step >= self.budget.steps
         if finished and self.stage.validation.samples and not self._due(self.stage.validation.interval_steps):
             self._validate()
-        self._save(finished)
+        self._save()
         self._finish_save()
         return finished
 
@@ -137,7 +139,7 @@ class StageTrainer:
         if self._due(self.stage.validation.interval_steps) and self.validation:
             self._validate()
         if self._due(self.run.checkpoint.interval_steps) and self.step < self.budget.steps:
-            self._save(finished=False)
+            self._save()
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.step % interval == 0
@@ -158,7 +160,7 @@ class StageTrainer:
         sizes = (stage.global_batch, stage.micro_batch, self.data_rank, self.data_size)
         return self.engine.validation_loss(validation_batches(stream, stage.validation.samples, *sizes))
 
-    def _save(self, finished: bool) -> None:
+    def _save(self) -> None:
         """Save this step if it is not saved yet, after the save before it is whole."""
         if self.saved_step == self.step:
             return
@@ -167,7 +169,7 @@ class StageTrainer:
         self.pending = save_state(
             path, self.engine.chunks, self.engine.optimizer, self._manifest(), self.run.checkpoint.asynchronous
         )
-        self.saved_step, self.finished = self.step, finished
+        self.saved_step = self.step
         if not self.run.checkpoint.asynchronous:
             self._finish_save()
 
@@ -179,7 +181,7 @@ class StageTrainer:
         self.pending = None
         if is_main_rank():
             wanted = self.run.checkpoint
-            self.store.prune(self.stage.name, wanted.keep_last, wanted.keep_every_steps, self.finished)
+            self.store.prune(self.stage.name, wanted.keep_last, wanted.keep_every_steps)
 
     def _manifest(self) -> dict[str, Any]:
         samples = self.budget.first_sample + self.step * self.budget.batch_samples
