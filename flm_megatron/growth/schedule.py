@@ -6,6 +6,7 @@ import math
 
 from flm_megatron.config.schema import GrowthConfig
 from flm_megatron.growth.plan import GrowthPlan
+from flm_megatron.model.mask_plan import MaskPlan
 
 
 def mask_value(growth: GrowthConfig | GrowthPlan, step: int) -> float:
@@ -14,3 +15,14 @@ def mask_value(growth: GrowthConfig | GrowthPlan, step: int) -> float:
         return 1.0
     progress = max(step, 0) / growth.mask_steps
     return progress if growth.mask_shape == "linear" else (1 - math.cos(math.pi * progress)) / 2
+
+
+def mask_plan(plan: GrowthPlan) -> MaskPlan:
+    """What the model has to mask under a growth plan."""
+    old, masked = plan.old, plan.masked
+    return MaskPlan(
+        hidden=old.hidden_size if "hidden" in masked else None,
+        ffn=old.ffn_hidden_size if "ffn" in masked else None,
+        heads=(old.query_groups, old.num_attention_heads // old.query_groups) if "heads" in masked else None,
+        layers=tuple(i for i, s in enumerate(plan.layer_sources) if s.copy) if "layers" in masked else (),
+    )

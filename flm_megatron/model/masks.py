@@ -1,0 +1,188 @@
+"""Growth masks: what hides new units of a grown model until they are let in.
+
+The masks of MSG (Yao et al., arXiv 2305.02869) are 1 on old units and v on new ones. They are put on a built model
+from outside, as hooks, and taken off again when v reaches 1: from then on the modules run exactly as without masks.
+Masked units are hidden on both sides, so at v = 0 they get no gradient: the first step trains old units only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from flm_megatron.config.schema import ModelConfig
+from flm_megatron.device import current
+from flm_megatron.errors import RequestError
+from flm_megatron.model.mask_plan import MaskPlan
+from flm_megatron.model.norms import LayerNorm, RMSNorm
+
+
+class Mask:
+    """A vector that is 1 where `old` is true and v elsewhere."""
+
+    def __init__(self, old: Tensor) -> None:
+        self.new = ~old.to(current().torch_device)
+        self.values = torch.ones(old.shape, device=self.new.device)
+
+    def set(self, v: float) -> None:
+        """Open to v."""
+        self.values[self.new] = v
+
+    def hide(self, x: Tensor) -> Tensor:
+        """x times the mask along its last axis, in the dtype of x."""
+        return x * self.values.to(x.dtype)
+
+
+class GrowthMasks:
+    """The masks on the model chunks of this rank, closed (v = 0) until `set` opens them.
+
+    `model` is the grown model, `chunks` what `build_model` gave (wrapped for data parallelism or not). Works under
+    every layout: each rank masks its own part of heads and feed-forward units.
+
+    Raises:
+        RequestError: the norms are fused into linear layers (Transformer Engine's), where masks cannot reach.
+    """
+
+    def __init__(self, chunks: list[Any], model: ModelConfig, plan: MaskPlan) -> None:
+        self.model, self.plan, self.v = model, plan, 0.0
+        self._handles: list[Any] = []
+        self._norms: list[nn.Module] = []
+        self._masks: dict[str, Mask] = {}
+        for chunk in chunks:
+            for name, module in chunk.named_modules():
+                self._install(name.rpartition(".")[2], module)
+        self.set(0.0)
+
+    @property
+    def installed(self) -> bool:
+        """Whether any mask is still on the model."""
+        return bool(self._handles or self._norms)
+
+    def set(self, v: float) -> None:
+        """Open to v in [0, 1]; at 1 everything is taken off for good."""
+        assert 0.0 <= v <= 1.0
+        assert v == 1.0 or self.v < 1.0, "masks that were taken off do not come back"
+        self.v = v
+        if v == 1.0:
+            self._remove()
+        for mask in self._masks.values():
+            mask.set(v)
+
+    def _remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for norm in self._norms:
+            del norm.forward  # the class's own comes back
+        self._handles, self._norms, self._masks = [], [], {}
+
+    def _install(self, last: str, module: nn.Module) -> None:
+        """What is masked at one module, `last` being the last part of its name."""
+        plan = self.plan
+        if plan.hidden is not None:
+            self._install_hidden(last, module)
+        if plan.ffn is not None and last == "linear_fc1":
+            self._on_output(module, self._mask("ffn", self._old_ffn))
+        if plan.heads is not None and last == "linear_qkv":
+            self._on_output(module, self._mask("qkv", self._old_qkv))
+        if plan.heads is not None and plan.heads[1] < self._per_group and last == "linear_proj":
+            mixed = self._mask("mixed", self._old_mixed)
+            hook = module.register_forward_pre_hook(lambda _, args: (mixed.hide(args[0]), *args[1:]))
+            self._handles.append(hook)
+        if isinstance(module, TransformerLayer) and module.layer_number - 1 in plan.layers:
+            self._handles.append(module.register_forward_hook(self._blend, with_kwargs=True))
+
+    def _install_hidden(self, last: str, module: nn.Module) -> None:
+        """The embedding output, what sublayers write, and the norms."""
+        if any(name == "layer_norm_weight" for name, _ in module.named_parameters(recurse=False)):
+            raise RequestError(
+                f"growth masks on the hidden size cannot reach the norm inside {type(module).__name__}: grow the "
+                "hidden size with `zero`, or train this stage without Transformer Engine"
+            )
+        if last in ("embedding", "linear_proj", "linear_fc2"):
+            self._on_output(module, self._mask("hidden", self._old_hidden))
+        if isinstance(module, (RMSNorm, LayerNorm)):
+            module.forward = MaskedNorm(module, self._mask("hidden", self._old_hidden))  # type: ignore[method-assign]
+            self._norms.append(module)
+
+    def _on_output(self, module: nn.Module, mask: Mask) -> None:
+        """Mask a module's output, and the bias it may return beside it."""
+
+        def hook(_: nn.Module, args: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return tuple(None if part is None else mask.hide(part) for part in output)
+            return mask.hide(output)
+
+        self._handles.append(module.register_forward_hook(hook))
+
+    def _blend(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """v Layer(h) + (1 - v) h."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return torch.lerp(hidden, output[0], self.v), *output[1:]
+
+    def _mask(self, key: str, old: Callable[[], Tensor]) -> Mask:
+        """This rank's mask of one kind, shared by all modules."""
+        if key not in self._masks:
+            self._masks[key] = Mask(old())
+        return self._masks[key]
+
+    def _old_hidden(self) -> Tensor:
+        return torch.arange(self.model.hidden_size) < (self.plan.hidden or 0)
+
+    def _old_ffn(self) -> Tensor:
+        local = _this_rank(torch.arange(self.model.ffn_hidden_size) < (self.plan.ffn or 0))
+        return local.repeat(2 if self.model.gated else 1)
+
+    @property
+    def _per_group(self) -> int:
+        return self.model.num_attention_heads // self.model.query_groups
+
+    def _old_heads(self) -> tuple[Tensor, Tensor]:
+        """Whether each query head [groups, heads per group] and each group [groups, 1] is old."""
+        assert self.plan.heads is not None
+        old_groups, old_per_group = self.plan.heads
+        groups = torch.arange(self.model.query_groups)[:, None] < old_groups
+        return groups & (torch.arange(self._per_group) < old_per_group), groups
+
+    def _old_qkv(self) -> Tensor:
+        """Rows of the query-key-value matrix: per group its queries, key and value."""
+        queries, groups = self._old_heads()
+        return _this_rank(torch.cat([queries, groups, groups], 1)).flatten().repeat_interleave(self.model.kv_channels)
+
+    def _old_mixed(self) -> Tensor:
+        """Channels that linear_proj reads, but for new groups, whose values are masked already.
+
+        A new query head of an old group reads values that are not masked, so its output has to be.
+        """
+        queries, groups = self._old_heads()
+        return _this_rank(queries | ~groups).flatten().repeat_interleave(self.model.kv_channels)
+
+
+class MaskedNorm:
+    """The forward pass of a norm over masked channels: sums run over x m, and sum(m) is the number of channels."""
+
+    def __init__(self, norm: RMSNorm | LayerNorm, mask: Mask) -> None:
+        self.norm, self.mask = norm, mask
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalise x [sequence, batch, hidden]: x m rsqrt(sum((x m)^2) / sum(m) + eps) w m (LayerNorm: x - mean)."""
+        m, norm = self.mask.values, self.norm
+        share = m.mean()  # sum(m) / d: turns a mean over all channels into one over masked ones
+        wide = x.float()
+        if isinstance(norm, LayerNorm):
+            wide = wide - (wide * m).mean(-1, keepdim=True) / share
+        wide = wide * m
+        out = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) / share + norm.eps) * norm.weight
+        if isinstance(norm, LayerNorm):
+            out = out + norm.bias
+        return (out * m).to(x.dtype)
+
+
+def _this_rank(whole: Tensor) -> Tensor:
+    """This tensor-parallel rank's part along the first axis."""
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    return whole.chunk(size)[parallel_state.get_tensor_model_parallel_rank()]
