@@ -28,12 +28,13 @@ def _explain_one(mistake: Any) -> str:
         return f"{dotted(location)}: unknown key, {_nearest_key(location)}"
     path, annotation = resolve_field(location)
     words = type_words(annotation)
-    if mistake["type"] == "missing" and location and dotted(location) == path:
+    if mistake["type"] == "missing" and dotted(location) == path:
         return f"{path}: missing, expected {words}"
     if mistake["type"] == "finite_number":
         words = "finite number"
-    value = mistake["input"] if dotted(location) == path else mistake["input"] or "a value"
-    return f"{dotted(location) or 'the run file'}: {_shown(value)} does not fit, expected {words}{_hint(value, words)}"
+    place = path if mistake["type"] == "missing" else dotted(location)
+    value = mistake["input"]
+    return f"{place}: {_shown(value)} does not fit, expected {words}{_hint(value, words)}"
 
 
 def _shown(value: Any) -> str:

@@ -39,36 +39,33 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _assign(place: Any, keys: list[str], value: Any, path: str) -> None:
     """Set what `keys` lead to from `place`, making sections on the way where there are none."""
     for depth, key in enumerate(keys):
-        last = depth == len(keys) - 1
-        if isinstance(place, list):
-            index: Any = _index(place, key, path)
-        elif isinstance(place, dict):
-            index = key
-        else:
+        if not isinstance(place, list | dict):
             raise RequestError(f"--{path}: {'.'.join(keys[:depth])} is {place!r}, which has no {key!r}")
-        if last:
+        index: Any = _index(place, key, path) if isinstance(place, list) else key
+        if depth == len(keys) - 1:
             place[index] = value
-        elif isinstance(place, list) or place.get(key) is not None:
-            place = place[index]
-        else:
-            place = place.setdefault(key, {}) if key not in place else _replaced_null(place, key)
-
-
-def _replaced_null(place: dict[str, Any], key: str) -> dict[str, Any]:
-    place[key] = {}
-    return place[key]
+            return
+        if isinstance(place, dict) and place.get(key) is None:
+            place[key] = {}
+        place = place[index]
 
 
 def _index(items: list[Any], key: str, path: str) -> int:
+    index = element_index(items, key)
+    if index is not None:
+        return index
     if key.isdigit():
-        if int(key) < len(items):
-            return int(key)
         raise RequestError(f"--{path}: there is no element {key}, the list has {len(items)} (0 to {len(items) - 1})")
-    names = [stage_name(item) for item in items]
-    if key in names:
-        return names.index(key)
-    known = [name for name in names if name is not None]
+    known = [name for name in map(stage_name, items) if name is not None]
     raise RequestError(f"--{path}: no element is named {key!r}, {nearest(key, known) if known else 'give an index'}")
+
+
+def element_index(items: list[Any], key: str) -> int | None:
+    """Index of the element that `key` names, by number or by name; none if there is none."""
+    if key.isdigit():
+        return int(key) if int(key) < len(items) else None
+    names = [stage_name(item) for item in items]
+    return names.index(key) if key in names else None
 
 
 def stage_name(stage: Any) -> str | None:

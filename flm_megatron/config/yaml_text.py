@@ -14,13 +14,13 @@ class RunFileLoader(yaml.SafeLoader):
     """PyYAML's safe loader with the numbers of YAML 1.2 (1.1 reads `1e-4` as text) and without repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping; a key that stands twice is an error rather than the last one winning."""
+        """A mapping with text for keys; a key that stands twice is an error rather than the last one winning."""
         seen: set[str] = set()
         for key, _ in node.value:
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+            if str(key.value) in seen and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
             seen.add(str(key.value))
-        return super().construct_mapping(node, deep=deep)
+        return {str(key): value for key, value in super().construct_mapping(node, deep=deep).items()}
 
 
 RunFileLoader.add_implicit_resolver(
@@ -45,6 +45,6 @@ def parse_yaml(text: str, source: str) -> Any:
         raise RequestError(f"{source}{place}: {problem}") from None
 
 
-def format_yaml(data: Any) -> str:
-    """YAML text of plain data, keys in their order, which `parse_yaml` reads back unchanged."""
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+def format_yaml(data: Any, flow: bool = False) -> str:
+    """YAML text of plain data, keys in their order, which `parse_yaml` reads back; in braces with `flow`."""
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120, default_flow_style=flow)

@@ -1,0 +1,85 @@
+"""Show every field of the run file with its type, default and meaning, or a run file resolved."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `flm config`; with a run file, `--field value` overrides it as in `flm train`."""
+    parser.add_argument("run_file", nargs="?", help="run file (YAML) to show with every field; without one, all fields")
+    parser.add_argument("--field", metavar="PATH", help="show only this field or section, such as stages.parallel")
+    parser.epilog = "With a run file, any field can be overridden: --stages.0.parallel.tensor 2"
+    parser.set_defaults(accepts_overrides=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the fields or the resolved run."""
+    print(_resolved(args) if args.run_file else _fields(args), end="")
+    return 0
+
+
+def _fields(args: argparse.Namespace) -> str:
+    """One block for each field: path, type and default, then its help text."""
+    from flm_megatron.config.fields import all_fields
+    from flm_megatron.config.messages import nearest
+    from flm_megatron.errors import RequestError
+
+    if args.overrides:
+        raise RequestError(f"{' '.join(args.overrides)}: overrides need a run file")
+    wanted = _without_indices(args.field)
+    found = [f for f in all_fields() if not wanted or f.path == wanted or f.path.startswith(f"{wanted}.")]
+    if not found:
+        raise RequestError(f"--field {args.field}: no such field, {nearest(wanted, [f.path for f in all_fields()])}")
+    blocks = [_block(f.path, f.type, f.default, f.help) for f in found]
+    return "\n".join(blocks if wanted else [*blocks, _merged_keys()])
+
+
+def _merged_keys() -> str:
+    """The two keys that stand for fields, and are gone once a run file is resolved."""
+    from flm_megatron.config.presets import preset_names
+
+    return (
+        "stages.preset  (text)\n    A stage to start from, whose fields this stage's own keys replace: "
+        f"{', '.join(preset_names())}.\n\n"
+        "defaults  (section)\n    Fields of a stage, merged under every stage and under its preset.\n"
+    )
+
+
+def _block(path: str, type_words: str, default: Any, text: str) -> str:
+    from flm_megatron.config.yaml_text import format_yaml
+
+    shown = format_yaml([default], flow=True).strip()[1:-1] if default != "" else ""
+    about = f"{type_words}; {shown}" if shown else type_words
+    return f"{path}  ({about})\n    {' '.join(text.split())}\n"
+
+
+def _without_indices(path: str | None) -> str:
+    return ".".join(part for part in (path or "").split(".") if not part.isdigit())
+
+
+def _resolved(args: argparse.Namespace) -> str:
+    from flm_megatron.config.loader import load_run, run_to_dict
+    from flm_megatron.config.yaml_text import format_yaml
+
+    data = run_to_dict(load_run(args.run_file, args.overrides))
+    picked = _picked(data, args.field.split(".")) if args.field else data
+    return format_yaml(picked).removesuffix("...\n")  # YAML's mark after a single value
+
+
+def _picked(data: Any, keys: list[str]) -> Any:
+    """What a path leads to; through a list without an index or name, that of each element."""
+    from flm_megatron.config.overrides import element_index
+    from flm_megatron.errors import RequestError
+
+    if not keys:
+        return data
+    key, rest = keys[0], keys[1:]
+    if isinstance(data, dict) and key in data:
+        return _picked(data[key], rest)
+    if isinstance(data, list):
+        index = element_index(data, key)
+        return [_picked(item, keys) for item in data] if index is None else _picked(data[index], rest)
+    known = f"known here: {', '.join(data)}" if isinstance(data, dict) else f"{data!r} has no parts"
+    raise RequestError(f"--field: {key!r} leads nowhere, {known}")
