@@ -42,8 +42,9 @@ class Record:
 
 @dataclass
 class Written:
-    """What one process wrote: records, size and CRC-32 of each file, and shares of the tensors' hashes."""
+    """What one process wrote: its tensors, records, size and CRC-32 of each file, and shares of the tensors' hashes."""
 
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
     files: dict[str, dict[str, int | str]] = field(default_factory=dict)
     hashes: dict[str, int] = field(default_factory=dict)

@@ -49,21 +49,21 @@ class CheckpointStore:
                     continue
                 yield path
 
-    def prune(self, stage: str, keep_last: int, keep_every_steps: int = 0, finished: bool = False) -> list[Path]:
-        """Remove old checkpoints of a stage and what interrupted saving left behind; returns what was removed.
+    def prune(self, stage: str, keep_last: int, keep_every_steps: int = 0) -> list[Path]:
+        """Remove old checkpoints of a stage; returns what was removed.
 
-        Kept are the newest `keep_last` loadable ones (at least one: the last of a stage, `finished` or not, is
-        never dropped), those at multiples of `keep_every_steps`, and, when the stage is not `finished`, nothing else.
+        Kept are the newest `keep_last` that can be loaded (at least one: the last of a stage is never dropped) and
+        those at multiples of `keep_every_steps`. Left-overs of saves before the newest kept one go too.
         """
         loadable = list(self._loadable([stage]))
+        if not loadable:
+            return []
         kept = set(loadable[: max(1, keep_last)])
-        removed = []
-        for step in self.steps(stage):
-            path = self.path(stage, step)
-            regular = keep_every_steps > 0 and step % keep_every_steps == 0
-            if loadable and path not in kept and not regular:
-                removed.append(path)
-        removed += self._stale(stage)
+        paths = {step: self.path(stage, step) for step in self.steps(stage)}
+        regular = {path for step, path in paths.items() if keep_every_steps > 0 and step % keep_every_steps == 0}
+        removed = [path for path in paths.values() if path not in kept | regular]
+        # A newer temporary folder may be one that is being written in the background.
+        removed += [path for path in self._stale(stage) if path.name < loadable[0].name]
         for path in removed:
             _remove(path)
         return removed

@@ -96,7 +96,7 @@ def write_checkpoint(
 ) -> dict[str, Any]:
     """Write a checkpoint folder together with the other processes of `group`.
 
-    `tensors` is the same everywhere; `shards` are this process's files by name (unique over all processes), each
+    `tensors` are at least those in `shards`, which are this process's files by name (unique over all processes), each
     with its rectangles; together the rectangles of all processes cover every tensor once. Everything is written
     under a temporary name, synchronised to the disk, and renamed when it is whole. Returns the manifest.
 
@@ -109,7 +109,7 @@ def write_checkpoint(
     processes.on_first(lambda: _start(path, folder))
     try:
         results = processes.together(lambda: _write_shards(folder, shards, tensors, progress))
-        return processes.on_first(lambda: _finish(folder, path, tensors, results, manifest))
+        return processes.on_first(lambda: _finish(folder, path, results, manifest))
     except BaseException:
         if processes.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
@@ -133,15 +133,14 @@ def _write_shards(
     tensors: Mapping[str, TensorInfo],
     progress: Callable[[int], None] | None,
 ) -> Written:
-    written = Written()
+    written = Written(dict(tensors))
     for name, rectangles in shards.items():
         write_shard(folder / name, rectangles, tensors, written, progress)
     return written
 
 
-def _finish(
-    folder: Path, path: Path, tensors: Mapping[str, TensorInfo], results: list[Written], manifest: dict[str, Any]
-) -> dict[str, Any]:
+def _finish(folder: Path, path: Path, results: list[Written], manifest: dict[str, Any]) -> dict[str, Any]:
+    tensors = {name: info for result in results for name, info in result.tensors.items()}
     records = [record for result in results for record in result.records]
     check_cover(tensors, records)
     manifest = {**manifest, **_contents(tensors, results)}

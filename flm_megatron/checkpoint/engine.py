@@ -1,0 +1,177 @@
+"""Between a running model with its optimizer and checkpoints: any view in, `torch_dist` folders out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from flm_megatron.checkpoint.asynchronous import SaveHandle, writing_group
+from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER, LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.optimizer_state import (
+    initialise_state,
+    placements_by_parameter,
+    rectangles,
+    state_slices,
+    unchained,
+)
+from flm_megatron.checkpoint.placement import Placement, placements
+from flm_megatron.checkpoint.regions import split_region
+from flm_megatron.checkpoint.shard_file import Rectangle
+from flm_megatron.checkpoint.writer import CHUNK_BYTES
+from flm_megatron.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A region of a logical tensor and the memory of this process that holds it (a view of shape `region.sizes`).
+
+    `stored` says whether this process, or one of its data-parallel peers if `shared`, stores it.
+    """
+
+    name: str
+    info: TensorInfo
+    region: Region
+    tensor: torch.Tensor
+    stored: bool
+    shared: bool
+
+
+@torch.no_grad()
+def load_state(view: LogicalCheckpoint, chunks: list[torch.nn.Module], optimizer: Any = None) -> None:
+    """Fill model chunks, and the optimizer's masters, moments and step, from a view; only this process's parts are read.
+
+    Where the view has no master, a master starts from the view's weights in the view's own precision; where it has
+    no moments they are zero, and so is the step. fp32 parameters are their own masters. Rows of padding ids are
+    zero. Learning rates and other settings of parameter groups are left alone.
+
+    Raises:
+        RequestError: a tensor is missing or of a shape that does not fit the model.
+        DamagedError: a tensor cannot be read.
+    """
+    parts = placements(chunks)
+    for placement in parts:
+        _check_shape(view, placement)
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.data.zero_()
+    state = list(_optimizer_pieces(optimizer, parts, view)) if optimizer is not None else []
+    for piece in (*_weight_pieces(parts), *state):
+        _fill(piece, view)
+
+
+def save_state(
+    path: str | Path,
+    chunks: list[torch.nn.Module],
+    optimizer: Any,
+    manifest: dict[str, Any],
+    asynchronous: bool = False,
+) -> SaveHandle:
+    """Write a checkpoint of the model and (unless none) its optimizer; every process writes what it holds.
+
+    Nothing is gathered: replicas of weights are divided over the data-parallel ranks, optimizer state is written
+    by its owner. `manifest` holds `run`, `stage`, `step`, `tokens`, `samples`, `optimizer_step`, `layout`. With
+    `asynchronous` everything is copied to CPU memory before this returns and written in the background. Call
+    `wait()` on the result on every rank: it raises there if the save failed on any.
+
+    Raises:
+        RequestError: (without `asynchronous`) the destination exists or cannot be written.
+    """
+    group = writing_group()
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    parts = placements(chunks)
+    pieces = [*_weight_pieces(parts), *(_optimizer_pieces(optimizer, parts) if optimizer is not None else ())]
+    tensors = {piece.name: piece.info for piece in pieces}
+    stored = list(_own_share(pieces))
+    if asynchronous:
+        stored = [(name, region, torch.clone(tensor.detach().cpu())) for name, region, tensor in stored]
+    found = [Rectangle(name, region, _getter(tensor)) for name, region, tensor in stored]
+    return SaveHandle(Path(path), tensors, {f"__{rank}_0.distcp": found}, manifest, group, asynchronous)
+
+
+def _getter(tensor: torch.Tensor) -> Any:
+    return lambda: tensor
+
+
+def _weight_pieces(parts: list[Placement]) -> Iterator[Piece]:
+    for placement in parts:
+        info = TensorInfo(placement.shape, placement.parameter.dtype)
+        yield Piece(placement.name, info, placement.region, placement.tensor, placement.main, True)
+
+
+def _optimizer_pieces(
+    optimizer: Any, parts: list[Placement], view: LogicalCheckpoint | None = None
+) -> Iterator[Piece]:
+    """Pieces of masters and moments; with a view to be loaded, the state is made ready for that first."""
+    initialise_state(optimizer)
+    if view is not None:
+        step = int(view.manifest.get("optimizer_step", 0)) if view.has_optimizer() else 0
+        for part in unchained(optimizer):
+            for group in part.optimizer.param_groups:
+                group["step"] = step
+    by_parameter = placements_by_parameter(parts)
+    for state in state_slices(optimizer):
+        tensors = {MASTER: state.master, EXP_AVG: state.exp_avg, EXP_AVG_SQ: state.exp_avg_sq}
+        if view is not None:
+            for tensor in tensors.values():
+                tensor.zero_()
+        for rectangle in rectangles(state, by_parameter):
+            placement = rectangle.placement
+            info = TensorInfo(placement.shape, torch.float32)
+            for prefix, flat in tensors.items():
+                values = rectangle.values(flat)
+                name = prefix + placement.name
+                yield Piece(name, info, rectangle.region, values, placement.main, not state.sharded)
+
+
+def _fill(piece: Piece, view: LogicalCheckpoint) -> None:
+    name = _source(piece, view)
+    if name is None:
+        return
+    for region in split_region(piece.region, CHUNK_BYTES // piece.tensor.element_size()):
+        piece.tensor[region.within(piece.region).slices].copy_(view.read(name, region))
+
+
+def _source(piece: Piece, view: LogicalCheckpoint) -> str | None:
+    """The tensor of the view that a piece is read from; none for moments that the view does not have."""
+    if piece.name.startswith((EXP_AVG, EXP_AVG_SQ)):
+        return piece.name if piece.name in view.tensors else None
+    weight = piece.name.removeprefix(MASTER)
+    # fp32 weights are their own masters: both must come from one source.
+    wants_master = piece.tensor.dtype == torch.float32
+    return MASTER + weight if wants_master and MASTER + weight in view.tensors else weight
+
+
+def _check_shape(view: LogicalCheckpoint, placement: Placement) -> None:
+    if placement.name not in view.tensors:
+        raise RequestError(f"the checkpoint has no tensor {placement.name}, which the model needs")
+    found = view.tensors[placement.name].shape
+    # Checkpoints of Megatron-LM keep their padding rows.
+    padded = len(found) == len(placement.shape) and found[1:] == placement.shape[1:] and found[0] > placement.shape[0]
+    if found != placement.shape and not (padded and placement.kept_padding):
+        raise RequestError(
+            f"{placement.name} has shape {found} in the checkpoint and {placement.shape} in the model: give the model"
+            " the checkpoint's shape, or grow the checkpoint"
+        )
+
+
+def _own_share(pieces: list[Piece]) -> Iterator[tuple[str, Region, torch.Tensor]]:
+    """What this process stores: its own pieces, and its part of those that its data-parallel peers hold as well."""
+    from megatron.core import parallel_state
+
+    rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    total = sum(piece.tensor.nbytes for piece in pieces if piece.stored and piece.shared)
+    position = 0
+    for piece in pieces:
+        if not piece.stored:
+            continue
+        for region in split_region(piece.region, CHUNK_BYTES // piece.tensor.element_size()):
+            part = piece.tensor[region.within(piece.region).slices]
+            if not piece.shared or position * size // max(total, 1) == rank:
+                yield piece.name, region, part
+            position += part.nbytes if piece.shared else 0

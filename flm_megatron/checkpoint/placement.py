@@ -1,0 +1,94 @@
+"""Where the parameters held by this process lie in the logical tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flm_megatron.checkpoint.logical import Region
+from flm_megatron.model.parameters import EMBEDDING, HEAD
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A part of a local parameter and its place in a logical tensor.
+
+    `region` lies in the logical tensor of `shape` (true vocabulary), `local` is the same rectangle in `parameter`,
+    with as many values but without the axis of layers; `tensor` is a view of the parameter's storage of shape
+    `region.sizes`. `replica_id` is megatron-core's: its last number is the data-parallel rank, the others are 0 on
+    the one rank of each data-parallel group that stores the part.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    region: Region
+    local: Region
+    parameter: torch.nn.Parameter
+    replica_id: tuple[int, ...]
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The part's values in the parameter's own storage, of shape `region.sizes`."""
+        return self.parameter.data[self.local.slices].view(self.region.sizes)
+
+    @property
+    def kept_padding(self) -> bool:
+        """Whether checkpoints of Megatron-LM hold padding rows after the values."""
+        return self.name in (EMBEDDING, HEAD)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one copy, apart from data-parallel ones, that is stored."""
+        return not any(self.replica_id[:-1])
+
+
+def placements(chunks: list[torch.nn.Module]) -> list[Placement]:
+    """Parts of all parameters of the model chunks of this process, wrapped for data parallelism or not.
+
+    Rows of padding ids belong to no part; a gated first feed-forward matrix has two, gate and up.
+    """
+    return [placement for chunk in chunks for placement in _placements(unwrap(chunk))]
+
+
+def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
+    """The model inside megatron-core's wrappers."""
+    from megatron.core.utils import unwrap_model
+
+    return unwrap_model(chunk)
+
+
+def _placements(model: Any) -> Iterator[Placement]:
+    from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    for entry in model.sharded_state_dict(metadata=metadata).values():
+        if not isinstance(entry, ShardedTensor | ShardedTensorFactory) or not isinstance(
+            entry.data, torch.nn.Parameter
+        ):
+            continue  # extra state of modules, buffers
+        built = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
+        start = 0
+        for sharded in built:
+            local = Region((start, *(0,) * (len(sharded.local_shape) - 1)), tuple(sharded.local_shape))
+            start += sharded.local_shape[0]
+            placement = _placement(sharded, local, entry.data, getattr(model, "true_vocab_size", None))
+            if placement is not None:
+                yield placement
+
+
+def _placement(sharded: Any, local: Region, parameter: torch.nn.Parameter, vocab: int | None) -> Placement | None:
+    """The part without padding rows; none if all of it is padding."""
+    shape = tuple(sharded.global_shape)
+    layers = sharded.prepend_axis_num
+    if sharded.key in (EMBEDDING, HEAD) and vocab is not None:
+        shape = (vocab, *shape[1:])
+    region = Region(tuple(sharded.global_offset), (1,) * layers + local.sizes).intersect(Region.whole(shape))
+    if region is None:
+        return None
+    cut = Region(local.offsets, region.sizes[layers:])
+    replica = sharded.replica_id
+    return Placement(sharded.key, shape, region, cut, parameter, replica if isinstance(replica, tuple) else (replica,))
