@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw as functional_adamw
 
+from flm_megatron.optim.birth import settling_steps, update_by_age
+
 FUSED_DEVICES = ("cpu", "cuda")
 FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -24,7 +26,8 @@ class AdamW(torch.optim.Optimizer):
 
     Takes the keywords megatron-core gives to FusedAdam. Each group has an int `step`, 0 before the first update
     and counted in every group whether or not this rank owns a part of it, so that all groups always agree. The
-    state of a parameter is `exp_avg` and `exp_avg_sq`, of its shape and dtype, made on its first update.
+    state of a parameter is `exp_avg` and `exp_avg_sq`, of its shape and dtype, made on its first update. A state that
+    also has `birth` (int32 steps) is updated by `optim.birth` until the births round away.
 
     Raises:
         ValueError: a negative or non-finite learning rate, beta, epsilon or weight decay, or `adam_w_mode=False`.
@@ -46,6 +49,7 @@ class AdamW(torch.optim.Optimizer):
         if not (0.0 <= betas[0] < 1.0 and 0.0 <= betas[1] < 1.0):
             raise ValueError(f"betas {betas} have to lie in [0, 1)")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
+        self._youngest: dict[torch.Tensor, int] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -56,6 +60,7 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             group["step"] = int(group.get("step", 0)) + 1
+            self._update_young(group)
             for params in self._by_device_and_dtype(group):
                 self._update(params, group)
         return loss
@@ -64,9 +69,21 @@ class AdamW(torch.optim.Optimizer):
         """Parameters of `group` that have values and a gradient; one kernel call takes one device and dtype."""
         batches: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = defaultdict(list)
         for param in group["params"]:
-            if param.grad is not None and param.numel():
+            if param.grad is not None and param.numel() and "birth" not in self.state.get(param, ()):
                 batches[param.device, param.dtype].append(param)
         return list(batches.values())
+
+    def _update_young(self, group: dict[str, Any]) -> None:
+        """Update parameters that have entries still young enough for their birth to matter; forget other births."""
+        for param in group["params"]:
+            state = self.state.get(param, {})
+            if "birth" not in state or param.grad is None:
+                continue
+            youngest = self._youngest.setdefault(param, int(state["birth"].max()) if param.numel() else 0)
+            if group["step"] - youngest >= settling_steps(group["betas"]):
+                del state["birth"], self._youngest[param]
+            else:
+                update_by_age(param, self._state_of(param), group)
 
     def _update(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
         grads = [param.grad for param in params if param.grad is not None]

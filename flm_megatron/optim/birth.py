@@ -1,0 +1,43 @@
+"""Adam for entries of different age: bias correction counted from each entry's birth.
+
+A grown tensor holds old entries beside new ones whose moments start at zero. With one step count for all, new
+entries have no bias correction: their first update is (1 - beta1) / sqrt(1 - beta2) times the learning rate, 3.16
+at beta2 = 0.999. With the step of its birth beside each entry, the first update is the learning rate again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROUNDING = 2.0**-25
+"""1 - x rounds to 1 in fp32 for x up to this."""
+
+
+def settling_steps(betas: tuple[float, float]) -> int:
+    """Age from which both bias corrections, 1 - beta^age, round to 1: births no longer matter."""
+    slowest = max(betas)
+    return 1 if slowest == 0 else math.ceil(math.log(ROUNDING) / math.log(slowest))
+
+
+@torch.no_grad()
+def update_by_age(param: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> None:
+    """One AdamW update of `param` by its gradient, in place.
+
+    `state` has `exp_avg`, `exp_avg_sq` and `birth` (int32, Adam's step at which each entry was born) in the shape of
+    `param`; `group` has AdamW's options and `step`, the number of this update.
+    """
+    assert param.grad is not None
+    beta1, beta2 = group["betas"]
+    gradient = param.grad.to(param.dtype)
+    state["exp_avg"].lerp_(gradient, 1 - beta1)
+    state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    age = (group["step"] - state["birth"]).double()
+    mean = state["exp_avg"] / (1 - beta1**age).to(param.dtype)
+    root = (state["exp_avg_sq"] / (1 - beta2**age).to(param.dtype)).sqrt_()
+    param.mul_(1 - group["lr"] * group["weight_decay"])
+    param.addcdiv_(mean, root.add_(group["eps"]), value=-float(group["lr"]))

@@ -1,0 +1,98 @@
+"""Adam's step at growth: what new entries' first update is, with `keep` and with `birth`."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from flm_megatron.optim.adamw import AdamW
+from flm_megatron.optim.birth import settling_steps, update_by_age
+
+GROWN_AT = 50_000
+
+
+def grown_optimizer(beta2: float, birth: bool, lr: float = 1e-3) -> tuple[torch.nn.Parameter, AdamW]:
+    """A parameter whose second half is new, under an optimizer that has taken GROWN_AT steps."""
+    param = torch.nn.Parameter(torch.zeros(2, 4))
+    optimizer = AdamW([param], lr=lr, betas=(0.9, beta2), eps=0.0)
+    optimizer.param_groups[0]["step"] = GROWN_AT
+    old = torch.tensor([[1.0], [0.0]]).expand(2, 4)
+    optimizer.state[param] = {"exp_avg": 0.5 * old, "exp_avg_sq": 0.25 * old.clone()}
+    if birth:
+        optimizer.state[param]["birth"] = (GROWN_AT * (1 - old)).int()
+    param.grad = torch.full((2, 4), 0.5)
+    return param, optimizer
+
+
+@pytest.mark.parametrize(("beta2", "trap"), [(0.999, 3.16), (0.95, 0.447)])
+def test_first_update_of_new_entries(beta2: float, trap: float) -> None:
+    for birth, factor in ((False, trap), (True, 1.0)):
+        param, optimizer = grown_optimizer(beta2, birth)
+        optimizer.step()
+        assert (-param[0] / 1e-3).tolist() == pytest.approx([1.0] * 4, rel=1e-4)
+        assert (-param[1] / 1e-3).tolist() == pytest.approx([factor] * 4, rel=2e-3)
+
+
+def test_keep_needs_a_warm_up() -> None:
+    """A learning rate that warms up from a hundredth keeps the first update of new entries below the peak rate."""
+    param, optimizer = grown_optimizer(0.999, birth=False, lr=1e-3 / 100)
+    optimizer.step()
+    assert -param[1].min().item() < 1e-3 * 0.04
+
+
+def test_births_match_a_fresh_optimizer_beside_an_old_one() -> None:
+    """Old and new entries of one tensor move as two tensors under two torch optimizers do, over many steps."""
+    draw = torch.Generator().manual_seed(1)
+    start = torch.randn(6, generator=draw, dtype=torch.float64)
+    grads = torch.randn(400, 6, generator=draw, dtype=torch.float64)
+    parts = [torch.nn.Parameter(start[:3].clone()), torch.nn.Parameter(start[3:].clone())]
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    optimizers = [torch.optim.AdamW([part], **options) for part in parts]
+    param = torch.nn.Parameter(start.clone())
+    mixed = AdamW([param], **options)
+    for step, grad in enumerate(grads):
+        if step < 7:  # the new entries do not exist yet
+            grad = grad.clone()
+            grad[3:] = 0
+        if step == 7:
+            with torch.no_grad():
+                param[3:] = start[3:]
+            mixed.state[param]["birth"] = torch.tensor([0, 0, 0, 7, 7, 7], dtype=torch.int32)
+        for part, optimizer, piece in zip(parts, optimizers, (grad[:3], grad[3:]), strict=True):
+            if step >= 7 or part is parts[0]:
+                part.grad = piece.clone()
+                optimizer.step()
+        param.grad = grad.clone()
+        mixed.step()
+    torch.testing.assert_close(param.detach(), torch.cat(parts).detach(), rtol=1e-9, atol=1e-9)
+    assert "birth" not in mixed.state[param]
+
+
+@pytest.mark.parametrize("beta2", [0.95, 0.999])
+def test_births_are_dropped_when_they_round_away(beta2: float) -> None:
+    age = settling_steps((0.9, beta2))
+    assert torch.tensor(1 - beta2**age, dtype=torch.float32) == 1
+    assert torch.tensor(1 - beta2 ** (age - 2), dtype=torch.float64) < 1 - 2.0**-26
+    param, optimizer = grown_optimizer(beta2, birth=True)
+    optimizer.param_groups[0]["step"] = GROWN_AT + age - 2
+    optimizer.step()
+    assert "birth" in optimizer.state[param]
+    optimizer.step()
+    assert "birth" not in optimizer.state[param]
+
+
+def test_update_by_age_is_adam_where_all_are_old() -> None:
+    draw = torch.Generator().manual_seed(2)
+    ours, theirs = (torch.nn.Parameter(torch.randn(9, generator=torch.Generator().manual_seed(3))) for _ in range(2))
+    state = {"exp_avg": torch.zeros(9), "exp_avg_sq": torch.zeros(9), "birth": torch.zeros(9, dtype=torch.int32)}
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    reference = torch.optim.AdamW([theirs], **options)
+    for step in range(1, 6):
+        ours.grad = torch.randn(9, generator=draw)
+        theirs.grad = ours.grad.clone()
+        update_by_age(ours, state, {**options, "step": step})
+        reference.step()
+    torch.testing.assert_close(ours, theirs)
+    assert not math.isclose(ours[0].item(), 0.0)
