@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy
+
 from flm_megatron.config.schema import DataConfig, SourceConfig
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import DamagedError, RequestError
@@ -60,11 +62,11 @@ def file_of(prefix: str | os.PathLike[str], suffix: str) -> Path:
 
 
 def read_description(prefix: str | os.PathLike[str]) -> Description:
-    """Read PREFIX.json and check that the .bin and .idx beside it are the size they were when written.
+    """Read PREFIX.json and check that the .bin and .idx beside it are as they were written, and fit each other.
 
     Raises:
         RequestError: a file is missing, or it is of another version.
-        DamagedError: PREFIX.json cannot be read, or a file has another size.
+        DamagedError: PREFIX.json cannot be read, a file has another size, or the index is not the .bin's.
     """
     for suffix in ("json", "bin", "idx"):
         if not file_of(prefix, suffix).is_file():
@@ -76,7 +78,27 @@ def read_description(prefix: str | os.PathLike[str]) -> Description:
             raise DamagedError(
                 f"{file_of(prefix, suffix)} has {size} bytes but {recorded} were written: build it again"
             )
+    _check_index(prefix, description)
     return description
+
+
+def _check_index(prefix: str | os.PathLike[str], description: Description) -> None:
+    """Check that the index has the described documents and that the last one ends where the .bin does."""
+    path, documents = file_of(prefix, "idx"), description.documents
+    data = numpy.memmap(path, mode="r")
+    magic, version, code, sequences, _ = IDX_HEADER.unpack(data[: IDX_HEADER.size].tobytes())
+    if (magic, version) != (IDX_MAGIC, 1) or code not in ID_BYTES:
+        raise DamagedError(f"{path} is not the index of a dataset: build it again")
+    end = -1
+    if sequences == documents:
+        lengths = data[IDX_HEADER.size :][: 4 * documents].view("<i4")
+        offsets = data[IDX_HEADER.size + 4 * documents :][: 8 * documents].view("<i8")
+        end = int(offsets[-1]) + int(lengths[-1]) * ID_BYTES[code]
+    if end != description.bin_bytes:
+        raise DamagedError(
+            f"{path} does not fit {file_of(prefix, 'bin')}, which has {documents:,} documents in"
+            f" {description.bin_bytes:,} bytes: one of them is of another dataset; build it again"
+        )
 
 
 def _parse(path: Path) -> Description:

@@ -107,21 +107,18 @@ def _build_index(indexed: Any, description: Description, length: int, seed: int,
         with FileLock(folder.with_name(f".{folder.name}.lock")):
             if (folder / WHOLE).exists():
                 return
+            shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             _gpt_dataset(indexed, description, length, seed, partial)
             (partial / WHOLE).touch()
-            _rename_unless_there(partial, folder)
-    except PermissionError as error:
-        raise RequestError(f"cannot write sample indices: {error}; set data.cache to a folder that can be") from None
-
-
-def _rename_unless_there(partial: Path, folder: Path) -> None:
-    try:
-        partial.rename(folder)
-    except OSError:
+            partial.rename(folder)
+    except OSError as error:
         if not (folder / WHOLE).exists():
-            raise
-        shutil.rmtree(partial)
+            raise RequestError(
+                f"cannot write sample indices: {error}; set data.cache to a folder with room that can be written"
+            ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _gpt_dataset(indexed: Any, description: Description, length: int, seed: int, folder: Path) -> GPTDataset:

@@ -19,7 +19,9 @@ from flm_megatron.errors import RequestError
 # Tests repeat themselves, encodings are tables, and the rest is not the standard library.
 LEFT_OUT = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
 SUFFIXES = (".py", ".txt", ".rst")
-HELD_OUT_SHARE = 0.05
+HELD_OUT_EVERY = 20
+# A file above this size is never held out: it would be most of the validation text, and unlike the rest.
+HELD_OUT_BYTES = 100_000
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class StandardLibrary:
 def standard_library_documents(max_bytes: int = 8_000_000) -> tuple[list[str], list[str]]:
     """Texts of training files and of held-out files.
 
-    Files are taken in an order that follows from the hash of their path until there are `max_bytes`; about one in
-    twenty is held out, again by that hash, so the same Python gives the same texts in the same order.
+    Files are taken in an order that follows from the hash of their path until there are `max_bytes`, and one in
+    twenty of them is held out, so the same Python gives the same texts in the same order.
 
     Raises:
         RequestError: this Python has no standard library sources on disk.
@@ -44,25 +46,25 @@ def standard_library_documents(max_bytes: int = 8_000_000) -> tuple[list[str], l
     train: list[str] = []
     held_out: list[str] = []
     used = 0
-    for place, text in _texts(root):
+    for text in _texts(root):
         if used + len(text) > max_bytes:
             continue
         used += len(text)
-        (held_out if place < HELD_OUT_SHARE else train).append(text.decode())
+        due = len(held_out) * HELD_OUT_EVERY <= len(train) + len(held_out) and len(text) <= HELD_OUT_BYTES
+        (held_out if due else train).append(text.decode())
     if not train or not held_out:
         raise RequestError(f"no standard library sources for {max_bytes:,} bytes of text under {root}")
     return train, held_out
 
 
-def _texts(root: Path) -> Iterator[tuple[float, bytes]]:
-    """(place in [0, 1), UTF-8 text) of each file, in the order of a second hash."""
+def _texts(root: Path) -> Iterator[bytes]:
+    """UTF-8 text of each file, in the order of the hash of its path."""
     found = [path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file()]
     names = {path.relative_to(root).as_posix(): path for path in found}
-    digests = {name: hashlib.sha256(name.encode()).digest() for name in names}
-    for name in sorted(names, key=lambda name: digests[name][8:]):
+    for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
         data = names[name].read_bytes()
         if data and not LEFT_OUT & set(Path(name).parts) and _is_utf8(data):
-            yield int.from_bytes(digests[name][:4], "big") / 2**32, data
+            yield data
 
 
 def _is_utf8(data: bytes) -> bool:

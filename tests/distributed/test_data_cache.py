@@ -1,0 +1,30 @@
+"""Many processes open the same data at the same time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.distributed.pool import Pool
+from tests.unit import data_cases
+
+
+def _open(folder: str) -> tuple[list[tuple[str, int, int]], list[list[int]]]:
+    import torch.distributed
+
+    from flm_megatron.data.stream import SampleStream
+
+    torch.distributed.barrier()
+    stream = SampleStream(data_cases.config(Path(folder), {"web": 0.7, "code": 0.3}), seed=4)
+    return [stream.sample_ids(i) for i in range(50)], [stream[i]["tokens"].tolist() for i in range(50)]
+
+
+def test_processes_that_share_a_disk_build_the_index_once_and_read_the_same(pool: Pool, tmp_path: Path) -> None:
+    """Four at once, none of which finds an index: all read the same samples, and one index of each source is left."""
+    data_cases.datasets(tmp_path, {"web": 30, "code": 20})
+    results = pool.run(4, _open, str(tmp_path))
+    assert all(result == results[0] for result in results)
+    for name in ("web", "code"):
+        folders = [path for path in (tmp_path / f"{name}_cache").iterdir() if path.is_dir()]
+        assert len(folders) == 1
+        assert len(list(folders[0].glob("*.npy"))) == 3
+        assert not list((tmp_path / f"{name}_cache").glob("*.partial"))
