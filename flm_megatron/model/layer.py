@@ -31,8 +31,10 @@ class TeleFLMLayer(TransformerLayer):
         recompute = self.config.recompute_norms_and_mlp and self.training and torch.is_grad_enabled()
         attended = self._attention(hidden_states, recompute, attention_mask, rotary_pos_emb, packed_seq_params)
         hidden_states = self._add(self.self_attn_bda, attended, hidden_states)
-        fed = checkpoint(self._mlp, False, hidden_states) if recompute else self._mlp(hidden_states)
-        return self._add(self.mlp_bda, fed, hidden_states), context
+        output = (
+            checkpoint(self._feed_forward, False, hidden_states) if recompute else self._feed_forward(hidden_states)
+        )
+        return output, context
 
     def _attention(
         self,
@@ -55,8 +57,10 @@ class TeleFLMLayer(TransformerLayer):
             norm.discard_output_and_register_recompute(output)
         return output, bias
 
-    def _mlp(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.mlp(self.pre_mlp_layernorm(hidden_states))
+    def _feed_forward(self, hidden_states: Tensor) -> Tensor:
+        # The bias is added in here: returned by a checkpointed function, the parameter itself would become an output
+        # of the graph, and its backward pass would not end.
+        return self._add(self.mlp_bda, self.mlp(self.pre_mlp_layernorm(hidden_states)), hidden_states)
 
     def _add(self, bias_dropout_add: Any, output: tuple[Tensor, Tensor | None], residual: Tensor) -> Tensor:
         return bias_dropout_add(self.training, self.config.bias_dropout_fusion)(output, residual, self.hidden_dropout)
