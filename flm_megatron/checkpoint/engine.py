@@ -43,7 +43,9 @@ class Piece:
 
 @torch.no_grad()
 def load_state(view: LogicalCheckpoint, chunks: list[torch.nn.Module], optimizer: Any = None) -> None:
-    """Fill model chunks, and the optimizer's masters, moments and step, from a view; only this process's parts are read.
+    """Fill model chunks, and the optimizer's masters, moments and step, from a view.
+
+    Only the parts that this process holds are read.
 
     Where the view has no master, a master starts from the view's weights in the view's own precision; where it has
     no moments they are zero, and so is the step. fp32 parameters are their own masters. Rows of padding ids are
@@ -103,9 +105,7 @@ def _weight_pieces(parts: list[Placement]) -> Iterator[Piece]:
         yield Piece(placement.name, info, placement.region, placement.tensor, placement.main, True)
 
 
-def _optimizer_pieces(
-    optimizer: Any, parts: list[Placement], view: LogicalCheckpoint | None = None
-) -> Iterator[Piece]:
+def _optimizer_pieces(optimizer: Any, parts: list[Placement], view: LogicalCheckpoint | None = None) -> Iterator[Piece]:
     """Pieces of masters and moments; with a view to be loaded, the state is made ready for that first."""
     initialise_state(optimizer)
     if view is not None:
