@@ -21,12 +21,14 @@ from flm_megatron.data.stream import SampleStream, validation_streams
 from flm_megatron.device import current
 from flm_megatron.device.hardware import find_hardware
 from flm_megatron.errors import FlmError
+from flm_megatron.growth.plan import GrowthPlan
+from flm_megatron.growth.schedule import mask_plan, mask_value
 from flm_megatron.optim.learning_rate import learning_rate, set_learning_rates
 from flm_megatron.training.flops import training_flops_per_token
 from flm_megatron.training.metrics import MetricsLog, StepMetrics
 from flm_megatron.training.parallel import is_main_rank, layout
 from flm_megatron.training.signals import StopRequest, stop_on_signal
-from flm_megatron.training.start import Start, checkpoint_store, first_view, resumed_stage
+from flm_megatron.training.start import Start, begin, checkpoint_store
 from flm_megatron.training.step import Batch, Engine, StepResult
 
 RECENT_STEPS = 20
@@ -54,10 +56,13 @@ class StageTrainer:
 
         self.index, self.step = start.stage, start.step
         self.budget = stage_budgets(run)[start.stage]
-        self.stage, view = _begin(run, start)
+        beginning = begin(run, start)
+        self.stage, self.plan = beginning.stage, beginning.plan
         self.run = replace(run, stages=[*run.stages[: self.index], self.stage, *run.stages[self.index + 1 :]])
         self.engine = Engine(self.stage, run.data.sequence_length)
-        load_state(view, self.engine.chunks, self.engine.optimizer)
+        load_state(beginning.view, self.engine.chunks, self.engine.optimizer)
+        self.grown = beginning.view.manifest.get("growth")
+        self.masks = _masks(self.engine, self.plan, self.step)
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.data_size = parallel_state.get_data_parallel_world_size()
         self.log = _open_log(self.run, self.index, self.step)
@@ -100,6 +105,7 @@ class StageTrainer:
         began = time.perf_counter()
         lr = learning_rate(self.budget.tokens_at(self.step + 1), self.run, self.index)
         set_learning_rates(self.engine.optimizer, self.stage, lr)
+        self._open_masks()
         result = self.engine.train_step(group, stop.asked)
         self.step += 1
         self.times.append(time.perf_counter() - began)
@@ -114,6 +120,14 @@ class StageTrainer:
             speak = self.step % interval == 0 or self.step == self.budget.steps
             self.log.step(self._metrics(result, lr), self.budget.steps, speak)
         return result.stop
+
+    def _open_masks(self) -> None:
+        """Set the growth masks to this step's value; at 1 they come off."""
+        if self.plan is None or self.masks is None:
+            return
+        self.masks.set(mask_value(self.plan, self.step))
+        if not self.masks.installed:
+            self.masks = None
 
     def _metrics(self, result: StepResult, lr: float) -> StepMetrics:
         device = current()
@@ -187,6 +201,7 @@ class StageTrainer:
         samples = self.budget.first_sample + self.step * self.budget.batch_samples
         groups = self.engine.optimizer.param_groups
         return {
+            **({"growth": self.grown} if self.grown else {}),
             "run": run_to_dict(self.run),
             "stage": self.stage.name,
             "step": self.step,
@@ -197,18 +212,13 @@ class StageTrainer:
         }
 
 
-def _begin(run: RunConfig, start: Start) -> tuple[Any, Any]:
-    """The stage as it is really trained, and the view its state is loaded from."""
-    from flm_megatron.checkpoint.opening import open_checkpoint
+def _masks(engine: Engine, plan: GrowthPlan | None, step: int) -> Any:
+    """The growth masks that are not fully open at `step`; none where there are none."""
+    from flm_megatron.model.masks import GrowthMasks
 
-    stage = run.stages[start.stage]
-    if start.step:
-        assert start.source is not None
-        view = open_checkpoint(start.source)
-        return resumed_stage(stage, view.manifest), view
-    if start.stage == 0:
-        return stage, first_view(run, stage.model, start.source)
-    raise FlmError("growth")
+    if plan is None or not plan.masked or mask_value(plan, step) == 1:
+        return None
+    return GrowthMasks(engine.chunks, engine.stage.model, mask_plan(plan))
 
 
 def _open_log(run: RunConfig, index: int, step: int) -> MetricsLog | None:

@@ -1,4 +1,4 @@
-"""Where a run goes on: which stage, which step, and from which checkpoint."""
+"""Where a run goes on: which stage, which step, from which checkpoint, and with which model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.store import CheckpointStore
 from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.loader import run_from_dict
-from flm_megatron.config.schema import ModelConfig, RunConfig, StageConfig
+from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig, StageConfig
 from flm_megatron.errors import RequestError
-
-DERIVED_FIELDS = ("norm_epsilon",)  # growth may change these; the checkpoint has the last word
+from flm_megatron.growth.boundary import grown_view, saved_plan
+from flm_megatron.growth.plan import GrowthPlan, check_same_plan, grown_model, make_plan
 
 
 @dataclass(frozen=True)
@@ -63,24 +63,64 @@ def _after(run: RunConfig, path: Path | None) -> Start:
     return Start(stage + 1, 0, path) if done else Start(stage, manifest["step"], path)
 
 
-def resumed_stage(stage: StageConfig, saved: dict[str, Any]) -> StageConfig:
-    """The stage as its own checkpoint's `manifest` has it, with everything that may change taken from the run file.
+@dataclass(frozen=True)
+class Beginning:
+    """How a stage begins: as it is really trained (growth derives some of its model), the view that its state is
+    loaded from, and the growth it began with."""
+
+    stage: StageConfig
+    view: LogicalCheckpoint
+    plan: GrowthPlan | None
+
+
+def begin(run: RunConfig, start: Start, distances: list[float] | None = None) -> Beginning:
+    """What `start` begins with; `distances` of the old layers where growth chooses layers by them.
 
     Raises:
-        RequestError: the model's shape is another one.
+        RequestError: the checkpoint is of another model or another growth than the run file asks for.
     """
+    stage = run.stages[start.stage]
+    if start.step:
+        assert start.source is not None
+        view = open_checkpoint(start.source)
+        plan = _resumed_plan(run, start.stage, view.manifest)
+        return Beginning(_resumed_stage(stage, view.manifest, plan), view, plan)
+    if start.stage == 0:
+        return Beginning(stage, first_view(run, stage.model, start.source), None)
+    assert start.source is not None
+    view, plan = grown_view(open_checkpoint(start.source), run, start.stage, distances)
+    return Beginning(replace(stage, model=grown_model(plan)), view, plan)
+
+
+def _resumed_plan(run: RunConfig, index: int, saved: dict[str, Any]) -> GrowthPlan | None:
+    """The plan a stage was grown with, held against the one that the run file now asks for."""
+    plan, stage = saved_plan(saved), run.stages[index]
+    if plan is None:
+        return None
+    growth = stage.growth or GrowthConfig()
+    now = make_plan(plan.old, stage.model, growth, run.seed, [0.0] * plan.old.num_layers, stage.name)
+    if growth.layer_selection == "distance":  # measured at the boundary, not again
+        now = replace(now, layer_sources=plan.layer_sources)
+    check_same_plan(plan, now)
+    return plan
+
+
+def _resumed_stage(stage: StageConfig, saved: dict[str, Any], plan: GrowthPlan | None) -> StageConfig:
+    """The stage with the model of its own checkpoint, and everything that may change from the run file."""
+    if plan is not None:
+        return replace(stage, model=plan.new)
     model = next(s.model for s in run_from_dict(saved["run"]).stages if s.name == saved["stage"])
     differing = [
         f"{name} was {before!r} and is {now!r}"
         for (name, before), now in zip(asdict(model).items(), asdict(stage.model).values(), strict=True)
-        if before != now and name not in DERIVED_FIELDS
+        if before != now
     ]
     if differing:
         raise RequestError(
             f"stage {stage.name!r} cannot go on with another model: {'; '.join(differing)}; "
             "put the values back, or start a new run with another `output`"
         )
-    return replace(stage, model=model)
+    return stage
 
 
 def first_view(run: RunConfig, model: ModelConfig, source: Path | None) -> LogicalCheckpoint:

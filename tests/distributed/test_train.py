@@ -1,0 +1,157 @@
+"""Whole runs: resume is exact, signals save, a killed run goes on, and requests that cannot be met are one line."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flm_megatron.checkpoint.opening import open_checkpoint
+from flm_megatron.config.schema import RunConfig
+from flm_megatron.errors import RequestError
+from flm_megatron.training.launch import train
+from flm_megatron.training.plot import read_metrics
+from flm_megatron.training.preflight import resolve
+from flm_megatron.training.start import checkpoint_store
+from tests.distributed.layouts import relative_difference
+from tests.distributed.runs import flm, losses, make_data, make_run, start_flm, wait_for_step
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokenizer and datasets."""
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of an uninterrupted run of eight steps."""
+    output = tmp_path_factory.mktemp("whole")
+    _, run = make_run(data, output)
+    assert train(resolve(run)) == 0
+    return output
+
+
+def final_hash(output: Path) -> str:
+    """Logical hash of the last checkpoint of the stage: weights, masters and moments."""
+    path = checkpoint_store(RunConfig(output=str(output))).latest(["small"])
+    assert path is not None
+    return open_checkpoint(path).manifest["logical_hash"]
+
+
+def test_a_run_reports_every_step_and_validates(whole: Path) -> None:
+    assert [line[1] for line in losses(whole)] == list(range(1, STEPS + 1))
+    validation = [line for line in read_metrics(whole) if "val_loss" in line]
+    assert [line["step"] for line in validation] == [4, 8]
+    assert validation[1]["val_loss"] < validation[0]["val_loss"]
+    assert (whole / "run.yaml").exists() and "small step 8/8" in (whole / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
+def test_a_run_in_two_halves_is_bit_identical(data: Path, whole: Path, tmp_path: Path, asynchronous: bool) -> None:
+    _, run = make_run(data, tmp_path, "--checkpoint.interval_steps", "3")
+    run.checkpoint.asynchronous = asynchronous
+    run = resolve(run)
+    half = replace(run.stages[0], tokens=512, schedule=replace(run.stages[0].schedule, decay_tokens=1024))
+    assert train(replace(run, stages=[half])) == 0
+    assert train(run) == 0
+    assert losses(tmp_path) == losses(whole)
+    assert final_hash(tmp_path) == final_hash(whole)
+
+
+def test_a_run_resumes_under_another_layout(data: Path, whole: Path, tmp_path: Path) -> None:
+    _, run = make_run(data, tmp_path)
+    run = resolve(run)
+    half = replace(run.stages[0], tokens=512, schedule=replace(run.stages[0].schedule, decay_tokens=1024))
+    assert train(replace(run, stages=[half])) == 0
+    run.stages[0].parallel = replace(run.stages[0].parallel, tensor=1, pipeline=2, data=2)
+    assert train(run) == 0
+    ours, theirs = ([line[2:] for line in losses(output)] for output in (tmp_path, whole))
+    assert relative_difference(ours, theirs) <= 1e-5
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(data: Path, tmp_path: Path) -> None:
+    source, run = make_run(data, tmp_path, "--stages.0.tokens", "12800")  # 100 steps
+    process = start_flm("train", source)
+    wait_for_step(tmp_path, 3, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3, errors
+    saved = checkpoint_store(run).latest(["small"])
+    assert saved is not None
+    step = open_checkpoint(saved).manifest["step"]
+    assert 3 <= step < 100 and losses(tmp_path)[-1][1] == step
+    again = flm("train", source, "--stages.0.tokens", str((step + 2) * 128))
+    assert again.returncode == 0, again.stderr
+    assert [line[1] for line in losses(tmp_path)] == list(range(1, step + 3))
+
+
+def test_a_killed_run_reaches_the_same_weights(data: Path, whole: Path, tmp_path: Path) -> None:
+    source, _ = make_run(data, tmp_path, "--checkpoint.interval_steps", "2")
+    process = start_flm("train", source)
+    wait_for_step(tmp_path, 3, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    again = flm("train", source)
+    assert again.returncode == 0, again.stderr
+    assert losses(tmp_path) == losses(whole)
+    assert final_hash(tmp_path) == final_hash(whole)
+
+
+def test_a_finished_run_has_nothing_left_to_do(data: Path, whole: Path) -> None:
+    before = final_hash(whole)
+    _, run = make_run(data, whole)
+    assert train(resolve(run)) == 0
+    assert final_hash(whole) == before
+
+
+def test_checkpoints_are_thinned_out_but_the_last_stays(data: Path, tmp_path: Path) -> None:
+    _, run = make_run(
+        data, tmp_path, "--checkpoint.interval_steps", "1", "--checkpoint.keep_last", "1",
+        "--checkpoint.keep_every_steps", "4", "--stages.0.tokens", "768",
+    )  # fmt: skip
+    assert train(resolve(run)) == 0
+    assert checkpoint_store(run).steps("small") == [4, 6]
+
+
+def test_another_model_shape_is_refused_on_resume(data: Path, whole: Path) -> None:
+    _, run = make_run(data, whole, "--stages.0.model.ffn_hidden_size", "64", "--stages.0.tokens", "2048")
+    with pytest.raises(RequestError, match="ffn_hidden_size was 48 and is 64"):
+        train(resolve(run))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--stages.0.parallel.tensor", "3"], "num_attention_heads"),
+        (["--stages.0.parallel.tesnor", "2"], "tensor"),
+        (["--tokenizer", "/nowhere/tokenizer.model"], "/nowhere/tokenizer.model"),
+        (["--data.train.0.path", "/nowhere/train"], "/nowhere/train"),
+        (["--stages.0.global_batch", "5", "--stages.0.micro_batch", "2"], "global_batch"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_status_two(
+    data: Path, tmp_path: Path, overrides: list[str], words: str
+) -> None:
+    source, _ = make_run(data, tmp_path)
+    result = flm("train", source, *overrides)
+    assert result.returncode == 2
+    assert words in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_torchrun_joins_ranks_that_it_started(data: Path, whole: Path, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    source, _ = make_run(data, tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command += ["-m", "flm_megatron.cli.main", "train", str(source)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path) == losses(whole)
