@@ -10,14 +10,11 @@ import torch
 
 from flm_megatron import __version__
 from flm_megatron.checkpoint.generator import truncated_normal
-from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER, LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.logical import EXP_AVG, MASTER, STATE_PREFIXES, LogicalCheckpoint, Region, TensorInfo
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.operators import Constant, Content, Fresh, Mean, Old, Operators, Piece
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.model.parameters import parameter_specs
-
-BIRTH = "optimizer.state.birth."
-PREFIXES = (MASTER, EXP_AVG, EXP_AVG_SQ, BIRTH)
 
 
 class GrownCheckpoint(LogicalCheckpoint):
@@ -25,8 +22,7 @@ class GrownCheckpoint(LogicalCheckpoint):
 
     Old values are scaled where the plan scales weights (first moments by 1/c, second by 1/c^2 for weights times c);
     new entries have zero moments, and so do copied layers. New values depend on the plan's seed and stage, the
-    tensor's name and the global index only. Under `optimizer_step: birth`, `optimizer.state.birth.` tensors
-    (int32) give Adam's step at which each entry was born.
+    tensor's name and the global index only.
 
     Raises:
         RequestError: the source's tensors are not those of the plan's old model.
@@ -37,7 +33,7 @@ class GrownCheckpoint(LogicalCheckpoint):
         self.operators = Operators(plan)
         _check_source(source, plan)
         self.tensors = {name: info for name in self.operators.specs for name, info in self._infos(name)}
-        self.manifest = {**(source.manifest if manifest is None else manifest), "growth": provenance(source, plan)}
+        self.manifest = {**(manifest or {}), "growth": provenance(source, plan)}
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:
         """Values of `region` of `name`; only the old regions it is made of are read."""
@@ -51,8 +47,6 @@ class GrownCheckpoint(LogicalCheckpoint):
             place = piece.region.within(region).slices
             if prefix in ("", MASTER):
                 out[place] = self._weights(prefix, parameter, piece, info.dtype)
-            elif prefix == BIRTH:
-                out[place] = self._births(parameter, piece.content)
             else:
                 out[place] = self._moments(prefix, parameter, piece.content)
         return out
@@ -60,13 +54,8 @@ class GrownCheckpoint(LogicalCheckpoint):
     def _infos(self, name: str) -> list[tuple[str, TensorInfo]]:
         """The parameter and its optimizer state, as far as the source has them."""
         shape = self.operators.specs[name].shape
-        infos = [
-            (p + name, TensorInfo(shape, i.dtype)) for p in ("", *PREFIXES) if (i := self.source.tensors.get(p + name))
-        ]
-        born = any(key == BIRTH + name for key, _ in infos)
-        if self.plan.optimizer_step == "birth" and self.source.has_optimizer() and not born:
-            infos.append((BIRTH + name, TensorInfo(shape, torch.int32)))
-        return infos
+        prefixes = ("", *STATE_PREFIXES)
+        return [(p + name, TensorInfo(shape, i.dtype)) for p in prefixes if (i := self.source.tensors.get(p + name))]
 
     def _weights(self, prefix: str, name: str, piece: Piece, dtype: torch.dtype) -> torch.Tensor | float:
         """Weights or masters of one piece. A rounded weight that changes is rounded from its fp32 master."""
@@ -91,18 +80,10 @@ class GrownCheckpoint(LogicalCheckpoint):
         values = self.source.read(prefix + name, content.region)
         return values / content.scale ** (1 if prefix == EXP_AVG else 2)
 
-    def _births(self, name: str, content: Content) -> torch.Tensor | int:
-        """Adam's step at birth: the source's own births for old entries, its step for new ones."""
-        if not isinstance(content, Old) or content.copy:
-            return int(self.source.manifest.get("optimizer_step") or 0)
-        if BIRTH + name in self.source.tensors:
-            return self.source.read(BIRTH + name, content.region)
-        return 0
-
 
 def split_name(name: str) -> tuple[str, str]:
     """A tensor's optimizer prefix (empty for a weight) and its parameter."""
-    prefix = next((p for p in PREFIXES if name.startswith(p)), "")
+    prefix = next((p for p in STATE_PREFIXES if name.startswith(p)), "")
     return prefix, name[len(prefix) :]
 
 
@@ -117,14 +98,20 @@ def axis_mean(values: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 def provenance(source: LogicalCheckpoint, plan: GrowthPlan) -> dict[str, Any]:
-    """Where a grown checkpoint comes from: the plan, the source's checksum, the code's version."""
+    """Where a grown checkpoint comes from: the plan, the source's checksum, the code's version.
+
+    `optimizer_step` is Adam's step at the growth, `before` the provenance of the source where it was grown too.
+    """
     text = json.dumps(source.manifest, sort_keys=True, default=str)
     return {
         "plan": plan.to_json(),
+        "source_logical_hash": source.manifest.get("logical_hash"),
         "source_manifest_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "source_stage": source.manifest.get("stage"),
         "source_step": source.manifest.get("step"),
+        "optimizer_step": int(source.manifest.get("optimizer_step") or 0),
         "code_version": __version__,
+        "before": source.manifest.get("growth"),
     }
 
 

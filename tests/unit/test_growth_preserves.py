@@ -10,6 +10,7 @@ import torch
 
 from flm_megatron.config.schema import MupConfig
 from flm_megatron.growth.plan import GrowthPlan, make_plan
+from tests.reference import reference_logits
 from tests.unit.growth_cases import GROWN, grown_weights, growth, old_model, plan_for, trained, weights
 from tests.unit.growth_oracle import logits, masks_at
 
@@ -24,9 +25,23 @@ BLOCKS = {
 def difference(plan: GrowthPlan, v: float = 0.0) -> float:
     """Largest difference of the logits before and after, over the standard deviation of those before."""
     source = trained(plan.old)
-    before = logits(plan.old, weights(source, plan.old), TOKENS)
-    after = logits(plan.new, grown_weights(plan, source), TOKENS, masks_at(plan, v))
+    before = reference_logits(plan.old, weights(source, plan.old), TOKENS)
+    tensors = grown_weights(plan, source)
+    after = (
+        logits(plan.new, tensors, TOKENS, masks_at(plan, v))
+        if plan.masked
+        else reference_logits(plan.new, tensors, TOKENS)
+    )
     return ((after - before).abs().max() / before.std()).item()
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_open_masks_are_the_plain_model(block: str) -> None:
+    plan = plan_for("all", "mask", old_model(**BLOCKS[block]))
+    tensors = grown_weights(plan, trained(plan.old))
+    torch.testing.assert_close(
+        logits(plan.new, tensors, TOKENS, masks_at(plan, 1.0)), reference_logits(plan.new, tensors, TOKENS)
+    )
 
 
 @pytest.mark.parametrize("operator", ["zero", "mask"])

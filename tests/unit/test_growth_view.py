@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER, Region
 from flm_megatron.errors import RequestError
+from flm_megatron.growth.births import births, counts_births
 from flm_megatron.growth.plan import GrowthPlan, make_plan
-from flm_megatron.growth.view import BIRTH, GrownCheckpoint, axis_mean
+from flm_megatron.growth.view import GrownCheckpoint, axis_mean
 from flm_megatron.model import parameters as p
 from flm_megatron.model.parameters import parameter_specs
 from tests.unit.growth_cases import MemoryCheckpoint, growth, old_model, plan_for, trained
@@ -127,15 +128,20 @@ def test_bf16_weights_are_rounded_masters() -> None:
 
 def test_births() -> None:
     plan = plan_for("ffn", "zero", old_model(), {"optimizer_step": "birth"})
-    source = trained(plan.old, torch.float32, optimizer=True)
-    once = GrownCheckpoint(source, plan)
-    birth = BIRTH + f"{p.FC2}.weight"
-    assert once.read(birth).unique().tolist() == [0, 40]
-    assert (once.read(birth)[:, :, 50:] == 40).all() and (once.read(birth)[:, :, :50] == 0).all()
-    held = MemoryCheckpoint({n: once.read(n) for n in once.tensors}, {"optimizer_step": 70})
-    deeper = GrownCheckpoint(held, plan_for("layers", "zero", plan.new, {"optimizer_step": "birth"}))
-    assert deeper.read(birth).unique().tolist() == [0, 40, 70]
-    assert not any(n.startswith(BIRTH) for n in GrownCheckpoint(source, plan_for("ffn", "zero", old_model())).tensors)
+    once = GrownCheckpoint(trained(plan.old, torch.float32, optimizer=True), plan).manifest["growth"]
+    name, whole = f"{p.FC2}.weight", Region.whole((3, 24, 87))
+    born = births(once, name, whole)
+    assert (born[:, :, 50:] == 40).all() and (born[:, :, :50] == 0).all()
+    held = MemoryCheckpoint(trained(plan.new).values, {"optimizer_step": 70, "growth": once})
+    deeper = plan_for("layers", "zero", plan.new, {"optimizer_step": "birth"})
+    twice = GrownCheckpoint(held, deeper).manifest["growth"]
+    born = births(twice, name, Region((1, 2, 48), (3, 4, 5)))
+    for i, layer in enumerate(deeper.layer_sources[1:4]):
+        expected = [70] * 5 if layer.copy else [0, 0, 40, 40, 40]
+        assert (born[i] == torch.tensor(expected)).all()
+    kept = GrownCheckpoint(held, plan_for("layers", "zero", plan.new)).manifest["growth"]
+    assert counts_births(twice) and counts_births(kept) and births(kept, name, whole).unique().tolist() == [0, 40]
+    assert not counts_births(GrownCheckpoint(trained(plan.old), plan_for("ffn", "zero", plan.old)).manifest["growth"])
 
 
 def test_provenance_and_wrong_source() -> None:
