@@ -104,6 +104,7 @@ def run_processes(size: int, function: Any, args: tuple[Any, ...], timeout_s: in
         FlmError: a rank failed or was killed; the message names it and its error, the others are ended.
     """
     import torch.multiprocessing as multiprocessing
+    from torch.multiprocessing.spawn import ProcessException
 
     with tempfile.TemporaryDirectory() as folder:
         processes = multiprocessing.start_processes(
@@ -117,7 +118,7 @@ def run_processes(size: int, function: Any, args: tuple[Any, ...], timeout_s: in
             try:
                 while not processes.join(grace_period=GRACE_S):
                     pass
-            except multiprocessing.ProcessException as error:
+            except ProcessException as error:
                 raise _first_error(Path(folder), error) from None
         return int((Path(folder) / "status").read_text())
 

@@ -20,13 +20,13 @@ def launched() -> bool:
 
 @contextmanager
 def world(
-    config: DistributedConfig, rank: int | None = None, size: int | None = None, store: str = "env://"
+    config: DistributedConfig, rank: int = -1, size: int = -1, store: str = "env://"
 ) -> Iterator[None]:
     """The world of all processes, from the environment (torchrun) or from a shared file; left when the block ends."""
     device = current()
     device.prepare()
-    place = {} if rank is None else {"rank": rank, "world_size": size}
-    dist.init_process_group(device.backend, init_method=store, timeout=timedelta(seconds=config.timeout_s), **place)
+    timeout = timedelta(seconds=config.timeout_s)
+    dist.init_process_group(device.backend, init_method=store, timeout=timeout, rank=rank, world_size=size)
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ from collections import deque
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 
@@ -229,6 +229,6 @@ def _open_log(run: RunConfig, index: int, step: int) -> MetricsLog | None:
     return MetricsLog(Path(run.output), run.logging.tensorboard, names, names[index], step)
 
 
-def _peak_tflops(precision: str) -> float | None:
+def _peak_tflops(precision: Literal["fp32", "bf16"]) -> float | None:
     hardware = find_hardware(current().hardware_name())
     return hardware.peak_tflops(precision) if hardware else None
