@@ -8,26 +8,36 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from flm_megatron.checkpoint.workers import Workers
+from flm_megatron.checkpoint.processes import Processes
+from flm_megatron.checkpoint.writer import PARTIAL
 from flm_megatron.errors import RequestError
 
 
 @contextlib.contextmanager
-def destination(path: Path, workers: Workers, nbytes: int = 0) -> Iterator[Path]:
+def destination(path: Path, processes: Processes, nbytes: int) -> Iterator[Path]:
     """A fresh folder beside `path`, renamed to `path` at the end, removed after a failure; all processes enter.
 
     What an interrupted run left beside `path` is removed first. Raises RequestError if `path` exists or `nbytes`
-    do not fit on its disk.
+    do not fit on its disk, then or later.
     """
-    partial = path.parent / f".{path.name}.partial"
-    workers.together(lambda: _prepare(path, partial, nbytes), only_first=True)
+    partial = path.with_name(path.name + PARTIAL)
+    processes.on_first(lambda: _prepare(path, partial, nbytes))
     try:
         yield partial
-        workers.together(lambda: _publish(path, partial), only_first=True)
+        processes.on_first(lambda: _publish(path, partial))
     except BaseException:
-        if workers.rank == 0:
+        if processes.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turns what the disk refuses into a RequestError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def sync(path: Path) -> None:
@@ -39,25 +49,28 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def refuse_existing(path: Path) -> None:
-    """Raise RequestError if there is something at `path`."""
+def refuse_without_room(path: Path, nbytes: int) -> None:
+    """Raise RequestError if `path` exists or `nbytes` are more than its disk has free."""
     if path.exists() or path.is_symlink():
-        raise RequestError(f"{path} exists; give another destination or remove it")
+        raise RequestError(f"{path} exists already: choose another destination or remove it")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if nbytes > free:
+        raise RequestError(f"{path} needs {nbytes:,} bytes and its disk has {free:,} free: make room first")
 
 
 def _prepare(path: Path, partial: Path, nbytes: int) -> None:
-    refuse_existing(path)
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    free = shutil.disk_usage(partial).free
-    if nbytes > free:
-        shutil.rmtree(partial)
-        raise RequestError(f"{path}: {nbytes:,} bytes are needed and {free:,} are free on its disk; free some space")
+    with write_errors(path):
+        if partial.exists():
+            shutil.rmtree(partial)
+        refuse_without_room(path, nbytes)
+        partial.mkdir(parents=True)
 
 
 def _publish(path: Path, partial: Path) -> None:
-    sync(partial)
-    refuse_existing(path)
-    partial.rename(path)
-    sync(path.parent)
+    with write_errors(path):
+        sync(partial)
+        if path.exists():
+            raise RequestError(f"{path} has appeared meanwhile: choose another destination or remove it")
+        partial.rename(path)
+        sync(path.parent)

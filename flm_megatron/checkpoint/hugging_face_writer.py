@@ -14,15 +14,15 @@ from typing import Any
 import torch
 
 from flm_megatron.checkpoint.converted import ConvertedCheckpoint, is_power_of_two
-from flm_megatron.checkpoint.destination import destination, sync
+from flm_megatron.checkpoint.destination import destination, sync, write_errors
 from flm_megatron.checkpoint.hugging_face_config import Flavour, config_of
 from flm_megatron.checkpoint.hugging_face_names import TargetTensor, target_tensors
 from flm_megatron.checkpoint.hugging_face_tokenizer import SpecialIds, write_tokenizer
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.processes import Processes
 from flm_megatron.checkpoint.progress import progress_bar
 from flm_megatron.checkpoint.safetensors_file import arrays_in, lay_out
 from flm_megatron.checkpoint.stored_array import StoredArray
-from flm_megatron.checkpoint.workers import Workers
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.model.parameters import EMBEDDING, HEAD
@@ -63,14 +63,18 @@ def folding_note(model: ModelConfig) -> str:
 
 
 def write_hugging_face(
-    source: LogicalCheckpoint, model: ModelConfig, path: Path, options: ExportOptions, workers: Workers | None = None
+    source: LogicalCheckpoint,
+    model: ModelConfig,
+    path: Path,
+    options: ExportOptions,
+    processes: Processes | None = None,
 ) -> int:
     """Write the weights of `source`, whose model is `model`, to the new folder `path`; returns the bytes of weights.
 
     At most a chunk of CHUNK_BYTES is in memory at a time. The folder appears under its name only when whole.
     Raises RequestError if it exists, if the disk is too small or if the block has no Hugging Face form.
     """
-    workers = workers or Workers()
+    processes = processes or Processes()
     factors = folding(model) if options.flavour == "llama" else None
     view = ConvertedCheckpoint(source, options.dtype, factors, optimizer=False)
     targets = target_tensors(model)
@@ -78,10 +82,10 @@ def write_hugging_face(
     infos = {name: _info(name, target, view, padded) for name, target in targets.items()}
     shards = shard_names(infos, options.shard_bytes)
     total = sum(_nbytes(info) for info in infos.values())
-    with destination(path, workers, total) as folder:
-        workers.together(lambda: _lay_out_all(folder, infos, shards), only_first=True)
-        workers.together(lambda: _copy(view, targets, folder, shards, workers, total))
-        workers.together(lambda: _describe(folder, model, view, shards, total, padded, options), only_first=True)
+    with destination(path, processes, total) as folder:
+        processes.on_first(write_errors(path)(lambda: _lay_out_all(folder, infos, shards)))
+        processes.together(write_errors(path)(lambda: _copy(view, targets, folder, shards, processes, total)))
+        processes.on_first(write_errors(path)(lambda: _describe(folder, model, view, shards, total, padded, options)))
     return total
 
 
@@ -126,7 +130,7 @@ def _copy(
     targets: Mapping[str, TargetTensor],
     folder: Path,
     shards: Mapping[str, str],
-    workers: Workers,
+    processes: Processes,
     total: int,
 ) -> None:
     """Copy this process's share of chunks into the laid-out files. Padding rows stay the zeros they are."""
@@ -136,9 +140,9 @@ def _copy(
         arrays |= arrays_in(folder / shard)
     descriptors = {shard: os.open(folder / shard, os.O_WRONLY) for shard in dict.fromkeys(shards.values())}
     try:
-        with progress_bar("export", total, workers) as bar:
-            for name, first, rows in workers.share(chunks):
-                bar.update(_copy_rows(view, targets[name], first, rows, arrays[name], descriptors[shards[name]]))
+        with progress_bar("export", total, processes) as moved:
+            for name, first, rows in chunks[processes.rank :: processes.size]:
+                moved(_copy_rows(view, targets[name], first, rows, arrays[name], descriptors[shards[name]]))
         for descriptor in descriptors.values():
             os.fsync(descriptor)
     finally:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 from tqdm import tqdm
 
-from flm_megatron.checkpoint.workers import Workers
+from flm_megatron.checkpoint.processes import Processes
 
 
-def progress_bar(label: str, nbytes: int, workers: Workers) -> tqdm:
-    """A bar over `nbytes` bytes of which every process moves an equal part; `update(n)` counts what this one moved.
+@contextmanager
+def progress_bar(label: str, nbytes: int, processes: Processes) -> Iterator[Callable[[int], None]]:
+    """A bar over `nbytes` bytes, an equal part for every process; gives a function to be told how many were moved.
 
     Only the first process shows it, of its own part, on standard error, and only where that is a terminal.
     """
-    return tqdm(
-        desc=label,
-        total=nbytes // workers.size,
-        unit="B",
-        unit_scale=True,
-        disable=True if workers.rank else None,
-        leave=False,
-    )
+    hidden = True if processes.rank else None
+    with tqdm(
+        desc=label, total=nbytes // processes.size, unit="B", unit_scale=True, disable=hidden, leave=False
+    ) as bar:
+
+        def moved(count: int) -> None:
+            bar.update(count)
+
+        yield moved

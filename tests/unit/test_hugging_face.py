@@ -297,8 +297,8 @@ def test_a_failed_export_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> N
     with pytest.raises(DamagedError, match="unreadable head"):
         write_hugging_face(Failing(random_tensors(ODD)), ODD, tmp_path / "out", ExportOptions())
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial/leftover").write_text("of a killed run")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/leftover").write_text("of a killed run")
     export(ODD, tmp_path / "out")
     assert not (tmp_path / "out/leftover").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

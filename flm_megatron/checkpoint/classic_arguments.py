@@ -1,0 +1,106 @@
+"""Megatron-LM's arguments, which its checkpoints carry, to the model's configuration and back."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from flm_megatron.config.schema import ModelConfig, MupConfig, ParallelConfig
+from flm_megatron.errors import RequestError
+from flm_megatron.model.split import VOCABULARY_MULTIPLE, padded_vocab_size
+
+
+def model_from_arguments(arguments: Any, where: str, vocab_size: int | None = None) -> ModelConfig:
+    """The model that a checkpoint's arguments describe; `where` names it in errors.
+
+    `vocab_size` is the true vocabulary, needed where the arguments hold only the padded one.
+    Raises RequestError for arguments that are missing or that ask for a block this program does not have.
+    """
+    known = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    if "num_layers" not in known:
+        raise RequestError(f"{where}: it does not hold the arguments of its run, so its model is not known")
+    _refuse(known, where)
+    true_vocab = vocab_size or known.get("vocab_size")
+    if not true_vocab:
+        raise RequestError(
+            f"{where}: its true vocabulary is not recorded, only the padded {known.get('padded_vocab_size')}: give"
+            " --vocab-size"
+        )
+    hidden, heads = known["hidden_size"], known["num_attention_heads"]
+    factor = float(known.get("mup_scale_factor", 1.0))
+    channels = known.get("kv_channels") or hidden // heads
+    return ModelConfig(
+        num_layers=known["num_layers"],
+        hidden_size=hidden,
+        ffn_hidden_size=known.get("ffn_hidden_size") or 4 * hidden,
+        num_attention_heads=heads,
+        num_query_groups=known.get("num_query_groups") if known.get("group_query_attention") else None,
+        head_dim=None if channels == hidden // heads else channels,
+        vocab_size=true_vocab,
+        normalization="rmsnorm" if known.get("normalization") == "RMSNorm" else "layernorm",
+        activation="swiglu" if known.get("swiglu") else "gelu",
+        bias=bool(known.get("add_bias_linear", True)),
+        norm_epsilon=known.get("norm_epsilon", known.get("layernorm_epsilon", 1e-5)),
+        rope_theta=float(known.get("rotary_base") or 10000.0),
+        input_mult=float(known.get("input_mult", 1.0)),
+        output_mult=float(known.get("output_mult", 1.0)),
+        mup=MupConfig(enabled=factor != 1.0, base_hidden_size=max(1, round(hidden / factor))),
+    )
+
+
+def arguments_of(
+    model: ModelConfig, parallel: ParallelConfig, sequence_length: int, samples: int
+) -> argparse.Namespace:
+    """Arguments under which Megatron-LM's core GPT model has the shape of `model`.
+
+    Raises RequestError for positions that Megatron-LM does not have.
+    """
+    if model.position != "rope":
+        raise RequestError(f"the model has position = {model.position}, which Megatron-LM's checkpoints cannot express")
+    return argparse.Namespace(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        group_query_attention=model.query_groups != model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.kv_channels,
+        vocab_size=model.vocab_size,
+        padded_vocab_size=padded_vocab_size(int(model.vocab_size or 0), parallel.tensor),
+        make_vocab_size_divisible_by=VOCABULARY_MULTIPLE,
+        normalization="RMSNorm" if model.normalization == "rmsnorm" else "LayerNorm",
+        norm_epsilon=model.norm_epsilon,
+        swiglu=model.gated,
+        add_bias_linear=model.bias,
+        position_embedding_type="rope",
+        rotary_base=int(model.rope_theta),
+        rotary_percent=1.0,
+        untie_embeddings_and_output_weights=True,
+        apply_layernorm_1p=False,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        max_position_embeddings=sequence_length,
+        seq_length=sequence_length,
+        consumed_train_samples=samples,
+        use_mcore_models=True,
+        input_mult=model.input_mult,
+        output_mult=model.output_mult,
+        mup_scale_factor=model.width_factor,
+    )
+
+
+def _refuse(known: dict[str, Any], where: str) -> None:
+    wanted = (
+        ("position_embedding_type", "rope"),
+        ("rotary_percent", 1.0),
+        ("rotary_interleaved", False),
+        ("untie_embeddings_and_output_weights", True),
+        ("apply_layernorm_1p", False),
+        ("num_experts", None),
+        ("qk_layernorm", False),
+        ("multi_latent_attention", False),
+    )
+    for name, value in wanted:
+        found = known.get(name, value)
+        if found != value and not (name == "num_experts" and not found):
+            raise RequestError(f"{where}: the checkpoint has {name} = {found}; only {value} is supported here")
