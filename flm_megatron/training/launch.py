@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import tempfile
 import threading
 import traceback
@@ -160,15 +159,16 @@ def _process_main(rank: int, world_info: _World, function: Any, args: tuple[Any,
     folder = Path(world_info.folder)
     _end_with_parent()
     os.environ["LOCAL_RANK"] = str(rank)
-    try:
-        config = DistributedConfig(timeout_s=world_info.timeout_s)
-        with world(config, rank, world_info.size, f"file://{folder}/store"):
+    config = DistributedConfig(timeout_s=world_info.timeout_s)
+    with world(config, rank, world_info.size, f"file://{folder}/store"):
+        try:
             status = function(*args)
-        if rank == 0:
-            (folder / "status").write_text(str(status))
-    except BaseException as error:
-        _leave_error(folder, rank, error)
-        sys.exit(1)
+        except BaseException as error:
+            # Before the world is left: the peers fail as soon as this rank closes its connections.
+            _leave_error(folder, rank, error)
+            os._exit(1)
+    if rank == 0:
+        (folder / "status").write_text(str(status))
 
 
 def _end_with_parent() -> None:
