@@ -10,6 +10,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from flm_megatron.data.description import Description, file_of
 from flm_megatron.data.tokenizer import Tokenizer
-from flm_megatron.errors import RequestError
+from flm_megatron.errors import FlmError, RequestError
 
 SUFFIXES = ("bin", "idx", "json")
 BATCH_CHARACTERS = 500_000
@@ -56,6 +57,7 @@ def build_dataset(
 
     Raises:
         RequestError: a file exists already, the share is not in [0, 1), or a dataset would have no documents.
+        FlmError: a worker died.
     """
     if not 0 <= validation_share < 1:
         raise RequestError(f"the validation share is {validation_share}, but has to be at least 0 and below 1")
@@ -157,9 +159,12 @@ def _encode_all(documents: Iterable[str], model: str, workers: int, share: float
         return
     # Spawned, not forked: the parent may have threads by now.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (model, share)) as pool:
-        for encoded in _in_order(pool, batches, WINDOW * workers):
-            yield from encoded
+    try:
+        with ProcessPoolExecutor(workers, context, _start_worker, (model, share)) as pool:
+            for encoded in _in_order(pool, batches, WINDOW * workers):
+                yield from encoded
+    except BrokenProcessPool:
+        raise FlmError("an encoding process died (out of memory?): try fewer workers") from None
 
 
 def _in_order(pool: Executor, batches: Iterable[list[str]], window: int) -> Iterator[list[Encoded]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from flm_megatron.errors import RequestError
@@ -31,7 +31,7 @@ def batches(
     data_rank: int,
     data_size: int,
     prefetch: int = 2,
-) -> Iterator[list[Batch]]:
+) -> Generator[list[Batch], None, None]:
     """For each step the rank's micro-batches, from the global batch that begins at `start_sample` on, without end.
 
     A micro-batch is the stream's fields stacked: [micro_batch, sequence] on the CPU. Over all ranks a step takes
@@ -41,10 +41,7 @@ def batches(
     Raises:
         RequestError: the batch is not divisible; or, at the step concerned, the stream ends.
     """
-    if global_batch % (micro_batch * data_size):
-        raise RequestError(
-            f"global batch {global_batch} is not divisible by micro-batch {micro_batch} x data parallel {data_size}"
-        )
+    _check_division(global_batch, micro_batch, data_size)
     return _ahead(_steps(stream, start_sample, global_batch, micro_batch, data_rank, data_size), prefetch)
 
 
@@ -55,11 +52,22 @@ def validation_batches(
 
     Where the last global batch is longer than what is left, it is filled up with samples whose tokens are all
     masked, so that every layout sees the same tokens.
+
+    Raises:
+        RequestError: the batch is not divisible.
     """
+    _check_division(global_batch, micro_batch, data_size)
     end = min(samples, stream.limit_samples or samples)
     for start in range(0, end, global_batch):
         mine = rank_samples(start, global_batch, data_rank, data_size)
         yield [_stack_masked(stream, mine[i : i + micro_batch], end) for i in range(0, len(mine), micro_batch)]
+
+
+def _check_division(global_batch: int, micro_batch: int, data_size: int) -> None:
+    if global_batch % (micro_batch * data_size):
+        raise RequestError(
+            f"global batch {global_batch} is not divisible by micro-batch {micro_batch} x data parallel {data_size}"
+        )
 
 
 def _stack_masked(stream: SampleStream, indices: range, end: int) -> Batch:
@@ -88,7 +96,7 @@ def _stack(stream: SampleStream, indices: Sequence[int]) -> Batch:
     return {field: torch.stack([sample[field] for sample in samples]) for field in samples[0]}
 
 
-def _ahead(steps: Iterator[list[Batch]], depth: int) -> Iterator[list[Batch]]:
+def _ahead(steps: Iterator[list[Batch]], depth: int) -> Generator[list[Batch], None, None]:
     """Give the items of `steps`, which a thread reads up to `depth` ahead."""
     ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(depth)
     stop = threading.Event()

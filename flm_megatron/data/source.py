@@ -15,13 +15,14 @@ import numpy
 from flm_megatron.config.schema import SourceConfig
 from flm_megatron.data.description import Description, read_description, source_name
 from flm_megatron.data.permutation import Permutation
-from flm_megatron.errors import RequestError
+from flm_megatron.errors import DamagedError, RequestError
 
 if TYPE_CHECKING:
     import torch
     from megatron.core.datasets.gpt_dataset import GPTDataset
 
 WHOLE = "whole"
+NPY_MAGIC = b"\x93NUMPY"
 FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
@@ -86,7 +87,21 @@ def _open(prefix: str, description: Description, length: int, seed: int, cache: 
     folder = _cache_root(prefix, cache) / hashlib.sha256(key.encode()).hexdigest()[:24]
     if not (folder / WHOLE).exists():
         _build_index(indexed, description, length, seed, folder)
-    return _gpt_dataset(indexed, description, length, seed, folder)
+    return _load(indexed, description, length, seed, folder)
+
+
+def _load(indexed: Any, description: Description, length: int, seed: int, folder: Path) -> GPTDataset:
+    """Open a built index. numpy would unpickle a file that is not an array, which can run code: only arrays pass."""
+    try:
+        for path in folder.glob("*.npy"):
+            with path.open("rb") as file:
+                if file.read(len(NPY_MAGIC)) != NPY_MAGIC:
+                    raise ValueError(f"{path.name} is not an array")
+        return _gpt_dataset(indexed, description, length, seed, folder)
+    except (OSError, ValueError) as error:
+        raise DamagedError(
+            f"sample index {folder} cannot be read ({error}): remove that folder, and it is built again"
+        ) from None
 
 
 def _cache_root(prefix: str, cache: str | None) -> Path:

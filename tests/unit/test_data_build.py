@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -81,6 +82,26 @@ def test_a_failed_build_leaves_nothing_behind(tmp_path: Path) -> None:
         with pytest.raises(RequestError, match="line 2 is bad"):
             build_dataset(broken(), model, tmp_path / "out" / "set", workers=workers)
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_worker_that_dies_ends_the_build(tmp_path: Path) -> None:
+    """Rather than letting it wait for ever; nothing is left behind."""
+    model = data_cases.tokenizer(tmp_path)
+    Path(model.path).unlink()
+    with pytest.raises(FlmError, match="an encoding process died"):
+        build_dataset(data_cases.texts(3), model, tmp_path / "out" / "set", workers=2)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_progress_is_shown_on_a_terminal_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar over the bytes of the text; elsewhere nothing."""
+    model, texts = data_cases.tokenizer(tmp_path), data_cases.texts(20)
+    for terminal in (True, False):
+        screen = io.StringIO()
+        monkeypatch.setattr(screen, "isatty", lambda terminal=terminal: terminal)
+        monkeypatch.setattr("sys.stderr", screen)
+        build_dataset(texts, model, tmp_path / f"set_{terminal}", total_bytes=sum(map(len, texts)))
+        assert ("encoding: 100%" in screen.getvalue()) is terminal
 
 
 @pytest.mark.parametrize("suffix", ["bin", "idx", "json"])

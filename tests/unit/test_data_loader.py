@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flm_megatron.data.loader import Batch, batches
+from flm_megatron.data.loader import Batch, batches, validation_batches
 from flm_megatron.data.stream import SampleStream
 from flm_megatron.errors import RequestError
 from tests.unit import data_cases
@@ -120,3 +120,16 @@ def test_a_dropped_iterator_ends_its_thread(stream: SampleStream) -> None:
     del unused, used
     gc.collect()
     assert not _threads()
+
+
+@pytest.mark.parametrize(("micro", "size"), [(8, 1), (1, 2), (2, 4), (1, 8)])
+def test_validation_counts_each_sample_once_under_every_layout(stream: SampleStream, micro: int, size: int) -> None:
+    """Of 13 samples in batches of 8 the unmasked ones are the first 13; the rest of the last batch is masked."""
+    ranks = [list(validation_batches(stream, 13, GLOBAL, micro, rank, size)) for rank in range(size)]
+    steps = [_joined([part for rank in ranks for part in rank[step]]) for step in range(2)]
+    assert {len(rank) for rank in ranks} == {2}
+    tokens, mask = (torch.cat([step[field] for step in steps]) for field in ("tokens", "loss_mask"))
+    assert torch.equal(tokens[:13], torch.stack([stream[i]["tokens"] for i in range(13)]))
+    assert mask[:13].min() == 1 and mask[13:].max() == 0 and len(mask) == 16
+    with pytest.raises(RequestError, match="global batch 8 is not divisible"):
+        next(validation_batches(stream, 13, GLOBAL, 3, 0, size))

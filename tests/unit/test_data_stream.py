@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
+import shutil
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -210,3 +213,33 @@ def test_data_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes((tmp_path / "a.bin").read_bytes()[:-2])
     with pytest.raises(DamagedError, match=r"a\.bin has \d+ bytes but \d+ were written"):
         SampleStream(data_cases.config(tmp_path, {"a": 1}), seed=5)
+
+
+DAMAGED_INDICES = {
+    "cut short": lambda data: data[:-8],
+    "empty": lambda data: b"",
+    "a pickle that runs a command": lambda data: pickle.dumps(_Payload()),
+}
+
+
+class _Payload:
+    """What a planted file does when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, ("ran", "w")
+
+
+@pytest.mark.parametrize("case", DAMAGED_INDICES)
+def test_a_damaged_index_is_found_and_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """The message names the folder to remove; after that the index is built again."""
+    monkeypatch.chdir(tmp_path)
+    data_cases.datasets(tmp_path, {"a": 10})
+    data = data_cases.config(tmp_path, {"a": 1})
+    ids = _ids(SampleStream(data, seed=5), 20)
+    path = next((tmp_path / "a_cache").glob("*/*shuffle_index.npy"))
+    path.write_bytes(DAMAGED_INDICES[case](path.read_bytes()))
+    with pytest.raises(DamagedError, match=rf"sample index {path.parent} cannot be read .*remove that folder"):
+        SampleStream(data, seed=5)
+    assert not (tmp_path / "ran").exists()
+    shutil.rmtree(path.parent)
+    assert _ids(SampleStream(data, seed=5), 20) == ids
