@@ -1,11 +1,12 @@
-"""Where every stage begins and ends, in steps, samples and tokens: arithmetic on the run file."""
+"""Where every stage and every schedule begins and ends, in steps, samples and tokens: arithmetic on the run file."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flm_megatron.config.schema import RunConfig, ScheduleConfig
+from flm_megatron.config.schema import RunConfig, ScheduleConfig, StageConfig
 
 
 @dataclass(frozen=True)
@@ -53,3 +54,23 @@ def warmup_tokens(schedule: ScheduleConfig, sequence_length: int) -> int:
     if schedule.warmup_samples is not None:
         return schedule.warmup_samples * sequence_length
     return schedule.warmup_tokens
+
+
+def schedule_start(stages: Sequence[StageConfig], stage_index: int) -> int:
+    """Index of the stage at which the schedule of stage `stage_index` started."""
+    while stage_index > 0 and stages[stage_index].schedule.boundary != "restart":
+        stage_index -= 1
+    return stage_index
+
+
+def schedule_tokens(run: RunConfig, anchor: int) -> int:
+    """Tokens from the start of the schedule that starts at stage `anchor` to its end.
+
+    As given by `decay_tokens`, or else to the end of the last stage that continues it.
+    """
+    given = run.stages[anchor].schedule.decay_tokens
+    if given is not None:
+        return given
+    budgets = stage_budgets(run)
+    last = max(i for i in range(len(run.stages)) if schedule_start(run.stages, i) == anchor)
+    return budgets[last].tokens_at(budgets[last].steps) - budgets[anchor].first_token

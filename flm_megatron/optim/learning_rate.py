@@ -8,10 +8,10 @@ learns and the last one learns at `min_lr` exactly. Nothing here imports torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from flm_megatron.config.budget import stage_budgets, warmup_tokens
+from flm_megatron.config.budget import schedule_start, schedule_tokens, stage_budgets, warmup_tokens
 from flm_megatron.config.schema import OptimizerConfig, RunConfig, ScheduleConfig, StageConfig
 from flm_megatron.model.parameters import parameter_specs
 from flm_megatron.optim.groups import DECAYED, Group, learning_rate_scales
@@ -38,26 +38,6 @@ def learning_rate(position: int, run: RunConfig, stage_index: int) -> float:
     return continued(position)
 
 
-def schedule_start(stages: Sequence[StageConfig], stage_index: int) -> int:
-    """Index of the stage at which the schedule of stage `stage_index` started."""
-    while stage_index > 0 and stages[stage_index].schedule.boundary != "restart":
-        stage_index -= 1
-    return stage_index
-
-
-def schedule_tokens(run: RunConfig, anchor: int) -> int:
-    """Tokens from the start of the schedule that starts at stage `anchor` to its end.
-
-    As given by `decay_tokens`, or else to the end of the last stage that continues it.
-    """
-    given = run.stages[anchor].schedule.decay_tokens
-    if given is not None:
-        return given
-    budgets = stage_budgets(run)
-    last = max(i for i in range(len(run.stages)) if schedule_start(run.stages, i) == anchor)
-    return budgets[last].tokens_at(budgets[last].steps) - budgets[anchor].first_token
-
-
 def scheduled(tokens: int, schedule: ScheduleConfig, options: OptimizerConfig, warmup: int, end: int) -> float:
     """Learning rate `tokens` after the start of a schedule that warms up over `warmup` and ends at `end` tokens."""
     if tokens < warmup:
@@ -68,9 +48,10 @@ def scheduled(tokens: int, schedule: ScheduleConfig, options: OptimizerConfig, w
         return options.lr
     if tokens >= end:
         return options.min_lr
-    if schedule.kind == "wsd":
-        warmup = max(warmup, end - round(schedule.wsd_decay_fraction * end))
-    progress = max(0.0, (tokens - warmup) / (end - warmup))
+    held = warmup if schedule.kind != "wsd" else max(warmup, end - round(schedule.wsd_decay_fraction * end))
+    if tokens <= held:
+        return options.lr
+    progress = (tokens - held) / (end - held)
     return options.min_lr + (options.lr - options.min_lr) * _REMAINING[schedule.kind](progress)
 
 

@@ -1,0 +1,125 @@
+"""Rules on optimizer, learning rate and token budget: each says in one line what does not fit, or gives None.
+
+They take the run and the index of the stage, for a schedule may start in an earlier stage.
+"""
+
+from __future__ import annotations
+
+from flm_megatron.config.budget import schedule_start, schedule_tokens, stage_budgets, warmup_tokens
+from flm_megatron.config.schema import RunConfig, ScheduleConfig
+
+SHAPE = ("kind", "decay_tokens", "wsd_decay_fraction", "power_exponent", "power_start_tokens")
+
+
+def budget_is_positive(run: RunConfig, index: int) -> str | None:
+    """A stage trains on something."""
+    tokens = run.stages[index].tokens
+    return None if tokens > 0 else f"tokens is {tokens}, give the stage a budget"
+
+
+def learning_rates_are_ordered(run: RunConfig, index: int) -> str | None:
+    """0 < lr, 0 <= min_lr <= lr, 0 < matrix_lr."""
+    options = run.stages[index].optimizer
+    if options.lr <= 0:
+        return f"optimizer.lr is {options.lr}, give a number above 0"
+    if not 0 <= options.min_lr <= options.lr:
+        return f"optimizer.min_lr {options.min_lr} does not lie between 0 and lr {options.lr}"
+    if options.matrix_lr is not None and options.matrix_lr <= 0:
+        return f"optimizer.matrix_lr is {options.matrix_lr}, give a number above 0"
+    return None
+
+
+def adam_is_bounded(run: RunConfig, index: int) -> str | None:
+    """Betas in [0, 1), eps above 0, weight decay and clipping not negative."""
+    options = run.stages[index].optimizer
+    if not all(0 <= beta < 1 for beta in options.betas):
+        return f"optimizer.betas {list(options.betas)} do not lie in [0, 1)"
+    if options.eps <= 0:
+        return f"optimizer.eps is {options.eps}, give a number above 0"
+    for name in ("weight_decay", "clip_grad"):
+        if getattr(options, name) < 0:
+            return f"optimizer.{name} is {getattr(options, name)}, give 0 or more"
+    return None
+
+
+def spans_are_positive(run: RunConfig, index: int) -> str | None:
+    """Lengths of the schedule's parts make sense by themselves."""
+    schedule = run.stages[index].schedule
+    for name in ("warmup_tokens", "warmup_samples", "power_start_tokens"):
+        value = getattr(schedule, name)
+        if value is not None and value < 0:
+            return f"schedule.{name} is {value}, give 0 or more"
+    if schedule.decay_tokens is not None and schedule.decay_tokens < 1:
+        return f"schedule.decay_tokens is {schedule.decay_tokens}, give at least 1, or null for the end of the stage"
+    if not 0 < schedule.wsd_decay_fraction <= 1:
+        return f"schedule.wsd_decay_fraction is {schedule.wsd_decay_fraction}, give a share above 0 and up to 1"
+    if schedule.power_exponent >= 0:
+        return f"schedule.power_exponent is {schedule.power_exponent}, give a number below 0"
+    return None
+
+
+def warmup_has_one_unit(run: RunConfig, index: int) -> str | None:
+    """Tokens or samples, not both."""
+    schedule = run.stages[index].schedule
+    if schedule.warmup_samples is not None and schedule.warmup_tokens:
+        return (
+            f"schedule.warmup_tokens {schedule.warmup_tokens} and warmup_samples {schedule.warmup_samples} "
+            "are both given: give one of the two"
+        )
+    return None
+
+
+def warmup_fits_stage(run: RunConfig, index: int) -> str | None:
+    """A warm-up ends within its stage, and before the schedule does. Under `continue` a later stage has none."""
+    stage, anchor = run.stages[index], schedule_start(run.stages, index)
+    if index > anchor and stage.schedule.boundary == "continue":
+        return None
+    budget = stage_budgets(run)[index]
+    warmup, stage_tokens = warmup_tokens(stage.schedule, run.data.sequence_length), budget.steps * budget.step_tokens
+    if warmup > stage_tokens:
+        return f"schedule: the warm-up of {warmup} tokens is longer than the stage's {stage_tokens}: shorten it"
+    if index == anchor and warmup > schedule_tokens(run, anchor):
+        return f"schedule: the warm-up of {warmup} tokens is longer than decay_tokens {stage.schedule.decay_tokens}"
+    return None
+
+
+def power_has_a_start(run: RunConfig, index: int) -> str | None:
+    """A power of tokens leaves the peak at a positive number of tokens, not before the warm-up ends."""
+    schedule = run.stages[index].schedule
+    if schedule.kind != "power":
+        return None
+    warmup = warmup_tokens(schedule, run.data.sequence_length)
+    start = warmup if schedule.power_start_tokens is None else schedule.power_start_tokens
+    if start < max(1, warmup):
+        return (
+            f"schedule.power_start_tokens is {start} with a warm-up of {warmup} tokens: the power law starts at the "
+            "end of the warm-up or later, and not at 0"
+        )
+    return None
+
+
+def continued_shape_is_one(run: RunConfig, index: int) -> str | None:
+    """A stage that continues a schedule cannot change its shape: that is given where the schedule starts."""
+    anchor = schedule_start(run.stages, index)
+    here, there = run.stages[index].schedule, run.stages[anchor].schedule
+    default = ScheduleConfig()
+    for name in SHAPE:
+        value = getattr(here, name)
+        if value not in (getattr(default, name), getattr(there, name)):
+            return (
+                f"schedule.{name} is {value}, but boundary {here.boundary!r} goes on with the schedule of stage "
+                f"{run.stages[anchor].name!r}: leave it out here, or set boundary to 'restart'"
+            )
+    return None
+
+
+SCHEDULE_RULES = (
+    budget_is_positive,
+    learning_rates_are_ordered,
+    adam_is_bounded,
+    spans_are_positive,
+    warmup_has_one_unit,
+    warmup_fits_stage,
+    power_has_a_start,
+    continued_shape_is_one,
+)
