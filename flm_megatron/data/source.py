@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,7 +126,8 @@ def _build_index(indexed: Any, description: Description, length: int, seed: int,
                 return
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            _gpt_dataset(indexed, description, length, seed, partial)
+            with _as_first_rank():
+                _gpt_dataset(indexed, description, length, seed, partial)
             (partial / WHOLE).touch()
             partial.rename(folder)
     except OSError as error:
@@ -134,6 +137,19 @@ def _build_index(indexed: Any, description: Description, length: int, seed: int,
             ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _as_first_rank() -> Iterator[None]:
+    """megatron-core builds an index on rank 0 only and expects it on all others; here whoever has the lock builds."""
+    import torch.distributed as dist
+
+    get_rank = dist.get_rank
+    dist.get_rank = lambda group=None: 0
+    try:
+        yield
+    finally:
+        dist.get_rank = get_rank
 
 
 def _gpt_dataset(indexed: Any, description: Description, length: int, seed: int, folder: Path) -> GPTDataset:
