@@ -14,6 +14,7 @@ setup(
         "torch>=2.6",
         "megatron-core==0.16.1",
         "numpy>=1.26",
+        "filelock",
         "psutil",
         "pydantic>=2.7",
         "pyyaml",

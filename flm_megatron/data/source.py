@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -99,7 +100,7 @@ def _load(indexed: Any, description: Description, length: int, seed: int, folder
             with path.open("rb") as file:
                 if file.read(len(NPY_MAGIC)) != NPY_MAGIC:
                     raise ValueError(f"{path.name} is not an array")
-        return _gpt_dataset(indexed, description, length, seed, folder)
+        return _gpt_dataset(indexed, description, length, seed, str(folder))
     except (OSError, ValueError) as error:
         raise DamagedError(
             f"sample index {folder} cannot be read ({error}): remove that folder, and it is built again"
@@ -127,8 +128,7 @@ def _build_index(indexed: Any, description: Description, length: int, seed: int,
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             with _as_first_rank():
-                _gpt_dataset(indexed, description, length, seed, partial)
-            (partial / WHOLE).touch()
+                _save_index(_gpt_dataset(indexed, description, length, seed, ""), partial)
             partial.rename(folder)
     except OSError as error:
         if not (folder / WHOLE).exists():
@@ -152,7 +152,20 @@ def _as_first_rank() -> Iterator[None]:
         dist.get_rank = get_rank
 
 
-def _gpt_dataset(indexed: Any, description: Description, length: int, seed: int, folder: Path) -> GPTDataset:
+def _save_index(dataset: GPTDataset, folder: Path) -> None:
+    """Write an index under the names that GPTDataset looks for.
+
+    Its own saving is left to the process of rank 0 of the run, which need not be on this machine.
+    """
+    base = f"{dataset.unique_description_hash}-{type(dataset).__name__}-{dataset.index_split.name}"
+    for affix in ("document_index", "sample_index", "shuffle_index"):
+        numpy.save(folder / f"{base}-{affix}.npy", getattr(dataset, affix))
+    (folder / f"{base}-description.txt").write_text(dataset.unique_description)
+    (folder / WHOLE).touch()
+
+
+def _gpt_dataset(indexed: Any, description: Description, length: int, seed: int, folder: str) -> GPTDataset:
+    """The dataset with the index in `folder`; without a folder its index is built in memory."""
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.utils import Split
 
@@ -161,13 +174,15 @@ def _gpt_dataset(indexed: Any, description: Description, length: int, seed: int,
         random_seed=seed % 2**32,
         sequence_length=length,
         blend_per_split=[([description.sha256], None), None, None],
-        path_to_cache=str(folder),
+        path_to_cache=folder,
         tokenizer=SimpleNamespace(**ids, unique_identifiers=ids),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
     )
+    # It warns that an index without a folder is not saved.
+    logging.getLogger(GPTDataset.__module__).setLevel(logging.ERROR)
     documents = numpy.arange(len(indexed), dtype=numpy.int32)
     # The hash stands for the path: a dataset that is moved keeps its indices.
     return GPTDataset(indexed, description.sha256, documents, None, Split.train, config)

@@ -18,6 +18,26 @@ def _open(folder: str) -> tuple[list[tuple[str, int, int]], list[list[int]]]:
     return [stream.sample_ids(i) for i in range(50)], [stream[i]["tokens"].tolist() for i in range(50)]
 
 
+def _open_on_the_last_rank(folder: str) -> int:
+    import torch.distributed
+
+    from flm_megatron.data.stream import SampleStream
+
+    if torch.distributed.get_rank() == 0:
+        return 0
+    stream = SampleStream(data_cases.config(Path(folder), {"web": 1}), seed=4)
+    return int(stream[3]["tokens"].sum())
+
+
+def test_any_rank_can_build_the_index(pool: Pool, tmp_path: Path) -> None:
+    """The engine builds on rank 0 only; a machine without it has to have an index all the same."""
+    from flm_megatron.data.stream import SampleStream
+
+    data_cases.datasets(tmp_path, {"web": 30})
+    found = pool.run(2, _open_on_the_last_rank, str(tmp_path))[1]
+    assert found == int(SampleStream(data_cases.config(tmp_path, {"web": 1}), seed=4)[3]["tokens"].sum())
+
+
 def test_processes_that_share_a_disk_build_the_index_once_and_read_the_same(pool: Pool, tmp_path: Path) -> None:
     """Four at once, none of which finds an index: all read the same samples, and one index of each source is left."""
     data_cases.datasets(tmp_path, {"web": 30, "code": 20})

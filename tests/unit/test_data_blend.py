@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from flm_megatron.data.blend import BLOCK, Blend
 from flm_megatron.data.permutation import Permutation
+from flm_megatron.device import current
 
 
 @settings(max_examples=100, deadline=None)
@@ -59,6 +60,7 @@ def test_every_prefix_keeps_the_shares(weights: list[float]) -> None:
 @pytest.mark.parametrize("weights", [[1.0], [0.7, 0.3], [5, 3, 1, 1], [0.7521, 0.0981, 0.0717, 0.0287, 0.0494]])
 def test_counts_agree_with_the_engines_blending(weights: list[float]) -> None:
     """megatron-core's greedy blending has taken the same number from each source at every place, but for two."""
+    current().prepare()
     from megatron.core.datasets import helpers_cpp
 
     size = 3000
@@ -90,4 +92,4 @@ def test_a_place_far_in_is_found_at_once() -> None:
     blend = Blend([0.7521, 0.0981, 0.0717, 0.0287, 0.0494])
     _, draw = blend[500_000_000]
     assert draw > 0 and sum(blend.counts(500_000_001)) == 500_000_001
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 5
