@@ -7,7 +7,10 @@ from collections.abc import Iterator, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from flm_megatron.config.schema import RunConfig
+from flm_megatron.config.schema import RunConfig, StageConfig
+
+DEFAULTS = "defaults"
+"""Key at the top of a run file whose fields are merged under every stage."""
 
 WORDS = {int: "integer", float: "number", str: "text", bool: "true or false", NoneType: "null"}
 
@@ -69,7 +72,10 @@ def resolve_field(location: Sequence[str | int]) -> tuple[str, Any]:
     path: list[str] = []
     annotation: Any = RunConfig
     for part in location:
-        if isinstance(part, int) and owner is not None:
+        if part == DEFAULTS and owner is RunConfig:
+            path.append(part)
+            annotation = owner = StageConfig
+        elif isinstance(part, int) and owner is not None:
             path.append(str(part))
             annotation = owner
         elif owner is not None and part in owner.__pydantic_fields__:  # type: ignore[attr-defined]

@@ -9,14 +9,16 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from flm_megatron.config.fields import DEFAULTS
 from flm_megatron.config.messages import explain
 from flm_megatron.config.overrides import apply_overrides, stage_name
 from flm_megatron.config.presets import load_preset
-from flm_megatron.config.schema import RunConfig
+from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.config.yaml_text import format_yaml, parse_yaml
 from flm_megatron.errors import RequestError
 
 _RUN = TypeAdapter(RunConfig)
+_STAGE = TypeAdapter(StageConfig)
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -48,13 +50,22 @@ def _read(source: str) -> str:
 def _merged(document: dict[str, Any], source: str) -> dict[str, Any]:
     """The document with presets and defaults merged into its stages, and both keys gone."""
     document = dict(document)
-    defaults = document.pop("defaults", None) or {}
-    if not isinstance(defaults, dict):
-        raise RequestError(f"{source}: defaults: {defaults!r:.60} does not fit, expected the fields of a stage")
+    defaults = document.pop(DEFAULTS, None) or {}
+    _check_defaults(defaults, source)
     stages = document.get("stages")
     if isinstance(stages, list):
         document["stages"] = [_merged_stage(stage, defaults) for stage in stages]
     return document
+
+
+def _check_defaults(defaults: Any, source: str) -> None:
+    """Defaults have to make a stage by themselves, so that a mistake is named where it stands."""
+    if not isinstance(defaults, dict):
+        raise RequestError(f"{source}: defaults: {defaults!r:.60} does not fit, expected the fields of a stage")
+    try:
+        _STAGE.validate_python(defaults)
+    except ValidationError as error:
+        raise RequestError(f"{source}: {explain(error, of=(DEFAULTS,))}") from None
 
 
 def _merged_stage(stage: Any, defaults: dict[str, Any]) -> Any:
@@ -108,7 +119,7 @@ def resolve_vocabulary(run: RunConfig, vocab_size: int) -> RunConfig:
         if stage.model.vocab_size not in (None, vocab_size):
             raise RequestError(
                 f"stages.{index}.model.vocab_size is {stage.model.vocab_size}, the tokenizer's is {vocab_size}: "
-                f"leave vocab_size out, or give the tokenizer that belongs to the model"
+                "set vocab_size to null, or give the tokenizer that belongs to the model"
             )
     stages = [
         dataclasses.replace(stage, model=dataclasses.replace(stage.model, vocab_size=vocab_size))

@@ -155,7 +155,7 @@ class ScheduleConfig:
     kind: Literal["cosine", "linear", "wsd", "power", "constant"] = "cosine"
     """Shape after the warm-up."""
     warmup_tokens: int = 0
-    """Tokens of linear warm-up from zero."""
+    """Tokens of linear warm-up from zero; a later stage that continues the schedule has none."""
     warmup_samples: int | None = None
     """The same in samples; give one of the two."""
     decay_tokens: int | None = None
@@ -169,7 +169,8 @@ class ScheduleConfig:
     """power: tokens at which the power law leaves the peak; none means the end of the warm-up."""
     boundary: Literal["continue", "restart", "rewarm"] = "restart"
     """At the start of a later stage: `continue` the schedule of the run, `restart` at this stage, or
-    `rewarm`: continue, after a linear warm-up from zero to the continued value."""
+    `rewarm`: continue, after a linear warm-up from zero to the continued value. `lr` and `min_lr` are always the
+    stage's own."""
 
 
 @dataclass(config=SETTINGS)

@@ -142,6 +142,8 @@ MISTAKES = {
     "logging: {1: 2}": "FILE: logging.1: unknown key, known here: interval_steps, tensorboard, layer_norms",
     "{[1, 2]: 3}": "FILE, line 1, column 2: found unhashable key",
     "stages: [5]": "FILE: stages.0: 5 does not fit, expected section",
+    "defaults: {modl: 1}": "FILE: defaults.modl: unknown key, did you mean 'model'?",
+    "defaults: {model: {num_layers: x}}": "FILE: defaults.model.num_layers: 'x' does not fit, expected integer",
     "defaults: [1]": "FILE: defaults: [1] does not fit, expected the fields of a stage",
     "stages: [{preset: tele-flm-52}]": "preset 'tele-flm-52' is not known, did you mean 'tele-flm-52b'?",
     "seed: 1\nname: a\nseed: 2": "FILE, line 3, column 1: key 'seed' is given twice",
@@ -197,5 +199,5 @@ def test_vocabulary_comes_from_the_tokenizer(tmp_path: Path) -> None:
 
 def test_vocabulary_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
     run = _load(tmp_path, RUN, "--stages.large.model.vocab_size", "80000")
-    with pytest.raises(RequestError, match=r"stages\.1\.model\.vocab_size is 80000, the tokenizer's is 500: leave"):
+    with pytest.raises(RequestError, match=r"stages\.1\.model\.vocab_size is 80000, the tokenizer's is 500: set"):
         resolve_vocabulary(run, 500)

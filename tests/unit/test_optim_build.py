@@ -115,9 +115,9 @@ def _one_step(chunk: Any, optimizer: Any, stage: StageConfig) -> float:
     return float(grad_norm)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_groups_are_the_same_before_a_save_and_after_a_load(pool: Pool, precision: str) -> None:
-    stage = _stage(precision=precision)
+@pytest.mark.parametrize(("precision", "sharded"), [("fp32", True), ("bf16", True), ("bf16", False)])
+def test_groups_are_the_same_before_a_save_and_after_a_load(pool: Pool, precision: str, sharded: bool) -> None:
+    stage = _stage(precision=precision, parallel=ParallelConfig(distributed_optimizer=sharded))
     ((before, after, step_before, step_after),) = pool.run(1, _resumed, stage)
     expected = group_learning_rates(stage.optimizer.lr, stage)
     assert before == after == [expected[group] for group in ("matrix", "vector", "vocabulary")]
@@ -140,11 +140,12 @@ def _norm_and_updates(stage: StageConfig) -> tuple[float, dict[str, float]]:
     return norm, {name: (param - before[name]).abs().max().item() for name, param in chunk.named_parameters()}
 
 
-def test_step_clips_to_the_global_norm_and_updates_every_group(pool: Pool) -> None:
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_step_clips_to_the_global_norm_and_updates_every_group(pool: Pool, world_size: int) -> None:
     stage = _stage()
     stage.optimizer.weight_decay = 0.0
     count = sum(spec.numel for spec in parameter_specs(stage.model).values())
-    ((norm, updates),) = pool.run(1, _norm_and_updates, stage)
+    norm, updates = pool.run(world_size, _norm_and_updates, stage)[-1]
     assert norm == pytest.approx(count**0.5, rel=1e-5)
     rates = group_learning_rates(stage.optimizer.lr, stage)
     specs = parameter_specs(stage.model)
