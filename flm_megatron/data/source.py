@@ -6,8 +6,6 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,8 +125,7 @@ def _build_index(indexed: Any, description: Description, length: int, seed: int,
                 return
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            with _as_first_rank():
-                _save_index(_gpt_dataset(indexed, description, length, seed, ""), partial)
+            _save_index(_gpt_dataset(indexed, description, length, seed, ""), partial)
             partial.rename(folder)
     except OSError as error:
         if not (folder / WHOLE).exists():
@@ -137,19 +134,6 @@ def _build_index(indexed: Any, description: Description, length: int, seed: int,
             ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def _as_first_rank() -> Iterator[None]:
-    """megatron-core builds an index on rank 0 only and expects it on all others; here whoever has the lock builds."""
-    import torch.distributed as dist
-
-    get_rank = dist.get_rank
-    dist.get_rank = lambda group=None: 0
-    try:
-        yield
-    finally:
-        dist.get_rank = get_rank
 
 
 def _save_index(dataset: GPTDataset, folder: Path) -> None:
