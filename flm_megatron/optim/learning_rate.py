@@ -91,14 +91,15 @@ def group_learning_rates(rate: float, stage: StageConfig) -> dict[Group, float]:
 
 
 def set_learning_rates(optimizer: Any, stage: StageConfig, rate: float) -> dict[Group, float]:
-    """Write `lr` and `weight_decay` into every parameter group of a megatron-core optimizer, before its step.
+    """Write `lr`, `weight_decay`, `betas` and `eps` into every parameter group of a megatron-core optimizer.
 
-    `rate` is what `learning_rate` gives. Both values come from the run file at each step, whatever a checkpoint
-    has put there. Returns the learning rate of each group.
+    To be called before each step, with what `learning_rate` gives. All of these come from the run file at each
+    step, whatever a checkpoint has put there. Returns the learning rate of each group.
     """
     rates = group_learning_rates(rate, stage)
     for group in optimizer.param_groups:
         tag: Group = group["group"]
         group["lr"] = group["max_lr"] = rates[tag]
+        group["betas"], group["eps"] = stage.optimizer.betas, stage.optimizer.eps
         group["weight_decay"] = stage.optimizer.weight_decay if tag in DECAYED else 0.0
     return rates

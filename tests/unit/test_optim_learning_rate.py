@@ -170,3 +170,4 @@ def test_values_in_the_groups_are_replaced_at_every_step() -> None:
     assert [g["lr"] for g in optimizer.param_groups] == [returned[g] for g in GROUPS] == [2.5e-4, 1e-3, 1e-3]
     assert [g["max_lr"] for g in optimizer.param_groups] == [2.5e-4, 1e-3, 1e-3]
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0, 0.1]
+    assert [(g["betas"], g["eps"]) for g in optimizer.param_groups] == [((0.9, 0.95), 1e-8)] * 3
