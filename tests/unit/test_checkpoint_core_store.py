@@ -1,0 +1,119 @@
+"""Which checkpoint a run goes on from, which are kept, and what interrupted saving leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flm_megatron.checkpoint.initial import InitialCheckpoint
+from flm_megatron.checkpoint.opening import open_checkpoint
+from flm_megatron.checkpoint.store import CheckpointStore
+from flm_megatron.checkpoint.writer import write_view
+from flm_megatron.config.schema import ModelConfig
+
+VIEW = InitialCheckpoint(ModelConfig(1, 8, 8, 1, vocab_size=16), seed=1)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path)
+
+
+def save(store: CheckpointStore, stage: str, *steps: int) -> None:
+    for step in steps:
+        write_view(VIEW, store.path(stage, step), {"step": step, "stage": stage})
+
+
+def test_latest_is_the_newest_of_the_last_stage(store: CheckpointStore) -> None:
+    assert store.latest(["first", "second"]) is None
+    save(store, "first", 5, 10)
+    assert store.path("first", 10).name == "step_00000010"
+    assert store.latest(["first", "second"]) == store.path("first", 10)
+    save(store, "second", 2)
+    assert store.latest(["first", "second"]) == store.path("second", 2)
+    assert store.latest(["first"]) == store.path("first", 10)
+
+
+@pytest.mark.parametrize("harm", ["truncate", "remove", "metadata", "manifest", "partial"])
+def test_latest_passes_over_what_cannot_be_loaded(store: CheckpointStore, harm: str) -> None:
+    save(store, "s", 1, 2)
+    newest = store.path("s", 2)
+    if harm == "truncate":
+        os.truncate(newest / "__0_0.distcp", 100)
+    elif harm == "remove":
+        (newest / "__0_0.distcp").unlink()
+    elif harm == "metadata":
+        size = (newest / ".metadata").stat().st_size
+        (newest / ".metadata").write_bytes(b"x" * size)
+    elif harm == "manifest":
+        (newest / "manifest.json").unlink()
+    else:
+        newest.rename(newest.with_name(newest.name + ".partial"))
+    assert store.latest(["s"]) == store.path("s", 1)
+
+
+def test_pruning_keeps_the_last_and_every_nth(store: CheckpointStore) -> None:
+    save(store, "s", *range(1, 10))
+    removed = store.prune("s", keep_last=2, keep_every_steps=4)
+    assert store.steps("s") == [4, 8, 9]
+    assert [path.name[-1] for path in removed] == ["1", "2", "3", "5", "6", "7"]
+    store.prune("s", keep_last=0)
+    assert store.steps("s") == [9]
+    assert store.prune("missing", keep_last=1) == []
+
+
+def test_pruning_counts_only_what_can_be_loaded(store: CheckpointStore) -> None:
+    save(store, "s", 1, 2, 3)
+    (store.path("s", 3) / "common.pt").unlink()
+    store.prune("s", keep_last=1)
+    assert store.steps("s") == [2]
+
+
+def test_left_overs_are_cleaned_but_not_what_may_be_written_now(store: CheckpointStore) -> None:
+    save(store, "s", 5)
+    old, new = (store.path("s", step).with_name(f"step_{step:08d}.partial") for step in (3, 8))
+    old.mkdir()
+    new.mkdir()
+    store.prune("s", keep_last=1)
+    assert not old.exists() and new.exists()
+    assert store.clean(["s", "t"]) == [new]
+    assert not new.exists() and store.steps("s") == [5]
+
+
+SLOW_WRITER = """
+import sys, time
+from flm_megatron.checkpoint.initial import InitialCheckpoint
+from flm_megatron.checkpoint.writer import write_view
+from flm_megatron.config.schema import ModelConfig
+
+class Slow(InitialCheckpoint):
+    def read(self, name, region=None):
+        time.sleep(0.02)
+        return super().read(name, region)
+
+write_view(Slow(ModelConfig(4, 64, 64, 4, vocab_size=999), 1), sys.argv[1], {}, chunk_bytes=4000)
+"""
+
+
+def test_killed_in_the_middle_of_a_write(store: CheckpointStore) -> None:
+    path = store.path("s", 7)
+    process = subprocess.Popen([sys.executable, "-c", SLOW_WRITER, str(path)])
+    partial = path.with_name(path.name + ".partial")
+    try:
+        shard = partial / "__0_0.distcp"
+        deadline = time.monotonic() + 60
+        while not (shard.exists() and shard.stat().st_size > 20000):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert partial.exists() and not path.exists() and store.latest(["s"]) is None
+    save(store, "s", 7)  # starting again takes the left-over's place
+    assert not partial.exists() and open_checkpoint(store.latest(["s"]) or "").manifest["step"] == 7
