@@ -1,0 +1,94 @@
+"""Bytes of activations of one micro-batch on one tensor-parallel rank, kept from forward to backward or made again.
+
+After arXiv 2205.05198, with the tensors that this engine's layers were seen to keep (a test counts them).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flm_megatron.planner.layout import Workload
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """One layer: bytes `kept` until its backward pass, and bytes `remade` while that runs."""
+
+    kept: float
+    remade: float
+
+
+def residual_bytes(work: Workload) -> float:
+    """A tensor of the residual stream, [sequence / sequence-parallel ranks, micro_batch, hidden]."""
+    return work.tokens * work.model.hidden_size * work.bytes / work.sequence_parallel
+
+
+def layer_activations(work: Workload) -> LayerActivations:
+    """What a layer keeps and makes again under the workload's recomputation."""
+    stream = residual_bytes(work)
+    scores, attention, mlp = _scores(work), _attention(work), _feed_forward(work)
+    norm = stream + _norm_extra(work)  # a norm's output, and what it keeps besides its input
+    masks = 2 * stream / work.bytes if work.implementation.dropout else 0.0  # one byte per value
+    whole = 2 * stream + 2 * norm + attention + scores + mlp + masks
+    if work.recompute == "full":
+        return LayerActivations(stream, whole - stream)
+    if work.recompute == "attention":
+        return LayerActivations(whole - scores, scores)
+    if work.recompute == "selective":
+        return LayerActivations(whole - 2 * norm - mlp, norm + mlp)
+    return LayerActivations(whole, 0.0)
+
+
+def head_activations(work: Workload) -> float:
+    """Kept by the final norm, the head and the loss: their inputs, and the softmax in fp32."""
+    return 2 * residual_bytes(work) + _norm_extra(work) + 4 * logits(work)
+
+
+def logits(work: Workload) -> float:
+    """Number of logits on one tensor rank."""
+    return work.tokens * work.padded_vocab / work.parallel.tensor
+
+
+def feed_forward_values(work: Workload) -> float:
+    """Values of the feed-forward layer's hidden state on one tensor rank."""
+    return work.tokens * work.model.ffn_hidden_size / work.parallel.tensor
+
+
+def _norm_extra(work: Workload) -> float:
+    fused = work.implementation.fused_norm or work.model.normalization == "layernorm"
+    if fused:
+        return 0.0
+    values = residual_bytes(work) / work.bytes
+    return values * (4 if work.precision == "fp32" else 8)  # normalised values, and the input if it was widened
+
+
+def _attention(work: Workload) -> float:
+    """Query-key-value, rotated queries and keys with their tables, and the output that the projection reads."""
+    model, tensor = work.model, work.parallel.tensor
+    heads, groups, channels = model.num_attention_heads, model.query_groups, model.kv_channels
+    values = (heads + 2 * groups) + heads
+    tables = 0.0
+    if work.implementation.rotary:
+        values += heads + groups
+        tables = 4.0 * work.sequence_length * channels * work.bytes
+    if model.position == "xpos":
+        tables += 4.0 * work.sequence_length * channels
+    return work.tokens * values * channels * work.bytes / tensor + tables
+
+
+def _scores(work: Workload) -> float:
+    """What attention keeps between the products: the log-sum-exp, or softmax, mask and masked softmax."""
+    rows = work.tokens * work.model.num_attention_heads / work.parallel.tensor
+    if work.implementation.flash_attention:
+        return 4 * rows
+    each = 2 * work.bytes + 1 if work.implementation.dropout else work.bytes
+    return rows * work.sequence_length * each
+
+
+def _feed_forward(work: Workload) -> float:
+    """Multiples of the hidden state: the first matrix's output, and what the second reads; unfused SwiGLU also keeps
+    the activated gate and a copy of the other half."""
+    copies = 2
+    if work.model.gated:
+        copies = 3 if work.implementation.fused_activation else 5
+    return copies * feed_forward_values(work) * work.bytes

@@ -1,0 +1,132 @@
+"""Memory of each pipeline rank at its peak."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flm_megatron.planner.activations import (
+    feed_forward_values,
+    head_activations,
+    layer_activations,
+    logits,
+    residual_bytes,
+)
+from flm_megatron.planner.in_flight import peak_in_flight
+from flm_megatron.planner.layout import Workload
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on every tensor and data rank of one pipeline rank.
+
+    `activations` is what waits for its backward pass, `working` what one pass needs besides (gradients of
+    activations and weights, logits, recomputed activations), `buffers` what communication holds, `allowance` the
+    driver's share and fragmentation.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    working: float
+    buffers: float
+    allowance: float
+
+    @property
+    def total(self) -> float:
+        """All together."""
+        return sum(vars(self).values())
+
+
+def rank_memory(work: Workload, rank: int, context_gib: float = 0.0, fragmentation: float = 0.0) -> RankMemory:
+    """Peak memory of pipeline rank `rank`.
+
+    Gradients are fp32; Adam has two fp32 moments, and an fp32 master beside bf16 weights, split over data ranks by
+    the distributed optimizer. `fragmentation` is a share of activations and working memory.
+    """
+    parameters = work.rank_parameters(rank)
+    shards = work.data if work.parallel.distributed_optimizer else 1
+    optimizer = parameters * (8 if work.precision == "fp32" else 12) / shards
+    activations, working = _dynamic(work, rank)
+    if work.implementation.copies_gradients_to_reduce and work.parallel.distributed_optimizer:
+        # The copy lives when no activation does.
+        working = max(working, 4.0 * parameters - activations)
+    return RankMemory(
+        weights=work.bytes * parameters,
+        gradients=4 * parameters,
+        optimizer=optimizer,
+        activations=activations,
+        working=working,
+        buffers=_buffers(work),
+        allowance=context_gib * GIB + fragmentation * (activations + working),
+    )
+
+
+def all_rank_memory(work: Workload, context_gib: float = 0.0, fragmentation: float = 0.0) -> list[RankMemory]:
+    """Peak memory of every pipeline rank."""
+    return [rank_memory(work, rank, context_gib, fragmentation) for rank in range(work.parallel.pipeline)]
+
+
+def chunk_activations(work: Workload, rank: int) -> list[float]:
+    """Bytes that one micro-batch keeps in each model chunk of a rank, without the head's."""
+    layer = layer_activations(work).kept
+    sent = 0.0 if work.implementation.frees_pipeline_outputs else residual_bytes(work)
+    kept = [layers * layer + sent for layers in work.chunks(rank)]
+    if rank == work.parallel.pipeline - 1:
+        kept[-1] -= sent  # the last part's output is the head's input
+    return kept
+
+
+def _dynamic(work: Workload, rank: int) -> tuple[float, float]:
+    """Activations in flight, and the most that any moment needs on top of them."""
+    pipeline = work.parallel.pipeline
+    chunks = chunk_activations(work, rank)
+    waiting = peak_in_flight(rank, pipeline, work.micro_batches, chunks)
+    moments = [_layer_backward(work)]
+    if rank == pipeline - 1:
+        moments.append(head_activations(work) + _head_working(work))
+    if rank == 0:
+        moments.append(_embedding_working(work) - chunks[0])
+    return waiting, max(moments)
+
+
+def _layer_backward(work: Workload) -> float:
+    """The larger of two moments of a feed-forward layer's backward pass: the gradients of the second matrix and of
+    what it reads, or those of both halves of a gated activation; with what was recomputed."""
+    hidden, tensor = work.model.hidden_size, work.parallel.tensor
+    stream = work.tokens * hidden * work.bytes  # gathered over tensor ranks
+    values = feed_forward_values(work) * work.bytes
+    matrix = 0.0
+    if not work.implementation.fused_weight_gradient:
+        matrix = hidden * work.model.ffn_hidden_size / tensor * work.bytes
+    halves = 2 * values if work.model.gated else values
+    return 2 * stream + max(values + matrix, halves) + layer_activations(work).remade
+
+
+def _head_working(work: Workload) -> float:
+    """On top of the fp32 softmax: the logits in bf16, or the gradients of the head's weights and input."""
+    stream = work.tokens * work.model.hidden_size * work.bytes
+    gradients = 2 * stream + (0 if work.implementation.fused_weight_gradient else _embedding_bytes(work))
+    if work.precision == "fp32":
+        return gradients
+    return max(work.bytes * logits(work), gradients - (4 - work.bytes) * logits(work))
+
+
+def _embedding_working(work: Workload) -> float:
+    """The gradient of the embedding, which is dense, and of its output."""
+    return _embedding_bytes(work) + work.tokens * work.model.hidden_size * work.bytes
+
+
+def _embedding_bytes(work: Workload) -> float:
+    return work.embedding_parameters * work.bytes
+
+
+def _buffers(work: Workload) -> float:
+    """The gathered sequence, which the engine keeps, and what is being sent and received."""
+    gathered = work.tokens * work.model.hidden_size * work.bytes if work.sequence_parallel > 1 else 0.0
+    transfers = 0.0
+    if work.parallel.pipeline > 1:
+        transfers = (4 if work.parallel.virtual_pipeline > 1 else 2) * residual_bytes(work)
+    return gathered + transfers
