@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -146,11 +148,8 @@ def test_a_wrong_request_is_one_line_and_status_two(
 
 
 def test_torchrun_joins_ranks_that_it_started(data: Path, whole: Path, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     source, _ = make_run(data, tmp_path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "flm_megatron.cli.main", "train", str(source)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stderr
