@@ -82,7 +82,7 @@ class ClassicCheckpoint(LogicalCheckpoint):
     """
 
     def __init__(self, path: Path | str, vocab_size: int | None = None) -> None:
-        self.path = classic_folder(Path(path))
+        self.path = latest_folder(Path(path))
         files, (tensor, pipeline) = _rank_files(self.path)
         saved = {rank: _saved(file) for rank, file in files.items()}
         first = saved[0, 0]
@@ -132,23 +132,23 @@ class ClassicCheckpoint(LogicalCheckpoint):
                 self._stored.setdefault(part.source, []).append((part, array))
 
 
-def classic_folder(path: Path) -> Path:
-    """The folder of `mp_rank` folders that `path` means. Raises RequestError if there is none."""
+def latest_folder(path: Path) -> Path:
+    """The folder of the latest iteration of a Megatron-LM run; `path` itself if it is not the folder of a run."""
     latest = path / LATEST
-    if latest.is_file():
-        step = latest.read_text().strip()
-        path = path / (f"iter_{int(step):07d}" if step.isdigit() else "release")
-    if not any(RANK.fullmatch(entry.name) for entry in (path.iterdir() if path.is_dir() else ())):
-        raise RequestError(f"{path} is not a classic Megatron-LM checkpoint: it has no mp_rank folders")
-    return path
+    if not latest.is_file():
+        return path
+    step = latest.read_text().strip()
+    return path / (f"iter_{int(step):07d}" if step.isdigit() else "release")
 
 
 def _rank_files(path: Path) -> tuple[dict[tuple[int, int], Path], tuple[int, int]]:
     """The file of every (tensor, pipeline) rank, and the sizes. Raises DamagedError if one is missing."""
     files = {}
-    for entry in path.iterdir():
+    for entry in path.iterdir() if path.is_dir() else ():
         if match := RANK.fullmatch(entry.name):
             files[int(match[1]), int(match[2] or 0)] = entry / FILE
+    if not files:
+        raise RequestError(f"{path} is not a classic Megatron-LM checkpoint: it has no mp_rank folders")
     tensor, pipeline = (max(rank[axis] for rank in files) + 1 for axis in (0, 1))
     for rank in ((t, p) for t in range(tensor) for p in range(pipeline)):
         if rank not in files or not files[rank].is_file():

@@ -9,8 +9,10 @@ from flm_megatron.checkpoint.torch_dist import METADATA, TorchDistCheckpoint
 from flm_megatron.errors import RequestError
 
 
-def open_checkpoint(path: str | Path) -> LogicalCheckpoint:
-    """The checkpoint in a folder: `torch_dist`, or a Hugging Face model.
+def open_checkpoint(path: str | Path, vocab_size: int | None = None) -> LogicalCheckpoint:
+    """The checkpoint in a folder: `torch_dist`, a Hugging Face model, or Megatron-LM's classic layout.
+
+    `vocab_size` is the true vocabulary, for the last two where they are padded and do not record it.
 
     Raises:
         RequestError: there is no checkpoint of a known kind.
@@ -22,7 +24,14 @@ def open_checkpoint(path: str | Path) -> LogicalCheckpoint:
     if (path / "config.json").exists():
         from flm_megatron.checkpoint.hugging_face import HuggingFaceCheckpoint
 
-        return HuggingFaceCheckpoint(path)
+        return HuggingFaceCheckpoint(path, vocab_size)
     if not path.is_dir():
         raise RequestError(f"{path} is not a checkpoint: there is no such folder")
-    raise RequestError(f"{path} is not a checkpoint: it holds neither .metadata (torch_dist) nor config.json")
+    if (path / "latest_checkpointed_iteration.txt").exists() or next(path.glob("mp_rank_*"), None):
+        from flm_megatron.checkpoint.classic import ClassicCheckpoint, latest_folder
+
+        folder = latest_folder(path)
+        return TorchDistCheckpoint(folder) if (folder / METADATA).exists() else ClassicCheckpoint(folder, vocab_size)
+    raise RequestError(
+        f"{path} is not a checkpoint: it holds neither .metadata (torch_dist) nor config.json nor mp_rank folders"
+    )

@@ -28,9 +28,10 @@ def reshard(
     view: LogicalCheckpoint,
     path: Path,
     processes: Processes,
+    manifest: dict[str, Any],
     target: tuple[ModelConfig, ParallelConfig] | None = None,
 ) -> dict[str, Any]:
-    """Copy `view` to the new `torch_dist` folder `path`; returns the manifest that was written.
+    """Copy `view` to the new `torch_dist` folder `path`; returns `manifest` as it was written, with what is in it.
 
     Without `target` the tensors are spread evenly over one file for each process that works on it; with it, rank r of
     the target's tensor x pipeline layout finds what it will load in the files `__r_*.distcp`.
@@ -41,13 +42,13 @@ def reshard(
     processes.on_first(lambda: refuse_without_room(path, nbytes))
     with progress_bar("reshard", nbytes, processes) as moved:
         if target is None:
-            return write_view(view, path, progress=moved)
+            return write_view(view, path, manifest, progress=moved)
         shards = {
             name: _rectangles(view, parts)
             for number, (name, parts) in enumerate(_target_files(view, *target).items())
             if number % processes.size == processes.rank
         }
-        return write_checkpoint(path, view.tensors, shards, dict(view.manifest), progress=moved)
+        return write_checkpoint(path, view.tensors, shards, manifest, progress=moved)
 
 
 def _target_files(

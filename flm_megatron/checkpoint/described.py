@@ -1,0 +1,86 @@
+"""What model a checkpoint is of, and whether its tensors are that model's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from flm_megatron.checkpoint.classic_arguments import model_from_arguments
+from flm_megatron.checkpoint.logical import STATE_PREFIXES, LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.torch_dist import COMMON, TorchDistCheckpoint
+from flm_megatron.checkpoint.unpickle import read_torch_file
+from flm_megatron.config.schema import ModelConfig
+from flm_megatron.errors import RequestError
+from flm_megatron.model.parameters import EMBEDDING, HEAD, parameter_specs
+
+
+def model_of(view: LogicalCheckpoint, vocab_size: int | None = None) -> ModelConfig | None:
+    """The model that a checkpoint says it is of; none if it does not say.
+
+    Ours say it in the manifest, Hugging Face folders in `config.json`, Megatron-LM's in their arguments, which may
+    need the true `vocab_size`.
+    """
+    stages = (view.manifest.get("run") or {}).get("stages", [])
+    for stage in stages:
+        if stage["name"] == view.manifest.get("stage"):
+            return ModelConfig(**stage["model"])
+    if isinstance(config := getattr(view, "config", None), ModelConfig):
+        return config
+    if isinstance(view, TorchDistCheckpoint) and (view.path / COMMON).exists():
+        arguments = read_torch_file(view.path / COMMON).get("args")
+        return None if arguments is None else model_from_arguments(arguments, str(view.path), vocab_size)
+    return None
+
+
+def required_model(view: LogicalCheckpoint, where: str, vocab_size: int | None = None) -> ModelConfig:
+    """The model of a checkpoint. Raises RequestError, naming `where` it lies, if it does not say."""
+    model = model_of(view, vocab_size)
+    if model is None:
+        raise RequestError(f"{where} does not say what model it is of, which this needs")
+    return model
+
+
+def check_structure(tensors: Mapping[str, TensorInfo], model: ModelConfig, where: str) -> None:
+    """Raise RequestError, naming the tensor, unless `tensors` are all of the model's, with or without optimizer."""
+    specs = parameter_specs(model)
+    prefixes = ["", *(prefix for prefix in STATE_PREFIXES if any(name.startswith(prefix) for name in tensors))]
+    wanted = {prefix + name: spec.shape for prefix in prefixes for name, spec in specs.items()}
+    for name, shape in wanted.items():
+        if name not in tensors:
+            raise RequestError(f"{where}: the configured model has a tensor {name}, the checkpoint has not")
+        if tuple(tensors[name].shape) != tuple(shape):
+            raise RequestError(f"{where}: {name} has shape {tensors[name].shape}, the configuration asks for {shape}")
+    for name in tensors:
+        if name not in wanted:
+            raise RequestError(f"{where}: {name} is not a tensor of the configured model")
+
+
+class TrueVocabulary(LogicalCheckpoint):
+    """`source` without the padding rows of its embedding and head (and their optimizer state)."""
+
+    def __init__(self, source: LogicalCheckpoint, vocab_size: int) -> None:
+        self.source, self.vocab_size = source, vocab_size
+        self.manifest: dict[str, Any] = source.manifest
+        self.tensors = {name: self._info(name) for name in source.tensors}
+
+    def read(self, name: str, region: Region | None = None) -> torch.Tensor:
+        """Values of `region` of shape `region.sizes`; see `LogicalCheckpoint.read`."""
+        if name not in self.tensors:
+            return self.source.read(name, region)
+        return self.source.read(name, region or Region.whole(self.tensors[name].shape))
+
+    def _info(self, name: str) -> TensorInfo:
+        info = self.source.tensors[name]
+        if not name.endswith((EMBEDDING, HEAD)):
+            return info
+        if info.shape[0] < self.vocab_size:
+            raise RequestError(f"{name} has {info.shape[0]} rows, fewer than the vocabulary of {self.vocab_size}")
+        return TensorInfo((self.vocab_size, *info.shape[1:]), info.dtype)
+
+
+def without_padding(view: LogicalCheckpoint, model: ModelConfig) -> LogicalCheckpoint:
+    """`view` narrowed to the true vocabulary of `model`; `view` itself where it has no padding."""
+    rows = view.tensors[EMBEDDING].shape[0] if EMBEDDING in view.tensors else model.vocab_size
+    return view if rows == model.vocab_size else TrueVocabulary(view, int(model.vocab_size or 0))

@@ -1,0 +1,75 @@
+"""Write a checkpoint as a Hugging Face folder.
+
+The `teleflm` flavour has the released form, with its multipliers in config.json and code that `transformers` loads
+with trust_remote_code. The `llama` flavour has the multipliers folded into embedding and head, so that plain Llama
+gives the same logits and every serving engine can load it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flm_megatron.cli.checkpoint_options import add_dtype, add_vocab_size, byte_size, positive
+
+if TYPE_CHECKING:
+    from flm_megatron.checkpoint.logical import LogicalCheckpoint
+    from flm_megatron.config.schema import ModelConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `flm checkpoint export-hf`."""
+    parser.add_argument("source", type=Path, help="checkpoint of any format")
+    parser.add_argument("destination", type=Path, help="new folder")
+    parser.add_argument("--flavour", choices=["teleflm", "llama"], default="teleflm", help="released form, or Llama's")
+    parser.add_argument("--shard-size", type=byte_size, default=5 * 10**9, help="largest shard, such as 5GB (default)")
+    parser.add_argument("--pad-vocab-to", type=positive, default=1, help="pad the vocabulary to a multiple of this")
+    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model; the run's if not given")
+    parser.add_argument("--fold-mask", action="store_true", help="fold a half-open growth mask in, where that is exact")
+    add_dtype(parser)
+    add_vocab_size(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export, and say how exact it is; returns 0."""
+    from flm_megatron.checkpoint.hugging_face_writer import ExportOptions, folding_note, write_hugging_face
+    from flm_megatron.checkpoint.launched import launched_processes
+    from flm_megatron.cli.checkpoint_options import open_with_model, torch_dtype
+
+    with launched_processes() as processes:
+        source, model = open_with_model(args.source, args.vocab_size)
+        source = _without_mask(source, model, args.fold_mask)
+        run_file = source.manifest.get("run") or {}
+        options = ExportOptions(
+            flavour=args.flavour,
+            dtype=torch_dtype(args.dtype),
+            shard_bytes=args.shard_size,
+            pad_vocab_to=args.pad_vocab_to,
+            tokenizer=args.tokenizer or _tokenizer(args.source, run_file.get("tokenizer")),
+            sequence_length=run_file.get("data", {}).get("sequence_length", 4096),
+        )
+        nbytes = write_hugging_face(source, model, args.destination, options, processes)
+        if processes.rank == 0:
+            print(f"{args.destination}: {nbytes:,} bytes of weights")
+            if args.flavour == "llama":
+                print(folding_note(model))
+            if options.tokenizer is None:
+                print("no tokenizer files were written, for the checkpoint names none: give --tokenizer")
+    return 0
+
+
+def _without_mask(source: LogicalCheckpoint, model: ModelConfig, fold: bool) -> LogicalCheckpoint:
+    """The source itself, or with its growth mask folded in. Raises RequestError for a mask that is not open."""
+    from flm_megatron.growth.boundary import saved_mask_value
+    from flm_megatron.growth.folding import folded
+
+    if saved_mask_value(source.manifest) == 1:
+        return source
+    return folded(source, model, fold)
+
+
+def _tokenizer(source: Path, named: str | None) -> Path | None:
+    """The tokenizer that a run names, or the one that lies beside the weights; none if neither is there."""
+    candidates = [Path(named)] if named else []
+    return next((path for path in [*candidates, source / "tokenizer.model"] if path.is_file()), None)

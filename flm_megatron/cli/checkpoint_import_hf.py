@@ -1,0 +1,38 @@
+"""Make a checkpoint of a Hugging Face folder of Llama's or Tele-FLM's form.
+
+Training can also start from the folder as it is: give it as `checkpoint.initial` in the run file.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flm_megatron.cli.checkpoint_options import add_dtype, add_vocab_size
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `flm checkpoint import-hf`."""
+    parser.add_argument("source", type=Path, help="Hugging Face folder: safetensors, or .bin (never run)")
+    parser.add_argument("destination", type=Path, help="new folder")
+    add_dtype(parser)
+    add_vocab_size(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Import, and print the logical hash of what was written; returns 0."""
+    from flm_megatron.checkpoint.converted import ConvertedCheckpoint
+    from flm_megatron.checkpoint.hugging_face import HuggingFaceCheckpoint
+    from flm_megatron.checkpoint.imported import manifest_for
+    from flm_megatron.checkpoint.launched import launched_processes
+    from flm_megatron.checkpoint.reshard import reshard
+    from flm_megatron.cli.checkpoint_options import torch_dtype
+
+    with launched_processes() as processes:
+        source = HuggingFaceCheckpoint(args.source, args.vocab_size)
+        view = ConvertedCheckpoint(source, torch_dtype(args.dtype))
+        manifest = manifest_for(view, source.config, args.source)
+        written = reshard(view, args.destination, processes, manifest)
+        if processes.rank == 0:
+            print(f"{args.destination}: logical hash {written['logical_hash']}")
+    return 0

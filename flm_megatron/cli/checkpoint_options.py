@@ -1,0 +1,67 @@
+"""Options that several of `flm checkpoint`'s commands share."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from flm_megatron.checkpoint.logical import LogicalCheckpoint
+    from flm_megatron.config.schema import ModelConfig
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def add_vocab_size(parser: argparse.ArgumentParser) -> None:
+    """`--vocab-size`."""
+    parser.add_argument(
+        "--vocab-size", type=positive, help="true vocabulary, where the checkpoint is padded and does not record it"
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """`--dtype`."""
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights; the stored one if not given")
+
+
+def positive(text: str) -> int:
+    """A whole number above zero."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above zero")
+    return number
+
+
+def byte_size(text: str) -> int:
+    """A number of bytes such as 5GB, 500MB or 2GiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.strip().upper())
+    if not match or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
+    return int(float(match[1]) * UNITS[match[2] or ""])
+
+
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype that `--dtype` names."""
+    import torch
+
+    return getattr(torch, DTYPES[name]) if name else None
+
+
+def open_with_model(path: Path, vocab_size: int | None) -> tuple[LogicalCheckpoint, ModelConfig]:
+    """A checkpoint of any format without vocabulary padding, checked against the model that it says it is of.
+
+    Raises RequestError if it does not say, or if its tensors do not fit; DamagedError if it cannot be read.
+    """
+    from flm_megatron.checkpoint.described import check_structure, required_model, without_padding
+    from flm_megatron.checkpoint.opening import open_checkpoint
+
+    view = open_checkpoint(path, vocab_size)
+    model = required_model(view, str(path), vocab_size)
+    view = without_padding(view, model)
+    check_structure(view.tensors, model, str(path))
+    return view, model
