@@ -14,6 +14,7 @@ COMMANDS = {
     "data": "make datasets and tokenizers",
     "checkpoint": "inspect, verify, compare, re-shard, import and export checkpoints",
     "grow": "write a grown checkpoint",
+    "distance": "measure how near each layer is to the identity",
     "mup": "check the maximal-update parametrization",
 }
 

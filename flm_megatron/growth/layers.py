@@ -59,7 +59,7 @@ def _by_distance(old_layers: int, distances: Sequence[float] | None) -> list[int
     if distances is None:
         raise RequestError(
             "growth.layer_selection is `distance`, but no layer distances were measured: measure them with "
-            "`flm grow distance`, or choose interleave, top, stack or list"
+            "`flm distance`, or choose interleave, top, stack or list"
         )
     if len(distances) != old_layers:
         raise RequestError(f"{len(distances)} layer distances were given for {old_layers} layers: give one per layer")

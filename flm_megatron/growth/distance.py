@@ -1,0 +1,112 @@
+"""How near each layer is to the identity: the distance between its input and its output on given text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from flm_megatron.checkpoint.logical import LogicalCheckpoint
+from flm_megatron.config.schema import ModelConfig, StageConfig
+from flm_megatron.device import current
+from flm_megatron.errors import RequestError
+from flm_megatron.growth.forward import Layout, forward, loaded_model
+
+
+@dataclass(frozen=True)
+class LayerDistance:
+    """Means over tokens: 1 - cos(input, output), and |output - input| / |input|."""
+
+    cosine: float
+    l2: float
+
+
+def layer_distances(
+    view: LogicalCheckpoint, model: ModelConfig, stage: StageConfig, tokens: torch.Tensor, layout: Layout
+) -> list[LayerDistance]:
+    """Distance of each layer of `model`, first to last, on `tokens` [samples, sequence]; the same on every rank.
+
+    Runs on all processes of the world, under the stage's layout and in its precision.
+    """
+    with loaded_model(view, model, stage, layout) as chunks:
+        sums = torch.zeros(model.num_layers, 3, dtype=torch.float64, device=current().torch_device)
+        handles = [hook for chunk in chunks for hook in _watch(chunk, sums)]
+        forward(chunks, tokens, lambda sample, logits: None)
+        for handle in handles:
+            handle.remove()
+    # A token that several ranks hold is counted by each of them, in the sum and in the count.
+    dist.all_reduce(sums)
+    means = sums[:, :2] / sums[:, 2:]
+    return [LayerDistance(cosine, l2) for cosine, l2 in means.tolist()]
+
+
+def distances_of(found: list[LayerDistance], metric: Literal["cosine", "l2"]) -> list[float]:
+    """One number per layer, as `growth.distance_metric` asks."""
+    return [getattr(layer, metric) for layer in found]
+
+
+def distance_table(found: list[LayerDistance]) -> str:
+    """The distances as text, the nearest to the identity marked by its rank."""
+    order = sorted(range(len(found)), key=lambda i: found[i].cosine)
+    rows = [f"{i:5d}  {layer.cosine:10.3e}  {layer.l2:10.3e}  {order.index(i) + 1:5d}" for i, layer in enumerate(found)]
+    return "\n".join(["layer      cosine  relative L2   rank", *rows])
+
+
+def write_distances(found: list[LayerDistance], path: str) -> None:
+    """Write the distances as JSON: a list of {cosine, l2}, one per layer."""
+    Path(path).write_text(json.dumps([asdict(layer) for layer in found], indent=1) + "\n", encoding="utf-8")
+
+
+def read_distances(path: str, metric: Literal["cosine", "l2"]) -> list[float]:
+    """Distances of one metric from what `write_distances` wrote.
+
+    Raises:
+        RequestError: the file is missing or holds something else.
+    """
+    try:
+        layers = [LayerDistance(**layer) for layer in json.loads(Path(path).read_text(encoding="utf-8"))]
+        return [float(value) for value in distances_of(layers, metric)]
+    except (OSError, ValueError, TypeError) as error:
+        raise RequestError(
+            f"{path} holds no layer distances ({error}): write them with `flm distance --out`"
+        ) from error
+
+
+def plot_distances(found: list[LayerDistance], path: str) -> None:
+    """Draw both distances of every layer into a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 1, sharex=True, figsize=(8, 5), layout="constrained")
+    for axis, metric, label in (
+        (axes[0], "cosine", "1 - cos(input, output)"),
+        (axes[1], "l2", "|output - input| / |input|"),
+    ):
+        axis.bar(range(len(found)), [getattr(layer, metric) for layer in found])
+        axis.set_ylabel(label)
+    axes[1].set_xlabel("layer")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _watch(chunk: Any, sums: torch.Tensor) -> list[Any]:
+    """Hooks that add each layer's distances to its row of `sums`."""
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        before = (args[0] if args else kwargs["hidden_states"]).double()
+        after = output[0].double()
+        cosine = 1 - F.cosine_similarity(before, after, dim=-1)
+        l2 = (after - before).norm(dim=-1) / before.norm(dim=-1)
+        count = torch.tensor(float(cosine.numel()), dtype=torch.float64, device=sums.device)
+        sums[layer.layer_number - 1] += torch.stack([cosine.sum(), l2.sum(), count])
+
+    layers = [module for module in chunk.modules() if isinstance(module, TransformerLayer)]
+    return [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]

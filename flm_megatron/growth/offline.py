@@ -1,0 +1,42 @@
+"""Growing a checkpoint on disk, without a model, shared out over any number of processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flm_megatron.checkpoint.destination import refuse_without_room
+from flm_megatron.checkpoint.processes import Processes
+from flm_megatron.checkpoint.progress import progress_bar
+from flm_megatron.checkpoint.reshard import stored_bytes
+from flm_megatron.checkpoint.writer import write_view
+from flm_megatron.config.schema import RunConfig
+from flm_megatron.errors import RequestError
+from flm_megatron.growth.certificate import Certificate
+from flm_megatron.growth.view import GrownCheckpoint
+
+
+def write_grown(
+    view: GrownCheckpoint, path: Path, processes: Processes, certificate: Certificate | None = None
+) -> dict[str, Any]:
+    """Write a grown view to the new folder `path`; every process computes and writes its share in pieces of 32 MiB.
+
+    Returns the manifest that was written, with the certificate beside the growth's plan.
+
+    Raises:
+        RequestError: `path` exists, or the disk is too small.
+        DamagedError: a tensor of the source cannot be read.
+    """
+    nbytes = stored_bytes(view.tensors)
+    processes.on_first(lambda: refuse_without_room(path, nbytes))
+    growth = {**view.manifest["growth"], "certificate": certificate.to_json() if certificate else None}
+    with progress_bar("grow", nbytes, processes) as moved:
+        return write_view(view, path, {**view.manifest, "growth": growth}, progress=moved)
+
+
+def stage_index(run: RunConfig, name: str) -> int:
+    """Index of the stage called `name`. Raises RequestError where there is none."""
+    names = [stage.name for stage in run.stages]
+    if name not in names:
+        raise RequestError(f"the run file has no stage {name!r}: it has {', '.join(names)}")
+    return names.index(name)

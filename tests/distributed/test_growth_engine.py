@@ -1,0 +1,157 @@
+"""Growth through the engine: certificates, layer distances, and training on from the grown view."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flm_megatron.config.schema import ModelConfig, MupConfig, ParallelConfig, StageConfig
+from flm_megatron.errors import FlmError
+from flm_megatron.growth.certificate import Certificate, Comparison, certify, check_certificate
+from flm_megatron.growth.plan import GrowthPlan, make_plan
+from flm_megatron.growth.view import GrownCheckpoint
+from tests.distributed.pool import Pool
+from tests.unit.growth_cases import growth, trained, weights
+from tests.unit.growth_oracle import attention, feed_forward, norm, open_masks
+
+OLD = ModelConfig(
+    num_layers=2,
+    hidden_size=48,
+    ffn_hidden_size=80,
+    num_attention_heads=4,
+    num_query_groups=2,
+    head_dim=12,
+    vocab_size=300,
+    output_mult=4.0,
+    mup=MupConfig(enabled=True, base_hidden_size=32),
+)
+NEW = replace(OLD, num_layers=4, hidden_size=72, ffn_hidden_size=200, num_attention_heads=12, num_query_groups=4)
+TOKENS = torch.randint(0, 300, (6, 81), generator=torch.Generator().manual_seed(3))
+LAYOUTS = {
+    "one": ParallelConfig(),
+    "tensor_sequence": ParallelConfig(tensor=2, sequence=True),
+    "pipeline_uneven": ParallelConfig(pipeline=2, pipeline_layers=[3, 1]),
+    "both": ParallelConfig(tensor=2, pipeline=2, sequence=True),
+    "wider_than_the_old_model": ParallelConfig(tensor=4),
+}
+
+
+def plan_of(operator: str) -> GrowthPlan:
+    """Everything grows at once."""
+    return make_plan(OLD, NEW, growth(operator), seed=11, stage="big")
+
+
+def certificates(parallel: ParallelConfig, precision: str = "fp32") -> list[Certificate]:
+    """Certificates of `zero` and `mask` growth of random weights, as this rank has them."""
+    from flm_megatron.device import current
+    from flm_megatron.training.parallel import layout
+
+    current().prepare()
+    source = trained(OLD, torch.bfloat16 if precision == "bf16" else torch.float32, optimizer=True)
+    stage = StageConfig(name="big", model=NEW, parallel=parallel, precision=precision)  # type: ignore[arg-type]
+    found = []
+    for operator in ("zero", "mask"):
+        plan = plan_of(operator)
+        view = GrownCheckpoint(source, plan)
+        found.append(certify(source, view, plan, stage, TOKENS, partial(layout, timeout_s=120)))
+    return found
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_growth_preserves_in_fp32(pool: Pool, name: str) -> None:
+    ranks = pool.run(LAYOUTS[name].model_size, certificates, LAYOUTS[name])
+    assert all(rank == ranks[0] for rank in ranks)
+    for certificate in ranks[0]:
+        (measured,) = certificate.comparisons
+        assert 0 < measured.rms_difference <= 5e-6 * measured.logit_std
+        assert measured.max_difference <= 1e-4 * measured.logit_std
+        assert measured.loss_change <= 1e-6
+        assert measured.loss_before == pytest.approx(reference_loss(), rel=1e-5)
+
+
+def reference_loss() -> float:
+    """Loss of the old model in float64."""
+    from tests.reference import reference_logits
+
+    tensors = {n: t.double() for n, t in weights(trained(OLD, torch.float32, optimizer=True), OLD).items()}
+    return F.cross_entropy(reference_logits(OLD, tensors, TOKENS[:, :-1]).transpose(1, 2), TOKENS[:, 1:]).item()
+
+
+def bf16_between_layouts() -> torch.Tensor:
+    """Logits of the ungrown model in bf16 on this world, gathered [samples, sequence, vocabulary]."""
+    from flm_megatron.device import current
+    from flm_megatron.growth.certificate import _evaluate
+    from flm_megatron.training.parallel import layout
+
+    current().prepare()
+    world = torch.distributed.get_world_size()
+    stage = StageConfig(parallel=ParallelConfig(tensor=world, sequence=world > 1), precision="bf16")
+    source = trained(OLD, torch.bfloat16, optimizer=True)
+    found = _evaluate(source, OLD, stage, TOKENS, partial(layout, timeout_s=120), None)
+    return found[1] if found else torch.zeros(0)
+
+
+def test_growth_in_bf16_changes_no_more_than_a_layout(pool: Pool) -> None:
+    one, two = pool.run(1, bf16_between_layouts)[0], pool.run(2, bf16_between_layouts)[0]
+    between = (one - two).square().mean().sqrt().item()
+    for certificate in pool.run(2, certificates, LAYOUTS["tensor_sequence"], "bf16")[0]:
+        exact, measured = certificate.comparisons
+        assert (exact.precision, measured.precision) == ("fp32", "bf16")
+        assert exact.rms_difference <= 5e-6 * exact.logit_std
+        assert 0 < measured.rms_difference <= 2 * between
+        assert measured.loss_change <= 1e-3
+
+
+def test_a_certificate_is_checked() -> None:
+    measured = Comparison("bf16", 0.1, 0.01, 1.0, 3.0, 3.006)
+    certificate = Certificate("big", True, 4, 16, (replace(measured, precision="fp32"), measured))
+    assert Certificate.from_json(certificate.to_json()) == certificate
+    with pytest.raises(FlmError, match=r"from 3.000000 to 3.006000, by 2.0e-03 .* bf16 is 1.0e-03.*--stages.1.growth"):
+        check_certificate(certificate, growth("zero"), 1)
+    check_certificate(certificate, growth("zero", loss_tolerance=2.1e-3), 1)
+    check_certificate(replace(certificate, preserving=False), growth("zero"), 1)
+    assert "2.00e-03" in certificate.table()
+    with pytest.raises(FlmError, match="nan"):
+        check_certificate(
+            replace(certificate, comparisons=(replace(measured, loss_after=float("nan")),)), growth("zero"), 1
+        )
+
+
+def measured_distances(parallel: ParallelConfig) -> list[tuple[float, float]]:
+    """(cosine, l2) of each layer on this rank."""
+    from flm_megatron.device import current
+    from flm_megatron.growth.distance import layer_distances
+    from flm_megatron.training.parallel import layout
+
+    current().prepare()
+    stage = StageConfig(parallel=parallel)
+    model = replace(NEW, num_layers=4)
+    found = layer_distances(trained(model, torch.float32), model, stage, TOKENS[:, :-1], partial(layout, timeout_s=120))
+    return [(layer.cosine, layer.l2) for layer in found]
+
+
+def reference_distances() -> list[tuple[float, float]]:
+    """The same in float64, layer by layer."""
+    model = replace(NEW, num_layers=4)
+    tensors = {n: t.double() for n, t in weights(trained(model, torch.float32), model).items()}
+    masks, out = open_masks(model), []
+    x = tensors["embedding.word_embeddings.weight"][TOKENS[:, :-1]] * model.input_mult
+    for i in range(model.num_layers):
+        layer = {n.removeprefix("decoder.layers."): t[i] for n, t in tensors.items() if n.startswith("decoder.layers.")}
+        y = x + attention(model, layer, norm(model, layer, "self_attention.linear_qkv.layer_norm_", x, masks), masks)
+        y = y + feed_forward(model, layer, norm(model, layer, "mlp.linear_fc1.layer_norm_", y, masks), masks)
+        cosine = 1 - (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
+        out.append((cosine.mean().item(), ((y - x).norm(dim=-1) / x.norm(dim=-1)).mean().item()))
+        x = y
+    return out
+
+
+@pytest.mark.parametrize("name", ["tensor_sequence", "pipeline_uneven", "both"])
+def test_layer_distances_under_layouts(pool: Pool, name: str) -> None:
+    for rank in pool.run(LAYOUTS[name].model_size, measured_distances, LAYOUTS[name]):
+        for found, expected in zip(rank, reference_distances(), strict=True):
+            assert found == pytest.approx(expected, rel=1e-4)
