@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from flm_megatron.checkpoint.optimizer_state import (
 )
 from flm_megatron.checkpoint.placement import Placement, placements
 from flm_megatron.checkpoint.regions import split_region
-from flm_megatron.checkpoint.shard_file import Rectangle
-from flm_megatron.checkpoint.writer import CHUNK_BYTES
+from flm_megatron.checkpoint.shard_file import PIECE_BYTES, Rectangle
+from flm_megatron.checkpoint.writer import LARGEST_CHUNK, chunk_size
 from flm_megatron.errors import RequestError
 
 
@@ -91,12 +91,12 @@ def save_state(
     stored = list(_own_share(pieces))
     if asynchronous:
         stored = [(name, region, torch.clone(tensor.detach().cpu())) for name, region, tensor in stored]
-    found = [Rectangle(name, region, _getter(tensor)) for name, region, tensor in stored]
+    found = [Rectangle(name, region, _getter(region, tensor)) for name, region, tensor in stored]
     return SaveHandle(Path(path), tensors, {f"__{rank}_0.distcp": found}, manifest, group, asynchronous)
 
 
-def _getter(tensor: torch.Tensor) -> Any:
-    return lambda: tensor
+def _getter(region: Region, tensor: torch.Tensor) -> Callable[[Region], torch.Tensor]:
+    return lambda part: tensor[part.within(region).slices]
 
 
 def _weight_pieces(parts: list[Placement]) -> Iterator[Piece]:
@@ -132,7 +132,7 @@ def _fill(piece: Piece, view: LogicalCheckpoint) -> None:
     name = _source(piece, view)
     if name is None:
         return
-    for region in split_region(piece.region, CHUNK_BYTES // piece.tensor.element_size()):
+    for region in split_region(piece.region, PIECE_BYTES // piece.tensor.element_size()):
         piece.tensor[region.within(piece.region).slices].copy_(view.read(name, region))
 
 
@@ -170,7 +170,8 @@ def _own_share(pieces: list[Piece]) -> Iterator[tuple[str, Region, torch.Tensor]
     for piece in pieces:
         if not piece.stored:
             continue
-        for region in split_region(piece.region, CHUNK_BYTES // piece.tensor.element_size()):
+        limit = chunk_size(total, size) if piece.shared else LARGEST_CHUNK
+        for region in split_region(piece.region, limit // piece.tensor.element_size()):
             part = piece.tensor[region.within(piece.region).slices]
             if not piece.shared or position * size // max(total, 1) == rank:
                 yield piece.name, region, part

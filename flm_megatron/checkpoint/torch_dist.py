@@ -102,8 +102,11 @@ class TorchDistCheckpoint(LogicalCheckpoint):
             if whole is not None:
                 flat = values.read().as_strided(*whole).reshape(chunk.region.sizes)
                 return flat[inside.slices].clone()
+            bands = list(_bands(inside, values))
+            if len(bands) == 1:
+                return values.read(inside)
             out = torch.empty(part.sizes, dtype=values.dtype)
-            for band in _bands(inside, values):
+            for band in bands:
                 out[band.within(inside).slices] = values.read(band)
             return out
         except DamagedError as error:

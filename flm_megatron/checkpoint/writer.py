@@ -43,7 +43,8 @@ KIND = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-CHUNK_BYTES = 32 * 2**20
+SMALLEST_CHUNK, LARGEST_CHUNK = 16 * 2**20, 2**30
+CHUNKS_PER_PROCESS = 16
 FILE_BYTES = 8 * 2**30
 
 
@@ -53,17 +54,18 @@ def write_view(
     manifest: dict[str, Any] | None = None,
     group: dist.ProcessGroup | None = None,
     progress: Callable[[int], None] | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Copy a view into a new checkpoint folder; its tensors are shared out over the processes of `group`.
 
-    `manifest` is the view's own if not given. `progress` is called with the bytes done since its last call.
+    `manifest` is the view's own if not given. Tensors are cut into chunks of at most `chunk_bytes` (`chunk_size`'s
+    if not given), which are streamed. `progress` is called with the bytes done since its last call.
     Returns the manifest that was written. Raises as `write_checkpoint`, and whatever reading the view raises.
     """
     processes = Processes(group)
     files = plan_files(view.tensors, processes.rank, processes.size, chunk_bytes)
     shards = {
-        name: [Rectangle(tensor, region, partial(view.read, tensor, region)) for tensor, region in parts]
+        name: [Rectangle(tensor, region, partial(view.read, tensor)) for tensor, region in parts]
         for name, parts in files.items()
     }
     manifest = dict(view.manifest if manifest is None else manifest)
@@ -71,10 +73,11 @@ def write_view(
 
 
 def plan_files(
-    tensors: Mapping[str, TensorInfo], rank: int = 0, size: int = 1, chunk_bytes: int = CHUNK_BYTES
+    tensors: Mapping[str, TensorInfo], rank: int = 0, size: int = 1, chunk_bytes: int | None = None
 ) -> dict[str, list[tuple[str, Region]]]:
     """The files that `rank` of `size` processes writes, and the regions in each: about equal bytes for every rank."""
     total = sum(Region.whole(i.shape).numel * i.dtype.itemsize for i in tensors.values())
+    chunk_bytes = chunk_bytes or chunk_size(total, size)
     files: dict[str, list[tuple[str, Region]]] = {}
     position = 0
     for name, info in tensors.items():
@@ -84,6 +87,11 @@ def plan_files(
                 files.setdefault(f"__{rank}_{number}.distcp", []).append((name, region))
             position += region.numel * info.dtype.itemsize
     return files
+
+
+def chunk_size(total_bytes: int, processes: int) -> int:
+    """Bytes of a chunk: small enough to share out evenly, large enough for few entries in the metadata."""
+    return min(LARGEST_CHUNK, max(SMALLEST_CHUNK, total_bytes // (processes * CHUNKS_PER_PROCESS)))
 
 
 def write_checkpoint(

@@ -271,10 +271,10 @@ def test_destination_exists(checkpoint: Path, source: InitialCheckpoint) -> None
 
 def failing(kind: str, tensor: torch.Tensor) -> Any:
     infos = {"x": TensorInfo((4, 6), torch.float32)}
-    whole = Rectangle("x", Region((0, 0), (4, 6)), lambda: tensor)
-    half = Rectangle("x", Region((0, 0), (2, 6)), lambda: tensor[:2])
+    whole = Rectangle("x", Region((0, 0), (4, 6)), lambda part: tensor[part.slices])
+    half = Rectangle("x", Region((0, 0), (2, 6)), lambda part: tensor[part.slices])
 
-    def raises() -> torch.Tensor:
+    def raises(part: Region) -> torch.Tensor:
         raise DamagedError("cannot be read")
 
     broken = Rectangle("x", Region((2, 0), (2, 6)), raises)
