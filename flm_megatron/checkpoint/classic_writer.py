@@ -18,7 +18,7 @@ from flm_megatron.checkpoint.progress import progress_bar
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.stored_array import StoredArray
 from flm_megatron.checkpoint.torch_file import read_torch_file
-from flm_megatron.checkpoint.writer import CHUNK_BYTES
+from flm_megatron.checkpoint.shard_file import PIECE_BYTES
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
 from flm_megatron.errors import RequestError
 
@@ -95,7 +95,7 @@ def _fill(
         for name, local in tensors.items():
             array = arrays[name]
             for part in local.parts:
-                for piece in split_region(part.region, CHUNK_BYTES // array.dtype.itemsize):
+                for piece in split_region(part.region, PIECE_BYTES // array.dtype.itemsize):
                     inside = piece.within(part.region)
                     axes = len(array.shape)
                     offsets, sizes = inside.offsets[-axes:], inside.sizes[-axes:]

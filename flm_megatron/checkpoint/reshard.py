@@ -14,7 +14,7 @@ from flm_megatron.checkpoint.processes import Processes
 from flm_megatron.checkpoint.progress import progress_bar
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.shard_file import Rectangle
-from flm_megatron.checkpoint.writer import CHUNK_BYTES, write_checkpoint, write_view
+from flm_megatron.checkpoint.writer import LARGEST_CHUNK, write_checkpoint, write_view
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
 from flm_megatron.errors import RequestError
 
@@ -72,8 +72,8 @@ def _target_files(
 
 def _rectangles(view: LogicalCheckpoint, parts: list[tuple[str, Region]]) -> Iterator[Rectangle]:
     for name, region in parts:
-        for piece in split_region(region, CHUNK_BYTES // view.tensors[name].dtype.itemsize):
-            yield Rectangle(name, piece, partial(view.read, name, piece))
+        for piece in split_region(region, LARGEST_CHUNK // view.tensors[name].dtype.itemsize):
+            yield Rectangle(name, piece, partial(view.read, name))
 
 
 def _parameter(name: str) -> str:
