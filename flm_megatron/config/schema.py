@@ -235,6 +235,8 @@ class StageConfig:
     """Precision of weights and activations; gradients are accumulated and masters kept in fp32."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass: none, norms and feed-forward layers, or whole layers."""
+    transformer_engine: bool = False
+    """Build layers from Transformer Engine's modules; it has to be installed, and there is no xPos in them."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

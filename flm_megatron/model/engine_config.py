@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from flm_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.device import current
+from flm_megatron.errors import RequestError
 from flm_megatron.model.split import pipeline_split
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -24,6 +26,8 @@ class EngineConfig(TransformerConfig):
     recompute_norms_and_mlp: bool = False
     """Compute the norms and the feed-forward layers again in the backward pass (`recompute: selective`).
     The engine's own selective recomputation of norms needs Transformer Engine."""
+    transformer_engine: bool = False
+    """Build layers from Transformer Engine's modules."""
     xpos_scale_base: float | None = None
     """xPos: tokens over which the decay exponent grows by one; none for plain rotary positions."""
 
@@ -34,10 +38,14 @@ def transformer_config(stage: StageConfig) -> EngineConfig:
     Weights are allocated but not initialised: they come out of a checkpoint view, under every layout alike.
 
     Raises:
-        RequestError: the layers cannot be split over the pipeline as asked.
+        RequestError: the layers cannot be split over the pipeline as asked, or Transformer Engine is asked for
+            and not there.
     """
+    if stage.transformer_engine:
+        _check_transformer_engine(stage)
     options = {
         **_shape(stage.model),
+        "transformer_engine": stage.transformer_engine,
         **_layout(stage.model.num_layers, stage.parallel),
         **_precision(stage),
         **_recomputation(stage),
@@ -101,4 +109,18 @@ def _precision(stage: StageConfig) -> dict[str, Any]:
 def _recomputation(stage: StageConfig) -> dict[str, Any]:
     if stage.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if stage.recompute == "selective" and stage.transformer_engine:
+        return {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "mlp"]}
     return {"recompute_norms_and_mlp": stage.recompute == "selective"}
+
+
+def _check_transformer_engine(stage: StageConfig) -> None:
+    if find_spec("transformer_engine") is None:
+        raise RequestError(
+            f"stage {stage.name!r} asks for transformer_engine, which is not installed; "
+            "install flm_megatron[te] or set transformer_engine to false"
+        )
+    if stage.model.position == "xpos":
+        raise RequestError(
+            f"stage {stage.name!r}: transformer_engine has no xpos positions; set transformer_engine to false"
+        )

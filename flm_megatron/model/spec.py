@@ -24,13 +24,19 @@ NORM_NAMES = {
 
 
 def block_spec(config: EngineConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """Layers and final norm of model chunk `vp_stage` of this pipeline rank, in plain PyTorch modules."""
+    """Layers and final norm of model chunk `vp_stage` of this pipeline rank."""
     layers = get_num_layers_to_build(config, vp_stage)
+    if config.transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        spec = get_gpt_layer_with_transformer_engine_spec()
+        return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=TENorm)
     return TransformerBlockSubmodules(layer_specs=[layer_spec(config)] * layers, layer_norm=_norm(config))
 
 
 def layer_spec(config: EngineConfig) -> ModuleSpec:
-    """One Tele-FLM layer."""
+    """One Tele-FLM layer in plain PyTorch modules."""
     norm = _norm(config)
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear
