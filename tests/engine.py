@@ -25,7 +25,7 @@ def one_process() -> Iterator[None]:
     """A world of this process alone, with megatron-core's parallel state over it."""
     current().prepare()
     with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{Path(folder) / 'store'}", rank=0, world_size=1)
+        dist.init_process_group(current().backend, init_method=f"file://{Path(folder) / 'store'}", rank=0, world_size=1)
         try:
             initialize_parallel(ParallelConfig())
             yield
@@ -57,7 +57,7 @@ def gradients(chunks: Iterable[TeleFLM], shapes: Mapping[str, torch.Tensor]) -> 
     found = {name: torch.zeros(tensor.shape) for name, tensor in shapes.items()}
     for shard, local in _shards(chunks, lambda parameter: parameter.grad):
         index, inside = _overlap(shard, found[shard.key].shape)
-        found[shard.key][index] = local[inside].float()
+        found[shard.key][index] = local[inside].float().cpu()
     return found
 
 
