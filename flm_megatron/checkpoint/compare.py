@@ -11,7 +11,7 @@ from flm_megatron.checkpoint.processes import Processes
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.errors import RequestError
 
-CHUNK_VALUES = 4 * 2**20
+CHUNK_VALUES = 2 * 2**20
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from flm_megatron.checkpoint.logical_hash import partial_hash, tensor_hash
 from flm_megatron.checkpoint.processes import Processes
 from flm_megatron.checkpoint.progress import progress_bar
 from flm_megatron.checkpoint.regions import split_region
-
-CHUNK_BYTES = 32 * 2**20
+from flm_megatron.checkpoint.shard_file import PIECE_BYTES
 
 
 def recorded_hashes(source: LogicalCheckpoint, view: LogicalCheckpoint) -> dict[str, str] | None:
@@ -28,7 +27,7 @@ def shared_hashes(view: LogicalCheckpoint, processes: Processes) -> dict[str, st
     chunks = [
         (name, region)
         for name, info in view.tensors.items()
-        for region in split_region(Region.whole(info.shape), CHUNK_BYTES // info.dtype.itemsize)
+        for region in split_region(Region.whole(info.shape), PIECE_BYTES // info.dtype.itemsize)
     ]
     nbytes = sum(region.numel * view.tensors[name].dtype.itemsize for name, region in chunks)
 

@@ -22,13 +22,12 @@ from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInf
 from flm_megatron.checkpoint.processes import Processes
 from flm_megatron.checkpoint.progress import progress_bar
 from flm_megatron.checkpoint.safetensors_file import arrays_in, lay_out
+from flm_megatron.checkpoint.shard_file import PIECE_BYTES
 from flm_megatron.checkpoint.stored_array import StoredArray
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.model.parameters import EMBEDDING, HEAD
 
-CHUNK_BYTES = 32 * 2**20
-"""Largest piece that is in memory at once."""
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 PADDED = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -71,7 +70,7 @@ def write_hugging_face(
 ) -> int:
     """Write the weights of `source`, whose model is `model`, to the new folder `path`; returns the bytes of weights.
 
-    At most a chunk of CHUNK_BYTES is in memory at a time. The folder appears under its name only when whole.
+    At most a chunk of PIECE_BYTES is in memory at a time. The folder appears under its name only when whole.
     Raises RequestError if it exists, if the disk is too small or if the block has no Hugging Face form.
     """
     processes = processes or Processes()
@@ -152,7 +151,7 @@ def _copy(
 
 def _row_chunks(target: TargetTensor, view: LogicalCheckpoint) -> Iterator[tuple[int, int]]:
     width = max(1, math.prod(target.shape[1:]) * view.tensors[target.source].dtype.itemsize)
-    rows = max(1, CHUNK_BYTES // width)
+    rows = max(1, PIECE_BYTES // width)
     for first in range(0, target.shape[0], rows):
         yield first, min(rows, target.shape[0] - first)
 

@@ -14,7 +14,7 @@ from flm_megatron.checkpoint.processes import Processes
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.config.schema import ModelConfig
 
-CHUNK_VALUES = 4 * 2**20
+CHUNK_VALUES = 2 * 2**20
 SHOWN = ("stage", "step", "tokens", "samples", "optimizer_step", "layout", "logical_hash", "weights_hash")
 
 

@@ -17,7 +17,7 @@ from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.torch_dist import TorchDistCheckpoint
 from flm_megatron.errors import DamagedError, FlmError
 
-CHUNK_VALUES = 8 * 2**20
+CHUNK_VALUES = 2 * 2**20
 
 
 @dataclass(frozen=True)
