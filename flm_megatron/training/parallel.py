@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from flm_megatron.config.schema import DistributedConfig, ParallelConfig
 from flm_megatron.device import current
+from flm_megatron.device.quiet import quiet_engine
 
 
 def launched() -> bool:
@@ -25,6 +26,7 @@ def world(
     """The world of all processes, from the environment (torchrun) or from a shared file; left when the block ends."""
     device = current()
     device.prepare()
+    quiet_engine()
     timeout = timedelta(seconds=config.timeout_s)
     dist.init_process_group(device.backend, init_method=store, timeout=timeout, rank=rank, world_size=size)
     try:

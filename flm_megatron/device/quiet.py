@@ -1,0 +1,17 @@
+"""Warnings of torch and megatron-core that tell a user of this program nothing to act on."""
+
+from __future__ import annotations
+
+import warnings
+
+MESSAGES = (
+    r"The \.grad attribute of a Tensor that is not a leaf",  # the engine probes its flat shards
+    r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",  # called by the engine
+    r"When using sequence parallelism it is recommended to set .*CUDA_DEVICE_MAX_CONNECTIONS",  # the device sets it
+)
+
+
+def quiet_engine() -> None:
+    """Ignore exactly these warnings in this process."""
+    for message in MESSAGES:
+        warnings.filterwarnings("ignore", message=message)
