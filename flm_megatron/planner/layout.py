@@ -29,12 +29,17 @@ class Implementation:
     """Weight gradients are added to the fp32 buffer by the multiplication itself (Apex's extension)."""
     rotary: bool = True
     """Queries and keys are rotated (false: learned positions)."""
+    fused_rotary: bool = False
+    """They are rotated in one kernel."""
     dropout: bool = False
     """Dropout after attention, its output and the feed-forward layer."""
     tied_embeddings: bool = False
     """The head is the embedding."""
     frees_pipeline_outputs: bool = True
     """What was sent to the next pipeline rank is freed."""
+    scatters_transfers: bool = False
+    """Tensor ranks share a transfer between pipeline ranks even without sequence parallelism (Megatron-LM until
+    2022)."""
     copies_gradients_to_reduce: bool = False
     """Reducing gradients needs a second buffer of their size (gloo)."""
 

@@ -23,7 +23,10 @@ class Efficiency:
     """Shares of the data sheet that real kernels reach."""
 
     matmul: float = 0.76
-    """Large matrix multiplications, of the dense peak."""
+    """Matrix multiplications with a long inner sum, of the dense peak."""
+    tile_overhead: float = 128.0
+    """A tile of a multiplication starts and ends without multiplying: as long as this many more terms of the inner
+    sum would take."""
     attention: float = 0.55
     """Flash attention, of the dense peak, over the keys that causality leaves."""
     memory: float = 0.75
@@ -32,9 +35,6 @@ class Efficiency:
     """Collectives inside a node, of the link."""
     inter: float = 0.75
     """Collectives and transfers between nodes, of the link."""
-    tensor_overlap: float = 0.0
-    """Share of the tensor-parallel communication that multiplications hide beyond what the engine's backward pass
-    hides by itself (Transformer Engine's user buffers; 0 without them)."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,9 @@ class _Row:
     node_size: int = 8
 
 
-AMPERE = Efficiency()
-HOPPER = Efficiency()
+# Set by benchmarks/planner/fit.py; the other efficiencies are assumed.
+AMPERE = Efficiency(matmul=0.91, tile_overhead=544)
+HOPPER = Efficiency(matmul=0.73, tile_overhead=0)
 
 # NVLink (or the like) and network of the usual server: DGX A100 has eight 200 Gb/s ports, DGX H100 eight of
 # 400 Gb/s; PCIe cards reach each other and, four together, one 200 Gb/s port. Power is the server's rated power
@@ -141,7 +142,7 @@ def find_machine(gpu: str, node_size: int | None = None, overrides: Path | None 
         power_w=row.power,
         price_per_hour=row.price,
         efficiency=row.efficiency or Efficiency(),
-        source="published iteration times" if row.efficiency else "not calibrated: those of the A100",
+        source="published iteration times" if row.efficiency else "not calibrated: general defaults",
     )
     if overrides is not None:
         machine = override(machine, overrides)

@@ -1,0 +1,172 @@
+"""Time of one micro-batch's forward and backward pass through a layer, the head and the embedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from flm_megatron.planner.activations import feed_forward_values, logits, residual_bytes
+from flm_megatron.planner.communication import tensor_time
+from flm_megatron.planner.layout import Workload
+from flm_megatron.planner.machine import Machine
+from flm_megatron.planner.matmul import matmul_time, memory_time, peak_flops
+
+# Bytes per logit that the fp32 loss reads and writes, forward and backward, as a row of plain kernels.
+LOSS_BYTES_FORWARD, LOSS_BYTES_BACKWARD = 38, 14
+FLASH_BACKWARD = 2.5  # five products instead of two
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Time by what it is spent on; `tensor` is tensor-parallel communication that nothing hides."""
+
+    matmul: float = 0.0
+    attention: float = 0.0
+    memory_bound: float = 0.0
+    tensor: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All together."""
+        return self.matmul + self.attention + self.memory_bound + self.tensor
+
+    def __add__(self, other: Seconds) -> Seconds:
+        """Sum by kind."""
+        return Seconds(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+    def __mul__(self, factor: float) -> Seconds:
+        """`factor` times as long."""
+        return Seconds(*(getattr(self, field.name) * factor for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A part's forward pass, backward pass, and what of the forward pass the backward pass runs again."""
+
+    forward: Seconds
+    backward: Seconds
+
+    @property
+    def total(self) -> Seconds:
+        """Both."""
+        return self.forward + self.backward
+
+
+def layer_passes(work: Workload, machine: Machine) -> Passes:
+    """One layer, recomputation counted as backward."""
+    attention, mlp = _attention_passes(work, machine), _feed_forward_passes(work, machine)
+    forward, backward = attention.forward + mlp.forward, attention.backward + mlp.backward
+    again = Seconds()
+    if work.recompute == "full":
+        again = forward
+    elif work.recompute == "selective":
+        again = mlp.forward + Seconds(memory_bound=memory_time(machine, 2 * residual_bytes(work)))
+    elif work.recompute == "attention":
+        again = _core_attention(work, machine).forward
+    return Passes(forward, backward + again)
+
+
+def head_passes(work: Workload, machine: Machine) -> Passes:
+    """Final norm, head and loss."""
+    product = _linear(work, machine, work.padded_vocab / work.parallel.tensor, work.model.hidden_size)
+    loss = [memory_time(machine, size * logits(work)) for size in (LOSS_BYTES_FORWARD, LOSS_BYTES_BACKWARD)]
+    norm = residual_bytes(work)
+    forward = Seconds(memory_bound=loss[0] + memory_time(machine, 2 * norm), tensor=_exchange(work, machine))
+    backward = Seconds(memory_bound=loss[1] + memory_time(machine, 3 * norm))
+    return Passes(product.forward + forward, product.backward + backward)
+
+
+def embedding_passes(work: Workload, machine: Machine) -> Passes:
+    """Rows are copied forward; backward their dense gradient is made and added to the fp32 buffer."""
+    stream = work.tokens * work.model.hidden_size * work.bytes
+    exchange = _exchange(work, machine)
+    gradient = work.embedding_parameters * (2 * work.bytes + 8)
+    forward = Seconds(memory_bound=memory_time(machine, 2 * stream), tensor=exchange)
+    return Passes(forward, Seconds(memory_bound=memory_time(machine, stream + gradient), tensor=exchange))
+
+
+def _attention_passes(work: Workload, machine: Machine) -> Passes:
+    model, tensor = work.model, work.parallel.tensor
+    heads, groups, channels = model.num_attention_heads, model.query_groups, model.kv_channels
+    qkv = _linear(work, machine, (heads + 2 * groups) * channels / tensor, model.hidden_size)
+    projection = _linear(work, machine, model.hidden_size, heads * channels / tensor)
+    core = _core_attention(work, machine)
+    rotated = (heads + groups) * channels * work.tokens / tensor * work.bytes if work.implementation.rotary else 0.0
+    rotation = memory_time(machine, rotated * (2 if work.implementation.fused_rotary else 12))
+    rotation += memory_time(machine, rotated * 6 if model.position == "xpos" else 0.0)
+    around = _around(work, machine, qkv)
+    return Passes(
+        qkv.forward + core.forward + projection.forward + around.forward + Seconds(memory_bound=rotation),
+        qkv.backward + core.backward + projection.backward + around.backward + Seconds(memory_bound=rotation),
+    )
+
+
+def _feed_forward_passes(work: Workload, machine: Machine) -> Passes:
+    model, values = work.model, feed_forward_values(work) * work.bytes
+    width = model.ffn_hidden_size / work.parallel.tensor
+    first = _linear(work, machine, width * (2 if model.gated else 1), model.hidden_size)
+    second = _linear(work, machine, model.hidden_size, width)
+    forward, backward = (3, 5) if model.gated else (2, 3)  # halves read and written
+    if not work.implementation.fused_activation:
+        forward, backward = 2 * forward + 1, 2 * backward
+    around = _around(work, machine, first)
+    return Passes(
+        first.forward + second.forward + around.forward + Seconds(memory_bound=memory_time(machine, forward * values)),
+        first.backward
+        + second.backward
+        + around.backward
+        + Seconds(memory_bound=memory_time(machine, backward * values)),
+    )
+
+
+def _around(work: Workload, machine: Machine, column: Passes) -> Passes:
+    """What surrounds a pair of matrices: norm, residual sum and the tensor group's exchanges.
+
+    Forward there is one all-gather and one reduce-scatter (or an all-reduce, which is both). The engine's backward
+    pass runs the first matrix's exchanges beside its weight gradient; with sequence parallelism the gathering of
+    the second matrix's output gradient stands alone.
+    """
+    stream = residual_bytes(work)
+    mask = stream / work.bytes if work.implementation.dropout else 0.0
+    forward = memory_time(machine, 2 * stream) + memory_time(machine, 3 * stream + mask)
+    backward = memory_time(machine, 3 * stream) + memory_time(machine, 3 * stream + mask)
+    exchange = _exchange(work, machine)
+    hidden_behind = column.backward.matmul
+    alone = exchange if work.parallel.sequence else 0.0
+    beside = 2 * exchange
+    return Passes(
+        Seconds(memory_bound=forward, tensor=2 * exchange),
+        Seconds(memory_bound=backward, tensor=alone + max(0.0, beside - hidden_behind)),
+    )
+
+
+def _exchange(work: Workload, machine: Machine) -> float:
+    """An all-gather or reduce-scatter of the residual stream over the tensor group."""
+    return tensor_time(work, machine, work.tokens * work.model.hidden_size * work.bytes)
+
+
+def _linear(work: Workload, machine: Machine, columns: float, inner: float) -> Passes:
+    """A weight [columns, inner] on this rank: its product, and the gradients of input and weight; the latter is added
+    to the fp32 buffer by the product itself, or by a kernel of its own."""
+    tokens, precision = work.tokens, work.precision
+    forward = matmul_time(machine, precision, tokens, columns, inner)
+    backward = matmul_time(machine, precision, tokens, inner, columns)
+    backward += matmul_time(machine, precision, columns, inner, tokens)
+    added = columns * inner * (6 if work.implementation.fused_weight_gradient else 8 + work.bytes)
+    return Passes(Seconds(matmul=forward), Seconds(matmul=backward, memory_bound=memory_time(machine, added)))
+
+
+def _core_attention(work: Workload, machine: Machine) -> Passes:
+    model, sequence = work.model, work.sequence_length
+    heads, channels = model.num_attention_heads / work.parallel.tensor, model.kv_channels
+    if work.implementation.flash_attention:
+        flops = 2.0 * work.tokens * sequence * heads * channels  # two products over half of the keys
+        forward = flops / (peak_flops(machine, work.precision) * machine.efficiency.attention)
+        return Passes(Seconds(attention=forward), Seconds(attention=FLASH_BACKWARD * forward))
+    batch = work.micro_batch * heads
+    product = matmul_time(machine, work.precision, sequence, sequence, channels, batch)
+    product += matmul_time(machine, work.precision, sequence, channels, sequence, batch)
+    scores = batch * sequence**2
+    dropout = 2 * work.bytes + 1 if work.implementation.dropout else 0
+    softmax = memory_time(machine, scores * (2 * work.bytes + dropout))
+    gradient = memory_time(machine, scores * (3 * work.bytes + dropout))
+    return Passes(Seconds(attention=product + softmax), Seconds(attention=2 * product + gradient))
