@@ -26,7 +26,18 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "transformers>=4.45", "ruff", "mypy", "types-PyYAML", "types-tqdm", "types-psutil"],
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "hypothesis",
+            "transformers>=4.45",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "types-tqdm",
+            "types-psutil",
+            'triton; platform_system == "Linux" and platform_machine == "x86_64"',
+        ],
     },
     entry_points={"console_scripts": ["flm = flm_megatron.cli.main:main"]},
 )

@@ -313,6 +313,30 @@ class DistributedConfig:
     """Seconds a collective may wait before the run fails with the rank's name."""
 
 
+Implementation = Literal["auto", "te", "apex", "triton", "torch"]
+
+
+@dataclass(config=SETTINGS)
+class KernelsConfig:
+    """Which implementation runs each fused operation: Transformer Engine's, Apex's, a Triton kernel or plain PyTorch.
+
+    `auto` takes the best that is there (on a CPU PyTorch); one that is named and not there is an error.
+    """
+
+    rms_norm: Implementation = "auto"
+    """RMSNorm: apex, triton or torch."""
+    swiglu: Implementation = "auto"
+    """SwiGLU on the fused gate and up projection: triton or torch."""
+    rotary: Implementation = "auto"
+    """Rotary positions on the packed query, key and value: triton or torch."""
+    cross_entropy: Implementation = "auto"
+    """Cross entropy over the split vocabulary: triton or torch."""
+    adamw: Implementation = "auto"
+    """Optimizer update: te, apex, triton or torch."""
+    grad_clip: Implementation = "auto"
+    """Gradient norm and clipping: te, apex, triton or torch."""
+
+
 @dataclass(config=SETTINGS)
 class RunConfig:
     """A whole run."""
@@ -335,3 +359,5 @@ class RunConfig:
     """Metrics."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """Processes."""
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    """Implementation of each fused operation."""

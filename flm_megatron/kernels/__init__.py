@@ -1,1 +1,32 @@
-""""""
+"""Fused operations of training: Triton kernels, each beside its PyTorch reference, and the choice between them.
+
+`NAME.py` has an operation as the model calls it, `NAME_torch.py` its reference, `NAME_triton.py` its kernels (the
+only files that import Triton). `choice.py` says which of them runs.
+"""
+
+from flm_megatron.kernels.adam import adamw_
+from flm_megatron.kernels.choice import Choice, choose, current, use
+from flm_megatron.kernels.clip import clip_factor, clip_grad_norm_, grad_norm, scale_grads_
+from flm_megatron.kernels.glu import swiglu
+from flm_megatron.kernels.linear_loss import linear_cross_entropy
+from flm_megatron.kernels.loss import cross_entropy
+from flm_megatron.kernels.norm import add_rms_norm, rms_norm
+from flm_megatron.kernels.rotary import rotary_qkv
+
+__all__ = [
+    "Choice",
+    "adamw_",
+    "add_rms_norm",
+    "choose",
+    "clip_factor",
+    "clip_grad_norm_",
+    "cross_entropy",
+    "current",
+    "grad_norm",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rotary_qkv",
+    "scale_grads_",
+    "swiglu",
+    "use",
+]

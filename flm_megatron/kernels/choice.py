@@ -1,0 +1,165 @@
+"""Which implementation each operation runs: Transformer Engine's, Apex's, a Triton kernel or plain PyTorch.
+
+The run file names one for each operation or leaves it to `auto`, which takes the first of `OFFERED` that is there.
+Plain PyTorch is the reference of all others, runs everywhere, and is what `auto` takes on a CPU. What was asked for
+by name and cannot run is an error.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from flm_megatron.config.schema import KernelsConfig
+from flm_megatron.device import current as current_device
+from flm_megatron.errors import RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What there is for each operation, best first. The optimizers and norms of gradients of Transformer Engine and Apex
+# are called by megatron-core, which finds them itself.
+OFFERED = {
+    "rms_norm": ("apex", "triton", "torch"),
+    "swiglu": ("triton", "torch"),
+    "rotary": ("triton", "torch"),
+    "cross_entropy": ("triton", "torch"),
+    "adamw": ("te", "apex", "triton", "torch"),
+    "grad_clip": ("te", "apex", "triton", "torch"),
+}
+MODULES = {
+    "rms_norm": "norm",
+    "swiglu": "glu",
+    "rotary": "rotary",
+    "cross_entropy": "loss",
+    "adamw": "adam",
+    "grad_clip": "clip",
+}
+# The compiled parts are looked for: the package of that name on PyPI is not NVIDIA's Apex.
+NEEDS = {
+    "te": ("transformer_engine",),
+    "apex": ("apex", "amp_C", "fused_layer_norm_cuda"),
+    "triton": ("triton",),
+    "torch": (),
+}
+ENGINE_OWNED = ("te", "apex")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The implementation of each operation on one kind of device.
+
+    `plain_only` names the operations whose implementation was chosen by `auto`, knows no mask and no factor, and is
+    replaced by that name where one is given.
+    """
+
+    device: str
+    names: dict[str, str]
+    plain_only: dict[str, str]
+
+    def describe(self) -> str:
+        """One line for the log."""
+        groups: dict[str, list[str]] = {}
+        for operation, name in self.names.items():
+            masked = self.plain_only.get(operation)
+            groups.setdefault(f"{name} ({masked} under masks)" if masked else name, []).append(operation)
+        listed = "; ".join(f"{name}: {', '.join(operations)}" for name, operations in groups.items())
+        return f"kernels on {self.device}: {listed}"
+
+
+def choose(config: KernelsConfig | None = None, device: str | None = None) -> Choice:
+    """Resolve `config` (all `auto` by default) for `device`, `cpu` or `cuda` (by default this process's).
+
+    Raises:
+        RequestError: an implementation asked for by name does not exist for its operation, is not installed, or
+            does not run on the device.
+    """
+    device = device or current_device().name
+    names, plain_only = {}, {}
+    for operation, asked in asdict(config or KernelsConfig()).items():
+        there = [name for name in OFFERED[operation] if not obstacle(name, device)]
+        if asked == "auto":
+            names[operation] = there[0] if device != "cpu" else "torch"
+        else:
+            _check(operation, asked, device)
+            names[operation] = asked
+        if operation == "rms_norm" and names[operation] == "apex" and asked == "auto":
+            plain_only[operation] = next(name for name in there if name != "apex")
+    return Choice(device, names, plain_only)
+
+
+def obstacle(name: str, device: str) -> str | None:
+    """Why implementation `name` cannot run on `device`; none if it can."""
+    missing = [module for module in NEEDS[name] if find_spec(module) is None]
+    if missing:
+        return f"{' and '.join(missing)} cannot be imported"
+    if name == "triton" and device == "cpu" and not interpreted():
+        return "Triton needs a GPU (on a CPU only its interpreter runs, with TRITON_INTERPRET=1 set at the start)"
+    if name in ENGINE_OWNED and device == "cpu":
+        return "it needs a GPU"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def use(choice: Choice) -> None:
+    """Let all operations of this process run as `choice` says, from now on."""
+    global _current
+    _current = choice
+
+
+def current() -> Choice:
+    """The choice of this process; all `auto` until `use` was called."""
+    global _current
+    if _current is None:
+        _current = choose()
+    return _current
+
+
+_current: Choice | None = None
+
+
+def implementation(operation: str, tensor: Tensor, masked: bool = False) -> ModuleType:
+    """Module that runs `operation` on `tensor`; `masked` says that a mask or a factor is given with it.
+
+    Kernels are for the device's own tensors of at most 32 bits: what is checked in float64, or on the host of a
+    GPU, runs in PyTorch.
+
+    Raises:
+        RequestError: the implementation asked for by name takes no mask.
+    """
+    choice = current()
+    name = choice.names[operation]
+    if name == "torch" or tensor.element_size() > 4 or (tensor.device.type == "cpu" and not interpreted()):
+        return _module(operation, "torch")
+    if masked and name == "apex":
+        if operation not in choice.plain_only:
+            raise RequestError(
+                f"kernels.{operation}: apex takes no mask, residual or factor; give auto, triton or torch"
+            )
+        name = choice.plain_only[operation]
+    return _module(operation, name)
+
+
+@cache
+def _module(operation: str, name: str) -> ModuleType:
+    return import_module(f"flm_megatron.kernels.{MODULES[operation]}_{name}")
+
+
+def _check(operation: str, asked: str, device: str) -> None:
+    if asked not in OFFERED[operation]:
+        raise RequestError(
+            f"kernels.{operation}: there is no {asked} implementation; give auto or one of "
+            f"{', '.join(OFFERED[operation])}"
+        )
+    reason = obstacle(asked, device)
+    if reason:
+        raise RequestError(f"kernels.{operation}: {asked} cannot run here: {reason}; give auto or torch")

@@ -1,0 +1,71 @@
+"""Cross entropy of logits whose vocabulary is split over tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from flm_megatron.kernels.choice import implementation
+
+Group = dist.ProcessGroup | None
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, vocab_size: int | None = None, group: Group = None, overwrite: bool = False
+) -> Tensor:
+    """Loss of each token [...] in nats, in fp32.
+
+    `logits` [..., width] is this rank's part of the vocabulary, rank r of `group` having the ids from r width on;
+    `labels` [...] are global ids. Ids from `vocab_size` on are padding: they have probability 0 and gradient 0,
+    whatever their logits are. A label outside the vocabulary counts as none: its loss is the log of the sum of
+    exponentials, to be masked by the caller. With `overwrite` the backward pass writes the gradient over the
+    logits, which nothing else may read afterwards; it then runs once only.
+    """
+    rows = logits.reshape(-1, logits.size(-1)).contiguous()
+    start, valid = vocabulary_part(rows.size(1), vocab_size, group)
+    local = labels.reshape(-1) - start
+    chosen = implementation("cross_entropy", logits)
+    return _CrossEntropy.apply(rows, local, valid, group, overwrite, chosen).view(labels.shape)
+
+
+def vocabulary_part(width: int, vocab_size: int | None, group: Group) -> tuple[int, int]:
+    """First id of this rank's part of the vocabulary, and how many of its `width` ids are no padding."""
+    start = 0 if group is None else dist.get_rank(group) * width
+    return start, width if vocab_size is None else max(0, min(width, vocab_size - start))
+
+
+def over_vocabulary(found: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """Statistics [2, rows] of one part (see `loss_torch.statistics`) made those of the whole vocabulary.
+
+    One gather of two numbers a row; every rank then adds them up in the same order.
+    """
+    if group is None or dist.get_world_size(group) == 1:
+        return found[0], found[1]
+    parts = found.new_empty(dist.get_world_size(group) * 2, found.size(1))
+    dist.all_gather_into_tensor(parts, found, group=group)
+    return parts[0::2].logsumexp(0), parts[1::2].sum(0)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, valid: int, group: Group, overwrite: bool, chosen: ModuleType
+    ) -> Tensor:
+        log_sum, at_label = over_vocabulary(chosen.statistics(logits, labels, valid), group)
+        ctx.save_for_backward(logits, labels, log_sum)
+        ctx.valid, ctx.overwrite, ctx.chosen = valid, overwrite, chosen
+        return log_sum - at_label
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        logits, labels, log_sum = ctx.saved_tensors
+        # Written through a detached view, which marks the logits as changed: a second backward pass is refused.
+        out = logits.detach() if ctx.overwrite else torch.empty_like(logits)
+        ctx.chosen.gradient(logits, labels, ctx.valid, log_sum, grad.contiguous(), out)
+        return out, None, None, None, None, None

@@ -1,0 +1,50 @@
+"""Half-rotation rotary positions in plain PyTorch, on the packed output of the query-key-value projection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotate_(packed: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate queries and keys of `packed` [sequence, batch, groups, queries + 2, channels] in place.
+
+    The last two heads of a group are its key and its value. `cos` and `sin` are [sequence, channels / 2] in fp32.
+    """
+    cos, sin = _over_heads(cos, packed), _over_heads(sin, packed)
+    first, second = packed[..., :-1, :].chunk(2, dim=-1)
+    a, b = first.to(cos.dtype), second.to(cos.dtype)
+    rotated = torch.mul(a, cos).addcmul_(b, sin, value=-1)
+    second.copy_(torch.mul(b, cos).addcmul_(a, sin))
+    first.copy_(rotated)
+
+
+def packed_gradient(grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Gradient of the packed projection [sequence, batch, groups, queries + 2, channels].
+
+    `grad_query` is [sequence, batch, groups, queries, channels], the other two have one head in place of queries.
+    """
+    queries = grad_query.size(-2)
+    shape = (*grad_query.shape[:-2], queries + 2, grad_query.size(-1))
+    packed = torch.empty(shape, dtype=grad_query.dtype, device=grad_query.device)
+    cos, sin = _over_heads(cos, packed), _over_heads(sin, packed)
+    _rotate_back(grad_query, cos, sin, packed[..., :queries, :])
+    _rotate_back(grad_key, cos, sin, packed[..., queries : queries + 1, :])
+    packed[..., queries + 1 :, :] = grad_value
+    return packed
+
+
+def _rotate_back(grad: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    a, b = (half.to(cos.dtype) for half in grad.chunk(2, dim=-1))
+    first, second = out.chunk(2, dim=-1)
+    if out.dtype is not cos.dtype:
+        first.copy_(torch.mul(a, cos).addcmul_(b, sin))
+        second.copy_(torch.mul(b, cos).addcmul_(a, sin, value=-1))
+        return
+    torch.mul(a, cos, out=first).addcmul_(b, sin)
+    torch.mul(b, cos, out=second).addcmul_(a, sin, value=-1)
+
+
+def _over_heads(table: Tensor, packed: Tensor) -> Tensor:
+    working = torch.float64 if packed.dtype is torch.float64 else torch.float32
+    return table.to(working)[:, None, None, None, :]
