@@ -16,9 +16,9 @@ from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region
 from flm_megatron.checkpoint.processes import Processes
 from flm_megatron.checkpoint.progress import progress_bar
 from flm_megatron.checkpoint.regions import split_region
+from flm_megatron.checkpoint.shard_file import PIECE_BYTES
 from flm_megatron.checkpoint.stored_array import StoredArray
 from flm_megatron.checkpoint.torch_file import read_torch_file
-from flm_megatron.checkpoint.shard_file import PIECE_BYTES
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
 from flm_megatron.errors import RequestError
 
