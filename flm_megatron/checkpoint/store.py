@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from flm_megatron.checkpoint.torch_dist import TorchDistCheckpoint
 from flm_megatron.checkpoint.writer import PARTIAL
 from flm_megatron.errors import FlmError
 
+logger = logging.getLogger(__name__)
+DAMAGED = ".damaged"
 STEP = re.compile(r"step_(\d{8,})")
 
 
@@ -34,46 +37,59 @@ class CheckpointStore:
     def latest(self, stages: list[str]) -> Path | None:
         """Newest checkpoint that can be loaded, of the last of `stages` that has one; none if there is none.
 
-        A half-written or damaged one (a file missing or of another size) is passed over.
+        A half-written one is passed over, and, with a warning, a damaged one (a file missing or of another size).
         """
         return next(self._loadable(stages), None)
-
-    def _loadable(self, stages: list[str]) -> Iterator[Path]:
-        for stage in reversed(stages):
-            for step in reversed(self.steps(stage)):
-                path = self.path(stage, step)
-                try:
-                    verify(path, quick=True)
-                    TorchDistCheckpoint(path)
-                except FlmError:
-                    continue
-                yield path
 
     def prune(self, stage: str, keep_last: int, keep_every_steps: int = 0) -> list[Path]:
         """Remove old checkpoints of a stage; returns what was removed.
 
-        Kept are the newest `keep_last` that can be loaded (at least one: the last of a stage is never dropped) and
-        those at multiples of `keep_every_steps`. Left-overs of saves before the newest kept one go too.
+        Kept are the newest `keep_last` that can be loaded (at least one: the last of a stage is never dropped), those
+        at multiples of `keep_every_steps`, and whatever is newer. Left-overs of earlier saves go too.
         """
         loadable = list(self._loadable([stage]))
         if not loadable:
             return []
-        kept = set(loadable[: max(1, keep_last)])
-        paths = {step: self.path(stage, step) for step in self.steps(stage)}
-        regular = {path for step, path in paths.items() if keep_every_steps > 0 and step % keep_every_steps == 0}
-        removed = [path for path in paths.values() if path not in kept | regular]
         # A newer temporary folder may be one that is being written in the background.
-        removed += [path for path in self._stale(stage) if path.name < loadable[0].name]
+        older = [path for path in (*self._paths(stage), *self._stale(stage)) if path.name < loadable[0].name]
+        kept = set(loadable[:keep_last])
+        if keep_every_steps > 0:
+            kept |= {self.path(stage, step) for step in self.steps(stage) if step % keep_every_steps == 0}
+        removed = [path for path in older if path not in kept]
         for path in removed:
             _remove(path)
         return removed
 
     def clean(self, stages: list[str]) -> list[Path]:
-        """Remove what interrupted saving left behind; call it while nothing is being saved."""
-        removed = [path for stage in stages for path in self._stale(stage)]
-        for path in removed:
+        """Make room for going on from `latest`; returns what was moved or removed. Call it while nothing is being saved.
+
+        What interrupted saving left behind is removed; a checkpoint that cannot be loaded would be in the way of
+        saving its step again, and is kept under a name that ends in `.damaged`.
+        """
+        stale = [path for stage in stages for path in self._stale(stage)]
+        for path in stale:
             _remove(path)
-        return removed
+        loadable = set(self._loadable(stages))
+        damaged = [path for stage in stages for path in self._paths(stage) if path not in loadable]
+        for path in damaged:
+            aside = path.with_name(path.name + DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        return stale + damaged
+
+    def _loadable(self, stages: list[str]) -> Iterator[Path]:
+        for stage in reversed(stages):
+            for path in reversed(self._paths(stage)):
+                try:
+                    verify(path, quick=True)
+                    TorchDistCheckpoint(path)
+                except FlmError as error:
+                    logger.warning("passed over: %s", error)
+                    continue
+                yield path
+
+    def _paths(self, stage: str) -> list[Path]:
+        return [self.path(stage, step) for step in self.steps(stage)]
 
     def _stale(self, stage: str) -> list[Path]:
         folder = self.root / stage

@@ -41,7 +41,9 @@ def test_latest_is_the_newest_of_the_last_stage(store: CheckpointStore) -> None:
 
 
 @pytest.mark.parametrize("harm", ["truncate", "remove", "metadata", "manifest", "partial"])
-def test_latest_passes_over_what_cannot_be_loaded(store: CheckpointStore, harm: str) -> None:
+def test_latest_passes_over_what_cannot_be_loaded(
+    store: CheckpointStore, harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
     save(store, "s", 1, 2)
     newest = store.path("s", 2)
     if harm == "truncate":
@@ -56,6 +58,7 @@ def test_latest_passes_over_what_cannot_be_loaded(store: CheckpointStore, harm: 
     else:
         newest.rename(newest.with_name(newest.name + ".partial"))
     assert store.latest(["s"]) == store.path("s", 1)
+    assert (str(newest) in caplog.text) == (harm != "partial")
 
 
 def test_pruning_keeps_the_last_and_every_nth(store: CheckpointStore) -> None:
@@ -72,7 +75,11 @@ def test_pruning_counts_only_what_can_be_loaded(store: CheckpointStore) -> None:
     save(store, "s", 1, 2, 3)
     (store.path("s", 3) / "common.pt").unlink()
     store.prune("s", keep_last=1)
-    assert store.steps("s") == [2]
+    assert store.steps("s") == [2, 3]
+    store.clean(["s"])  # so that step 3 can be saved again
+    assert store.steps("s") == [2] and (store.root / "s" / "step_00000003.damaged").is_dir()
+    save(store, "s", 3)
+    assert store.latest(["s"]) == store.path("s", 3)
 
 
 def test_left_overs_are_cleaned_but_not_what_may_be_written_now(store: CheckpointStore) -> None:
