@@ -1,19 +1,25 @@
-"""Check the maximal-update parametrization."""
+"""Check the maximal-update parametrization, and search hyperparameters for it."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flm_megatron.config.schema import ModelConfig
+    from flm_megatron.config.schema import ModelConfig, RunConfig, StageConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `flm mup coord-check`."""
+    """Arguments of `flm mup coord-check` and `flm mup search`."""
     commands = parser.add_subparsers(dest="mup_command", required=True, metavar="COMMAND")
+    _add_check(commands)
+    _add_search(commands)
+
+
+def _add_check(commands: Any) -> None:
     check = commands.add_parser(
         "coord-check",
         help="sizes of activations and updates against width; exit status 1 if they do not follow muP",
@@ -30,7 +36,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument("--plot", type=Path, default=Path("coord-check.png"), help="file of the plot")
 
 
+def _add_search(commands: Any) -> None:
+    search = commands.add_parser(
+        "search",
+        help="random search of learning rates, initial standard deviations and multipliers on a narrow model",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    search.add_argument("run_file", help="run file whose data, model and values the search starts from")
+    search.add_argument("--stage", help="stage of the run file; without it the first")
+    search.add_argument("--trials", type=int, default=20, help="runs; the first takes the run file's own values")
+    search.add_argument("--steps", type=int, default=100, help="training steps of each run")
+    search.add_argument("--width", type=int, help="hidden size of the narrow model, if not muP's base width")
+    search.add_argument("--layers", type=int, help="layers, if not the model's own")
+    search.add_argument("--global-batch", type=int, default=8, help="samples in a step")
+    search.add_argument("--spread", type=float, default=4.0, help="values are drawn up to this factor either way")
+    search.add_argument("--seed", type=int, default=1234, help="seed of the draws")
+    search.add_argument("--out", type=Path, help="file that gets each run as a line of JSON when it ends")
+
+
 def run(args: argparse.Namespace) -> int:
+    """Run the subcommand."""
+    return _search(args) if args.mup_command == "search" else _check(args)
+
+
+def _check(args: argparse.Namespace) -> int:
     """Print the tables, draw the plot; 1 if muP is broken."""
     from flm_megatron.evaluation.coordinate_check import CheckSettings, coordinate_check
     from flm_megatron.evaluation.coordinate_report import plot, table
@@ -51,17 +80,62 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _search(args: argparse.Namespace) -> int:
+    """Print each trial and the values of the best; 1 if none is stable."""
+    from flm_megatron.config.loader import load_run
+    from flm_megatron.evaluation.hyperparameter_search import MODEL_VALUES, SearchSettings, best, search
+    from flm_megatron.training.preflight import resolve
+
+    run_config = resolve(load_run(args.run_file))
+    settings = SearchSettings(
+        args.trials, args.steps, args.width, args.layers, args.global_batch, args.spread, args.seed
+    )
+    trials = []
+    for trial in search(run_config, _stage(run_config, args), settings):
+        trials.append(trial)
+        values = " ".join(f"{name} {value:.3g}" for name, value in trial.values.items())
+        state = "stable" if trial.stable else "unstable"
+        print(f"trial {trial.number:3} loss {trial.loss:.4f} gradient norm rise {trial.rise:+.2f} {state}: {values}")
+        if args.out:
+            _append(args.out, asdict(trial))
+    found = best(trials)
+    if found is None:
+        print("no trial is stable: the loss or the gradient norm is not finite, or the norm keeps rising")
+        return 1
+    print(f"best: trial {found.number}, loss {found.loss:.4f} (the run file's own values: {trials[0].loss:.4f})")
+    for section in ("model", "optimizer"):
+        print(f"{section}:")
+        for name, value in found.values.items():
+            if (name in MODEL_VALUES) == (section == "model"):
+                print(f"  {name}: {value:.4g}")
+    return 0
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _stage(run_config: RunConfig, args: argparse.Namespace) -> StageConfig:
+    """The stage named in the arguments, or the first."""
+    from flm_megatron.errors import RequestError
+
+    stages = {stage.name: stage for stage in run_config.stages}
+    if not stages:
+        raise RequestError(f"{args.run_file} has no stages")
+    name = args.stage or next(iter(stages))
+    if name not in stages:
+        raise RequestError(f"{args.run_file} has no stage {name!r}; it has {', '.join(stages)}")
+    return stages[name]
+
+
 def _model(args: argparse.Namespace) -> ModelConfig:
     """The model of the run file's stage, or the check's own; a small vocabulary does, since no width enters it."""
     from flm_megatron.config.loader import load_run
-    from flm_megatron.errors import RequestError
     from flm_megatron.evaluation.coordinate_check import DEFAULT_MODEL
 
     if args.run_file is None:
         return replace(DEFAULT_MODEL, num_layers=args.layers or DEFAULT_MODEL.num_layers)
-    stages = {stage.name: stage for stage in load_run(args.run_file).stages}
-    name = args.stage or next(iter(stages))
-    if name not in stages:
-        raise RequestError(f"{args.run_file} has no stage {name!r}; it has {', '.join(stages)}")
-    model = stages[name].model
+    model = _stage(load_run(args.run_file), args).model
     return replace(model, num_layers=args.layers or model.num_layers, vocab_size=DEFAULT_MODEL.vocab_size)

@@ -100,7 +100,7 @@ def coordinate_check(settings: CheckSettings, mup: bool) -> list[Measurement]:
     if len(set(settings.widths)) < 3:
         raise RequestError(f"widths {list(settings.widths)}: a slope needs at least three different widths")
     models = [scaled_model(settings.model, width, settings.widths[0], mup) for width in settings.widths]
-    with _one_process():
+    with one_process():
         runs = [[_sizes(model, settings, seed) for seed in range(settings.seeds)] for model in models]
     return [
         _measurement(key, settings.widths, [fmean(sizes[key] for sizes in seeds) for seeds in runs])
@@ -183,7 +183,7 @@ def _batch(model: ModelConfig, settings: CheckSettings, seed: int) -> dict[str, 
 
 
 @contextmanager
-def _one_process() -> Iterator[None]:
+def one_process() -> Iterator[None]:
     """A world of this process alone, laid out for one model."""
     with tempfile.TemporaryDirectory() as folder:
         store = f"file://{Path(folder) / 'store'}"
