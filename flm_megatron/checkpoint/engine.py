@@ -83,6 +83,7 @@ def save_state(
     Raises:
         RequestError: (without `asynchronous`) the destination exists or cannot be written.
     """
+    _finish_gathering(chunks)
     group = writing_group()
     rank = dist.get_rank() if dist.is_initialized() else 0
     parts = placements(chunks)
@@ -93,6 +94,13 @@ def save_state(
         stored = [(name, region, torch.clone(tensor.detach().cpu())) for name, region, tensor in stored]
     found = [Rectangle(name, region, _getter(region, tensor)) for name, region, tensor in stored]
     return SaveHandle(Path(path), tensors, {f"__{rank}_0.distcp": found}, manifest, group, asynchronous)
+
+
+def _finish_gathering(chunks: list[Any]) -> None:
+    """With overlapped gathering, weights of other ranks' ranges are updated only when the next step needs them."""
+    for chunk in chunks:
+        if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
+            chunk.start_param_sync(force_sync=True)
 
 
 def _getter(region: Region, tensor: torch.Tensor) -> Callable[[Region], torch.Tensor]:

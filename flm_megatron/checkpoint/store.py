@@ -61,8 +61,9 @@ class CheckpointStore:
         return removed
 
     def clean(self, stages: list[str]) -> list[Path]:
-        """Make room for going on from `latest`; returns what was moved or removed. Call it while nothing is being saved.
+        """Make room for going on from `latest`; returns what was moved or removed.
 
+        Call it while nothing is being saved.
         What interrupted saving left behind is removed; a checkpoint that cannot be loaded would be in the way of
         saving its step again, and is kept under a name that ends in `.damaged`.
         """

@@ -160,3 +160,11 @@ def padding_is_zero(path: str) -> bool:
 
 def test_padding_rows_are_zero_after_loading(canonical: Any, pool: Pool) -> None:
     assert all(pool.run(2, padding_is_zero, str(canonical[0])))
+
+
+def test_weights_that_are_gathered_late_are_saved_whole(pool: Pool, tmp_path: Path) -> None:
+    overlapped = ParallelConfig(data=2, overlap_grad_reduce=True, overlap_param_gather=True)
+    losses = pool.run(2, train_and_save, str(tmp_path / "late"), overlapped, "bf16")[0]
+    assert losses == pool.run(2, train_and_save, str(tmp_path / "plain"), ParallelConfig(data=2), "bf16")[0]
+    late, plain = open_checkpoint(tmp_path / "late"), open_checkpoint(tmp_path / "plain")
+    assert tensor_hashes(late) == tensor_hashes(plain)
