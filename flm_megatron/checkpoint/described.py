@@ -71,6 +71,10 @@ class TrueVocabulary(LogicalCheckpoint):
             return self.source.read(name, region)
         return self.source.read(name, region or Region.whole(self.tensors[name].shape))
 
+    def has_optimizer(self) -> bool:
+        """Whether masters and moments are there; raises what the source raises."""
+        return self.source.has_optimizer()
+
     def _info(self, name: str) -> TensorInfo:
         info = self.source.tensors[name]
         if not name.endswith((EMBEDDING, HEAD)):

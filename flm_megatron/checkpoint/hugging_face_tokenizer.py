@@ -9,6 +9,8 @@ from pathlib import Path
 
 from flm_megatron.errors import RequestError
 
+SPACE_SYMBOL = "\u2581"  # what SentencePiece writes a space as
+
 
 @dataclass(frozen=True)
 class SpecialIds:
@@ -46,6 +48,7 @@ def write_tokenizer(folder: Path, model_file: Path, sequence_length: int) -> Spe
         "add_bos_token": False,
         "add_eos_token": False,
         "legacy": False,
+        "add_prefix_space": processor.encode("a", out_type=str)[0].startswith(SPACE_SYMBOL),
         "clean_up_tokenization_spaces": False,
         "model_max_length": sequence_length,
         **{f"{kind}_token": processor.id_to_piece(number) for kind, number in known.items()},

@@ -73,20 +73,26 @@ def as_text(report: dict[str, Any]) -> str:
 
 def _statistics(view: LogicalCheckpoint, name: str, moved: Callable[[int], None]) -> dict[str, Any]:
     info = view.tensors[name]
-    count, total, squares, largest, finite = 0, 0.0, 0.0, 0.0, True
+    count, mean, deviations, squares, largest, finite = 0, 0.0, 0.0, 0.0, 0.0, True
     for region in split_region(Region.whole(info.shape), CHUNK_VALUES):
         values = view.read(name, region)
         moved(values.nbytes)
         values = values.double()
-        count += values.numel()
-        total += values.sum().item()
-        squares += values.square().sum().item()
-        largest = max(largest, values.abs().max().item()) if values.numel() else largest
         finite = finite and bool(torch.isfinite(values).all())
-    mean = total / max(count, 1)
-    std = math.sqrt(max(squares / max(count, 1) - mean * mean, 0.0)) if finite else math.nan
-    norm = math.sqrt(squares) if finite else math.nan
-    return {"norm": norm, "mean": mean, "std": std, "largest": largest, "finite": finite}
+        if not finite or not values.numel():
+            continue
+        # Mean and sum of squared deviations of two parts from those of each (Chan, Golub, LeVeque 1979).
+        part_mean = values.mean().item()
+        step, total = part_mean - mean, count + values.numel()
+        deviations += (values - part_mean).square().sum().item() + step * step * count * values.numel() / total
+        mean += step * values.numel() / total
+        count = total
+        squares += values.square().sum().item()
+        largest = max(largest, values.abs().max().item())
+    if not finite:
+        return dict.fromkeys(("norm", "mean", "std", "largest"), math.nan) | {"finite": False}
+    std = math.sqrt(deviations / max(count, 1))
+    return {"norm": math.sqrt(squares), "mean": mean, "std": std, "largest": largest, "finite": True}
 
 
 def _plain(model: ModelConfig) -> dict[str, Any]:

@@ -121,8 +121,8 @@ class TorchDistCheckpoint(LogicalCheckpoint):
         found: dict[str, TensorInfo] = {}
         storage = _storage_table(metadata, self.path)
         for stored, entry in metadata.state_dict_metadata.items():
-            if not isinstance(entry, TensorStorageMetadata):
-                continue  # bytes: never read
+            if not isinstance(entry, TensorStorageMetadata) or NAMELESS.match(stored):
+                continue  # bytes, never read, and buckets, which are of no use here
             match = STATE.fullmatch(stored)
             name = STATE_NAMES[match[1]] + match[2] if match else stored
             found[name] = TensorInfo(tuple(entry.size), entry.properties.dtype)
