@@ -36,14 +36,12 @@ class SaveHandle:
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
 
-        def write() -> None:
-            self._manifest = write_checkpoint(path, tensors, shards, manifest, group)
-
+        arguments = (path, tensors, shards, manifest, group)
         if background:
-            self._thread = threading.Thread(target=self._guard, args=(write,), name=f"save {path.name}")
+            self._thread = threading.Thread(target=self._write, args=arguments, name=f"save {path.name}")
             self._thread.start()
         else:
-            write()
+            self._manifest = write_checkpoint(*arguments)
 
     @property
     def done(self) -> bool:
@@ -62,9 +60,9 @@ class SaveHandle:
         assert self._manifest is not None, "a save that did not fail has a manifest"
         return self._manifest
 
-    def _guard(self, write: Any) -> None:
+    def _write(self, *arguments: Any) -> None:
         try:
-            write()
+            self._manifest = write_checkpoint(*arguments)
         except BaseException as error:  # handed to whoever waits
             self._error = error
 

@@ -125,6 +125,8 @@ def _optimizer_pieces(optimizer: Any, parts: list[Placement], view: LogicalCheck
     for state in state_slices(optimizer):
         tensors = {MASTER: state.master, EXP_AVG: state.exp_avg, EXP_AVG_SQ: state.exp_avg_sq}
         if view is not None:
+            if state.parameter.dtype == torch.float32:
+                del tensors[MASTER]  # the parameter itself, filled as a weight
             for tensor in tensors.values():
                 tensor.zero_()
         for rectangle in rectangles(state, by_parameter):

@@ -42,8 +42,7 @@ class Region:
         """What the two have in common; none if they do not meet."""
         starts = tuple(max(a, b) for a, b in zip(self.offsets, other.offsets, strict=True))
         ends = tuple(
-            min(a + n, b + m)
-            for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+            min(a + n, b + m) for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
         )
         sizes = tuple(e - s for s, e in zip(starts, ends, strict=True))
         return Region(starts, sizes) if all(n > 0 for n in sizes) else None

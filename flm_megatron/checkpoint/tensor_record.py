@@ -93,6 +93,7 @@ class _Tensor:
 
 class _Pickler(pickle.Pickler):
     def persistent_id(self, obj: object) -> object:
+        """The description of a storage; none for anything else."""
         return obj.persistent_id if isinstance(obj, _Storage) else None
 
 
@@ -125,20 +126,25 @@ class _Window(io.RawIOBase):
         self.file, self.offset, self.length, self.position = file, offset, length, 0
 
     def seekable(self) -> bool:
+        """It is."""
         return True
 
     def readable(self) -> bool:
+        """It is."""
         return True
 
     def tell(self) -> int:
+        """Position in the part."""
         return self.position
 
     def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        """Move; returns the new position."""
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.length}[whence]
         self.position = max(0, start + position)
         return self.position
 
     def read(self, size: int = -1) -> bytes:
+        """At most `size` bytes, up to the end of the part."""
         left = max(0, self.length - self.position)
         self.file.seek(self.offset + self.position)
         data = self.file.read(left if size < 0 else min(size, left))
