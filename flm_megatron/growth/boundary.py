@@ -61,7 +61,10 @@ def needs_distances(run: RunConfig, stage_index: int) -> bool:
 
 def source_model(source: LogicalCheckpoint, run: RunConfig, stage_index: int) -> ModelConfig:
     """The model that `source` was trained as: its manifest has the last word, for growth derives norm_epsilon."""
-    return manifest_model(source.manifest) or run.stages[stage_index - 1].model
+    model = manifest_model(source.manifest) or run.stages[stage_index - 1].model
+    if not model.vocab_size:
+        raise RequestError(f"stage {run.stages[stage_index - 1].name!r}: model.vocab_size is not known: set it")
+    return model
 
 
 def manifest_model(manifest: Mapping[str, Any]) -> ModelConfig | None:

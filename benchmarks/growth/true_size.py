@@ -1,0 +1,93 @@
+"""One rank's shard of the grown 1T model at true shapes, computed on a CPU without the 102B checkpoint.
+
+    python benchmarks/growth/true_size.py [--operator zero|mask] [--optimizer] TENSOR_RANK PIPELINE_RANK
+
+An InitialCheckpoint of the 102B shape stands in for the trained model. Weights are held as the rank would hold them;
+with --optimizer masters and both moments are computed too, and let go piece by piece. Prints one Markdown table row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+
+import torch
+
+from flm_megatron.checkpoint.initial import InitialCheckpoint
+from flm_megatron.checkpoint.layout import rank_regions
+from flm_megatron.checkpoint.logical import STATE_PREFIXES, LogicalCheckpoint, Region
+from flm_megatron.checkpoint.regions import split_region
+from flm_megatron.config.loader import load_run
+from flm_megatron.config.schema import GrowthConfig, ParallelConfig
+from flm_megatron.growth.plan import make_plan
+from flm_megatron.growth.view import GrownCheckpoint
+
+RUN_FILE = "examples/tele-flm.yaml"
+PARALLEL = ParallelConfig(tensor=32, pipeline=28)
+PIECE_BYTES = 32 * 2**20
+
+
+class Counting(LogicalCheckpoint):
+    """A source that counts the bytes read from it."""
+
+    def __init__(self, source: LogicalCheckpoint) -> None:
+        self.source, self.tensors, self.manifest, self.nbytes = source, source.tensors, source.manifest, 0
+
+    def read(self, name: str, region: Region | None = None) -> torch.Tensor:
+        """Read, and count."""
+        values = self.source.read(name, region)
+        self.nbytes += values.nbytes
+        return values
+
+
+def rss_gib() -> float:
+    """Largest resident memory of this process so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def fill(view: GrownCheckpoint, name: str, region: Region, keep: bool) -> tuple[int, torch.Tensor | None]:
+    """Compute a region in pieces; returns its bytes, and the region itself if it is to be held."""
+    dtype = view.tensors[name].dtype
+    held = torch.empty(region.sizes, dtype=dtype) if keep else None
+    for piece in split_region(region, PIECE_BYTES // dtype.itemsize):
+        values = view.read(name, piece)
+        if held is not None:
+            held[piece.within(region).slices] = values
+    return region.numel * dtype.itemsize, held
+
+
+def main() -> None:
+    """Compute one rank's shard and report it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tensor_rank", type=int)
+    parser.add_argument("pipeline_rank", type=int)
+    parser.add_argument("--operator", choices=["zero", "mask"], default="zero")
+    parser.add_argument("--optimizer", action="store_true")
+    args = parser.parse_args()
+    old, new = (stage.model for stage in load_run(RUN_FILE).stages[-2:])
+    operators = {"hidden": args.operator, "ffn": args.operator, "heads": args.operator, "layers": args.operator}
+    growth = GrowthConfig(**operators, layer_selection="interleave")
+    source = Counting(InitialCheckpoint(old, 1, optimizer=args.optimizer, dtype=torch.bfloat16))
+    view = GrownCheckpoint(source, make_plan(old, new, growth, seed=1, stage="1t"))
+    regions = rank_regions(new, PARALLEL, args.tensor_rank, args.pipeline_rank)
+    before, began, cpu = rss_gib(), time.perf_counter(), time.process_time()
+    nbytes, shard = 0, []
+    for prefix in ("", *(STATE_PREFIXES if args.optimizer else ())):
+        for name, parts in regions.items():
+            for region in parts:
+                size, held = fill(view, prefix + name, region, keep=not args.optimizer)
+                nbytes += size
+                shard.append(held)
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    what = "weights, masters, moments" if args.optimizer else "weights"
+    held_gib = 0.0 if args.optimizer else nbytes / 2**30
+    print(
+        f"| {args.tensor_rank} / {args.pipeline_rank} | {args.operator} | {what} | {nbytes / 2**30:.2f} | "
+        f"{source.nbytes / 2**30:.2f} | {seconds:.0f} | {cpu:.0f} | {held_gib:.2f} | {rss_gib() - before:.2f} |",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
