@@ -37,6 +37,7 @@ def _names_cuda(device: Any) -> bool:
 def _made_on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @wraps(factory)
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        """The factory, with a request for CUDA turned to the CPU."""
         if _names_cuda(kwargs.get("device")):
             kwargs["device"] = "cpu"
         return factory(*args, **kwargs)

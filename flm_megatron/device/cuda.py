@@ -26,8 +26,13 @@ class CudaDevice(Device):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
     def prepare(self) -> None:
-        """Check the engine's version and make this process's GPU the current one."""
+        """Check the engine's version and make this process's GPU the current one.
+
+        Before Blackwell, communication overlaps with computation as the engine schedules it only if all kernels
+        go through one hardware queue; a setting of the environment is left as it is.
+        """
         require_engine()
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(self.torch_device)
 
     def engine_options(self) -> dict[str, Any]:

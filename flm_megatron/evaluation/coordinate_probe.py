@@ -63,13 +63,17 @@ class Probe:
         outputs: dict[str, Tensor] = {}
 
         def keep(name: str) -> Any:
+            """A hook that keeps what the module is given and gives."""
+
             def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                """The engine's linear layers give a pair of output and bias."""
                 inputs[name] = args[0].detach().clone()
                 outputs[name] = output[0].detach()[..., : self._true_rows(name)].clone()
 
             return hook
 
         def keep_embedded(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            """The first layer's input is the embedding times its multiplier."""
             inputs[EMBEDDING] = named["hidden_states"].detach().clone()
 
         handles = [module.register_forward_hook(keep(name)) for name, module in self.modules.items()]
