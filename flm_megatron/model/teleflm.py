@@ -9,6 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from flm_megatron.config.schema import ModelConfig
+from flm_megatron.model.cache import KeyValueCache
 from flm_megatron.model.engine_config import EngineConfig
 from flm_megatron.model.spec import block_spec
 
@@ -45,6 +46,7 @@ class TeleFLM(GPTModel):
         self.true_vocab_size = model.vocab_size
         self.input_multiplier = model.input_mult
         self.logit_multiplier = model.logit_multiplier
+        self.cache: KeyValueCache | None = None
 
     def forward(  # type: ignore[override]
         self,
@@ -66,10 +68,12 @@ class TeleFLM(GPTModel):
         )
 
     def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        embedded, *others = super()._preprocess(*args, **kwargs)
+        embedded, rotary, *others = super()._preprocess(*args, **kwargs)
         if self.pre_process and self.input_multiplier != 1:
             embedded = embedded * self.input_multiplier
-        return embedded, *others
+        if self.cache is not None:
+            rotary = self.rotary_pos_emb(self.cache.capacity)[self.cache.begin(rotary.size(0))]
+        return embedded, rotary, *others
 
     def _postprocess(  # type: ignore[override]
         self,
@@ -80,6 +84,8 @@ class TeleFLM(GPTModel):
     ) -> Tensor:
         if not self.post_process:
             return hidden_states
+        if self.cache is not None:
+            hidden_states = hidden_states[-1:]
         if self.logit_multiplier != 1:
             hidden_states = hidden_states * self.logit_multiplier
         logits, _ = self.output_layer(hidden_states, runtime_gather_output=runtime_gather_output)
