@@ -50,12 +50,14 @@ def _train_as_rank(run: RunConfig, only: str | None) -> int:
     """Train every stage in the world that torchrun made."""
     import torch.distributed as dist
 
+    from flm_megatron.training.elastic import leave_word
+    from flm_megatron.training.heartbeat import heartbeat
     from flm_megatron.training.parallel import is_main_rank, world
     from flm_megatron.training.stage import train_stage
     from flm_megatron.training.start import find_start
 
-    check(run, int(os.environ["WORLD_SIZE"]))
-    with world(run.distributed):
+    check(run, int(os.environ["WORLD_SIZE"]), stages=[only] if only else None)
+    with world(run.distributed), heartbeat(run.distributed.timeout_s):
         if is_main_rank():
             write_run_file(run)
         while True:
@@ -64,6 +66,7 @@ def _train_as_rank(run: RunConfig, only: str | None) -> int:
             if agreed[0] is None:
                 return FINISHED
             if not train_stage(run, agreed[0]):
+                leave_word("stopped by a signal after saving", STOPPED)
                 return STOPPED
 
 

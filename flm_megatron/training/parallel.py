@@ -20,9 +20,7 @@ def launched() -> bool:
 
 
 @contextmanager
-def world(
-    config: DistributedConfig, rank: int = -1, size: int = -1, store: str = "env://"
-) -> Iterator[None]:
+def world(config: DistributedConfig, rank: int = -1, size: int = -1, store: str = "env://") -> Iterator[None]:
     """The world of all processes, from the environment (torchrun) or from a shared file; left when the block ends."""
     device = current()
     device.prepare()

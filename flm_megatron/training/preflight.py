@@ -11,10 +11,11 @@ def resolve(run: RunConfig) -> RunConfig:
     """The run with its vocabulary filled in from the tokenizer, its data found and fitting.
 
     Raises:
-        RequestError: no tokenizer, no data, or data made with another tokenizer.
+        RequestError: no tokenizer, no data, data made with another tokenizer, or a growth that cannot be done.
     """
     from flm_megatron.data.description import check_datasets
     from flm_megatron.data.tokenizer import Tokenizer
+    from flm_megatron.growth.boundary import check_boundary
 
     if run.tokenizer is None:
         raise RequestError("tokenizer is not set: give the SentencePiece model the data was made with")
@@ -22,4 +23,7 @@ def resolve(run: RunConfig) -> RunConfig:
         raise RequestError("data.train has no sources: name at least one dataset made by `flm data build`")
     tokenizer = Tokenizer(run.tokenizer)
     check_datasets(run.data, tokenizer)
-    return resolve_vocabulary(run, tokenizer.vocab_size)
+    run = resolve_vocabulary(run, tokenizer.vocab_size)
+    for index in range(len(run.stages)):
+        check_boundary(run, index)
+    return run

@@ -21,6 +21,8 @@ from flm_megatron.data.stream import SampleStream, validation_streams
 from flm_megatron.device import current
 from flm_megatron.device.hardware import find_hardware
 from flm_megatron.errors import FlmError
+from flm_megatron.growth.births import load_births
+from flm_megatron.growth.certificate import Certificate
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.growth.schedule import mask_plan, mask_value
 from flm_megatron.optim.learning_rate import learning_rate, set_learning_rates
@@ -28,7 +30,7 @@ from flm_megatron.training.flops import training_flops_per_token
 from flm_megatron.training.metrics import MetricsLog, StepMetrics
 from flm_megatron.training.parallel import is_main_rank, layout
 from flm_megatron.training.signals import StopRequest, stop_on_signal
-from flm_megatron.training.start import Start, begin, checkpoint_store
+from flm_megatron.training.start import Beginning, Start, begin, checkpoint_store
 from flm_megatron.training.step import Batch, Engine, StepResult
 
 RECENT_STEPS = 20
@@ -39,9 +41,9 @@ def train_stage(run: RunConfig, start: Start) -> bool:
 
     False means that a signal stopped it, after a checkpoint was saved.
     """
-    stage = run.stages[start.stage]
-    with layout(stage.parallel, run.distributed.timeout_s), stop_on_signal() as stop:
-        trainer = StageTrainer(run, start)
+    beginning = begin(run, start)
+    with layout(beginning.stage.parallel, run.distributed.timeout_s), stop_on_signal() as stop:
+        trainer = StageTrainer(run, start, beginning)
         try:
             return trainer.train(stop)
         finally:
@@ -51,17 +53,17 @@ def train_stage(run: RunConfig, start: Start) -> bool:
 class StageTrainer:
     """One stage under way: its engine, its place in the stream, its log and its checkpoints."""
 
-    def __init__(self, run: RunConfig, start: Start) -> None:
+    def __init__(self, run: RunConfig, start: Start, beginning: Beginning) -> None:
         from megatron.core import parallel_state
 
         self.index, self.step = start.stage, start.step
         self.budget = stage_budgets(run)[start.stage]
-        beginning = begin(run, start)
         self.stage, self.plan = beginning.stage, beginning.plan
         self.run = replace(run, stages=[*run.stages[: self.index], self.stage, *run.stages[self.index + 1 :]])
         self.engine = Engine(self.stage, run.data.sequence_length)
         load_state(beginning.view, self.engine.chunks, self.engine.optimizer)
-        self.grown = beginning.view.manifest.get("growth")
+        load_births(beginning.view.manifest, self.engine.chunks, self.engine.optimizer)
+        self.growth = _growth_record(beginning)
         self.masks = _masks(self.engine, self.plan, self.step)
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.data_size = parallel_state.get_data_parallel_world_size()
@@ -81,7 +83,7 @@ class StageTrainer:
         feed = batches(stream, first, self.stage.global_batch, self.stage.micro_batch, self.data_rank, self.data_size)
         stopped = False
         if self.log:
-            self.log.begin(self.stage.name, self.step, self.budget.steps)
+            self._announce(self.log)
         try:
             while self.step < self.budget.steps and not stopped:
                 stopped = self._train_step(next(feed), stop)
@@ -94,6 +96,16 @@ class StageTrainer:
         self._save()
         self._finish_save()
         return finished
+
+    def _announce(self, log: MetricsLog) -> None:
+        """Say how the stage begins."""
+        if self.growth and self.step == 0:
+            certificate = self.growth.get("certificate")
+            tokens = self.budget.first_token
+            log.record({"stage": self.stage.name, "step": 0, "tokens": tokens, "certificate": certificate})
+            if certificate:
+                log.say(Certificate.from_json(certificate).table())
+        log.begin(self.stage.name, self.step, self.budget.steps)
 
     def close(self) -> None:
         """End the log."""
@@ -201,7 +213,7 @@ class StageTrainer:
         samples = self.budget.first_sample + self.step * self.budget.batch_samples
         groups = self.engine.optimizer.param_groups
         return {
-            **({"growth": self.grown} if self.grown else {}),
+            **({"growth": self.growth} if self.growth else {}),
             "run": run_to_dict(self.run),
             "stage": self.stage.name,
             "step": self.step,
@@ -210,6 +222,14 @@ class StageTrainer:
             "optimizer_step": max((group.get("step", 0) for group in groups), default=0),
             "layout": asdict(self.stage.parallel) | {"world": dist.get_world_size()},
         }
+
+
+def _growth_record(beginning: Beginning) -> dict[str, Any] | None:
+    """The growth that the stage began with, as its checkpoints keep it: plan, provenance, certificate."""
+    growth = beginning.view.manifest.get("growth") if beginning.plan else None
+    if growth is None or beginning.certificate is None:
+        return growth
+    return {**growth, "certificate": beginning.certificate.to_json()}
 
 
 def _masks(engine: Engine, plan: GrowthPlan | None, step: int) -> Any:

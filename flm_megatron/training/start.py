@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,21 @@ from flm_megatron.config.loader import run_from_dict
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig, StageConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.boundary import grown_view, saved_plan
+from flm_megatron.growth.certificate import Certificate
+from flm_megatron.growth.measure import boundary_certificate, boundary_distances
 from flm_megatron.growth.plan import GrowthPlan, check_same_plan, grown_model, make_plan
+from flm_megatron.training.parallel import layout
 
 
 @dataclass(frozen=True)
 class Start:
-    """The next stage to train: `step` steps of it are done. `source` is read first: its own checkpoint if `step` is
-    above 0, else the last of the stage before, or what the first stage starts from; none means fresh weights."""
+    """The next stage to train, of which `step` steps are done. `source` is read first: the stage's own checkpoint if
+    it `resumes`, else the last of the stage before, or what the first stage starts from; none means fresh weights."""
 
     stage: int
     step: int
     source: Path | None
+    resumes: bool
 
 
 def checkpoint_store(run: RunConfig) -> CheckpointStore:
@@ -56,40 +61,45 @@ def _after(run: RunConfig, path: Path | None) -> Start:
     """What follows the checkpoint at `path`."""
     if path is None:
         initial = run.checkpoint.initial
-        return Start(0, 0, Path(initial) if initial else None)
+        return Start(0, 0, Path(initial) if initial else None, resumes=False)
     manifest = open_checkpoint(path).manifest
     stage = [stage.name for stage in run.stages].index(manifest["stage"])
     done = manifest["step"] >= stage_budgets(run)[stage].steps
-    return Start(stage + 1, 0, path) if done else Start(stage, manifest["step"], path)
+    return Start(stage + 1, 0, path, resumes=False) if done else Start(stage, manifest["step"], path, resumes=True)
 
 
 @dataclass(frozen=True)
 class Beginning:
     """How a stage begins: as it is really trained (growth derives some of its model), the view that its state is
-    loaded from, and the growth it began with."""
+    loaded from, the growth it began with, and what that growth changed, if it was measured now."""
 
     stage: StageConfig
     view: LogicalCheckpoint
-    plan: GrowthPlan | None
+    plan: GrowthPlan | None = None
+    certificate: Certificate | None = None
 
 
-def begin(run: RunConfig, start: Start, distances: list[float] | None = None) -> Beginning:
-    """What `start` begins with; `distances` of the old layers where growth chooses layers by them.
+def begin(run: RunConfig, start: Start) -> Beginning:
+    """What `start` begins with; where it grows, layer distances and the certificate are measured first.
+
+    Runs on all processes of the world, outside any layout.
 
     Raises:
         RequestError: the checkpoint is of another model or another growth than the run file asks for.
+        FlmError: the growth changes the loss by more than the run file allows.
     """
     stage = run.stages[start.stage]
-    if start.step:
-        assert start.source is not None
-        view = open_checkpoint(start.source)
-        plan = _resumed_plan(run, start.stage, view.manifest)
-        return Beginning(_resumed_stage(stage, view.manifest, plan), view, plan)
-    if start.stage == 0:
-        return Beginning(stage, first_view(run, stage.model, start.source), None)
+    if start.stage == 0 and not start.resumes:
+        return Beginning(stage, first_view(run, stage.model, start.source))
     assert start.source is not None
-    view, plan = grown_view(open_checkpoint(start.source), run, start.stage, distances)
-    return Beginning(replace(stage, model=grown_model(plan)), view, plan)
+    source = open_checkpoint(start.source)
+    if start.resumes:
+        plan = _resumed_plan(run, start.stage, source.manifest)
+        return Beginning(_resumed_stage(stage, source.manifest, plan), source, plan)
+    under = partial(layout, timeout_s=run.distributed.timeout_s)
+    view, plan = grown_view(source, run, start.stage, boundary_distances(source, run, start.stage, under))
+    certificate = boundary_certificate(view, run, start.stage, under)
+    return Beginning(replace(stage, model=grown_model(plan)), view, plan, certificate)
 
 
 def _resumed_plan(run: RunConfig, index: int, saved: dict[str, Any]) -> GrowthPlan | None:

@@ -1,0 +1,69 @@
+"""torchrun that ends with the status of its ranks: `python -m flm_megatron.training.elastic TORCHRUN ARGUMENTS`.
+
+torchrun itself ends with 1 whenever it was stopped by a signal, although its ranks have saved and ended with 3, which
+is what a scheduler should see to queue the job again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+STOPPED = 3
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+
+
+def leave_word(text: str, status: int) -> None:
+    """Tell the launcher how this rank ends, in the file and the form that torchrun has for it."""
+    path = os.environ.get(ERROR_FILE)
+    if path:
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        word = {"message": {"message": text, "errorCode": status, "extraInfo": extra}}
+        Path(path).write_text(json.dumps(word), encoding="utf-8")
+
+
+def main(arguments: list[str]) -> int:
+    """Run torchrun with `arguments` until its ranks end; returns their status (3: stopped after saving)."""
+    import tempfile
+
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    args = torchrun.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="flm-") as folder:
+        args.log_dir = args.log_dir or folder
+        try:
+            torchrun.run(args)
+        except ChildFailedError as error:
+            statuses = {failure.exitcode for failure in error.failures.values()}
+            if statuses != {STOPPED}:
+                print(error, file=sys.stderr)
+            return status_of(statuses)
+        except SignalException:
+            return status_of(_last_words(Path(args.log_dir)))
+    return 0
+
+
+def status_of(statuses: set[int]) -> int:
+    """One status for all ranks: 3 or 2 if all that failed agree on it, else 1."""
+    return statuses.pop() if statuses in ({STOPPED}, {2}) else 1
+
+
+def _last_words(folder: Path) -> set[int]:
+    """Statuses that the ranks of the last start have left in torchrun's log folder."""
+    words = list(folder.glob("*/attempt_*/*/error.json"))
+    last = max((int(word.parts[-3].removeprefix("attempt_")) for word in words), default=0)
+    return {_status(word) for word in words if word.parts[-3] == f"attempt_{last}"}
+
+
+def _status(word: Path) -> int:
+    message = json.loads(word.read_text(encoding="utf-8"))["message"]
+    return int(message["errorCode"]) if isinstance(message, dict) and "errorCode" in message else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
