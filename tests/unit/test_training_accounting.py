@@ -12,7 +12,7 @@ from flm_megatron.model.parameters import parameter_count
 from flm_megatron.config.budget import stage_budgets
 from flm_megatron.training.flops import training_flops_per_token
 from flm_megatron.training.metrics import MetricsLog, StepMetrics, duration, short
-from flm_megatron.training.plot import plot_loss, read_metrics
+from flm_megatron.training.plot import cumulative_flops, plot_loss, read_metrics
 
 
 def test_stages_follow_each_other_in_the_stream() -> None:
@@ -68,6 +68,7 @@ def test_steps_after_the_checkpoint_are_dropped_from_the_metrics(tmp_path: Path)
     assert kept == [("a", 1), ("a", 2), ("a", 3), ("b", 1), ("b", 2)]
     assert list((tmp_path / "tensorboard").iterdir())
     assert plot_loss(tmp_path, ("unigram entropy", 4.5)).stat().st_size > 10_000
+    assert cumulative_flops(read_metrics(tmp_path))[:2] == pytest.approx([100 * 1e7, 200 * 1e7])  # 0.01 TFLOP/s / 1000
 
 
 def test_metric_names_are_those_the_documentation_promises(tmp_path: Path) -> None:
