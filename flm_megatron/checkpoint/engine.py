@@ -91,7 +91,7 @@ def save_state(
     tensors = {piece.name: piece.info for piece in pieces}
     stored = list(_own_share(pieces))
     if asynchronous:
-        stored = [(name, region, torch.clone(tensor.detach().cpu())) for name, region, tensor in stored]
+        stored = [(name, region, tensor.detach().to("cpu", copy=True)) for name, region, tensor in stored]
     found = [Rectangle(name, region, _getter(region, tensor)) for name, region, tensor in stored]
     return SaveHandle(Path(path), tensors, {f"__{rank}_0.distcp": found}, manifest, group, asynchronous)
 

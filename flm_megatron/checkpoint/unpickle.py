@@ -1,7 +1,8 @@
 """Reading pickles of checkpoints without running anything that they name.
 
-Only the plain data types that checkpoints are made of are rebuilt. Classes of megatron-core, which Megatron-LM
-stores among its arguments, become inert records: they are neither imported nor called. Any other global is refused.
+Only the plain data types that checkpoints are made of are rebuilt. Classes that Megatron-LM stores among its
+arguments (megatron-core's, Transformer Engine's, signals) become inert records: they are neither imported nor called.
+Any other global is refused.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ METADATA_CLASSES = (
     "_MEM_FORMAT_ENCODING",
 )
 PLANNER_CLASSES = ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
+INERT = ("megatron", "transformer_engine", "signal")  # packages whose classes become Foreign
 MAX_DIMENSIONS = 64
 
 
@@ -74,7 +76,7 @@ class SafeUnpickler(pickle.Unpickler):
                 return value
             if name in _STORAGES:
                 return _STORAGES[name]
-        if module.split(".")[0] == "megatron" and "." not in name:
+        if module.split(".")[0] in INERT and "." not in name:
             return Foreign
         raise DamagedError(f"{self.source}: names {module}.{name}, which a checkpoint has no use for; not loaded")
 
@@ -159,7 +161,7 @@ def _allowed() -> dict[tuple[str, str], Any]:
     table["argparse", "Namespace"] = argparse.Namespace
     for module in ("pathlib", "pathlib._local"):
         table |= {(module, name): pathlib.PurePosixPath for name in ("PosixPath", "PurePosixPath")}
-    table |= {("builtins", kind.__name__): kind for kind in (set, frozenset, complex, bytearray, slice)}
+    table |= {("builtins", kind.__name__): kind for kind in (set, frozenset, complex, slice)}
     table["_codecs", "encode"] = _encode
     return table
 

@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from flm_megatron.checkpoint.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical_hash import tensor_hashes
 from flm_megatron.checkpoint.manifest import MANIFEST
 from flm_megatron.checkpoint.opening import open_checkpoint
-from flm_megatron.checkpoint.unpickle import load_pickle, read_pickle, read_torch_file
+from flm_megatron.checkpoint.unpickle import Foreign, load_pickle, read_pickle, read_torch_file
 from flm_megatron.checkpoint.writer import write_view
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import DamagedError
@@ -120,12 +121,14 @@ def test_plain_state_is_read_as_torch_reads_it(tmp_path: Path) -> None:
         "parameter": torch.nn.Parameter(torch.ones(3)),
         "size": torch.Size([3, 4]),
         "where": Path("/somewhere"),
+        "signal": signal.SIGTERM,
     }
     torch.save(state, tmp_path / "x.pt")
     read = read_torch_file(tmp_path / "x.pt")
     assert read["a"] == state["a"] and read["args"] == state["args"] and read["size"] == state["size"]
     assert all(torch.equal(read[key], state[key]) for key in ("tensor", "view", "parameter"))
     assert str(read["where"]) == "/somewhere"
+    assert isinstance(read["signal"], Foreign) and read["signal"].args == (15,)
 
 
 def test_classes_of_megatron_become_inert_records() -> None:
