@@ -82,6 +82,6 @@ def find_hardware(name: str) -> Hardware | None:
         if hardware.name == short:
             return hardware
     for hardware in TABLE:
-        if re.search(rf"(?<![A-Za-z0-9]){hardware.pattern}", name, re.IGNORECASE):
+        if re.search(rf"(?<![A-Za-z0-9]){hardware.pattern}(?![0-9])", name, re.IGNORECASE):
             return hardware
     return None

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from flm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig, StageConfig
-from flm_megatron.errors import RequestError
+from flm_megatron.config.pipeline import pipeline_split
+from flm_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.model.parameters import FC2, PROJECTION, parameter_specs
-from flm_megatron.model.split import padded_vocab_size, pipeline_split
+from flm_megatron.model.split import padded_vocab_size
 
 Recompute = Literal["none", "selective", "attention", "full"]
 BYTES = {"fp32": 4, "bf16": 2}
@@ -148,52 +148,18 @@ class Workload:
 WHOLE_BIASES = (f"{PROJECTION}.bias", f"{FC2}.bias")
 
 
-def stage_workload(run: RunConfig, stage: StageConfig, world_size: int | None = None) -> Workload:
-    """Workload of a stage on `world_size` processes (none: those its layout names).
-
-    Raises:
-        RequestError: the processes do not fit the layout.
-    """
-    parallel = stage.parallel
-    world = world_size or parallel.model_size * (parallel.data or 1)
-    problem = layout_problem(
-        stage.model, run.data.sequence_length, parallel, world, stage.global_batch, stage.micro_batch
-    )
-    if problem:
-        raise RequestError(f"stage {stage.name!r}: {problem}")
+def stage_workload(
+    stage: StageConfig, sequence_length: int, world_size: int, implementation: Implementation = CUDA
+) -> Workload:
+    """Workload of a stage on `world_size` processes, which fit its layout; the vocabulary size is known."""
     return Workload(
         model=stage.model,
-        sequence_length=run.data.sequence_length,
+        sequence_length=sequence_length,
         global_batch=stage.global_batch,
         micro_batch=stage.micro_batch,
-        parallel=parallel,
-        data=world // parallel.model_size,
+        parallel=stage.parallel,
+        data=world_size // stage.parallel.model_size,
         precision=stage.precision,
         recompute=stage.recompute,
+        implementation=implementation,
     )
-
-
-def layout_problem(
-    model: ModelConfig, sequence: int, parallel: ParallelConfig, world: int, global_batch: int, micro_batch: int
-) -> str | None:
-    """Why a layout cannot run at all, memory aside; none if it can."""
-    tensor, pipeline, virtual = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline
-    if world % parallel.model_size:
-        return f"{world} GPUs are no multiple of tensor {tensor} x pipeline {pipeline}"
-    data = world // parallel.model_size
-    for name, size in (("heads", model.num_attention_heads), ("query groups", model.query_groups)):
-        if size % tensor:
-            return f"{size} {name} do not split over tensor {tensor}"
-    if model.ffn_hidden_size % tensor:
-        return f"the feed-forward size {model.ffn_hidden_size} does not split over tensor {tensor}"
-    if parallel.sequence and sequence % tensor:
-        return f"the sequence length {sequence} does not split over tensor {tensor}"
-    if model.num_layers < pipeline * virtual:
-        return f"{model.num_layers} layers are fewer than pipeline {pipeline} x virtual_pipeline {virtual} parts"
-    if virtual > 1 and pipeline == 1:
-        return "virtual_pipeline needs a pipeline of at least 2"
-    if global_batch % (micro_batch * data):
-        return f"the global batch of {global_batch} is no multiple of micro_batch {micro_batch} x data {data}"
-    if virtual > 1 and (global_batch // (micro_batch * data)) % pipeline:
-        return f"{global_batch // (micro_batch * data)} micro-batches are no multiple of pipeline {pipeline}"
-    return None

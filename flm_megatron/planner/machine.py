@@ -16,6 +16,7 @@ import yaml
 
 from flm_megatron.device.hardware import Hardware, find_hardware, known_hardware
 from flm_megatron.errors import RequestError
+from flm_megatron.planner.layout import CUDA, Implementation
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Machine:
     fragmentation: float = 0.06
     """Allowance for fragmentation, as a share of activations and working memory."""
     efficiency: Efficiency = Efficiency()
+    software: Implementation = CUDA
+    """What kernels keep and move."""
     source: str = "table"
     """Where the efficiencies come from."""
 
@@ -152,10 +155,10 @@ def find_machine(gpu: str, node_size: int | None = None, overrides: Path | None 
 def override(machine: Machine, path: Path) -> Machine:
     """`machine` with the fields of a hardware YAML file.
 
-    The file has fields of `Machine`, and `hardware:` and `efficiency:` with fields of theirs.
+    The file has fields of `Machine`, and `hardware:`, `efficiency:` and `software:` with fields of theirs.
 
     Raises:
-        RequestError: the file cannot be read, or has an unknown field or a value that is no positive number.
+        RequestError: the file cannot be read, or has an unknown field or a value of the wrong kind.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -183,8 +186,12 @@ def _replace(thing: Any, values: dict[str, Any], where: str) -> Any:
 def _checked(name: str, old: Any, value: Any, where: str) -> Any:
     if isinstance(old, str):
         return str(value)
+    if isinstance(old, bool):
+        if not isinstance(value, bool):
+            raise RequestError(f"{where}: {name} has to be true or false, not {value!r}")
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
         raise RequestError(f"{where}: {name} has to be a number of at least 0, not {value!r}")
     if value == 0 and name in ("node_size", "memory_gib", "bandwidth_gb_per_s", "bf16", "fp32", "multiprocessors"):
         raise RequestError(f"{where}: {name} has to be above 0")
-    return int(value) if isinstance(old, int) and not isinstance(old, bool) else float(value)
+    return int(value) if isinstance(old, int) else float(value)

@@ -64,6 +64,15 @@ def rank_memory(work: Workload, rank: int, context_gib: float = 0.0, fragmentati
     )
 
 
+def worst_memory(work: Workload, context_gib: float = 0.0, fragmentation: float = 0.0) -> RankMemory:
+    """Memory of the pipeline rank that needs most: the first (activations, embedding) or the last (head) where layers
+    are split evenly."""
+    pipeline = work.parallel.pipeline
+    ranks = range(pipeline) if work.parallel.pipeline_layers else {0, pipeline - 1}
+    memories = [rank_memory(work, rank, context_gib, fragmentation) for rank in ranks]
+    return max(memories, key=lambda memory: memory.total)
+
+
 def all_rank_memory(work: Workload, context_gib: float = 0.0, fragmentation: float = 0.0) -> list[RankMemory]:
     """Peak memory of every pipeline rank."""
     return [rank_memory(work, rank, context_gib, fragmentation) for rank in range(work.parallel.pipeline)]

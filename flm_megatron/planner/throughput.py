@@ -57,7 +57,7 @@ def step_time(work: Workload, machine: Machine, parts: PartPasses | None = None)
     pipeline = work.parallel.pipeline
     ranks = [_rank_compute(work, parts, rank) for rank in range(pipeline)]
     slowest = max(ranks, key=lambda rank: rank.total)
-    transfer = _transfer(work, machine)
+    transfer = _transfer(work, machine, parts)
     others = sum(rank.total + transfer for rank in ranks) - slowest.total - transfer
     return StepTime(
         compute=slowest * work.micro_batches,
@@ -83,15 +83,19 @@ def _rank_compute(work: Workload, parts: PartPasses, rank: int) -> Seconds:
     return time
 
 
-def _transfer(work: Workload, machine: Machine) -> float:
+def _transfer(work: Workload, machine: Machine, parts: PartPasses) -> float:
     """Waiting for neighbours per micro-batch: 1F1B exchanges after each pass; the interleaved schedule's transfers
-    run beside the computation and cost their start only."""
+    run beside the next chunk's pass, and cost their start and what that does not hide."""
     if work.parallel.pipeline == 1:
         return 0.0
-    if work.parallel.virtual_pipeline > 1:
-        return 2 * work.parallel.virtual_pipeline * machine.latency_s
     shared = work.parallel.tensor / work.sequence_parallel if work.implementation.scatters_transfers else 1
-    return 2 * pipeline_time(work, machine, residual_bytes(work) / shared)
+    transfer = pipeline_time(work, machine, residual_bytes(work) / shared)
+    chunks = work.parallel.virtual_pipeline
+    if chunks == 1:
+        return 2 * transfer
+    layers = min(work.parts)
+    passes = (parts.layer.forward.total * layers, parts.layer.backward.total * layers)
+    return chunks * sum(machine.latency_s + max(0.0, transfer - hidden) for hidden in passes)
 
 
 def _data(work: Workload, machine: Machine, parts: PartPasses) -> float:

@@ -1,0 +1,155 @@
+"""Plan memory, time and cost of a run file's stages before asking for the machines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flm_megatron.config.schema import RunConfig
+    from flm_megatron.planner.machine import Machine
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `flm plan`; anything else of the form `--field value` overrides the run file."""
+    parser.add_argument("run_file", help="run file (YAML)")
+    parser.add_argument("--gpu", required=True, help="accelerator, such as a800, h100, mi300x")
+    parser.add_argument("--gpus", type=int, required=True, help="how many")
+    parser.add_argument("--nodes-of", type=int, metavar="N", help="accelerators in a node (8 unless the table differs)")
+    parser.add_argument("--stage", help="plan only this stage")
+    parser.add_argument(
+        "--hardware", type=Path, metavar="FILE", help="YAML that changes what is assumed of the machine"
+    )
+    parser.add_argument("--search", action="store_true", help="try all layouts and rank them")
+    parser.add_argument("--top", type=int, default=10, help="layouts that --search shows (10)")
+    parser.add_argument("--budget", type=float, metavar="GPU_HOURS", help="say how many tokens to give each stage")
+    parser.add_argument(
+        "--laws",
+        type=Path,
+        metavar="FILE",
+        help="YAML of loss laws by stage for --budget: floor, scale and exponent, or the path of a metrics.jsonl "
+        "(arXiv 2203.15556 for stages that it leaves out)",
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the memory of every pipeline rank (.png, .svg)")
+    parser.add_argument("--json", action="store_true", help="print plain data instead of tables")
+    parser.epilog = "Any field of the run file can be overridden: --stages.0.parallel.tensor 2 (see `flm config`)."
+    parser.set_defaults(accepts_overrides=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan."""
+    from flm_megatron.config.loader import load_run
+    from flm_megatron.errors import RequestError
+    from flm_megatron.planner.machine import find_machine
+
+    if args.gpus < 1:
+        raise RequestError(f"--gpus is {args.gpus}, give at least 1")
+    if args.nodes_of is not None and args.nodes_of < 1:
+        raise RequestError(f"--nodes-of is {args.nodes_of}, give at least 1")
+    machine = find_machine(args.gpu, args.nodes_of, args.hardware)
+    config = _with_vocabulary(_only(load_run(args.run_file, args.overrides), args.stage))
+    if args.search:
+        text, data = _search(config, machine, args)
+    elif args.budget is not None:
+        text, data = _budget(config, machine, args)
+    else:
+        text, data = _plan(config, machine, args)
+    print(json.dumps(data, indent=1) if args.json else text)
+    return 0
+
+
+def _plan(config: RunConfig, machine: Machine, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from flm_megatron.planner.feasibility import require_fit
+    from flm_megatron.planner.plan import plan_run
+    from flm_megatron.planner.plot import plot_memory
+    from flm_megatron.planner.report import run_data, run_text
+
+    _check(config, args.gpus)
+    plan = plan_run(config, machine, args.gpus)
+    if args.plot is not None:
+        plot_memory(plan, args.plot)
+    require_fit(config, plan)
+    return run_text(plan), run_data(plan)
+
+
+def _search(config: RunConfig, machine: Machine, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from flm_megatron.planner.feasibility import require_candidates
+    from flm_megatron.planner.report import NOTE, assumptions, search_data, search_text
+    from flm_megatron.planner.search import search
+
+    texts, data = [], {}
+    for stage in config.stages:
+        result = search(stage, config.data.sequence_length, machine, args.gpus)
+        require_candidates(stage, config.data.sequence_length, machine, args.gpus, result)
+        texts.append(search_text(stage.name, result, machine, args.top))
+        data[stage.name] = search_data(result, args.top)
+    return "\n\n".join([*texts, assumptions(machine), NOTE]), data
+
+
+def _budget(config: RunConfig, machine: Machine, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from flm_megatron.planner.growth_schedule import best_schedule
+    from flm_megatron.planner.loss_law import chinchilla_law, read_laws
+    from flm_megatron.planner.plan import HOUR, plan_run
+    from flm_megatron.planner.report import schedule_text
+
+    _check(config, args.gpus)
+    stages = plan_run(config, machine, args.gpus).stages
+    names = [stage.name for stage in stages]
+    given = read_laws(args.laws, names) if args.laws else {}
+    laws = [given.get(stage.name) or chinchilla_law(stage.parameters) for stage in stages]
+    hours = [args.gpus / stage.tokens_per_s / HOUR for stage in stages]  # GPU-hours of a token
+    schedule = best_schedule(laws, hours, args.budget)
+    spent = [tokens * cost for tokens, cost in zip(schedule.tokens, hours, strict=True)]
+    keys = ("tokens", "gpu_hours", "loss")
+    rows = zip(schedule.tokens, spent, schedule.losses, strict=True)
+    data = {
+        "stages": {name: dict(zip(keys, row, strict=True)) for name, row in zip(names, rows, strict=True)},
+        "loss_from_scratch": schedule.loss_from_scratch,
+        "laws": {name: vars(law) for name, law in zip(names, laws, strict=True)},
+    }
+    return schedule_text(names, schedule, spent), data
+
+
+def _check(config: RunConfig, gpus: int) -> None:
+    """The rules of the run file on that many processes."""
+    from flm_megatron.config.rules import check
+    from flm_megatron.errors import RequestError
+
+    try:
+        check(config, gpus)
+    except RequestError as error:
+        raise RequestError(f"{error}; --search tries all layouts of {gpus} GPUs") from None
+
+
+def _only(config: RunConfig, name: str | None) -> RunConfig:
+    """The run with the named stage alone, so that rules and totals are its own."""
+    from flm_megatron.errors import RequestError
+
+    if not config.stages:
+        raise RequestError("stages is empty: give at least one stage")
+    if name is None:
+        return config
+    chosen = [replace(stage, growth=None) for stage in config.stages if stage.name == name]
+    if not chosen:
+        raise RequestError(f"no stage {name!r}; the run has {', '.join(stage.name for stage in config.stages)}")
+    return replace(config, stages=chosen)
+
+
+def _with_vocabulary(config: RunConfig) -> RunConfig:
+    """Vocabulary sizes that the run file leaves to the tokenizer."""
+    from flm_megatron.config.loader import resolve_vocabulary
+    from flm_megatron.errors import RequestError
+
+    if all(stage.model.vocab_size for stage in config.stages):
+        return config
+    if config.tokenizer is None or not Path(config.tokenizer).is_file():
+        raise RequestError(
+            f"the vocabulary size is not known: there is no tokenizer at {config.tokenizer!r}; "
+            "give a size, such as --stages.0.model.vocab_size 80000"
+        )
+    from flm_megatron.data.tokenizer import Tokenizer
+
+    return resolve_vocabulary(config, Tokenizer(config.tokenizer).vocab_size)

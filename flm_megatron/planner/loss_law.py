@@ -1,0 +1,117 @@
+"""How the loss of one size falls with tokens: L(D) = floor + scale x D^-exponent, given or fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from flm_megatron.errors import RequestError
+
+EXPONENTS = np.linspace(0.02, 1.0, 197)
+FEWEST_POINTS = 5
+# Hoffmann et al., arXiv 2203.15556, approach 3.
+CHINCHILLA = {"floor": 1.69, "size_scale": 406.4, "size_exponent": 0.34, "scale": 410.7, "exponent": 0.28}
+
+
+@dataclass(frozen=True)
+class LossLaw:
+    """Loss in nats per token after `tokens` tokens from scratch."""
+
+    floor: float
+    scale: float
+    exponent: float
+
+    def loss(self, tokens: np.ndarray | float) -> np.ndarray | float:
+        """Loss after `tokens` tokens."""
+        return self.floor + self.scale * tokens**-self.exponent
+
+    def tokens(self, loss: np.ndarray) -> np.ndarray:
+        """Tokens until the loss is `loss`; infinite at and below the floor."""
+        above = np.maximum(loss - self.floor, 0.0)
+        with np.errstate(divide="ignore"):
+            return (above / self.scale) ** (-1 / self.exponent)
+
+
+def chinchilla_law(parameters: float) -> LossLaw:
+    """The general law of Hoffmann et al. for `parameters` parameters; another data mix has other constants."""
+    law = CHINCHILLA
+    return LossLaw(
+        law["floor"] + law["size_scale"] * parameters ** -law["size_exponent"], law["scale"], law["exponent"]
+    )
+
+
+def fit_law(tokens: Sequence[float], losses: Sequence[float]) -> LossLaw:
+    """Least squares over floor and scale for each exponent of a grid; points count by the logarithm of tokens, so that
+    the many late ones do not drown the early ones.
+
+    Raises:
+        RequestError: too few points, or losses that do not fall.
+    """
+    if len(tokens) < FEWEST_POINTS:
+        raise RequestError(f"{len(tokens)} points are too few to fit a loss law; at least {FEWEST_POINTS} are needed")
+    x, y = np.asarray(tokens, dtype=float), np.asarray(losses, dtype=float)
+    weight = np.sqrt(np.gradient(np.log(x)))
+    best: tuple[float, LossLaw] | None = None
+    for exponent in EXPONENTS:
+        columns = np.stack([np.ones_like(x), x**-exponent], axis=1)
+        (floor, scale), *_ = np.linalg.lstsq(columns * weight[:, None], y * weight, rcond=None)
+        error = float((((columns @ [floor, scale]) - y) ** 2 * weight**2).sum())
+        if floor >= 0 and scale > 0 and (best is None or error < best[0]):
+            best = error, LossLaw(float(floor), float(scale), float(exponent))
+    if best is None:
+        raise RequestError("the losses do not fall as floor + scale x tokens^-exponent; leave the warm-up out")
+    return best[1]
+
+
+def read_law(value: Any, name: str, folder: Path) -> LossLaw:
+    """A law from a mapping with floor, scale and exponent, or from the path of a metrics.jsonl, whose lines of the
+    stage `name` (of all stages if none is called so) are fitted; the first tenth is taken for warm-up.
+
+    Raises:
+        RequestError: neither of the two, or a file that cannot be read or fitted.
+    """
+    if isinstance(value, dict) and set(value) == {"floor", "scale", "exponent"}:
+        law = LossLaw(**{key: float(number) for key, number in value.items()})
+        if law.floor < 0 or law.scale <= 0 or law.exponent <= 0:
+            raise RequestError(f"law of {name!r}: floor has to be at least 0, scale and exponent above 0, not {value}")
+        return law
+    if isinstance(value, str):
+        return _fit_metrics(folder / value, name)
+    raise RequestError(f"law of {name!r} has to be floor, scale and exponent, or the path of a metrics.jsonl")
+
+
+def read_laws(path: Path, stages: Sequence[str]) -> dict[str, LossLaw]:
+    """Laws by stage name from a YAML file; paths in it are relative to it.
+
+    Raises:
+        RequestError: the file cannot be read, or names an unknown stage.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RequestError(f"cannot read laws {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise RequestError(f"laws {path} have to be a mapping of stage names")
+    unknown = sorted(set(values) - set(stages))
+    if unknown:
+        raise RequestError(f"{path}: unknown stage {unknown[0]!r}; the run has {', '.join(stages)}")
+    return {name: read_law(value, name, path.parent) for name, value in values.items()}
+
+
+def _fit_metrics(path: Path, name: str) -> LossLaw:
+    from flm_megatron.training.plot import read_metrics
+
+    if not path.is_file():
+        raise RequestError(f"law of {name!r}: no metrics file {path}")
+    lines = [line for line in read_metrics(path.parent) if "loss" in line]
+    own = [line for line in lines if line["stage"] == name] or lines
+    if not own:
+        raise RequestError(f"law of {name!r}: {path} has no training losses")
+    start = own[0]["tokens"] - (own[1]["tokens"] - own[0]["tokens"] if len(own) > 1 else 0)
+    kept = own[len(own) // 10 :]
+    return fit_law([line["tokens"] - start for line in kept], [line["loss"] for line in kept])
