@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -90,9 +91,9 @@ class MetricsLog:
                 if isinstance(value, float):
                     self._writer.add_scalar(f"{values['stage']}/{name}", value, values["step"])
 
-    def step(self, metrics: StepMetrics, steps: int, speak: bool) -> None:
-        """Report one step."""
-        self.record(asdict(metrics))
+    def step(self, metrics: StepMetrics, steps: int, speak: bool, norms: Mapping[str, float]) -> None:
+        """Report one step, with norms of layers if they were asked for."""
+        self.record({**asdict(metrics), **norms})
         if self._bar is not None:
             self._bar.update(1)
         if speak:

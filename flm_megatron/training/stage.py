@@ -27,6 +27,7 @@ from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.growth.schedule import mask_plan, mask_value
 from flm_megatron.optim.learning_rate import learning_rate, set_learning_rates
 from flm_megatron.training.flops import training_flops_per_token
+from flm_megatron.training.layer_norms import layer_norms
 from flm_megatron.training.metrics import MetricsLog, StepMetrics
 from flm_megatron.training.parallel import is_main_rank, layout
 from flm_megatron.training.signals import StopRequest, stop_on_signal
@@ -127,10 +128,11 @@ class StageTrainer:
                 f"are not finite; the last checkpoint is untouched (samples {self.budget.batch_samples} from "
                 f"{self.budget.first_sample + (self.step - 1) * self.budget.batch_samples})"
             )
+        norms = layer_norms(self.engine) if self.run.logging.layer_norms else {}
         if self.log:
             interval = self.run.logging.interval_steps
             speak = self.step % interval == 0 or self.step == self.budget.steps
-            self.log.step(self._metrics(result, lr), self.budget.steps, speak)
+            self.log.step(self._metrics(result, lr), self.budget.steps, speak, norms)
         return result.stop
 
     def _open_masks(self) -> None:

@@ -59,7 +59,7 @@ def test_steps_after_the_checkpoint_are_dropped_from_the_metrics(tmp_path: Path)
     log = MetricsLog(tmp_path, tensorboard=True, stages=["a", "b"], stage="a", step=0)
     for stage, steps in (("a", 3), ("b", 4)):
         for step in range(1, steps + 1):
-            log.step(metrics(stage, step), steps, speak=True)
+            log.step(metrics(stage, step), steps, speak=True, norms={})
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "b", "st')  # torn by a crash
@@ -73,7 +73,7 @@ def test_steps_after_the_checkpoint_are_dropped_from_the_metrics(tmp_path: Path)
 
 def test_metric_names_are_those_the_documentation_promises(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, tensorboard=False, stages=["a"], stage="a", step=0)
-    log.step(metrics("a", 1), 1, speak=False)
+    log.step(metrics("a", 1), 1, speak=False, norms={})
     log.close()
     promised = "stage step tokens loss grad_norm lr step_time_s tokens_per_s_per_device tflops_per_device mfu"
     promised += " peak_memory_gib eta_s"
