@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from flm_megatron.checkpoint.chunk_index import ChunkIndex, StoredChunk
 from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER, LogicalCheckpoint, Region, TensorInfo
 from flm_megatron.checkpoint.manifest import read_manifest
 from flm_megatron.checkpoint.regions import slice_axis
@@ -31,16 +31,6 @@ STATE_NAMES = {"param": MASTER, "fp32_param": MASTER, "exp_avg": EXP_AVG, "exp_a
 NAMELESS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+\.")
 
 
-@dataclass(frozen=True)
-class StoredChunk:
-    """A rectangle of a tensor and the record that holds it."""
-
-    region: Region
-    file: str
-    offset: int
-    length: int
-
-
 class TorchDistCheckpoint(LogicalCheckpoint):
     """A `torch_dist` folder. `nameless_optimizer` says that it holds optimizer state in `dp_reshardable` buckets.
 
@@ -53,6 +43,7 @@ class TorchDistCheckpoint(LogicalCheckpoint):
         self.path = Path(path)
         metadata = _read_metadata(self.path)
         self.chunks: dict[str, list[StoredChunk]] = {}
+        self._indices: dict[str, ChunkIndex] = {}
         self._arrays: dict[StoredChunk, tuple[StoredArray, tuple[Any, ...] | None]] = {}
         self.tensors: Mapping[str, TensorInfo] = self._read_tensors(metadata)
         self.nameless_optimizer = any(NAMELESS.match(name) for name in metadata.state_dict_metadata)
@@ -70,7 +61,7 @@ class TorchDistCheckpoint(LogicalCheckpoint):
         region = region or Region.whole(info.shape)
         if region.intersect(Region.whole(info.shape)) != region and region.numel:
             raise RequestError(f"{name}: region {region} does not lie in its shape {info.shape}")
-        met = [(chunk, part) for chunk in self.chunks[name] if (part := chunk.region.intersect(region))]
+        met = self._meeting(name, region)
         if sum(part.numel for _, part in met) != region.numel:
             raise DamagedError(f"{self.path}: {name} is not stored as a whole: part of {region} is missing")
         if len(met) == 1:
@@ -79,6 +70,11 @@ class TorchDistCheckpoint(LogicalCheckpoint):
         for chunk, part in met:
             out[part.within(region).slices] = self._read_chunk(name, chunk, part)
         return out
+
+    def _meeting(self, name: str, region: Region) -> list[tuple[StoredChunk, Region]]:
+        if name not in self._indices:
+            self._indices[name] = ChunkIndex(self.tensors[name].shape, self.chunks[name])
+        return self._indices[name].meeting(region)
 
     def _info(self, name: str) -> TensorInfo:
         if name in self.tensors:

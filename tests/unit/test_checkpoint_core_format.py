@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from flm_megatron.checkpoint import writer
 from flm_megatron.checkpoint.checksum import combine_crc32
+from flm_megatron.checkpoint.chunk_index import ChunkIndex, StoredChunk
 from flm_megatron.checkpoint.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
 from flm_megatron.checkpoint.logical_hash import logical_hash, partial_hash, tensor_hashes
@@ -56,6 +57,20 @@ def source() -> InitialCheckpoint:
 def checkpoint(tmp_path: Path, source: InitialCheckpoint) -> Path:
     write_view(source, tmp_path / "a", {"step": 4, "stage": "first", "tokens": 10}, chunk_bytes=999)
     return tmp_path / "a"
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data())
+def test_chunks_are_found_by_region(data: st.DataObject) -> None:
+    shape = (data.draw(st.sampled_from([1, 140, 256, 257, 3000])), 6)
+    chunks = [
+        StoredChunk(region, "f", number, 1)
+        for number, region in enumerate(split_region(Region.whole(shape), data.draw(st.integers(1, 5000))))
+    ]
+    region = random_region(data, shape)
+    wanted = {(chunk, part) for chunk in chunks if (part := chunk.region.intersect(region))}
+    found = ChunkIndex(shape, chunks).meeting(region)
+    assert len(found) == len(wanted) and set(found) == wanted
 
 
 def random_region(data: st.DataObject, shape: tuple[int, ...]) -> Region:
