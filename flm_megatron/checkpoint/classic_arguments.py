@@ -44,7 +44,7 @@ def model_from_arguments(arguments: Any, where: str, vocab_size: int | None = No
         rope_theta=float(known.get("rotary_base") or 10000.0),
         input_mult=float(known.get("input_mult", 1.0)),
         output_mult=float(known.get("output_mult", 1.0)),
-        mup=MupConfig(enabled=factor != 1.0, base_hidden_size=max(1, round(hidden / factor))),
+        mup=MupConfig(enabled=True, base_hidden_size=max(1, round(hidden / factor))) if factor != 1 else MupConfig(),
     )
 
 

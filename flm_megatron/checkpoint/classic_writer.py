@@ -82,8 +82,11 @@ def _lay_out(
             for name, local in tensors.items()
         }
     file.parent.mkdir(parents=True)
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save({**rest, "checkpoint_version": 3.0, "model": model}, file)
+    try:
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save({**rest, "checkpoint_version": 3.0, "model": model}, file)
+    except RuntimeError as error:  # what torch's own writer raises when the disk is full
+        raise RequestError(f"{file}: cannot be written, is the disk full? {str(error).splitlines()[0]}") from error
     return read_torch_file(file)["model"]
 
 

@@ -105,7 +105,7 @@ def _with_multipliers(model: ModelConfig, config: dict[str, Any], where: str) ->
         raise RequestError(
             f"{where}: mup_scale_factor {factor} does not divide hidden_size {model.hidden_size} to a whole base width"
         )
-    model.mup = MupConfig(enabled=factor != 1.0, base_hidden_size=base)
+    model.mup = MupConfig(enabled=True, base_hidden_size=base) if factor != 1 else MupConfig()
     model.input_mult = float(config.get("input_mult", 1.0))
     model.output_mult = float(config.get("output_mult", 1.0))
     model.matrix_init_std = float(config.get("matrix_init_std", model.matrix_init_std))

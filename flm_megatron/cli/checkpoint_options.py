@@ -58,8 +58,11 @@ def open_with_model(path: Path, vocab_size: int | None) -> tuple[LogicalCheckpoi
     Raises RequestError if it does not say, or if its tensors do not fit; DamagedError if it cannot be read.
     """
     from flm_megatron.checkpoint.described import check_structure, required_model, without_padding
+    from flm_megatron.checkpoint.manifest import MANIFEST, verify
     from flm_megatron.checkpoint.opening import open_checkpoint
 
+    if (path / MANIFEST).exists():
+        verify(path, quick=True)
     view = open_checkpoint(path, vocab_size)
     model = required_model(view, str(path), vocab_size)
     view = without_padding(view, model)
