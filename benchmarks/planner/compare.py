@@ -1,6 +1,6 @@
 """Print predicted against published as Markdown tables.
 
-Usage: python benchmarks/planner/compare.py
+Usage: python -m benchmarks.planner.compare
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from rows import MemoryRow, Role, Row, memory_rows, published_seconds, time_rows
-
+from benchmarks.planner.rows import MemoryRow, Role, Row, memory_rows, published_seconds, time_rows
 from flm_megatron.planner.machine import find_machine
 from flm_megatron.planner.memory import GIB, all_rank_memory
 from flm_megatron.planner.throughput import step_time

@@ -1,6 +1,6 @@
 """Find the two constants of matrix multiplication of a kind of accelerator from the rows that set them.
 
-Usage: python benchmarks/planner/fit.py a100
+Usage: python -m benchmarks.planner.fit a100
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ import math
 import sys
 from dataclasses import replace
 
-from rows import Row, published_seconds, time_rows
-
+from benchmarks.planner.rows import Row, published_seconds, time_rows
 from flm_megatron.planner.machine import find_machine
 from flm_megatron.planner.throughput import step_time
 

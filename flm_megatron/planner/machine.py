@@ -125,6 +125,12 @@ TABLE: dict[str, _Row] = {
 }
 
 
+ABOVE_ZERO = (
+    *("node_size", "multiprocessors", "intra_gb_per_s", "inter_gb_per_s", "memory_gib", "bandwidth_gb_per_s"),
+    *("bf16", "fp32", "matmul", "attention", "memory", "intra", "inter"),
+)
+
+
 def find_machine(gpu: str, node_size: int | None = None, overrides: Path | None = None) -> Machine:
     """Machine with accelerators named `gpu`, changed by a YAML file and by `node_size`.
 
@@ -170,28 +176,32 @@ def override(machine: Machine, path: Path) -> Machine:
 
 
 def _replace(thing: Any, values: dict[str, Any], where: str) -> Any:
-    known = [field.name for field in dataclasses.fields(thing)]
+    fields = {field.name: field for field in dataclasses.fields(thing)}
     changes: dict[str, Any] = {}
     for name, value in values.items():
-        if name not in known:
-            raise RequestError(f"{where}: unknown field {name!r}; known are {', '.join(known)}")
+        if name not in fields:
+            raise RequestError(f"{where}: unknown field {name!r}; known are {', '.join(fields)}")
         old = getattr(thing, name)
-        if dataclasses.is_dataclass(old) and isinstance(value, dict):
+        if dataclasses.is_dataclass(old):
+            if not isinstance(value, dict):
+                raise RequestError(f"{where}: {name} has to be a mapping of fields, not {value!r}")
             changes[name] = _replace(old, value, f"{where}: {name}")
         else:
-            changes[name] = _checked(name, old, value, where)
+            changes[name] = _checked(name, str(fields[name].type), value, where)
     return dataclasses.replace(thing, **changes)
 
 
-def _checked(name: str, old: Any, value: Any, where: str) -> Any:
-    if isinstance(old, str):
+def _checked(name: str, kind: str, value: Any, where: str) -> Any:
+    if kind == "str":
         return str(value)
-    if isinstance(old, bool):
+    if kind == "bool":
         if not isinstance(value, bool):
             raise RequestError(f"{where}: {name} has to be true or false, not {value!r}")
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
         raise RequestError(f"{where}: {name} has to be a number of at least 0, not {value!r}")
-    if value == 0 and name in ("node_size", "memory_gib", "bandwidth_gb_per_s", "bf16", "fp32", "multiprocessors"):
+    if value == 0 and name in ABOVE_ZERO:
         raise RequestError(f"{where}: {name} has to be above 0")
-    return int(value) if isinstance(old, int) else float(value)
+    if kind == "int" and value != int(value):
+        raise RequestError(f"{where}: {name} has to be a whole number, not {value!r}")
+    return int(value) if kind == "int" else float(value)
