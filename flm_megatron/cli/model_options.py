@@ -1,0 +1,29 @@
+"""Options of the commands that run a checkpoint's model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flm_megatron.cli.checkpoint_options import add_vocab_size, positive
+
+if TYPE_CHECKING:
+    from flm_megatron.config.schema import ParallelConfig
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Tokenizer, precision and layout."""
+    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model; the checkpoint's own if not given")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="precision of the model; that of its training")
+    parser.add_argument("--tensor", type=positive, default=1, help="tensor-parallel size (default 1)")
+    parser.add_argument("--pipeline", type=positive, default=1, help="pipeline-parallel size (default 1)")
+    parser.add_argument("--data", type=positive, help="data-parallel size; what the launcher's processes leave, or 1")
+    add_vocab_size(parser)
+
+
+def layout_of(args: argparse.Namespace) -> ParallelConfig:
+    """The layout that the options ask for."""
+    from flm_megatron.config.schema import ParallelConfig
+
+    return ParallelConfig(tensor=args.tensor, pipeline=args.pipeline, data=args.data)
