@@ -42,6 +42,7 @@ class CudaDevice(Device):
             "gradient_accumulation_fusion": _has_fused_gradient_accumulation(),
             "masked_softmax_fusion": False,
             "bias_dropout_fusion": True,
+            "bias_activation_fusion": True,
             "deallocate_pipeline_outputs": True,
         }
 
