@@ -52,7 +52,7 @@ def load_state(view: LogicalCheckpoint, chunks: list[torch.nn.Module], optimizer
     zero. Learning rates and other settings of parameter groups are left alone.
 
     Raises:
-        RequestError: a tensor is missing or of a shape that does not fit the model.
+        RequestError: a tensor is missing or of a shape that does not fit the model; moments without their step.
         DamagedError: a tensor cannot be read.
     """
     parts = placements(chunks)
@@ -117,7 +117,7 @@ def _optimizer_pieces(optimizer: Any, parts: list[Placement], view: LogicalCheck
     """Pieces of masters and moments; with a view to be loaded, the state is made ready for that first."""
     initialise_state(optimizer)
     if view is not None:
-        step = int(view.manifest.get("optimizer_step", 0)) if view.has_optimizer() else 0
+        step = _optimizer_step(view)
         for part in unchained(optimizer):
             for group in part.optimizer.param_groups:
                 group["step"] = step
@@ -136,6 +136,18 @@ def _optimizer_pieces(optimizer: Any, parts: list[Placement], view: LogicalCheck
                 values = rectangle.values(flat)
                 name = prefix + placement.name
                 yield Piece(name, info, rectangle.region, values, placement.main, not state.sharded)
+
+
+def _optimizer_step(view: LogicalCheckpoint) -> int:
+    """Adam's step; 0 for a view without moments."""
+    if not view.has_optimizer():
+        return 0
+    if "optimizer_step" not in view.manifest:
+        raise RequestError(
+            "the checkpoint has Adam's moments but does not say after how many steps, which their bias correction"
+            " needs: give `optimizer_step` in its manifest, or use its weights alone"
+        )
+    return int(view.manifest["optimizer_step"])
 
 
 def _fill(piece: Piece, view: LogicalCheckpoint) -> None:

@@ -28,7 +28,7 @@ class InitialCheckpoint(LogicalCheckpoint):
     ) -> None:
         self.specs = parameter_specs(model)
         self.seed = seed
-        self.manifest: dict[str, Any] = {}
+        self.manifest: dict[str, Any] = {"optimizer_step": 0} if optimizer else {}
         infos = {name: TensorInfo(spec.shape, dtype) for name, spec in self.specs.items()}
         if optimizer:
             for prefix in (MASTER, EXP_AVG, EXP_AVG_SQ):

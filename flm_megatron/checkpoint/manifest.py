@@ -45,7 +45,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 def manifest_text(manifest: dict[str, Any]) -> str:
     """The file's text, with version and checksum added."""
-    manifest = {"version": VERSION, **manifest}
+    manifest = {**manifest, "version": VERSION}
     return json.dumps({**manifest, "crc32": _checksum(manifest)}, indent=1)
 
 

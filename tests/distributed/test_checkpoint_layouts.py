@@ -113,6 +113,8 @@ def weights_to_masters(path: str) -> None:
         load_state(InitialCheckpoint(MODEL, seed=5), engine.chunks, engine.optimizer)
         assert all(group["step"] == 0 for group in engine.optimizer.param_groups)
         save_state(path, engine.chunks, engine.optimizer, {}).wait()
+        with pytest.raises(RequestError, match="does not say after how many steps"):
+            load_state(open_checkpoint(path), engine.chunks, engine.optimizer)
         wrong = InitialCheckpoint(replace(MODEL, ffn_hidden_size=72), seed=5)
         with pytest.raises(RequestError, match=r"linear_fc1.weight has shape \(4, 144, 48\) .* \(4, 140, 48\)"):
             load_state(wrong, engine.chunks, engine.optimizer)

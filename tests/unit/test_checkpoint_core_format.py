@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flm_megatron.checkpoint import writer
+from flm_megatron.checkpoint import manifest, writer
 from flm_megatron.checkpoint.checksum import combine_crc32
 from flm_megatron.checkpoint.chunk_index import ChunkIndex, StoredChunk
 from flm_megatron.checkpoint.initial import InitialCheckpoint
@@ -218,12 +218,14 @@ def test_verify_names_a_changed_a_truncated_and_a_missing_file(checkpoint: Path,
         verify(checkpoint, quick=True)
 
 
-def test_a_changed_manifest(checkpoint: Path) -> None:
+def test_a_changed_manifest(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = checkpoint / MANIFEST
     file.write_text(file.read_text().replace('"step": 4', '"step": 5'))
     with pytest.raises(DamagedError, match="changed or damaged"):
         open_checkpoint(checkpoint)
-    file.write_text(manifest_text({"version": 2, "files": {}}))
+    monkeypatch.setattr(manifest, "VERSION", 2)
+    file.write_text(manifest_text({"files": {}}))
+    monkeypatch.undo()
     with pytest.raises(RequestError, match="version 2"):
         open_checkpoint(checkpoint)
     file.write_text("{")
