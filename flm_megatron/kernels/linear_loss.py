@@ -74,7 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty(rows.size(0), dtype=working, device=rows.device)
         if needs_gradients:
             ctx.grad_rows = torch.empty_like(rows)
-            ctx.grad_weight = torch.zeros(weight.shape, dtype=working, device=weight.device)
+            ctx.grad_weight = torch.empty(weight.shape, dtype=working, device=weight.device)
         for chunk in _chunks(rows.size(0), chunk_tokens):
             logits = rows[chunk] @ weight.t()
             log_sum, at_label = over_vocabulary(chosen.statistics(logits, labels[chunk], valid), group)
@@ -82,7 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if needs_gradients:
                 chosen.gradient(logits, labels[chunk], valid, log_sum, token_weights[chunk], out=logits)
                 torch.mm(logits, weight, out=ctx.grad_rows[chunk])
-                _accumulate(ctx.grad_weight, logits, rows[chunk])
+                _accumulate(ctx.grad_weight, logits, rows[chunk], first=chunk.start == 0)
         ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
         return torch.dot(losses, token_weights), losses
@@ -91,7 +91,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
         assert ctx.grad_rows is not None, "the gradients of a fused loss are there for one backward pass"
-        grad_rows, grad_weight = ctx.grad_rows.mul_(grad), ctx.grad_weight.mul_(grad).to(ctx.dtype)
+        grad_rows, grad_weight = _scaled(ctx.grad_rows, grad), _scaled(ctx.grad_weight, grad).to(ctx.dtype)
         ctx.grad_rows = ctx.grad_weight = None
         return grad_rows, grad_weight, *[None] * 7
 
@@ -100,8 +100,15 @@ def _chunks(tokens: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 
-def _accumulate(total: Tensor, grad_logits: Tensor, rows: Tensor) -> None:
+def _accumulate(total: Tensor, grad_logits: Tensor, rows: Tensor, first: bool) -> None:
     if total.dtype is rows.dtype:
-        total.addmm_(grad_logits.t(), rows)
+        torch.addmm(total, grad_logits.t(), rows, beta=0 if first else 1, out=total)
+    elif first:
+        total.copy_(grad_logits.t() @ rows)
     else:
         total += grad_logits.t() @ rows
+
+
+def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """`grad` times `factor`; on a CPU, where looking costs nothing, a factor of one is left out."""
+    return grad if factor.device.type == "cpu" and factor.item() == 1 else grad.mul_(factor)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-# Values of one fp32 temporary: small enough for a processor's cache, large enough to hide the calls.
-CHUNK_VALUES = 1 << 18
+from flm_megatron.kernels.row_chunks import row_chunks
 
 
 def statistics(logits: Tensor, labels: Tensor, valid: int) -> Tensor:
@@ -22,7 +19,7 @@ def statistics(logits: Tensor, labels: Tensor, valid: int) -> Tensor:
     at_label = logits.gather(1, labels.clamp(0, logits.size(1) - 1).unsqueeze(1)).squeeze(1)
     found[1] = torch.where(here, at_label, 0)
     if valid:
-        for rows in _chunks(logits):
+        for rows in row_chunks(logits):
             part = logits[rows, :valid].to(found.dtype)
             largest = part.amax(-1, keepdim=True)
             found[0, rows] = (part - largest).exp_().sum(-1).log_().add_(largest.squeeze(1))
@@ -41,17 +38,12 @@ def gradient(logits: Tensor, labels: Tensor, valid: int, log_sum: Tensor, scale:
     index = labels.clamp(0, valid - 1).unsqueeze(1)
     at_label = torch.where(here, -scale, 0).unsqueeze(1)
     direct = out.dtype is log_sum.dtype
-    for rows in _chunks(logits):
+    for rows in row_chunks(logits):
         target = out[rows, :valid]
         part = torch.sub(logits[rows, :valid], log_sum[rows, None], out=target if direct else None)
         part.exp_().mul_(scale[rows, None]).scatter_add_(1, index[rows], at_label[rows])
         if not direct:
             target.copy_(part)
-
-
-def _chunks(logits: Tensor) -> Iterator[slice]:
-    step = max(CHUNK_VALUES // logits.size(1), 1)
-    return (slice(start, start + step) for start in range(0, logits.size(0), step))
 
 
 def _working(x: Tensor) -> torch.dtype:

@@ -12,11 +12,13 @@ def rotate_(packed: Tensor, cos: Tensor, sin: Tensor) -> None:
     The last two heads of a group are its key and its value. `cos` and `sin` are [sequence, channels / 2] in fp32.
     """
     cos, sin = _over_heads(cos, packed), _over_heads(sin, packed)
-    first, second = packed[..., :-1, :].chunk(2, dim=-1)
-    a, b = first.to(cos.dtype), second.to(cos.dtype)
-    rotated = torch.mul(a, cos).addcmul_(b, sin, value=-1)
-    second.copy_(torch.mul(b, cos).addcmul_(a, sin))
-    first.copy_(rotated)
+    # One head of every group at a time: a loop over few heads inside one over groups would be slow on a CPU.
+    for head in packed[..., :-1, :].unbind(-2):
+        first, second = head.chunk(2, dim=-1)
+        a, b = first.to(cos.dtype), second.to(cos.dtype)
+        rotated = torch.mul(a, cos).addcmul_(b, sin, value=-1)
+        second.copy_(torch.mul(b, cos).addcmul_(a, sin))
+        first.copy_(rotated)
 
 
 def packed_gradient(grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -28,8 +30,9 @@ def packed_gradient(grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, co
     shape = (*grad_query.shape[:-2], queries + 2, grad_query.size(-1))
     packed = torch.empty(shape, dtype=grad_query.dtype, device=grad_query.device)
     cos, sin = _over_heads(cos, packed), _over_heads(sin, packed)
-    _rotate_back(grad_query, cos, sin, packed[..., :queries, :])
-    _rotate_back(grad_key, cos, sin, packed[..., queries : queries + 1, :])
+    rotated = (*grad_query.unbind(-2), grad_key.squeeze(-2))
+    for grad, out in zip(rotated, packed.unbind(-2), strict=False):
+        _rotate_back(grad, cos, sin, out)
     packed[..., queries + 1 :, :] = grad_value
     return packed
 
@@ -47,4 +50,4 @@ def _rotate_back(grad: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
 
 def _over_heads(table: Tensor, packed: Tensor) -> Tensor:
     working = torch.float64 if packed.dtype is torch.float64 else torch.float32
-    return table.to(working)[:, None, None, None, :]
+    return table.to(working)[:, None, None, :]
