@@ -142,6 +142,10 @@ def _flm_rows() -> list[Row]:
         role: Role = "checks" if name == "FLM 101B" else "indicative"
         model = replace(model, position="xpos")
         rows.append(Row(name, "a800", workload(model, layout, batch, 1, 2048, FLM), role, flm, None, tflops, assumed))
+    last = rows[-1]
+    stored = replace(last.work, implementation=replace(FLM, flash_attention=False), recompute="attention")
+    assumed = "micro-batch 1, attention that stores its scores, recomputed"
+    rows.append(replace(last, name="FLM 101B, scores stored", work=stored, role="indicative", assumed=assumed))
     return rows
 
 

@@ -14,6 +14,7 @@ from flm_megatron.planner.memory import GIB, RankMemory, all_rank_memory
 from flm_megatron.planner.throughput import StepTime, step_time, tflops_per_device
 
 HOUR, DAY = 3600.0, 86400.0
+OPTIMIZER_BYTES = 12  # a checkpoint holds an fp32 master and two moments of each parameter besides its weight
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ class StagePlan:
         return max(memory.total for memory in self.memory) / GIB
 
     @property
+    def checkpoint_bytes(self) -> int:
+        """Tensors of one checkpoint of the stage, optimizer included."""
+        return checkpoint_bytes(self.parameters, self.work.bytes)
+
+    @property
     def tokens_per_s(self) -> float:
         """Tokens per second of all accelerators."""
         return self.work.step_tokens / self.step.total
@@ -75,6 +81,11 @@ class RunPlan:
     def saving(self) -> float:
         """Share of the time from scratch that growing saves."""
         return 1 - self.total.seconds / self.from_scratch.seconds if self.from_scratch.seconds else 0.0
+
+
+def checkpoint_bytes(parameters: int, weight_bytes: int) -> int:
+    """Tensors of a checkpoint of `parameters` parameters, optimizer included."""
+    return parameters * (weight_bytes + OPTIMIZER_BYTES)
 
 
 def plan_run(run: RunConfig, machine: Machine, gpus: int) -> RunPlan:

@@ -26,6 +26,8 @@ def run_text(plan: RunPlan) -> str:
     if len(plan.stages) > 1:
         parts.append(_savings(plan))
     parts += [f"Seconds of a step\n{_times(plan.stages)}"]
+    sizes = ", ".join(f"{stage.name} {stage.checkpoint_bytes / GIB:,.1f} GiB" for stage in plan.stages)
+    parts += [f"A checkpoint: {sizes}"]
     parts += [f"GiB of each pipeline rank of stage {stage.name}\n{_memory(stage)}" for stage in plan.stages]
     return "\n\n".join([*parts, assumptions(machine), NOTE])
 
@@ -208,6 +210,7 @@ def _stage_data(stage: StagePlan) -> dict[str, Any]:
         "name": stage.name,
         "parameters": stage.parameters,
         "parallel": {**asdict(work.parallel), "data": work.data},
+        "checkpoint_bytes": stage.checkpoint_bytes,
         "micro_batch": work.micro_batch,
         "micro_batches": work.micro_batches,
         "recompute": work.recompute,

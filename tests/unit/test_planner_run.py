@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from flm_megatron.cli import plan as command
 from flm_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, StageConfig
 from flm_megatron.device.hardware import known_hardware
 from flm_megatron.errors import RequestError
+from flm_megatron.planner.calibration import TimedProduct, fit_products, write_efficiency
 from flm_megatron.planner.machine import TABLE, find_machine, override
+from flm_megatron.planner.matmul import matmul_time
 from flm_megatron.planner.plan import plan_run
 from flm_megatron.planner.plot import plot_memory
 from flm_megatron.planner.report import run_text
@@ -51,6 +55,26 @@ def test_a_stage_costs_its_whole_steps_on_all_accelerators() -> None:
     assert small.cost.gpu_hours == pytest.approx(4 * small.cost.seconds / 3600)
     assert small.cost.energy_mwh == pytest.approx(small.cost.gpu_hours * 810 / 1e6)
     assert small.cost.money == pytest.approx(small.cost.gpu_hours * 1.5)
+
+
+def test_a_checkpoint_has_the_planned_size() -> None:
+    """Against the table of tensors that a run starts from."""
+    from flm_megatron.checkpoint.initial import InitialCheckpoint
+
+    for stage in plan_run(small_run(), find_machine("a800"), 4).stages:
+        tensors = InitialCheckpoint(stage.work.model, 0, dtype=torch.bfloat16, optimizer=True).tensors
+        held = sum(math.prod(info.shape) * info.dtype.itemsize for info in tensors.values())
+        assert stage.checkpoint_bytes == held
+
+
+def test_timed_products_give_back_the_efficiencies_they_were_made_with(tmp_path: Path) -> None:
+    machine = find_machine("h100")
+    true = replace(machine, efficiency=replace(machine.efficiency, matmul=0.66, tile_overhead=160.0))
+    shapes = [(4096, 4096, 4096), (8192, 8192, 1024), (2048, 8192, 8192), (8192, 1024, 8192)]
+    timed = [TimedProduct(*shape, matmul_time(true, "bf16", *shape)) for shape in shapes]
+    assert fit_products(machine, "bf16", timed) == (0.66, 160.0)
+    write_efficiency(tmp_path / "here.yaml", "timed on one GPU", matmul=0.66, tile_overhead=160.0)
+    assert override(machine, tmp_path / "here.yaml").efficiency == true.efficiency
 
 
 def test_the_comparison_trains_all_tokens_at_the_last_size() -> None:
