@@ -80,6 +80,7 @@ def _search(config: RunConfig, machine: Machine, args: argparse.Namespace) -> tu
     from flm_megatron.planner.report import NOTE, assumptions, search_data, search_text
     from flm_megatron.planner.search import search
 
+    _check_shapes(config)
     texts, data = [], {}
     for stage in config.stages:
         result = search(stage, config.data.sequence_length, machine, args.gpus)
@@ -122,6 +123,21 @@ def _check(config: RunConfig, gpus: int) -> None:
         check(config, gpus)
     except RequestError as error:
         raise RequestError(f"{error}; --search tries all layouts of {gpus} GPUs") from None
+
+
+def _check_shapes(config: RunConfig) -> None:
+    """The rules on what a search does not change."""
+    from flm_megatron.config.layout_rules import layout_sizes_are_positive
+    from flm_megatron.config.model_rules import MODEL_RULES, model_sizes_are_positive
+    from flm_megatron.errors import RequestError
+
+    for stage in config.stages:
+        line = model_sizes_are_positive(stage.model) or layout_sizes_are_positive(stage)
+        line = line or next(filter(None, (rule(stage.model) for rule in MODEL_RULES)), None)
+        if line:
+            raise RequestError(f"stage {stage.name!r}: {line}")
+    if config.data.sequence_length < 1:
+        raise RequestError(f"data.sequence_length is {config.data.sequence_length}, give at least 1")
 
 
 def _only(config: RunConfig, name: str | None) -> RunConfig:

@@ -64,6 +64,8 @@ def _more(stage: StageConfig, sequence_length: int, machine: Machine, gpus: int)
         fewer = ", fewer than asked for" if smallest.world_size < gpus else ""
         return f"; the smallest number of GPUs that fits is {smallest.world_size}{fewer} ({describe(smallest)})"
     least = leanest_gib(stage, sequence_length, machine)
+    if least == float("inf"):
+        return ""
     return (
         f"; it cannot fit on {machine.name} under any layout of any number: the leanest needs {least:.1f} GiB of "
         f"{machine.hardware.memory_gib:.1f} ({machine.context_gib:.1f} of them for the driver)"

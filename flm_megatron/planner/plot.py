@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
+from flm_megatron.errors import RequestError
 from flm_megatron.planner.memory import GIB, RankMemory
 from flm_megatron.planner.plan import RunPlan
 
@@ -13,6 +14,9 @@ def plot_memory(plan: RunPlan, path: Path) -> Path:
     """Draw stacked bars of what each pipeline rank holds, one panel per stage, with the accelerator's memory across.
 
     Returns the picture's path.
+
+    Raises:
+        RequestError: the picture cannot be written there, or not in that form.
     """
     import matplotlib
 
@@ -30,9 +34,14 @@ def plot_memory(plan: RunPlan, path: Path) -> Path:
             axes.bar(ranks, heights, bottom=bottom, label=field.name)
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
         axes.axhline(plan.machine.hardware.memory_gib, color="black", linestyle="--", linewidth=1)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(ylabel="GiB", title=f"{stage.name} on {plan.gpus} {plan.machine.name}")
     panels[-1, 0].set_xlabel("pipeline rank (dashed: memory of the accelerator)")
-    panels[0, 0].legend(fontsize=7, ncols=4)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=7, fontsize=8)
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"cannot draw to {path}: {' '.join(str(error).split())}") from None
+    finally:
+        pyplot.close(figure)
     return path

@@ -104,8 +104,10 @@ def smallest_fit(stage: StageConfig, sequence_length: int, machine: Machine) -> 
 
 
 def leanest_gib(stage: StageConfig, sequence_length: int, machine: Machine) -> float:
-    """Memory of the stage under the layout that needs least of all, on however many accelerators."""
-    return min(_needed_gib(work, machine) for work in _lean_workloads(stage, sequence_length, machine))
+    """Memory of the stage under the layout that needs least of all, on however many accelerators; infinite if the
+    rules of the run file allow none."""
+    needed = (_needed_gib(work, machine) for work in _lean_workloads(stage, sequence_length, machine))
+    return min(needed, default=float("inf"))
 
 
 def _needed_gib(work: Workload, machine: Machine) -> float:
