@@ -10,12 +10,17 @@ from flm_megatron.errors import FlmError
 
 COMMANDS = {
     "train": "train a run file's stages, growing between them",
+    "launch": "start a run on a cluster, or print what would start it",
+    "doctor": "check the machines before a run",
     "config": "show every field of the run file, or a run file resolved",
     "data": "make datasets and tokenizers",
     "checkpoint": "inspect, verify, compare, re-shard, import and export checkpoints",
     "grow": "write a grown checkpoint",
     "distance": "measure how near each layer is to the identity",
     "mup": "check the maximal-update parametrization",
+    "eval": "bits per byte of text, and tasks of lm-evaluation-harness",
+    "generate": "let a checkpoint write: prompts, a file of them, or a chat",
+    "report": "a run, or several compared, as one HTML page",
 }
 
 

@@ -39,10 +39,11 @@ def main(arguments: list[str]) -> int:
         try:
             torchrun.run(args)
         except ChildFailedError as error:
-            statuses = {failure.exitcode for failure in error.failures.values()}
-            if statuses != {STOPPED}:
+            # Of the first rank to fail: torchrun ends the others, each in its own way.
+            status = status_of({error.get_first_failure()[1].exitcode})
+            if status != STOPPED:
                 print(error, file=sys.stderr)
-            return status_of(statuses)
+            return status
         except SignalException:
             return status_of(_last_words(Path(args.log_dir)))
     return 0

@@ -65,7 +65,7 @@ class Heartbeat:
         )
         self.answered = time.monotonic()
         self.stopped = threading.Event()
-        self.heard = {peer: ("", self.answered) for peer in (range(1, size) if rank == 0 else (0,))}
+        self.heard = dict.fromkeys(range(1, size) if rank == 0 else (0,), ("", self.answered))
 
     def start(self) -> None:
         """Say which host this is, and begin."""
@@ -102,6 +102,8 @@ class Heartbeat:
 
     def _listen(self) -> str:
         """Note who has beaten since the last time; the ranks that were silent for too long, in words."""
+        if not self.heard:
+            return ""
         now = time.monotonic()
         values = self.store.multi_get([self._key(str(peer)) for peer in self.heard])
         for peer, value in zip(self.heard, values, strict=True):

@@ -42,11 +42,11 @@ class Host:
     def start(self, command: list[str], log: Path, **environment: str) -> subprocess.Popen[str]:
         """Start a command on this host; its output goes to `log`, its collectives use `eth0`."""
         names = {"GLOO_SOCKET_IFNAME": CARD, "NCCL_SOCKET_IFNAME": CARD, "OMP_NUM_THREADS": "1"}
+        # A name of its own, as on a real host.
+        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.name]
         with log.open("a") as file:
             process = subprocess.Popen(
-                # A name of its own, as on a real host.
-                ["ip", "netns", "exec", self.name, "unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"']
-                + [self.name, *command],
+                ["ip", "netns", "exec", self.name, *named, *command],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -90,6 +90,7 @@ def hosts(count: int) -> Iterator[list[Host]]:
             host.kill()
             for process in host.started:
                 process.wait(30)
+            _ip("link", "del", host.cable)  # the namespace itself goes when its last process has
             _ip("netns", "del", host.name)
             shutil.rmtree(ETC / host.name, ignore_errors=True)
         _ip("link", "del", switch)

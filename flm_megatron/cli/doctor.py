@@ -1,0 +1,65 @@
+"""Check the machines before a run; under torchrun or srun, all of them together."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flm_megatron.config.schema import RunConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `flm doctor`; anything else of the form `--field value` overrides the run file."""
+    parser.add_argument("run_file", help="run file (YAML)")
+    parser.add_argument("--port", type=int, default=29400, help="launcher's port, if not launched (default 29400)")
+    parser.add_argument("--timeout-s", type=float, default=60.0, help="longest wait for another rank (default 60)")
+    parser.epilog = "Exit status 2 if something would stop the run. Start it as `flm train` would be, on every node."
+    parser.set_defaults(accepts_overrides=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Examine, and print one screen on rank 0."""
+    import os
+
+    from flm_megatron.config.loader import load_run
+    from flm_megatron.training.doctor.findings import render, status_of
+    from flm_megatron.training.doctor.host import Place, examine_host, facts
+    from flm_megatron.training.launch import local_processes
+    from flm_megatron.training.parallel import launched
+
+    config = load_run(args.run_file, args.overrides)
+    size = largest_checkpoint(config)
+    if not launched():
+        here = max((local_processes(config, stage) for stage in config.stages), default=1)
+        findings = examine_host(config, Place(here, None, args.port, size))
+        print(render(findings))
+        return status_of(findings)
+    from flm_megatron.training.doctor.peers import examine_together
+
+    world = int(os.environ["WORLD_SIZE"])
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    leader = os.environ.get("LOCAL_RANK", "0") == "0"
+    own = examine_host(config, Place(here, world, None, size)) if leader else []
+    findings, status = examine_together(config, own, facts(config) if leader else {}, args.timeout_s)
+    if findings:
+        print(render(findings), flush=True)
+    return status
+
+
+def largest_checkpoint(run: RunConfig) -> int | None:
+    """Bytes of the largest stage's checkpoint; none while the vocabulary is not known."""
+    from flm_megatron.config.loader import resolve_vocabulary
+    from flm_megatron.data.tokenizer import Tokenizer
+    from flm_megatron.errors import FlmError
+    from flm_megatron.model.parameters import parameter_count
+    from flm_megatron.planner.plan import checkpoint_bytes
+
+    try:
+        if run.tokenizer and any(stage.model.vocab_size is None for stage in run.stages):
+            run = resolve_vocabulary(run, Tokenizer(run.tokenizer).vocab_size)
+        weights = {"fp32": 4, "bf16": 2}
+        sizes = [checkpoint_bytes(parameter_count(stage.model), weights[stage.precision]) for stage in run.stages]
+    except (FlmError, ValueError):
+        return None  # the doctor names the reason among its findings
+    return max(sizes, default=None)
