@@ -9,13 +9,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flm_megatron.cli.checkpoint_options import add_dtype, add_vocab_size, byte_size, positive
-
-if TYPE_CHECKING:
-    from flm_megatron.checkpoint.logical import LogicalCheckpoint
-    from flm_megatron.config.schema import ModelConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,11 +30,11 @@ def run(args: argparse.Namespace) -> int:
     """Export, and say how exact it is; returns 0."""
     from flm_megatron.checkpoint.hugging_face_writer import ExportOptions, folding_note, write_hugging_face
     from flm_megatron.checkpoint.launched import launched_processes
-    from flm_megatron.cli.checkpoint_options import open_with_model, torch_dtype
+    from flm_megatron.cli.checkpoint_options import open_with_model, torch_dtype, without_mask
 
     with launched_processes() as processes:
         source, model = open_with_model(args.source, args.vocab_size)
-        source = _without_mask(source, model, args.fold_mask)
+        source = without_mask(source, model, args.fold_mask)
         run_file = source.manifest.get("run") or {}
         options = ExportOptions(
             flavour=args.flavour,
@@ -57,16 +52,6 @@ def run(args: argparse.Namespace) -> int:
             if options.tokenizer is None:
                 print("no tokenizer files were written, for the checkpoint names none: give --tokenizer")
     return 0
-
-
-def _without_mask(source: LogicalCheckpoint, model: ModelConfig, fold: bool) -> LogicalCheckpoint:
-    """The source itself, or with its growth mask folded in. Raises RequestError for a mask that is not open."""
-    from flm_megatron.growth.boundary import saved_mask_value
-    from flm_megatron.growth.folding import folded
-
-    if saved_mask_value(source.manifest) == 1:
-        return source
-    return folded(source, model, fold)
 
 
 def _tokenizer(source: Path, named: str | None) -> Path | None:

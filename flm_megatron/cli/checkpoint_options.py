@@ -68,3 +68,14 @@ def open_with_model(path: Path, vocab_size: int | None) -> tuple[LogicalCheckpoi
     view = without_padding(view, model)
     check_structure(view.tensors, model, str(path))
     return view, model
+
+
+def without_mask(source: LogicalCheckpoint, model: ModelConfig, fold: bool) -> LogicalCheckpoint:
+    """The source itself, or with a half-open growth mask folded in if `fold`.
+
+    Raises RequestError for a mask that is not open, where folding was not asked for or cannot be done.
+    """
+    from flm_megatron.growth.boundary import saved_mask_value
+    from flm_megatron.growth.folding import folded
+
+    return source if saved_mask_value(source.manifest) == 1 else folded(source, model, fold)
