@@ -37,7 +37,7 @@ STAGE = StageConfig(
     ),
     global_batch=GLOBAL_BATCH,
     tokens=10 * GLOBAL_BATCH * SEQUENCE,
-    optimizer=OptimizerConfig(lr=3e-3, matrix_lr=5e-3, min_lr=1e-3, weight_decay=0.1),
+    optimizer=OptimizerConfig(lr=1e-3, matrix_lr=1e-3, min_lr=1e-4, weight_decay=0.1),
 )
 
 
@@ -93,7 +93,9 @@ def micro_batches(batch: Batch, micro: int) -> list[Batch]:
 @contextmanager
 def engine_under(parallel: ParallelConfig, stage: StageConfig = STAGE, seed: int = 7) -> Iterator[Engine]:
     """An engine with the initial weights of `seed` under a layout."""
-    stage = replace(stage, parallel=parallel)
+    # As few micro-batches as exercise accumulation and the pipeline: each costs collectives in every layer.
+    micro = max(1, GLOBAL_BATCH // (parallel.data or 1) // max(2, parallel.pipeline))
+    stage = replace(stage, parallel=parallel, micro_batch=micro)
     with layout(parallel, timeout_s=120):
         engine = Engine(stage, SEQUENCE)
         load_state(InitialCheckpoint(stage.model, seed), engine.chunks, engine.optimizer)
