@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.schema import DataConfig, ModelConfig, RunConfig, StageConfig
 from flm_megatron.model.parameters import parameter_count
-from flm_megatron.config.budget import stage_budgets
 from flm_megatron.training.flops import training_flops_per_token
 from flm_megatron.training.metrics import MetricsLog, StepMetrics, duration, short
 from flm_megatron.training.plot import cumulative_flops, plot_loss, read_metrics
