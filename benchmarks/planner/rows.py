@@ -31,6 +31,7 @@ class Row:
 
 MEGATRON_2022 = Implementation(
     flash_attention=False,
+    fused_loss=False,
     fused_weight_gradient=True,
     rotary=False,
     dropout=True,
@@ -38,9 +39,9 @@ MEGATRON_2022 = Implementation(
     scatters_transfers=True,
 )
 MEGATRON_DEEPSPEED = replace(MEGATRON_2022, fused_weight_gradient=False, scatters_transfers=False)
-NEMO = Implementation(fused_weight_gradient=True, fused_rotary=True)
+NEMO = Implementation(fused_loss=False, fused_weight_gradient=True)
 NEMO_GPT3 = replace(NEMO, rotary=False, tied_embeddings=True)
-FLM = Implementation(fused_weight_gradient=True)
+FLM = Implementation(fused_loss=False, fused_weight_gradient=True, fused_rotary=False)
 
 
 def gpt(layers: int, hidden: int, heads: int, vocab: int) -> ModelConfig:

@@ -40,8 +40,9 @@ def layer_activations(work: Workload) -> LayerActivations:
 
 
 def head_activations(work: Workload) -> float:
-    """Kept by the final norm, the head and the loss: their inputs, and the softmax in fp32."""
-    return 2 * residual_bytes(work) + _norm_extra(work) + 4 * logits(work)
+    """Kept by the final norm, the head and the loss: their inputs, or the softmax in fp32 in place of the logits."""
+    each = work.bytes if work.implementation.fused_loss else 4
+    return 2 * residual_bytes(work) + _norm_extra(work) + each * logits(work)
 
 
 def logits(work: Workload) -> float:
@@ -68,11 +69,13 @@ def _attention(work: Workload) -> float:
     heads, groups, channels = model.num_attention_heads, model.query_groups, model.kv_channels
     values = (heads + 2 * groups) + heads
     tables = 0.0
-    if work.implementation.rotary:
+    xpos = model.position == "xpos"
+    if xpos:
+        tables = 4.0 * work.sequence_length * channels
+    if work.implementation.rotary and not work.implementation.fused_rotary:
+        tables += 4.0 * work.sequence_length * channels * work.bytes
+    if work.implementation.rotary and (xpos or not work.implementation.fused_rotary):
         values += heads + groups
-        tables = 4.0 * work.sequence_length * channels * work.bytes
-    if model.position == "xpos":
-        tables += 4.0 * work.sequence_length * channels
     return work.tokens * values * channels * work.bytes / tensor + tables
 
 

@@ -10,8 +10,8 @@ from flm_megatron.planner.layout import Workload
 from flm_megatron.planner.machine import Machine
 from flm_megatron.planner.matmul import matmul_time, memory_time, peak_flops
 
-# Bytes per logit that the fp32 loss reads and writes, forward and backward, as a row of plain kernels.
-LOSS_BYTES_FORWARD, LOSS_BYTES_BACKWARD = 38, 14
+# Bytes per logit that the loss reads and writes in fp32, forward and backward, as a row of plain kernels.
+LOSS_BYTES = 38, 14
 FLASH_BACKWARD = 2.5  # five products instead of two
 
 
@@ -68,7 +68,8 @@ def layer_passes(work: Workload, machine: Machine) -> Passes:
 def head_passes(work: Workload, machine: Machine) -> Passes:
     """Final norm, head and loss."""
     product = _linear(work, machine, work.padded_vocab / work.parallel.tensor, work.model.hidden_size)
-    loss = [memory_time(machine, size * logits(work)) for size in (LOSS_BYTES_FORWARD, LOSS_BYTES_BACKWARD)]
+    each = (work.bytes, 2 * work.bytes) if work.implementation.fused_loss else LOSS_BYTES
+    loss = [memory_time(machine, size * logits(work)) for size in each]
     norm = residual_bytes(work)
     forward = Seconds(memory_bound=loss[0] + memory_time(machine, 2 * norm), tensor=_exchange(work, machine))
     backward = Seconds(memory_bound=loss[1] + memory_time(machine, 3 * norm))

@@ -25,12 +25,17 @@ class Implementation:
     """SwiGLU, or bias and GELU, in one kernel."""
     fused_norm: bool = True
     """A norm keeps its input only, not the normalised values besides."""
+    fused_loss: bool = True
+    """The loss keeps the logits as they are and writes their gradient over them, in two kernels; else it keeps their
+    softmax in fp32."""
+    loss_values: int = 0
+    """Logits that the loss has in fp32 at a time (plain PyTorch)."""
     fused_weight_gradient: bool = False
     """Weight gradients are added to the fp32 buffer by the multiplication itself (Apex's extension)."""
     rotary: bool = True
     """Queries and keys are rotated (false: learned positions)."""
-    fused_rotary: bool = False
-    """They are rotated in one kernel."""
+    fused_rotary: bool = True
+    """They are rotated in one kernel, where they lie."""
     dropout: bool = False
     """Dropout after attention, its output and the feed-forward layer."""
     tied_embeddings: bool = False
@@ -45,9 +50,7 @@ class Implementation:
 
 
 CUDA = Implementation()
-CPU = Implementation(
-    fused_activation=False, fused_norm=False, frees_pipeline_outputs=False, copies_gradients_to_reduce=True
-)
+CPU = Implementation(loss_values=2**18, frees_pipeline_outputs=False, copies_gradients_to_reduce=True)
 
 
 @dataclass(frozen=True)

@@ -115,9 +115,14 @@ def _layer_backward(work: Workload) -> float:
 
 
 def _head_working(work: Workload) -> float:
-    """On top of the fp32 softmax: the logits in bf16, or the gradients of the head's weights and input."""
+    """On top of what the head keeps: the gradients of its weights and input, or before that what the loss makes of
+    the logits."""
+    implementation = work.implementation
     stream = work.tokens * work.model.hidden_size * work.bytes
-    gradients = 2 * stream + (0 if work.implementation.fused_weight_gradient else _embedding_bytes(work))
+    gradients = 2 * stream + (0 if implementation.fused_weight_gradient else _embedding_bytes(work))
+    if implementation.fused_loss:
+        widened = 4 if work.precision == "fp32" else 8  # without the largest, and in bf16 the logits themselves
+        return max(gradients, widened * min(logits(work), implementation.loss_values))
     if work.precision == "fp32":
         return gradients
     return max(work.bytes * logits(work), gradients - (4 - work.bytes) * logits(work))
