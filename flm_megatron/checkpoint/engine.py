@@ -83,7 +83,7 @@ def save_state(
     Raises:
         RequestError: (without `asynchronous`) the destination exists or cannot be written.
     """
-    _finish_gathering(chunks)
+    finish_gathering(chunks)
     group = writing_group()
     rank = dist.get_rank() if dist.is_initialized() else 0
     parts = placements(chunks)
@@ -96,7 +96,7 @@ def save_state(
     return SaveHandle(Path(path), tensors, {f"__{rank}_0.distcp": found}, manifest, group, asynchronous)
 
 
-def _finish_gathering(chunks: list[Any]) -> None:
+def finish_gathering(chunks: list[Any]) -> None:
     """With overlapped gathering, weights of other ranks' ranges are updated only when the next step needs them."""
     for chunk in chunks:
         if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):

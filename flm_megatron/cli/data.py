@@ -12,10 +12,11 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the subcommands `build`, `tokenizer` and `stdlib`."""
+    """Add the subcommands."""
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     _add_build(commands.add_parser("build", help="encode text into an indexed dataset", allow_abbrev=False))
     _add_tokenizer(commands.add_parser("tokenizer", help="train a SentencePiece tokenizer", allow_abbrev=False))
+    _add_show(commands.add_parser("show", help="the text of a training sample", allow_abbrev=False))
     _add_stdlib(
         commands.add_parser(
             "stdlib", help="tokenizer and datasets from Python's own standard library", allow_abbrev=False
@@ -56,6 +57,14 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=1234, help="seed of the sampling (default: 1234)")
     parser.set_defaults(run_data=_tokenizer)
+
+
+def _add_show(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_file", help="run file (YAML)")
+    parser.add_argument(
+        "--sample", required=True, metavar="ID", help="SOURCE/EPOCH/SAMPLE as in the log, or its number in the run"
+    )
+    parser.set_defaults(run_data=_show, accepts_overrides=True)
 
 
 def _add_stdlib(parser: argparse.ArgumentParser) -> None:
@@ -103,6 +112,14 @@ def _tokenizer(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     print(f"{args.out}: {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint}")
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from flm_megatron.config.loader import load_run
+    from flm_megatron.data.show import sample_text
+
+    print(sample_text(load_run(args.run_file, args.overrides), args.sample))
     return 0
 
 

@@ -16,6 +16,7 @@ from flm_megatron.config.layout_rules import LAYOUT_RULES, layout_sizes_are_posi
 from flm_megatron.config.model_rules import MODEL_RULES, model_sizes_are_positive
 from flm_megatron.config.schedule_rules import SCHEDULE_RULES
 from flm_megatron.config.schema import RunConfig
+from flm_megatron.config.stability_rules import STABILITY_RULES
 from flm_megatron.errors import RequestError
 
 STAGE_NAME = re.compile(r"[A-Za-z0-9_-]*[A-Za-z_-][A-Za-z0-9_-]*")
@@ -63,6 +64,7 @@ def _stage_violations(run: RunConfig, index: int, world_size: int | None) -> Ite
     yield from filter(None, (rule(stage.model) for rule in MODEL_RULES))
     yield from filter(None, (rule(stage, run.data.sequence_length, world_size) for rule in LAYOUT_RULES))
     yield from filter(None, (rule(run, index) for rule in SCHEDULE_RULES))
+    yield from filter(None, (rule(stage.stability) for rule in STABILITY_RULES))
 
 
 def there_are_stages(run: RunConfig) -> str | None:

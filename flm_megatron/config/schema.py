@@ -216,6 +216,29 @@ class GrowthConfig:
 
 
 @dataclass(config=SETTINGS)
+class StabilityConfig:
+    """What is done about a step whose loss or gradient norm is not finite or far above the steps before it."""
+
+    policy: Literal["skip", "rollback", "stop"] = "skip"
+    """Such a step is never applied. `skip` leaves its samples out; `rollback` goes back to the weights and the
+    optimizer of the last checkpoint too, leaving out all samples since; `stop` ends the run."""
+    sigmas: float = 6.0
+    """Standard deviations above the mean of the window from which on a loss or gradient norm is an outlier; 0 looks
+    for values that are not finite only."""
+    window_steps: int = 128
+    """Applied steps whose loss and gradient norm are remembered; outliers are looked for once half as many are."""
+    max_in_a_row: int = 3
+    """Steps in a row that may be refused; the last of them ends the run."""
+    checksum_interval_steps: int = 0
+    """Steps between comparisons of replicated weights over all ranks, which find silent corruption; 0 never does."""
+    embedding_gradient_shrink: float = 1.0
+    """Factor on the gradient of the embedding (GLM-130B: 0.1); 1 leaves it as it is."""
+    z_loss: float = 0.0
+    """Weight of the squared log of the softmax's denominator in what is minimised (PaLM: 1e-4); the loss that is
+    reported is without it."""
+
+
+@dataclass(config=SETTINGS)
 class StageConfig:
     """One stage: a model, a layout, a budget, and how it comes out of the stage before."""
 
@@ -243,6 +266,13 @@ class StageConfig:
     """Learning-rate schedule."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """Validation."""
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
+    """Steps that go wrong."""
+    trainable: Literal["all", "half"] = "all"
+    """Which weights learn: all, or half of them, the others frozen: for every kind of matrix and norm half of the
+    layers, chosen by seed, and one of embedding and head (half fine-tuning, arXiv 2404.18466)."""
+    trainable_seed: int = 0
+    """Seed of that choice."""
     growth: GrowthConfig | None = None
     """Growth out of the stage before; none on the first stage."""
 
@@ -262,6 +292,33 @@ class SourceConfig:
 
 
 @dataclass(config=SETTINGS)
+class MixConfig:
+    """How often a stage of fine-tuning takes a source."""
+
+    stage: str
+    """Name of the stage."""
+    source: str
+    """Name of the source."""
+    passes: float
+    """Passes over the source in one epoch of the stage: 1 takes it once, 0.1 another tenth in every epoch, 0 never."""
+
+
+@dataclass(config=SETTINGS)
+class ChatConfig:
+    """Fine-tuning: the sources of `data` are JSON lines of conversations, and a stage lasts for `epochs`."""
+
+    template: str = "tele-flm"
+    """`tele-flm` (<_system>, <_user>, <_bot>), or the file of a Jinja chat template."""
+    packing: bool = True
+    """Put several conversations into one sample, none of which sees another; else each has a padded one of its own."""
+    epochs: int = 4
+    """Epochs of each stage, in place of its `tokens`."""
+    mix: list[MixConfig] = field(default_factory=list)
+    """Passes by stage and source; a stage that is not named takes every source once in each epoch, in one that is, a
+    source that is not named is not taken."""
+
+
+@dataclass(config=SETTINGS)
 class DataConfig:
     """Data of a run: one stream of samples for all stages."""
 
@@ -273,6 +330,8 @@ class DataConfig:
     """Validation sources, each reported by name, the same text in every stage."""
     cache: str | None = None
     """Folder for sample indices; none keeps them beside the datasets."""
+    chat: ChatConfig | None = None
+    """Fine-tuning on conversations (`flm sft`); none trains on text."""
 
 
 @dataclass(config=SETTINGS)

@@ -12,7 +12,7 @@ from flm_megatron.errors import RequestError
 if TYPE_CHECKING:
     import torch
 
-    from flm_megatron.data.stream import SampleStream
+    from flm_megatron.data.streams import Stream
 
 Batch = dict[str, "torch.Tensor"]
 
@@ -24,7 +24,7 @@ def rank_samples(start: int, global_batch: int, data_rank: int, data_size: int) 
 
 
 def batches(
-    stream: SampleStream,
+    stream: Stream,
     start_sample: int,
     global_batch: int,
     micro_batch: int,
@@ -46,7 +46,7 @@ def batches(
 
 
 def validation_batches(
-    stream: SampleStream, samples: int, global_batch: int, micro_batch: int, data_rank: int, data_size: int
+    stream: Stream, samples: int, global_batch: int, micro_batch: int, data_rank: int, data_size: int
 ) -> Iterator[list[Batch]]:
     """The rank's micro-batches over the first `samples` samples (all, if there are fewer), in global batches.
 
@@ -70,7 +70,7 @@ def _check_division(global_batch: int, micro_batch: int, data_size: int) -> None
         )
 
 
-def _stack_masked(stream: SampleStream, indices: range, end: int) -> Batch:
+def _stack_masked(stream: Stream, indices: range, end: int) -> Batch:
     """Samples stacked; one at or beyond `end` is sample 0 with nothing unmasked."""
     batch = _stack(stream, [index if index < end else 0 for index in indices])
     for row, index in enumerate(indices):
@@ -80,7 +80,7 @@ def _stack_masked(stream: SampleStream, indices: range, end: int) -> Batch:
 
 
 def _steps(
-    stream: SampleStream, start: int, global_batch: int, micro_batch: int, data_rank: int, data_size: int
+    stream: Stream, start: int, global_batch: int, micro_batch: int, data_rank: int, data_size: int
 ) -> Iterator[list[Batch]]:
     while True:
         stream.check_budget(start + global_batch)
@@ -89,7 +89,7 @@ def _steps(
         start += global_batch
 
 
-def _stack(stream: SampleStream, indices: Sequence[int]) -> Batch:
+def _stack(stream: Stream, indices: Sequence[int]) -> Batch:
     import torch
 
     samples = [stream[index] for index in indices]

@@ -44,7 +44,7 @@ class SampleStream:
         self.sequence_length = data.sequence_length
         self.sources = [Source(config, data.sequence_length, seed, data.cache) for config in configs]
         check_same_tokenizer(configs, [source.description for source in self.sources])
-        _check_names([source.name for source in self.sources])
+        check_names([source.name for source in self.sources])
         weights = _weights(configs, [len(source) for source in self.sources])
         self.limit_samples = int(sum(weights)) if configs[0].epochs is not None else None
         self._blend = Blend(weights)
@@ -62,6 +62,25 @@ class SampleStream:
         """(source name, epoch, sample in the source) of sample `index`."""
         source, epoch, sample = self._locate(index)
         return source.name, epoch, sample
+
+    def names(self, index: int) -> list[str]:
+        """What sample `index` is called in logs, and by `flm data show`: SOURCE/EPOCH/SAMPLE."""
+        return ["/".join(map(str, self.sample_ids(index)))]
+
+    def ids(self, name: str) -> list[int]:
+        """Token ids of the sample that `names` calls so.
+
+        Raises:
+            RequestError: there is no such source or sample.
+        """
+        source_name, _, sample = name.rsplit("/", 2) if name.count("/") >= 2 else (name, "", "")
+        sources = {source.name: source for source in self.sources}
+        source = sources.get(source_name)
+        if source is None or not (sample.isdigit() and int(sample) < len(source)):
+            known = ", ".join(f"{name}/EPOCH/0 to {len(source) - 1}" for name, source in sources.items())
+            raise RequestError(f"there is no sample {name!r}: names are {known}")
+        item = source.read(int(sample))
+        return [*item["tokens"].tolist(), int(item["labels"][-1])]
 
     def documents(self, index: int) -> tuple[str, list[int]]:
         """Name of the source of sample `index`, and the numbers of the documents it takes text from."""
@@ -106,7 +125,7 @@ def validation_streams(data: DataConfig, seed: int) -> dict[str, SampleStream]:
         for source in alone
     ]
     names = [stream.sources[0].name for stream in streams]
-    _check_names(names)
+    check_names(names)
     return dict(zip(names, streams, strict=True))
 
 
@@ -124,7 +143,8 @@ def _check_sources(configs: list[SourceConfig], split: str) -> None:
         raise RequestError(f"data.{split} has both weight and epochs: give one of the two")
 
 
-def _check_names(names: list[str]) -> None:
+def check_names(names: list[str]) -> None:
+    """Raise RequestError if two sources bear one name."""
     for name in names:
         if names.count(name) > 1:
             raise RequestError(f"two data sources are named {name!r}: give each a name of its own")

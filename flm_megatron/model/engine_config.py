@@ -30,6 +30,10 @@ class EngineConfig(TransformerConfig):
     """Build layers from Transformer Engine's modules."""
     xpos_scale_base: float | None = None
     """xPos: tokens over which the decay exponent grows by one; none for plain rotary positions."""
+    embedding_gradient_shrink: float = 1.0
+    """Factor on the gradient of the embedding."""
+    z_loss: float = 0.0
+    """Weight of the z-loss in training."""
 
 
 def transformer_config(stage: StageConfig) -> EngineConfig:
@@ -49,6 +53,8 @@ def transformer_config(stage: StageConfig) -> EngineConfig:
         **_layout(stage.model.num_layers, stage.parallel),
         **_precision(stage),
         **_recomputation(stage),
+        "embedding_gradient_shrink": stage.stability.embedding_gradient_shrink,
+        "z_loss": stage.stability.z_loss,
         **current().engine_options(),
     }
     # The engine fuses bias and activation for the gated form exactly, but for GELU only as its tanh approximation.

@@ -1,13 +1,15 @@
-"""The optimizer of a stage: megatron-core's, over our AdamW where no fused one is installed."""
+"""The optimizer of a stage: megatron-core's, over the AdamW and the clipping that the kernels' choice names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from flm_megatron import kernels
 from flm_megatron.config.schema import StageConfig
 from flm_megatron.model.parameters import ParameterSpec, parameter_specs
 from flm_megatron.optim.adamw import install_adamw
+from flm_megatron.optim.clipping import install_clipping
 from flm_megatron.optim.groups import DECAYED, GROUP_OF_KIND, Group, parameter_group
 
 if TYPE_CHECKING:
@@ -15,8 +17,10 @@ if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
 
 
-def build_optimizer(stage: StageConfig, model_chunks: list[Any]) -> MegatronOptimizer:
+def build_optimizer(stage: StageConfig, model_chunks: list[Any], frozen: Collection[int] = ()) -> MegatronOptimizer:
     """Optimizer over the chunks of this rank, each wrapped in megatron-core's DistributedDataParallel.
+
+    Parameters whose `id` is in `frozen` are never changed; their gradients have to be zero.
 
     Every parameter group carries `group` (see `optim.groups`); learning rates and weight decays are written by
     `optim.learning_rate.set_learning_rates` before each step. The vocabulary of `stage.model` has to be known.
@@ -24,7 +28,8 @@ def build_optimizer(stage: StageConfig, model_chunks: list[Any]) -> MegatronOpti
     Raises:
         KeyError: the model has a parameter that the table of logical parameters does not know.
     """
-    install_adamw()
+    install_adamw(replace=kernels.current().names["adamw"] not in ("te", "apex"))
+    install_clipping()
     from megatron.core.optimizer import get_megatron_optimizer
 
     specs = parameter_specs(stage.model)
@@ -34,7 +39,7 @@ def build_optimizer(stage: StageConfig, model_chunks: list[Any]) -> MegatronOpti
     return get_megatron_optimizer(
         _engine_config(stage),
         model_chunks,
-        config_overrides=_group_overrides(specs),
+        config_overrides=_group_overrides(specs, frozen),
         use_gloo_process_groups=False,
     )
 
@@ -61,7 +66,7 @@ def _engine_config(stage: StageConfig) -> Any:
     )
 
 
-def _group_overrides(specs: Mapping[str, ParameterSpec]) -> dict[Any, Any]:
+def _group_overrides(specs: Mapping[str, ParameterSpec], frozen: Collection[int]) -> dict[Any, Any]:
     """One tag per group, for megatron-core's rule of matching parameters by name.
 
     megatron-core tells groups apart on loading by `wd_mult`, `lr_mult`, `is_expert_parallel` and
@@ -71,11 +76,14 @@ def _group_overrides(specs: Mapping[str, ParameterSpec]) -> dict[Any, Any]:
 
     def key(group: Group) -> Any:
         def matches(param: torch.nn.Parameter, name: str) -> bool:
-            return parameter_group(name, specs) == group
+            return group == ("frozen" if id(param) in frozen else parameter_group(name, specs))
 
         return ParamKey(with_name_predicate=ParamWithNamePredicate(name=group, fn=matches))
 
+    groups: set[Group] = set(GROUP_OF_KIND.values())
+    if frozen:
+        groups.add("frozen")
     return {
         key(group): {"group": group, "wd_mult": float(group in DECAYED), "is_decoupled_lr": group == "matrix"}
-        for group in sorted(set(GROUP_OF_KIND.values()))
+        for group in sorted(groups)
     }

@@ -2,7 +2,8 @@
 
 There are three, in every stage and on every rank: `matrix` (learning rate of matrices, decay), `vocabulary`
 (embedding and head: learning rate of vectors, decay) and `vector` (norms and biases: learning rate of vectors,
-no decay). A parameter's group follows from its kind in the table of logical parameters.
+no decay). A parameter's group follows from its kind in the table of logical parameters. Parameters that are not to
+learn make a fourth group, `frozen`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Literal
 
 from flm_megatron.model.parameters import Kind, ParameterSpec
 
-Group = Literal["matrix", "vocabulary", "vector"]
+Group = Literal["matrix", "vocabulary", "vector", "frozen"]
 
 GROUP_OF_KIND: dict[Kind, Group] = {
     "matrix": "matrix",

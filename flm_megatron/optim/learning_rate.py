@@ -99,7 +99,7 @@ def set_learning_rates(optimizer: Any, stage: StageConfig, rate: float) -> dict[
     rates = group_learning_rates(rate, stage)
     for group in optimizer.param_groups:
         tag: Group = group["group"]
-        group["lr"] = group["max_lr"] = rates[tag]
+        group["lr"] = group["max_lr"] = 0.0 if tag == "frozen" else rates[tag]
         group["betas"], group["eps"] = stage.optimizer.betas, stage.optimizer.eps
         group["weight_decay"] = stage.optimizer.weight_decay if tag in DECAYED else 0.0
     return rates

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One step. Times in seconds, memory in GiB, TFLOP/s are model FLOPs; `mfu` is none for an unknown device."""
+    """One step. Times in seconds, memory in GiB, TFLOP/s are model FLOPs; `mfu` is none for an unknown device;
+    `skipped_steps` counts the steps of the stage that were refused so far."""
 
     stage: str
     step: int
@@ -28,6 +29,7 @@ class StepMetrics:
     mfu: float | None
     peak_memory_gib: float
     eta_s: float
+    skipped_steps: int = 0
 
     def line(self, steps: int) -> str:
         """The log line."""
@@ -98,6 +100,13 @@ class MetricsLog:
             self._bar.update(1)
         if speak:
             self.say(metrics.line(steps))
+
+    def refused(self, values: dict[str, Any], line: str) -> None:
+        """Report a step that was not applied: `values` takes the place of its metrics."""
+        self.record(values)
+        if self._bar is not None:
+            self._bar.update(1)
+        self.say(line)
 
     def close(self) -> None:
         """Flush and close everything."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from dataclasses import asdict, replace
@@ -13,14 +12,15 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from flm_megatron.checkpoint.engine import SaveHandle, load_state, save_state
+from flm_megatron.checkpoint.logical import LogicalCheckpoint
+from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.data.loader import batches, validation_batches
-from flm_megatron.data.stream import SampleStream, validation_streams
+from flm_megatron.data.streams import Stream, training_stream, validation_streams_of
 from flm_megatron.device import current
 from flm_megatron.device.hardware import find_hardware
-from flm_megatron.errors import FlmError
 from flm_megatron.growth.births import load_births
 from flm_megatron.growth.certificate import Certificate
 from flm_megatron.growth.plan import GrowthPlan
@@ -30,7 +30,9 @@ from flm_megatron.training.flops import training_flops_per_token
 from flm_megatron.training.layer_norms import layer_norms
 from flm_megatron.training.metrics import MetricsLog, StepMetrics
 from flm_megatron.training.parallel import is_main_rank, layout
+from flm_megatron.training.replicas import check_replicas
 from flm_megatron.training.signals import StopRequest, stop_on_signal
+from flm_megatron.training.spikes import SpikeWatch, joined
 from flm_megatron.training.start import Beginning, Start, begin, checkpoint_store
 from flm_megatron.training.step import Batch, Engine, StepResult
 
@@ -62,8 +64,9 @@ class StageTrainer:
         self.stage, self.plan = beginning.stage, beginning.plan
         self.run = replace(run, stages=[*run.stages[: self.index], self.stage, *run.stages[self.index + 1 :]])
         self.engine = Engine(self.stage, run.data.sequence_length)
-        load_state(beginning.view, self.engine.chunks, self.engine.optimizer)
-        load_births(beginning.view.manifest, self.engine.chunks, self.engine.optimizer)
+        self.view = beginning.view
+        self._load(self.view)
+        self.watch = SpikeWatch(self.stage.stability, self.view.manifest.get("stability") if start.resumes else None)
         self.growth = _growth_record(beginning)
         self.masks = _masks(self.engine, self.plan, self.step)
         self.data_rank = parallel_state.get_data_parallel_rank()
@@ -75,13 +78,15 @@ class StageTrainer:
         self.pending: SaveHandle | None = None
         self.times: deque[float] = deque(maxlen=RECENT_STEPS)
         self.saved_step = start.step if start.step else -1
-        self.validation = validation_streams(run.data, run.seed) if self.stage.validation.samples else {}
+        self.stream = training_stream(run, self.index)
+        self.validation = validation_streams_of(run) if self.stage.validation.samples else {}
 
     def train(self, stop: StopRequest) -> bool:
         """Train to the end of the budget, or to a stop request; saves before it returns."""
-        stream = SampleStream(self.run.data, self.run.seed, "train")
         first = self.budget.first_sample + self.step * self.stage.global_batch
-        feed = batches(stream, first, self.stage.global_batch, self.stage.micro_batch, self.data_rank, self.data_size)
+        feed = batches(
+            self.stream, first, self.stage.global_batch, self.stage.micro_batch, self.data_rank, self.data_size
+        )
         stopped = False
         if self.log:
             self._announce(self.log)
@@ -119,21 +124,43 @@ class StageTrainer:
         lr = learning_rate(self.budget.tokens_at(self.step + 1), self.run, self.index)
         set_learning_rates(self.engine.optimizer, self.stage, lr)
         self._open_masks()
-        result = self.engine.train_step(group, stop.asked)
+        result = self.engine.train_step(group, stop.asked, self.watch.reason)
         self.step += 1
         self.times.append(time.perf_counter() - began)
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            raise FlmError(
-                f"stage {self.stage.name!r} step {self.step}: loss {result.loss}, gradient norm {result.grad_norm} "
-                f"are not finite; the last checkpoint is untouched (samples {self.budget.batch_samples} from "
-                f"{self.budget.first_sample + (self.step - 1) * self.budget.batch_samples})"
-            )
+        if result.refused:
+            self._refuse(result.refused)
+            return result.stop
+        self.watch.applied(result.loss, result.grad_norm)
         norms = layer_norms(self.engine) if self.run.logging.layer_norms else {}
         if self.log:
             interval = self.run.logging.interval_steps
             speak = self.step % interval == 0 or self.step == self.budget.steps
             self.log.step(self._metrics(result, lr), self.budget.steps, speak, norms)
         return result.stop
+
+    def _refuse(self, reason: str) -> None:
+        """Say which samples a step that was not applied had, and do what the policy asks for."""
+        first = self.budget.first_sample + (self.step - 1) * self.budget.batch_samples
+        samples = range(first, first + self.budget.batch_samples)
+        policy = self.stage.stability.policy
+        if self.log:
+            names = [name for index in samples for name in self.stream.names(index)]
+            values = {"stage": self.stage.name, "step": self.step, "tokens": self.budget.tokens_at(self.step)}
+            self.log.refused(
+                {**values, "refused": reason, "policy": policy, "samples": names},
+                f"{self.stage.name} step {self.step} refused ({policy}): {reason}; samples {joined(names)}",
+            )
+        self.watch.refused(self.step, reason, f"samples {samples.start} to {samples.stop - 1}")
+        if policy == "rollback":
+            self._finish_save()
+            self._load(
+                open_checkpoint(self.store.path(self.stage.name, self.saved_step)) if self.saved_step > 0 else self.view
+            )
+
+    def _load(self, view: LogicalCheckpoint) -> None:
+        """Weights and optimizer of a checkpoint."""
+        load_state(view, self.engine.chunks, self.engine.optimizer)
+        load_births(view.manifest, self.engine.chunks, self.engine.optimizer)
 
     def _open_masks(self) -> None:
         """Set the growth masks to this step's value; at 1 they come off."""
@@ -161,9 +188,12 @@ class StageTrainer:
             mfu=tflops / peak if peak else None,
             peak_memory_gib=device.peak_memory_gib(),
             eta_s=(self.budget.steps - self.step) * median(self.times),
+            skipped_steps=self.watch.skipped,
         )
 
     def _at_intervals(self) -> None:
+        if self._due(self.stage.stability.checksum_interval_steps):
+            check_replicas(self.engine.chunks, self.step)
         if self._due(self.stage.validation.interval_steps) and self.validation:
             self._validate()
         if self._due(self.run.checkpoint.interval_steps) and self.step < self.budget.steps:
@@ -183,7 +213,7 @@ class StageTrainer:
             parts = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
             self.log.say(f"{self.stage.name} step {self.step} | validation loss {mean:.4f} ({parts})")
 
-    def _validation_loss(self, stream: SampleStream) -> float:
+    def _validation_loss(self, stream: Stream) -> float:
         stage = self.stage
         sizes = (stage.global_batch, stage.micro_batch, self.data_rank, self.data_size)
         return self.engine.validation_loss(validation_batches(stream, stage.validation.samples, *sizes))
@@ -216,6 +246,7 @@ class StageTrainer:
         groups = self.engine.optimizer.param_groups
         return {
             **({"growth": self.growth} if self.growth else {}),
+            "stability": self.watch.to_json(),
             "run": run_to_dict(self.run),
             "stage": self.stage.name,
             "step": self.step,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,18 +12,27 @@ import torch.distributed as dist
 
 from flm_megatron.config.schema import StageConfig
 from flm_megatron.device import current
+from flm_megatron.training.freezing import freeze, frozen_parameters
+from flm_megatron.training.optimizer_step import guarded_step
 
 Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step measured, the same on every rank. `stop` says that some rank was asked to stop."""
+    """What a step measured, the same on every rank. `stop` says that some rank was asked to stop, `refused` why the
+    weights were left as they were."""
 
     loss: float
     tokens: int
     grad_norm: float
     stop: bool
+    refused: str | None = None
+
+
+def accept_all(loss: float, grad_norm: float) -> str | None:
+    """No step is refused."""
+    return None
 
 
 class Engine:
@@ -40,11 +49,18 @@ class Engine:
         self.stage = stage
         self.sequence_length = sequence_length
         self.chunks = wrap_chunks(build_model(stage.model, stage), stage)
-        self.optimizer = build_optimizer(stage, self.chunks)
+        frozen = frozen_parameters(self.chunks, stage)
+        self.optimizer = build_optimizer(stage, self.chunks, {id(parameter) for parameter in frozen})
         _connect(self.chunks, stage, self.optimizer)
+        if frozen:
+            freeze(self.chunks, frozen)
 
-    def train_step(self, batches: list[Batch], stop: bool = False) -> StepResult:
+    def train_step(
+        self, batches: list[Batch], stop: bool = False, judge: Callable[[float, float], str | None] = accept_all
+    ) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one optimizer step.
+
+        The weights stay as they are where `judge(loss, gradient norm)` gives a reason.
 
         Takes tokens, labels, position_ids [micro_batch, sequence] int64 and loss_mask [micro_batch, sequence] fp32.
         Gradients and loss are means over all unmasked tokens of the global batch.
@@ -53,8 +69,9 @@ class Engine:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss, tokens, stopped = self._losses(batches, forward_only=False, stop=stop)
-        _, grad_norm, _ = self.optimizer.step()
-        return StepResult(loss / max(tokens, 1), tokens, float(grad_norm), stopped)
+        loss /= max(tokens, 1)
+        grad_norm, refused = guarded_step(self.optimizer, lambda norm: judge(loss, norm))
+        return StepResult(loss, tokens, grad_norm, stopped, refused)
 
     def validation_loss(self, batches: Iterator[list[Batch]]) -> float:
         """Mean loss over all unmasked tokens of the batches, in nats; the same on every rank."""
@@ -88,8 +105,18 @@ def forward_step(data_iterator: Iterator[Batch], model: torch.nn.Module) -> tupl
     """megatron-core's forward step: per-token losses [micro_batch, sequence] and how to sum them."""
     device = current().torch_device
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(data_iterator).items()}
-    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    hidden = other_segments(batch["segments"]) if "segments" in batch else None
+    losses = model(batch["tokens"], batch["position_ids"], hidden, labels=batch["labels"])
     return losses, partial(_sum_loss, batch["loss_mask"])
+
+
+def other_segments(segments: torch.Tensor) -> torch.Tensor:
+    """Where attention must not look [batch, 1, sequence, sequence]: at positions of another segment.
+
+    `segments` is [batch, sequence]. Rotary positions (xPos too) act through differences of positions alone, so
+    within a segment they are as if they started with it.
+    """
+    return (segments[:, :, None] != segments[:, None, :]).unsqueeze(1)
 
 
 def wrap_chunks(chunks: list[Any], stage: StageConfig) -> list[Any]:

@@ -1,0 +1,49 @@
+"""Fine-tune a checkpoint on conversations, going on where the run stands."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flm_megatron.config.schema import RunConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `flm sft`; anything else of the form `--field value` overrides the run file."""
+    parser.add_argument("run_file", help="run file (YAML) whose data.chat says how conversations are written")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved run file and stop")
+    parser.epilog = "Any field of the run file can be overridden: --stages.0.parallel.tensor 2 (see `flm config`)."
+    parser.set_defaults(accepts_overrides=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train what is left to do."""
+    from flm_megatron.config.loader import dump_run, load_run
+
+    config, lines = prepared(load_run(args.run_file, args.overrides))
+    if args.print_config:
+        print(dump_run(config), end="")
+        return 0
+    from flm_megatron.training.launch import train
+    from flm_megatron.training.parallel import launched
+
+    if not launched():
+        print("\n".join(lines), flush=True)
+    return train(config)
+
+
+def prepared(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The run with the model and the tokenizer of its checkpoint and the tokens of its epochs, and lines that say so.
+
+    Raises:
+        RequestError: no checkpoint, a tokenizer that is not the checkpoint's, or anything `fine_tuning_run` refuses.
+    """
+    from flm_megatron.errors import RequestError
+    from flm_megatron.evaluation.subject import open_subject
+    from flm_megatron.training.fine_tuning import fine_tuning_run
+
+    if config.checkpoint.initial is None:
+        raise RequestError("checkpoint.initial is not set: name the checkpoint to fine-tune")
+    subject = open_subject(config.checkpoint.initial, config.tokenizer)
+    return fine_tuning_run(config, subject.model, subject.tokenizer.path)

@@ -1,0 +1,33 @@
+"""The text of a sample, by the name that logs give it or by its place in the stream."""
+
+from __future__ import annotations
+
+from flm_megatron.config.budget import stage_budgets
+from flm_megatron.config.schema import RunConfig
+from flm_megatron.data.streams import training_stream
+from flm_megatron.data.tokenizer import Tokenizer
+from flm_megatron.errors import RequestError
+
+
+def sample_text(run: RunConfig, sample: str) -> str:
+    """A line that names the sample, and its text; several of them where conversations are packed.
+
+    `sample` is a name as in the log (SOURCE/EPOCH/SAMPLE), or the number of a training sample counted from the run's
+    first.
+
+    Raises:
+        RequestError: the run names no tokenizer or no data, or there is no such sample.
+        DamagedError: the data cannot be read.
+    """
+    if run.tokenizer is None:
+        raise RequestError("tokenizer is not set: give the SentencePiece model the data was made with")
+    tokenizer = Tokenizer(run.tokenizer)
+    stage = 0
+    if sample.isdigit():
+        stage = max(i for i, budget in enumerate(stage_budgets(run)) if budget.first_sample <= int(sample))
+    stream = training_stream(run, stage)
+    names = stream.names(int(sample)) if sample.isdigit() else [sample]
+    if not names:
+        raise RequestError(f"there is no sample {sample}: the last epoch ends before it")
+    parts = [(name, stream.ids(name)) for name in names]
+    return "\n".join(f"{name}: {len(ids)} tokens\n{tokenizer.decode(ids)}" for name, ids in parts)

@@ -1,0 +1,42 @@
+"""Gradient norms and clipping by our kernels, where megatron-core looks for Transformer Engine's or Apex's.
+
+Without either it falls back to one norm per parameter, each of which the host waits for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flm_megatron import kernels
+
+
+def install_clipping() -> bool:
+    """Put our kernels in place unless the choice of kernels says `te` or `apex`; returns whether they are."""
+    from megatron.core.optimizer import clip_grads
+
+    if kernels.current().names["grad_clip"] in ("te", "apex"):
+        return False
+    clip_grads.multi_tensor_applier = _apply
+    clip_grads.l2_norm_impl = _l2_norm
+    clip_grads.multi_tensor_scale_impl = _scale
+    return True
+
+
+def _apply(operation: Callable[..., Any], overflow: Tensor, lists: list[list[Tensor]], *arguments: Any) -> Any:
+    return operation(overflow, lists, *arguments)
+
+
+def _l2_norm(overflow: Tensor, lists: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:
+    """Norm [1] in fp32 of the first list."""
+    assert not per_tensor
+    return kernels.grad_norm(lists[0]).reshape(1), None
+
+
+def _scale(overflow: Tensor, lists: list[list[Tensor]], factor: float) -> None:
+    """Multiply the first list in place; the second names where the results go, which is the same."""
+    if lists[0]:
+        kernels.scale_grads_(lists[0], torch.full((), factor, dtype=torch.float32, device=lists[0][0].device))

@@ -1,0 +1,69 @@
+"""What makes a run a fine-tuning: the model comes from the checkpoint, the budget from epochs of conversations."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+from flm_megatron.config.loader import resolve_vocabulary
+from flm_megatron.config.rules import check
+from flm_megatron.config.schema import ChatConfig, ModelConfig, RunConfig, StageConfig
+from flm_megatron.data.chat_stream import ChatStream
+from flm_megatron.data.streams import training_stream
+from flm_megatron.data.tokenizer import Tokenizer
+from flm_megatron.errors import RequestError
+
+
+def fine_tuning_run(run: RunConfig, model: ModelConfig, tokenizer: str) -> tuple[RunConfig, list[str]]:
+    """The run with `model` in every stage and tokens for its epochs, and lines on what it will train on.
+
+    Raises:
+        RequestError: a stage describes another model or grows, packing meets Transformer Engine, conversations or
+            template are not fit, an epoch is empty, or a rule on run files is broken.
+    """
+    chat = run.data.chat or ChatConfig()
+    if chat.epochs < 1:
+        raise RequestError(f"data.chat.epochs is {chat.epochs}, give at least 1")
+    stages = [_stage(stage, model, chat) for stage in run.stages]
+    run = replace(run, tokenizer=tokenizer, data=replace(run.data, chat=chat), stages=stages)
+    lines = []
+    for index in range(len(run.stages)):
+        stream = training_stream(run, index)
+        assert isinstance(stream, ChatStream)
+        if not stream.samples:
+            raise RequestError(f"stage {stages[index].name!r} takes no conversation: raise passes in data.chat.mix")
+        run.stages[index] = replace(run.stages[index], tokens=stream.samples * run.data.sequence_length)
+        lines.append(_line(run.stages[index].name, stream, chat))
+    check(run)
+    return resolve_vocabulary(run, Tokenizer(tokenizer).vocab_size), lines
+
+
+def _stage(stage: StageConfig, model: ModelConfig, chat: ChatConfig) -> StageConfig:
+    if stage.growth is not None:
+        raise RequestError(f"stage {stage.name!r} grows: grow the checkpoint first (`flm grow`), then fine-tune it")
+    if stage.transformer_engine and chat.packing:
+        raise RequestError(
+            f"stage {stage.name!r}: packing needs attention within conversations, which transformer_engine is not "
+            "asked for here: set one of transformer_engine and data.chat.packing to false"
+        )
+    given, default = asdict(stage.model), asdict(ModelConfig())
+    other = [
+        f"{name} is {given[name]!r} here and {value!r} there"
+        for name, value in asdict(model).items()
+        if given[name] not in (value, default[name])
+    ]
+    if other:
+        raise RequestError(
+            f"stage {stage.name!r} describes another model than checkpoint.initial ({'; '.join(other)}): "
+            "leave the model out, it comes with the checkpoint"
+        )
+    return replace(stage, model=model)
+
+
+def _line(name: str, stream: ChatStream, chat: ChatConfig) -> str:
+    parts = [
+        f"{source.name} {len(source.conversations):,} conversations"
+        f" ({source.shortened:,} shortened, {source.dropped:,} dropped: too long)"
+        for source in stream.sources
+    ]
+    what = "packed" if chat.packing else "padded"
+    return f"{name}: {chat.epochs} epochs in {stream.samples:,} {what} samples; {', '.join(parts)}"

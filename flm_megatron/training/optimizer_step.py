@@ -1,0 +1,42 @@
+"""The optimizer's step, with a look at the gradient norm before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from flm_megatron.device import current
+
+Judge = Callable[[float], str | None]
+
+
+@torch.no_grad()
+def guarded_step(optimizer: Any, judge: Judge) -> tuple[float, str | None]:
+    """Clip the gradients and update the weights, unless `judge(gradient norm)` gives a reason on any rank.
+
+    The stages are those of megatron-core's ChainedOptimizer.step, in its order. Returns the norm before clipping,
+    and the reason on every rank if nothing was changed.
+    """
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    reason = judge(norm)
+    if _any_rank(reason is not None):
+        return norm, reason or "another rank measured a spike"
+    for part in optimizer.chained_optimizers:
+        parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
+        if parameters and part.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
+    optimizer.step_with_ready_grads()
+    return norm, None
+
+
+def _any_rank(flag: bool) -> bool:
+    """Norms are the same everywhere unless a replica is corrupt; then ranks must still do the same."""
+    flags = torch.tensor(float(flag), device=current().torch_device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags.item())
