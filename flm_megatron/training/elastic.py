@@ -1,7 +1,9 @@
 """torchrun that ends with the status of its ranks: `python -m flm_megatron.training.elastic TORCHRUN ARGUMENTS`.
 
 torchrun itself ends with 1 whenever it was stopped by a signal, although its ranks have saved and ended with 3, which
-is what a scheduler should see to queue the job again.
+is what a scheduler should see to queue the job again. And with the elastic rendezvous it keeps one store for all
+starts of the ranks, so a rank that is started again may find the addresses of those before it and hang (seen with
+torch 2.13 and gloo): here every start has a store of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import time
 from pathlib import Path
 
 STOPPED = 3
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
@@ -34,6 +37,8 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     args = torchrun.parse_args(arguments)
+    if args.rdzv_backend != "static":
+        os.environ.setdefault(OWN_STORE, "1")
     with tempfile.TemporaryDirectory(prefix="flm-") as folder:
         args.log_dir = args.log_dir or folder
         try:

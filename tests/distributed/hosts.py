@@ -38,12 +38,15 @@ class Host:
     address: str
     cable: str
     started: list[subprocess.Popen[str]] = field(default_factory=list)
+    before: str = ""
+    """Shell commands, ending in &&, that run first in every start."""
 
     def start(self, command: list[str], log: Path, **environment: str) -> subprocess.Popen[str]:
         """Start a command on this host; its output goes to `log`, its collectives use `eth0`."""
         names = {"GLOO_SOCKET_IFNAME": CARD, "NCCL_SOCKET_IFNAME": CARD, "OMP_NUM_THREADS": "1"}
         # A name of its own, as on a real host.
-        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.name]
+        script = f'hostname "$0" && {self.before}exec "$@"'
+        named = ["unshare", "--uts", "sh", "-c", script, self.name]
         with log.open("a") as file:
             process = subprocess.Popen(
                 ["ip", "netns", "exec", self.name, *named, *command],
@@ -65,6 +68,15 @@ class Host:
         for pid in self.pids() if pids is None else pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def refuse(self, other: Host) -> None:
+        """Send nothing to another host from now on."""
+        _ip("-n", self.name, "route", "add", "blackhole", f"{other.address}/32")
+
+    def hide(self, folder: Path) -> None:
+        """Lay a folder of this host's own over `folder` in what is started from now on."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.before = f"mount -t tmpfs none {folder} && "
 
     def cut_off(self) -> None:
         """Pull the cable: nothing arrives any more, and nobody is told."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -49,15 +48,24 @@ def logs(folder: Path) -> str:
 
 
 def end_times(pids: list[int], timeout_s: float) -> list[float]:
-    """When each process ended, by the monotonic clock; `timeout_s` from now for one that did not."""
-    processes = [psutil.Process(pid) for pid in pids]
-    ends: list[float] = []
+    """When each process ended, by the monotonic clock; `timeout_s` from now for one that did not.
+
+    On a host that is cut off torchrun waits for the network and does not fetch the statuses of its ranks.
+    """
     deadline = time.monotonic() + timeout_s
-    for process in processes:
-        with suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
-            process.wait(max(0.0, deadline - time.monotonic()))
-        ends.append(time.monotonic())
-    return ends
+    ends: dict[int, float] = {}
+    while len(ends) < len(pids) and time.monotonic() < deadline:
+        ends |= {pid: time.monotonic() for pid in pids if pid not in ends and not runs(pid)}
+        time.sleep(0.05)
+    return [ends.get(pid, deadline) for pid in pids]
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there and not merely waiting for its status to be fetched."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def agent_on(host: Host) -> int:

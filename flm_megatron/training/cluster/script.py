@@ -12,6 +12,10 @@ from flm_megatron.training.cluster.job import Job
 LAUNCHERS = ("torchrun", "slurm", "kubernetes")
 HEAD = "${HEAD_NODE:?set it to the name or address of the first node}"
 PORT = 29400
+ELASTIC = (
+    "# A failure starts the ranks of all nodes again from the last checkpoint; a node that comes back joins again."
+)
+STATIC = "# A failure ends the script on every node; started again on all, it goes on from the last checkpoint."
 SPARE_S = 30
 """Of the grace period, for the container or the job to end after its ranks."""
 
@@ -44,8 +48,10 @@ def _torchrun(job: Job, site: Site) -> str:
     return _fill(
         "torchrun.sh",
         job,
+        site,
         environment=as_shell([*_variables(job, site), shutdown_timeout(job.grace_s)]),
         rendezvous=_rendezvous(job, site),
+        failures=STATIC if site.rendezvous == "static" else ELASTIC,
         command=job.command(),
     )
 
@@ -67,6 +73,7 @@ def _slurm(job: Job, site: Site) -> str:
     return _fill(
         "slurm.sh",
         job,
+        site,
         environment=as_shell(_variables(job, site)),
         submissions="\n    ".join(stages),
         time=site.time,
@@ -83,6 +90,7 @@ def _kubernetes(job: Job, site: Site) -> str:
     return _fill(
         "kubernetes.yaml",
         job,
+        site,
         environment=as_yaml([*_variables(job, site), shutdown_timeout(job.grace_s)], 16),
         image=site.image,
         claim=site.claim,
@@ -95,7 +103,7 @@ def _variables(job: Job, site: Site) -> list[Variable]:
     return environment(job.gpu, job.nodes, site.fabric, site.interface)
 
 
-def _fill(template: str, job: Job, **values: str) -> str:
+def _fill(template: str, job: Job, site: Site, **values: str) -> str:
     """The template with each `{{name}}` replaced, by `values` and by what every template says of the job."""
     text = files(__package__).joinpath("templates").joinpath(template).read_text(encoding="utf-8")
     values |= {
@@ -104,7 +112,8 @@ def _fill(template: str, job: Job, **values: str) -> str:
         "job": job.name,
         "nodes": str(job.nodes),
         "per_node": str(job.per_node),
-        "restarts": str(job.restarts),
+        # Without the elastic rendezvous nobody tells the other nodes to start again.
+        "restarts": str(0 if site.rendezvous == "static" else job.restarts),
         "grace": str(job.grace_s + SPARE_S),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], text)

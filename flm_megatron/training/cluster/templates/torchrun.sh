@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains {{run_file}} on {{nodes}} node(s) of {{per_node}} processes. Run it on every node.
 {{summary}}
-# A failure starts the ranks of all nodes again from the last checkpoint; a node that comes back joins again.
+{{failures}}
 # SIGTERM: the step is finished and saved, and the script ends with 3. The same command goes on.
 set -euo pipefail
 
