@@ -13,14 +13,17 @@ import torch
 import torch.distributed as dist
 
 from flm_megatron.checkpoint.classic_writer import write_classic
+from flm_megatron.checkpoint.engine import load_state
+from flm_megatron.checkpoint.hugging_face_writer import ExportOptions, write_hugging_face
 from flm_megatron.checkpoint.initial import InitialCheckpoint
 from flm_megatron.checkpoint.layout import rank_regions
 from flm_megatron.checkpoint.logical import Region
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.placement import placements, unwrap
 from flm_megatron.checkpoint.processes import Processes
+from flm_megatron.checkpoint.writer import write_view
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
-from tests.distributed.layouts import STAGE, engine_under, name
+from tests.distributed.layouts import STAGE, engine_under, name, take_steps
 from tests.distributed.pool import Pool
 from tests.unit.checkpoint_cases import flm_checkpoint, write_small
 
@@ -142,3 +145,19 @@ def test_the_tools_cut_tensors_as_the_engine_does(pool: Pool, tmp_path: Path, pa
         write_classic(InitialCheckpoint(MODEL, 3), tmp_path / "out", (MODEL, parallel), Processes())
     results = pool.run(parallel.model_size, engine_against_tools, parallel, str(tmp_path / "out"))
     assert results == [[]] * parallel.model_size
+
+
+def train_from(path: str, parallel: ParallelConfig) -> list[tuple[float, float]]:
+    """Loss and gradient norm of three steps from a checkpoint's weights."""
+    with engine_under(parallel, replace(STAGE, model=MODEL), seed=99) as engine:
+        load_state(open_checkpoint(path), engine.chunks, engine.optimizer)
+        return take_steps(engine, range(3))
+
+
+def test_training_starts_straight_from_a_hugging_face_folder(pool: Pool, tmp_path: Path) -> None:
+    initial = InitialCheckpoint(MODEL, 3)
+    write_hugging_face(initial, MODEL, tmp_path / "hf", ExportOptions(shard_bytes=50_000, pad_vocab_to=7))
+    write_view(initial, tmp_path / "ours")
+    parallel = ParallelConfig(tensor=2, pipeline=2, data=1)
+    straight = pool.run(4, train_from, str(tmp_path / "hf"), parallel)
+    assert straight == pool.run(4, train_from, str(tmp_path / "ours"), parallel)
