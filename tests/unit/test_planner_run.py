@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from flm_megatron.cli import plan as command
+from flm_megatron.config.loader import load_run
 from flm_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, StageConfig
 from flm_megatron.device.hardware import known_hardware
 from flm_megatron.errors import RequestError
@@ -84,6 +86,14 @@ def test_the_comparison_trains_all_tokens_at_the_last_size() -> None:
     assert plan.from_scratch.seconds == pytest.approx(plan.total.tokens * large.step.total / 1024)
     assert plan.saving == pytest.approx(1 - plan.total.seconds / plan.from_scratch.seconds)
     assert 0 < plan.saving < 1
+
+
+def test_a_plan_takes_less_than_a_second() -> None:
+    """Of the processor, which other processes do not lengthen."""
+    run = load_run(EXAMPLES / "tele-flm.yaml")
+    start = time.process_time()
+    assert run_text(plan_run(run, find_machine("a800"), 896))
+    assert time.process_time() - start < 1
 
 
 def test_every_known_accelerator_can_be_planned() -> None:
