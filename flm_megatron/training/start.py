@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flm_megatron.checkpoint.described import without_padding
 from flm_megatron.checkpoint.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
@@ -141,7 +142,7 @@ def first_view(run: RunConfig, model: ModelConfig, source: Path | None) -> Logic
     """
     if source is None:
         return InitialCheckpoint(model, run.seed)
-    view = open_checkpoint(source)
+    view = without_padding(open_checkpoint(source, model.vocab_size), model)
     wanted = {name: info.shape for name, info in InitialCheckpoint(model, run.seed).tensors.items()}
     for name, shape in wanted.items():
         found = view.tensors[name].shape if name in view.tensors else None
