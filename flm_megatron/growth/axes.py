@@ -58,7 +58,7 @@ def axis_segments(plan: GrowthPlan, role: Role) -> list[Segment]:
     """The whole grown axis of a role as segments, in order and without gaps."""
     old, new = plan.old, plan.new
     if role == "layer":
-        return [Segment(i, 1, layer.source, layer.copy) for i, layer in enumerate(plan.layer_sources)]
+        return list(_joined(Segment(i, 1, layer.source, layer.copy) for i, layer in enumerate(plan.layer_sources)))
     if role == "vocab":
         return _appended([(old.vocab_size or 0, new.vocab_size or 0)])
     if role in ("write", "read", "norm"):
@@ -100,8 +100,8 @@ def _joined(segments: Iterator[Segment]) -> Iterator[Segment]:
     held: Segment | None = None
     for segment in segments:
         follows = None if held is None or held.source is None else held.source + held.size
-        if held is not None and segment.source == follows:
-            held = Segment(held.start, held.size + segment.size, held.source)
+        if held is not None and (segment.source, segment.copy) == (follows, held.copy):
+            held = Segment(held.start, held.size + segment.size, held.source, held.copy)
             continue
         if held is not None:
             yield held

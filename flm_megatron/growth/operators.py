@@ -70,7 +70,6 @@ class Operators:
     def __init__(self, plan: GrowthPlan) -> None:
         self.plan = plan
         self.specs = parameter_specs(plan.new)
-        self.old_specs = parameter_specs(plan.old)
 
     def pieces(self, name: str, region: Region) -> Iterator[Piece]:
         """Pieces of `region` of parameter `name`: they cover it once, in row-major order of their corners."""

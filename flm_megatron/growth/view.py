@@ -12,7 +12,7 @@ from flm_megatron import __version__
 from flm_megatron.checkpoint.generator import truncated_normal
 from flm_megatron.checkpoint.logical import EXP_AVG, MASTER, STATE_PREFIXES, LogicalCheckpoint, Region, TensorInfo
 from flm_megatron.errors import RequestError
-from flm_megatron.growth.operators import Constant, Content, Fresh, Mean, Old, Operators, Piece
+from flm_megatron.growth.operators import Constant, Fresh, Mean, Old, Operators, Piece
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.model.parameters import parameter_specs
 
@@ -42,14 +42,15 @@ class GrownCheckpoint(LogicalCheckpoint):
         info = self.tensors[name]
         region = region or Region.whole(info.shape)
         prefix, parameter = split_name(name)
-        out = torch.empty(region.sizes, dtype=info.dtype)
+        out: torch.Tensor | None = None
         for piece in self.operators.pieces(parameter, region):
-            place = piece.region.within(region).slices
-            if prefix in ("", MASTER):
-                out[place] = self._weights(prefix, parameter, piece, info.dtype)
-            else:
-                out[place] = self._moments(prefix, parameter, piece.content)
-        return out
+            weights = prefix in ("", MASTER)
+            values = (self._weights if weights else self._moments)(prefix, parameter, piece)
+            if isinstance(values, torch.Tensor) and values.shape == region.sizes and values.dtype == info.dtype:
+                return values  # one piece is all of it: no copy
+            out = torch.empty(region.sizes, dtype=info.dtype) if out is None else out
+            out[piece.region.within(region).slices] = values
+        return torch.empty(region.sizes, dtype=info.dtype) if out is None else out
 
     def _infos(self, name: str) -> list[tuple[str, TensorInfo]]:
         """The parameter and its optimizer state, as far as the source has them."""
@@ -57,13 +58,14 @@ class GrownCheckpoint(LogicalCheckpoint):
         prefixes = ("", *STATE_PREFIXES)
         return [(p + name, TensorInfo(shape, i.dtype)) for p in prefixes if (i := self.source.tensors.get(p + name))]
 
-    def _weights(self, prefix: str, name: str, piece: Piece, dtype: torch.dtype) -> torch.Tensor | float:
+    def _weights(self, prefix: str, name: str, piece: Piece) -> torch.Tensor | float:
         """Weights or masters of one piece. A rounded weight that changes is rounded from its fp32 master."""
         content = piece.content
         if isinstance(content, Constant):
             return content.value
         if isinstance(content, Fresh):
             key, shape = f"growth:{self.plan.stage}:{name}", self.operators.specs[name].shape
+            dtype = self.tensors[prefix + name].dtype
             return truncated_normal(self.plan.seed, key, shape, piece.region, content.std, dtype=dtype)
         if isinstance(content, Old) and content.scale == 1.0:
             return self.source.read(prefix + name, content.region)
@@ -74,11 +76,13 @@ class GrownCheckpoint(LogicalCheckpoint):
             values = axis_mean(values, content.axis)
         return values * content.scale
 
-    def _moments(self, prefix: str, name: str, content: Content) -> torch.Tensor | float:
+    def _moments(self, prefix: str, name: str, piece: Piece) -> torch.Tensor | float:
+        """Moments of one piece: they go the other way than the weights' scale, and start at zero where new."""
+        content = piece.content
         if not isinstance(content, Old) or content.copy:
             return 0.0
         values = self.source.read(prefix + name, content.region)
-        return values / content.scale ** (1 if prefix == EXP_AVG else 2)
+        return values if content.scale == 1.0 else values / content.scale ** (1 if prefix == EXP_AVG else 2)
 
 
 def split_name(name: str) -> tuple[str, str]:
