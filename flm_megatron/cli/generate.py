@@ -1,0 +1,79 @@
+"""Let a checkpoint write: one prompt, a file of prompts, or a chat in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flm_megatron.cli.checkpoint_options import positive
+from flm_megatron.cli.model_options import add_model_options, layout_of
+from flm_megatron.errors import RequestError
+
+if TYPE_CHECKING:
+    from flm_megatron.evaluation.generate_run import GenerateRequest
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `flm generate`."""
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint of any format")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="text to go on from")
+    what.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt in each line, or in `prompt` of .jsonl")
+    what.add_argument("--chat", action="store_true", help="talk: each line is a turn, in the Tele-FLM template")
+    parser.add_argument("--system", help="chat: the system text")
+    parser.add_argument("--max-new-tokens", type=positive, default=256, help="longest completion (default 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0 from all (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this probability")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 discourages tokens seen before")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default 0)")
+    parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="strings that end a completion")
+    parser.add_argument("--batch", type=positive, default=1, help="prompts in one forward pass (default 1)")
+    parser.add_argument("--no-stream", action="store_true", help="show a completion when it is whole")
+    parser.add_argument("--json", action="store_true", help="a JSON object for each prompt")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write completions here")
+    add_model_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the request, then generate on every process; returns 0."""
+    from flm_megatron.checkpoint.layout import check_layout
+    from flm_megatron.evaluation.generate_run import run_generation
+    from flm_megatron.evaluation.processes import run_under
+    from flm_megatron.evaluation.subject import open_subject
+    from flm_megatron.evaluation.terminal import relayed_lines
+    from flm_megatron.training.parallel import launched
+
+    request = _request(args)
+    check_layout(open_subject(args.checkpoint, args.tokenizer, args.vocab_size).model, request.parallel)
+    started_here = not launched() and request.parallel.model_size * (request.parallel.data or 1) > 1
+    with relayed_lines() if args.chat and started_here else nullcontext() as lines:
+        return run_under(request.parallel, run_generation, replace(request, lines=lines))
+
+
+def _request(args: argparse.Namespace) -> GenerateRequest:
+    from flm_megatron.evaluation.generate_run import GenerateRequest, read_prompts
+    from flm_megatron.evaluation.sampling import SamplingSettings
+
+    if args.system is not None and not args.chat:
+        raise RequestError("--system is for --chat")
+    prompts = read_prompts(args.prompts) if args.prompts else [args.prompt] * (args.prompt is not None)
+    return GenerateRequest(
+        checkpoint=args.checkpoint,
+        prompts=prompts,
+        sampling=SamplingSettings(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed),
+        max_new_tokens=args.max_new_tokens,
+        stop=tuple(args.stop),
+        batch=args.batch,
+        stream=not args.no_stream,
+        out=args.out,
+        as_json=args.json,
+        system=args.system,
+        tokenizer=args.tokenizer,
+        precision=args.precision,
+        vocab_size=args.vocab_size,
+        parallel=layout_of(args),
+    )

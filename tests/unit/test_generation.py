@@ -1,0 +1,107 @@
+"""Generation: the tokens of transformers, whatever the batch, and the same with the cache as without."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flm_megatron.config.schema import ModelConfig, ParallelConfig
+from flm_megatron.errors import RequestError
+from flm_megatron.evaluation.generation import GenerationRequest, generate
+from flm_megatron.evaluation.model import Batch, forward, load_model
+from flm_megatron.evaluation.sampling import SamplingSettings
+from flm_megatron.model.cache import cached
+from tests.engine import one_process
+from tests.unit.evaluation_cases import MODEL, make_folder, reference_model, subject_in
+
+PROMPTS = ["import torch", "def", "class Batch:\n    tokens: Tensor", "文"]
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokenizer and Llama folder."""
+    return make_folder(tmp_path_factory.mktemp("generation"))
+
+
+def requests(tokenizer: Any, sampling: SamplingSettings, new: int = NEW) -> list[GenerationRequest]:
+    """All prompts."""
+    return [GenerationRequest(i, tokenizer.encode(text), new, (), sampling) for i, text in enumerate(PROMPTS)]
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_tokens_are_those_of_transformers(folder: Path, penalty: float) -> None:
+    subject, reference = subject_in(folder), reference_model(folder)
+    with one_process():
+        chunk = load_model(subject, ParallelConfig())
+        asked = requests(subject.tokenizer, SamplingSettings(repetition_penalty=penalty))
+        found = generate(chunk, subject.tokenizer, asked)
+    for request, completion in zip(asked, found, strict=True):
+        ids = torch.tensor([list(request.prompt)])
+        with torch.no_grad():
+            output = reference.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=NEW,
+                do_sample=False,
+                repetition_penalty=penalty,
+                eos_token_id=subject.tokenizer.eod,
+            )
+        expected = output[0, ids.shape[1] :].tolist()
+        assert completion.ids == [i for i in expected if i != subject.tokenizer.eod]
+        assert completion.finish_reason == ("eod" if expected[-1] == subject.tokenizer.eod else "length")
+        assert completion.text == subject.tokenizer.decode(completion.ids)
+
+
+def test_sampling_does_not_depend_on_the_batch(folder: Path) -> None:
+    subject = subject_in(folder)
+    sampling = SamplingSettings(temperature=0.9, top_k=50, top_p=0.95, seed=5)
+    with one_process():
+        chunk = load_model(subject, ParallelConfig())
+        asked = requests(subject.tokenizer, sampling)
+        together = generate(chunk, subject.tokenizer, asked)
+        alone = [generate(chunk, subject.tokenizer, [request])[0] for request in asked]
+        again = generate(chunk, subject.tokenizer, requests(subject.tokenizer, replace(sampling, seed=6)))
+    assert together == alone
+    assert [c.ids for c in together] != [c.ids for c in again]
+
+
+@pytest.mark.parametrize("model", [MODEL, replace(MODEL, position="xpos", xpos_scale_base=8.0)], ids=["rope", "xpos"])
+def test_the_cache_gives_the_logits_of_whole_forward_passes(folder: Path, model: ModelConfig) -> None:
+    subject = subject_in(folder, model)
+    ids = torch.randint(4, 400, (2, 12), generator=torch.Generator().manual_seed(0))
+    with one_process():
+        chunk = load_model(subject, ParallelConfig())
+        whole = forward(chunk, [Batch(ids)], 1, lambda _, logits: logits.clone())[0]
+        with cached(chunk, 12):
+            for start, end in ((0, 5), (5, 9), (9, 10), (10, 11), (11, 12)):  # several new positions, then single ones
+                logits = forward(chunk, [Batch(ids[:, start:end])], 1, lambda _, logits: logits.clone())[0]
+                assert logits.shape[1] == 1
+                torch.testing.assert_close(logits[:, 0], whole[:, end - 1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(forward(chunk, [Batch(ids)], 1, lambda _, logits: logits.clone())[0], whole)
+
+
+def test_a_stop_string_ends_a_completion_and_is_not_part_of_it(folder: Path) -> None:
+    subject = subject_in(folder)
+    with one_process():
+        chunk = load_model(subject, ParallelConfig())
+        prompt = subject.tokenizer.encode("import torch")
+        free = generate(chunk, subject.tokenizer, [GenerationRequest(0, prompt, NEW)])[0]
+        stop = free.text[6:8]
+        shown: list[str] = []
+        request = GenerationRequest(0, prompt, NEW, (stop,))
+        found = generate(chunk, subject.tokenizer, [request], lambda _, text: shown.append(text))[0]
+    assert found.finish_reason == "stop"
+    assert found.text == free.text[: free.text.index(stop)] == "".join(shown)
+    assert len(found.ids) < len(free.ids)
+
+
+def test_an_empty_prompt_or_no_room_is_refused() -> None:
+    with pytest.raises(RequestError, match="a prompt of 0 ids"):
+        GenerationRequest(0, [])
+    with pytest.raises(RequestError, match="0 new"):
+        GenerationRequest(0, [1], 0)
