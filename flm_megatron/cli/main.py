@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 
 from flm_megatron.errors import FlmError
 
 COMMANDS = {
     "train": "train a run file's stages, growing between them",
+    "plan": "plan memory, time and cost before asking for the machines",
     "launch": "start a run on a cluster, or print what would start it",
     "doctor": "check the machines before a run",
+    "sft": "fine-tune a checkpoint on conversations",
     "config": "show every field of the run file, or a run file resolved",
     "data": "make datasets and tokenizers",
     "checkpoint": "inspect, verify, compare, re-shard, import and export checkpoints",
@@ -37,6 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
     except FlmError as error:
         print(f"flm {args.command}: {error}", file=sys.stderr)
         return error.status
+    except BrokenPipeError:  # what reads our output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
+        return 0
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 def _parser(wanted: str | None) -> argparse.ArgumentParser:
