@@ -50,7 +50,7 @@ class ChatSource:
                 self.conversations.append(_encoded(pieces, conversation.line))
         if not self.conversations:
             raise RequestError(
-                f"{config.path}: no question fits into {sequence_length} tokens with an answer: raise data.sequence_length"
+                f"{config.path}: no question fits into {sequence_length} tokens: raise data.sequence_length"
             )
 
 

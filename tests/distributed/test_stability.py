@@ -115,7 +115,7 @@ def test_rollback_returns_to_the_last_checkpoint(pool: Pool, data: Path, tmp_pat
 
 def test_spikes_in_a_row_end_the_run(pool: Pool, data: Path, tmp_path: Path) -> None:
     run = faulty_run(data, tmp_path, "skip")
-    with pytest.raises(RankFailed, match="FlmError: 3 steps in a row were refused.*samples 8 to 11"):
+    with pytest.raises(RankFailed, match=r"FlmError: 3 steps in a row were refused.*samples 8 to 11"):
         pool.run(2, train_with_faults, run, dict.fromkeys(range(3, 9), "gradient"))
     assert checkpoint_store(run).steps("small")[-1] == 4  # saved without any of the refused steps
 
