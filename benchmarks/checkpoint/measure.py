@@ -5,8 +5,8 @@
     python benchmarks/checkpoint/measure.py processes --folder /tmp/measure --millions 300 --processes 1 2
     python benchmarks/checkpoint/measure.py trillion
 
-Prints Markdown. `--cold` empties the page cache before each run, which needs root. Checkpoints are made of initial
-weights in bf16, fp32 masters and moments: 14 bytes for each parameter. The folder's contents are removed at the end.
+Prints Markdown. `--cold` empties the page cache before each run, which needs root. Checkpoints hold noise:
+weights in bf16, fp32 masters and moments, 14 bytes for each parameter. The folder's contents are removed at the end.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def make(folder: Path, millions: int) -> Path:
     import torch
 
     from flm_megatron.checkpoint.initial import InitialCheckpoint
+    from flm_megatron.checkpoint.logical import Region
     from flm_megatron.checkpoint.writer import write_view
     from flm_megatron.config.schema import ModelConfig, RunConfig, StageConfig
     from flm_megatron.model.parameters import parameter_count
@@ -52,9 +53,18 @@ def make(folder: Path, millions: int) -> Path:
     fixed = parameter_count(model)
     model.num_layers = 2
     model.num_layers = 1 + round((millions * 1e6 - fixed) / (parameter_count(model) - fixed))
-    path = folder / f"{millions}m"
+    path, noise = folder / f"{millions}m", torch.randn(2**22)
+
+    class Noise(InitialCheckpoint):
+        """The same shapes with values that cost nothing: the same block of noise again and again."""
+
+        def read(self, name: str, region: Region | None = None) -> torch.Tensor:
+            """Values of a region."""
+            assert region is not None and region.numel <= noise.numel()
+            return noise[: region.numel].view(region.sizes).to(self.tensors[name].dtype)
+
     run_file = asdict(RunConfig(stages=[StageConfig(name="measured", model=model)]))
-    view = InitialCheckpoint(model, 1, optimizer=True, dtype=torch.bfloat16)
+    view = Noise(model, 1, optimizer=True, dtype=torch.bfloat16)
     write_view(view, path, {"run": run_file, "stage": "measured", "step": 1})
     print(f"<!-- {parameter_count(model):,} parameters, {size_of(path) / 1e9:.2f} GB -->", flush=True)
     return path

@@ -46,6 +46,7 @@ def write_classic(
     with destination(path, processes, nbytes) as folder, progress_bar("write", nbytes, processes) as moved:
 
         def write_share() -> None:
+            """This process's files."""
             for rank in ranks[processes.rank :: processes.size]:
                 file = folder / _iteration(step) / _rank_folder(rank, parallel) / FILE
                 arrays = _lay_out(file, view, plans[rank], {"args": arguments, "iteration": step})

@@ -62,6 +62,7 @@ def compare(
     ]
 
     def share() -> dict[str, tuple[float, float]]:
+        """Largest difference and magnitude of each tensor among this process's chunks."""
         found: dict[str, tuple[float, float]] = {}
         for name, region in chunks[processes.rank :: processes.size]:
             before = found.get(name, (0.0, 0.0))

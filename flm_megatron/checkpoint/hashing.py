@@ -32,6 +32,7 @@ def shared_hashes(view: LogicalCheckpoint, processes: Processes) -> dict[str, st
     nbytes = sum(region.numel * view.tensors[name].dtype.itemsize for name, region in chunks)
 
     def share() -> dict[str, int]:
+        """Shares of the hashes of this process's chunks."""
         sums = dict.fromkeys(view.tensors, 0)
         with progress_bar("hash", nbytes, processes) as moved:
             for name, region in chunks[processes.rank :: processes.size]:

@@ -22,6 +22,7 @@ def progress_bar(label: str, nbytes: int, processes: Processes) -> Iterator[Call
     ) as bar:
 
         def moved(count: int) -> None:
+            """Count bytes."""
             bar.update(count)
 
         yield moved

@@ -42,6 +42,7 @@ def read_torch_file(path: Path) -> Any:
 
 class _Unpickler(SafeUnpickler):
     def find_class(self, module: str, name: str) -> Any:
+        """The allowed object of that name, or an inert record for one of a known package."""
         try:
             return super().find_class(module, name)
         except DamagedError:
