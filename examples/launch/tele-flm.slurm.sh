@@ -12,7 +12,7 @@
 #   tele-flm-102b: tensor 4 x pipeline 4 x data 56
 #   tele-flm-1t: tensor 32 x pipeline 28 x data 1; tensor groups span 4 nodes, so their traffic is on the network
 # `bash THIS_FILE` submits them. A job that reaches its time limit saves and queues itself again under the same
-# number, so the jobs behind it wait; one that is preempted saves and is queued again by Slurm.
+# number, so the jobs behind it wait; so does one that is preempted.
 set -euo pipefail
 
 if [[ -z "${SLURM_JOB_ID:-}" ]]; then
@@ -62,8 +62,7 @@ export GLOO_SOCKET_IFNAME=ib0
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 
-# Slurm warns this shell before the time limit. The ranks are told, save, and end with 3. Preemption and scancel
-# reach the ranks without a warning to this shell: then Slurm knows itself whether to queue the job again.
+# Slurm warns this shell before the time limit: the ranks are told, save, and end with 3.
 warned=
 trap 'warned=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 trap : TERM
@@ -83,8 +82,11 @@ while kill -0 "$step" 2>/dev/null; do
     wait "$step" || status=$?
 done
 
-# 3: stopped and saved. Ranks that were still starting have nothing to save and end otherwise.
-if [[ -n $warned && $status != 0 && $status != 2 ]]; then
+# Before the time limit, and when the job is preempted (the ranks hear that from Slurm, and are faster than its grace
+# time), the job goes into the queue again; after scancel it does not. 3 says that the ranks have saved; ranks that
+# were still starting end otherwise and have nothing to save. 2 is a wrong request.
+preempted() { scontrol show job "$SLURM_JOB_ID" | grep -q "PreemptTime=[0-9]"; }
+if [[ $status != 0 && $status != 2 ]] && { [[ -n $warned ]] || preempted; }; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"
