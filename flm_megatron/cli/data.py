@@ -6,6 +6,8 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
+from flm_megatron.cli import data_screen
+
 if TYPE_CHECKING:
     from flm_megatron.data.corpus import Corpus
     from flm_megatron.data.description import Description
@@ -17,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_build(commands.add_parser("build", help="encode text into an indexed dataset", allow_abbrev=False))
     _add_tokenizer(commands.add_parser("tokenizer", help="train a SentencePiece tokenizer", allow_abbrev=False))
     _add_show(commands.add_parser("show", help="the text of a training sample", allow_abbrev=False))
+    screen = commands.add_parser("screen", help="choose few good conversations out of many", allow_abbrev=False)
+    data_screen.add_arguments(screen)
     _add_stdlib(
         commands.add_parser(
             "stdlib", help="tokenizer and datasets from Python's own standard library", allow_abbrev=False

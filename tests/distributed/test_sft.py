@@ -14,10 +14,9 @@ from flm_megatron.checkpoint.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import Region
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.placement import placements
-from flm_megatron.checkpoint.writer import write_view
 from flm_megatron.cli.main import main as flm
 from flm_megatron.cli.sft import prepared
-from flm_megatron.config.loader import load_run, run_to_dict
+from flm_megatron.config.loader import load_run
 from flm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig, SourceConfig, StageConfig
 from flm_megatron.data.chat_source import ChatSource
 from flm_megatron.data.chat_stream import ChatStream
@@ -32,27 +31,18 @@ from tests.distributed.layouts import micro_batches
 from tests.distributed.layouts import name as layout_name
 from tests.distributed.pool import Pool
 from tests.distributed.runs import losses
+from tests.distributed.sft_cases import MODEL, SEED, chat_folder
 from tests.reference import reference_loss
 from tests.unit.chat_cases import conversation, tokenizer, write
 
 LENGTH = 160
-MODEL = ModelConfig(
-    num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, vocab_size=290
-)
-SEED = 5
 Gradients = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer, 24 conversations, and a checkpoint with fresh weights."""
-    folder = tmp_path_factory.mktemp("sft")
-    model = tokenizer(folder)
-    write(folder / "chat.jsonl", [conversation(i) for i in range(24)])
-    base = RunConfig(tokenizer=model.path, stages=[StageConfig(name="base", model=MODEL, tokens=1)])
-    known = dict.fromkeys(("step", "tokens", "samples", "optimizer_step"), 0)
-    write_view(InitialCheckpoint(MODEL, SEED), folder / "base", {"run": run_to_dict(base), "stage": "base", **known})
-    return folder
+    return chat_folder(tmp_path_factory.mktemp("sft"))
 
 
 def stream(folder: Path, packing: bool) -> ChatStream:

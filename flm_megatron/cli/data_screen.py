@@ -1,0 +1,149 @@
+"""Choose few good conversations out of many, and write what was dropped and why."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flm_megatron.cli.checkpoint_options import positive
+from flm_megatron.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from flm_megatron.data.screening import Limits, Score, Screening
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `flm data screen`."""
+    from flm_megatron.cli.model_options import add_model_options
+
+    parser.add_argument("pool", nargs="+", type=Path, metavar="JSONL", help="files of conversations")
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder to write: kept.jsonl, ...")
+    parser.add_argument("--keep", type=positive, metavar="K", help="conversations to choose; all that are left")
+    parser.add_argument("--seed", type=int, default=1234, help="seed of hashes, clusters and ties (default 1234)")
+    parser.add_argument(
+        "--similarity", type=float, metavar="SHARE", help="drop near duplicates of at least this Jaccard similarity"
+    )
+    parser.add_argument("--min-characters", type=int, default=0, help="least characters of all text (default 0)")
+    parser.add_argument("--max-characters", type=positive, help="most characters of all text")
+    parser.add_argument("--min-answer-characters", type=positive, default=1, help="of the shortest answer (default 1)")
+    parser.add_argument("--languages", nargs="+", default=[], metavar="CODE", help="languages to keep, such as en zh")
+    parser.add_argument("--quota", nargs="+", default=[], metavar="CATEGORY=SHARE", help="shares of what is chosen")
+    parser.add_argument("--checkpoint", type=Path, metavar="CKPT", help="score conversations with this checkpoint")
+    parser.add_argument("--min-loss", type=float, default=0.0, help="least mean loss of answers, nats per token")
+    parser.add_argument("--max-loss", type=float, help="largest mean loss of answers, nats per token")
+    parser.add_argument("--max-difficulty", type=float, help="largest perplexity of answers over that without question")
+    parser.add_argument("--clusters", type=positive, help="choose from this many clusters of hidden states in turn")
+    parser.add_argument("--template", default="tele-flm", help="tele-flm, or a Jinja chat template (default tele-flm)")
+    parser.add_argument(
+        "--window", type=positive, help="longest conversation in tokens; the checkpoint's sequence length"
+    )
+    parser.add_argument("--batch", type=positive, default=8, help="conversations in one forward pass (default 8)")
+    add_model_options(parser)
+    parser.set_defaults(run_data=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Screen, write kept.jsonl, dropped.jsonl and report.json, and print the counts; returns 0."""
+    from flm_megatron.data.clusters import clusters
+    from flm_megatron.data.conversations import read_conversations
+    from flm_megatron.data.screening import Screening
+
+    if args.out.exists():
+        raise RequestError(f"{args.out} exists: choose another folder, or remove it first")
+    limits, quotas = _limits(args), _quotas(args.quota)
+    screening = Screening([c for path in args.pool for c in read_conversations(path)], args.seed)
+    screening.filter_texts(limits)
+    scores = _scores(args, screening.left) if args.checkpoint else {}
+    groups: dict[int, int] = {}
+    if args.checkpoint:
+        screening.filter_scores(scores, limits)
+        if args.clusters:
+            groups = clusters({index: scores[index].hidden for index in screening.left}, args.clusters, args.seed)
+    screening.choose(args.keep or len(screening.left), quotas, scores, groups)
+    _write(args.out, screening, scores, groups)
+    return 0
+
+
+def _limits(args: argparse.Namespace) -> Limits:
+    from flm_megatron.data.screening import Limits
+
+    asked = [name for name in ("max_loss", "max_difficulty", "clusters") if getattr(args, name) is not None]
+    if (asked or args.min_loss) and not args.checkpoint:
+        name = (asked or ["min_loss"])[0].replace("_", "-")
+        raise RequestError(f"--{name} needs a model to measure by: give --checkpoint")
+    return Limits(
+        similarity=args.similarity,
+        min_characters=args.min_characters,
+        max_characters=args.max_characters,
+        min_answer_characters=args.min_answer_characters,
+        languages=args.languages,
+        min_loss=args.min_loss,
+        max_loss=args.max_loss,
+        max_difficulty=args.max_difficulty,
+    )
+
+
+def _quotas(given: list[str]) -> dict[str, float]:
+    quotas = {}
+    for text in given:
+        name, _, share = text.rpartition("=")
+        try:
+            quotas[name] = float(share)
+        except ValueError:
+            raise RequestError(f"--quota {text!r} is not of the form CATEGORY=SHARE, such as maths=0.4") from None
+    return quotas
+
+
+def _scores(args: argparse.Namespace, indices: list[int]) -> dict[int, Score]:
+    """Scores of some of the pool by the checkpoint, in processes of its layout."""
+    import tempfile
+
+    from flm_megatron.cli.model_options import layout_of
+    from flm_megatron.evaluation.conversation_scores import ScoreRequest, read_scores, score
+    from flm_megatron.evaluation.processes import run_under
+
+    parallel = layout_of(args)
+    if (parallel.data or 1) > 1:
+        raise RequestError(f"--data is {parallel.data}: screening runs on one copy of the model, leave it out")
+    with tempfile.TemporaryDirectory() as folder:
+        request = ScoreRequest(
+            pool=args.pool,
+            indices=indices,
+            checkpoint=args.checkpoint,
+            out=Path(folder) / "scores.json",
+            template=args.template,
+            window=args.window,
+            batch=args.batch,
+            tokenizer=args.tokenizer,
+            precision=args.precision,
+            vocab_size=args.vocab_size,
+            parallel=parallel,
+        )
+        run_under(parallel, score, request)
+        return read_scores(request.out)
+
+
+def _write(folder: Path, screening: Screening, scores: Mapping[int, Score], groups: Mapping[int, int]) -> None:
+    import json
+
+    folder.mkdir(parents=True)
+    with (folder / "kept.jsonl").open("w", encoding="utf-8") as kept:
+        for index in screening.left:
+            print(json.dumps(screening.pool[index].record, ensure_ascii=False), file=kept)
+    with (folder / "dropped.jsonl").open("w", encoding="utf-8") as dropped:
+        for index, (name, reason) in sorted(screening.dropped.items()):
+            where = {"path": screening.pool[index].path, "line": screening.pool[index].line}
+            print(json.dumps({**where, "filter": name, "reason": reason}, ensure_ascii=False), file=dropped)
+    with (folder / "scores.jsonl").open("w", encoding="utf-8") as written:
+        for index, score in sorted(scores.items()):
+            where = {"path": screening.pool[index].path, "line": screening.pool[index].line}
+            values = {"loss": score.loss, "difficulty": score.difficulty, "cluster": groups.get(index)}
+            print(json.dumps({**where, **values}), file=written)
+    report = screening.report()
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    for name, count in report["dropped"].items():
+        print(f"dropped {count:,}: {name}")
+    print(f"kept {report['kept']:,} of {report['pool']:,} in {folder / 'kept.jsonl'}")
