@@ -27,14 +27,14 @@ TOOL = str(ROOT / "tools" / "reshard_checkpoint.py")
 FLM = [sys.executable, "-m", "flm_megatron.cli.main", "checkpoint"]
 
 
-def run(command: list[str]) -> tuple[float, float]:
-    """Wall seconds and peak resident MiB of a command. Raises CalledProcessError if it fails."""
+def run(command: list[str]) -> tuple[float, float, float]:
+    """Wall seconds, peak resident MiB and CPU seconds of a command. Raises CalledProcessError if it fails."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
-    return time.perf_counter() - started, usage.ru_maxrss / 1024
+    return time.perf_counter() - started, usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime
 
 
 def make(folder: Path, millions: int) -> Path:
@@ -84,7 +84,9 @@ def forget(cold: bool) -> None:
 
 def memory(args: argparse.Namespace) -> None:
     """Peak resident memory of each tool by model size, above a Python that has imported what the tool imports."""
-    _, idle = run([sys.executable, "-c", "import flm_megatron.checkpoint.reshard, flm_megatron.checkpoint.described"])
+    _, idle, _ = run(
+        [sys.executable, "-c", "import flm_megatron.checkpoint.reshard, flm_megatron.checkpoint.described"]
+    )
     print(f"Interpreter with imports: {idle:.0f} MiB\n")
     print("| parameters | reshard to tensor 2 x pipeline 2 | export-hf | verify | diff | classic, weights |")
     print("|---|---|---|---|---|---|")
@@ -114,20 +116,27 @@ def speed(args: argparse.Namespace) -> None:
         "export-hf (weights only)": [*FLM, "export-hf", str(source), str(out)],
     }
     times: dict[str, list[float]] = {name: [] for name in commands}
+    cpu: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(args.repeats):
         for name, command in commands.items():
             forget(args.cold)
-            times[name].append(run(command)[0])
+            wall, _, busy = run(command)
+            times[name].append(wall)
+            cpu[name].append(busy)
             shutil.rmtree(out)
-    start, _ = run([*FLM, "inspect", str(source)])
+    start, _, start_cpu = run([*FLM, "inspect", str(source)])
     shutil.rmtree(source)
-    print(f"{'Cold' if args.cold else 'Warm'} page cache, {nbytes / 1e9:.2f} GB, median of {args.repeats}; starting ")
-    print(f"Python, importing torch and reading the metadata (`inspect`) takes {start:.1f} s of each.\n")
-    print("| command | s | s without start | all runs |\n|---|---|---|---|")
+    print(f"{'Cold' if args.cold else 'Warm'} page cache, {nbytes / 1e9:.2f} GB, medians of {args.repeats}. Starting")
+    print(
+        f"Python, importing torch and reading the metadata (`inspect`) takes {start:.1f} s ({start_cpu:.1f} s of CPU)"
+    )
+    print(f"of each but cp's. Load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores.\n")
+    print("| command | s | s after start | CPU s after start | all runs, s |\n|---|---|---|---|---|")
     for name, values in times.items():
-        middle = statistics.median(values)
-        bare = "" if name.startswith("cp") else f"{middle - start:.2f}"
-        print(f"| {name} | {middle:.2f} | {bare} | {', '.join(f'{value:.1f}' for value in sorted(values))} |")
+        middle, busy, is_cp = statistics.median(values), statistics.median(cpu[name]), name.startswith("cp")
+        bare = (middle, busy) if is_cp else (middle - start, busy - start_cpu)
+        every = ", ".join(f"{value:.1f}" for value in sorted(values))
+        print(f"| {name} | {middle:.2f} | {bare[0]:.2f} | {bare[1]:.2f} | {every} |")
 
 
 def processes(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from pathlib import Path
 
@@ -240,6 +241,25 @@ def test_verify_names_the_file_and_the_tensor(tmp_path: Path, capsys: pytest.Cap
     file.unlink()
     assert flm_checkpoint("verify", tmp_path / "a", "--quick") == 1
     assert "missing" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    """Says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        """It is."""
+        return True
+
+
+def test_a_terminal_shows_speed_and_time_left(
+    small: tuple[Path, LogicalCheckpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    assert flm_checkpoint("reshard", small[0], tmp_path / "out") == 0
+    shown = terminal.getvalue()
+    assert shown.startswith("\rreshard:   0%")
+    assert "B/s" in shown and "<" in shown
 
 
 def test_commands_run_without_arguments_explain_themselves(capsys: pytest.CaptureFixture[str]) -> None:
