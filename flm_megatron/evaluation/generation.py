@@ -134,13 +134,13 @@ def _hidden(padding: Tensor, start: int, positions: int) -> Tensor | None:
     return is_padding & ~itself
 
 
-def _agreed(chosen: list[int], rows: Sequence[_Row]) -> list[int]:
-    """The ids that the end of the pipeline chose, on every process of the replica."""
+def _agreed(chosen: list[int], count: int) -> list[int]:
+    """The `count` ids that the rank that speaks chose, on every process of the replica."""
     from megatron.core import parallel_state
 
     group = parallel_state.get_model_parallel_group()
     first_of_last_stage = dist.get_process_group_ranks(group)[-parallel_state.get_tensor_model_parallel_world_size()]
     assert speaks() == (dist.get_rank() == first_of_last_stage)
-    values = torch.tensor(chosen or [0] * len(rows), device=current().torch_device)
+    values = torch.tensor(chosen or [0] * count, device=current().torch_device)
     dist.broadcast(values, first_of_last_stage, group=group)
     return values.tolist()

@@ -1,0 +1,117 @@
+"""The tables of a report: runs, stages, growths, restarts and refused steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from statistics import median
+from typing import Any
+
+from flm_megatron.config.schema import StageConfig
+from flm_megatron.evaluation.report.history import History, Line
+from flm_megatron.model.parameters import parameter_specs
+from flm_megatron.training.metrics import duration, short
+
+NONE = "-"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """An HTML table; cells are shown as text."""
+    names = "".join(f"<th>{escape(name)}</th>" for name in head)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def runs_table(histories: Sequence[History]) -> str:
+    """Where each run stands."""
+    head = ["run", "stages begun", "tokens", "model FLOPs", "training time", "loss", "validation loss"]
+    rows = []
+    for history in histories:
+        at, last = history.steps[-1]
+        validation = history.validations[-1][1]["val_loss"] if history.validations else None
+        rows.append(
+            [
+                history.name,
+                f"{len(list(history.stages()))} of {len(history.run.stages)}",
+                short(at.tokens),
+                f"{at.flops:.3g}",
+                duration(at.seconds),
+                number(last["loss"]),
+                number(validation),
+                history.restarts,
+                history.refused_steps,
+            ]
+        )
+    return table([*head, "restarts", "refused steps"], rows)
+
+
+def stages_table(histories: Sequence[History]) -> str:
+    """What each stage was and how it went."""
+    head = ["run", "stage", "parameters", "layers / hidden / FFN / heads", "tensor / pipeline", "steps", "tokens"]
+    head += ["loss, first → last", "step time", "tokens/s per device", "TFLOP/s per device", "memory, GiB"]
+    return table(
+        head, [_stage_row(history, stage, lines) for history in histories for stage, lines in history.stages()]
+    )
+
+
+def _stage_row(history: History, stage: StageConfig, lines: list[Line]) -> list[Any]:
+    model, parallel = stage.model, stage.parallel
+    return [
+        history.name,
+        stage.name,
+        short(sum(spec.numel for spec in parameter_specs(model).values())),
+        f"{model.num_layers} / {model.hidden_size} / {model.ffn_hidden_size} / {model.num_attention_heads}",
+        f"{parallel.tensor} / {parallel.pipeline}",
+        lines[-1]["step"],
+        short(lines[-1]["tokens"]),
+        f"{number(lines[0]['loss'])} → {number(lines[-1]['loss'])}",
+        f"{median(line['step_time_s'] for line in lines):.3g} s",
+        short(median(line["tokens_per_s_per_device"] for line in lines)),
+        f"{median(line['tflops_per_device'] for line in lines):.3g}",
+        f"{max(line['peak_memory_gib'] for line in lines):.2f}",
+    ]
+
+
+def growths_table(histories: Sequence[History]) -> str:
+    """Each growth with the loss around it, and its certificate where one was made."""
+    head = ["run", "into stage", "at tokens", "loss of the step before → after", "precision"]
+    head += ["max |Δ logit| / std", "rms Δ / std", "certified loss before → after", "relative change"]
+    rows = []
+    for history in histories:
+        for at, stage in history.boundaries:
+            before = next(line for place, line in reversed(history.steps) if place.tokens <= at.tokens)
+            after = next(line for _, line in history.steps if line["stage"] == stage)
+            common = [history.name, stage, short(at.tokens), f"{number(before['loss'])} → {number(after['loss'])}"]
+            comparisons = (history.certificates.get(stage) or {}).get("comparisons", [])
+            measured = [_comparison(values) for values in comparisons] or [["no certificate", *[NONE] * 4]]
+            rows += [[*common, *cells] for cells in measured]
+    return table(head, rows) if rows else ""
+
+
+def _comparison(values: Line) -> list[str]:
+    std, before, after = values["logit_std"], values["loss_before"], values["loss_after"]
+    return [
+        values["precision"],
+        f"{values['max_difference'] / std:.2e}",
+        f"{values['rms_difference'] / std:.2e}",
+        f"{before:.6f} → {after:.6f}",
+        f"{abs(after - before) / before:.2e}",
+    ]
+
+
+def events_table(histories: Sequence[History]) -> str:
+    """Restarts and refused steps in order."""
+    rows = []
+    for history in histories:
+        for at, line in history.events:
+            what = f"refused ({line['policy']}): {line['refused']}" if "refused" in line else "restarted"
+            rows.append([history.name, line["stage"], line["step"], short(at.tokens), what])
+    return table(["run", "stage", "step", "at tokens", "what happened"], rows) if rows else ""
+
+
+def number(value: float | None) -> str:
+    """A loss."""
+    if value is None:
+        return NONE
+    return f"{value:.4f}" if math.isfinite(value) else str(value)
