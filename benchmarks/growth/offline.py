@@ -13,6 +13,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -53,10 +54,14 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024, help="a multiple of 256")
     parser.add_argument("--layers", type=int, default=12, help="a multiple of 4")
     parser.add_argument("--operator", choices=["zero", "mask"], default="zero")
+    parser.add_argument("--only-source", action="store_true", help="write the source checkpoint and stop")
     args = parser.parse_args()
     old, new = shape(args.hidden, args.layers), shape(args.hidden * 5 // 4, args.layers * 5 // 4)
     source, grown, copy = (args.folder / name for name in ("source", "grown", "copy"))
-    write_view(InitialCheckpoint(old, 1, optimizer=True, dtype=torch.bfloat16), source, {"optimizer_step": 1})
+    if args.only_source:
+        write_view(InitialCheckpoint(old, 1, optimizer=True, dtype=torch.bfloat16), source, {"optimizer_step": 1})
+        return
+    subprocess.run([sys.executable, *sys.argv, "--only-source"], check=True)  # its memory is not the growth's
     operators = {"hidden": args.operator, "ffn": args.operator, "heads": args.operator, "layers": args.operator}
     plan = make_plan(old, new, GrowthConfig(**operators, layer_selection="interleave"), seed=1)
     view = GrownCheckpoint(open_checkpoint(source), plan)

@@ -1,6 +1,7 @@
 """One rank's shard of the grown 1T model at true shapes, computed on a CPU without the 102B checkpoint.
 
     python benchmarks/growth/true_size.py [--operator zero|mask] [--optimizer] TENSOR_RANK PIPELINE_RANK
+    python benchmarks/growth/true_size.py --count
 
 An InitialCheckpoint of the 102B shape stands in for the trained model. Weights are held as the rank would hold them;
 with --optimizer masters and both moments are computed too, and let go piece by piece. Prints one Markdown table row.
@@ -20,6 +21,7 @@ from flm_megatron.checkpoint.logical import STATE_PREFIXES, LogicalCheckpoint, R
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.config.loader import load_run
 from flm_megatron.config.schema import GrowthConfig, ParallelConfig
+from flm_megatron.growth.operators import Old
 from flm_megatron.growth.plan import make_plan
 from flm_megatron.growth.view import GrownCheckpoint
 
@@ -57,11 +59,25 @@ def fill(view: GrownCheckpoint, name: str, region: Region, keep: bool) -> tuple[
     return region.numel * dtype.itemsize, held
 
 
+def count(view: GrownCheckpoint) -> None:
+    """Values that all ranks hold, and those of them that come from the old model, from the plan alone."""
+    held, old, most = 0, 0, 0
+    for tensor_rank in range(PARALLEL.tensor):
+        for pipeline_rank in range(PARALLEL.pipeline):
+            parts = rank_regions(view.plan.new, PARALLEL, tensor_rank, pipeline_rank)
+            pieces = [p for name, regions in parts.items() for r in regions for p in view.operators.pieces(name, r)]
+            held += sum(piece.region.numel for piece in pieces)
+            mine = sum(piece.content.region.numel for piece in pieces if isinstance(piece.content, Old))
+            old, most = old + mine, max(most, mine)
+    print(f"all ranks: {held:,} values, {old:,} of them old; at most {most:,} old ones on a rank")
+
+
 def main() -> None:
     """Compute one rank's shard and report it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("tensor_rank", type=int)
-    parser.add_argument("pipeline_rank", type=int)
+    parser.add_argument("tensor_rank", type=int, nargs="?", default=0)
+    parser.add_argument("pipeline_rank", type=int, nargs="?", default=0)
+    parser.add_argument("--count", action="store_true", help="count values over all ranks, computing none")
     parser.add_argument("--operator", choices=["zero", "mask"], default="zero")
     parser.add_argument("--optimizer", action="store_true")
     args = parser.parse_args()
@@ -70,6 +86,9 @@ def main() -> None:
     growth = GrowthConfig(**operators, layer_selection="interleave")
     source = Counting(InitialCheckpoint(old, 1, optimizer=args.optimizer, dtype=torch.bfloat16))
     view = GrownCheckpoint(source, make_plan(old, new, growth, seed=1, stage="1t"))
+    if args.count:
+        count(view)
+        return
     regions = rank_regions(new, PARALLEL, args.tensor_rank, args.pipeline_rank)
     before, began, cpu = rss_gib(), time.perf_counter(), time.process_time()
     nbytes, shard = 0, []
