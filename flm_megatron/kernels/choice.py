@@ -161,5 +161,7 @@ def _check(operation: str, asked: str, device: str) -> None:
             f"{', '.join(OFFERED[operation])}"
         )
     reason = obstacle(asked, device)
+    if not reason and asked == "apex" and "te" in OFFERED[operation] and not obstacle("te", device):
+        reason = "megatron-core takes Transformer Engine's where both are installed"
     if reason:
         raise RequestError(f"kernels.{operation}: {asked} cannot run here: {reason}; give auto or torch")

@@ -17,7 +17,9 @@ def rotate_(packed: Tensor, cos: Tensor, sin: Tensor) -> None:
         first, second = head.chunk(2, dim=-1)
         a, b = first.to(cos.dtype), second.to(cos.dtype)
         rotated = torch.mul(a, cos).addcmul_(b, sin, value=-1)
-        second.copy_(torch.mul(b, cos).addcmul_(a, sin))
+        b.mul_(cos).addcmul_(a, sin)
+        if b is not second:
+            second.copy_(b)
         first.copy_(rotated)
 
 

@@ -15,8 +15,12 @@ BLOCK = tl.constexpr(1024)
 
 
 def addresses(*lists: Sequence[Tensor]) -> Tensor:
-    """Addresses of the tensors of all lists [lists, tensors] int64, on their device. All tensors are contiguous."""
+    """Addresses of the tensors of all lists [lists, tensors] int64, on their device.
+
+    Tensors are contiguous, those of a list of one dtype.
+    """
     assert all(tensor.is_contiguous() for tensors in lists for tensor in tensors)
+    assert all(len({tensor.dtype for tensor in tensors}) == 1 for tensors in lists)
     table = torch.tensor([[tensor.data_ptr() for tensor in tensors] for tensors in lists], dtype=torch.int64)
     return table.to(lists[0][0].device, non_blocking=True)
 

@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
+from flm_megatron import kernels
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.device import current
 from flm_megatron.errors import RequestError
@@ -171,15 +172,13 @@ class MaskedNorm:
     def __call__(self, x: Tensor) -> Tensor:
         """Normalise x [sequence, batch, hidden]: x m rsqrt(sum((x m)^2) / sum(m) + eps) w m (LayerNorm: x - mean)."""
         m, norm = self.mask.values, self.norm
+        if isinstance(norm, RMSNorm):
+            return kernels.rms_norm(x, norm.weight, norm.eps, m)
         share = m.mean()  # sum(m) / d: turns a mean over all channels into one over masked ones
         wide = x.float()
-        if isinstance(norm, LayerNorm):
-            wide = wide - (wide * m).mean(-1, keepdim=True) / share
-        wide = wide * m
+        wide = (wide - (wide * m).mean(-1, keepdim=True) / share) * m
         out = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) / share + norm.eps) * norm.weight
-        if isinstance(norm, LayerNorm):
-            out = out + norm.bias
-        return (out * m).to(x.dtype)
+        return ((out + norm.bias) * m).to(x.dtype)
 
 
 def _this_rank(whole: Tensor) -> Tensor:

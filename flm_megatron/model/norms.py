@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from flm_megatron import kernels
 from flm_megatron.device import current
 
 
@@ -28,7 +29,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [sequence, batch, hidden]."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return kernels.rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):

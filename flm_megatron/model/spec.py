@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -13,8 +13,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from flm_megatron.model.attention import CoreAttention
 from flm_megatron.model.engine_config import EngineConfig
+from flm_megatron.model.gated_mlp import GatedMLP
 from flm_megatron.model.layer import TeleFLMLayer
 from flm_megatron.model.norms import LayerNorm, RMSNorm
+from flm_megatron.model.self_attention import PackedSelfAttention
 
 # Checkpoints name norms after the linear layer that reads them, as Transformer Engine's fused layers do.
 NORM_NAMES = {
@@ -45,10 +47,13 @@ def layer_spec(config: EngineConfig) -> ModuleSpec:
         module=TeleFLMLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, attention),
+            self_attention=ModuleSpec(PackedSelfAttention, {"attn_mask_type": AttnMaskType.causal}, attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(MLP, submodules=MLPSubmodules(ColumnParallelLinear, None, RowParallelLinear)),
+            mlp=ModuleSpec(
+                GatedMLP if config.gated_linear_unit else MLP,
+                submodules=MLPSubmodules(ColumnParallelLinear, None, RowParallelLinear),
+            ),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=NORM_NAMES,
         ),

@@ -1,4 +1,4 @@
-"""AdamW over PyTorch's fused kernel that counts its steps in the parameter groups.
+"""AdamW over one fused kernel that counts its steps in the parameter groups.
 
 Transformer Engine's and Apex's FusedAdam keep one integer `step` per parameter group, and megatron-core's
 distributed optimizer saves and loads that. `torch.optim.AdamW`, its fallback where neither is installed, keeps a
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw as functional_adamw
 
+from flm_megatron import kernels
 from flm_megatron.optim.birth import settling_steps, update_by_age
 
 FUSED_DEVICES = ("cpu", "cuda")
@@ -96,18 +97,14 @@ class AdamW(torch.optim.Optimizer):
             "beta2": beta2,
             "eps": group["eps"],
             "weight_decay": group["weight_decay"],
-            "amsgrad": False,
-            "maximize": False,
         }
         device, dtype = params[0].device, params[0].dtype
         if device.type in FUSED_DEVICES and dtype in FUSED_DTYPES:
-            # The kernel only reads the step, so all parameters share one; filling it on the device does not wait.
-            steps = [torch.full((), float(group["step"]), dtype=torch.float32, device=device)] * len(params)
-            torch._fused_adamw_(params, grads, *moments, [], steps, **options)
+            kernels.adamw_(params, grads, *moments, step=group["step"], **options)
         else:
             # This form adds one to each step itself.
             steps = [torch.tensor(float(group["step"] - 1)) for _ in params]
-            functional_adamw(params, grads, *moments, [], steps, foreach=True, **options)
+            functional_adamw(params, grads, *moments, [], steps, foreach=True, amsgrad=False, maximize=False, **options)
 
     def _state_of(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
         state = self.state[param]

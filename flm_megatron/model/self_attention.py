@@ -1,0 +1,59 @@
+"""Self-attention that rotates queries and keys where they lie in the packed projection."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor
+
+from flm_megatron import kernels
+
+
+class PackedSelfAttention(SelfAttention):
+    """The engine's self-attention, with query groups folded into the batch instead of queries being copied out.
+
+    What it leaves out of the engine's forward pass (inference contexts, output gates, norms of queries and keys)
+    Tele-FLM does not have.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **unused: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output [sequence, batch, hidden] of the projection, and its bias, which is not added yet.
+
+        `rotary_pos_emb` [sequence, 1, 1, channels] holds the angle of each channel; `attention_mask` is as in
+        `CoreAttention`.
+        """
+        assert packed_seq_params is None, "sequences are not packed in the engine's way"
+        assert rotary_pos_emb is not None, "positions are rotary"
+        packed, _ = self.get_query_key_value_tensors(hidden_states, split_qkv=False)
+        sequence, batch, groups, _ = packed.shape
+        queries = self.num_attention_heads_per_partition // self.num_query_groups_per_partition
+        cos, sin = _tables(rotary_pos_emb)
+        query, key, value = kernels.rotary_qkv(packed.flatten(2), cos, sin, queries)
+        if self.config.num_query_groups < self.world_size:
+            query = self._own_queries(query)
+        if attention_mask is not None and attention_mask.size(0) > 1:
+            attention_mask = attention_mask.repeat_interleave(groups, 0)
+        output = self.core_attention(query, key, value, attention_mask)
+        return self.linear_proj(output.view(sequence, batch, -1))
+
+    def _own_queries(self, query: Tensor) -> Tensor:
+        """This rank's queries of a group that several ranks share."""
+        sharing = self.world_size // self.config.num_query_groups
+        return query.chunk(sharing, dim=2)[parallel_state.get_tensor_model_parallel_rank() % sharing]
+
+
+@lru_cache(maxsize=2)
+def _tables(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [sequence, channels / 2]; the engine gives one tensor of angles to all layers and steps."""
+    half = angles[:, 0, 0, : angles.size(-1) // 2]
+    return half.cos(), half.sin()
