@@ -89,11 +89,13 @@ class ClassicCheckpoint(LogicalCheckpoint):
         self.config = model_from_arguments(first.get("args"), str(self.path), vocab_size)
         chunks = _chunk_names(first, files[0, 0])
         parts = [(chunk, rank) for chunk in chunks for rank in range(pipeline)]
-        split = [_layer_count(saved[0, rank][chunk]) for chunk, rank in parts]
+        split = [_layer_count(saved[0, rank].get(chunk, {})) for chunk, rank in parts]
         parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, virtual_pipeline=len(chunks), pipeline_layers=split)
         self.manifest: dict[str, Any] = _progress(first)
         self._stored: dict[str, list[tuple[LocalPart, StoredArray]]] = {}
         padded = tensor * _embedding_rows(first[chunks[0]], self.path)
+        if int(self.config.vocab_size or 0) > padded:
+            raise RequestError(f"{self.path}: vocabulary {self.config.vocab_size} asked for, {padded} rows stored")
         for number, (chunk, pipeline_rank) in enumerate(parts):
             for tensor_rank in range(tensor):
                 tensors = saved[tensor_rank, pipeline_rank].get(chunk, {})

@@ -26,26 +26,11 @@ def model_from_arguments(arguments: Any, where: str, vocab_size: int | None = No
             f"{where}: its true vocabulary is not recorded, only the padded {known.get('padded_vocab_size')}: give"
             " --vocab-size"
         )
-    hidden, heads = known["hidden_size"], known["num_attention_heads"]
-    factor = float(known.get("mup_scale_factor", 1.0))
-    channels = known.get("kv_channels") or hidden // heads
-    return ModelConfig(
-        num_layers=known["num_layers"],
-        hidden_size=hidden,
-        ffn_hidden_size=known.get("ffn_hidden_size") or 4 * hidden,
-        num_attention_heads=heads,
-        num_query_groups=known.get("num_query_groups") if known.get("group_query_attention") else None,
-        head_dim=None if channels == hidden // heads else channels,
-        vocab_size=true_vocab,
-        normalization="rmsnorm" if known.get("normalization") == "RMSNorm" else "layernorm",
-        activation="swiglu" if known.get("swiglu") else "gelu",
-        bias=bool(known.get("add_bias_linear", True)),
-        norm_epsilon=known.get("norm_epsilon", known.get("layernorm_epsilon", 1e-5)),
-        rope_theta=float(known.get("rotary_base") or 10000.0),
-        input_mult=float(known.get("input_mult", 1.0)),
-        output_mult=float(known.get("output_mult", 1.0)),
-        mup=MupConfig(enabled=True, base_hidden_size=max(1, round(hidden / factor))) if factor != 1 else MupConfig(),
-    )
+    try:
+        return _model(known, int(true_vocab))
+    except (KeyError, TypeError, ValueError) as error:
+        reason = " ".join(repr(error).split())
+        raise RequestError(f"{where}: its arguments do not describe a decoder: {reason:.200}") from error
 
 
 def arguments_of(
@@ -104,3 +89,26 @@ def _refuse(known: dict[str, Any], where: str) -> None:
         found = known.get(name, value)
         if found != value and not (name == "num_experts" and not found):
             raise RequestError(f"{where}: the checkpoint has {name} = {found}; only {value} is supported here")
+
+
+def _model(known: dict[str, Any], vocab_size: int) -> ModelConfig:
+    hidden, heads = known["hidden_size"], known["num_attention_heads"]
+    factor = float(known.get("mup_scale_factor", 1.0))
+    channels = known.get("kv_channels") or hidden // heads
+    return ModelConfig(
+        num_layers=known["num_layers"],
+        hidden_size=hidden,
+        ffn_hidden_size=known.get("ffn_hidden_size") or 4 * hidden,
+        num_attention_heads=heads,
+        num_query_groups=known.get("num_query_groups") if known.get("group_query_attention") else None,
+        head_dim=None if channels == hidden // heads else channels,
+        vocab_size=vocab_size,
+        normalization="rmsnorm" if known.get("normalization") == "RMSNorm" else "layernorm",
+        activation="swiglu" if known.get("swiglu") else "gelu",
+        bias=bool(known.get("add_bias_linear", True)),
+        norm_epsilon=known.get("norm_epsilon", known.get("layernorm_epsilon", 1e-5)),
+        rope_theta=float(known.get("rotary_base") or 10000.0),
+        input_mult=float(known.get("input_mult", 1.0)),
+        output_mult=float(known.get("output_mult", 1.0)),
+        mup=MupConfig(enabled=True, base_hidden_size=max(1, round(hidden / factor))) if factor != 1 else MupConfig(),
+    )

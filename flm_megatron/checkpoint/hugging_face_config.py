@@ -47,7 +47,8 @@ def model_from_config(config: dict[str, Any], where: str) -> ModelConfig:
             rope_theta=_rope(config).get("rope_theta", 10000.0),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise RequestError(f"{where}: config.json does not describe a decoder: {error!r}") from error
+        reason = " ".join(repr(error).split())
+        raise RequestError(f"{where}: config.json does not describe a decoder: {reason:.200}") from error
     return _with_multipliers(model, config, where) if config.get("use_mup") else model
 
 

@@ -160,6 +160,8 @@ def save_one(folder: Path, **content: Any) -> Path:
         ({"position_embedding_type": "learned_absolute"}, "position_embedding_type = learned_absolute"),
         ({"num_experts": 8}, "num_experts = 8"),
         ({"vocab_size": None, "padded_vocab_size": 128}, "padded 128: give --vocab-size"),
+        ({"vocab_size": 129}, "vocabulary 129 asked for, 128 rows stored"),
+        ({"hidden_size": "wide"}, "do not describe a decoder"),
         ({"ffn_hidden_size": 40}, r"linear_fc1.weight has shape \(72, 24\), the arguments ask for \(80, 24\)"),
     ],
 )
