@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from flm_megatron.cli.checkpoint_options import positive
-from flm_megatron.cli.model_options import add_model_options, layout_of
+from flm_megatron.cli.model_options import add_model_options, checkpoints_of, layout_of
 from flm_megatron.errors import RequestError
 
 if TYPE_CHECKING:
@@ -59,15 +59,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _request(args: argparse.Namespace) -> BitsPerByteRequest:
     from flm_megatron.evaluation.bits_per_byte_run import BitsPerByteRequest
-    from flm_megatron.evaluation.stages import last_checkpoints
 
-    checkpoints = list(args.checkpoints)
-    if bool(checkpoints) == bool(args.all_stages):
-        raise RequestError("give checkpoints or --all-stages RUN_DIR, one of the two")
-    if args.all_stages:
-        checkpoints = last_checkpoints(args.all_stages)
     return BitsPerByteRequest(
-        checkpoints=checkpoints,
+        checkpoints=checkpoints_of(args),
         texts=_unique(args.text, "--text"),
         shares=_unique(args.weights, "--weights") if args.weights else {},
         window=args.window,

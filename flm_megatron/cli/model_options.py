@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flm_megatron.cli.checkpoint_options import add_vocab_size, positive
+from flm_megatron.errors import RequestError
 
 if TYPE_CHECKING:
     from flm_megatron.config.schema import ParallelConfig
@@ -27,3 +28,16 @@ def layout_of(args: argparse.Namespace) -> ParallelConfig:
     from flm_megatron.config.schema import ParallelConfig
 
     return ParallelConfig(tensor=args.tensor, pipeline=args.pipeline, data=args.data)
+
+
+def checkpoints_of(args: argparse.Namespace) -> list[Path]:
+    """The checkpoints named, or the last one of each stage of the run in `--all-stages`.
+
+    Raises:
+        RequestError: both were given or neither, or the run has no checkpoint.
+    """
+    from flm_megatron.evaluation.stages import last_checkpoints
+
+    if bool(args.checkpoints) == bool(args.all_stages):
+        raise RequestError("give checkpoints or --all-stages RUN_DIR, one of the two")
+    return last_checkpoints(args.all_stages) if args.all_stages else list(args.checkpoints)
