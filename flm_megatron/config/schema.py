@@ -26,6 +26,20 @@ class MupConfig:
 
 
 @dataclass(config=SETTINGS)
+class LoraConfig:
+    """Low-rank adapters: the weights stay, and W + alpha / rank x B A is learnt in their place."""
+
+    rank: int = 8
+    """Rank of B A."""
+    alpha: float = 16.0
+    """Scale of B A, divided by the rank."""
+    targets: list[Literal["qkv", "projection", "fc1", "fc2"]] = field(
+        default_factory=lambda: ["qkv", "projection", "fc1", "fc2"]
+    )
+    """Matrices of every layer that have adapters."""
+
+
+@dataclass(config=SETTINGS)
 class ModelConfig:
     """Shape of a decoder. The defaults are Tele-FLM's block; FLM-101B's is `layernorm`, `gelu`, `bias`, `xpos`."""
 
@@ -67,6 +81,8 @@ class ModelConfig:
     """Standard deviation of embedding weights."""
     mup: MupConfig = field(default_factory=MupConfig)
     """Maximal-update parametrization."""
+    lora: LoraConfig | None = None
+    """Fine-tuning: train adapters and nothing else; none trains the weights."""
 
     @property
     def kv_channels(self) -> int:
@@ -391,9 +407,9 @@ class KernelsConfig:
     cross_entropy: Implementation = "auto"
     """Cross entropy over the split vocabulary: triton or torch."""
     adamw: Implementation = "auto"
-    """Optimizer update: te, apex, triton or torch."""
+    """Optimizer update: te, apex, torch or triton."""
     grad_clip: Implementation = "auto"
-    """Gradient norm and clipping: te, apex, triton or torch."""
+    """Gradient norm and clipping: te, apex, torch or triton."""
 
 
 @dataclass(config=SETTINGS)

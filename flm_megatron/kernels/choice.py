@@ -23,14 +23,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # What there is for each operation, best first. The optimizers and norms of gradients of Transformer Engine and Apex
-# are called by megatron-core, which finds them itself.
+# are called by megatron-core, which finds them itself. PyTorch's own update and norms of lists of tensors are single
+# kernels too, so the Triton ones run when they are asked for.
 OFFERED = {
     "rms_norm": ("apex", "triton", "torch"),
     "swiglu": ("triton", "torch"),
     "rotary": ("triton", "torch"),
     "cross_entropy": ("triton", "torch"),
-    "adamw": ("te", "apex", "triton", "torch"),
-    "grad_clip": ("te", "apex", "triton", "torch"),
+    "adamw": ("te", "apex", "torch", "triton"),
+    "grad_clip": ("te", "apex", "torch", "triton"),
 }
 MODULES = {
     "rms_norm": "norm",

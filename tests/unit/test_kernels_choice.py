@@ -48,7 +48,9 @@ def test_a_cpu_runs_pytorch_whatever_is_installed(installed: Callable[..., None]
 
 def test_a_gpu_takes_the_best_that_is_there(installed: Callable[..., None]) -> None:
     installed("triton")
-    assert set(kernels.choose(device="cuda").names.values()) == {"triton"}
+    names = kernels.choose(device="cuda").names
+    assert {operation for operation, name in names.items() if name == "torch"} == {"adamw", "grad_clip"}
+    assert set(names.values()) == {"triton", "torch"}
     installed("triton", *APEX)
     assert kernels.choose(device="cuda").names["adamw"] == "apex"
     installed("triton", "transformer_engine", *APEX)
@@ -85,6 +87,12 @@ def test_what_is_asked_for_and_not_there_is_an_error(
     installed()
     with pytest.raises(RequestError, match=words):
         kernels.choose(config, device)
+
+
+def test_apex_is_refused_where_the_engine_takes_transformer_engine(installed: Callable[..., None]) -> None:
+    installed("transformer_engine", *APEX)
+    with pytest.raises(RequestError, match="adamw: apex cannot run here: megatron-core takes Transformer"):
+        kernels.choose(KernelsConfig(adamw="apex"), "cuda")
 
 
 def test_triton_on_a_cpu_is_an_error(installed: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:

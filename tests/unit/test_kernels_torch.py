@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from flm_megatron import kernels
 from flm_megatron.kernels import choice
@@ -75,6 +78,28 @@ def test_labels_outside_the_vocabulary_cost_the_whole_sum() -> None:
     logits = draw(2, 7, dtype="fp32", device="cpu", seed=1)
     loss = kernels.cross_entropy(logits, torch.tensor([-100, 6]), vocab_size=6)
     assert torch.allclose(loss, logits[:, :6].logsumexp(-1), rtol=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many values the largest tensor had that any operation gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.values = max([self.values, *(part.numel() for part in tree_leaves(result) if torch.is_tensor(part))])
+        return result
+
+
+def test_linear_cross_entropy_never_has_more_logits_than_one_chunk() -> None:
+    hidden = draw(64, 8, dtype="fp32", device="cpu", seed=1).requires_grad_()
+    weight = draw(300, 8, dtype="fp32", device="cpu", seed=2).requires_grad_()
+    with Largest() as largest:
+        labels, token_weights = torch.zeros(64, dtype=torch.long), torch.ones(64)
+        kernels.linear_cross_entropy(hidden, weight, labels, token_weights, chunk_tokens=10)[0].backward()
+    assert largest.values == 10 * 300
 
 
 def test_linear_cross_entropy_needs_no_gradients_to_give_losses() -> None:
