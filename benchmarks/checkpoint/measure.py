@@ -48,7 +48,7 @@ def make(folder: Path, millions: int) -> Path:
     from flm_megatron.model.parameters import parameter_count
 
     hidden = {10: 256, 100: 768, 300: 1024, 1000: 2048}[millions]
-    model = ModelConfig(hidden_size=hidden, ffn_hidden_size=hidden * 8 // 3, num_attention_heads=hidden // 64)
+    model = ModelConfig(hidden_size=hidden, ffn_hidden_size=hidden * 8 // 192 * 64, num_attention_heads=hidden // 64)
     model.vocab_size, model.num_layers = 8000, 1
     fixed = parameter_count(model)
     model.num_layers = 2

@@ -6,6 +6,7 @@ import json
 import pickle
 import resource
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from flm_megatron.checkpoint.manifest import manifest_text
 from tests.unit.checkpoint_cases import MODEL, flm_checkpoint, run_of, write_small
 from tests.unit.test_hugging_face import RunsCode
 
@@ -32,9 +32,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def edit_manifest(path: Path, **change: Any) -> None:
     """Change fields of a manifest, keeping its own checksum right."""
-    manifest = json.loads((path / "manifest.json").read_text())
-    del manifest["crc32"]
-    (path / "manifest.json").write_text(manifest_text(manifest | change))
+    manifest = json.loads((path / "manifest.json").read_text()) | change
+    rest = {key: value for key, value in manifest.items() if key != "crc32"}
+    checksum = f"{zlib.crc32(json.dumps(rest, sort_keys=True).encode()):08x}"
+    (path / "manifest.json").write_text(json.dumps(rest | {"crc32": checksum}))
 
 
 def flip(file: Path, position: int) -> None:
