@@ -16,7 +16,8 @@ def manifest_for(view: LogicalCheckpoint, model: ModelConfig, source: Path) -> d
     """The manifest of a copy of `view`: its own if it names its run, else that of a run of one stage with `model`.
 
     The copy's stage is called `imported`; where it stands in its run is kept as far as `view` knows. A tokenizer that
-    lies beside the weights is named in the run.
+    lies beside the weights is named in the run. Adam's step is not made up: moments whose step `view` does not know
+    have none.
     """
     if view.manifest.get("run"):
         return dict(view.manifest)
@@ -26,5 +27,7 @@ def manifest_for(view: LogicalCheckpoint, model: ModelConfig, source: Path) -> d
         tokenizer=str(tokenizer.resolve()) if tokenizer.is_file() else None,
         stages=[StageConfig(name=IMPORTED, model=model)],
     )
-    known = dict.fromkeys(("step", "tokens", "samples", "optimizer_step"), 0) | view.manifest
+    known = dict.fromkeys(("step", "tokens", "samples"), 0) | view.manifest
+    if not view.has_optimizer():
+        known["optimizer_step"] = 0
     return known | {"run": run_to_dict(run), "stage": IMPORTED}
