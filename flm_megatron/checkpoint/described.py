@@ -46,7 +46,9 @@ def check_structure(tensors: Mapping[str, TensorInfo], model: ModelConfig, where
     """Raise RequestError, naming the tensor, unless `tensors` are all of the model's, with or without optimizer."""
     specs = parameter_specs(model)
     prefixes = ["", *(prefix for prefix in STATE_PREFIXES if any(name.startswith(prefix) for name in tensors))]
-    wanted = {prefix + name: spec.shape for prefix in prefixes for name, spec in specs.items()}
+    wanted = {
+        prefix + name: spec.shape for prefix in prefixes for name, spec in specs.items() if spec.trained or not prefix
+    }
     for name, shape in wanted.items():
         if name not in tensors:
             raise RequestError(f"{where}: the configured model has a tensor {name}, the checkpoint has not")

@@ -79,12 +79,12 @@ def _stacked(
 ) -> list[Region]:
     module, _, kind = spec.name.rpartition(".")
     shape = spec.shape[1:]
-    if module in SPLIT_BY_ROWS and kind in ("weight", "bias"):  # not the norms that lie in the same module
+    if module in SPLIT_BY_ROWS and kind in ("weight", "bias", "lora_b"):  # not the norms that lie in the same module
         bands = 2 if module == FC1 and model.gated else 1
         rows, band = shape[0] // bands // parallel.tensor, shape[0] // bands
         starts = [index * band + rank * rows for index in range(bands)]
         return [Region((first, start, *(0,) * len(shape[1:])), (count, rows, *shape[1:])) for start in starts]
-    if module in SPLIT_BY_COLUMNS and kind == "weight":
+    if module in SPLIT_BY_COLUMNS and kind in ("weight", "lora_a"):
         columns = shape[1] // parallel.tensor
         return [Region((first, 0, rank * columns), (count, shape[0], columns))]
     return [Region((first, *(0,) * len(shape)), (count, *shape))]

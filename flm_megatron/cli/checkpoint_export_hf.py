@@ -1,4 +1,4 @@
-"""Write a checkpoint as a Hugging Face folder.
+"""Write a checkpoint as a Hugging Face folder, adapters merged into its weights.
 
 The `teleflm` flavour has the released form, with its multipliers in config.json and code that `transformers` loads
 with trust_remote_code. The `llama` flavour has the multipliers folded into embedding and head, so that plain Llama
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export, and say how exact it is; returns 0."""
+    from flm_megatron.checkpoint.adapters import merged
     from flm_megatron.checkpoint.hugging_face_writer import ExportOptions, folding_note, write_hugging_face
     from flm_megatron.checkpoint.launched import launched_processes
     from flm_megatron.cli.checkpoint_options import open_with_model, torch_dtype, without_mask
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     with launched_processes() as processes:
         source, model = open_with_model(args.source, args.vocab_size)
         source = without_mask(source, model, args.fold_mask)
+        source, model = merged(source, model)
         run_file = source.manifest.get("run") or {}
         options = ExportOptions(
             flavour=args.flavour,

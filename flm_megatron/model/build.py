@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from flm_megatron.config.schema import ModelConfig, StageConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.model.engine_config import transformer_config
+from flm_megatron.model.lora import train_adapters_only
 from flm_megatron.model.split import padded_vocab_size
 from flm_megatron.model.teleflm import TeleFLM
 
@@ -46,6 +47,8 @@ def build_model(model: ModelConfig, stage: StageConfig) -> list[TeleFLM]:
     ]
     for chunk in chunks:
         _prepare_parameters(chunk)
+        if model.lora is not None:
+            train_adapters_only(chunk)
     return chunks
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from flm_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
+from flm_megatron.config.schema import LoraConfig, ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.errors import RequestError
 from flm_megatron.model.split import pipeline_split
@@ -34,6 +34,8 @@ class EngineConfig(TransformerConfig):
     """Factor on the gradient of the embedding."""
     z_loss: float = 0.0
     """Weight of the z-loss in training."""
+    lora: LoraConfig | None = None
+    """Adapters of the linear layers."""
 
 
 def transformer_config(stage: StageConfig) -> EngineConfig:
@@ -55,6 +57,7 @@ def transformer_config(stage: StageConfig) -> EngineConfig:
         **_recomputation(stage),
         "embedding_gradient_shrink": stage.stability.embedding_gradient_shrink,
         "z_loss": stage.stability.z_loss,
+        "lora": stage.model.lora,
         **current().engine_options(),
     }
     # The engine fuses bias and activation for the gated form exactly, but for GELU only as its tanh approximation.

@@ -9,11 +9,11 @@ and initial weights all start from this table.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from flm_megatron.config.schema import ModelConfig
+from flm_megatron.config.schema import LoraConfig, ModelConfig
 
 Kind = Literal["embedding", "head", "matrix", "norm", "bias"]
 
@@ -34,7 +34,8 @@ class ParameterSpec:
 
     `shape` is global; with `stacked` its first axis counts layers. `init_std` is the standard deviation of the
     truncated normal it starts from; at 0 it starts at the constant `init_mean`. `lr_scale` multiplies the
-    learning rate of its kind (muP: 1/m for matrices).
+    learning rate of its kind (muP: 1/m for matrices). One that is not `trained`, beside adapters, has no optimizer
+    state.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ParameterSpec:
     init_std: float
     init_mean: float = 0.0
     lr_scale: float = 1.0
+    trained: bool = True
 
     @property
     def numel(self) -> int:
@@ -62,7 +64,11 @@ def parameter_specs(model: ModelConfig) -> dict[str, ParameterSpec]:
     """
     if not model.vocab_size:
         raise ValueError("model.vocab_size is not set: give it, or give a tokenizer to take it from")
-    return {spec.name: spec for spec in _specs(model, model.vocab_size)}
+    specs = {spec.name: spec for spec in _specs(model, model.vocab_size)}
+    if model.lora is None:
+        return specs
+    frozen = {name: replace(spec, trained=False) for name, spec in specs.items()}
+    return frozen | {spec.name: spec for spec in _adapters(model, model.lora, specs)}
 
 
 def parameter_count(model: ModelConfig) -> int:
@@ -84,6 +90,21 @@ def _specs(model: ModelConfig, vocab: int) -> Iterator[ParameterSpec]:
     yield from _linear(model, FC2, (hidden, ffn), residual_std)
     yield from _norm(model, FINAL_NORM, None)
     yield ParameterSpec(HEAD, (vocab, hidden), "head", False, model.vector_init_std)
+
+
+TARGETS = {"qkv": QKV, "projection": PROJECTION, "fc1": FC1, "fc2": FC2}
+
+
+def _adapters(model: ModelConfig, lora: LoraConfig, specs: Mapping[str, ParameterSpec]) -> Iterator[ParameterSpec]:
+    """A starts with the variance that keeps its output's at its input's, B at zero (LoRA, arXiv 2106.09685)."""
+    for target in lora.targets:
+        name = TARGETS[target]
+        layers, rows, columns = specs[f"{name}.weight"].shape
+        scale = 1 / model.width_factor
+        yield ParameterSpec(
+            f"{name}.lora_a", (layers, lora.rank, columns), "matrix", True, columns**-0.5, lr_scale=scale
+        )
+        yield ParameterSpec(f"{name}.lora_b", (layers, rows, lora.rank), "matrix", True, 0.0, lr_scale=scale)
 
 
 def _linear(model: ModelConfig, name: str, shape: tuple[int, int], std: float) -> Iterator[ParameterSpec]:

@@ -15,6 +15,7 @@ from flm_megatron.model.attention import CoreAttention
 from flm_megatron.model.engine_config import EngineConfig
 from flm_megatron.model.gated_mlp import GatedMLP
 from flm_megatron.model.layer import TeleFLMLayer
+from flm_megatron.model.lora import linear
 from flm_megatron.model.norms import LayerNorm, RMSNorm
 from flm_megatron.model.self_attention import PackedSelfAttention
 
@@ -41,7 +42,12 @@ def layer_spec(config: EngineConfig) -> ModuleSpec:
     """One Tele-FLM layer in plain PyTorch modules."""
     norm = _norm(config)
     attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear
+        linear_qkv=linear(ColumnParallelLinear, "qkv", config.lora),
+        core_attention=CoreAttention,
+        linear_proj=linear(RowParallelLinear, "projection", config.lora),
+    )
+    feed_forward = MLPSubmodules(
+        linear(ColumnParallelLinear, "fc1", config.lora), None, linear(RowParallelLinear, "fc2", config.lora)
     )
     return ModuleSpec(
         module=TeleFLMLayer,
@@ -50,10 +56,7 @@ def layer_spec(config: EngineConfig) -> ModuleSpec:
             self_attention=ModuleSpec(PackedSelfAttention, {"attn_mask_type": AttnMaskType.causal}, attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                GatedMLP if config.gated_linear_unit else MLP,
-                submodules=MLPSubmodules(ColumnParallelLinear, None, RowParallelLinear),
-            ),
+            mlp=ModuleSpec(GatedMLP if config.gated_linear_unit else MLP, submodules=feed_forward),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=NORM_NAMES,
         ),

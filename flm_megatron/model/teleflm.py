@@ -71,6 +71,8 @@ class TeleFLM(GPTModel):
 
     def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         embedded, rotary, *others = super()._preprocess(*args, **kwargs)
+        if self.pre_process and self.config.lora is not None and torch.is_grad_enabled():
+            embedded.requires_grad_()  # layers computed again in the backward pass need an input with a gradient
         if self.pre_process and embedded.requires_grad and self.config.embedding_gradient_shrink != 1:
             embedded.register_hook(lambda gradient: gradient * self.config.embedding_gradient_shrink)
         if self.pre_process and self.input_multiplier != 1:

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 from flm_megatron.config.loader import resolve_vocabulary
 from flm_megatron.config.rules import check
-from flm_megatron.config.schema import ChatConfig, ModelConfig, RunConfig, StageConfig
+from flm_megatron.config.schema import ChatConfig, LoraConfig, ModelConfig, RunConfig, StageConfig
 from flm_megatron.data.chat_stream import ChatStream
 from flm_megatron.data.streams import training_stream
 from flm_megatron.data.tokenizer import Tokenizer
@@ -45,6 +45,10 @@ def _stage(stage: StageConfig, model: ModelConfig, chat: ChatConfig) -> StageCon
             f"stage {stage.name!r}: packing needs attention within conversations, which transformer_engine is not "
             "asked for here: set one of transformer_engine and data.chat.packing to false"
         )
+    lora = stage.model.lora or model.lora
+    if lora is not None:
+        _check_adapters(stage, lora)
+    model = replace(model, lora=lora)
     given, default = asdict(stage.model), asdict(ModelConfig())
     other = [
         f"{name} is {given[name]!r} here and {value!r} there"
@@ -57,6 +61,17 @@ def _stage(stage: StageConfig, model: ModelConfig, chat: ChatConfig) -> StageCon
             "leave the model out, it comes with the checkpoint"
         )
     return replace(stage, model=model)
+
+
+def _check_adapters(stage: StageConfig, lora: LoraConfig) -> None:
+    if lora.rank < 1 or not lora.targets:
+        raise RequestError(
+            f"stage {stage.name!r}: model.lora has rank {lora.rank} and targets {lora.targets}: give both"
+        )
+    if stage.trainable != "all" or stage.transformer_engine:
+        raise RequestError(
+            f"stage {stage.name!r}: model.lora goes with neither `trainable: half` nor transformer_engine: drop one"
+        )
 
 
 def _line(name: str, stream: ChatStream, chat: ChatConfig) -> str:

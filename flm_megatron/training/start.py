@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flm_megatron.checkpoint.adapters import WithNewAdapters
 from flm_megatron.checkpoint.described import without_padding
 from flm_megatron.checkpoint.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
@@ -143,6 +144,8 @@ def first_view(run: RunConfig, model: ModelConfig, source: Path | None) -> Logic
     if source is None:
         return InitialCheckpoint(model, run.seed)
     view = without_padding(open_checkpoint(source, model.vocab_size), model)
+    if model.lora is not None:
+        view = WithNewAdapters(view, model, run.seed)
     wanted = {name: info.shape for name, info in InitialCheckpoint(model, run.seed).tensors.items()}
     for name, shape in wanted.items():
         found = view.tensors[name].shape if name in view.tensors else None

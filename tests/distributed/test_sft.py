@@ -9,34 +9,26 @@ from typing import Any
 import pytest
 import torch
 
-from flm_megatron.checkpoint.engine import load_state
 from flm_megatron.checkpoint.initial import InitialCheckpoint
-from flm_megatron.checkpoint.logical import Region
 from flm_megatron.checkpoint.opening import open_checkpoint
-from flm_megatron.checkpoint.placement import placements
 from flm_megatron.cli.main import main as flm
 from flm_megatron.cli.sft import prepared
 from flm_megatron.config.loader import load_run
-from flm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig, SourceConfig, StageConfig
+from flm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig, SourceConfig
 from flm_megatron.data.chat_source import ChatSource
 from flm_megatron.data.chat_stream import ChatStream
 from flm_megatron.data.chat_template import ChatTemplate
 from flm_megatron.model.parameters import EMBEDDING, HEAD
 from flm_megatron.training.freezing import frozen_units
 from flm_megatron.training.launch import train
-from flm_megatron.training.parallel import layout
 from flm_megatron.training.start import checkpoint_store
-from flm_megatron.training.step import Batch, Engine
-from tests.distributed.layouts import micro_batches
+from flm_megatron.training.step import Batch
 from tests.distributed.layouts import name as layout_name
 from tests.distributed.pool import Pool
 from tests.distributed.runs import losses
-from tests.distributed.sft_cases import MODEL, SEED, chat_folder
+from tests.distributed.sft_cases import LENGTH, MODEL, SEED, Gradients, chat_folder, furthest, gradients, whole
 from tests.reference import reference_loss
 from tests.unit.chat_cases import conversation, tokenizer, write
-
-LENGTH = 160
-Gradients = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -58,36 +50,6 @@ def global_batch(chat: ChatStream, multiple: int) -> Batch:
     return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
 
 
-def gradients(parallel: ParallelConfig, model: ModelConfig, batches: list[Batch]) -> list[Any]:
-    """For each global batch its loss, its trained tokens, and this rank's parts of the gradient of the mean loss."""
-    stage = StageConfig(model=model, micro_batch=2, parallel=replace(parallel, distributed_optimizer=False))
-    found = []
-    with layout(stage.parallel, 120):
-        engine = Engine(stage, LENGTH)
-        load_state(InitialCheckpoint(model, SEED), engine.chunks, engine.optimizer)
-        for batch in batches:
-            for chunk in engine.chunks:
-                chunk.zero_grad_buffer()
-            loss, tokens, _ = engine._losses(micro_batches(batch, 2), forward_only=False)
-            parts = [
-                (p.name, p.region, p.parameter.main_grad[p.local.slices].reshape(p.region.sizes).clone())  # type: ignore[attr-defined]
-                for p in placements(engine.chunks)
-            ]
-            found.append((loss / tokens, tokens, parts))
-    return found
-
-
-def whole(ranks: list[Any], model: ModelConfig) -> Gradients:
-    """The logical gradient out of the parts of all ranks."""
-    view = InitialCheckpoint(model, SEED)
-    result = {name: torch.zeros(info.shape) for name, info in view.tensors.items()}
-    for parts in ranks:
-        for name, region, values in parts:
-            assert isinstance(region, Region)
-            result[name][region.slices] = values
-    return result
-
-
 def reference(model: ModelConfig, chat: ChatStream) -> tuple[float, Gradients]:
     """Mean loss and its gradient in float64, one conversation after another, each by itself."""
     view = InitialCheckpoint(model, SEED)
@@ -99,11 +61,6 @@ def reference(model: ModelConfig, chat: ChatStream) -> tuple[float, Gradients]:
         count += int(trained.sum())
     (total / count).backward()
     return total.item() / count, {name: tensor.grad for name, tensor in tensors.items() if tensor.grad is not None}
-
-
-def furthest(found: Gradients, expected: Gradients) -> float:
-    """Largest difference of an entry, over the largest entry of its tensor."""
-    return max(float((found[k] - expected[k]).abs().max() / expected[k].abs().max()) for k in expected)
 
 
 @pytest.mark.parametrize(
@@ -124,10 +81,11 @@ def test_packed_and_separate_conversations_train_alike(
     assert packed.samples < padded.samples / 1.5
     world, multiple = parallel.model_size * (parallel.data or 1), 4 * (parallel.data or 1)
     batches = [global_batch(chat, multiple) for chat in (packed, padded)]
-    ranks = pool.run(world, gradients, parallel, model, batches)
+    view = InitialCheckpoint(model, SEED)
+    ranks = pool.run(world, gradients, parallel, model, view, batches)
     loss, expected = reference(model, packed)
     for index in range(2):
-        found = whole([rank[index][2] for rank in ranks], model)
+        found = whole([rank[index][2] for rank in ranks], view)
         assert ranks[0][index][0] == pytest.approx(loss, rel=1e-5)
         assert furthest(found, expected) <= 1e-5
     assert ranks[0][0][1] == ranks[0][1][1]

@@ -1,0 +1,113 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): linear layers whose frozen weight W learns as W + alpha / rank x B A.
+
+Under tensor parallelism the factor on the side that W is split is split with it, the other is on every rank; what is
+added up or gathered between ranks has the width of the rank, not of the layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from flm_megatron.config.schema import LoraConfig
+
+
+def linear(base: type, target: str, lora: LoraConfig | None) -> type:
+    """The class of the linear layer `target`: `base`, or `base` with adapters if `lora` names it."""
+    if lora is None or target not in lora.targets:
+        return base
+    adapted = {ColumnParallelLinear: AdaptedColumnParallelLinear, RowParallelLinear: AdaptedRowParallelLinear}[base]
+    return type(f"{adapted.__name__}_{target}", (adapted,), {"gated": target == "fc1"})
+
+
+class AdaptedColumnParallelLinear(ColumnParallelLinear):
+    """A linear layer whose output is split: `lora_a` [rank, input] on every rank, `lora_b` [output, rank] split."""
+
+    gated = False
+
+    def __init__(self, *args: Any, config: Any, **kwargs: Any) -> None:
+        super().__init__(*args, config=config, **kwargs)
+        self.scale = _add_factors(self, config, split_a=False)
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Output [sequence, batch, output part], and the bias if it is not added."""
+        output, bias = super().forward(input_, *args, **kwargs)
+        inner = F.linear(input_, self.lora_a)
+        inner = (
+            gather_from_sequence_parallel_region(inner, tensor_parallel_output_grad=True)
+            if self.sequence_parallel
+            else copy_to_tensor_model_parallel_region(inner)
+        )
+        return output + self.scale * F.linear(inner, self.lora_b), bias
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """Where the parameters lie in the logical tensors."""
+        sharded = _sharded(self, prefix, {"weight": 0, "bias": 0, "lora_b": 0}, sharded_offsets, metadata)
+        if self.gated and self.config.gated_linear_unit:
+            sharded[f"{prefix}lora_b"] = apply_swiglu_sharded_factory(sharded[f"{prefix}lora_b"], sharded_offsets)
+        return sharded
+
+
+class AdaptedRowParallelLinear(RowParallelLinear):
+    """A linear layer whose input is split: `lora_a` [rank, input] split, `lora_b` [output, rank] on every rank."""
+
+    gated = False
+
+    def __init__(self, *args: Any, config: Any, **kwargs: Any) -> None:
+        super().__init__(*args, config=config, **kwargs)
+        self.scale = _add_factors(self, config, split_a=True)
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Output [sequence part, batch, output], and the bias if it is not added."""
+        output, bias = super().forward(input_)
+        inner = F.linear(input_, self.lora_a)
+        inner = (
+            reduce_scatter_to_sequence_parallel_region(inner)
+            if self.sequence_parallel
+            else reduce_from_tensor_model_parallel_region(inner)
+        )
+        return output + self.scale * F.linear(inner, self.lora_b), bias
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """Where the parameters lie in the logical tensors."""
+        return _sharded(self, prefix, {"weight": 1, "lora_a": 1}, sharded_offsets, metadata)
+
+
+def _add_factors(layer: Any, config: Any, split_a: bool) -> float:
+    """Give a layer its two factors; returns alpha / rank."""
+    rank = config.lora.rank
+    rows, columns = layer.weight.shape
+    for name, shape, axis in (("lora_a", (rank, columns), 1), ("lora_b", (rows, rank), 0)):
+        factor = nn.Parameter(torch.zeros(shape, dtype=layer.weight.dtype, device=layer.weight.device))
+        split = split_a == (name == "lora_a")
+        set_tensor_model_parallel_attributes(factor, split, axis if split else -1, 1)
+        # A factor that is not split sees only this rank's part of the sequence.
+        factor.sequence_parallel = config.sequence_parallel and not split  # type: ignore[attr-defined]
+        setattr(layer, name, factor)
+    return config.lora.alpha / rank
+
+
+def _sharded(layer: Any, prefix: str, axes: dict[str, int], offsets: Any, metadata: Any) -> dict[str, Any]:
+    state = layer.state_dict(prefix="", keep_vars=True)
+    groups = {"tp_group": layer.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
+    return make_sharded_tensors_for_checkpoint(state, prefix, axes, offsets, **groups)
+
+
+def train_adapters_only(chunk: nn.Module) -> None:
+    """Freeze every parameter but the adapters' factors: they get no gradient and no optimizer state."""
+    for name, parameter in chunk.named_parameters():
+        parameter.requires_grad_(name.endswith((".lora_a", ".lora_b")))
