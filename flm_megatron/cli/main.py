@@ -13,6 +13,7 @@ from flm_megatron.errors import FlmError
 COMMANDS = {
     "train": "train a run file's stages, growing between them",
     "plan": "plan memory, time and cost before asking for the machines",
+    "bench": "measure throughput on this hardware, or calibrate the planner to it",
     "launch": "start a run on a cluster, or print what would start it",
     "doctor": "check the machines before a run",
     "sft": "fine-tune a checkpoint on conversations",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from flm_megatron.cli.chosen_stages import only_stage, with_vocabulary
 
 if TYPE_CHECKING:
     from flm_megatron.config.schema import RunConfig
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if args.nodes_of is not None and args.nodes_of < 1:
         raise RequestError(f"--nodes-of is {args.nodes_of}, give at least 1")
     machine = find_machine(args.gpu, args.nodes_of, args.hardware)
-    config = _with_vocabulary(_only(load_run(args.run_file, args.overrides), args.stage))
+    config = with_vocabulary(only_stage(load_run(args.run_file, args.overrides), args.stage))
     if args.search:
         text, data = _search(config, machine, args)
     elif args.budget is not None:
@@ -138,34 +139,3 @@ def _check_shapes(config: RunConfig) -> None:
             raise RequestError(f"stage {stage.name!r}: {line}")
     if config.data.sequence_length < 1:
         raise RequestError(f"data.sequence_length is {config.data.sequence_length}, give at least 1")
-
-
-def _only(config: RunConfig, name: str | None) -> RunConfig:
-    """The run with the named stage alone, so that rules and totals are its own."""
-    from flm_megatron.errors import RequestError
-
-    if not config.stages:
-        raise RequestError("stages is empty: give at least one stage")
-    if name is None:
-        return config
-    chosen = [replace(stage, growth=None) for stage in config.stages if stage.name == name]
-    if not chosen:
-        raise RequestError(f"no stage {name!r}; the run has {', '.join(stage.name for stage in config.stages)}")
-    return replace(config, stages=chosen)
-
-
-def _with_vocabulary(config: RunConfig) -> RunConfig:
-    """Vocabulary sizes that the run file leaves to the tokenizer."""
-    from flm_megatron.config.loader import resolve_vocabulary
-    from flm_megatron.errors import RequestError
-
-    if all(stage.model.vocab_size for stage in config.stages):
-        return config
-    if config.tokenizer is None or not Path(config.tokenizer).is_file():
-        raise RequestError(
-            f"the vocabulary size is not known: there is no tokenizer at {config.tokenizer!r}; "
-            "give a size, such as --stages.0.model.vocab_size 80000"
-        )
-    from flm_megatron.data.tokenizer import Tokenizer
-
-    return resolve_vocabulary(config, Tokenizer(config.tokenizer).vocab_size)

@@ -37,14 +37,15 @@ def build_optimizer(stage: StageConfig, model_chunks: list[Any], frozen: Collect
         for name, _ in chunk.named_parameters():
             parameter_group(name, specs)  # an unknown parameter is an error here, not one left out of every group
     return get_megatron_optimizer(
-        _engine_config(stage),
+        engine_config(stage),
         model_chunks,
         config_overrides=_group_overrides(specs, frozen),
         use_gloo_process_groups=False,
     )
 
 
-def _engine_config(stage: StageConfig) -> Any:
+def engine_config(stage: StageConfig) -> Any:
+    """megatron-core's optimizer configuration of a stage."""
     import torch
     from megatron.core.optimizer import OptimizerConfig
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -41,7 +41,11 @@ def fit_products(
     return min(((matmul, overhead) for matmul in MATMUL for overhead in TILE_OVERHEAD), key=lambda pair: error(*pair))
 
 
-def write_efficiency(path: Path, note: str, **shares: float) -> None:
-    """Write a hardware file for `flm plan --hardware` that changes these efficiencies; `note` says what they are of."""
-    text = yaml.safe_dump({"efficiency": {name: round(share, 4) for name, share in shares.items()}})
+def write_efficiency(path: Path, note: str, fields: Mapping[str, Any] | None = None, **shares: float) -> None:
+    """Write a hardware file for `flm plan --hardware` that changes these efficiencies; `note` says what they are of.
+
+    `fields` are further fields of `Machine`, for a device that is not in the table.
+    """
+    values = {**(fields or {}), "efficiency": {name: round(share, 4) for name, share in shares.items()}}
+    text = yaml.safe_dump(values, sort_keys=False)
     path.write_text("".join(f"# {line}\n" for line in note.splitlines()) + text, encoding="utf-8")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from flm_megatron.config.schema import StageConfig
 from flm_megatron.device import current
@@ -16,6 +17,8 @@ from flm_megatron.training.freezing import freeze, frozen_parameters
 from flm_megatron.training.optimizer_step import guarded_step
 
 Batch = dict[str, torch.Tensor]
+OPTIMIZER = "optimizer"
+"""Name that a profiler shows for clearing gradients, their norm and clipping, and the update."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,14 @@ class Engine:
         Takes tokens, labels, position_ids [micro_batch, sequence] int64 and loss_mask [micro_batch, sequence] fp32.
         Gradients and loss are means over all unmasked tokens of the global batch.
         """
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        with record_function(OPTIMIZER):
+            for chunk in self.chunks:
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
         loss, tokens, stopped = self._losses(batches, forward_only=False, stop=stop)
         loss /= max(tokens, 1)
-        grad_norm, refused = guarded_step(self.optimizer, lambda norm: judge(loss, norm))
+        with record_function(OPTIMIZER):
+            grad_norm, refused = guarded_step(self.optimizer, lambda norm: judge(loss, norm))
         return StepResult(loss, tokens, grad_norm, stopped, refused)
 
     def validation_loss(self, batches: Iterator[list[Batch]]) -> float:

@@ -1,0 +1,130 @@
+"""Measuring our own training step under a layout, on every process of it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from flm_megatron import kernels
+from flm_megatron.benchmarking.flops import hardware_flops_per_token, training_flops_per_token
+from flm_megatron.benchmarking.parts import profile_parts
+from flm_megatron.benchmarking.request import Request
+from flm_megatron.benchmarking.result import Measurement
+from flm_megatron.benchmarking.steps import Step, draw_weights, held_gib, slowest, synthetic_batches, timed
+from flm_megatron.benchmarking.workload import describe, processes
+from flm_megatron.config.schema import DistributedConfig, ParallelConfig, StageConfig
+from flm_megatron.device import current
+from flm_megatron.device.hardware import find_hardware
+from flm_megatron.planner.layout import CPU, CUDA, stage_workload
+from flm_megatron.planner.memory import GIB, all_rank_memory
+from flm_megatron.training.step import Engine
+
+PROGRAM = "flm_megatron"
+LEARNING_RATE = 1e-5
+
+
+def on_ranks(parallel: ParallelConfig, timeout_s: int, function: Any, *args: Any) -> Any:
+    """What `function(*args)` returns on rank 0, called on every process of a layout.
+
+    A launcher's processes are used where there are some; else fresh ones are started here, so that nothing that ran
+    before weighs on memory. The result, and `args`, have to be plain data or pickle.
+
+    Raises:
+        FlmError: a process failed.
+    """
+    from flm_megatron.training.launch import run_processes
+    from flm_megatron.training.parallel import launched
+    from flm_megatron.training.tool_world import tool_world
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result.json"
+        if launched():
+            with tool_world(DistributedConfig(timeout_s=timeout_s)):
+                under_layout(parallel, timeout_s, path, function, args)
+                return json.loads(path.read_text()) if dist.get_rank() == 0 else None
+        run_processes(processes(parallel), under_layout, (parallel, timeout_s, path, function, args), timeout_s)
+        return json.loads(path.read_text())
+
+
+def under_layout(parallel: ParallelConfig, timeout_s: int, path: Path, function: Any, args: tuple[Any, ...]) -> int:
+    """In a world: call `function(*args)` inside the groups of `parallel`; rank 0 writes the result to `path`."""
+    from flm_megatron.training.parallel import is_main_rank, layout
+
+    with layout(parallel, timeout_s):
+        result = function(*args)
+        if is_main_rank():
+            path.write_text(json.dumps(result), encoding="utf-8")
+    return 0
+
+
+def measure_engine(request: Request) -> dict[str, Any]:
+    """Measure our training step, on each rank of a world under the stage's layout; a `Measurement` as plain data."""
+    from megatron.core import parallel_state
+
+    stage, sequence = request.stage, request.sequence_length
+    kernels.use(kernels.choose(request.kernels))
+    before = held_gib()
+    engine, step = engine_step(stage, sequence)
+    batches = synthetic_batches(stage, sequence, parallel_state.get_data_parallel_world_size())
+    for _ in range(request.warmup):
+        step(batches)
+    current().reset_peak_memory()
+    times = slowest([timed(step, batches) for _ in range(request.steps)])
+    held = current().peak_memory_gib() - before
+    parts = profile_parts(engine.chunks, step, batches, request.profiled) if request.profiled else {}
+    world = dist.get_world_size()
+    return vars(
+        replace(
+            describe_measurement(PROGRAM, stage, sequence, world, times, slowest([held])[0]),
+            planned_gib=planned_gib(stage, sequence, world),
+            parts_s=_mean(parts),
+        )
+    )
+
+
+def engine_step(stage: StageConfig, sequence_length: int) -> tuple[Engine, Step]:
+    """Our engine with random weights, and its training step."""
+    from flm_megatron.optim.learning_rate import set_learning_rates
+
+    engine = Engine(stage, sequence_length)
+    for chunk in engine.chunks:
+        draw_weights(chunk)
+    engine.optimizer.reload_model_params()
+    set_learning_rates(engine.optimizer, stage, LEARNING_RATE)
+    return engine, lambda batches: engine.train_step(batches).loss
+
+
+def describe_measurement(
+    program: str, stage: StageConfig, sequence_length: int, world: int, times: list[float], memory_gib: float
+) -> Measurement:
+    """A measurement with what follows from the stage: tokens and FLOPs of a step, and the device's peak."""
+    hardware = find_hardware(current().hardware_name())
+    return Measurement(
+        program=program,
+        layout=describe(replace(stage.parallel, data=world // stage.parallel.model_size)),
+        processes=world,
+        step_times_s=times,
+        step_tokens=stage.global_batch * sequence_length,
+        model_flops_per_token=training_flops_per_token(stage.model, sequence_length),
+        hardware_flops_per_token=hardware_flops_per_token(stage, sequence_length),
+        peak_tflops=hardware.peak_tflops(stage.precision) if hardware else None,
+        memory_gib=memory_gib,
+    )
+
+
+def planned_gib(stage: StageConfig, sequence_length: int, world: int) -> float:
+    """What the planner says that the process with the most memory holds in tensors, without the driver's share."""
+    work = stage_workload(stage, sequence_length, world, {"cpu": CPU, "cuda": CUDA}[current().name])
+    return max(memory.total for memory in all_rank_memory(work)) / GIB
+
+
+def _mean(parts: dict[str, float]) -> dict[str, float]:
+    """Mean over all processes."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, parts)
+    return {part: sum(one[part] for one in everyone) / len(everyone) for part in parts}

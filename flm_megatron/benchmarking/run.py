@@ -1,0 +1,99 @@
+"""A whole benchmark: what is measured one after the other, and the report of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from flm_megatron.benchmarking.environment import command_line, environment
+from flm_megatron.benchmarking.measure import measure_engine, on_ranks
+from flm_megatron.benchmarking.report import Report
+from flm_megatron.benchmarking.request import Request
+from flm_megatron.benchmarking.result import Measurement
+from flm_megatron.benchmarking.workload import local_layouts
+from flm_megatron.config.schema import StageConfig
+from flm_megatron.errors import RequestError
+from flm_megatron.model.parameters import parameter_count
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The stage's own layout, or all layouts of these numbers of processes; with `peers` other programs beside it."""
+
+    sizes: list[int]
+    peers: list[str] | None = None
+
+
+def benchmark(request: Request, wanted: Wanted) -> Report | None:
+    """Measure `request`, whose rules are checked, on this machine; none on ranks that do not report.
+
+    Raises:
+        RequestError: what is wanted does not go together, or no layout or program can run.
+        FlmError: a process failed.
+    """
+    from flm_megatron.training.parallel import launched
+
+    if wanted.sizes and launched():
+        raise RequestError("--layouts starts its own processes: leave torchrun out")
+    if wanted.sizes and wanted.peers is not None:
+        raise RequestError("--layouts and --compare do not go together: give one of them")
+    here = environment(command_line())
+    if wanted.peers is not None:
+        return _side_by_side(request, wanted.peers, here)
+    stages, notes = _stages(request, wanted.sizes)
+    found = []
+    for stage in stages:
+        trial = replace(request, stage=stage)
+        values = on_ranks(stage.parallel, request.timeout_s, measure_engine, trial)
+        if values is None:
+            return None
+        found.append(Measurement(**values))
+    return _report(request, found, here, notes=notes)
+
+
+def _stages(request: Request, sizes: list[int]) -> tuple[list[StageConfig], list[str]]:
+    """The layouts to measure, and those that cannot be."""
+    if not sizes:
+        return [request.stage], []
+    stages: list[StageConfig] = []
+    notes: list[str] = []
+    for size in sizes:
+        fitting, rejected = local_layouts(request.stage, request.sequence_length, size)
+        stages += fitting
+        notes += [f"not measured: {line}" for line in rejected]
+    return stages, notes
+
+
+def _side_by_side(request: Request, peers: list[str], here: dict[str, str]) -> Report | None:
+    from flm_megatron.benchmarking.compare import measure_side_by_side, ratios
+    from flm_megatron.benchmarking.peers import check_peers, missing_peers
+
+    check_peers(peers, request.stage)
+    missing = missing_peers(peers)
+    present = [name for name in peers if name not in missing]
+    if not present:
+        raise RequestError(f"--compare: {', '.join(missing)} not installed: install one, or leave --compare out")
+    values = on_ranks(request.stage.parallel, request.timeout_s, measure_side_by_side, request, present)
+    if values is None:
+        return None
+    found = [Measurement(**value) for value in values]
+    notes = [f"not measured: {name} is not installed" for name in missing]
+    return _report(request, found, here, ratios(found), notes)
+
+
+def _report(
+    request: Request,
+    found: list[Measurement],
+    here: dict[str, str],
+    ratios: dict[str, float] | None = None,
+    notes: list[str] | None = None,
+) -> Report:
+    return Report(
+        title=f"Throughput of {request.stage.name}",
+        stage=request.stage,
+        sequence_length=request.sequence_length,
+        parameters=parameter_count(request.stage.model),
+        environment=here,
+        measurements=found,
+        ratios=ratios or {},
+        notes=notes or [],
+    )

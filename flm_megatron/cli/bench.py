@@ -1,0 +1,125 @@
+"""Measure the throughput of a stage on this hardware with synthetic tokens, or calibrate the planner to it."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flm_megatron.cli.checkpoint_options import positive
+from flm_megatron.cli.chosen_stages import only_stage, with_vocabulary
+from flm_megatron.errors import RequestError
+
+if TYPE_CHECKING:
+    from flm_megatron.benchmarking.request import Request
+    from flm_megatron.config.schema import RunConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `flm bench`; anything else of the form `--field value` overrides the run file."""
+    parser.add_argument("run_file", nargs="?", help="run file (YAML); not with --calibrate")
+    parser.add_argument("--stage", help="the stage to measure; may be left out where there is one")
+    parser.add_argument("--layers", type=positive, metavar="N", help="measure a stack of N layers of the stage's shape")
+    parser.add_argument(
+        "--layouts", type=positive, nargs="+", metavar="N", help="measure every layout of N local processes"
+    )
+    parser.add_argument(
+        "--compare",
+        metavar="NAMES",
+        help="measure other programs beside, in turn: transformers, transformers-compiled, bare-megatron, torchtitan",
+    )
+    parser.add_argument(
+        "--calibrate", type=Path, metavar="OUT.yaml", help="time products and copies on this device for `flm plan`"
+    )
+    parser.add_argument("--steps", type=positive, default=20, help="measured steps (default 20)")
+    parser.add_argument("--warmup", type=_count, default=3, help="steps before that do not count (default 3)")
+    parser.add_argument(
+        "--profile", type=_count, default=3, metavar="STEPS", help="steps that are divided into parts (default 3)"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="also write bench-STAGE.md, .json and .svg here")
+    parser.epilog = "Any field of the run file can be overridden: --stages.0.parallel.tensor 2 (see `flm config`)."
+    parser.set_defaults(accepts_overrides=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the report and write it; returns 0."""
+    if args.calibrate is not None:
+        return _calibrate(args)
+    if args.run_file is None:
+        raise RequestError("give a run file to measure a stage of, or --calibrate OUT.yaml")
+    from flm_megatron.benchmarking.run import Wanted, benchmark
+
+    config = _config(args)
+    wanted = Wanted(args.layouts or [], args.compare.split(",") if args.compare else None)
+    report = benchmark(_request(config, args), wanted)
+    if report is None:  # another rank reports
+        return 0
+    print(report.markdown(), end="")
+    if args.out is not None:
+        paths = report.write(args.out, f"bench-{config.stages[0].name}")
+        print("\nwritten: " + ", ".join(map(str, paths)))
+    return 0
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return number
+
+
+def _config(args: argparse.Namespace) -> RunConfig:
+    """The run with the stage to measure alone, its sizes checked."""
+    from flm_megatron.benchmarking.workload import layer_stack
+    from flm_megatron.config.loader import load_run
+    from flm_megatron.config.rules import check
+
+    config = load_run(args.run_file, args.overrides)
+    if args.stage is None and len(config.stages) > 1:
+        raise RequestError(f"give --stage: the run has {', '.join(stage.name for stage in config.stages)}")
+    config = only_stage(config, args.stage)
+    if args.layers:
+        config = replace(config, stages=[layer_stack(config.stages[0], args.layers)])
+    config = with_vocabulary(config)
+    if not args.layouts:
+        # A benchmark needs no budget, but the rules do.
+        stage = config.stages[0]
+        check(replace(config, stages=[replace(stage, tokens=max(stage.tokens, 1))]), _world_size(config))
+    return config
+
+
+def _world_size(config: RunConfig) -> int:
+    """Processes of a launcher, or those that the stage's layout needs here."""
+    import os
+
+    from flm_megatron.benchmarking.workload import processes
+
+    return int(os.environ.get("WORLD_SIZE", 0)) or processes(config.stages[0].parallel)
+
+
+def _request(config: RunConfig, args: argparse.Namespace) -> Request:
+    from flm_megatron.benchmarking.request import Request
+
+    return Request(
+        stage=config.stages[0],
+        sequence_length=config.data.sequence_length,
+        kernels=config.kernels,
+        steps=args.steps,
+        warmup=args.warmup,
+        profiled=args.profile,
+        timeout_s=config.distributed.timeout_s,
+    )
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from flm_megatron.benchmarking.calibrate import calibrate
+
+    for name in ("run_file", "stage", "layers", "layouts", "compare", "out"):
+        if getattr(args, name):
+            shown = "a run file" if name == "run_file" else f"--{name}"
+            raise RequestError(f"--calibrate measures this device alone: leave out {shown}")
+    if args.overrides:
+        raise RequestError(f"--calibrate has no run file to override: leave out {' '.join(args.overrides)}")
+    print(calibrate(args.calibrate))
+    return 0
