@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
+from flm_megatron import kernels
 from flm_megatron.checkpoint.engine import SaveHandle, load_state, save_state
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
@@ -43,7 +44,11 @@ def train_stage(run: RunConfig, start: Start) -> bool:
     """Train the stage that `start` names, on every rank of the world; returns whether it came to its end.
 
     False means that a signal stopped it, after a checkpoint was saved.
+
+    Raises:
+        RequestError: a kernel that the run file asks for by name is not there.
     """
+    kernels.use(kernels.choose(run.kernels))
     beginning = begin(run, start)
     with layout(beginning.stage.parallel, run.distributed.timeout_s), stop_on_signal() as stop:
         trainer = StageTrainer(run, start, beginning)
@@ -111,6 +116,7 @@ class StageTrainer:
             log.record({"stage": self.stage.name, "step": 0, "tokens": tokens, "certificate": certificate})
             if certificate:
                 log.say(Certificate.from_json(certificate).table())
+        log.say(kernels.current().describe())
         log.begin(self.stage.name, self.step, self.budget.steps)
 
     def close(self) -> None:
