@@ -32,6 +32,7 @@ setup(
             "pytest-timeout",
             "hypothesis",
             "transformers>=4.45",
+            "lm_eval>=0.4.9",
             "ruff",
             "mypy",
             "types-PyYAML",

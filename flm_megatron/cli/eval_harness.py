@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--network", action="store_true", help="allow tasks to fetch their data")
     parser.add_argument("--fewshot", type=int, metavar="N", help="examples before each question; the task's own number")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N questions of each task")
-    parser.add_argument("--chat", action="store_true", help="put questions into the Tele-FLM chat template")
+    parser.add_argument("--template", help="put questions into a chat template: tele-flm, or a Jinja file")
     parser.add_argument("--context", type=positive, help="longest context; the sequence length of the training")
     parser.add_argument("--batch", type=positive, default=8, help="requests in one forward pass (default 8)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here; - prints it instead")
@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _request(args: argparse.Namespace) -> HarnessRequest:
+    from flm_megatron.data.chat_template import TELE_FLM
     from flm_megatron.evaluation.harness_run import HarnessRequest
 
     return HarnessRequest(
@@ -52,7 +53,7 @@ def _request(args: argparse.Namespace) -> HarnessRequest:
         network=args.network,
         fewshot=args.fewshot,
         limit=args.limit,
-        chat=args.chat,
+        template=args.template if args.template in (None, TELE_FLM) else str(Path(args.template).resolve()),
         context=args.context,
         batch=args.batch,
         json=args.json,

@@ -22,8 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text to go on from")
     what.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt in each line, or in `prompt` of .jsonl")
-    what.add_argument("--chat", action="store_true", help="talk: each line is a turn, in the Tele-FLM template")
+    what.add_argument("--chat", action="store_true", help="talk: each line is a turn")
     parser.add_argument("--system", help="chat: the system text")
+    parser.add_argument("--template", default="tele-flm", help="chat: tele-flm (default), or a Jinja file")
     parser.add_argument("--max-new-tokens", type=positive, default=256, help="longest completion (default 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0 from all (default)")
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check the request, then generate on every process; returns 0."""
     from flm_megatron.checkpoint.layout import check_layout
+    from flm_megatron.data.chat_template import ChatTemplate
     from flm_megatron.evaluation.generate_run import run_generation
     from flm_megatron.evaluation.processes import run_under
     from flm_megatron.evaluation.subject import open_subject
@@ -48,7 +50,9 @@ def run(args: argparse.Namespace) -> int:
     from flm_megatron.training.parallel import launched
 
     request = _request(args)
-    check_layout(open_subject(args.checkpoint, args.tokenizer, args.vocab_size).model, request.parallel)
+    subject = open_subject(args.checkpoint, args.tokenizer, args.vocab_size)
+    check_layout(subject.model, request.parallel)
+    ChatTemplate(request.template, subject.tokenizer)  # a file that is no template is refused here
     started_here = not launched() and request.parallel.model_size * (request.parallel.data or 1) > 1
     with relayed_lines() if args.chat and started_here else nullcontext() as lines:
         return run_under(request.parallel, run_generation, replace(request, lines=lines))
@@ -72,6 +76,7 @@ def _request(args: argparse.Namespace) -> GenerateRequest:
         out=args.out,
         as_json=args.json,
         system=args.system,
+        template=args.template,
         tokenizer=args.tokenizer,
         precision=args.precision,
         vocab_size=args.vocab_size,

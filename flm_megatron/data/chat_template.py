@@ -66,25 +66,26 @@ class ChatTemplate:
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            asked = self._render(messages[:index], True, where)
-            answered = self._render(messages[: index + 1], False, where)
+            asked = self.render(messages[:index], True, where)
+            answered = self.render(messages[: index + 1], False, where)
             if not (asked.startswith(done) and answered.startswith(asked)):
                 raise RequestError(
                     f"{where}: template {self.name} writes the turns before an answer in another way after it"
                 )
             # The probe tells an answer from the same letters elsewhere in the template.
-            probe = self._render([*messages[:index], {**message, "content": PROBE}], False, where)
+            probe = self.render([*messages[:index], {**message, "content": PROBE}], False, where)
             if PROBE not in probe or message["content"].strip() not in answered[len(asked) :]:
                 raise RequestError(f"{where}: template {self.name} drops the answer {message['content']!r:.60}")
-            found += [(self._encode(asked[len(done) :]), False), (self._encode(answered[len(asked) :]), True)]
+            found += [(self.encode(asked[len(done) :]), False), (self.encode(answered[len(asked) :]), True)]
             done = answered
         return found
 
     def prompt(self, messages: Sequence[Message], where: str = "conversation") -> list[int]:
         """Ids after which the model is to answer the last message. Raises RequestError as `pieces`."""
-        return self._encode(self._render(messages, True, where))
+        return self.encode(self.render(messages, True, where))
 
-    def _render(self, messages: Sequence[Message], prompt: bool, where: str) -> str:
+    def render(self, messages: Sequence[Message], prompt: bool, where: str = "conversation") -> str:
+        """The conversation as text in which marks stand for ids; `prompt` opens the next answer. Raises RequestError."""
         from jinja2 import TemplateError
 
         marks = {"bos_token": BOS_MARK, "eos_token": EOS_MARK}
@@ -93,7 +94,8 @@ class ChatTemplate:
         except (TemplateError, KeyError, TypeError) as error:
             raise RequestError(f"{where}: template {self.name} cannot write it: {error}") from None
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """Ids of a rendered text."""
         ids: list[int] = []
         for number, ended in enumerate(text.split(EOS_MARK)):
             ids += [self.tokenizer.eod] if number else []

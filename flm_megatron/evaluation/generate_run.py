@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TextIO
 
 from flm_megatron.config.schema import ParallelConfig
+from flm_megatron.data.chat_template import TELE_FLM, ChatTemplate
+from flm_megatron.data.conversations import Message
 from flm_megatron.data.corpus import JSONL_SUFFIXES, Corpus
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import RequestError
-from flm_megatron.evaluation.chat import USER, Conversation
 from flm_megatron.evaluation.generation import GenerationRequest
 from flm_megatron.evaluation.sampling import SamplingSettings
 from flm_megatron.evaluation.session import Session, hold_session
@@ -39,15 +40,16 @@ class GenerateRequest:
     out: Path | None = None
     as_json: bool = False
     system: str | None = None
+    template: str = TELE_FLM
     lines: str | None = None
     tokenizer: Path | None = None
     precision: str | None = None
     vocab_size: int | None = None
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
-    def of(self, index: int, prompt: list[int], stop: tuple[str, ...] = ()) -> GenerationRequest:
+    def of(self, index: int, prompt: list[int]) -> GenerationRequest:
         """One prompt's request."""
-        return GenerationRequest(index, prompt, self.max_new_tokens, (*self.stop, *stop), self.sampling)
+        return GenerationRequest(index, prompt, self.max_new_tokens, self.stop, self.sampling)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -101,15 +103,17 @@ def _complete(request: GenerateRequest, session: Session) -> int:
 
 def _chat(request: GenerateRequest, session: Session) -> int:
     """Until the input ends: read a line, answer it with all that was said before in mind."""
-    conversation = Conversation(request.system)
+    template = ChatTemplate(request.template, session.tokenizer)
+    messages: list[Message] = [{"role": "system", "content": request.system}] if request.system else []
     with line_reader(request.lines) as read:
         while (said := read("> ")) is not None:
             if not said.strip():
                 continue
-            asked = request.of(len(conversation.turns), conversation.prompt(session.tokenizer, said), (USER,))
+            messages.append({"role": "user", "content": said})
+            asked = request.of(len(messages), template.prompt(messages))
             answer = session.generate([asked], _show if request.stream else None)[0]
             print("" if request.stream else answer.text, flush=True)
-            conversation.turns.append((said, answer.ids))
+            messages.append({"role": "assistant", "content": answer.text})
     return 0
 
 

@@ -8,16 +8,14 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
+from flm_megatron.data.chat_template import ChatTemplate
 from flm_megatron.errors import RequestError
-from flm_megatron.evaluation.chat import BOT, SYSTEM, USER
 from flm_megatron.evaluation.generation import GenerationRequest
 from flm_megatron.evaluation.sampling import SamplingSettings
 from flm_megatron.evaluation.scoring import ScoringRequest
 from flm_megatron.evaluation.session import Session
 from flm_megatron.evaluation.windows import sliding_windows
 
-END_OF_ANSWER = "\N{END OF TEXT}"
-"""Stands in a chat's text for the end-of-document id, which no text spells."""
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
 OTHER_OPTIONS = ("until", "max_gen_toks", "max_new_tokens", "do_sample")
 
@@ -25,12 +23,12 @@ OTHER_OPTIONS = ("until", "max_gen_toks", "max_new_tokens", "do_sample")
 class HarnessModel(TemplateLM):
     """A session as lm-evaluation-harness's model: it runs on rank 0, and the session's processes share the work.
 
-    Contexts longer than `context` tokens lose their beginning.
+    Contexts longer than `context` tokens lose their beginning; chats are written in `template`.
     """
 
-    def __init__(self, session: Session, context: int) -> None:
+    def __init__(self, session: Session, context: int, template: ChatTemplate) -> None:
         super().__init__()
-        self.session, self.context = session, context
+        self.session, self.context, self.template = session, context, template
 
     @property
     def eot_token_id(self) -> int:
@@ -44,30 +42,15 @@ class HarnessModel(TemplateLM):
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """The name of the template, for the record of results."""
-        return "Tele-FLM" if chat_template else ""
+        return self.template.name if chat_template else ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation in the Tele-FLM template; `add_generation_prompt` opens the next answer.
-
-        Raises:
-            RequestError: a message has another role than system, user or assistant.
-        """
-        begin = {"system": SYSTEM, "user": USER, "assistant": BOT}
-        parts = []
-        for message in chat_history:
-            if message["role"] not in begin:
-                raise RequestError(f"a message has the role {message['role']!r}: known are {', '.join(begin)}")
-            parts.append(begin[message["role"]] + message["content"])
-            if message["role"] == "assistant":
-                parts.append(END_OF_ANSWER)
-        return "".join(parts) + (BOT if add_generation_prompt else "")
+        """A conversation as text; `add_generation_prompt` opens the next answer. Raises RequestError as a template."""
+        return self.template.render(chat_history, add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
-        """Ids of a text; none are added."""
-        ids: list[int] = []
-        for number, part in enumerate(string.split(END_OF_ANSWER)):
-            ids += ([self.eot_token_id] if number else []) + self.session.tokenizer.encode(part)
-        return ids
+        """Ids of a text or of a chat; none are added."""
+        return self.template.encode(string)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **unused: Any

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flm_megatron.config.schema import ParallelConfig
+from flm_megatron.data.chat_template import TELE_FLM, ChatTemplate
 from flm_megatron.evaluation.harness_tasks import load_tasks, task_files
 from flm_megatron.evaluation.session import Session, hold_session
 from flm_megatron.evaluation.subject import Subject, open_subject
@@ -27,7 +28,8 @@ class HarnessRequest:
     network: bool = False
     fewshot: int | None = None
     limit: int | None = None
-    chat: bool = False
+    template: str | None = None
+    """Chat template that questions are put into; none leaves them as they are."""
     context: int | None = None
     batch: int = 8
     json: Path | None = None
@@ -47,7 +49,9 @@ def check_request(request: HarnessRequest) -> None:
     from flm_megatron.checkpoint.layout import check_layout
 
     for checkpoint in request.checkpoints:
-        check_layout(open_subject(checkpoint, request.tokenizer, request.vocab_size).model, request.parallel)
+        subject = open_subject(checkpoint, request.tokenizer, request.vocab_size)
+        check_layout(subject.model, request.parallel)
+        ChatTemplate(request.template or TELE_FLM, subject.tokenizer)
     with task_files(request.tasks_folder, request.network):
         load_tasks(request.tasks, request.tasks_folder)
 
@@ -59,9 +63,9 @@ def evaluate(request: HarnessRequest) -> int:
         subject = open_subject(path, request.tokenizer, request.vocab_size)
 
         def lead(session: Session, subject: Subject = subject) -> int:
-            found[f"{subject.name}" if subject.name not in found else str(subject.path)] = _run(
-                request, session, subject
-            )
+            """On rank 0, with the session ready."""
+            name = subject.name if subject.name not in found else str(subject.path)
+            found[name] = _run(request, session, subject)
             return 0
 
         hold_session(subject, request.parallel, request.precision, request.batch, lead)
@@ -76,14 +80,15 @@ def _run(request: HarnessRequest, session: Session, subject: Subject) -> Mapping
 
     from flm_megatron.evaluation.harness_model import HarnessModel
 
+    template = ChatTemplate(request.template or TELE_FLM, subject.tokenizer)
     with task_files(request.tasks_folder, request.network):
         result = simple_evaluate(
-            HarnessModel(session, request.context or subject.context),
+            HarnessModel(session, request.context or subject.context, template),
             tasks=list(request.tasks),
             task_manager=load_tasks(request.tasks, request.tasks_folder),
             num_fewshot=request.fewshot,
             limit=request.limit,
-            apply_chat_template=request.chat,
+            apply_chat_template=request.template is not None,
             log_samples=request.samples is not None,
             bootstrap_iters=1000,
         )

@@ -68,6 +68,7 @@ def forward(
         return []
 
     def step(data: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+        """The engine's forward step over one batch."""
         batch = next(data)
         device = current().torch_device
         labels = None if batch.labels is None else batch.labels.to(device)
@@ -75,6 +76,7 @@ def forward(
         output = model(batch.tokens.to(device), None, hidden, labels=labels, runtime_gather_output=labels is None)
 
         def done(result: Tensor) -> tuple[Tensor, Tensor, Result]:
+            """Nothing to minimise, and what `finish` makes of the output."""
             shown = result if labels is not None else result[..., : model.true_vocab_size]
             return result.new_zeros(()), torch.ones((), dtype=torch.int, device=result.device), finish(batch, shown)
 

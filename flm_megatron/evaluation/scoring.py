@@ -38,6 +38,7 @@ def score(chunk: Any, requests: Sequence[ScoringRequest]) -> list[Likelihood]:
         tokens[row, : len(request.ids) - 1] = torch.tensor(request.ids[:-1])
 
     def finish(_: Batch, logits: Tensor) -> list[Likelihood]:
+        """Likelihoods of all rows."""
         return [_likelihood(request, logits[row]) for row, request in enumerate(requests)]
 
     outputs = forward(chunk, [Batch(tokens)], 1, finish)

@@ -51,7 +51,7 @@ def open_subject(path: str | Path, tokenizer: str | Path | None = None, vocab_si
     view = without_padding(view, model)
     check_structure(view.tensors, model, str(path))
     run = view.manifest.get("run") or {}
-    stage = next((s for s in run.get("stages", []) if s["name"] == view.manifest.get("stage")), {})
+    stage: dict[str, Any] = next((s for s in run.get("stages", []) if s["name"] == view.manifest.get("stage")), {})
     found = Tokenizer(tokenizer or _own_tokenizer(path, run))
     _check_tokenizer(found, model, path, run)
     context = run.get("data", {}).get("sequence_length", DEFAULT_CONTEXT)

@@ -50,6 +50,7 @@ def line_reader(address: str | None) -> Iterator[ReadLine]:
     with Client(address, "AF_UNIX") as connection:
 
         def ask(prompt: str) -> str | None:
+            """A line from the other side."""
             connection.send(prompt)
             return connection.recv()
 

@@ -53,10 +53,11 @@ def cached(chunk: TeleFLM, capacity: int) -> Iterator[KeyValueCache]:
     cache = KeyValueCache(capacity)
     layers = [module for module in chunk.modules() if isinstance(module, CoreAttention)]
     assert layers and not chunk.config.sequence_parallel
-    for holder in (chunk, *layers):
+    holders: list[TeleFLM | CoreAttention] = [chunk, *layers]
+    for holder in holders:
         holder.cache = cache
     try:
         yield cache
     finally:
-        for holder in (chunk, *layers):
+        for holder in holders:
             holder.cache = None

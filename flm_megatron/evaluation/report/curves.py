@@ -57,7 +57,7 @@ def _loss_chart(histories: Sequence[History], axis: str) -> Chart:
 
 def _validation_chart(histories: Sequence[History]) -> Chart:
     place = _place("tokens")
-    series = []
+    series: list[Series] = []
     for history in histories:
         prefix = f"{history.name}, " if len(histories) > 1 else ""
         keys = sorted({key for _, line in history.validations for key in line if key.startswith("val_loss/")})

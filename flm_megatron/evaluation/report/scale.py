@@ -25,10 +25,9 @@ class Scale:
     def ticks(self, count: int = 6) -> list[float]:
         """Round values inside the range."""
         if self.log:
-            decades = range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
-            if len(decades) > 1:
-                step = -(-len(decades) // count)
-                return [10.0**decade for decade in decades[::step]]
+            exponents = range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
+            if len(exponents) > 1:
+                return [10.0**exponent for exponent in exponents[:: -(-len(exponents) // count)]]
         step = round_step((self.high - self.low) / count)
         first = math.ceil(self.low / step - 1e-9)
         return [index * step for index in range(first, math.floor(self.high / step + 1e-9) + 1)]
