@@ -132,6 +132,7 @@ def _evaluate(
     spread = torch.linspace(0, tokens.shape[1] - 2, min(POSITIONS, tokens.shape[1] - 1)).long()
 
     def keep(sample: int, logits: torch.Tensor) -> None:
+        """Take the loss and the wanted logits of a sample."""
         true = logits[:, : model.vocab_size].float()
         labels = tokens[sample, 1:].to(true.device)
         losses.append(F.cross_entropy(true.double(), labels).item())

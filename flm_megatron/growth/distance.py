@@ -101,6 +101,7 @@ def _watch(chunk: Any, sums: torch.Tensor) -> list[Any]:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Add one layer's distances over its tokens."""
         before = (args[0] if args else kwargs["hidden_states"]).double()
         after = output[0].double()
         cosine = 1 - F.cosine_similarity(before, after, dim=-1)

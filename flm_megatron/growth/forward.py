@@ -75,11 +75,13 @@ def forward(chunks: list[Any], tokens: torch.Tensor, on_logits: Callable[[int, t
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def step(data: Iterator[int], model: Any) -> tuple[torch.Tensor, Any]:
+        """megatron-core's forward step for one sample."""
         sample = next(data)
         batch = tokens[sample : sample + 1].to(current().torch_device)
         output = model(batch, None, None, runtime_gather_output=True)
 
         def finish(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+            """Hand over the logits; the schedule's loss is not used."""
             on_logits(sample, logits[0])
             return logits.new_zeros(()), torch.ones((), dtype=torch.int, device=logits.device), sample
 

@@ -114,6 +114,7 @@ class GrowthMasks:
         """Mask a module's output, and the bias it may return beside it."""
 
         def hook(_: nn.Module, args: Any, output: Any) -> Any:
+            """Mask what the module gave."""
             if isinstance(output, tuple):
                 return tuple(None if part is None else mask.hide(part) for part in output)
             return mask.hide(output)
