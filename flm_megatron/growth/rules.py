@@ -113,7 +113,7 @@ def check_epsilons(run: RunConfig) -> None:
     """norm_epsilon is configured once: growing the hidden size with `zero` derives the later ones from it."""
     first = run.stages[0]
     for stage in run.stages[1:]:
-        if stage.growth is not None and stage.model.norm_epsilon != first.model.norm_epsilon:
+        if stage.model.norm_epsilon != first.model.norm_epsilon:
             raise RequestError(
                 f"stage {stage.name!r}: model.norm_epsilon is {stage.model.norm_epsilon:g}, stage {first.name!r} has "
                 f"{first.model.norm_epsilon:g}: growth derives the value of later stages, so give the first one's"
