@@ -84,7 +84,7 @@ def screen(folder: Path, base: Path, keep: int) -> int:
     """Choose `keep` samples of the pool: no near copies, sentences only, none whose question does not help, varied."""
     command = ["data", "screen", str(folder / "random.jsonl"), "--out", str(folder / "screened"), "--keep", str(keep)]
     command += ["--similarity", "0.7", "--min-answer-characters", "15", "--max-characters", "250"]
-    command += ["--max-difficulty", "1", "--max-loss", "5", "--clusters", "10", "--checkpoint", str(base)]
+    command += ["--max-difficulty", "1", "--clusters", "10", "--checkpoint", str(base)]
     return flm(command)
 
 

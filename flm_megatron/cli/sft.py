@@ -41,9 +41,16 @@ def prepared(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """
     from flm_megatron.errors import RequestError
     from flm_megatron.evaluation.subject import open_subject
+    from flm_megatron.growth.boundary import saved_mask_value
     from flm_megatron.training.fine_tuning import fine_tuning_run
 
     if config.checkpoint.initial is None:
         raise RequestError("checkpoint.initial is not set: name the checkpoint to fine-tune")
     subject = open_subject(config.checkpoint.initial, config.tokenizer)
+    opening = saved_mask_value(subject.view.manifest)
+    if opening < 1:
+        raise RequestError(
+            f"{config.checkpoint.initial} was saved while its growth masks were open to {opening:.3g}: train it until "
+            "they are off, or start from `flm checkpoint export-hf --fold-mask`"
+        )
     return fine_tuning_run(config, subject.model, subject.tokenizer.path)

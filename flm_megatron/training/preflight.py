@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flm_megatron.config.loader import resolve_vocabulary
+from flm_megatron.config.rules import check
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.errors import RequestError
 
@@ -11,12 +12,16 @@ def resolve(run: RunConfig) -> RunConfig:
     """The run with its vocabulary filled in from the tokenizer, its data found and fitting.
 
     Raises:
-        RequestError: no tokenizer, no data, data made with another tokenizer, or a growth that cannot be done.
+        RequestError: a broken rule, no tokenizer, no data, data made with another tokenizer, conversations, or a
+            growth that cannot be done.
     """
     from flm_megatron.data.description import check_datasets
     from flm_megatron.data.tokenizer import Tokenizer
     from flm_megatron.growth.boundary import check_boundary
 
+    if run.data.chat is not None:
+        raise RequestError("data.chat makes this a fine-tuning: run it with `flm sft`")
+    check(run)
     if run.tokenizer is None:
         raise RequestError("tokenizer is not set: give the SentencePiece model the data was made with")
     if not run.data.train:

@@ -98,6 +98,8 @@ def begin(run: RunConfig, start: Start) -> Beginning:
     if start.resumes:
         plan = _resumed_plan(run, start.stage, source.manifest)
         return Beginning(_resumed_stage(stage, source.manifest, plan), source, plan)
+    if run.data.chat is not None:  # stages of a fine-tuning share one model
+        return Beginning(stage, source)
     under = partial(layout, timeout_s=run.distributed.timeout_s)
     view, plan = grown_view(source, run, start.stage, boundary_distances(source, run, start.stage, under))
     certificate = boundary_certificate(view, run, start.stage, under)

@@ -13,11 +13,13 @@ from flm_megatron.checkpoint.initial import InitialCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.cli.main import main as flm
 from flm_megatron.cli.sft import prepared
+from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.loader import load_run
 from flm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig, SourceConfig
 from flm_megatron.data.chat_source import ChatSource
 from flm_megatron.data.chat_stream import ChatStream
 from flm_megatron.data.chat_template import ChatTemplate
+from flm_megatron.data.streams import training_stream
 from flm_megatron.model.parameters import EMBEDDING, HEAD
 from flm_megatron.training.freezing import frozen_units
 from flm_megatron.training.launch import train
@@ -192,7 +194,39 @@ def test_a_wrong_request_is_one_line_and_status_two(
 
         train_tokenizer(["some other words for another tokenizer of the same size"] * 20, other, 290)
     filled = [option.format(bad=bad, other=other) for option in options]
-    assert flm(["sft", str(run_file(folder, tmp_path)), *filled]) == 2
+    path = run_file(folder, tmp_path)
+    assert flm(["sft", str(path), *filled]) == 2
     errors = capsys.readouterr().err
+    assert flm(["train", str(path)]) == 2 and "run it with `flm sft`" in capsys.readouterr().err
     assert words in errors and len(errors.strip().splitlines()) == 1
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_two_stages_take_their_own_mixtures(folder: Path, tmp_path: Path) -> None:
+    write(folder / "special.jsonl", [conversation(i, turns=1) for i in range(100, 108)])
+    text = RUN.format(folder=folder, output=tmp_path)
+    text = text.replace(
+        "chat.jsonl}]\n  val", f"chat.jsonl, name: general}}, {{path: {folder}/special.jsonl, name: special}}]\n  val"
+    )
+    text = text.replace(
+        "{epochs: 4}",
+        "{epochs: 1, mix: [{stage: tuned, source: special, passes: 1}, {stage: mixed, source: general, passes: 0.5},"
+        " {stage: mixed, source: special, passes: 0.25}]}",
+    )
+    text = text.replace("trainable: half", "trainable: half\n  - {name: mixed, global_batch: 2, trainable: half}")
+    path = tmp_path / "two.yaml"
+    path.write_text(text)
+    assert flm(["sft", str(path)]) == 0
+    run, _ = prepared(load_run(path))
+    streams = [training_stream(run, stage) for stage in range(2)]
+    first = stage_budgets(run)[1].first_sample
+    assert first > 0 and run.stages[0].parallel.tensor == 2
+    names = [
+        [name.split("/")[0] for index in range(start, chat.limit_samples or 0) for name in chat.names(index)]
+        for start, chat in zip((0, first), streams, strict=True)
+    ]
+    assert (len(names[0]), set(names[0])) == (8, {"special"})
+    assert (names[1].count("general"), names[1].count("special")) == (12, 2)
+    assert {line[0] for line in losses(tmp_path)} == {"tuned", "mixed"}
+    shown = flm(["data", "show", str(tmp_path / "run.yaml"), "--sample", str(first)])
+    assert shown == 0
