@@ -15,6 +15,7 @@ setup(
         "megatron-core==0.16.1",
         "numpy>=1.26",
         "filelock",
+        "jinja2",
         "psutil",
         "pydantic>=2.7",
         "pyyaml",
@@ -26,11 +27,15 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]"],
+        "screen": ["datasketch", "py3langid", "scikit-learn"],
         "eval": ["lm_eval>=0.4.9"],
         "dev": [
             "pytest",
             "pytest-timeout",
             "hypothesis",
+            "datasketch",
+            "py3langid",
+            "scikit-learn",
             "transformers>=4.45",
             "lm_eval>=0.4.9",
             "ruff",

@@ -1,8 +1,10 @@
 """Less is more, on a laptop: 200 screened samples against ten times as many random ones, from the quickstart's model.
 
 The task comes out of the Python standard library: given a function's name and signature, say the first line of its
-docstring. `make quickstart` first; then `python examples/sft/screened_or_random.py`. Both fine-tunings are judged by
-the loss of the answers on functions of held-out files and by exact matches under greedy decoding.
+docstring. `make quickstart` first; then `python examples/sft/screened_or_random.py`. Fine-tunings are judged by the
+loss of the answers on functions of held-out files, and by exact matches of the whole line and of its first word under
+greedy decoding. The screened samples are gone through as often as the random ones, and again as many times more often
+as there are fewer of them, so that both have seen as many.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from flm_megatron.cli.main import main as flm
 from flm_megatron.data.standard_library import standard_library_documents
 
 RUN_FILE = "examples/sft/docstrings.yaml"
+EPOCHS = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,16 +45,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     files = {"screened": args.out / "screened/kept.jsonl", "random": args.out / "random.jsonl"}
     if not files["screened"].exists() and screen(args.out, base, args.screened):
         return 1
-    results = {"before": judge(base, args.out)}
-    for name, file in files.items():
-        output = args.out / name
-        words = ["--output", str(output), "--checkpoint.initial", str(base), "--data.train", f"[{{path: {file}}}]"]
+    more = max(1, args.random // args.screened)
+    plan = [("screened", "screened", 1), (f"screened x {more}", "screened", more), ("random", "random", 1)]
+    rows = [("before", 0, judge(base, args.out))]
+    for name, kind, times in plan:
+        output = args.out / f"{kind}-{times}"
+        words = ["--output", str(output), "--checkpoint.initial", str(base)]
+        words += ["--data.train", f"[{{path: {files[kind]}}}]", "--data.chat.epochs", str(EPOCHS * times)]
         if flm(["sft", RUN_FILE, *words]):
             return 1
         tuned = CheckpointStore(output / "checkpoints").latest(["tuned"])
         assert tuned is not None
-        results[name] = judge(tuned, args.out)
-    show(results, files)
+        rows.append((name, len(files[kind].read_text().splitlines()), judge(tuned, args.out)))
+    print(f"{'':14} {'samples':>8} {'held-out loss':>14} {'exact match':>12} {'first word':>11}")
+    for name, samples, found in rows:
+        print(f"{name:14} {samples:8,} {found['loss']:14.4f} {found['exact_match']:12.1%} {found['first_word']:11.1%}")
     return 0
 
 
@@ -89,7 +98,7 @@ def screen(folder: Path, base: Path, keep: int) -> int:
 
 
 def judge(checkpoint: Path, folder: Path) -> dict[str, float]:
-    """Loss in nats per token and share of exact matches over the held-out samples."""
+    """Loss in nats per token and shares of exact matches over the held-out samples."""
     from flm_megatron.config.schema import ParallelConfig
     from flm_megatron.evaluation.processes import run_under
 
@@ -108,24 +117,26 @@ def _judge(checkpoint: Path, file: Path, out: Path) -> int:
 
     subject = open_subject(checkpoint)
     template = ChatTemplate("tele-flm", subject.tokenizer)
-    requests: list[Any] = []
+    whole: list[Any] = []
+    words: list[Any] = []
     for index, item in enumerate(read_conversations(file)):
         (question, _), (answer, _) = template.pieces(item.messages, item.where)
-        requests.append(ScoringRequest(index, [*question, *answer], len(question)))
-    found = Session(subject, ParallelConfig(), batch=8).score(requests)
-    tokens = sum(len(request.ids) - request.start for request in requests)
-    loss = -sum(likelihood.log_likelihood for likelihood in found) / tokens
-    exact = sum(likelihood.greedy for likelihood in found) / len(found)
-    out.write_text(json.dumps({"loss": loss, "exact_match": exact}))
+        whole.append(ScoringRequest(index, [*question, *answer], len(question)))
+        words.append(replace(whole[-1], ids=[*question, *answer[: first_word(subject.tokenizer, answer)]]))
+    session = Session(subject, ParallelConfig(), batch=8)
+    found = session.score(whole)
+    values = {
+        "loss": -sum(one.log_likelihood for one in found) / sum(len(one.ids) - one.start for one in whole),
+        "exact_match": sum(one.greedy for one in found) / len(found),
+        "first_word": sum(one.greedy for one in session.score(words)) / len(words),
+    }
+    out.write_text(json.dumps(values))
     return 0
 
 
-def show(results: dict[str, dict[str, float]], files: dict[str, Path]) -> None:
-    """The table."""
-    print(f"{'':10} {'samples':>8} {'held-out loss':>14} {'exact match':>12}")
-    for name, values in results.items():
-        samples = len(files[name].read_text().splitlines()) if name in files else 0
-        print(f"{name:10} {samples:8,} {values['loss']:14.4f} {values['exact_match']:12.1%}")
+def first_word(tokenizer: Any, answer: Sequence[int]) -> int:
+    """How many ids hold the first word of an answer."""
+    return next((n for n in range(1, len(answer)) if " " in tokenizer.decode(answer[: n + 1]).strip()), len(answer))
 
 
 if __name__ == "__main__":
