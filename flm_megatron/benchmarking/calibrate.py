@@ -26,6 +26,7 @@ from flm_megatron.planner.calibration import TimedProduct, fit_products, write_e
 from flm_megatron.planner.compute import FLASH_BACKWARD
 from flm_megatron.planner.layout import CPU
 from flm_megatron.planner.machine import Machine, find_machine
+from flm_megatron.planner.matmul import peak_flops
 
 Precision = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -53,24 +54,13 @@ def calibrate(path: Path, effort: Effort | None = None) -> str:
     effort = effort or Effort()
     if not path.parent.is_dir():
         raise RequestError(f"cannot write {path}: there is no folder {path.parent}")
-    device = current()
-    known = find_hardware(device.hardware_name())
+    known = find_hardware(current().hardware_name())
     precision: Precision = "fp32" if known is None or known.bf16 is None else "bf16"
     timed = list(time_products(precision, effort))
     bandwidth = copy_bandwidth(effort)
     machine = find_machine(known.name) if known else _unknown_machine(timed, bandwidth, effort)
-    memory = min(1.0, bandwidth / (machine.hardware.bandwidth_gb_per_s * 1e9))
-    machine = replace(machine, efficiency=replace(machine.efficiency, memory=memory))
-    matmul, overhead = fit_products(machine, precision, timed)
-    peak = machine.hardware.peak_tflops(precision)
-    assert peak is not None
-    shares = {
-        "matmul": matmul,
-        "tile_overhead": overhead,
-        "attention": min(1.0, attention_flops_per_s(precision, effort) / peak / 1e12),
-        "memory": memory,
-    }
-    note = _note(precision, timed, bandwidth, machine, known)
+    shares = _shares(machine, precision, timed, bandwidth, effort)
+    note = _note(precision, timed, bandwidth, known)
     try:
         write_efficiency(path, note, fields=None if known else _fields(machine), **shares)
     except OSError as error:
@@ -78,6 +68,17 @@ def calibrate(path: Path, effort: Effort | None = None) -> str:
     found = ", ".join(f"{name} {share:.3g}" for name, share in shares.items())
     use = f"flm plan RUN.yaml --gpu {machine.name if known else BASE} --hardware {path} --gpus N"
     return f"{note}\nefficiencies: {found}\nwritten: {path}; use it with {use}"
+
+
+def _shares(
+    machine: Machine, precision: Precision, timed: list[TimedProduct], bandwidth: float, effort: Effort
+) -> dict[str, float]:
+    """The planner's efficiencies; copies first, for they bound small products."""
+    memory = min(1.0, bandwidth / (machine.hardware.bandwidth_gb_per_s * 1e9))
+    machine = replace(machine, efficiency=replace(machine.efficiency, memory=memory))
+    matmul, overhead = fit_products(machine, precision, timed)
+    attention = min(1.0, attention_flops_per_s(precision, effort) / peak_flops(machine, precision))
+    return {"matmul": matmul, "tile_overhead": overhead, "attention": attention, "memory": memory}
 
 
 def time_products(precision: Precision, effort: Effort) -> Iterator[TimedProduct]:
@@ -96,7 +97,7 @@ def _sizes(effort: Effort) -> Iterator[int]:
 
 
 def _time_product(rows: int, columns: int, inner: int, precision: Precision, repeats: int) -> TimedProduct:
-    options = {"dtype": DTYPES[precision], "device": current().torch_device}
+    options: dict[str, Any] = {"dtype": DTYPES[precision], "device": current().torch_device}
     left, right = torch.randn(rows, inner, **options), torch.randn(inner, columns, **options)
     out = torch.empty(rows, columns, **options)
     return TimedProduct(rows, columns, inner, seconds(lambda: torch.mm(left, right, out=out), repeats))
@@ -183,9 +184,7 @@ def _fields(machine: Machine) -> dict[str, Any]:
     }
 
 
-def _note(
-    precision: Precision, timed: list[TimedProduct], bandwidth: float, machine: Machine, known: Hardware | None
-) -> str:
+def _note(precision: Precision, timed: list[TimedProduct], bandwidth: float, known: Hardware | None) -> str:
     here = environment(command_line())
     best = max(timed, key=_tflops)
     lines = [f"{name}: {here[name]}" for name in ("hardware", "commit", "versions", "command", "date")]

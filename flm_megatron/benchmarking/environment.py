@@ -22,6 +22,8 @@ ENVIRONMENT = ("OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_VISIBLE_D
 
 def environment(command: list[str]) -> dict[str, str]:
     """The machine, the code and the command, by name."""
+    import torch
+
     from flm_megatron.device import current
 
     load = "/".join(f"{value:.1f}" for value in os.getloadavg())
@@ -30,6 +32,7 @@ def environment(command: list[str]) -> dict[str, str]:
         "hardware": current().hardware_name(),
         "host": f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores, "
         f"{psutil.virtual_memory().total / 2**30:.0f} GiB, {platform.system()} {platform.release()}",
+        "threads of a process": str(torch.get_num_threads()),
         "load at the start (1/5/15 min)": load,
         "commit": commit(),
         "versions": ", ".join([f"Python {platform.python_version()}", *_versions()]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,8 @@ def under_layout(parallel: ParallelConfig, timeout_s: int, path: Path, function:
     """In a world: call `function(*args)` inside the groups of `parallel`; rank 0 writes the result to `path`."""
     from flm_megatron.training.parallel import is_main_rank, layout
 
+    # What the engine asks for (with a warning) where tensor-parallel ranks talk while they compute.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     with layout(parallel, timeout_s):
         result = function(*args)
         if is_main_rank():

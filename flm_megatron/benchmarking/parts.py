@@ -90,8 +90,8 @@ def _marked_waiting() -> Iterator[None]:
         with record_function(PREFIX + COMMUNICATION):
             return wait(work, *args, **kwargs)
 
-    Work.wait = marked
+    Work.wait = marked  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        Work.wait = wait
+        Work.wait = wait  # type: ignore[method-assign]

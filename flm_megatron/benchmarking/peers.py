@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,14 +65,15 @@ def transformers_step(stage: StageConfig, sequence_length: int, compiled: bool =
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device(current().torch_device):
-        model = LlamaForCausalLM(LlamaConfig(**_llama_fields(stage.model, sequence_length)))
+        model = LlamaForCausalLM(LlamaConfig(**llama_fields(stage.model, sequence_length)))
     if stage.recompute == "full":
         model.gradient_checkpointing_enable()
     call = torch.compile(model) if compiled else model
     return plain_step(model.train(), lambda tokens: call(tokens).logits, stage)
 
 
-def _llama_fields(model: ModelConfig, sequence_length: int) -> dict[str, object]:
+def llama_fields(model: ModelConfig, sequence_length: int) -> dict[str, Any]:
+    """Fields of `transformers`' LlamaConfig for a model's shape."""
     return {
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,

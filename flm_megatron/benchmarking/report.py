@@ -103,8 +103,15 @@ class Report:
 
 
 def _speed_rows(measurements: Sequence[Measurement]) -> list[list[str]]:
+    """A row for each measurement; where one process was measured too, with the share of as many times its speed."""
     head = ["program", "layout", "step, s", "±", "tokens/s", "TFLOP/s/device", "MFU", "HFU", "GiB", "planned GiB"]
-    return [head, *(_speed(found) for found in measurements)]
+    rows = [head, *(_speed(found) for found in measurements)]
+    one = next((found for found in measurements if found.processes == 1), None)
+    if one is not None and any(found.processes > 1 for found in measurements):
+        head.append("of N x one process")
+        for row, found in zip(rows[1:], measurements, strict=True):
+            row.append(_percent(found.tokens_per_s / one.tokens_per_s / found.processes))
+    return rows
 
 
 def _speed(found: Measurement) -> list[str]:

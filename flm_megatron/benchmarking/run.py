@@ -9,9 +9,8 @@ from flm_megatron.benchmarking.measure import measure_engine, on_ranks
 from flm_megatron.benchmarking.report import Report
 from flm_megatron.benchmarking.request import Request
 from flm_megatron.benchmarking.result import Measurement
-from flm_megatron.benchmarking.workload import local_layouts
-from flm_megatron.config.schema import StageConfig
-from flm_megatron.errors import RequestError
+from flm_megatron.benchmarking.workload import describe, local_layouts
+from flm_megatron.errors import FlmError, RequestError
 from flm_megatron.model.parameters import parameter_count
 
 
@@ -39,28 +38,33 @@ def benchmark(request: Request, wanted: Wanted) -> Report | None:
     here = environment(command_line())
     if wanted.peers is not None:
         return _side_by_side(request, wanted.peers, here)
-    stages, notes = _stages(request, wanted.sizes)
-    found = []
-    for stage in stages:
-        trial = replace(request, stage=stage)
-        values = on_ranks(stage.parallel, request.timeout_s, measure_engine, trial)
-        if values is None:
-            return None
-        found.append(Measurement(**values))
-    return _report(request, found, here, notes=notes)
+    found, notes = _sweep(request, wanted.sizes) if wanted.sizes else (_measure(request), [])
+    return _report(request, found, here, notes=notes) if found else None
 
 
-def _stages(request: Request, sizes: list[int]) -> tuple[list[StageConfig], list[str]]:
-    """The layouts to measure, and those that cannot be."""
-    if not sizes:
-        return [request.stage], []
-    stages: list[StageConfig] = []
+def _measure(request: Request) -> list[Measurement]:
+    """The stage under its own layout; nothing on ranks that do not report."""
+    values = on_ranks(request.stage.parallel, request.timeout_s, measure_engine, request)
+    return [Measurement(**values)] if values else []
+
+
+def _sweep(request: Request, sizes: list[int]) -> tuple[list[Measurement], list[str]]:
+    """The stage under all layouts of these numbers of processes, and why others were not measured."""
+    found: list[Measurement] = []
     notes: list[str] = []
     for size in sizes:
         fitting, rejected = local_layouts(request.stage, request.sequence_length, size)
-        stages += fitting
         notes += [f"not measured: {line}" for line in rejected]
-    return stages, notes
+        for stage in fitting:
+            try:
+                found += _measure(replace(request, stage=stage))
+            except RequestError:
+                raise
+            except FlmError as error:  # such as a layout that does not fit in memory: the others can still run
+                notes.append(f"failed: {describe(stage.parallel)}: {str(error).strip().splitlines()[-1]}")
+    if not found:
+        raise FlmError(f"no layout could be measured; {notes[-1]}")
+    return found, notes
 
 
 def _side_by_side(request: Request, peers: list[str], here: dict[str, str]) -> Report | None:
