@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from dataclasses import dataclass
 
@@ -113,7 +114,7 @@ def shutdown_timeout(seconds: int) -> Variable:
 
 def as_shell(variables: list[Variable]) -> str:
     """Export lines, each under its reason."""
-    return "\n".join(f"{_comment(each)}\nexport {each.name}={each.value}" for each in variables)
+    return "\n".join(f"{_comment(each)}\nexport {each.name}={shlex.quote(each.value)}" for each in variables)
 
 
 def as_yaml(variables: list[Variable], indent: int) -> str:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from importlib.resources import files
 
+from flm_megatron.errors import RequestError
 from flm_megatron.training.cluster.environment import Variable, as_shell, as_yaml, environment, shutdown_timeout
 from flm_megatron.training.cluster.job import Job
 
@@ -40,7 +41,11 @@ class Site:
 
 
 def render(job: Job, launcher: str, site: Site) -> str:
-    """The script (torchrun, Slurm) or manifest (Kubernetes) of a job."""
+    """The script (torchrun, Slurm) or manifest (Kubernetes) of a job.
+
+    Raises:
+        RequestError: an option of the site does not fit.
+    """
     return {"torchrun": _torchrun, "slurm": _slurm, "kubernetes": _kubernetes}[launcher](job, site)
 
 
@@ -61,6 +66,8 @@ def _rendezvous(job: Job, site: Site) -> str:
         return "--standalone"
     host, _, port = (site.endpoint or "").partition(":")
     host, port = host or HEAD, port or str(PORT)
+    if not port.isdigit():
+        raise RequestError(f"--endpoint {site.endpoint} is not HOST:PORT, such as node001:{PORT}")
     if site.rendezvous == "static":
         rank = "${NODE_RANK:?set it to 0 on the first node, 1 on the next, and so on}"
         return f'--node-rank "{rank}" \\\n    --master-addr "{host}" --master-port {port}'

@@ -105,7 +105,7 @@ def examine_together(
         findings.append(_all_reduce(meeting))
     status = meeting.tell("status", status_of(findings))
     meeting.gather("end", True)  # rank 0 may hold the store
-    return findings, 2 if status is None else int(status)
+    return findings if meeting.rank == 0 else [], 2 if status is None else int(status)
 
 
 class Listener:
