@@ -76,5 +76,5 @@ def test_metric_names_are_those_the_documentation_promises(tmp_path: Path) -> No
     log.step(metrics("a", 1), 1, speak=False, norms={})
     log.close()
     promised = "stage step tokens loss grad_norm lr step_time_s tokens_per_s_per_device tflops_per_device mfu"
-    promised += " peak_memory_gib eta_s"
+    promised += " peak_memory_gib eta_s skipped_steps"
     assert list(json.loads((tmp_path / "metrics.jsonl").read_text())) == promised.split()
