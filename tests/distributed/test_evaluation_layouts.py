@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -107,3 +109,23 @@ def test_the_command_starts_processes_of_its_own(folder: Path, tmp_path: Path) -
         assert main([*command, "--max-new-tokens", "5", "--batch", "2", *layout]) == 0
         outputs.append(out.read_text())
     assert outputs[0] == outputs[1] != ""
+
+
+@pytest.mark.slow  # two cold starts
+def test_a_chat_reaches_processes_that_have_no_terminal(folder: Path) -> None:
+    command = [sys.executable, "-m", "flm_megatron.cli.main", "generate", str(folder / "llama"), "--chat"]
+    said = "import torch\n\nand again\n"
+    answers = []
+    for layout in ([], ["--tensor", "2"]):
+        done = subprocess.run(
+            [*command, "--max-new-tokens", "4", "--system", "be brief", *layout],
+            input=said,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        answers.append(done.stdout)
+    assert answers[0] == answers[1]
+    assert answers[0].count("\n") >= 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from flm_megatron.cli.main import main
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.generation import GenerationRequest, generate
 from flm_megatron.evaluation.model import Batch, forward, load_model
 from flm_megatron.evaluation.sampling import SamplingSettings
+from flm_megatron.evaluation.terminal import line_reader, relayed_lines
 from flm_megatron.model.cache import cached
 from tests.engine import one_process
 from tests.unit.evaluation_cases import MODEL, make_folder, reference_model, subject_in
@@ -98,6 +101,47 @@ def test_a_stop_string_ends_a_completion_and_is_not_part_of_it(folder: Path) -> 
     assert found.finish_reason == "stop"
     assert found.text == free.text[: free.text.index(stop)] == "".join(shown)
     assert len(found.ids) < len(free.ids)
+
+
+def test_a_chat_remembers_what_was_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("import torch\n\nagain\n"))
+    settings = ["--max-new-tokens", "5", "--system", "be brief", "--no-stream"]
+    assert main(["generate", str(folder / "llama"), "--chat", *settings]) == 0
+    answers = capsys.readouterr().out
+    subject = subject_in(folder)
+    encode, eod = subject.tokenizer.encode, subject.tokenizer.eod
+    first = encode("<_system>be brief<_user>import torch<_bot>")
+    with one_process():
+        chunk = load_model(subject, ParallelConfig())
+        one = generate(chunk, subject.tokenizer, [GenerationRequest(0, first, 5)])[0]
+        again = [*first, *encode(one.text), eod, *encode("<_user>again<_bot>")]
+        two = generate(chunk, subject.tokenizer, [GenerationRequest(0, again, 5)])[0]
+    assert answers == f"{one.text}\n{two.text}\n"
+
+
+def test_lines_reach_a_process_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    with relayed_lines() as address, line_reader(address) as read:
+        assert [read("> "), read("> "), read("> ")] == ["one", "two", None]
+
+
+def test_requests_of_the_command_that_cannot_be_met_are_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (latin := tmp_path / "prompts.txt").write_bytes(b"na\xefve")
+    command = ["generate", str(folder / "llama")]
+    for arguments, message in (
+        (["--prompts", str(latin)], "is not UTF-8: byte 0xef at offset 2"),
+        (["--prompt", "a", "--system", "b"], "--system is for --chat"),
+        (["--prompt", "a", "--top-p", "1.5"], "top-p 1.5"),
+        (["--prompt", "a", "--pipeline", "8"], "pipeline"),
+        (["--chat", "--template", "/nowhere.jinja"], "template /nowhere.jinja cannot be read"),
+    ):
+        assert main([*command, *arguments]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and message in lines[0]
 
 
 def test_an_empty_prompt_or_no_room_is_refused() -> None:
