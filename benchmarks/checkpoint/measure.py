@@ -25,16 +25,37 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = str(ROOT / "tools" / "reshard_checkpoint.py")
 FLM = [sys.executable, "-m", "flm_megatron.cli.main", "checkpoint"]
+OWN_PEAK = """
+import runpy, sys
+from pathlib import Path
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_module("flm_megatron.cli.main", run_name="__main__")
+except SystemExit as stop:
+    if stop.code:
+        raise
+peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+print(int(peak.split()[1]) / 1024)
+"""
+"""Runs the command and prints its peak resident MiB last. (What `wait4` tells holds the parent's peak as well.)"""
 
 
-def run(command: list[str]) -> tuple[float, float, float]:
-    """Wall seconds, peak resident MiB and CPU seconds of a command. Raises CalledProcessError if it fails."""
+def run(command: list[str]) -> tuple[float, float]:
+    """Wall seconds and CPU seconds of a command. Raises CalledProcessError if it fails."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
-    return time.perf_counter() - started, usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime
+    return time.perf_counter() - started, usage.ru_utime + usage.ru_stime
+
+
+def peak(*arguments: object) -> float:
+    """Peak resident MiB of `flm checkpoint` with these arguments."""
+    command = [sys.executable, "-c", OWN_PEAK, "flm", "checkpoint", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.split()[-1])
 
 
 def make(folder: Path, millions: int) -> Path:
@@ -83,24 +104,22 @@ def forget(cold: bool) -> None:
 
 
 def memory(args: argparse.Namespace) -> None:
-    """Peak resident memory of each tool by model size, above a Python that has imported what the tool imports."""
-    _, idle, _ = run(
-        [sys.executable, "-c", "import flm_megatron.checkpoint.reshard, flm_megatron.checkpoint.described"]
-    )
-    print(f"Interpreter with imports: {idle:.0f} MiB\n")
-    print("| parameters | reshard to tensor 2 x pipeline 2 | export-hf | verify | diff | classic, weights |")
-    print("|---|---|---|---|---|---|")
+    """Peak resident memory of each tool by model size, above one that only opens the checkpoint (`inspect`)."""
+    print("| parameters | inspect | reshard to tensor 2 x pipeline 2 | export-hf | verify | diff | classic, weights |")
+    print("|---|---|---|---|---|---|---|")
     for millions in args.millions:
         source = make(args.folder, millions)
         out, classic, hf = (args.folder / name for name in ("out", "classic", "hf"))
+        idle = peak("inspect", source)
         peaks = [
-            run([*FLM, "reshard", str(source), str(out), "--tensor", "2", "--pipeline", "2"])[1],
-            run([*FLM, "export-hf", str(source), str(hf)])[1],
-            run([*FLM, "verify", str(out)])[1],
-            run([*FLM, "diff", str(source), str(hf)])[1],
-            run([*FLM, "reshard", str(source), str(classic), "--format", "classic", "--tensor", "2"])[1],
+            peak("reshard", source, out, "--tensor", 2, "--pipeline", 2),
+            peak("export-hf", source, hf),
+            peak("verify", out),
+            peak("diff", source, hf),
+            peak("reshard", source, classic, "--format", "classic", "--tensor", 2),
         ]
-        print(f"| {millions} M | " + " | ".join(f"{peak - idle:.0f} MiB above" for peak in peaks) + " |", flush=True)
+        row = " | ".join(f"+ {value - idle:.0f} MiB" for value in peaks)
+        print(f"| {millions} M | {idle:.0f} MiB | {row} |", flush=True)
         for path in (source, out, classic, hf):
             shutil.rmtree(path)
 
@@ -120,11 +139,11 @@ def speed(args: argparse.Namespace) -> None:
     for _ in range(args.repeats):
         for name, command in commands.items():
             forget(args.cold)
-            wall, _, busy = run(command)
+            wall, busy = run(command)
             times[name].append(wall)
             cpu[name].append(busy)
             shutil.rmtree(out)
-    start, _, start_cpu = run([*FLM, "inspect", str(source)])
+    start, start_cpu = run([*FLM, "inspect", str(source)])
     shutil.rmtree(source)
     print(f"{'Cold' if args.cold else 'Warm'} page cache, {nbytes / 1e9:.2f} GB, medians of {args.repeats}. Starting")
     print(
