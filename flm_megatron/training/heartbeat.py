@@ -65,18 +65,23 @@ class Heartbeat:
         )
         self.answered = time.monotonic()
         self.stopped = threading.Event()
+        works = (self._beat, self._watch)
+        self.threads = [threading.Thread(target=work, name="heartbeat", daemon=True) for work in works]
         self.heard = dict.fromkeys(range(1, size) if rank == 0 else (0,), ("", self.answered))
 
     def start(self) -> None:
         """Say which host this is, and begin."""
         self.store.set(self._key(f"host/{self.rank}"), socket.gethostname())
         self.store.set(self._key(str(self.rank)), "0")
-        for work in (self._beat, self._watch):
-            threading.Thread(target=work, name="heartbeat", daemon=True).start()
+        for thread in self.threads:
+            thread.start()
 
     def stop(self) -> None:
         """End: from now on silence means nothing."""
         self.stopped.set()
+        for thread in self.threads:
+            # One that is still inside the store when the interpreter ends would abort the process.
+            thread.join(self.limit_s)
 
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{name}"

@@ -93,8 +93,9 @@ def hosts(count: int) -> Iterator[list[Host]]:
         _ip("link", "add", switch, "type", "bridge")
         _ip("link", "set", switch, "up")
         for number in range(count):
-            made.append(Host(f"{prefix}host{number}", f"10.231.0.{number + 1}", f"{prefix}c{number}"))
-            _plug_in(made[-1], switch)
+            host = Host(f"{prefix}host{number}", f"10.231.0.{number + 1}", f"{prefix}c{number}")
+            _plug_in(host, switch)
+            made.append(host)
         _give_names(made)
         yield made
     finally:
