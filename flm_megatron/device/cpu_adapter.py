@@ -14,6 +14,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 FACTORIES = (
     *("arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace", "ones"),
@@ -23,6 +24,9 @@ FACTORIES = (
 
 def install() -> None:
     """Put all answers in place; once in a process, before the first use of megatron-core."""
+    # `with torch.device(...)` knows the factories by identity, from a table made at its first use: the originals,
+    # which ours call, have to be in it.
+    _device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _made_on_cpu(getattr(torch, name)))
     _answer_tensor_methods()

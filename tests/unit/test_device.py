@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -75,6 +76,20 @@ def test_cuda_random_state_is_the_cpu_generators() -> None:
     first = torch.rand(4)
     torch.cuda.set_rng_state(state)
     assert torch.equal(torch.rand(4), first)
+
+
+@on_cpu
+def test_a_device_context_still_reaches_the_factories() -> None:
+    """Libraries that build models under `with torch.device("meta")` go on doing so beside the adapter."""
+    code = """
+        import torch
+        from flm_megatron.device import current
+        current().prepare()
+        with torch.device("meta"):
+            print(torch.arange(3).device, torch.empty(2).device, torch.zeros(2, device="cuda").device)
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["meta", "meta", "cpu"]
 
 
 def test_importing_the_package_imports_no_torch() -> None:
