@@ -106,6 +106,7 @@ def plain_step(model: torch.nn.Module, logits: Logits, stage: StageConfig) -> St
     )
 
     def mean_loss(batch: Batch) -> torch.Tensor:
+        """Mean cross entropy of a micro-batch, in fp32."""
         tokens, labels = (batch[name].to(device, non_blocking=True) for name in ("tokens", "labels"))
         with torch.autocast(device.type, torch.bfloat16, enabled=stage.precision == "bf16"):
             values = logits(tokens)

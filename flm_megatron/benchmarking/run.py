@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from flm_megatron import kernels
 from flm_megatron.benchmarking.environment import command_line, environment
 from flm_megatron.benchmarking.measure import measure_engine, on_ranks
 from flm_megatron.benchmarking.report import Report
@@ -26,16 +27,16 @@ def benchmark(request: Request, wanted: Wanted) -> Report | None:
     """Measure `request`, whose rules are checked, on this machine; none on ranks that do not report.
 
     Raises:
-        RequestError: what is wanted does not go together, or no layout or program can run.
+        RequestError: what is wanted does not go together, or no layout, program or kernel can run.
         FlmError: a process failed.
     """
     from flm_megatron.training.parallel import launched
 
-    if wanted.sizes and launched():
-        raise RequestError("--layouts starts its own processes: leave torchrun out")
+    if launched() and (wanted.sizes or wanted.peers is not None):
+        raise RequestError("--layouts and --compare start their own processes: leave the launcher out")
     if wanted.sizes and wanted.peers is not None:
         raise RequestError("--layouts and --compare do not go together: give one of them")
-    here = environment(command_line())
+    here = {**environment(command_line()), "kernels": kernels.choose(request.kernels).describe()}
     if wanted.peers is not None:
         return _side_by_side(request, wanted.peers, here)
     found, notes = _sweep(request, wanted.sizes) if wanted.sizes else (_measure(request), [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,7 +74,6 @@ def _config(args: argparse.Namespace) -> RunConfig:
     """The run with the stage to measure alone, its sizes checked."""
     from flm_megatron.benchmarking.workload import layer_stack
     from flm_megatron.config.loader import load_run
-    from flm_megatron.config.rules import check
 
     config = load_run(args.run_file, args.overrides)
     if args.stage is None and len(config.stages) > 1:
@@ -82,20 +82,24 @@ def _config(args: argparse.Namespace) -> RunConfig:
     if args.layers:
         config = replace(config, stages=[layer_stack(config.stages[0], args.layers)])
     config = with_vocabulary(config)
-    if not args.layouts:
-        # A benchmark needs no budget, but the rules do.
-        stage = config.stages[0]
-        check(replace(config, stages=[replace(stage, tokens=max(stage.tokens, 1))]), _world_size(config))
-    return config
+    return config if args.layouts else _on_its_processes(config)
 
 
-def _world_size(config: RunConfig) -> int:
-    """Processes of a launcher, or those that the stage's layout needs here."""
-    import os
+def _on_its_processes(config: RunConfig) -> RunConfig:
+    """The run with the data-parallel size that a launcher's processes leave, or that the run file asks for here.
 
-    from flm_megatron.benchmarking.workload import processes
+    Raises:
+        RequestError: a rule of the run file is broken.
+    """
+    from flm_megatron.config.rules import check
+    from flm_megatron.training.launch import local_processes
 
-    return int(os.environ.get("WORLD_SIZE", 0)) or processes(config.stages[0].parallel)
+    stage = config.stages[0]
+    size = int(os.environ.get("WORLD_SIZE", 0)) or local_processes(config, stage)
+    # A benchmark needs no budget, but the rules do.
+    check(replace(config, stages=[replace(stage, tokens=max(stage.tokens, 1))]), size)
+    parallel = replace(stage.parallel, data=size // stage.parallel.model_size)
+    return replace(config, stages=[replace(stage, parallel=parallel)])
 
 
 def _request(config: RunConfig, args: argparse.Namespace) -> Request:
