@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from flm_megatron.benchmarking.run import Wanted, benchmark
 
     config = _config(args)
-    wanted = Wanted(args.layouts or [], args.compare.split(",") if args.compare else None)
+    wanted = Wanted(list(dict.fromkeys(args.layouts or [])), args.compare.split(",") if args.compare else None)
     report = benchmark(_request(config, args), wanted)
     if report is None:  # another rank reports
         return 0
