@@ -113,7 +113,7 @@ def test_runs_are_compared(run_folder: Path, tmp_path: Path) -> None:
     assert main(["report", str(run_folder), str(other), "--out", str(out)]) == 0
     text = out.read_text()
     assert "another, training" in text and "a run &lt;&amp;&gt;, training" in text
-    assert "→ grown (another)" in text
+    assert "→ grown (a run &lt;&amp;&gt;, another)" in text
 
 
 def shown(page: Path, *options: str) -> tuple[str, str]:
@@ -174,6 +174,13 @@ def test_a_chart_leaves_out_what_cannot_be_drawn() -> None:
     svg = Chart("t", "x", "y", [Series("s", points)], [(2.0, "mark"), (9.0, "beyond")], log_y=True).svg()
     assert len(re.findall(r"[\d.]+,[\d.]+", re.search(r'points="([^"]+)"', svg)[1])) == 2  # type: ignore[index]
     assert ">mark<" in svg and "beyond" not in svg
+
+
+def test_names_of_marks_do_not_lie_on_each_other() -> None:
+    marks = [(50.0, "first mark"), (51.0, "second mark"), (52.0, "third"), (90.0, "far")]
+    svg = Chart("t", "x", "y", [Series("s", [(0.0, 1.0), (100.0, 2.0)])], marks).svg()
+    heights = {name: float(y) for y, name in re.findall(r'class="marked" x="[^"]+" y="([^"]+)">([^<]+)<', svg)}
+    assert heights["first mark"] == heights["far"] < heights["second mark"] < heights["third"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from html import escape
 from flm_megatron.evaluation.report.scale import Scale, label, scale_over
 
 LEFT, RIGHT, TOP, BOTTOM = 62, 16, 34, 40
+LETTER, LINE = 7, 14
+"""About the width of a letter and the height of a line of text."""
 COLOURS = 6
 MOST_POINTS = 800
 Point = tuple[float, float]
@@ -51,7 +53,7 @@ class Chart:
             f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{escape(self.title)}"'
             f' data-lines="{escape(_readings(thinned, x, y))}">',
             *_grid(x, y),
-            *(_mark(x.pixel(at), y.start, name) for at, name in self.marks if x.low <= at <= x.high),
+            *_marks([(x.pixel(at), name) for at, name in self.marks if x.low <= at <= x.high], y.start, self.width),
             *(_line(line, points, x, y) for line, points in thinned),
             f'<text class="axis" x="{middle}" y="{self.height - 6}">{escape(self.x_label)}</text>',
             f'<text class="axis" x="{LEFT}" y="12" style="text-anchor:start">{escape(self.y_label)}</text>',
@@ -110,11 +112,20 @@ def _grid(x: Scale, y: Scale) -> list[str]:
     return [*rows, *columns]
 
 
-def _mark(at: float, bottom: float, name: str) -> str:
-    return (
-        f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{bottom}"/>'
-        f'<text class="marked" x="{at:.1f}" y="{TOP - 6}">{escape(name)}</text>'
-    )
+def _marks(marks: Sequence[tuple[float, str]], bottom: float, width: float) -> list[str]:
+    """Lines down to `bottom` at pixels, inside of `width`, their names one below the other where they would meet."""
+    ends: list[float] = []
+    parts = []
+    for at, name in sorted(marks):
+        half = LETTER * len(name) / 2
+        middle = max(half, min(at, width - half))
+        row = next((row for row, end in enumerate(ends) if end < middle - half), len(ends))
+        ends[row : row + 1] = [middle + half]
+        parts.append(
+            f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{bottom}"/>'
+            f'<text class="marked" x="{middle:.1f}" y="{TOP - 6 + row * LINE}">{escape(name)}</text>'
+        )
+    return parts
 
 
 def _readings(lines: Sequence[tuple[Series, Sequence[Point]]], x: Scale, y: Scale) -> str:

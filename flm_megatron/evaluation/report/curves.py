@@ -52,7 +52,7 @@ def _loss_chart(histories: Sequence[History], axis: str) -> Chart:
         if history.validations:
             points = _points(history.validations, "val_loss", place)
             series.append(Series(f"{prefix}validation", points, 2 * index + 1, dots=True))
-    return Chart("Loss", _axis_label(axis), "nats per token", series, _marks(histories, place), width=1560, height=460)
+    return Chart("Loss", _axis_label(axis), "nats per token", series, _marks(histories, place), width=1100, height=380)
 
 
 def _validation_chart(histories: Sequence[History]) -> Chart:
@@ -80,9 +80,10 @@ def _points(lines: Sequence[tuple[Position, Line]], key: str, place: Callable[[P
 
 
 def _marks(histories: Sequence[History], place: Callable[[Position], float]) -> list[tuple[float, str]]:
-    """Where stages begin; of several runs with the run's name."""
-    marks = []
+    """Where stages begin; of several runs with the names of the runs."""
+    runs: dict[tuple[float, str], list[str]] = {}
     for history in histories:
-        suffix = f" ({history.name})" if len(histories) > 1 else ""
-        marks += [(place(at), f"→ {stage}{suffix}") for at, stage in history.boundaries]
-    return marks
+        for at, stage in history.boundaries:
+            runs.setdefault((place(at), stage), []).append(history.name)
+    several = len(histories) > 1
+    return [(at, f"→ {stage} ({', '.join(names)})" if several else f"→ {stage}") for (at, stage), names in runs.items()]
