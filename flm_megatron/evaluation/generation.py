@@ -65,7 +65,7 @@ def generate(
         while True:
             hidden = _hidden(padding, cache.length, tokens.shape[1])
             outputs = forward(chunk, [Batch(tokens, hidden=hidden)], 1, _last_logits)
-            logits: Sequence[Any] = outputs[0] if speaks() else []
+            logits: Any = outputs[0] if speaks() else []
             chosen = _agreed([row.choose(of_row) for row, of_row in zip(rows, logits, strict=False)], len(rows))
             for row, token in zip(rows, chosen, strict=True):
                 row.take(token, on_text)
