@@ -67,7 +67,7 @@ output: {output}
 data:
   sequence_length: 160
   train: [{{path: {folder}/chat.jsonl}}]
-  chat: {{epochs: 3}}
+  chat: {{epochs: 2}}
 checkpoint: {{initial: {folder}/base}}
 stages:
   - name: tuned
