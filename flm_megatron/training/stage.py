@@ -116,6 +116,9 @@ class StageTrainer:
             log.record({"stage": self.stage.name, "step": 0, "tokens": tokens, "certificate": certificate})
             if certificate:
                 log.say(Certificate.from_json(certificate).table())
+        if self.step:
+            tokens = self.budget.tokens_at(self.step)
+            log.record({"stage": self.stage.name, "step": self.step, "tokens": tokens, "restart": True})
         log.say(kernels.current().describe())
         log.begin(self.stage.name, self.step, self.budget.steps)
 
