@@ -11,11 +11,20 @@ WIDTHS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
 
 def check_growth(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> None:
     """All rules that concern two models and the growth between them."""
+    check_no_adapters(old, new)
     check_kept(old, new)
     check_vocabulary(old, new)
     check_no_shrinking(old, new)
     check_heads(old, new)
     check_depth_operator(old, new, growth)
+
+
+def check_no_adapters(old: ModelConfig, new: ModelConfig) -> None:
+    """Adapters are merged before a model grows."""
+    if old.lora is not None or new.lora is not None:
+        raise RequestError(
+            "model.lora: a model with adapters does not grow: merge them with `flm checkpoint export-hf`, then grow that"
+        )
 
 
 def check_kept(old: ModelConfig, new: ModelConfig) -> None:

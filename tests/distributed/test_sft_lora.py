@@ -12,8 +12,10 @@ from flm_megatron.checkpoint.hugging_face import HuggingFaceCheckpoint
 from flm_megatron.checkpoint.initial import InitialCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.cli.main import main as flm
-from flm_megatron.config.schema import LoraConfig, ModelConfig, ParallelConfig, RunConfig
+from flm_megatron.config.schema import GrowthConfig, LoraConfig, ModelConfig, ParallelConfig, RunConfig
+from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.subject import open_subject
+from flm_megatron.growth.plan import make_plan
 from flm_megatron.model.parameters import FC1, QKV
 from flm_megatron.training.start import checkpoint_store
 from tests.distributed.layouts import name as layout_name
@@ -124,3 +126,8 @@ def test_adapters_that_cannot_be_are_refused(
     assert flm(["sft", str(path), *options]) == 2
     errors = capsys.readouterr().err
     assert words in errors and len(errors.strip().splitlines()) == 1
+
+
+def test_a_model_with_adapters_does_not_grow() -> None:
+    with pytest.raises(RequestError, match="a model with adapters does not grow"):
+        make_plan(LORA, replace(LORA, num_layers=6), GrowthConfig(), seed=1)
