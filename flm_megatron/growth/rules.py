@@ -23,7 +23,7 @@ def check_no_adapters(old: ModelConfig, new: ModelConfig) -> None:
     """Adapters are merged before a model grows."""
     if old.lora is not None or new.lora is not None:
         raise RequestError(
-            "model.lora: a model with adapters does not grow: merge them with `flm checkpoint export-hf`, then grow that"
+            "model.lora: a model with adapters does not grow: merge them with `flm checkpoint export-hf` first"
         )
 
 
