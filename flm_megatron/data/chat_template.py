@@ -85,7 +85,7 @@ class ChatTemplate:
         return self.encode(self.render(messages, True, where))
 
     def render(self, messages: Sequence[Message], prompt: bool, where: str = "conversation") -> str:
-        """The conversation as text in which marks stand for ids; `prompt` opens the next answer. Raises RequestError."""
+        """The conversation as text, marks standing for ids; `prompt` opens the next answer. Raises RequestError."""
         from jinja2 import TemplateError
 
         marks = {"bos_token": BOS_MARK, "eos_token": EOS_MARK}
