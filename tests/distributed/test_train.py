@@ -64,6 +64,7 @@ def test_a_run_in_two_halves_is_bit_identical(data: Path, whole: Path, tmp_path:
     assert train(run) == 0
     assert losses(tmp_path) == losses(whole)
     assert final_hash(tmp_path) == final_hash(whole)
+    assert [line["step"] for line in read_metrics(tmp_path) if "restart" in line] == [4]
 
 
 def test_a_run_resumes_under_another_layout(data: Path, whole: Path, tmp_path: Path) -> None:
