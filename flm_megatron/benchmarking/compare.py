@@ -18,6 +18,7 @@ from flm_megatron.benchmarking.steps import Step, held_gib, synthetic_batches, t
 from flm_megatron.benchmarking.torchtitan import torchtitan_step
 from flm_megatron.config.schema import StageConfig
 from flm_megatron.device import current
+from flm_megatron.training.step import Batch
 
 BUILDERS: dict[str, Callable[[StageConfig, int], Step]] = {
     BARE: bare_megatron_step,  # first: it takes note of what our optimizer replaces in megatron-core
@@ -30,7 +31,7 @@ BUILDERS: dict[str, Callable[[StageConfig, int], Step]] = {
 
 @dataclass
 class _Contestant:
-    """A program's step, what its weights and optimizer hold, its times and its largest memory."""
+    """A program's step, what its weights and optimizer hold, its times and the memory of a step."""
 
     step: Step
     resident_gib: float
@@ -57,15 +58,17 @@ def measure_side_by_side(request: Request, peers: Sequence[str]) -> list[dict[st
             contestants[name] = _Contestant(step, held_gib() - before, [])
     for _ in range(request.steps):
         for contestant in contestants.values():
-            _take_step(contestant, batches)
+            contestant.times.append(timed(contestant.step, batches))
+    for contestant in contestants.values():
+        _weigh(contestant, batches)
     return [vars(_measurement(name, contestants[name], stage, sequence)) for name in (PROGRAM, *peers)]
 
 
-def _take_step(contestant: _Contestant, batches: list[Any]) -> None:
+def _weigh(contestant: _Contestant, batches: list[Batch]) -> None:
+    """Take the memory of one more step: to look at it makes a step slower."""
     before = held_gib()
-    contestant.times.append(timed(contestant.step, batches))
-    above = current().peak_memory_gib() - before
-    contestant.memory_gib = max(contestant.memory_gib, contestant.resident_gib + above)
+    contestant.step(batches)
+    contestant.memory_gib = contestant.resident_gib + current().peak_memory_gib() - before
 
 
 def _measurement(name: str, contestant: _Contestant, stage: StageConfig, sequence_length: int) -> Measurement:
