@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 MESSAGES = (
@@ -13,5 +14,7 @@ MESSAGES = (
 
 def quiet_engine() -> None:
     """Ignore exactly these warnings in this process."""
+    # The engine does not know our feed-forward module by name, and says so once per layer.
+    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
     for message in MESSAGES:
         warnings.filterwarnings("ignore", message=message)
