@@ -23,6 +23,7 @@ def swiglu(x: Tensor, mask: Tensor | None = None) -> Tensor:
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor | None, chosen: ModuleType) -> Tensor:
+        """Value of the operation; keeps what its gradient needs."""
         rows = x.reshape(-1, x.size(-1)).contiguous()
         ctx.save_for_backward(rows, mask)
         ctx.chosen = chosen
@@ -31,6 +32,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """Gradients of the inputs."""
         rows, mask = ctx.saved_tensors
         grad_x = ctx.chosen.backward(grad.reshape(rows.size(0), -1).contiguous(), rows, mask)
         return grad_x.view(*grad.shape[:-1], -1), None, None

@@ -69,6 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_gradients: bool,
         chosen: ModuleType,
     ) -> tuple[Tensor, Tensor]:
+        """Value of the operation; keeps what its gradient needs."""
         working = torch.float64 if rows.dtype is torch.float64 else torch.float32
         token_weights = token_weights.to(working)
         losses = torch.empty(rows.size(0), dtype=working, device=rows.device)
@@ -90,6 +91,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+        """Gradients of the inputs."""
         assert ctx.grad_rows is not None, "the gradients of a fused loss are there for one backward pass"
         grad_rows, grad_weight = _scaled(ctx.grad_rows, grad), _scaled(ctx.grad_weight, grad).to(ctx.dtype)
         ctx.grad_rows = ctx.grad_weight = None

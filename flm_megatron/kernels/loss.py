@@ -56,6 +56,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, valid: int, group: Group, overwrite: bool, chosen: ModuleType
     ) -> Tensor:
+        """Value of the operation; keeps what its gradient needs."""
         log_sum, at_label = over_vocabulary(chosen.statistics(logits, labels, valid), group)
         ctx.save_for_backward(logits, labels, log_sum)
         ctx.valid, ctx.overwrite, ctx.chosen = valid, overwrite, chosen
@@ -64,6 +65,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """Gradients of the inputs."""
         logits, labels, log_sum = ctx.saved_tensors
         # Written through a detached view, which marks the logits as changed: a second backward pass is refused.
         out = logits.detach() if ctx.overwrite else torch.empty_like(logits)

@@ -37,6 +37,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, mask: Tensor | None, eps: float, scale: float, chosen: ModuleType
     ) -> Tensor:
+        """Value of the operation; keeps what its gradient needs."""
         out, rows, inverse_rms = chosen.forward(_rows(x), None, weight, mask, eps, scale)
         ctx.save_for_backward(rows, weight, mask, inverse_rms)
         ctx.scale, ctx.chosen = scale, chosen
@@ -45,6 +46,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """Gradients of the inputs."""
         rows, weight, mask, inverse_rms = ctx.saved_tensors
         grad_x, grad_weight = ctx.chosen.backward(_rows(grad), None, rows, weight, mask, inverse_rms, ctx.scale)
         return grad_x.view(grad.shape), grad_weight, None, None, None, None
@@ -62,6 +64,7 @@ class _AddRMSNorm(torch.autograd.Function):
         scale: float,
         chosen: ModuleType,
     ) -> tuple[Tensor, Tensor]:
+        """Value of the operation; keeps what its gradient needs."""
         out, summed, inverse_rms = chosen.forward(_rows(x), _rows(residual), weight, mask, eps, scale)
         ctx.save_for_backward(summed, weight, mask, inverse_rms)
         ctx.scale, ctx.chosen = scale, chosen
@@ -70,6 +73,7 @@ class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_summed: Tensor) -> tuple[Any, ...]:
+        """Gradients of the inputs."""
         rows, weight, mask, inverse_rms = ctx.saved_tensors
         grad_x, grad_weight = ctx.chosen.backward(
             _rows(grad), _rows(grad_summed), rows, weight, mask, inverse_rms, ctx.scale

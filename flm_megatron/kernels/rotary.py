@@ -31,6 +31,7 @@ class _RotaryQKV(torch.autograd.Function):
     def forward(
         ctx: Any, packed: Tensor, cos: Tensor, sin: Tensor, queries: int, chosen: ModuleType
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Value of the operation; keeps what its gradient needs."""
         sequence, batch, width = packed.shape
         channels = 2 * cos.size(-1)
         groups = width // ((queries + 2) * channels)
@@ -45,6 +46,7 @@ class _RotaryQKV(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        """Gradients of the inputs."""
         cos, sin = ctx.saved_tensors
         unfolded = [grad.unflatten(1, (ctx.batch, -1)) for grad in grads]
         return ctx.chosen.packed_gradient(*unfolded, cos, sin).flatten(2), None, None, None, None

@@ -76,7 +76,10 @@ def _group_overrides(specs: Mapping[str, ParameterSpec], frozen: Collection[int]
     from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 
     def key(group: Group) -> Any:
+        """The engine's key for one group."""
+
         def matches(param: torch.nn.Parameter, name: str) -> bool:
+            """Whether the parameter is of the group."""
             return group == ("frozen" if id(param) in frozen else parameter_group(name, specs))
 
         return ParamKey(with_name_predicate=ParamWithNamePredicate(name=group, fn=matches))

@@ -29,6 +29,7 @@ def learning_rate(position: int, run: RunConfig, stage_index: int) -> float:
     end = schedule_tokens(run, anchor)
 
     def continued(at: int) -> float:
+        """The continued schedule's rate at a position."""
         return scheduled(at - budgets[anchor].first_token, shape, stage.optimizer, warmup, end)
 
     done = position - budgets[stage_index].first_token

@@ -33,6 +33,7 @@ def fit_products(
     """`matmul` and `tile_overhead` that come nearest to the timed products, by the logarithm of their times."""
 
     def error(matmul: float, overhead: float) -> float:
+        """Sum of squared log ratios of planned to measured seconds."""
         efficiency = replace(machine.efficiency, matmul=matmul, tile_overhead=overhead)
         trial = replace(machine, efficiency=efficiency)
         times = [(matmul_time(trial, precision, p.rows, p.columns, p.inner), p.seconds) for p in timed]

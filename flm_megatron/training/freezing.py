@@ -48,6 +48,7 @@ def freeze(chunks: list[Any], frozen: list[torch.nn.Parameter]) -> None:
     finalize = config.finalize_model_grads_func
 
     def finalize_and_freeze(*args: Any, **kwargs: Any) -> None:
+        """Finish the gradients, then clear those of frozen weights."""
         finalize(*args, **kwargs)
         for parameter in frozen:
             parameter.main_grad.zero_()  # type: ignore[attr-defined]

@@ -142,6 +142,7 @@ def _passing_signals(processes: Any) -> Iterator[None]:
     """While the block runs, SIGTERM and SIGINT go to the processes, which stop after their step."""
 
     def pass_on(number: int, frame: Any) -> None:
+        """Signal handler."""
         for process in processes.processes:
             if process.is_alive():
                 os.kill(process.pid, signal.SIGTERM)
@@ -182,6 +183,7 @@ def _end_with_parent() -> None:
     assert parent is not None
 
     def watch() -> None:
+        """End when the parent does."""
         wait([parent.sentinel])
         os._exit(1)
 

@@ -142,6 +142,7 @@ def _unreachable(addresses: dict[Any, list[Any]], own: int) -> list[int]:
     """Ranks that this rank cannot connect to."""
 
     def refused(item: tuple[Any, list[Any]]) -> int | None:
+        """The rank, where it does not answer."""
         rank, (address, port) = item
         try:
             socket.create_connection((address, port), timeout=CONNECT_S).close()
