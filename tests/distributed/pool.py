@@ -6,6 +6,7 @@ from one layout into the next, and a crash or a hang ends one run only.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import tempfile
@@ -16,6 +17,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 TIMEOUT_S = 180
 
@@ -45,8 +48,7 @@ class Pool:
                 return _collect(ranks, time.monotonic() + timeout_s)
             finally:
                 for process, connection in ranks:
-                    process.kill()
-                    process.join()
+                    _end(process)
                     connection.close()
 
     def _start(
@@ -57,6 +59,19 @@ class Pool:
         process.start()
         there.close()
         return process, here
+
+
+def _end(process: Any) -> None:
+    """End a rank, and the helpers that megatron-core's own saving has started in it."""
+    try:
+        helpers = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        helpers = []
+    process.kill()
+    process.join()
+    for helper in helpers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            helper.kill()
 
 
 def _collect(ranks: list[tuple[Any, Connection]], deadline: float) -> list[Any]:
