@@ -31,7 +31,7 @@ def environment(command: list[str]) -> dict[str, str]:
     return {
         "hardware": current().hardware_name(),
         "host": f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores, "
-        f"{psutil.virtual_memory().total / 2**30:.0f} GiB, {platform.system()} {platform.release()}",
+        f"{psutil.virtual_memory().total / 2**30:.0f} GiB, {platform.system()}",
         "threads of a process": str(torch.get_num_threads()),
         "load at the start (1/5/15 min)": load,
         "commit": commit(),
