@@ -163,7 +163,8 @@ def processes(args: argparse.Namespace) -> None:
     source, out = make(args.folder, args.millions[0]), args.folder / "out"
     print("| processes | median s | all runs |\n|---|---|---|")
     for count in args.processes:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), TOOL]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        torchrun += ["--nproc-per-node", str(count), TOOL]
         values = []
         for _ in range(args.repeats):
             forget(args.cold)
