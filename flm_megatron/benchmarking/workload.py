@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from flm_megatron.config.layout_rules import LAYOUT_RULES
+from flm_megatron.config.pipeline import divisors
 from flm_megatron.config.schema import ParallelConfig, StageConfig
 from flm_megatron.errors import RequestError
 
@@ -46,8 +47,8 @@ def local_layouts(stage: StageConfig, sequence_length: int, size: int) -> tuple[
 
 
 def _layouts(base: ParallelConfig, size: int) -> Iterator[ParallelConfig]:
-    for tensor in _divisors(size):
-        for pipeline in _divisors(size // tensor):
+    for tensor in divisors(size):
+        for pipeline in divisors(size // tensor):
             for sequence in (False, True) if tensor > 1 else (False,):
                 for virtual in (1, 2) if pipeline > 1 else (1,):
                     yield replace(
@@ -59,10 +60,6 @@ def _layouts(base: ParallelConfig, size: int) -> Iterator[ParallelConfig]:
                         sequence=sequence,
                         pipeline_layers=None,
                     )
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def describe(parallel: ParallelConfig) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from flm_megatron.checkpoint.processes import Processes
-from flm_megatron.checkpoint.writer import PARTIAL
+from flm_megatron.checkpoint.writer import PARTIAL, sync
 from flm_megatron.errors import RequestError
 
 
@@ -38,15 +37,6 @@ def write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-def sync(path: Path) -> None:
-    """Have the disk hold a file or the entries of a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def refuse_without_room(path: Path, nbytes: int) -> None:

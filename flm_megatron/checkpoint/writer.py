@@ -160,9 +160,9 @@ def _finish(folder: Path, path: Path, results: list[Written], manifest: dict[str
             file = folder / name
             manifest["files"][name] = {"size": file.stat().st_size, "crc32": file_checksum(file)}
         _write(folder / MANIFEST, manifest_text(manifest).encode())
-        _sync_folder(folder)
+        sync(folder)
         folder.rename(path)
-        _sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
     return json.loads(manifest_text(manifest))
@@ -220,9 +220,10 @@ def _write(file: Path, data: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have the disk hold a file or the entries of a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        os.fsync(descriptor)
     finally:
-        os.close(fd)
+        os.close(descriptor)

@@ -6,6 +6,11 @@ from flm_megatron.config.schema import ParallelConfig
 from flm_megatron.errors import RequestError
 
 
+def divisors(number: int) -> list[int]:
+    """All sizes that `number` processes or layers divide by, smallest first."""
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
 def pipeline_split(num_layers: int, parallel: ParallelConfig) -> list[int]:
     """Layers of each pipeline part in the order of execution: pipeline x virtual_pipeline numbers.
 

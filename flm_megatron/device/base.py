@@ -21,6 +21,8 @@ class Device(ABC):
     """`cpu` or `cuda`."""
     backend: str
     """Backend of torch.distributed: `gloo` or `nccl`."""
+    start_method: str
+    """How processes are started here: `forkserver`, or `spawn` where the device must not be forked."""
 
     @property
     @abstractmethod

@@ -24,6 +24,7 @@ class CpuDevice(Device):
 
     name = "cpu"
     backend = "gloo"
+    start_method = "forkserver"
 
     @property
     def torch_device(self) -> torch.device:

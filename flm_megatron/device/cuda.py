@@ -19,6 +19,7 @@ class CudaDevice(Device):
 
     name = "cuda"
     backend = "nccl"
+    start_method = "spawn"
 
     @property
     def torch_device(self) -> torch.device:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from flm_megatron.checkpoint.engine import load_state
 from flm_megatron.checkpoint.layout import check_layout
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
+from flm_megatron.config.pipeline import divisors
 from flm_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.errors import RequestError
@@ -33,8 +34,8 @@ def fitting_layout(model: ModelConfig, parallel: ParallelConfig, world: int) -> 
         return replace(parallel, data=None)
     smaller = [
         ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=parallel.sequence and tensor > 1)
-        for tensor in _divisors(parallel.tensor)
-        for pipeline in _divisors(parallel.pipeline)
+        for tensor in divisors(parallel.tensor)
+        for pipeline in divisors(parallel.pipeline)
     ]
     return max((p for p in smaller if _fits(model, p, world)), key=lambda p: (p.model_size, p.tensor))
 
@@ -96,7 +97,3 @@ def forward(chunks: list[Any], tokens: torch.Tensor, on_logits: Callable[[int, t
         micro_batch_size=1,
         forward_only=True,
     )
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]

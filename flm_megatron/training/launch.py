@@ -129,12 +129,11 @@ def _start_method() -> str:
     """Fork from a server that has imported torch once; with CUDA, which must not be forked, start afresh."""
     import multiprocessing
 
-    import torch
+    from flm_megatron.device import current
 
-    if torch.cuda.is_available():
-        return "spawn"
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["flm_megatron.training.preload"])
-    return "forkserver"
+    if current().start_method == "forkserver":
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["flm_megatron.training.preload"])
+    return current().start_method
 
 
 @contextmanager
