@@ -3,10 +3,10 @@
     flm data stdlib --out DATA --vocab-size 1024
     python benchmarks/growth/study.py --data DATA --out OUT [--seeds 1 2 3] [--tokens 4000000]
 
-Every arm spends the FLOPs that the large model takes for --tokens. The grown arms spend the share --grow-at of them on
-a smaller model: narrower and shallower for zero and mask, only shallower for plain copies (G_stack). All share the
-data, the seed and muP hyperparameters found at one width. Writes results.json, study.md and study.png into OUT; a run
-that is already finished there is not run again.
+Every arm spends the FLOPs that the large model takes for --tokens. The grown arms spend a quarter of them (others: see
+ARMS) on a smaller model: narrower and shallower for zero and mask, only shallower for plain copies (G_stack). All share
+the data, the seed and muP hyperparameters found at one width. Writes results.json, study.md and study.png into OUT; a
+run that is already finished there is not run again.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,32 @@ from flm_megatron.training.plot import read_metrics
 
 SEQUENCE, BATCH = 128, 16
 HEAD_DIM = 16
-ARMS: dict[str, tuple[str, dict[str, str]] | None] = {
+MASKED = {"hidden": "mask", "ffn": "mask", "heads": "mask", "layers": "mask"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How one arm grows: out of which shape, by which operators, when, and for how long its masks open."""
+
+    small: str
+    growth: dict[str, str] = field(default_factory=dict)
+    grow_at: float = 0.25
+    """Share of the FLOPs spent before the growth."""
+    mask_share: float = 0.2
+    """Share of the large stage in which masks open."""
+
+
+ARMS: dict[str, Arm | None] = {
     "scratch": None,
-    "zero": ("narrow", {}),
-    "mask": ("narrow", {"hidden": "mask", "ffn": "mask", "heads": "mask", "layers": "mask"}),
-    "copy": ("shallow", {"layers": "copy", "layer_selection": "stack"}),
+    "zero": Arm("narrow"),
+    "mask": Arm("narrow", MASKED),
+    "copy": Arm("shallow", {"layers": "copy", "layer_selection": "stack"}),
+    "zero, grown at 10%": Arm("narrow", grow_at=0.1),
+    "zero, grown at 50%": Arm("narrow", grow_at=0.5),
+    "mask over 5%": Arm("narrow", MASKED, mask_share=0.05),
+    "mask over 50%": Arm("narrow", MASKED, mask_share=0.5),
 }
+MAIN_ARMS = ["scratch", "zero", "mask", "copy"]
 Curve = list[tuple[float, float]]
 """(FLOPs, validation loss) in order."""
 
@@ -40,14 +61,13 @@ def run_document(arm: str, seed: int, args: argparse.Namespace, folder: Path) ->
     stages = [stage("large", shape("large", args), args.tokens, "cosine")]
     choice = ARMS[arm]
     if choice is not None:
-        small, growth = choice
         total = args.tokens * flops(shape("large", args), args)
-        first = int(args.grow_at * total / flops(shape(small, args), args))
-        rest = int((1 - args.grow_at) * args.tokens)
+        first = int(choice.grow_at * total / flops(shape(choice.small, args), args))
+        rest = int((1 - choice.grow_at) * args.tokens)
         large = stage("large", shape("large", args), rest, "cosine")
-        mask_steps = max(1, int(args.mask_share * rest / (SEQUENCE * BATCH)))
-        large["growth"] = {"layer_selection": "interleave", "mask_steps": mask_steps, "certify_samples": 0, **growth}
-        stages = [stage("small", shape(small, args), first, "constant"), large]
+        steps = max(1, int(choice.mask_share * rest / (SEQUENCE * BATCH)))
+        large["growth"] = {"layer_selection": "interleave", "mask_steps": steps, "certify_samples": 0, **choice.growth}
+        stages = [stage("small", shape(choice.small, args), first, "constant"), large]
     return {
         "name": arm,
         "output": str(folder),
@@ -100,12 +120,13 @@ def flops(model: dict[str, Any], args: argparse.Namespace) -> float:
 
 def train(arm: str, seed: int, args: argparse.Namespace) -> Curve:
     """Train one arm under one seed, unless it is trained already; its curve."""
-    folder = Path(args.out) / f"{arm}-{seed}"
+    folder = Path(args.out) / f"{arm.translate(str.maketrans(' ', '-', ',%'))}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     run_file = folder / "study.yaml"
     run_file.write_text(json.dumps(run_document(arm, seed, args, folder)))  # JSON is YAML
     subprocess.run([sys.executable, "-m", "flm_megatron.cli.main", "train", str(run_file)], check=True)
-    sizes = {"small": (ARMS[arm] or ("large", {}))[0], "large": "large"}
+    choice = ARMS[arm]
+    sizes = {"large": "large"} if choice is None else {"small": choice.small, "large": "large"}
     per_token = {name: flops(shape(size, args), args) for name, size in sizes.items()}
     return curve(read_metrics(folder), per_token)
 
@@ -171,12 +192,10 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder made by `flm data stdlib`")
     parser.add_argument("--out", required=True, help="folder for runs and results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=MAIN_ARMS)
     parser.add_argument("--tokens", type=int, default=4_000_000, help="tokens of the from-scratch run")
     parser.add_argument("--hidden", type=int, default=192, help="width of the large model, a multiple of 96")
     parser.add_argument("--layers", type=int, default=8, help="layers of the large model, a multiple of 4")
-    parser.add_argument("--grow-at", type=float, default=0.25, help="share of the FLOPs spent before the growth")
-    parser.add_argument("--mask-share", type=float, default=0.2, help="share of the large stage in which masks open")
     parser.add_argument("--interval", type=int, default=50, help="steps between validations")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--matrix-lr", type=float, default=3e-3, help="at half the large width")
