@@ -272,6 +272,9 @@ class StageConfig:
     """Token budget, rounded up to whole steps."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of weights and activations; gradients are accumulated and masters kept in fp32."""
+    fp8: Literal["none", "tensorwise", "rowwise"] = "none"
+    """Matrix products of the layers' linear layers in FP8, with one dynamic scale for each matrix or one for each of
+    its rows (in bf16, on GPUs that have FP8); weights, and all else, stay as they are."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass: none, norms and feed-forward layers, or whole layers."""
     transformer_engine: bool = False
@@ -410,6 +413,10 @@ class KernelsConfig:
     """Optimizer update: te, apex, torch or triton."""
     grad_clip: Implementation = "auto"
     """Gradient norm and clipping: te, apex, torch or triton."""
+    fp8_cast: Implementation = "auto"
+    """Casts of matrices to FP8: triton or torch."""
+    weight_gradient: Implementation = "auto"
+    """Weight gradients added to their fp32 buffers by the product that computes them: apex or torch."""
 
 
 @dataclass(config=SETTINGS)

@@ -44,12 +44,15 @@ class CpuDevice(Device):
         """
         return {
             "use_cpu_initialization": True,
-            "gradient_accumulation_fusion": False,
             "masked_softmax_fusion": False,
             "bias_dropout_fusion": False,
             "bias_activation_fusion": False,
             "deallocate_pipeline_outputs": False,
         }
+
+    def fp8_obstacle(self) -> str | None:
+        """None: torch has the product for CPUs too, without any gain in speed."""
+        return None
 
     def synchronize(self) -> None:
         """Nothing is queued on a CPU."""

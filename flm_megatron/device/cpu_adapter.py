@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
+from flm_megatron.device import cpu_collectives
+
 FACTORIES = (
     *("arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace", "ones"),
     *("ones_like", "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "tensor", "zeros", "zeros_like"),
@@ -31,6 +33,7 @@ def install() -> None:
         setattr(torch, name, _made_on_cpu(getattr(torch, name)))
     _answer_tensor_methods()
     _answer_cuda_module()
+    cpu_collectives.install()
     _answer_rng_tracker()
 
 

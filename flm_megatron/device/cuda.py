@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ import torch
 from flm_megatron.device.base import Device, require_engine
 
 GIB = 2**30
+FP8_CAPABILITY = (8, 9)
 
 
 class CudaDevice(Device):
@@ -37,15 +36,24 @@ class CudaDevice(Device):
         torch.cuda.set_device(self.torch_device)
 
     def engine_options(self) -> dict[str, Any]:
-        """Fusions that need no more than torch; the fused gradient accumulation only where its extension is."""
+        """Fusions that need no more than torch."""
         return {
             "use_cpu_initialization": False,
-            "gradient_accumulation_fusion": _has_fused_gradient_accumulation(),
             "masked_softmax_fusion": False,
             "bias_dropout_fusion": True,
             "bias_activation_fusion": True,
             "deallocate_pipeline_outputs": True,
         }
+
+    def fp8_obstacle(self) -> str | None:
+        """FP8 units came with Ada (compute capability 8.9) and Hopper; AMD's formats are not offered."""
+        if torch.version.hip:
+            return "only NVIDIA's FP8 formats are offered"
+        capability = torch.cuda.get_device_capability(self.torch_device)
+        if capability < FP8_CAPABILITY:
+            found = ".".join(map(str, capability))
+            return f"{self.hardware_name()} has compute capability {found}, FP8 needs 8.9 or more"
+        return None
 
     def synchronize(self) -> None:
         """Wait for the GPU's queues."""
@@ -62,8 +70,3 @@ class CudaDevice(Device):
     def hardware_name(self) -> str:
         """The driver's name of the GPU, such as `NVIDIA H100 80GB HBM3`."""
         return torch.cuda.get_device_name(self.torch_device)
-
-
-@cache
-def _has_fused_gradient_accumulation() -> bool:
-    return find_spec("fused_weight_gradient_mlp_cuda") is not None

@@ -12,11 +12,13 @@ from flm_megatron.kernels.linear_loss import linear_cross_entropy
 from flm_megatron.kernels.loss import cross_entropy
 from flm_megatron.kernels.norm import add_rms_norm, rms_norm
 from flm_megatron.kernels.rotary import rotary_qkv
+from flm_megatron.kernels.weight_gradient import add_weight_gradient_
 
 __all__ = [
     "Choice",
     "adamw_",
     "add_rms_norm",
+    "add_weight_gradient_",
     "choose",
     "clip_factor",
     "clip_grad_norm_",

@@ -32,6 +32,8 @@ OFFERED = {
     "cross_entropy": ("triton", "torch"),
     "adamw": ("te", "apex", "torch", "triton"),
     "grad_clip": ("te", "apex", "torch", "triton"),
+    "fp8_cast": ("triton", "torch"),
+    "weight_gradient": ("apex", "torch"),
 }
 MODULES = {
     "rms_norm": "norm",
@@ -40,6 +42,8 @@ MODULES = {
     "cross_entropy": "loss",
     "adamw": "adam",
     "grad_clip": "clip",
+    "fp8_cast": "fp8",
+    "weight_gradient": "weight_gradient",
 }
 # The compiled parts are looked for: the package of that name on PyPI is not NVIDIA's Apex.
 NEEDS = {
@@ -48,6 +52,8 @@ NEEDS = {
     "triton": ("triton",),
     "torch": (),
 }
+# Extensions of Apex that are built apart from the others.
+ALSO_NEEDS = {("weight_gradient", "apex"): ("fused_weight_gradient_mlp_cuda",)}
 ENGINE_OWNED = ("te", "apex")
 
 
@@ -83,7 +89,7 @@ def choose(config: KernelsConfig | None = None, device: str | None = None) -> Ch
     device = device or current_device().name
     names, plain_only = {}, {}
     for operation, asked in asdict(config or KernelsConfig()).items():
-        there = [name for name in OFFERED[operation] if not obstacle(name, device)]
+        there = [name for name in OFFERED[operation] if not obstacle(name, device, operation)]
         if asked == "auto":
             names[operation] = there[0] if device != "cpu" else "torch"
         else:
@@ -94,9 +100,10 @@ def choose(config: KernelsConfig | None = None, device: str | None = None) -> Ch
     return Choice(device, names, plain_only)
 
 
-def obstacle(name: str, device: str) -> str | None:
-    """Why implementation `name` cannot run on `device`; none if it can."""
-    missing = [module for module in NEEDS[name] if find_spec(module) is None]
+def obstacle(name: str, device: str, operation: str = "") -> str | None:
+    """Why implementation `name` (of `operation`) cannot run on `device`; none if it can."""
+    needed = (*NEEDS[name], *ALSO_NEEDS.get((operation, name), ()))
+    missing = [module for module in needed if find_spec(module) is None]
     if missing:
         return f"{' and '.join(missing)} cannot be imported"
     if name == "triton" and device == "cpu" and not interpreted():
@@ -161,7 +168,7 @@ def _check(operation: str, asked: str, device: str) -> None:
             f"kernels.{operation}: there is no {asked} implementation; give auto or one of "
             f"{', '.join(OFFERED[operation])}"
         )
-    reason = obstacle(asked, device)
+    reason = obstacle(asked, device, operation)
     if not reason and asked == "apex" and "te" in OFFERED[operation] and not obstacle("te", device):
         reason = "megatron-core takes Transformer Engine's where both are installed"
     if reason:

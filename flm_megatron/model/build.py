@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from flm_megatron.config.schema import ModelConfig, StageConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.model.engine_config import transformer_config
+from flm_megatron.model.gradient_accumulation import install_weight_gradient
 from flm_megatron.model.lora import train_adapters_only
 from flm_megatron.model.split import padded_vocab_size
 from flm_megatron.model.teleflm import TeleFLM
@@ -30,6 +31,8 @@ def build_model(model: ModelConfig, stage: StageConfig) -> list[TeleFLM]:
     if not model.vocab_size:
         raise RequestError("model.vocab_size is not set: give it, or give a tokenizer to take it from")
     config = transformer_config(replace(stage, model=model))
+    if config.gradient_accumulation_fusion:
+        install_weight_gradient()
     # No weight and no dropout is drawn, but the engine wants its generator states to exist.
     model_parallel_cuda_manual_seed(0, force_reset_rng=True)
     virtual = config.virtual_pipeline_model_parallel_size

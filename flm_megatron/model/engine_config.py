@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from flm_megatron.config.schema import LoraConfig, ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.errors import RequestError
+from flm_megatron.kernels import fp8
 from flm_megatron.model.split import pipeline_split
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -36,6 +37,9 @@ class EngineConfig(TransformerConfig):
     """Weight of the z-loss in training."""
     lora: LoraConfig | None = None
     """Adapters of the linear layers."""
+    fp8_scaling: fp8.Scaling | None = None
+    """FP8 products in the linear layers; none runs them in `params_dtype`. (The engine's `fp8` is Transformer
+    Engine's.)"""
 
 
 def transformer_config(stage: StageConfig) -> EngineConfig:
@@ -44,20 +48,24 @@ def transformer_config(stage: StageConfig) -> EngineConfig:
     Weights are allocated but not initialised: they come out of a checkpoint view, under every layout alike.
 
     Raises:
-        RequestError: the layers cannot be split over the pipeline as asked, or Transformer Engine is asked for
-            and not there.
+        RequestError: the layers cannot be split over the pipeline as asked, or Transformer Engine or FP8 is asked
+            for and not there.
     """
     if stage.transformer_engine:
         _check_transformer_engine(stage)
+    fp8.require(stage)
     options = {
         **_shape(stage.model),
         "transformer_engine": stage.transformer_engine,
+        # Transformer Engine's layers do this on their own; ours from the moment that they have buffers.
+        "gradient_accumulation_fusion": stage.transformer_engine,
         **_layout(stage.model.num_layers, stage.parallel),
         **_precision(stage),
         **_recomputation(stage),
         "embedding_gradient_shrink": stage.stability.embedding_gradient_shrink,
         "z_loss": stage.stability.z_loss,
         "lora": stage.model.lora,
+        "fp8_scaling": None if stage.fp8 == "none" else stage.fp8,
         **current().engine_options(),
     }
     # The engine fuses bias and activation for the gated form exactly, but for GELU only as its tanh approximation.

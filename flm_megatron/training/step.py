@@ -47,11 +47,13 @@ class Engine:
 
     def __init__(self, stage: StageConfig, sequence_length: int) -> None:
         from flm_megatron.model.build import build_model
+        from flm_megatron.model.gradient_accumulation import accumulate_in_buffers
         from flm_megatron.optim.build import build_optimizer
 
         self.stage = stage
         self.sequence_length = sequence_length
         self.chunks = wrap_chunks(build_model(stage.model, stage), stage)
+        accumulate_in_buffers(self.chunks)
         frozen = frozen_parameters(self.chunks, stage)
         self.optimizer = build_optimizer(stage, self.chunks, {id(parameter) for parameter in frozen})
         _connect(self.chunks, stage, self.optimizer)

@@ -1,0 +1,75 @@
+"""Collectives of groups of one rank, which gloo would take through its buffers though there is nothing to be done.
+
+megatron-core reduces gradients and gathers parameters over data-parallel groups of any size; with one rank that costs
+a pass over all of them each (benchmarks/throughput/profile.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup | None
+
+
+class Done:
+    """The handle of a collective that is complete."""
+
+    def wait(self, timeout: Any = None) -> bool:
+        """At once."""
+        return True
+
+    def is_completed(self) -> bool:
+        """Always."""
+        return True
+
+
+def install() -> None:
+    """Put the short cuts in place; before megatron-core is imported, which keeps the functions that it finds."""
+    dist.all_reduce = _all_reduce(dist.all_reduce)
+    dist.reduce_scatter_tensor = _reduce_scatter(dist.reduce_scatter_tensor)
+    dist.all_gather_into_tensor = _all_gather(dist.all_gather_into_tensor)
+
+
+def _all_reduce(collective: Callable[..., Any]) -> Callable[..., Any]:
+    def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Group = None, async_op: bool = False) -> Any:
+        """torch's, but one rank's sum is its tensor."""
+        if dist.get_world_size(group) == 1:
+            return Done() if async_op else None
+        return collective(tensor, op, group, async_op)
+
+    return all_reduce
+
+
+def _reduce_scatter(collective: Callable[..., Any]) -> Callable[..., Any]:
+    def reduce_scatter_tensor(
+        output: Tensor, input: Tensor, op: Any = dist.ReduceOp.SUM, group: Group = None, async_op: bool = False
+    ) -> Any:
+        """torch's, but one rank's sum is its tensor."""
+        if dist.get_world_size(group) == 1:
+            return _given(output, input, async_op)
+        return collective(output, input, op, group, async_op)
+
+    return reduce_scatter_tensor
+
+
+def _all_gather(collective: Callable[..., Any]) -> Callable[..., Any]:
+    def all_gather_into_tensor(
+        output_tensor: Tensor, input_tensor: Tensor, group: Group = None, async_op: bool = False
+    ) -> Any:
+        """torch's, but what one rank gathers is its tensor."""
+        if dist.get_world_size(group) == 1:
+            return _given(output_tensor, input_tensor, async_op)
+        return collective(output_tensor, input_tensor, group, async_op)
+
+    return all_gather_into_tensor
+
+
+def _given(output: Tensor, values: Tensor, async_op: bool) -> Done | None:
+    """`values` in `output`; the engine's buffers are the same memory already."""
+    if output.data_ptr() != values.data_ptr():
+        output.copy_(values.view_as(output))
+    return Done() if async_op else None

@@ -1,0 +1,44 @@
+"""Weight gradients that megatron-core's linear layers add straight to the fp32 gradient buffers.
+
+The engine has the code for it (`gradient_accumulation_fusion`) and calls two functions of an extension of Apex. Here
+they are the operation `weight_gradient` of our kernels, which need no Apex.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from torch import Tensor, nn
+
+from flm_megatron import kernels
+
+
+def install_weight_gradient() -> None:
+    """Put our operation where megatron-core's linear layers look for the extension of Apex."""
+    from megatron.core.tensor_parallel import layers
+
+    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(  # type: ignore[attr-defined]
+        wgrad_gemm_accum_fp32=_accumulate, wgrad_gemm_accum_fp16=_accumulate
+    )
+    layers._grad_accum_fusion_available = True
+
+
+def accumulate_in_buffers(chunks: list[nn.Module]) -> None:
+    """From now on linear layers of `chunks` add the gradients of their weights to `weight.main_grad`.
+
+    The chunks are wrapped in megatron-core's DistributedDataParallel, which gives every weight that learns its part
+    of a gradient buffer; what it then finds in `weight.grad` is an unwritten placeholder. Frozen weights have
+    neither gradient nor buffer.
+    """
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+    install_weight_gradient()
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and hasattr(module.weight, "main_grad"):
+                module.gradient_accumulation_fusion = True
+
+
+def _accumulate(total_input: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
+    """With the arguments of the extension: [tokens, inputs], [tokens, outputs] and the buffer [outputs, inputs]."""
+    kernels.add_weight_gradient_(main_grad, total_input, grad_output)
