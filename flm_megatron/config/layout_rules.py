@@ -6,6 +6,7 @@ They take the sequence length of the run and the number of processes, which is n
 from __future__ import annotations
 
 from flm_megatron.config.pipeline import pipeline_split
+from flm_megatron.config.precision_rules import PRECISION_RULES
 from flm_megatron.config.schema import ParallelConfig, StageConfig
 from flm_megatron.errors import RequestError
 
@@ -148,4 +149,5 @@ LAYOUT_RULES = (
     batch_divides,
     interleaving_divides,
     gather_needs_sharding,
+    *PRECISION_RULES,
 )

@@ -42,6 +42,10 @@ class Device(ABC):
         """Fields of megatron-core's TransformerConfig that this device needs."""
 
     @abstractmethod
+    def fp8_obstacle(self) -> str | None:
+        """Why products of FP8 matrices (`torch._scaled_mm`) cannot run here; none if they can."""
+
+    @abstractmethod
     def synchronize(self) -> None:
         """Wait until all queued work is done."""
 

@@ -54,12 +54,13 @@ def loaded_model(
 ) -> Iterator[list[Any]]:
     """Chunks of `model` with a view's weights, ready to evaluate, under the stage's layout or one that fits.
 
-    fp32 weights come from the view's masters where it has them.
+    fp32 weights come from the view's masters where it has them. Products are not in FP8: its noise would hide what
+    is measured, and the sizes of the model that grows may not fit it.
     """
     from flm_megatron.model.build import build_model
 
     parallel = fitting_layout(model, stage.parallel, dist.get_world_size())
-    stage = replace(stage, model=model, parallel=parallel, micro_batch=1, recompute="none")
+    stage = replace(stage, model=model, parallel=parallel, micro_batch=1, recompute="none", fp8="none")
     with layout(stage.parallel), torch.no_grad():
         chunks = [chunk.to(current().torch_device).eval() for chunk in build_model(model, stage)]
         load_state(view, chunks)

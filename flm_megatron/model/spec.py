@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from flm_megatron.model.attention import CoreAttention
 from flm_megatron.model.engine_config import EngineConfig
+from flm_megatron.model.fp8_linear import in_fp8
 from flm_megatron.model.gated_mlp import GatedMLP
 from flm_megatron.model.layer import TeleFLMLayer
 from flm_megatron.model.lora import linear
@@ -42,13 +43,11 @@ def layer_spec(config: EngineConfig) -> ModuleSpec:
     """One Tele-FLM layer in plain PyTorch modules."""
     norm = _norm(config)
     attention = SelfAttentionSubmodules(
-        linear_qkv=linear(ColumnParallelLinear, "qkv", config.lora),
+        linear_qkv=_column("qkv", config),
         core_attention=CoreAttention,
-        linear_proj=linear(RowParallelLinear, "projection", config.lora),
+        linear_proj=_row("projection", config),
     )
-    feed_forward = MLPSubmodules(
-        linear(ColumnParallelLinear, "fc1", config.lora), None, linear(RowParallelLinear, "fc2", config.lora)
-    )
+    feed_forward = MLPSubmodules(_column("fc1", config), None, _row("fc2", config))
     return ModuleSpec(
         module=TeleFLMLayer,
         submodules=TransformerLayerSubmodules(
@@ -61,6 +60,14 @@ def layer_spec(config: EngineConfig) -> ModuleSpec:
             sharded_state_dict_keys_map=NORM_NAMES,
         ),
     )
+
+
+def _column(target: str, config: EngineConfig) -> type:
+    return in_fp8(linear(ColumnParallelLinear, target, config.lora), config.fp8_scaling, column=True)
+
+
+def _row(target: str, config: EngineConfig) -> type:
+    return in_fp8(linear(RowParallelLinear, target, config.lora), config.fp8_scaling, column=False)
 
 
 def _norm(config: EngineConfig) -> type[RMSNorm] | type[LayerNorm]:

@@ -26,6 +26,7 @@ from flm_megatron.growth.births import load_births
 from flm_megatron.growth.certificate import Certificate
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.growth.schedule import mask_plan, mask_value
+from flm_megatron.kernels import fp8
 from flm_megatron.optim.learning_rate import learning_rate, set_learning_rates
 from flm_megatron.training.flops import training_flops_per_token
 from flm_megatron.training.layer_norms import layer_norms
@@ -46,9 +47,11 @@ def train_stage(run: RunConfig, start: Start) -> bool:
     False means that a signal stopped it, after a checkpoint was saved.
 
     Raises:
-        RequestError: a kernel that the run file asks for by name is not there.
+        RequestError: a kernel that the run file asks for by name, or FP8 in any of its stages, is not there.
     """
     kernels.use(kernels.choose(run.kernels))
+    for stage in run.stages:
+        fp8.require(stage)
     beginning = begin(run, start)
     with layout(beginning.stage.parallel, run.distributed.timeout_s), stop_on_signal() as stop:
         trainer = StageTrainer(run, start, beginning)
@@ -120,6 +123,8 @@ class StageTrainer:
             tokens = self.budget.tokens_at(self.step)
             log.record({"stage": self.stage.name, "step": self.step, "tokens": tokens, "restart": True})
         log.say(kernels.current().describe())
+        if self.stage.fp8 != "none":
+            log.say(fp8.describe(self.stage.fp8, current().name))
         log.begin(self.stage.name, self.step, self.budget.steps)
 
     def close(self) -> None:

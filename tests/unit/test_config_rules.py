@@ -23,6 +23,7 @@ defaults:
   tokens: 10240
 stages: [{name: one}, {name: two}]
 """
+FP8 = "stages.0.precision=bf16 stages.0.fp8=tensorwise"
 # Overrides, processes (none: not known), and words of the line that refuses them.
 SIZES: list[tuple[str, int | None, str]] = [
     ("data.sequence_length=0", None, "data.sequence_length is 0, give at least 1"),
@@ -90,6 +91,16 @@ REFUSED: list[tuple[str, int | None, str]] = [
         "parallel.overlap_param_gather needs parallel.distributed_optimizer",
     ),
     ("stages.0.parallel.overlap_param_gather=true", None, "overlap_param_gather needs parallel.overlap_grad_reduce"),
+    ("stages.0.fp8=rowwise", None, "fp8 is rowwise with precision fp32: set precision to bf16"),
+    (f"{FP8} stages.0.transformer_engine=true", None, "fp8 is tensorwise with transformer_engine"),
+    (f"{FP8} data.sequence_length=20", None, "micro_batch 2 x data.sequence_length 40 is not a multiple of 16"),
+    (f"{FP8} stages.0.model.ffn_hidden_size=100", None, "but model.ffn_hidden_size 100 is not a multiple of 16"),
+    (
+        f"{FP8} stages.0.model.ffn_hidden_size=80 stages.0.parallel.tensor=2",
+        None,
+        "model.ffn_hidden_size 80 / parallel.tensor 2 is not a multiple of 16",
+    ),
+    (f"{FP8} stages.0.model.head_dim=2", None, "the width of all queries, keys and values 24 is not a multiple of 16"),
     ("stages.0.tokens=0", None, "tokens is 0, give the stage a budget"),
     ("stages.0.optimizer.lr=0", None, "optimizer.lr is 0.0, give a number above 0"),
     ("stages.0.optimizer.min_lr=1", None, "optimizer.min_lr 1.0 does not lie between 0 and lr 0.0003"),
@@ -131,6 +142,7 @@ ACCEPTED: list[tuple[str, int | None]] = [
     ("defaults.model.num_attention_heads=3 defaults.model.head_dim=22", None),
     ("defaults.model.num_query_groups=2 defaults.parallel={tensor: 2, sequence: true}", 2),
     ("stages.0.parallel={pipeline: 8}", 8),
+    (f"{FP8} stages.0.parallel={{tensor: 2, sequence: true}} stages.0.micro_batch=1", 2),
     ("stages.0.parallel={pipeline: 3}", 3),
     ("stages.0.parallel={pipeline: 2, pipeline_layers: [3, 5]}", 2),
     ("stages.0.parallel={pipeline: 2, virtual_pipeline: 2, pipeline_layers: [1, 2, 2, 3]}", 4),

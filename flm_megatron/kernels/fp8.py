@@ -1,0 +1,92 @@
+"""Products of matrices in 8-bit floating point, through `torch._scaled_mm`, with scales taken from the values.
+
+Formats and scales are those of torchao's float8 training recipes of the same names (torchao.float8.config,
+`Float8LinearRecipeName`; torchtitan uses them): `tensorwise` has one scale for a matrix, e4m3 for activations and
+weights and e5m2 for gradients; `rowwise` has a scale, a power of two, for each row along which is summed, and e4m3
+throughout. On a CPU torch computes the same product without any gain in speed.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flm_megatron.config.schema import StageConfig
+from flm_megatron.device import current
+from flm_megatron.errors import RequestError
+from flm_megatron.kernels.choice import implementation
+
+Scaling = Literal["tensorwise", "rowwise"]
+E4M3 = torch.float8_e4m3fn
+GRADIENT_DTYPE = {"tensorwise": torch.float8_e5m2, "rowwise": E4M3}
+MULTIPLE = 16
+"""Both sizes of the second matrix of a product, and so the length that is summed over, are multiples of this."""
+SMALLEST = 1e-30
+"""Largest values below this count as this, so that zeros have a finite scale too."""
+
+
+class Quantized(NamedTuple):
+    """`values` x `scale`: a contiguous FP8 matrix [rows, columns] and fp32 numbers, [] or [rows, 1]."""
+
+    values: Tensor
+    scale: Tensor
+
+
+def largest(x: Tensor) -> Tensor:
+    """Largest absolute value of `x`, [] in fp32; NaN if there is one."""
+    return torch.linalg.vector_norm(x, torch.inf).float()
+
+
+def quantize(x: Tensor, dtype: torch.dtype, amax: Tensor | None = None, transpose: bool = False) -> Quantized:
+    """`x` [rows, columns], or its transpose, in the FP8 format `dtype`, rounded to the nearest value.
+
+    `amax` [] is the largest absolute value of the matrix, which gets the largest value of the format; without it every
+    row (of the transpose, if that is asked for) is scaled by its own. Larger values are cut off. A NaN or infinity
+    makes what is scaled with it NaN.
+    """
+    if amax is None:
+        amax = torch.linalg.vector_norm(x, torch.inf, dim=0 if transpose else 1).float()
+        factor = _power_of_two(_factor(amax, dtype)).unsqueeze(-1)
+    else:
+        factor = _factor(amax, dtype)
+    values = implementation("fp8_cast", x).cast(x.contiguous(), factor, dtype, transpose)
+    return Quantized(values, factor.reciprocal())
+
+
+def product(a: Quantized, b: Quantized, dtype: torch.dtype, fast_accumulation: bool) -> Tensor:
+    """a b^T [rows of a, rows of b] in `dtype`; `a` and `b` are both scaled as a whole, or both by rows.
+
+    With `fast_accumulation` a GPU keeps partial sums in less than fp32 (about 14 bits on Hopper) for longer.
+    """
+    scale_b = b.scale.t() if b.scale.ndim else b.scale
+    return torch._scaled_mm(a.values, b.values.t(), a.scale, scale_b, out_dtype=dtype, use_fast_accum=fast_accumulation)
+
+
+def require(stage: StageConfig) -> None:
+    """Check that this device can run the stage's FP8 products, if it has some.
+
+    Raises:
+        RequestError: it cannot.
+    """
+    reason = current().fp8_obstacle() if stage.fp8 != "none" else None
+    if reason:
+        raise RequestError(f"stage {stage.name!r}: fp8 {stage.fp8} cannot run here: {reason}; set fp8 to none")
+
+
+def describe(scaling: str, device: str) -> str:
+    """One line for the log."""
+    where = "torch._scaled_mm on cpu, which has no FP8 units: no speed-up" if device == "cpu" else "torch._scaled_mm"
+    return f"fp8: linear layers with {scaling} scaling through {where}"
+
+
+def _factor(amax: Tensor, dtype: torch.dtype) -> Tensor:
+    """What values are multiplied by: 0 for infinity, so that its reciprocal, and all that it scales, is not finite."""
+    return torch.finfo(dtype).max / amax.clamp(min=SMALLEST)
+
+
+def _power_of_two(factor: Tensor) -> Tensor:
+    """The next power of two below; NaN for 0 and NaN."""
+    mantissa, _ = torch.frexp(factor)
+    return factor / (2 * mantissa)

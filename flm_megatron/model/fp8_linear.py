@@ -1,0 +1,139 @@
+"""Linear layers of the engine whose three matrix products run in FP8, split over tensor-parallel ranks as before.
+
+Weights, activations and gradients stay in the training precision and are cast for each product. With `tensorwise`
+scaling the largest value is that of the whole matrix, over all ranks that hold a part of it, so that a layout
+changes no scale; with `rowwise` scaling a row that is split between ranks is scaled part by part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from flm_megatron.kernels import fp8
+
+
+def in_fp8(base: type, scaling: fp8.Scaling | None, column: bool) -> type:
+    """The engine's (or our adapted) linear layer `base`, with products in FP8 unless `scaling` is none.
+
+    `column` says that its output is split over tensor-parallel ranks; else its input is.
+    """
+    if scaling is None:
+        return base
+    return type(f"Fp8{base.__name__}", (_Fp8Products, base), {"scaling": scaling, "column": column})
+
+
+class _Fp8Products:
+    """What takes the place of the products in the engine's linear layers."""
+
+    scaling: fp8.Scaling
+    column: bool
+    tp_group: Any
+
+    def _forward_impl(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        **_: Any,
+    ) -> Tensor:
+        """input weight^T + bias [sequence, batch, output part], as the engine's functions of these arguments."""
+        how = _How(self.scaling, self.column, self.tp_group, sequence_parallel, allreduce_dgrad)
+        output = _Fp8Linear.apply(input, weight, how)
+        return output if bias is None else output + bias
+
+
+@dataclass(frozen=True)
+class _How:
+    """Scaling, and which parts lie on other ranks of `group`: the output of a column-parallel layer is split, the
+    input of another; under sequence parallelism the input of a column-parallel layer has to be gathered first."""
+
+    scaling: fp8.Scaling
+    column: bool
+    group: Any
+    gather: bool
+    reduce: bool
+
+    def amaxes(self, *matrices: tuple[Tensor, bool]) -> list[Tensor | None]:
+        """Largest values of matrices, of which those marked are a part; none where rows have their own."""
+        if self.scaling == "rowwise":
+            return [None] * len(matrices)
+        found = torch.stack([fp8.largest(x) for x, _ in matrices])
+        split = [part for _, part in matrices]
+        if any(split) and self.group.size() > 1:
+            # The others are the same on every rank.
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        return list(found.unbind())
+
+    def product(self, a: fp8.Quantized, b: fp8.Quantized, dtype: torch.dtype, forward: bool = False) -> Tensor:
+        """As torchao's recipes: GPUs are fast with row scales only if they accumulate fast."""
+        return fp8.product(a, b, dtype, fast_accumulation=forward or self.scaling == "rowwise")
+
+
+class _Fp8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, how: _How) -> Tensor:
+        """x weight^T."""
+        rows = _gather(x, how.group)[0] if how.gather else x
+        amax_x, amax_weight = how.amaxes((rows, not how.column), (weight, True))
+        out = how.product(
+            fp8.quantize(rows.flatten(0, -2), fp8.E4M3, amax_x),
+            fp8.quantize(weight, fp8.E4M3, amax_weight),
+            x.dtype,
+            True,
+        )
+        ctx.save_for_backward(x, weight, amax_x, amax_weight)
+        ctx.how = how
+        return out.view(*rows.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """Gradients of input and weight; exchanges run beside the products, as in the engine's own layers."""
+        x, weight, amax_x, amax_weight = ctx.saved_tensors
+        how, learns, rows, gathered = ctx.how, ctx.needs_input_grad[1], x, None
+        if how.gather and learns:
+            rows, gathered = _gather(x, how.group, wait=False)
+        upstream = grad.flatten(0, -2)
+        (amax_grad,) = how.amaxes((upstream, how.column))
+        dtype = fp8.GRADIENT_DTYPE[how.scaling]
+        grad_x = how.product(
+            fp8.quantize(upstream, dtype, amax_grad),
+            fp8.quantize(weight, fp8.E4M3, amax_weight, transpose=True),
+            x.dtype,
+        )
+        grad_x, reduced = _reduce(grad_x.view(*grad.shape[:-1], -1), x, how)
+        grad_weight = None
+        if learns:
+            if gathered:
+                gathered.wait()
+            grad_weight = how.product(
+                fp8.quantize(upstream, dtype, amax_grad, transpose=True),
+                fp8.quantize(rows.flatten(0, -2), fp8.E4M3, amax_x, transpose=True),
+                weight.dtype,
+            )
+        if reduced:
+            reduced.wait()
+        return grad_x, grad_weight, None
+
+
+def _gather(x: Tensor, group: Any, wait: bool = True) -> tuple[Tensor, Any]:
+    """All parts of a sequence [sequence part, batch, channels], and what to wait for unless that is done."""
+    whole = torch.empty(x.size(0) * group.size(), *x.shape[1:], dtype=x.dtype, device=x.device)
+    return whole, dist.all_gather_into_tensor(whole, x.contiguous(), group=group, async_op=not wait)
+
+
+def _reduce(grad: Tensor, x: Tensor, how: _How) -> tuple[Tensor, Any]:
+    """The gradient summed over ranks, in the shape of `x`, and what to wait for; as it is where nothing is to be
+    summed."""
+    if how.gather:
+        part = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return part, dist.reduce_scatter_tensor(part, grad, group=how.group, async_op=True)
+    return grad, dist.all_reduce(grad, group=how.group, async_op=True) if how.reduce else None
