@@ -13,7 +13,7 @@ SIDE = 64
 
 @triton.jit
 def _cast_kernel(
-    x_ptr: tensor, factor_ptr: tensor, out_ptr: tensor,
+    x_ptr: tensor, factor_ptr: tensor, fp8_ptr: tensor,
     rows: tensor, columns: tensor, limit: tensor,
     BY_ROW: tl.constexpr, TRANSPOSE: tl.constexpr, SIDE: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -31,7 +31,7 @@ def _cast_kernel(
     else:
         x *= tl.load(factor_ptr)
     x = tl.minimum(tl.maximum(x, -limit, tl.PropagateNan.ALL), limit, tl.PropagateNan.ALL)
-    tl.store(out_ptr + row[:, None] * columns + column[None, :], x.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(fp8_ptr + row[:, None] * columns + column[None, :], x.to(fp8_ptr.dtype.element_ty), mask=inside)
 
 
 def cast(x: Tensor, factor: Tensor, dtype: torch.dtype, transpose: bool) -> Tensor:

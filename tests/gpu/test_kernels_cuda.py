@@ -11,7 +11,7 @@ import torch
 from flm_megatron import kernels
 from flm_megatron.device import current
 from flm_megatron.kernels import choice
-from tests.unit.kernel_cases import CASES, TOLERANCE, draw, growth_mask, run_case, use
+from tests.unit.kernel_cases import CASES, TOLERANCE, cast_errors, draw, growth_mask, run_case, use
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(current().name != "cuda", reason="needs a CUDA device")]
 
@@ -51,6 +51,14 @@ def choice_of_before() -> Iterator[None]:
 def test_kernels_agree_with_float64(case: str, dtype: str, name: str) -> None:
     errors = run_case(case, name, "cuda", dtype)
     assert all(error < TOLERANCE[dtype] for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("name", ["triton", "torch"])
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_casts_to_fp8_round_to_the_nearest(by_row: bool, transpose: bool, name: str) -> None:
+    errors = cast_errors(name, "cuda", "bf16", by_row, transpose)
+    assert all(error <= 0.5 for error in errors.values()), errors
 
 
 @pytest.mark.parametrize("case", REAL_SIZES)

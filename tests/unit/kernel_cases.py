@@ -15,7 +15,8 @@ from torch import Tensor
 
 from flm_megatron import kernels
 from flm_megatron.config.schema import KernelsConfig
-from flm_megatron.kernels.choice import Choice
+from flm_megatron.kernels.choice import Choice, implementation
+from tests.unit.fp8_oracle import FORMATS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 # One rounding of bf16 is up to 2^-9 of a value; Triton's interpreter cuts off instead, which is up to 2^-8.
@@ -279,3 +280,33 @@ def run_case(case: str, name: str, device: str, dtype: str, **sizes: Any) -> Err
     """Errors of one case under implementation `name`; `sizes` replace those of the case."""
     function, arguments = CASES[case]
     return function(name, device, dtype, **{**arguments, **sizes})
+
+
+def cast_errors(name: str, device: str, dtype: str, by_row: bool, transpose: bool, exact: bool = False) -> Errors:
+    """Largest error of the cast to e4m3 and to e5m2, in units of the last bit of the mantissa (or of the smallest
+    number of the format), of normal numbers, of smaller ones, and of NaN: infinite if that does not stay NaN.
+
+    With `exact` all values are numbers of both formats, and none has to be rounded.
+    """
+    use(name, device)
+    x = draw(70, 100, dtype=dtype, device=device, seed=1) * 100
+    if exact:
+        x = torch.copysign(torch.exp2(x.abs().clamp(1, 200).log2().floor()) * 1.25, x)
+    x[2, 3], x[3, 4], x[5, 5] = float("nan"), 0.0, 1e9
+    x[7] *= 1 if exact else 1e-5
+    matrix = x.t() if transpose else x
+    exponents = torch.randint(-2, 2, (matrix.size(0), 1), generator=torch.Generator().manual_seed(2)).to(device)
+    factor = torch.exp2(exponents.float()) * (1.0 if exact else 1.3)
+    factor = factor if by_row else factor[0, 0]
+    errors = {}
+    for fp8, (bits, lowest, limit) in FORMATS.items():
+        found = implementation("fp8_cast", x).cast(x, factor, fp8, transpose)
+        assert found.shape == matrix.shape and found.is_contiguous() and found.dtype is fp8
+        expected = (matrix.float() * factor).double().clamp(-limit, limit)
+        exponent = torch.frexp(expected)[1] - 1
+        steps = ((found.double() - expected) / torch.exp2(exponent.clamp(min=lowest) - bits)).abs()
+        steps = torch.where(found.isnan() & expected.isnan(), 0.0, steps).nan_to_num(torch.inf)
+        nan, small = expected.isnan(), expected.abs() < 2.0**lowest
+        parts = {"normal": ~small & ~nan, "small": small, "nan": nan}
+        errors |= {f"{fp8} {part}": steps[where].max().item() for part, where in parts.items()}
+    return errors

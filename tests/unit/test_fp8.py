@@ -202,7 +202,7 @@ def test_devices_without_fp8_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(fp8, "current", lambda: device)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    with pytest.raises(RequestError, match="stage 'x': fp8 rowwise cannot run here: NVIDIA A100.* capability 8.0"):
+    with pytest.raises(RequestError, match=r"stage 'x': fp8 rowwise cannot run here: NVIDIA A100.* capability 8\.0"):
         fp8.require(StageConfig(name="x", fp8="rowwise"))
     fp8.require(StageConfig(name="x"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))

@@ -49,7 +49,11 @@ def test_a_cpu_runs_pytorch_whatever_is_installed(installed: Callable[..., None]
 def test_a_gpu_takes_the_best_that_is_there(installed: Callable[..., None]) -> None:
     installed("triton")
     names = kernels.choose(device="cuda").names
-    assert {operation for operation, name in names.items() if name == "torch"} == {"adamw", "grad_clip"}
+    assert {operation for operation, name in names.items() if name == "torch"} == {
+        "adamw",
+        "grad_clip",
+        "weight_gradient",
+    }
     assert set(names.values()) == {"triton", "torch"}
     installed("triton", *APEX)
     assert kernels.choose(device="cuda").names["adamw"] == "apex"
@@ -116,7 +120,9 @@ def test_apex_gives_way_under_masks_only_where_it_was_not_asked_for(installed: C
 def test_the_log_line_names_every_operation(installed: Callable[..., None]) -> None:
     installed()
     line = kernels.choose(device="cuda").describe()
-    assert line == "kernels on cuda: torch: rms_norm, swiglu, rotary, cross_entropy, adamw, grad_clip"
+    assert line == (
+        "kernels on cuda: torch: rms_norm, swiglu, rotary, cross_entropy, adamw, grad_clip, fp8_cast, weight_gradient"
+    )
 
 
 def test_nothing_needs_triton() -> None:

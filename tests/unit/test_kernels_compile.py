@@ -20,11 +20,12 @@ POINTERS = {
     "labels_ptr": "*i64",
     "address_ptr": "*i64",
     "span_ptr": "*i64",
+    "fp8_ptr": "*fp8e4nv",
     **dict.fromkeys(("mask_ptr", "inverse_rms_ptr", "partial_ptr", "cos_ptr", "sin_ptr", "found_ptr"), "*fp32"),
     **dict.fromkeys(("log_sum_ptr", "scale_ptr", "factor_ptr", "param_like", "moment_like"), "*fp32"),
 }
-FLOATS = ("eps", "scale", "decay", "beta1", "beta2", "step_size", "root_correction")
-CONSTANTS = {"BLOCK": 1024, "HEADS": 32, "HALF": 64}
+FLOATS = ("eps", "scale", "decay", "beta1", "beta2", "step_size", "root_correction", "limit")
+CONSTANTS = {"BLOCK": 1024, "HEADS": 32, "HALF": 64, "SIDE": 64}
 KERNELS = [
     ("norm", "_forward_kernel"),
     ("norm", "_backward_kernel"),
@@ -37,8 +38,9 @@ KERNELS = [
     ("adam", "_adamw_kernel"),
     ("clip", "_squares_kernel"),
     ("clip", "_scale_kernel"),
+    ("fp8", "_cast_kernel"),
 ]
-WITH_OPTIONS = ("norm", "glu", "adam")
+WITH_OPTIONS = ("norm", "glu", "adam", "fp8")
 
 
 @pytest.fixture(scope="module")

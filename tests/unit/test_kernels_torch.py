@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from flm_megatron import kernels
 from flm_megatron.kernels import choice
-from tests.unit.kernel_cases import CASES, TOLERANCE, draw, run_case
+from tests.unit.kernel_cases import CASES, TOLERANCE, cast_errors, draw, run_case
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +30,14 @@ def test_references_agree_with_float64(case: str, dtype: str) -> None:
     # Factors and norms are fp32 numbers, whatever the gradients are.
     tolerance = TOLERANCE["fp32" if dtype == "fp64" and case.startswith(("clip", "adamw, gr", "linear")) else dtype]
     assert all(error < tolerance for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_casts_to_fp8_round_to_the_nearest(dtype: str, by_row: bool, transpose: bool) -> None:
+    errors = cast_errors("torch", "cpu", dtype, by_row, transpose)
+    assert all(error <= 0.5 for error in errors.values()), errors
 
 
 def test_rotary_leaves_values_alone_and_copies_nothing() -> None:
