@@ -17,6 +17,7 @@ setup(
         "megatron-core==0.16.1",
         "numpy>=1.26",
         "filelock",
+        "isal>=1.8",
         "jinja2",
         "psutil",
         "pydantic>=2.7",

@@ -1,8 +1,8 @@
 """A counter-based random generator: each value is a pure function of (seed, tensor name, global index).
 
-So any process can make any region of a tensor and gets the bits that every other layout gets. Only IEEE additions,
-multiplications, divisions and square roots are used, one array operation each, so that the bits do not depend on
-the processor's vector unit or on the mathematics library either.
+So any process can make any region of a tensor and gets the bits that every other layout gets. Only integer operations
+and IEEE additions, multiplications, divisions and square roots are used, one array operation each, so that the bits
+do not depend on the processor's vector unit or on the mathematics library either.
 """
 
 from __future__ import annotations
@@ -10,26 +10,19 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 import torch
 
-from flm_megatron.checkpoint.inverse_normal import LARGEST_SIGMA, inverse_normal
+from flm_megatron.checkpoint.inverse_normal import inverse_normal
 from flm_megatron.checkpoint.logical import Region
 
 CHUNK = 32768  # values made at a time: the working arrays stay in the second-level cache
+KNOT_BITS, FRACTION_BITS = 16, 24
+LARGEST_BOUND = 4.0  # further out the knots lie too far apart
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 MIX_1, MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-
-
-def uniform(seed: int, name: str, shape: tuple[int, ...], region: Region) -> torch.Tensor:
-    """Uniform values in (0, 1) with 53 random bits: `region` of tensor `name` of `shape`, float64."""
-    out = np.empty(region.numel, np.float64)
-    work = _Workspace(seed, name)
-    for start, index in _indices(tuple(shape), region):
-        centred = work.centred_uniform(index)
-        np.add(centred, 0.5, out=out[start : start + index.size])
-    return torch.from_numpy(out).reshape(region.sizes)
 
 
 def truncated_normal(
@@ -44,43 +37,64 @@ def truncated_normal(
 ) -> torch.Tensor:
     """Normal values cut off at `bound` standard deviations: `region` of tensor `name` of `shape`.
 
-    `std` and `mean` are those before the cut. Computed in float64, rounded to float32, then to `dtype`.
+    `std` and `mean` are those before the cut. The inverse distribution function is exact at 65,537 knots evenly spaced
+    in probability, and a straight line between them: off by less than 5e-6 standard deviations at a bound of 3,
+    5e-3 at 4. Values are made in float32, then rounded to `dtype`.
 
     Raises:
-        ValueError: `bound` is not above 0 or beyond what the inverse distribution covers (6).
+        ValueError: `bound` is not above 0 or larger than 4.
     """
-    if not 0 < bound <= LARGEST_SIGMA:
-        raise ValueError(f"bound is {bound} standard deviations: give one above 0 and at most {LARGEST_SIGMA}")
+    if not 0 < bound <= LARGEST_BOUND:
+        raise ValueError(f"bound is {bound} standard deviations: give one above 0 and at most {LARGEST_BOUND}")
+    knots = _knots(bound) * std + mean
+    lines = np.empty(knots.size - 1, np.complex64)  # value and rise of each piece side by side: one look-up for both
+    lines.real, lines.imag = knots[:-1], np.diff(knots)
+    out = torch.empty(region.numel, dtype=dtype)
+    values = out.numpy() if dtype == torch.float32 else np.empty(region.numel, np.float32)
+    bits = _Bits(seed, name)
+    for start, index in _indices(tuple(shape), region):
+        bits.interpolate(index, lines, values[start : start + index.size])
+    return (out if dtype == torch.float32 else out.copy_(torch.from_numpy(values))).reshape(region.sizes)
+
+
+@lru_cache(maxsize=4)
+def _knots(bound: float) -> np.ndarray:
+    """The standard normal's inverse distribution function at evenly spaced probabilities from -bound to bound."""
     # Rounded to 40 bits: mathematics libraries may differ in the last bit of erf.
     covered = round(math.erf(bound / math.sqrt(2)) * 2**40) / 2**40
-    out = torch.empty(region.numel, dtype=dtype)
-    work = _Workspace(seed, name)
-    for start, index in _indices(tuple(shape), region):
-        quantile = work.centred_uniform(index)
-        quantile *= covered
-        values = inverse_normal(quantile)
-        values *= std
-        values += mean
-        out[start : start + index.size] = torch.from_numpy(values.astype(np.float32))
-    return out.reshape(region.sizes)
+    return inverse_normal((np.arange(2**KNOT_BITS + 1) / 2**KNOT_BITS - 0.5) * covered)
 
 
-class _Workspace:
-    """The two keys of a tensor and the buffers that its values are made in."""
+class _Bits:
+    """The two keys of a tensor, and the buffers that its random bits pass through."""
 
     def __init__(self, seed: int, name: str) -> None:
         digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=16).digest()
         self.key, self.second_key = np.frombuffer(digest, np.uint64)
         self.shifted = np.empty(CHUNK, np.uint64)
-        self.uniform = np.empty(CHUNK, np.float64)
+        self.fraction = np.empty(CHUNK, np.float32)
+        self.line = np.empty(CHUNK, np.complex64)
 
-    def centred_uniform(self, index: np.ndarray) -> np.ndarray:
-        """Values in (-1/2, 1/2), float64, of the same length as `index` (uint64, overwritten).
+    def interpolate(self, index: np.ndarray, lines: np.ndarray, out: np.ndarray) -> None:
+        """Points of `lines` for `index` (uint64, overwritten): the upper bits choose the line, the next its point."""
+        size = index.size
+        shifted, fraction, line = self.shifted[:size], self.fraction[:size], self.line[:size]
+        self._mix(index, shifted)
+        piece = np.right_shift(index, np.uint64(64 - KNOT_BITS), out=shifted).view(np.int64)
+        np.take(lines, piece, out=line, mode="clip")
+        index <<= np.uint64(KNOT_BITS)
+        index >>= np.uint64(64 - FRACTION_BITS)
+        np.copyto(fraction, index.view(np.int64), casting="unsafe")
+        fraction *= np.float32(2.0**-FRACTION_BITS)
+        np.multiply(line.imag, fraction, out=out)
+        out += line.real
+
+    def _mix(self, bits: np.ndarray, shifted: np.ndarray) -> None:
+        """64 random bits for each index, in place.
 
         The mixing is splitmix64's (Steele, Lea, Flood 2014), with a second key between its two rounds so that
         the streams of two names never run along each other.
         """
-        bits, shifted, out = index, self.shifted[: index.size], self.uniform[: index.size]
         bits *= GOLDEN
         bits += self.key
         bits ^= np.right_shift(bits, np.uint64(30), out=shifted)
@@ -89,11 +103,6 @@ class _Workspace:
         bits ^= np.right_shift(bits, np.uint64(27), out=shifted)
         bits *= MIX_2
         bits ^= np.right_shift(bits, np.uint64(31), out=shifted)
-        bits >>= np.uint64(11)
-        np.copyto(out, bits.view(np.int64))
-        out += 0.5 - 2.0**52
-        out *= 2.0**-53
-        return out
 
 
 def _indices(shape: tuple[int, ...], region: Region) -> Iterator[tuple[int, np.ndarray]]:

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 
-LARGEST_SIGMA = 6.0
 SPLIT = 0.425  # |p - 1/2| up to which the central approximation holds
 
 # Wichura, algorithm AS 241 (1988), PPND16: relative error about 1e-16. Highest power first.

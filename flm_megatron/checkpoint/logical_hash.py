@@ -43,9 +43,9 @@ def partial_hash(shape: tuple[int, ...], region: Region, values: torch.Tensor) -
     for row in range(0, len(bits), height):
         for column in range(0, columns, width):
             block = bits[row : row + height, column : column + width]
-            product = work[: block.shape[0], : block.shape[1]]
-            np.multiply(block, column_weights[column : column + width], out=product)
-            sums[row : row + height] += product.sum(axis=1)
+            wide = work[: block.shape[0], : block.shape[1]]
+            np.copyto(wide, block)
+            sums[row : row + height] += np.einsum("ij,j->i", wide, column_weights[column : column + width])
     sums *= _weights(_rows(shape[:-1], region), ROW_KEY)
     return int(sums.sum())
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from isal.isal_zlib import crc32
 
 from flm_megatron.errors import DamagedError, RequestError
 
@@ -80,7 +81,7 @@ def file_checksum(file: Path, progress: Callable[[int], None] | None = None) -> 
     try:
         with file.open("rb", buffering=0) as stream:
             while count := stream.readinto(block):
-                crc = zlib.crc32(memoryview(block)[:count], crc)
+                crc = crc32(memoryview(block)[:count], crc)
                 if progress:
                     progress(count)
     except OSError as error:
@@ -90,4 +91,4 @@ def file_checksum(file: Path, progress: Callable[[int], None] | None = None) -> 
 
 def _checksum(manifest: dict[str, Any]) -> str:
     rest = {key: value for key, value in manifest.items() if key != "crc32"}
-    return f"{zlib.crc32(json.dumps(rest, sort_keys=True).encode()):08x}"
+    return f"{crc32(json.dumps(rest, sort_keys=True).encode()):08x}"

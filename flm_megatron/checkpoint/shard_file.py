@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from isal.isal_zlib import crc32, crc32_combine
 
-from flm_megatron.checkpoint.checksum import combine_crc32
 from flm_megatron.checkpoint.logical import Region, TensorInfo
 from flm_megatron.checkpoint.logical_hash import MODULUS, partial_hash
 from flm_megatron.checkpoint.regions import split_region
@@ -21,6 +23,8 @@ from flm_megatron.checkpoint.tensor_record import encode
 from flm_megatron.errors import RequestError
 
 PIECE_BYTES = 8 * 2**20
+WORKERS = 2  # threads: while one waits for the disk the other computes
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,23 @@ class Written:
     hashes: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A piece of a rectangle's values and where in the file it goes; `last` if the rectangle ends with it."""
+
+    rectangle: Rectangle
+    info: TensorInfo
+    region: Region
+    record: int
+    position: int
+    last: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.region.numel * self.info.dtype.itemsize
+
+
 def write_shard(
     path: Path,
     rectangles: Iterable[Rectangle],
@@ -63,69 +84,88 @@ def write_shard(
     written: Written,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write one file and add it to `written`; three pieces of 8 MiB at most are in memory.
+    """Write one file and add it to `written`; at most WORKERS + 1 pieces of 8 MiB are in memory.
 
-    While one piece goes to the disk the next is made. Raises RequestError when the disk is full.
+    Each worker makes, hashes and writes pieces of its own. Raises RequestError when the disk is full.
     """
-    with _disk_errors(path), path.open("wb", buffering=0) as stream, ThreadPoolExecutor(1) as executor:
-        shard = _Shard(stream.fileno())
-        for rectangle in rectangles:
-            info = tensors[rectangle.name]
-            offset, pending = shard.size, executor.submit(shard.begin, info.dtype, rectangle.region.sizes)
-            share = 0
-            for part in split_region(rectangle.region, PIECE_BYTES // info.dtype.itemsize):
-                values = _values(rectangle, part, info)
-                share += partial_hash(info.shape, part, values)
-                pending.result()
-                pending = executor.submit(shard.append, values)
-                if progress:
-                    progress(values.nbytes)
-            pending.result()
-            shard.end()
-            written.hashes[rectangle.name] = (written.hashes.get(rectangle.name, 0) + share) % MODULUS
-            written.records.append(Record(rectangle.name, rectangle.region, path.name, offset, shard.size - offset))
-        os.fsync(stream.fileno())
-    written.files[path.name] = {"size": shard.size, "crc32": f"{shard.crc:08x}"}
+    with _disk_errors(path), path.open("wb", buffering=0) as stream, ThreadPoolExecutor(WORKERS) as executor:
+        fd, file_crc, file_size = stream.fileno(), 0, 0
+        share, data_crc = 0, 0
+        done = _in_order(executor, partial(_write_part, fd), _parts(rectangles, tensors))
+        for part, (part_share, part_crc) in done:
+            share = (share + part_share) % MODULUS
+            data_crc = crc32_combine(data_crc, part_crc, part.nbytes)
+            if progress:
+                progress(part.nbytes)
+            if part.last:
+                name, region = part.rectangle.name, part.rectangle.region
+                end = _end_record(fd, part, data_crc)
+                file_crc = crc32_combine(file_crc, end.crc, end.size)
+                written.hashes[name] = (written.hashes.get(name, 0) + share) % MODULUS
+                written.records.append(Record(name, region, path.name, file_size, end.size))
+                file_size, share, data_crc = file_size + end.size, 0, 0
+        os.fsync(fd)
+    written.files[path.name] = {"size": file_size, "crc32": f"{file_crc:08x}"}
 
 
-def _values(rectangle: Rectangle, part: Region, info: TensorInfo) -> torch.Tensor:
-    values = rectangle.values(part).detach().cpu().contiguous()
-    assert tuple(values.shape) == part.sizes, f"{rectangle}: values of shape {tuple(values.shape)} for {part}"
-    assert values.dtype == info.dtype, f"{rectangle}: values of {values.dtype} instead of {info.dtype}"
-    return values
+def _parts(rectangles: Iterable[Rectangle], tensors: Mapping[str, TensorInfo]) -> Iterator[_Part]:
+    """The pieces of all rectangles in the order in which they lie in the file."""
+    record = 0
+    for rectangle in rectangles:
+        info = tensors[rectangle.name]
+        head, tail = encode(info.dtype, rectangle.region.sizes, 0)
+        position = record + len(head)
+        end = position + rectangle.region.numel * info.dtype.itemsize
+        for region in split_region(rectangle.region, PIECE_BYTES // info.dtype.itemsize):
+            part = _Part(rectangle, info, region, record, position, last=False)
+            position += part.nbytes
+            yield replace(part, last=position == end)
+        record = end + len(tail)
 
 
-class _Shard:
-    """An open file and its checksum so far. A record's head is written last: it holds the checksum of its values."""
+def _write_part(fd: int, part: _Part) -> tuple[int, int]:
+    """Make and write one piece: its share in the tensor's hash, and the CRC-32 of its bytes."""
+    values = part.rectangle.values(part.region).detach().cpu().contiguous()
+    assert tuple(values.shape) == part.region.sizes, f"{part}: values of shape {tuple(values.shape)}"
+    assert values.dtype == part.info.dtype, f"{part}: values of {values.dtype}"
+    if not part.nbytes:
+        return 0, 0
+    data = as_bytes(values)
+    _write_at(fd, data, part.position)
+    return partial_hash(part.info.shape, part.region, values), crc32(data)
 
-    def __init__(self, fd: int) -> None:
-        self.fd, self.size, self.crc = fd, 0, 0
 
-    def begin(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        """Leave room for the head of a record."""
-        self.dtype, self.shape = dtype, shape
-        self.data_crc, self.data_bytes = 0, 0
-        self.start, self.size = self.size, self.size + len(encode(dtype, shape, 0)[0])
+@dataclass(frozen=True)
+class _End:
+    """CRC-32 and size of a whole record."""
 
-    def append(self, values: torch.Tensor) -> None:
-        """Write the record's next values."""
-        if values.numel():
-            data = as_bytes(values)
-            self.data_crc = zlib.crc32(data, self.data_crc)
-            self.data_bytes += data.nbytes
-            self._write(data)
+    crc: int
+    size: int
 
-    def end(self) -> None:
-        """Write head and tail of the record."""
-        head, tail = encode(self.dtype, self.shape, self.data_crc)
-        _write_at(self.fd, memoryview(head), self.start)
-        self._write(memoryview(tail))
-        self.crc = combine_crc32(zlib.crc32(head, self.crc), self.data_crc, self.data_bytes)
-        self.crc = zlib.crc32(tail, self.crc)
 
-    def _write(self, data: memoryview) -> None:
-        _write_at(self.fd, data, self.size)
-        self.size += data.nbytes
+def _end_record(fd: int, part: _Part, data_crc: int) -> _End:
+    """Write the head and the tail of the record that ends with `part`; the head holds the CRC-32 of the values."""
+    sizes = part.rectangle.region.sizes
+    head, tail = encode(part.info.dtype, sizes, data_crc)
+    after = part.position + part.nbytes
+    _write_at(fd, memoryview(head), part.record)
+    _write_at(fd, memoryview(tail), after)
+    crc = crc32_combine(crc32(head), data_crc, after - part.record - len(head))
+    return _End(crc32(tail, crc), after + len(tail) - part.record)
+
+
+def _in_order(
+    executor: ThreadPoolExecutor, work: Callable[[_Part], T], parts: Iterable[_Part]
+) -> Iterator[tuple[_Part, T]]:
+    """Parts and what `work` makes of them, in order; one more than the executor has workers is under way at a time."""
+    pending: deque[tuple[_Part, Future[T]]] = deque()
+    for part in parts:
+        pending.append((part, executor.submit(work, part)))
+        if len(pending) > WORKERS:
+            first, future = pending.popleft()
+            yield first, future.result()
+    for part, future in pending:
+        yield part, future.result()
 
 
 def _write_at(fd: int, data: memoryview, position: int) -> None:

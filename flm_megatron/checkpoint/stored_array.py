@@ -14,7 +14,7 @@ from flm_megatron.checkpoint.logical import Region
 from flm_megatron.errors import DamagedError
 
 DENSE = 4
-"""Values passed over for each value read, up to which a region is worth reading ahead for."""
+"""Values read for each value wanted, up to which reading a region in one run is faster than page by page."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class StoredArray:
                 if os.fstat(file.fileno()).st_size < self.offset + self.nbytes:
                     raise DamagedError(f"{self.path}: the file ends before its data does (truncated?)")
                 if is_contiguous(region, self.shape):
-                    self._read_run(file.fileno(), region, out)
+                    self._read_run(file.fileno(), _start(region, self.shape), out)
                 else:
                     out = self._read_strided(file.fileno(), region)
         except OSError as error:
@@ -65,23 +65,32 @@ class StoredArray:
             written = os.pwrite(fd, data[: 1 << 30], position)
             data, position = data[written:], position + written
 
-    def _read_run(self, fd: int, region: Region, out: torch.Tensor) -> None:
+    def _read_run(self, fd: int, start: int, out: torch.Tensor) -> torch.Tensor:
+        """Fill `out` with the values from index `start` on."""
         data = memoryview(as_bytes(out))
-        position = self.offset + _start(region, self.shape) * self.dtype.itemsize
+        position = self.offset + start * self.dtype.itemsize
         while data:
             count = os.preadv(fd, [data[: 1 << 30]], position)
             if not count:
                 raise DamagedError(f"{self.path}: the file ends before its data does (truncated?)")
             data, position = data[count:], position + count
+        return out
 
     def _read_strided(self, fd: int, region: Region) -> torch.Tensor:
+        """Read all that lies between the first and the last value, unless most of it would be passed over."""
+        start, end = _start(region, self.shape), _end(region, self.shape)
+        if end - start > DENSE * region.numel:
+            return self._read_mapped(fd, region)
+        run = self._read_run(fd, start, torch.empty(end - start, dtype=self.dtype))
+        strides = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
+        return run.as_strided(region.sizes, strides).contiguous()
+
+    def _read_mapped(self, fd: int, region: Region) -> torch.Tensor:
         """Map the file for the time of the copy: only the pages that hold the region are touched."""
         start = self.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         length = self.offset + self.nbytes - start
         mapped = mmap.mmap(fd, length, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
-        # Wide columns are read as fast as whole rows if the kernel reads ahead; beside thin ones that reads in vain.
-        span = (_end(region, self.shape) - _start(region, self.shape)) / region.numel
-        mapped.madvise(mmap.MADV_SEQUENTIAL if span <= DENSE else mmap.MADV_RANDOM)
+        mapped.madvise(mmap.MADV_RANDOM)
         size = self.dtype.itemsize
         raw = torch.frombuffer(mapped, dtype=torch.uint8, offset=self.offset - start, count=self.nbytes)
         in_bytes = Region(

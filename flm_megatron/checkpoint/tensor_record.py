@@ -8,10 +8,10 @@ import math
 import pickle
 import struct
 import zipfile
-import zlib
 from pathlib import Path
 
 import torch
+from isal.isal_zlib import crc32
 
 from flm_megatron.checkpoint.stored_array import StoredArray
 from flm_megatron.checkpoint.unpickle import StoredTensor, load_pickle
@@ -34,7 +34,7 @@ def encode(dtype: torch.dtype, shape: tuple[int, ...], crc: int) -> tuple[bytes,
     files = [("data.pkl", _pickled(dtype, shape)), ("byteorder", b"little"), ("version", b"3\n")]
     entries, head = [], b""
     for name, data in files:
-        entries.append(_entry(name, len(head), zlib.crc32(data), len(data)))
+        entries.append(_entry(name, len(head), crc32(data), len(data)))
         head += _local(*entries[-1]) + data
     entries.append(_entry("data/0", len(head), crc, nbytes))
     start = len(head) + len(_local(*entries[-1]))

@@ -24,7 +24,7 @@ from flm_megatron.errors import DamagedError, RequestError
 METADATA = ".metadata"
 FORMAT = "metadata.json"
 COMMON = "common.pt"
-SPAN_BYTES = 32 * 2**20  # of a file that are mapped at a time
+SPAN_BYTES = 16 * 2**20  # of a file that are read or mapped at a time
 # Megatron-LM's names of the same state, with the prefix it gives to one of several optimizers.
 STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(param|fp32_param|exp_avg|exp_avg_sq)\.(.+)")
 STATE_NAMES = {"param": MASTER, "fp32_param": MASTER, "exp_avg": EXP_AVG, "exp_avg_sq": EXP_AVG_SQ}
