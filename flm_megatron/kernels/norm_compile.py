@@ -1,0 +1,49 @@
+"""RMSNorm for torch.compile."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flm_megatron.kernels.compiled import compiled
+
+
+@compiled
+def forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, mask: Tensor | None, eps: float, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `norm_torch.forward`, computed in fp32."""
+    rows = x if residual is None else x + residual
+    values = rows.float() if mask is None else rows.float() * mask
+    count = x.size(-1) if mask is None else mask.sum()
+    inverse_rms = torch.rsqrt(values.square().sum(-1) / count + eps)
+    gain = weight.float() * scale if mask is None else weight.float() * mask * scale
+    normed = values * inverse_rms.unsqueeze(-1) * gain
+    return normed.to(x.dtype), rows, inverse_rms
+
+
+@compiled
+def backward(
+    grad: Tensor,
+    grad_rows: Tensor | None,
+    rows: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    inverse_rms: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """As `norm_torch.backward`, computed in fp32."""
+    upstream, values = grad.float(), rows.float()
+    gain = weight.float() * scale
+    count: Tensor | int = rows.size(-1)
+    if mask is not None:
+        values, gain, count = values * mask, gain * mask, mask.sum()
+    rms = inverse_rms.unsqueeze(-1)
+    share = (upstream * gain * values).sum(-1, keepdim=True) * rms.pow(3) / count
+    grad_x = upstream * gain * rms - values * share
+    grad_weight = (upstream * values * rms).sum(0) * scale
+    if mask is not None:
+        grad_x, grad_weight = grad_x * mask, grad_weight * mask
+    if grad_rows is not None:
+        grad_x = grad_x + grad_rows
+    return grad_x.to(rows.dtype), grad_weight.to(weight.dtype)

@@ -1,0 +1,29 @@
+"""Half-rotation rotary positions for torch.compile, on the packed output of the query-key-value projection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flm_megatron.kernels.compiled import compiled
+
+
+@compiled
+def rotate_(packed: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """As `rotary_torch.rotate_`, computed in fp32."""
+    heads = packed[..., :-1, :]
+    heads.copy_(_turned(heads, cos, sin))
+
+
+@compiled
+def packed_gradient(grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As `rotary_torch.packed_gradient`, computed in fp32."""
+    query, key = _turned(grad_query, cos, -sin), _turned(grad_key, cos, -sin)
+    return torch.cat([query, key, grad_value], dim=-2)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads [sequence, batch, groups, heads, channels], each pair of channels turned."""
+    cos, sin = (table.float()[:, None, None, None, :] for table in (cos, sin))
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
