@@ -147,6 +147,17 @@ def validation_names_are_unique(run: RunConfig) -> str | None:
     return f"data.validation has two sources named {twice[0]!r}: give each a name" if twice else None
 
 
+def z_loss_has_logits(run: RunConfig) -> str | None:
+    """The z-loss reads all logits of a micro-batch."""
+    for index, stage in enumerate(run.stages):
+        if stage.stability.z_loss and run.kernels.head_and_loss == "fused":
+            return (
+                f"kernels.head_and_loss is fused, but stages.{index}.stability.z_loss is {stage.stability.z_loss}, "
+                "which needs all logits: give separate or auto, or set z_loss to 0"
+            )
+    return None
+
+
 def intervals_are_counts(run: RunConfig) -> str | None:
     """Numbers of steps, samples and processes are not negative, and at least 1 where 0 has no meaning."""
     least = {
@@ -175,5 +186,6 @@ RUN_RULES = (
     shares_are_all_or_none,
     validation_has_sources,
     validation_names_are_unique,
+    z_loss_has_logits,
     intervals_are_counts,
 )

@@ -391,22 +391,23 @@ class DistributedConfig:
     """Seconds a collective may wait before the run fails with the rank's name."""
 
 
-Implementation = Literal["auto", "te", "apex", "triton", "torch"]
+Implementation = Literal["auto", "te", "apex", "triton", "torch", "compile"]
 
 
 @dataclass(config=SETTINGS)
 class KernelsConfig:
-    """Which implementation runs each fused operation: Transformer Engine's, Apex's, a Triton kernel or plain PyTorch.
+    """Which implementation runs each fused operation: Transformer Engine's, Apex's, a Triton kernel, plain PyTorch, or
+    PyTorch through torch.compile.
 
     `auto` takes the best that is there (on a CPU PyTorch); one that is named and not there is an error.
     """
 
     rms_norm: Implementation = "auto"
-    """RMSNorm: apex, triton or torch."""
+    """RMSNorm: apex, triton, torch or compile."""
     swiglu: Implementation = "auto"
-    """SwiGLU on the fused gate and up projection: triton or torch."""
+    """SwiGLU on the fused gate and up projection: triton, torch or compile."""
     rotary: Implementation = "auto"
-    """Rotary positions on the packed query, key and value: triton or torch."""
+    """Rotary positions on the packed query, key and value: triton, torch or compile."""
     cross_entropy: Implementation = "auto"
     """Cross entropy over the split vocabulary: triton or torch."""
     adamw: Implementation = "auto"
@@ -417,6 +418,10 @@ class KernelsConfig:
     """Casts of matrices to FP8: triton or torch."""
     weight_gradient: Implementation = "auto"
     """Weight gradients added to their fp32 buffers by the product that computes them: apex or torch."""
+    head_and_loss: Literal["auto", "fused", "separate"] = "auto"
+    """`fused` keeps the logits of some tokens at a time and computes their gradient at once, `separate` keeps the
+    logits of a whole micro-batch until the backward pass; auto is fused where the logits are large. (A z-loss needs
+    them all.)"""
 
 
 @dataclass(config=SETTINGS)

@@ -1,14 +1,14 @@
 """Fused operations of training: Triton kernels, each beside its PyTorch reference, and the choice between them.
 
 `NAME.py` has an operation as the model calls it, `NAME_torch.py` its reference, `NAME_triton.py` its kernels (the
-only files that import Triton). `choice.py` says which of them runs.
+only files that import Triton), `NAME_compile.py` its formula for torch.compile. `choice.py` says which of them runs.
 """
 
 from flm_megatron.kernels.adam import adamw_
 from flm_megatron.kernels.choice import Choice, choose, current, use
 from flm_megatron.kernels.clip import clip_factor, clip_grad_norm_, grad_norm, scale_grads_
 from flm_megatron.kernels.glu import swiglu
-from flm_megatron.kernels.linear_loss import linear_cross_entropy
+from flm_megatron.kernels.linear_loss import fuses_head_and_loss, linear_cross_entropy
 from flm_megatron.kernels.loss import cross_entropy
 from flm_megatron.kernels.norm import add_rms_norm, rms_norm
 from flm_megatron.kernels.rotary import rotary_qkv
@@ -24,6 +24,7 @@ __all__ = [
     "clip_grad_norm_",
     "cross_entropy",
     "current",
+    "fuses_head_and_loss",
     "grad_norm",
     "linear_cross_entropy",
     "rms_norm",

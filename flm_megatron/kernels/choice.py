@@ -8,7 +8,7 @@ by name and cannot run is an error.
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from flm_megatron.config.schema import KernelsConfig
 from flm_megatron.device import current as current_device
 from flm_megatron.errors import RequestError
+from flm_megatron.kernels.compiled import compiler_obstacle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 # are called by megatron-core, which finds them itself. PyTorch's own update and norms of lists of tensors are single
 # kernels too, so the Triton ones run when they are asked for.
 OFFERED = {
-    "rms_norm": ("apex", "triton", "torch"),
-    "swiglu": ("triton", "torch"),
-    "rotary": ("triton", "torch"),
+    "rms_norm": ("apex", "triton", "torch", "compile"),
+    "swiglu": ("triton", "torch", "compile"),
+    "rotary": ("triton", "torch", "compile"),
     "cross_entropy": ("triton", "torch"),
     "adamw": ("te", "apex", "torch", "triton"),
     "grad_clip": ("te", "apex", "torch", "triton"),
@@ -51,6 +52,7 @@ NEEDS = {
     "apex": ("apex", "amp_C", "fused_layer_norm_cuda"),
     "triton": ("triton",),
     "torch": (),
+    "compile": (),
 }
 # Extensions of Apex that are built apart from the others.
 ALSO_NEEDS = {("weight_gradient", "apex"): ("fused_weight_gradient_mlp_cuda",)}
@@ -62,12 +64,13 @@ class Choice:
     """The implementation of each operation on one kind of device.
 
     `plain_only` names the operations whose implementation was chosen by `auto`, knows no mask and no factor, and is
-    replaced by that name where one is given.
+    replaced by that name where one is given. `head_and_loss` says whether the head's product and the loss are one.
     """
 
     device: str
     names: dict[str, str]
     plain_only: dict[str, str]
+    head_and_loss: str = "auto"
 
     def describe(self) -> str:
         """One line for the log."""
@@ -76,7 +79,7 @@ class Choice:
             masked = self.plain_only.get(operation)
             groups.setdefault(f"{name} ({masked} under masks)" if masked else name, []).append(operation)
         listed = "; ".join(f"{name}: {', '.join(operations)}" for name, operations in groups.items())
-        return f"kernels on {self.device}: {listed}"
+        return f"kernels on {self.device}: {listed}; head and loss: {self.head_and_loss}"
 
 
 def choose(config: KernelsConfig | None = None, device: str | None = None) -> Choice:
@@ -87,8 +90,10 @@ def choose(config: KernelsConfig | None = None, device: str | None = None) -> Ch
             does not run on the device.
     """
     device = device or current_device().name
+    config = config or KernelsConfig()
     names, plain_only = {}, {}
-    for operation, asked in asdict(config or KernelsConfig()).items():
+    for operation in OFFERED:
+        asked = getattr(config, operation)
         there = [name for name in OFFERED[operation] if not obstacle(name, device, operation)]
         if asked == "auto":
             names[operation] = there[0] if device != "cpu" else "torch"
@@ -97,7 +102,7 @@ def choose(config: KernelsConfig | None = None, device: str | None = None) -> Ch
             names[operation] = asked
         if operation == "rms_norm" and names[operation] == "apex" and asked == "auto":
             plain_only[operation] = next(name for name in there if name != "apex")
-    return Choice(device, names, plain_only)
+    return Choice(device, names, plain_only, config.head_and_loss)
 
 
 def obstacle(name: str, device: str, operation: str = "") -> str | None:
@@ -110,6 +115,8 @@ def obstacle(name: str, device: str, operation: str = "") -> str | None:
         return "Triton needs a GPU (on a CPU only its interpreter runs, with TRITON_INTERPRET=1 set at the start)"
     if name in ENGINE_OWNED and device == "cpu":
         return "it needs a GPU"
+    if name == "compile":
+        return compiler_obstacle() if device == "cpu" else obstacle("triton", device)
     return None
 
 
@@ -146,13 +153,12 @@ def implementation(operation: str, tensor: Tensor, masked: bool = False) -> Modu
     """
     choice = current()
     name = choice.names[operation]
-    if name == "torch" or tensor.element_size() > 4 or (tensor.device.type == "cpu" and not interpreted()):
+    for_host = interpreted() or (name == "compile" and choice.device == "cpu")
+    if name == "torch" or tensor.element_size() > 4 or (tensor.device.type == "cpu" and not for_host):
         return _module(operation, "torch")
     if masked and name == "apex":
         if operation not in choice.plain_only:
-            raise RequestError(
-                f"kernels.{operation}: apex takes no mask, residual or factor; give auto, triton or torch"
-            )
+            raise RequestError(f"kernels.{operation}: apex takes no mask or factor; give auto, triton or torch")
         name = choice.plain_only[operation]
     return _module(operation, name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -10,11 +11,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flm_megatron.kernels.choice import implementation
+from flm_megatron.kernels.choice import current, implementation
 from flm_megatron.kernels.loss import Group, over_vocabulary, vocabulary_part
 
-# Below this many tokens the matrix products of a chunk no longer fill a processor.
-SMALLEST_CHUNK = 512
+# Below this many tokens the matrix products of a chunk no longer fill a processor, and passes over the gradient of the
+# weight, one for each chunk, begin to count. Measured on a CPU; on a GPU not.
+SMALLEST_CHUNK = {"cpu": 512, "cuda": 2048}
+# From this many bytes of logits on, `auto` does not keep them. On a CPU that costs no time; on a GPU, where it has not
+# been measured, it starts where the memory matters.
+AUTO_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}
+
+
+def fuses_head_and_loss(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the choice of this process is `linear_cross_entropy` for this head and this many hidden states."""
+    asked = current().head_and_loss
+    if asked != "auto":
+        return asked == "fused"
+    logits = hidden.numel() // hidden.size(-1) * weight.size(0) * hidden.element_size()
+    return logits >= AUTO_BYTES.get(hidden.device.type, AUTO_BYTES["cuda"])
 
 
 def linear_cross_entropy(
@@ -25,6 +39,7 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     group: Group = None,
     chunk_tokens: int | None = None,
+    buffer: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over tokens of weight times loss (0-dim), and the loss of each token [...] without gradient; both fp32.
 
@@ -33,58 +48,74 @@ def linear_cross_entropy(
     computed chunk by chunk in the forward pass, which is why token weights (such as a loss mask) come in here; the
     backward pass only multiplies them. Under tensor parallelism the gradient of `hidden` is this rank's part of a
     sum over ranks, which the caller reduces.
+
+    With `buffer` (fp32, like `weight`) the forward pass adds the gradient of `weight` to it, where gradients are
+    enabled and the weight learns, and no tensor of that size is made; the sum is then to be differentiated once, with
+    a gradient of one, which is checked. What `weight` gets as its gradient is an unwritten placeholder.
     """
     rows = hidden.reshape(-1, hidden.size(-1)).contiguous()
     start, valid = vocabulary_part(weight.size(0), vocab_size, group)
-    total, losses = _LinearCrossEntropy.apply(
-        rows,
-        weight,
-        labels.reshape(-1) - start,
-        token_weights.reshape(-1),
-        valid,
-        group,
-        chunk_tokens or _chunk_tokens(rows, weight),
-        torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad),
-        implementation("cross_entropy", hidden),
+    learns = torch.is_grad_enabled() and weight.requires_grad
+    plan = _Plan(
+        valid=valid,
+        group=group,
+        chunk_tokens=chunk_tokens or _chunk_tokens(rows, weight),
+        needs_gradients=learns or (torch.is_grad_enabled() and hidden.requires_grad),
+        learns=learns,
+        buffer=buffer,
+        loss=implementation("cross_entropy", hidden),
+        accumulation=implementation("weight_gradient", hidden),
     )
+    total, losses = _LinearCrossEntropy.apply(rows, weight, labels.reshape(-1) - start, token_weights.reshape(-1), plan)
     return total, losses.view(labels.shape)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How one call is computed: ids that exist here, tokens of a chunk, which gradients are wanted and where that of
+    the weight goes, and the implementations."""
+
+    valid: int
+    group: Group
+    chunk_tokens: int
+    needs_gradients: bool
+    learns: bool
+    buffer: Tensor | None
+    loss: ModuleType
+    accumulation: ModuleType
 
 
 def _chunk_tokens(rows: Tensor, weight: Tensor) -> int:
     """Tokens whose logits take as much memory as all hidden states, but enough to keep the products efficient."""
-    return max(rows.numel() // weight.size(0), SMALLEST_CHUNK)
+    smallest = SMALLEST_CHUNK.get(rows.device.type, SMALLEST_CHUNK["cuda"])
+    return max(rows.numel() // weight.size(0), smallest)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        rows: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        token_weights: Tensor,
-        valid: int,
-        group: Group,
-        chunk_tokens: int,
-        needs_gradients: bool,
-        chosen: ModuleType,
+        ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, plan: _Plan
     ) -> tuple[Tensor, Tensor]:
-        """Value of the operation; keeps what its gradient needs."""
+        """Value of the operation; computes its gradients too."""
         working = torch.float64 if rows.dtype is torch.float64 else torch.float32
         token_weights = token_weights.to(working)
         losses = torch.empty(rows.size(0), dtype=working, device=rows.device)
-        if needs_gradients:
-            ctx.grad_rows = torch.empty_like(rows)
-            ctx.grad_weight = torch.empty(weight.shape, dtype=working, device=weight.device)
-        for chunk in _chunks(rows.size(0), chunk_tokens):
+        grad_rows = torch.empty_like(rows) if plan.needs_gradients else None
+        grad_weight = plan.buffer
+        if plan.learns and grad_weight is None:
+            grad_weight = torch.zeros(weight.shape, dtype=working, device=weight.device)
+        for chunk in _chunks(rows.size(0), plan.chunk_tokens):
             logits = rows[chunk] @ weight.t()
-            log_sum, at_label = over_vocabulary(chosen.statistics(logits, labels[chunk], valid), group)
+            log_sum, at_label = over_vocabulary(plan.loss.statistics(logits, labels[chunk], plan.valid), plan.group)
             torch.sub(log_sum, at_label, out=losses[chunk])
-            if needs_gradients:
-                chosen.gradient(logits, labels[chunk], valid, log_sum, token_weights[chunk], out=logits)
-                torch.mm(logits, weight, out=ctx.grad_rows[chunk])
-                _accumulate(ctx.grad_weight, logits, rows[chunk], first=chunk.start == 0)
-        ctx.dtype = weight.dtype
+            if grad_rows is not None:
+                plan.loss.gradient(logits, labels[chunk], plan.valid, log_sum, token_weights[chunk], out=logits)
+                torch.mm(logits, weight, out=grad_rows[chunk])
+            if plan.learns:
+                plan.accumulation.add_(grad_weight, rows[chunk], logits)
+        ctx.plan, ctx.grad_rows = plan, grad_rows
+        ctx.grad_weight = grad_weight if plan.learns and plan.buffer is None else None
+        ctx.shape, ctx.dtype = weight.shape, weight.dtype
         ctx.mark_non_differentiable(losses)
         return torch.dot(losses, token_weights), losses
 
@@ -93,22 +124,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
         """Gradients of the inputs."""
         assert ctx.grad_rows is not None, "the gradients of a fused loss are there for one backward pass"
-        grad_rows, grad_weight = _scaled(ctx.grad_rows, grad), _scaled(ctx.grad_weight, grad).to(ctx.dtype)
+        grad_rows = _scaled(ctx.grad_rows, grad)
+        grad_weight = None
+        if ctx.grad_weight is not None:
+            grad_weight = _scaled(ctx.grad_weight, grad).to(ctx.dtype)
+        elif ctx.plan.learns:
+            torch._assert_async(grad == 1, "a fused loss that adds to a buffer is differentiated with a gradient of 1")
+            grad_weight = torch.empty(ctx.shape, dtype=ctx.dtype, device=grad.device)
         ctx.grad_rows = ctx.grad_weight = None
-        return grad_rows, grad_weight, *[None] * 7
+        return grad_rows, grad_weight, None, None, None
 
 
 def _chunks(tokens: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
-
-
-def _accumulate(total: Tensor, grad_logits: Tensor, rows: Tensor, first: bool) -> None:
-    if total.dtype is rows.dtype:
-        torch.addmm(total, grad_logits.t(), rows, beta=0 if first else 1, out=total)
-    elif first:
-        total.copy_(grad_logits.t() @ rows)
-    else:
-        total += grad_logits.t() @ rows
 
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:

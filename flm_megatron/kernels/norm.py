@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flm_megatron.kernels.choice import implementation
+from flm_megatron.kernels.choice import current, implementation
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
@@ -27,9 +27,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, mask: Tensor | None = None, 
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, mask: Tensor | None = None, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """`rms_norm(x + residual)` and x + residual itself, both [..., hidden] in the dtype of `x`."""
-    chosen = implementation("rms_norm", x, masked=True)
+    """`rms_norm(x + residual)` and x + residual itself, both [..., hidden] in the dtype of `x`.
+
+    One operation but with a library's norm that was asked for by name and knows no sum.
+    """
+    plain = mask is None and scale == 1
+    chosen = implementation("rms_norm", x, masked=not plain or _fuses_residual())
+    if hasattr(chosen, "rms_norm"):
+        summed = x + residual
+        return chosen.rms_norm(summed, weight, eps), summed
     return _AddRMSNorm.apply(x, residual, weight, mask, eps, scale, chosen)
+
+
+def _fuses_residual() -> bool:
+    """Whether the norm of this process's choice can take the residual addition in."""
+    choice = current()
+    return choice.names["rms_norm"] != "apex" or "rms_norm" in choice.plain_only
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from megatron.core.tensor_parallel import checkpoint
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+
+from flm_megatron.model.norms import RMSNorm
 
 
 class TeleFLMLayer(TransformerLayer):
@@ -30,11 +33,13 @@ class TeleFLMLayer(TransformerLayer):
         """Output [sequence, batch, hidden] of the layer, and `context` as it came."""
         recompute = self.config.recompute_norms_and_mlp and self.training and torch.is_grad_enabled()
         attended = self._attention(hidden_states, recompute, attention_mask, rotary_pos_emb, packed_seq_params)
-        hidden_states = self._add(self.self_attn_bda, attended, hidden_states)
-        output = (
-            checkpoint(self._feed_forward, False, hidden_states) if recompute else self._feed_forward(hidden_states)
-        )
-        return output, context
+        if recompute or attended[1] is not None or not isinstance(self.pre_mlp_layernorm, RMSNorm):
+            hidden_states = self._add(self.self_attn_bda, attended, hidden_states)
+            # What is recomputed starts at the sum, which is kept.
+            run = partial(checkpoint, self._feed_forward, False) if recompute else self._feed_forward
+            return run(hidden_states), context
+        normed, hidden_states = self.pre_mlp_layernorm(attended[0], hidden_states)
+        return self._add(self.mlp_bda, self.mlp(normed), hidden_states), context
 
     def _attention(
         self,

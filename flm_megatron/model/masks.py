@@ -170,9 +170,14 @@ class MaskedNorm:
     def __init__(self, norm: RMSNorm | LayerNorm, mask: Mask) -> None:
         self.norm, self.mask = norm, mask
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Normalise x [sequence, batch, hidden]: x m rsqrt(sum((x m)^2) / sum(m) + eps) w m (LayerNorm: x - mean)."""
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """Normalise x [sequence, batch, hidden]: x m rsqrt(sum((x m)^2) / sum(m) + eps) w m (LayerNorm: x - mean).
+
+        RMSNorm takes a residual too, and returns the sum of both beside its norm.
+        """
         m, norm = self.mask.values, self.norm
+        if residual is not None:
+            return kernels.add_rms_norm(x, residual, norm.weight, norm.eps, m)
         if isinstance(norm, RMSNorm):
             return kernels.rms_norm(x, norm.weight, norm.eps, m)
         share = m.mean()  # sum(m) / d: turns a mean over all channels into one over masked ones

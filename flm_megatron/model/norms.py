@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,9 +29,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = _parameter(hidden_size, config, 1.0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [sequence, batch, hidden]."""
-        return kernels.rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """Normalise x [sequence, batch, hidden]; with a residual, normalise their sum, and return it beside."""
+        if residual is None:
+            return kernels.rms_norm(x, self.weight, self.eps)
+        return kernels.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 
 from flm_megatron import kernels
@@ -57,8 +58,12 @@ class TeleFLM(GPTModel):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         runtime_gather_output: bool | None = None,
+        loss_mask: Tensor | None = None,
     ) -> Tensor:
         """Loss of each token [batch, sequence] in fp32 with `labels`, else logits [batch, sequence, vocabulary].
+
+        With a `loss_mask` [batch, sequence] besides it is the sum over tokens of mask times loss (0-dim): training and
+        validation want no more, and head and loss may then be one operation. Its gradient has to be one.
 
         `tokens` and `labels` are [batch, sequence]. Positions are those of the sequence whatever `position_ids`
         says; `attention_mask` [batch or 1, 1, sequence, sequence] is true where attention must not look, none
@@ -66,7 +71,12 @@ class TeleFLM(GPTModel):
         `runtime_gather_output`. A pipeline rank that is not the last returns hidden states.
         """
         return super().forward(
-            tokens, position_ids, attention_mask, labels=labels, runtime_gather_output=runtime_gather_output
+            tokens,
+            position_ids,
+            attention_mask,
+            labels=labels,
+            runtime_gather_output=runtime_gather_output,
+            loss_mask=loss_mask,
         )
 
     def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -86,6 +96,7 @@ class TeleFLM(GPTModel):
         hidden_states: Tensor,
         labels: Tensor | None = None,
         runtime_gather_output: bool | None = None,
+        loss_mask: Tensor | None = None,
         **unused: Any,
     ) -> Tensor:
         if not self.post_process:
@@ -94,17 +105,48 @@ class TeleFLM(GPTModel):
             hidden_states = hidden_states[-1:]
         if self.logit_multiplier != 1:
             hidden_states = hidden_states * self.logit_multiplier
+        if labels is not None and loss_mask is not None and self._fuses(hidden_states):
+            return self._fused_loss(hidden_states, labels, loss_mask)
         logits, _ = self.output_layer(hidden_states, runtime_gather_output=runtime_gather_output)
         if labels is None:
             self._exclude_padding(logits)
             return logits.transpose(0, 1).contiguous()
+        losses = self._losses(logits, labels).t().contiguous()
+        return losses if loss_mask is None else (losses * loss_mask).sum()
+
+    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What is minimised of each token [sequence, batch]; overwrites the logits in the backward pass."""
         # Nothing else reads the logits, so their gradient may take their place.
         losses = kernels.cross_entropy(logits, labels.t(), self.true_vocab_size, self.pg_collection.tp, overwrite=True)
         if self.training and self.config.z_loss:
             extra = self.config.z_loss * z_loss(logits[..., : self._true_width(logits)])
             # Minimised, but not reported: the loss stays comparable.
             losses = losses + (extra - extra.detach())
-        return losses.t().contiguous()
+        return losses
+
+    def _fuses(self, hidden_states: Tensor) -> bool:
+        """Whether head and loss are one operation; the z-loss needs the logits."""
+        if self.training and self.config.z_loss:
+            return False
+        return kernels.fuses_head_and_loss(hidden_states, self.output_layer.weight)
+
+    def _fused_loss(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
+        """Sum over tokens of mask times loss, without logits.
+
+        The gradient of the hidden states is a sum over tensor-parallel ranks, reduced as the head's own layer would.
+        """
+        head, group = self.output_layer, self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
+        else:
+            hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
+        buffer = getattr(head.weight, "main_grad", None) if head.gradient_accumulation_fusion else None
+        total, _ = kernels.linear_cross_entropy(
+            hidden_states, head.weight, labels.t(), loss_mask.t(), self.true_vocab_size, group, buffer=buffer
+        )
+        if buffer is not None and torch.is_grad_enabled():
+            head.weight.grad_added_to_main_grad = True
+        return total
 
     def _true_width(self, logits: Tensor) -> int:
         """How many ids of this part of the vocabulary are no padding."""

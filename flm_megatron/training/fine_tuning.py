@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
+from flm_megatron import kernels
 from flm_megatron.config.loader import resolve_vocabulary
 from flm_megatron.config.rules import check
 from flm_megatron.config.schema import ChatConfig, LoraConfig, ModelConfig, RunConfig, StageConfig
@@ -18,7 +19,8 @@ def fine_tuning_run(run: RunConfig, model: ModelConfig, tokenizer: str) -> tuple
 
     Raises:
         RequestError: a stage describes another model or grows, packing meets Transformer Engine, conversations or
-            template are not fit, an epoch is empty, or a rule on run files is broken.
+            template are not fit, an epoch is empty, a rule on run files is broken, or a kernel that is asked for by
+            name is not there.
     """
     chat = run.data.chat or ChatConfig()
     if chat.epochs < 1:
@@ -34,6 +36,7 @@ def fine_tuning_run(run: RunConfig, model: ModelConfig, tokenizer: str) -> tuple
         run.stages[index] = replace(run.stages[index], tokens=stream.samples * run.data.sequence_length)
         lines.append(_line(run.stages[index].name, stream, chat))
     check(run)
+    kernels.choose(run.kernels)
     return resolve_vocabulary(run, Tokenizer(tokenizer).vocab_size), lines
 
 

@@ -1,7 +1,8 @@
-"""What is checked and filled in before any process starts: the rules of the run file, its tokenizer and its data."""
+"""What is checked and filled in before any process starts: rules of the run file, kernels, tokenizer and data."""
 
 from __future__ import annotations
 
+from flm_megatron import kernels
 from flm_megatron.config.loader import resolve_vocabulary
 from flm_megatron.config.rules import check
 from flm_megatron.config.schema import RunConfig
@@ -12,8 +13,8 @@ def resolve(run: RunConfig) -> RunConfig:
     """The run with its vocabulary filled in from the tokenizer, its data found and fitting.
 
     Raises:
-        RequestError: a broken rule, no tokenizer, no data, data made with another tokenizer, conversations, or a
-            growth that cannot be done.
+        RequestError: a broken rule, a kernel that is asked for by name and not there, no tokenizer, no data, data
+            made with another tokenizer, conversations, or a growth that cannot be done.
     """
     from flm_megatron.data.description import check_datasets
     from flm_megatron.data.tokenizer import Tokenizer
@@ -22,6 +23,7 @@ def resolve(run: RunConfig) -> RunConfig:
     if run.data.chat is not None:
         raise RequestError("data.chat makes this a fine-tuning: run it with `flm sft`")
     check(run)
+    kernels.choose(run.kernels)
     if run.tokenizer is None:
         raise RequestError("tokenizer is not set: give the SentencePiece model the data was made with")
     if not run.data.train:

@@ -109,12 +109,13 @@ class Engine:
 
 
 def forward_step(data_iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    """megatron-core's forward step: per-token losses [micro_batch, sequence] and how to sum them."""
+    """megatron-core's forward step: the sum of the losses of unmasked tokens, and how to report it."""
     device = current().torch_device
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(data_iterator).items()}
     hidden = other_segments(batch["segments"]) if "segments" in batch else None
-    losses = model(batch["tokens"], batch["position_ids"], hidden, labels=batch["labels"])
-    return losses, partial(_sum_loss, batch["loss_mask"])
+    mask = batch["loss_mask"]
+    total = model(batch["tokens"], batch["position_ids"], hidden, labels=batch["labels"], loss_mask=mask)
+    return total, partial(_with_tokens, mask)
 
 
 def other_segments(segments: torch.Tensor) -> torch.Tensor:
@@ -162,9 +163,8 @@ def _one_or_list(functions: list[Any]) -> Any:
     return functions[0] if len(functions) == 1 else functions
 
 
-def _sum_loss(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _with_tokens(mask: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sum over unmasked tokens, their number, and both in float64 for the log (a copy: the engine scales in place)."""
-    total = (losses.float() * mask).sum()
     tokens = mask.sum()
     return total, tokens.to(torch.int), torch.stack([total.detach().double(), tokens.double()])
 

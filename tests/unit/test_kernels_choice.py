@@ -60,7 +60,9 @@ def test_a_gpu_takes_the_best_that_is_there(installed: Callable[..., None]) -> N
     installed("triton", "transformer_engine", *APEX)
     names = kernels.choose(device="cuda").names
     assert names["adamw"] == names["grad_clip"] == "te"
-    assert names["rms_norm"] == "apex" and names["swiglu"] == "triton"
+    assert names["rms_norm"] == "apex" and names["swiglu"] == "triton" and names["weight_gradient"] == "torch"
+    installed("triton", *APEX, "fused_weight_gradient_mlp_cuda")
+    assert kernels.choose(device="cuda").names["weight_gradient"] == "apex"
     installed()
     assert set(kernels.choose(device="cuda").names.values()) == {"torch"}
 
@@ -82,6 +84,7 @@ def test_a_name_is_obeyed(installed: Callable[..., None]) -> None:
         (KernelsConfig(swiglu="te"), "cuda", "kernels.swiglu: there is no te implementation.*triton, torch"),
         (KernelsConfig(adamw="te"), "cuda", "kernels.adamw: te cannot run here: transformer_engine cannot be imported"),
         (KernelsConfig(rms_norm="apex"), "cuda", "amp_C"),
+        (KernelsConfig(weight_gradient="apex"), "cuda", "weight_gradient: apex cannot run here: .*weight_gradient_mlp"),
         (KernelsConfig(rotary="triton"), "cuda", "kernels.rotary: triton cannot run here: triton cannot be imported"),
     ],
 )
@@ -119,10 +122,8 @@ def test_apex_gives_way_under_masks_only_where_it_was_not_asked_for(installed: C
 
 def test_the_log_line_names_every_operation(installed: Callable[..., None]) -> None:
     installed()
-    line = kernels.choose(device="cuda").describe()
-    assert line == (
-        "kernels on cuda: torch: rms_norm, swiglu, rotary, cross_entropy, adamw, grad_clip, fp8_cast, weight_gradient"
-    )
+    choice = kernels.choose(KernelsConfig(head_and_loss="fused"), device="cuda")
+    assert choice.describe() == f"kernels on cuda: torch: {', '.join(choice.names)}; head and loss: fused"
 
 
 def test_nothing_needs_triton() -> None:
