@@ -1,4 +1,5 @@
-"""Processor time of each operation, forward and backward, against the same formula left to autograd, on one CPU core.
+"""Processor time of each operation, forward and backward, against the same formula left to autograd, on one CPU core;
+of some also through torch.compile (`kernels: {NAME: compile}`), compiling not counted.
 
     OMP_NUM_THREADS=1 python benchmarks/kernels/cpu.py
 
@@ -16,11 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flm_megatron import kernels
+from flm_megatron.config.schema import KernelsConfig
 from flm_megatron.device import current
 
 REPEATS = 15
 TOKENS, BATCH, HIDDEN, FFN, HEADS, VOCABULARY = 512, 4, 512, 1344, 8, 32000
 Operation = Callable[..., Tensor]
+COMPILE = KernelsConfig(rms_norm="compile", swiglu="compile", rotary="compile")
 
 
 def cases(dtype: torch.dtype) -> dict[str, tuple[Operation, Operation, list[Tensor]]]:
@@ -83,17 +86,26 @@ def cost(operation: Operation, inputs: list[Tensor]) -> tuple[float, float]:
     return min(times) * 1e3, max(rises) * 1024
 
 
+def compiled_ms(operation: Operation, inputs: list[Tensor]) -> float:
+    """Least processor time in ms of forward and backward with compiled operations."""
+    kernels.use(kernels.choose(COMPILE))
+    time_ms, _ = cost(operation, inputs)
+    kernels.use(kernels.choose())
+    return time_ms
+
+
 def main() -> None:
     """Print the table."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(f"{current().hardware_name()}, one core, torch {torch.__version__}\n")
-    print("| operation | dtype | ours, ms | plain, ms | plain / ours | ours, MiB | plain, MiB |")
-    print("|---|---|---|---|---|---|---|")
+    print("| operation | dtype | ours, ms | plain, ms | plain / ours | ours, MiB | plain, MiB | compiled, ms |")
+    print("|---|---|---|---|---|---|---|---|")
     for dtype in (torch.float32, torch.bfloat16):
         for name, (ours, plain, inputs) in cases(dtype).items():
             (our_ms, our_mib), (plain_ms, plain_mib) = cost(ours, inputs), cost(plain, inputs)
             numbers = f"{our_ms:.1f} | {plain_ms:.1f} | {plain_ms / our_ms:.2f} | {our_mib:.0f} | {plain_mib:.0f}"
+            numbers += f" | {compiled_ms(ours, inputs):.1f}" if name.startswith(("RMS", "Swi", "rot")) else " |"
             print(f"| {name} | {str(dtype).removeprefix('torch.')} | {numbers} |", flush=True)
 
 

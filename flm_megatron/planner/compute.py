@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from flm_megatron.planner.activations import feed_forward_values, logits, residual_bytes
 from flm_megatron.planner.communication import tensor_time
@@ -88,8 +89,8 @@ def embedding_passes(work: Workload, machine: Machine) -> Passes:
 def _attention_passes(work: Workload, machine: Machine) -> Passes:
     model, tensor = work.model, work.parallel.tensor
     heads, groups, channels = model.num_attention_heads, model.query_groups, model.kv_channels
-    qkv = _linear(work, machine, (heads + 2 * groups) * channels / tensor, model.hidden_size)
-    projection = _linear(work, machine, model.hidden_size, heads * channels / tensor)
+    qkv = _linear(work, machine, (heads + 2 * groups) * channels / tensor, model.hidden_size, work.fp8)
+    projection = _linear(work, machine, model.hidden_size, heads * channels / tensor, work.fp8)
     core = _core_attention(work, machine)
     rotated = (heads + groups) * channels * work.tokens / tensor * work.bytes if work.implementation.rotary else 0.0
     rotation = memory_time(machine, rotated * (2 if work.implementation.fused_rotary else 12))
@@ -104,8 +105,8 @@ def _attention_passes(work: Workload, machine: Machine) -> Passes:
 def _feed_forward_passes(work: Workload, machine: Machine) -> Passes:
     model, values = work.model, feed_forward_values(work) * work.bytes
     width = model.ffn_hidden_size / work.parallel.tensor
-    first = _linear(work, machine, width * (2 if model.gated else 1), model.hidden_size)
-    second = _linear(work, machine, model.hidden_size, width)
+    first = _linear(work, machine, width * (2 if model.gated else 1), model.hidden_size, work.fp8)
+    second = _linear(work, machine, model.hidden_size, width, work.fp8)
     forward, backward = (3, 5) if model.gated else (2, 3)  # halves read and written
     if not work.implementation.fused_activation:
         forward, backward = 2 * forward + 1, 2 * backward
@@ -145,15 +146,25 @@ def _exchange(work: Workload, machine: Machine) -> float:
     return tensor_time(work, machine, work.tokens * work.model.hidden_size * work.bytes)
 
 
-def _linear(work: Workload, machine: Machine, columns: float, inner: float) -> Passes:
+def _linear(work: Workload, machine: Machine, columns: float, inner: float, fp8: bool = False) -> Passes:
     """A weight [columns, inner] on this rank: its product, and the gradients of input and weight; the latter is added
-    to the fp32 buffer by the product itself, or by a kernel of its own."""
-    tokens, precision = work.tokens, work.precision
+    to the fp32 buffer by the product itself, or by a kernel of its own. With `fp8` operands are cast before each
+    product; efficiencies are those of other products, for nothing was measured."""
+    tokens = work.tokens
+    precision: Literal["fp32", "bf16", "fp8"] = "fp8" if fp8 else work.precision
     forward = matmul_time(machine, precision, tokens, columns, inner)
     backward = matmul_time(machine, precision, tokens, inner, columns)
     backward += matmul_time(machine, precision, columns, inner, tokens)
-    added = columns * inner * (6 if work.implementation.fused_weight_gradient else 8 + work.bytes)
-    return Passes(Seconds(matmul=forward), Seconds(matmul=backward, memory_bound=memory_time(machine, added)))
+    added = columns * inner * (6 if work.implementation.fused_weight_gradient and not fp8 else 8 + work.bytes)
+    cast = [0.0, 0.0]
+    if fp8:
+        each = 2 * work.bytes + 1  # read for the largest value, read again, written
+        operands = (tokens + columns) * inner
+        cast = [memory_time(machine, each * size) for size in (operands, operands + 2 * tokens * columns)]
+    return Passes(
+        Seconds(matmul=forward, memory_bound=cast[0]),
+        Seconds(matmul=backward, memory_bound=memory_time(machine, added) + cast[1]),
+    )
 
 
 def _core_attention(work: Workload, machine: Machine) -> Passes:

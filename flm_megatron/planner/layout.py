@@ -58,7 +58,7 @@ class Workload:
     """A model trained under a layout. Sizes per rank follow from it.
 
     `recompute` adds `attention` to the run file's modes: the core attention only (Megatron-LM's selective mode of
-    arXiv 2205.05198), which flash attention does by itself.
+    arXiv 2205.05198), which flash attention does by itself. `fp8` has the products of the layers' matrices in FP8.
     """
 
     model: ModelConfig
@@ -70,6 +70,7 @@ class Workload:
     precision: Literal["fp32", "bf16"] = "bf16"
     recompute: Recompute = "none"
     implementation: Implementation = CUDA
+    fp8: bool = False
 
     @property
     def world_size(self) -> int:
@@ -165,4 +166,5 @@ def stage_workload(
         precision=stage.precision,
         recompute=stage.recompute,
         implementation=implementation,
+        fp8=stage.fp8 != "none",
     )

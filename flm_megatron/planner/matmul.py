@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
+from flm_megatron.device.hardware import Precision
 from flm_megatron.errors import RequestError
 from flm_megatron.planner.machine import Machine
 
+BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 # Rows and columns of the output that one multiprocessor works on, and the speed it reaches with them.
 TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.9), (64, 128, 0.7))
 
 
-def peak_flops(machine: Machine, precision: Literal["fp32", "bf16"]) -> float:
+def peak_flops(machine: Machine, precision: Precision) -> float:
     """Dense peak in FLOP/s.
 
     Raises:
@@ -37,7 +38,7 @@ def tile_efficiency(rows: int, columns: int, batch: int, multiprocessors: int) -
 
 
 def matmul_time(
-    machine: Machine, precision: Literal["fp32", "bf16"], rows: float, columns: float, inner: float, batch: float = 1
+    machine: Machine, precision: Precision, rows: float, columns: float, inner: float, batch: float = 1
 ) -> float:
     """Seconds of `batch` multiplications [rows, inner] x [inner, columns]: by the multiprocessors or by the memory."""
     rows, columns, inner, batch = (max(1, round(size)) for size in (rows, columns, inner, batch))
@@ -45,7 +46,7 @@ def matmul_time(
     efficiency *= inner / (inner + machine.efficiency.tile_overhead)
     compute = 2.0 * rows * columns * inner * batch / (peak_flops(machine, precision) * efficiency)
     values = batch * (rows * inner + inner * columns + rows * columns)
-    return max(compute, memory_time(machine, values * (4 if precision == "fp32" else 2)))
+    return max(compute, memory_time(machine, values * BYTES[precision]))
 
 
 def memory_time(machine: Machine, size: float) -> float:
