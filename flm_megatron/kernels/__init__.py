@@ -6,7 +6,7 @@ only files that import Triton), `NAME_compile.py` its formula for torch.compile.
 
 from flm_megatron.kernels.adam import adamw_
 from flm_megatron.kernels.choice import Choice, choose, current, use
-from flm_megatron.kernels.clip import clip_factor, clip_grad_norm_, grad_norm, scale_grads_
+from flm_megatron.kernels.clip import NORM_FLOOR, clip_factor, clip_grad_norm_, grad_norm, scale_grads_
 from flm_megatron.kernels.glu import swiglu
 from flm_megatron.kernels.linear_loss import fuses_head_and_loss, linear_cross_entropy
 from flm_megatron.kernels.loss import cross_entropy
@@ -15,6 +15,7 @@ from flm_megatron.kernels.rotary import rotary_qkv
 from flm_megatron.kernels.weight_gradient import add_weight_gradient_
 
 __all__ = [
+    "NORM_FLOOR",
     "Choice",
     "adamw_",
     "add_rms_norm",

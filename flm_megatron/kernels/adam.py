@@ -26,8 +26,8 @@ def adamw_(
     """One update with decoupled weight decay and bias correction, in place (Loshchilov and Hutter, arXiv 1711.05101).
 
     The four lists go together, tensor by tensor; each list has one dtype and one device, computation is in fp32.
-    `step` counts from 1. `grad_factor` (0-dim fp32 on the device) multiplies the gradients as they are read, as
-    clipping does, and leaves them as they are.
+    `step` counts from 1. `grad_factor` (0-dim fp32 on the device) multiplies the gradients in place as they are read,
+    which is clipping without a pass of its own.
     """
     if params:
         chosen = implementation("adamw", params[0])

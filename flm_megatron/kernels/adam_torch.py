@@ -26,9 +26,8 @@ def adamw_(
     device = params[0].device
     # The kernel only reads the step, so all parameters share one; filling it on the device does not wait.
     steps = [torch.full((), float(step), dtype=torch.float32, device=device)] * len(params)
-    if grad_factor is not None:
-        grads = torch._foreach_mul(list(grads), grad_factor.to(grads[0].dtype))
     torch._fused_adamw_(
         list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), [], steps,
         lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, amsgrad=False, maximize=False,
+        grad_scale=None if grad_factor is None else grad_factor.float().reciprocal(),  # what it divides gradients by
     )  # fmt: skip

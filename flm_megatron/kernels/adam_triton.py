@@ -33,6 +33,8 @@ def _adamw_kernel(
         inside = at < last
         param = tl.load(param_ptr + at, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32) * factor
+        if HAS_FACTOR:
+            tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
         average = tl.load(average_ptr + at, mask=inside, other=0.0).to(tl.float32)
         square = tl.load(square_ptr + at, mask=inside, other=0.0).to(tl.float32)
         average += (grad - average) * (1.0 - beta1)

@@ -30,6 +30,8 @@ class AdamW(torch.optim.Optimizer):
     state of a parameter is `exp_avg` and `exp_avg_sq`, of its shape and dtype, made on its first update. A state that
     also has `birth` (int32 steps) is updated by `optim.birth` until the births round away.
 
+    `clip(factor)` before a step lets that step multiply gradients, in place, as it reads them.
+
     Raises:
         ValueError: a negative or non-finite learning rate, beta, epsilon or weight decay, or `adam_w_mode=False`.
     """
@@ -51,6 +53,11 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"betas {betas} have to lie in [0, 1)")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
         self._youngest: dict[torch.Tensor, int] = {}
+        self._factor: float | None = None
+
+    def clip(self, factor: float) -> None:
+        """Multiply all gradients by `factor` at the next step."""
+        self._factor = factor
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -64,6 +71,7 @@ class AdamW(torch.optim.Optimizer):
             self._update_young(group)
             for params in self._by_device_and_dtype(group):
                 self._update(params, group)
+        self._factor = None
         return loss
 
     def _by_device_and_dtype(self, group: dict[str, Any]) -> list[list[torch.Tensor]]:
@@ -84,6 +92,7 @@ class AdamW(torch.optim.Optimizer):
             if group["step"] - youngest >= settling_steps(group["betas"]):
                 del state["birth"], self._youngest[param]
             else:
+                self._scale([param.grad])
                 update_by_age(param, self._state_of(param), group)
 
     def _update(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
@@ -100,11 +109,18 @@ class AdamW(torch.optim.Optimizer):
         }
         device, dtype = params[0].device, params[0].dtype
         if device.type in FUSED_DEVICES and dtype in FUSED_DTYPES:
-            kernels.adamw_(params, grads, *moments, step=group["step"], **options)
+            factor = None if self._factor is None else torch.full((), self._factor, device=device)
+            kernels.adamw_(params, grads, *moments, step=group["step"], grad_factor=factor, **options)
         else:
+            self._scale(grads)
             # This form adds one to each step itself.
             steps = [torch.tensor(float(group["step"] - 1)) for _ in params]
             functional_adamw(params, grads, *moments, [], steps, foreach=True, amsgrad=False, maximize=False, **options)
+
+    def _scale(self, grads: list[torch.Tensor]) -> None:
+        """Clip gradients whose update does not do it."""
+        if self._factor is not None:
+            torch._foreach_mul_(grads, self._factor)
 
     def _state_of(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
         state = self.state[param]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flm_megatron import kernels
+from flm_megatron.optim.adamw import AdamW
 
 
 def install_clipping() -> bool:
@@ -24,6 +25,23 @@ def install_clipping() -> bool:
     clip_grads.l2_norm_impl = _l2_norm
     clip_grads.multi_tensor_scale_impl = _scale
     return True
+
+
+def clip_at_step(optimizer: Any, norm: float) -> None:
+    """Clip the gradients of one of megatron-core's optimizers to its `clip_grad`, `norm` being their global norm.
+
+    Ours multiplies them when it reads them for its update; others do now, in a pass of its own. Nothing is done where
+    the norm is small enough.
+    """
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+    if getattr(optimizer, "is_stub_optimizer", False) or optimizer.config.clip_grad <= 0:
+        return
+    largest = optimizer.config.clip_grad
+    if not isinstance(optimizer.optimizer, AdamW):
+        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), max_norm=largest, total_norm=norm)
+    elif norm + kernels.NORM_FLOOR > largest:
+        optimizer.optimizer.clip(largest / (norm + kernels.NORM_FLOOR))
 
 
 def _apply(operation: Callable[..., Any], overflow: Tensor, lists: list[list[Tensor]], *arguments: Any) -> Any:

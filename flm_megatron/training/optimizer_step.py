@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from flm_megatron.device import current
+from flm_megatron.optim.clipping import clip_at_step
 
 Judge = Callable[[float], str | None]
 
@@ -17,20 +18,17 @@ Judge = Callable[[float], str | None]
 def guarded_step(optimizer: Any, judge: Judge) -> tuple[float, str | None]:
     """Clip the gradients and update the weights, unless `judge(gradient norm)` gives a reason on any rank.
 
-    The stages are those of megatron-core's ChainedOptimizer.step, in its order. Returns the norm before clipping,
+    The stages are those of megatron-core's ChainedOptimizer.step, in its order, but clipping is part of the update
+    (`clip_at_step`): gradients are read once for their norm and once for the update. Returns the norm before clipping,
     and the reason on every rank if nothing was changed.
     """
-    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
     reason = judge(norm)
     if _any_rank(reason is not None):
         return norm, reason or "another rank measured a spike"
     for part in optimizer.chained_optimizers:
-        parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
-        if parameters and part.config.clip_grad > 0.0:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
+        clip_at_step(part, norm)
     optimizer.step_with_ready_grads()
     return norm, None
 

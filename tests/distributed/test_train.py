@@ -136,6 +136,7 @@ def test_another_model_shape_is_refused_on_resume(data: Path, whole: Path) -> No
         (["--tokenizer", "/nowhere/tokenizer.model"], "/nowhere/tokenizer.model"),
         (["--data.train.0.path", "/nowhere/train"], "/nowhere/train"),
         (["--stages.0.global_batch", "5", "--stages.0.micro_batch", "2"], "global_batch"),
+        (["--kernels.adamw", "te"], "kernels.adamw: te cannot run here"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_status_two(
@@ -145,7 +146,8 @@ def test_a_wrong_request_is_one_line_and_status_two(
     result = flm("train", source, *overrides)
     assert result.returncode == 2
     assert words in result.stderr and len(result.stderr.strip().splitlines()) == 1
-    assert not (tmp_path / "checkpoints").exists()
+    # The resolved run file is written before the first process starts.
+    assert not (tmp_path / "run.yaml").exists()
 
 
 def test_torchrun_joins_ranks_that_it_started(data: Path, whole: Path, tmp_path: Path) -> None:

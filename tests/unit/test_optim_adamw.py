@@ -115,3 +115,25 @@ def test_state_dict_carries_the_step_and_resumes_exactly() -> None:
 def test_bad_options_are_refused(options: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         AdamW([torch.nn.Parameter(torch.ones(1))], **options)
+
+
+def test_clipping_is_part_of_one_step_and_of_no_other() -> None:
+    """Against gradients clipped before, with old and young entries in the same optimizer."""
+    ours, others = [torch.ones(5), torch.full((3,), 2.0)], [torch.ones(5), torch.full((3,), 2.0)]
+    optimizers = [AdamW(params, lr=0.1, betas=(0.5, 0.9), eps=1e-3) for params in (ours, others)]
+    gradients = [[torch.randn(5), torch.randn(3)] for _ in range(3)]
+    for number, drawn in enumerate(gradients):
+        factor = 0.25 if number == 1 else 1.0
+        for params, optimizer, scaled in ((ours, optimizers[0], 1.0), (others, optimizers[1], factor)):
+            for param, gradient in zip(params, drawn, strict=True):
+                param.grad = gradient * scaled
+            if number == 0:
+                optimizer.state[params[1]]["birth"] = torch.zeros(3, dtype=torch.int32)
+        if number == 1:
+            optimizers[0].clip(factor)
+        for optimizer in optimizers:
+            optimizer.step()
+        for one, other in zip(ours, others, strict=True):
+            assert one.grad is not None and other.grad is not None
+            assert torch.equal(one.grad, other.grad)
+            torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-6)
