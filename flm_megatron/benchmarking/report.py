@@ -58,11 +58,12 @@ class Report:
 
     def _model(self) -> str:
         model, stage = self.stage.model, self.stage
+        fp8 = "" if stage.fp8 == "none" else f" with {stage.fp8} FP8 products in the layers of flm_megatron"
         return (
             f"{short(self.parameters)} parameters: {model.num_layers} layers, hidden {model.hidden_size}, feed-forward "
             f"{model.ffn_hidden_size}, {model.num_attention_heads} heads, vocabulary {model.vocab_size}; sequence "
             f"{self.sequence_length}, global batch {stage.global_batch}, micro-batch {stage.micro_batch}, "
-            f"{stage.precision}, recompute {stage.recompute}"
+            f"{stage.precision}{fp8}, recompute {stage.recompute}"
         )
 
     def json(self) -> str:

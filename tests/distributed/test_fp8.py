@@ -1,16 +1,22 @@
-"""Training with FP8 products: beside bf16, under tensor and sequence parallelism, and behind growth masks."""
+"""Training with FP8 products: beside bf16, under tensor and sequence parallelism, and through a growth."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from flm_megatron.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, StageConfig
 from flm_megatron.kernels.fp8 import Scaling
+from flm_megatron.training.launch import train
+from flm_megatron.training.plot import read_metrics
 from tests.distributed.layouts import GLOBAL_BATCH, SEQUENCE, engine_under, relative_difference, take_steps
 from tests.distributed.pool import Pool
+from tests.distributed.runs import losses, make_data
+from tests.distributed.test_growth_run import make_run
 
 SCALINGS: list[Scaling] = ["tensorwise", "rowwise"]
 STAGE = StageConfig(
@@ -52,5 +58,25 @@ def test_loss_curves_are_those_of_bf16(pool: Pool) -> None:
     (found,) = pool.run(1, curves, ParallelConfig(), stages, 40, 2)
     plain, *others = (torch.tensor([loss for loss, _ in values]) for values in found)
     assert plain[-1] < 0.3 * plain[0]
-    for scaling, losses in zip(SCALINGS, others, strict=True):
-        assert 0 < (losses - plain).abs().max() < 0.02 * plain[0], scaling
+    for scaling, noisy in zip(SCALINGS, others, strict=True):
+        assert 0 < (noisy - plain).abs().max() < 0.02 * plain[0], scaling
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_a_run_grows_behind_masks(scaling: Scaling, tmp_path: Path) -> None:
+    make_data(tmp_path)
+    wanted = {"precision": "bf16", "fp8": scaling}
+    grown = {"model.hidden_size": 64, "model.num_attention_heads": 8}
+    overrides = [f"--defaults.{name}={value}" for name, value in wanted.items()]
+    run = make_run(tmp_path, tmp_path / "run", *overrides, *(f"--stages.1.{name}={n}" for name, n in grown.items()))
+    assert train(run) == 0
+    found = losses(tmp_path / "run")
+    assert [line[0] for line in found] == ["small"] * 4 + ["big"] * 8
+    # The certificate is in bf16; what FP8 adds to the loss at the boundary is far less than a step changes it.
+    (growth,) = [line for line in read_metrics(tmp_path / "run") if "certificate" in line]
+    measured = growth["certificate"]["comparisons"][-1]
+    assert measured["precision"] == "bf16"
+    assert measured["loss_after"] == pytest.approx(measured["loss_before"], rel=1e-4)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count(f"fp8: linear layers with {scaling} scaling") == 2

