@@ -62,7 +62,7 @@ def assumptions(machine: Machine) -> str:
     return "\n".join(
         [
             "Assumed (change any with --hardware FILE)",
-            f"  peak {hardware.bf16} TFLOP/s bf16, {hardware.fp8} fp8; memory {hardware.memory_gib} GiB, "
+            f"  peak {hardware.bf16} TFLOP/s bf16, {hardware.fp8 or 'no'} fp8; memory {hardware.memory_gib} GiB, "
             f"{hardware.bandwidth_gb_per_s} GB/s",
             f"  links per GPU and direction: {machine.intra_gb_per_s:g} GB/s in the node, "
             f"{machine.inter_gb_per_s:g} GB/s between nodes",
