@@ -50,7 +50,8 @@ def rank_memory(work: Workload, rank: int, context_gib: float = 0.0, fragmentati
     shards = work.data if work.parallel.distributed_optimizer else 1
     optimizer = parameters * (8 if work.precision == "fp32" else 12) / shards
     activations, working = _dynamic(work, rank)
-    if work.implementation.copies_gradients_to_reduce and work.parallel.distributed_optimizer:
+    copies = work.implementation.copies_gradients_to_reduce and work.data > 1
+    if copies and work.parallel.distributed_optimizer:
         # The copy lives when no activation does.
         working = max(working, 4.0 * parameters - activations)
     return RankMemory(

@@ -238,6 +238,19 @@ def clip(name: str, device: str, dtype: str, sizes: Sequence[int], max_norm: flo
     }
 
 
+def weight_gradient(name: str, device: str, dtype: str, tokens: int, inputs: int, outputs: int) -> Errors:
+    """A product added to an fp32 buffer (float64 for float64), whose error is fp32's whatever the operands are."""
+    use(name, device)
+    rows = draw(tokens, inputs, dtype=dtype, device=device, seed=1)
+    grad = draw(tokens, outputs, dtype=dtype, device=device, seed=2)
+    total = draw(outputs, inputs, dtype="fp64" if dtype == "fp64" else "fp32", device=device, seed=3)
+    expected = total.double() + grad.double().t() @ rows.double()
+    kernels.add_weight_gradient_(total, rows, grad)
+    found = error(total, expected)
+    assert found < TOLERANCE["fp32"]
+    return {"buffer": found}
+
+
 def _tuple(outputs: Any) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
@@ -273,6 +286,7 @@ CASES: dict[str, tuple[Callable[..., Errors], dict[str, Any]]] = {
     "adamw, gradients scaled": (adamw, {"sizes": (7, 130), "factor": 0.25}),
     "clip": (clip, {"sizes": (5, 1, 1030, 33000), "max_norm": 0.5}),
     "clip, nothing to do": (clip, {"sizes": (5, 130), "max_norm": 1e6}),
+    "weight_gradient": (weight_gradient, {"tokens": 331, "inputs": 24, "outputs": 40}),
 }
 
 

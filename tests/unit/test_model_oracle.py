@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -145,6 +146,27 @@ def test_recomputation_changes_no_bit_of_the_loss_and_gradients_by_rounding_only
     (loss, expected), (recomputed, got) = results
     assert torch.equal(loss, recomputed)
     assert all(relative(got[key], expected[key]) < 1e-6 for key in expected)
+
+
+def backward_nodes(loss: torch.Tensor) -> Counter[str]:
+    """How often each kind of node is in the graph behind `loss`."""
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return Counter(type(node).__name__ for node in seen)
+
+
+@pytest.mark.parametrize(("name", "fused"), [("plain", 3), ("gpt3 block", 0)])
+def test_the_residual_sum_of_attention_is_part_of_the_norm_behind_it(name: str, fused: int) -> None:
+    """In the layers of RMSNorm without biases; what comes out is compared with the reference above."""
+    model = MODELS[name]
+    tokens, labels = seeded_batch(model, batch=2, sequence=8)
+    nodes = backward_nodes(filled_model(model, random_tensors(model))[0](tokens, labels=labels).sum())
+    assert nodes["_AddRMSNormBackward"] == fused
+    assert nodes["_RMSNormBackward"] == (4 if fused else 0)
 
 
 def saved_values(model: ModelConfig, recompute: str) -> int:
