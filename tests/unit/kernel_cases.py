@@ -57,7 +57,7 @@ def compare(
     # Multiplied by one, so that an operation in place does not meet a leaf.
     outputs = _tuple(operation(**{name: value * 1 for name, value in found.items()}))
     expected = _tuple(formula(**exact))
-    errors = {}
+    errors: Errors = {}
     total, exact_total = 0.0, 0.0
     for index, (got, want) in enumerate(zip(outputs, expected, strict=True)):
         errors[f"output {index}"] = error(got, want)
@@ -312,7 +312,7 @@ def cast_errors(name: str, device: str, dtype: str, by_row: bool, transpose: boo
     exponents = torch.randint(-2, 2, (matrix.size(0), 1), generator=torch.Generator().manual_seed(2)).to(device)
     factor = torch.exp2(exponents.float()) * (1.0 if exact else 1.3)
     factor = factor if by_row else factor[0, 0]
-    errors = {}
+    errors: Errors = {}
     for fp8, (bits, lowest, limit) in FORMATS.items():
         found = implementation("fp8_cast", x).cast(x, factor, fp8, transpose)
         assert found.shape == matrix.shape and found.is_contiguous() and found.dtype is fp8

@@ -101,6 +101,11 @@ REFUSED: list[tuple[str, int | None, str]] = [
         "model.ffn_hidden_size 80 / parallel.tensor 2 is not a multiple of 16",
     ),
     (f"{FP8} stages.0.model.head_dim=2", None, "the width of all queries, keys and values 24 is not a multiple of 16"),
+    (
+        "kernels.head_and_loss=fused stages.1.stability.z_loss=1e-4",
+        None,
+        "kernels.head_and_loss is fused, but stages.1.stability.z_loss is 0.0001",
+    ),
     ("stages.0.tokens=0", None, "tokens is 0, give the stage a budget"),
     ("stages.0.optimizer.lr=0", None, "optimizer.lr is 0.0, give a number above 0"),
     ("stages.0.optimizer.min_lr=1", None, "optimizer.min_lr 1.0 does not lie between 0 and lr 0.0003"),
