@@ -1,25 +1,27 @@
 """Offline growth of a checkpoint with optimizer state, beside `cp` of the bytes it writes.
 
-    python benchmarks/growth/offline.py FOLDER [--hidden 1024] [--layers 12] [--operator zero|mask]
+    python benchmarks/growth/offline.py FOLDER [--hidden 1024] [--layers 8] [--operators zero mask] [--repeats 5]
+    torchrun --standalone --nproc-per-node 2 benchmarks/growth/offline.py FOLDER
 
-Writes a source checkpoint into FOLDER (fp32 masters and moments, bf16 weights), grows every dimension by a quarter, and
-copies the result with cp and fsync. Prints one Markdown table row; files are removed again.
+Writes a source checkpoint into FOLDER (bf16 weights, fp32 masters and moments), grows every dimension by a quarter, and
+copies the result with cp; both include bringing the files to the disk. Growth and copy take turns; the first turn warms
+up and is not counted. Prints one Markdown table row for each operator, with medians; files are removed again.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import shutil
+import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
 
 from flm_megatron.checkpoint.initial import InitialCheckpoint
+from flm_megatron.checkpoint.launched import launched_processes
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.processes import Processes
 from flm_megatron.checkpoint.reshard import stored_bytes
@@ -47,39 +49,60 @@ def rss_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def copy(source: Path, target: Path) -> float:
+    """Seconds of cp and fsync."""
+    began = time.perf_counter()
+    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    subprocess.run(["sync", *map(str, target.iterdir())], check=True)
+    return time.perf_counter() - began
+
+
+def turn(view: GrownCheckpoint, folder: Path, processes: Processes) -> tuple[float, float, float]:
+    """Grow, then copy: seconds of growth, CPU seconds of this process, seconds of the copy."""
+    grown = folder / "grown"
+    began, cpu = time.perf_counter(), time.process_time()
+    write_grown(view, grown, processes)
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+
+    def compare() -> float:
+        """Copy on one process while the others wait; remove both."""
+        copied = copy(grown, folder / "copy")
+        for path in (grown, folder / "copy"):
+            shutil.rmtree(path)
+        return copied
+
+    return seconds, cpu, processes.on_first(compare)
+
+
 def main() -> None:
-    """Write, grow, copy, report."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Write the source, take turns, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--hidden", type=int, default=1024, help="a multiple of 256")
-    parser.add_argument("--layers", type=int, default=12, help="a multiple of 4")
-    parser.add_argument("--operator", choices=["zero", "mask"], default="zero")
-    parser.add_argument("--only-source", action="store_true", help="write the source checkpoint and stop")
+    parser.add_argument("--layers", type=int, default=8, help="a multiple of 4")
+    parser.add_argument("--operators", choices=["zero", "mask"], nargs="+", default=["zero", "mask"])
+    parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
+    torch.set_num_threads(1)
     old, new = shape(args.hidden, args.layers), shape(args.hidden * 5 // 4, args.layers * 5 // 4)
-    source, grown, copy = (args.folder / name for name in ("source", "grown", "copy"))
-    if args.only_source:
+    source = args.folder / "source"
+    before = rss_gib()
+    with launched_processes() as processes:
         write_view(InitialCheckpoint(old, 1, optimizer=True, dtype=torch.bfloat16), source, {"optimizer_step": 1})
-        return
-    subprocess.run([sys.executable, *sys.argv, "--only-source"], check=True)  # its memory is not the growth's
-    operators = {"hidden": args.operator, "ffn": args.operator, "heads": args.operator, "layers": args.operator}
-    plan = make_plan(old, new, GrowthConfig(**operators, layer_selection="interleave"), seed=1)
-    view = GrownCheckpoint(open_checkpoint(source), plan)
-    nbytes = stored_bytes(view.tensors)
-    before, began, cpu = rss_gib(), time.perf_counter(), time.process_time()
-    write_grown(view, grown, Processes())
-    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-    memory = rss_gib() - before
-    began = time.perf_counter()
-    subprocess.run(["cp", "-r", str(grown), str(copy)], check=True)
-    os.sync()
-    copied = time.perf_counter() - began
-    print(
-        f"| {parameter_count(old) / 1e6:.0f} M -> {parameter_count(new) / 1e6:.0f} M | {args.operator} | "
-        f"{nbytes / 2**30:.2f} | {seconds:.1f} | {cpu:.1f} | {copied:.1f} | {copied / seconds:.0%} | {memory:.2f} |"
-    )
-    for path in (source, grown, copy):
-        shutil.rmtree(path)
+        for operator in args.operators:
+            operators = dict.fromkeys(("hidden", "ffn", "heads", "layers"), operator)
+            plan = make_plan(old, new, GrowthConfig(**operators, layer_selection="interleave"), seed=1)
+            view = GrownCheckpoint(open_checkpoint(source), plan)
+            turns = [turn(view, args.folder, processes) for _ in range(args.repeats + 1)][1:]
+            seconds, cpu, copied = (statistics.median(column) for column in zip(*turns, strict=True))
+            if processes.rank == 0:
+                print(
+                    f"| {parameter_count(old) / 1e6:.0f} M -> {parameter_count(new) / 1e6:.0f} M | {operator} | "
+                    f"{processes.size} | {stored_bytes(view.tensors) / 2**30:.2f} | {seconds:.1f} | {cpu:.1f} | "
+                    f"{copied:.1f} | {copied / seconds:.0%} | {rss_gib() - before:.2f} |",
+                    flush=True,
+                )
+        processes.on_first(lambda: shutil.rmtree(source))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ from typing import TypeVar
 import torch
 from isal.isal_zlib import crc32, crc32_combine
 
+from flm_megatron.checkpoint.direct_file import DirectFile
 from flm_megatron.checkpoint.logical import Region, TensorInfo
 from flm_megatron.checkpoint.logical_hash import MODULUS, partial_hash
 from flm_megatron.checkpoint.regions import split_region
@@ -88,10 +88,9 @@ def write_shard(
 
     Each worker makes, hashes and writes pieces of its own. Raises RequestError when the disk is full.
     """
-    with _disk_errors(path), path.open("wb", buffering=0) as stream, ThreadPoolExecutor(WORKERS) as executor:
-        fd, file_crc, file_size = stream.fileno(), 0, 0
-        share, data_crc = 0, 0
-        done = _in_order(executor, partial(_write_part, fd), _parts(rectangles, tensors))
+    with _disk_errors(path), DirectFile(path) as file, ThreadPoolExecutor(WORKERS) as executor:
+        file_crc, file_size, share, data_crc = 0, 0, 0, 0
+        done = _in_order(executor, partial(_write_part, file), _parts(rectangles, tensors))
         for part, (part_share, part_crc) in done:
             share = (share + part_share) % MODULUS
             data_crc = crc32_combine(data_crc, part_crc, part.nbytes)
@@ -99,12 +98,11 @@ def write_shard(
                 progress(part.nbytes)
             if part.last:
                 name, region = part.rectangle.name, part.rectangle.region
-                end = _end_record(fd, part, data_crc)
+                end = _end_record(file, part, data_crc)
                 file_crc = crc32_combine(file_crc, end.crc, end.size)
                 written.hashes[name] = (written.hashes.get(name, 0) + share) % MODULUS
                 written.records.append(Record(name, region, path.name, file_size, end.size))
                 file_size, share, data_crc = file_size + end.size, 0, 0
-        os.fsync(fd)
     written.files[path.name] = {"size": file_size, "crc32": f"{file_crc:08x}"}
 
 
@@ -123,7 +121,7 @@ def _parts(rectangles: Iterable[Rectangle], tensors: Mapping[str, TensorInfo]) -
         record = end + len(tail)
 
 
-def _write_part(fd: int, part: _Part) -> tuple[int, int]:
+def _write_part(file: DirectFile, part: _Part) -> tuple[int, int]:
     """Make and write one piece: its share in the tensor's hash, and the CRC-32 of its bytes."""
     values = part.rectangle.values(part.region).detach().cpu().contiguous()
     assert tuple(values.shape) == part.region.sizes, f"{part}: values of shape {tuple(values.shape)}"
@@ -131,7 +129,7 @@ def _write_part(fd: int, part: _Part) -> tuple[int, int]:
     if not part.nbytes:
         return 0, 0
     data = as_bytes(values)
-    _write_at(fd, data, part.position)
+    file.write(data, part.position)
     return partial_hash(part.info.shape, part.region, values), crc32(data)
 
 
@@ -143,13 +141,13 @@ class _End:
     size: int
 
 
-def _end_record(fd: int, part: _Part, data_crc: int) -> _End:
+def _end_record(file: DirectFile, part: _Part, data_crc: int) -> _End:
     """Write the head and the tail of the record that ends with `part`; the head holds the CRC-32 of the values."""
     sizes = part.rectangle.region.sizes
     head, tail = encode(part.info.dtype, sizes, data_crc)
     after = part.position + part.nbytes
-    _write_at(fd, memoryview(head), part.record)
-    _write_at(fd, memoryview(tail), after)
+    file.write(memoryview(head), part.record)
+    file.write(memoryview(tail), after)
     crc = crc32_combine(crc32(head), data_crc, after - part.record - len(head))
     return _End(crc32(tail, crc), after + len(tail) - part.record)
 
@@ -166,12 +164,6 @@ def _in_order(
             yield first, future.result()
     for part, future in pending:
         yield part, future.result()
-
-
-def _write_at(fd: int, data: memoryview, position: int) -> None:
-    while data.nbytes:
-        count = os.pwrite(fd, data, position)
-        data, position = data[count:], position + count
 
 
 @contextmanager
