@@ -21,8 +21,6 @@ from flm_megatron.kernels.choice import implementation
 Scaling = Literal["tensorwise", "rowwise"]
 E4M3 = torch.float8_e4m3fn
 GRADIENT_DTYPE = {"tensorwise": torch.float8_e5m2, "rowwise": E4M3}
-MULTIPLE = 16
-"""Both sizes of the second matrix of a product, and so the length that is summed over, are multiples of this."""
 SMALLEST = 1e-30
 """Largest values below this count as this, so that zeros have a finite scale too."""
 
