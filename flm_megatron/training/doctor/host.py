@@ -116,7 +116,7 @@ def devices(ranks_here: int) -> Finding:
         level: Level = "ok" if cores >= ranks_here else "warn"
         text = f"no GPU; {device.hardware_name()}, {cores} cores for {ranks_here} process(es)"
         return Finding(level, "devices", text)
-    count, name = torch.cuda.device_count(), device.hardware_name()
+    count, name = torch.accelerator.device_count(), device.hardware_name()
     if count < ranks_here:
         return Finding("stop", "devices", f"{count} x {name} for {ranks_here} processes: start {count} on this host")
     unknown = "" if find_hardware(name) else " (not in the table of peaks: MFU is shown as n/a)"
