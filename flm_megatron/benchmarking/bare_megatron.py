@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
+
 from flm_megatron.benchmarking.steps import Step, draw_weights
 from flm_megatron.config.schema import StageConfig
 from flm_megatron.device import current
@@ -20,8 +22,10 @@ PATCHED = {
         "USING_TE_OPTIMIZER",
     ),
     "megatron.core.optimizer.clip_grads": ("multi_tensor_applier", "l2_norm_impl", "multi_tensor_scale_impl"),
+    "megatron.core.tensor_parallel.layers": ("fused_weight_gradient_mlp_cuda",),
 }
-"""Names that `optim` gives another meaning in megatron-core, by module."""
+"""Names that `optim` and `model.gradient_accumulation` give another meaning in megatron-core, by module; one that is
+not there counts as none."""
 
 
 def bare_megatron_step(stage: StageConfig, sequence_length: int) -> Step:
@@ -59,15 +63,26 @@ def bare_model(stage: StageConfig, sequence_length: int) -> Any:
     """megatron-core's GPTModel of the stage's shape with local modules."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel import layers
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from flm_megatron.model.engine_config import transformer_config
     from flm_megatron.model.split import padded_vocab_size
 
+    class SummingGPT(GPTModel):
+        """The training step wants the sum of the losses of unmasked tokens."""
+
+        def forward(self, *args: Any, loss_mask: Tensor, **kwargs: Any) -> Tensor:
+            """Sum over tokens (0-dim) of mask times loss."""
+            return (super().forward(*args, **kwargs) * loss_mask).sum()
+
     current().prepare()
     model_parallel_cuda_manual_seed(0, force_reset_rng=True)
-    return GPTModel(
-        transformer_config(stage),
+    config = transformer_config(stage)
+    # The engine's own way with weight gradients: fused where Apex's extension is.
+    config.gradient_accumulation_fusion = bool(layers._grad_accum_fusion_available)
+    return SummingGPT(
+        config,
         get_gpt_layer_local_spec(normalization="RMSNorm"),
         vocab_size=padded_vocab_size(stage.model.vocab_size or 0, 1),
         max_sequence_length=sequence_length,
@@ -81,14 +96,16 @@ def _names() -> dict[tuple[Any, str], Any]:
 
     modules = {name: import_module(name) for name in PATCHED}
     return {
-        (modules[name], attribute): getattr(modules[name], attribute) for name in PATCHED for attribute in PATCHED[name]
+        (modules[name], attribute): getattr(modules[name], attribute, None)
+        for name in PATCHED
+        for attribute in PATCHED[name]
     }
 
 
 @contextmanager
 def _put(values: dict[tuple[Any, str], Any]) -> Iterator[None]:
     """Give names in modules these values while the block runs."""
-    before = {(module, name): getattr(module, name) for module, name in values}
+    before = {(module, name): getattr(module, name, None) for module, name in values}
     try:
         for (module, name), value in values.items():
             setattr(module, name, value)
