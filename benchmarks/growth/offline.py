@@ -4,13 +4,15 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/growth/offline.py FOLDER
 
 Writes a source checkpoint into FOLDER (bf16 weights, fp32 masters and moments), grows every dimension by a quarter, and
-copies the result with cp; both include bringing the files to the disk. Growth and copy take turns; the first turn warms
-up and is not counted. Prints one Markdown table row for each operator, with medians; files are removed again.
+copies the result with cp; both include bringing the files to the disk, and start from an empty page cache (needs root).
+Growth and copy take turns; the first turn warms up and is not counted. Prints one Markdown table row for each operator,
+with medians; files are removed again.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import shutil
 import statistics
@@ -49,8 +51,15 @@ def rss_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def forget() -> None:
+    """Write everything out and empty the page cache."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
 def copy(source: Path, target: Path) -> float:
     """Seconds of cp and fsync."""
+    forget()
     began = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
     subprocess.run(["sync", *map(str, target.iterdir())], check=True)
@@ -60,6 +69,7 @@ def copy(source: Path, target: Path) -> float:
 def turn(view: GrownCheckpoint, folder: Path, processes: Processes) -> tuple[float, float, float]:
     """Grow, then copy: seconds of growth, CPU seconds of this process, seconds of the copy."""
     grown = folder / "grown"
+    processes.on_first(forget)
     began, cpu = time.perf_counter(), time.process_time()
     write_grown(view, grown, processes)
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu

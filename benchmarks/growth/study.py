@@ -48,6 +48,7 @@ ARMS: dict[str, Arm | None] = {
     "copy": Arm("shallow", {"layers": "copy", "layer_selection": "stack"}),
     "zero, grown at 10%": Arm("narrow", grow_at=0.1),
     "zero, grown at 50%": Arm("narrow", grow_at=0.5),
+    "mask, grown at 10%": Arm("narrow", MASKED, grow_at=0.1),
     "mask over 5%": Arm("narrow", MASKED, mask_share=0.05),
     "mask over 50%": Arm("narrow", MASKED, mask_share=0.5),
 }
