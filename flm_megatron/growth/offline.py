@@ -19,7 +19,7 @@ from flm_megatron.growth.view import GrownCheckpoint
 def write_grown(
     view: GrownCheckpoint, path: Path, processes: Processes, certificate: Certificate | None = None
 ) -> dict[str, Any]:
-    """Write a grown view to the new folder `path`; every process computes and writes its share in pieces of 32 MiB.
+    """Write a grown view to the new folder `path`; every process computes and writes its share in pieces of 8 MiB.
 
     Returns the manifest that was written, with the certificate beside the growth's plan.
 

@@ -17,9 +17,7 @@ from flm_megatron.kernels.loss import Group, over_vocabulary, vocabulary_part
 # Below this many tokens the matrix products of a chunk no longer fill a processor, and passes over the gradient of the
 # weight, one for each chunk, begin to count. Measured on a CPU; on a GPU not.
 SMALLEST_CHUNK = {"cpu": 512, "cuda": 2048}
-# From this many bytes of logits on, `auto` does not keep them. On a CPU that costs no time; on a GPU, where it has not
-# been measured, it starts where the memory matters.
-AUTO_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}
+AUTO_BYTES = 1 << 29  # of logits: from here on `auto` does not keep them, since the memory matters more than time
 
 
 def fuses_head_and_loss(hidden: Tensor, weight: Tensor) -> bool:
@@ -28,7 +26,7 @@ def fuses_head_and_loss(hidden: Tensor, weight: Tensor) -> bool:
     if asked != "auto":
         return asked == "fused"
     logits = hidden.numel() // hidden.size(-1) * weight.size(0) * hidden.element_size()
-    return logits >= AUTO_BYTES.get(hidden.device.type, AUTO_BYTES["cuda"])
+    return logits >= AUTO_BYTES
 
 
 def linear_cross_entropy(
