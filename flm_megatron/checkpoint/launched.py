@@ -9,6 +9,11 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
+# Its functions keep, as their default argument, the world that they find when they are imported. Imported later, by a
+# module that a tool loads, they would keep gloo's threads beyond destroy_process_group; such a thread can abort the
+# process while the interpreter shuts down.
+import torch.distributed.nn.functional  # noqa: F401
+
 from flm_megatron.checkpoint.processes import Processes
 from flm_megatron.errors import RequestError
 

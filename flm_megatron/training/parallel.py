@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401  (before there is a world: see checkpoint/launched.py)
 
 from flm_megatron.config.schema import DistributedConfig, ParallelConfig
 from flm_megatron.device import current
