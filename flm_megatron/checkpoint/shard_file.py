@@ -84,9 +84,9 @@ def write_shard(
     written: Written,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write one file and add it to `written`; at most WORKERS + 1 pieces of 8 MiB are in memory.
+    """Write one file and add it to `written`; each of WORKERS threads holds a piece of 8 MiB and a copy of it.
 
-    Each worker makes, hashes and writes pieces of its own. Raises RequestError when the disk is full.
+    It makes, hashes and writes pieces of its own. Raises RequestError when the disk is full.
     """
     with _disk_errors(path), DirectFile(path) as file, ThreadPoolExecutor(WORKERS) as executor:
         file_crc, file_size, share, data_crc = 0, 0, 0, 0
