@@ -19,6 +19,7 @@ from flm_megatron.checkpoint.initial import InitialCheckpoint
 from flm_megatron.checkpoint.layout import rank_regions
 from flm_megatron.checkpoint.logical import STATE_PREFIXES, LogicalCheckpoint, Region
 from flm_megatron.checkpoint.regions import split_region
+from flm_megatron.checkpoint.shard_file import PIECE_BYTES
 from flm_megatron.config.loader import load_run
 from flm_megatron.config.schema import GrowthConfig, ParallelConfig
 from flm_megatron.growth.operators import Old
@@ -27,7 +28,6 @@ from flm_megatron.growth.view import GrownCheckpoint
 
 RUN_FILE = "examples/tele-flm.yaml"
 PARALLEL = ParallelConfig(tensor=32, pipeline=28)
-PIECE_BYTES = 8 * 2**20
 
 
 class Counting(LogicalCheckpoint):

@@ -46,12 +46,12 @@ class DirectFile:
         lead = -position % PAGE
         whole = (data.nbytes - lead) // PAGE * PAGE
         if self._direct is not None and whole >= SMALLEST_DIRECT:
-            _write_at(self._fd, data[:lead], position)
+            write_at(self._fd, data[:lead], position)
             data, position = data[lead:], position + lead
             for start in range(0, whole, BUFFER):
-                _write_at(self._direct, self._aligned(data[start : min(start + BUFFER, whole)]), position + start)
+                write_at(self._direct, self._aligned(data[start : min(start + BUFFER, whole)]), position + start)
             data, position = data[whole:], position + whole
-        _write_at(self._fd, data, position)
+        write_at(self._fd, data, position)
 
     def _aligned(self, data: memoryview) -> memoryview:
         """A copy of at most BUFFER bytes that begins at a page: the thread's own, until its next call."""
@@ -72,7 +72,8 @@ def _open_direct(path: Path) -> int | None:
         return None
 
 
-def _write_at(fd: int, data: memoryview, position: int) -> None:
+def write_at(fd: int, data: memoryview, position: int) -> None:
+    """Write all bytes from `position` on. Raises OSError as `os.pwrite` does."""
     while data.nbytes:
-        count = os.pwrite(fd, data, position)
+        count = os.pwrite(fd, data[: 1 << 30], position)  # not every system takes more at once
         data, position = data[count:], position + count

@@ -46,15 +46,22 @@ def truncated_normal(
     """
     if not 0 < bound <= LARGEST_BOUND:
         raise ValueError(f"bound is {bound} standard deviations: give one above 0 and at most {LARGEST_BOUND}")
-    knots = _knots(bound) * std + mean
-    lines = np.empty(knots.size - 1, np.complex64)  # value and rise of each piece side by side: one look-up for both
-    lines.real, lines.imag = knots[:-1], np.diff(knots)
+    lines = _lines(std, mean, bound)
     out = torch.empty(region.numel, dtype=dtype)
     values = out.numpy() if dtype == torch.float32 else np.empty(region.numel, np.float32)
     bits = _Bits(seed, name)
     for start, index in _indices(tuple(shape), region):
         bits.interpolate(index, lines, values[start : start + index.size])
     return (out if dtype == torch.float32 else out.copy_(torch.from_numpy(values))).reshape(region.sizes)
+
+
+@lru_cache(maxsize=16)
+def _lines(std: float, mean: float, bound: float) -> np.ndarray:
+    """Value and rise of each straight piece side by side, as one complex number: one look-up for both."""
+    knots = _knots(bound) * std + mean
+    lines = np.empty(knots.size - 1, np.complex64)
+    lines.real, lines.imag = knots[:-1], np.diff(knots)
+    return lines
 
 
 @lru_cache(maxsize=4)

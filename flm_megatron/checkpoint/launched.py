@@ -9,12 +9,8 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-# Its functions keep, as their default argument, the world that they find when they are imported. Imported later, by a
-# module that a tool loads, they would keep gloo's threads beyond destroy_process_group; such a thread can abort the
-# process while the interpreter shuts down.
-import torch.distributed.nn.functional  # noqa: F401
-
 from flm_megatron.checkpoint.processes import Processes
+from flm_megatron.device.process_group import process_group
 from flm_megatron.errors import RequestError
 
 WAIT = datetime.timedelta(days=2)
@@ -35,11 +31,8 @@ def launched_processes() -> Iterator[Processes]:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise RequestError(f"{size} processes were started, but {' and '.join(missing)} is not set")
-    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=WAIT)
-    try:
+    with process_group("gloo", rank=rank, world_size=size, timeout=WAIT):
         yield Processes()
-    finally:
-        dist.destroy_process_group()
 
 
 def _place() -> tuple[int, int]:

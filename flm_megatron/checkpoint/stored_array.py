@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from flm_megatron.checkpoint.direct_file import write_at
 from flm_megatron.checkpoint.logical import Region
 from flm_megatron.errors import DamagedError
 
@@ -59,11 +60,7 @@ class StoredArray:
         """
         assert is_contiguous(region, self.shape), f"{region} is not one run of bytes of {self.shape}"
         assert values.dtype == self.dtype and tuple(values.shape) == region.sizes
-        data = memoryview(as_bytes(values))
-        position = self.offset + _start(region, self.shape) * self.dtype.itemsize
-        while data:
-            written = os.pwrite(fd, data[: 1 << 30], position)
-            data, position = data[written:], position + written
+        write_at(fd, as_bytes(values), self.offset + _start(region, self.shape) * self.dtype.itemsize)
 
     def _read_run(self, fd: int, start: int, out: torch.Tensor) -> torch.Tensor:
         """Fill `out` with the values from index `start` on."""

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
-import torch.distributed.nn.functional  # noqa: F401  (before there is a world: see checkpoint/launched.py)
 
 from flm_megatron.config.schema import DistributedConfig, ParallelConfig
 from flm_megatron.device import current
+from flm_megatron.device.process_group import process_group
 from flm_megatron.device.quiet import quiet_engine
 
 
@@ -27,11 +27,8 @@ def world(config: DistributedConfig, rank: int = -1, size: int = -1, store: str 
     device.prepare()
     quiet_engine()
     timeout = timedelta(seconds=config.timeout_s)
-    dist.init_process_group(device.backend, init_method=store, timeout=timeout, rank=rank, world_size=size)
-    try:
+    with process_group(device.backend, init_method=store, timeout=timeout, rank=rank, world_size=size):
         yield
-    finally:
-        dist.destroy_process_group()
 
 
 @contextmanager

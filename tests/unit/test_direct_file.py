@@ -33,13 +33,13 @@ def test_large_pieces_go_past_the_page_cache(tmp_path: Path, monkeypatch: pytest
         pytest.skip("the file system has no direct writes")
     os.close(probe)
     written: list[tuple[int, int]] = []
-    before = direct_file._write_at
+    before = direct_file.write_at
 
     def spy(fd: int, data: memoryview, position: int) -> None:
         written.append((fd, data.nbytes))
         before(fd, data, position)
 
-    monkeypatch.setattr(direct_file, "_write_at", spy)
+    monkeypatch.setattr(direct_file, "write_at", spy)
     with DirectFile(tmp_path / "file") as file:
         file.write(memoryview(bytes(3 * SMALLEST_DIRECT)), 100)
         assert (file._direct, 3 * SMALLEST_DIRECT - PAGE) in written

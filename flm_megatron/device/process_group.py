@@ -1,0 +1,24 @@
+"""Joining the world of all processes, and leaving it so that nothing of it stays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+
+# Its functions keep, as their default argument, the world that they find when they are imported. Imported later, by a
+# module that is loaded while the world is there, they would keep gloo's threads beyond destroy_process_group; such a
+# thread can abort the process while the interpreter shuts down.
+import torch.distributed.nn.functional  # noqa: F401
+
+
+@contextmanager
+def process_group(backend: str, **place: Any) -> Iterator[None]:
+    """The world, from torch's `init_process_group` with these arguments until the block ends, well or not."""
+    dist.init_process_group(backend, **place)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
