@@ -1,4 +1,4 @@
-"""Small whole runs for tests: a dataset of this project's own sources, and a run file over it."""
+"""Small whole runs for tests: a dataset of made-up prose, and a run file over it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import flm_megatron
 from flm_megatron.config.loader import dump_run, load_run
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.data.build import build_dataset
 from flm_megatron.data.tokenizer import train_tokenizer
 from flm_megatron.training.plot import read_metrics
+from tests.prose import prose
 
 SEQUENCE = 32
 
@@ -39,11 +39,8 @@ stages:
 
 
 def make_data(folder: Path) -> Path:
-    """Tokenizer and datasets `train` and `validation` from the package's own sources."""
-    texts = [
-        path.read_text() for path in sorted(Path(flm_megatron.__file__).parent.rglob("*.py")) if path.stat().st_size
-    ]
-    texts = texts[:40]
+    """Tokenizer and datasets `train` and `validation` of made-up prose."""
+    texts = prose(40)
     tokenizer = train_tokenizer(texts, folder / "tokenizer.model", 500)
     for name, part in (("train", texts[4:]), ("validation", texts[:4])):
         build_dataset(part, tokenizer, folder / name, workers=1)

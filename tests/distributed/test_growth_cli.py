@@ -16,6 +16,7 @@ from flm_megatron.cli.main import main
 from flm_megatron.config.loader import load_run, run_to_dict
 from flm_megatron.growth.boundary import saved_plan
 from tests.distributed.runs import make_data
+from tests.prose import prose
 
 RUN = """
 name: test
@@ -42,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data, a run file, a text, and a checkpoint of its first stage."""
     folder = make_data(tmp_path_factory.mktemp("grow"))
     (folder / "run.yaml").write_text(RUN.format(folder=folder))
-    (folder / "text.txt").write_text(Path(__file__).read_text())
+    (folder / "text.txt").write_text(prose(1)[0])
     run = load_run(folder / "run.yaml")
     manifest = {
         "run": run_to_dict(run),

@@ -10,9 +10,10 @@ from flm_megatron.checkpoint.initial import InitialCheckpoint
 from flm_megatron.config.schema import ModelConfig, MupConfig
 from flm_megatron.data.tokenizer import Tokenizer, train_tokenizer
 from flm_megatron.evaluation.subject import Subject
+from tests.prose import prose
 
 VOCABULARY = 400
-TEXT = Path(__file__).read_text() + Path(__file__).with_name("test_evaluation_bits_per_byte.py").read_text()
+TEXT = "".join(prose(4))
 MODEL = ModelConfig(
     num_layers=4,
     hidden_size=32,

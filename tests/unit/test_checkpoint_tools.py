@@ -17,6 +17,7 @@ from flm_megatron.checkpoint.processes import Processes
 from flm_megatron.checkpoint.reshard import reshard
 from flm_megatron.checkpoint.torch_dist import TorchDistCheckpoint
 from flm_megatron.model.parameters import parameter_count
+from tests.prose import prose
 from tests.unit.checkpoint_cases import MODEL, Memory, flm_checkpoint, manifest_of, write_small
 
 
@@ -157,8 +158,7 @@ def test_export_writes_the_tokenizer_that_transformers_reads_alike(
 
     from flm_megatron.data.tokenizer import train_tokenizer
 
-    texts = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
-    train_tokenizer(texts, tmp_path / "tokenizer.model", 500)
+    train_tokenizer(prose(40), tmp_path / "tokenizer.model", 500)
     assert flm_checkpoint("export-hf", small[0], tmp_path / "hf", "--tokenizer", tmp_path / "tokenizer.model") == 0
     ours = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")

@@ -26,7 +26,7 @@ from flm_megatron.evaluation.hyperparameter_search import (
 from flm_megatron.training.preflight import resolve
 from tests.distributed.runs import make_data, make_run
 
-SETTINGS = SearchSettings(trials=3, steps=12, layers=1, global_batch=4, spread=3.0)
+SETTINGS = SearchSettings(trials=3, steps=24, layers=1, global_batch=4, spread=3.0)
 MUP = ("--stages.0.model.mup.enabled", "true", "--stages.0.model.mup.base_hidden_size", "16")
 STAGE = StageConfig(
     name="wide",
@@ -83,7 +83,7 @@ def test_requests_that_make_no_sense_are_refused() -> None:
     without = replace(STAGE, model=ModelConfig())
     with pytest.raises(RequestError, match="stage 'wide' does not use muP"):
         proxy_stage(run, without, SETTINGS)
-    with pytest.raises(RequestError, match=re.escape("trials 0, steps 12, spread 3.0")):
+    with pytest.raises(RequestError, match=re.escape("trials 0, steps 24, spread 3.0")):
         next(search(run, STAGE, replace(SETTINGS, trials=0)))
 
 
