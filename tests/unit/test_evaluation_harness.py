@@ -26,7 +26,8 @@ from tests.unit.evaluation_cases import TEXT, make_folder, reference_model, subj
 
 TASKS = Path(__file__).parents[2] / "examples" / "evaluation"
 CONTEXT = 32
-PAIRS = [("import ", "torch"), ("", "def"), ("class Batch:\n", "    tokens: Tensor\n"), (TEXT[:400], TEXT[400:420])]
+LONG = " ".join(TEXT.split()[:60])
+PAIRS = [("import ", "torch"), ("", "def"), ("class Batch:\n", "    tokens: Tensor\n"), (LONG, " ru le")]
 
 
 @pytest.fixture(scope="module")
