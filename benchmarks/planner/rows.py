@@ -7,7 +7,7 @@ from typing import Literal
 
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
 from flm_megatron.planner.activations import layer_activations
-from flm_megatron.planner.layout import Implementation, Recompute, Workload
+from flm_megatron.planner.layout import NEVER, Implementation, Recompute, Workload
 from flm_megatron.planner.memory import GIB, rank_memory
 from flm_megatron.training.flops import training_flops_per_token
 
@@ -29,19 +29,18 @@ class Row:
     assumed: str = ""
 
 
-MEGATRON_2022 = Implementation(
+OTHERS = Implementation(fused_loss=False, fused_head_from_mib=NEVER, fused_residual=False, gradient_placeholder=False)
+MEGATRON_2022 = replace(
+    OTHERS,
     flash_attention=False,
-    fused_loss=False,
-    fused_weight_gradient=True,
     rotary=False,
     dropout=True,
     tied_embeddings=True,
     scatters_transfers=True,
 )
 MEGATRON_DEEPSPEED = replace(MEGATRON_2022, fused_weight_gradient=False, scatters_transfers=False)
-NEMO = Implementation(fused_loss=False, fused_weight_gradient=True)
-NEMO_GPT3 = replace(NEMO, rotary=False, tied_embeddings=True)
-FLM = Implementation(fused_loss=False, fused_weight_gradient=True, fused_rotary=False)
+GPT3 = replace(OTHERS, rotary=False, tied_embeddings=True)
+FLM = replace(OTHERS, fused_rotary=False)
 
 
 def gpt(layers: int, hidden: int, heads: int, vocab: int) -> ModelConfig:
@@ -200,13 +199,13 @@ def _nemo_rows() -> list[Row]:
     large = replace(gpt(96, 18432, 96, 256000), head_dim=192, **squared_relu)
     rows = []
     for gpus, seconds in ((16, 2.83), (256, 2.88), (2048, 2.96)):
-        work = workload(small, (4, 1, 1, gpus // 4), 4 * gpus, 4, 4096, NEMO, overlap=True)
+        work = workload(small, (4, 1, 1, gpus // 4), 4 * gpus, 4, 4096, OTHERS, overlap=True)
         rows.append(_nemo(f"Nemotron-4 15B, {gpus} GPUs", work, seconds, source, gpus == 16))
     for gpus, seconds in ((128, 8.309), (512, 8.42), (2048, 8.49)):
-        work = workload(gpt(96, 12288, 96, 51200), (4, 8, 12, gpus // 32), 2 * gpus, 1, 2048, NEMO_GPT3, overlap=True)
+        work = workload(gpt(96, 12288, 96, 51200), (4, 8, 12, gpus // 32), 2 * gpus, 1, 2048, GPT3, overlap=True)
         rows.append(_nemo(f"GPT-3 175B, {gpus} GPUs", work, seconds, source, gpus == 128))
     for gpus, seconds in ((128, 4.61), (512, 4.70), (2048, 4.84)):
-        work = workload(large, (8, 8, 12, gpus // 64), gpus // 4, 1, 4096, NEMO, overlap=True)
+        work = workload(large, (8, 8, 12, gpus // 64), gpus // 4, 1, 4096, OTHERS, overlap=True)
         rows.append(_nemo(f"Nemotron-4 340B, {gpus} GPUs", work, seconds, source, False))
     return rows
 
@@ -218,7 +217,7 @@ def _nemo(name: str, work: Workload, seconds: float, source: str, sets: bool) ->
 def _readme_rows() -> list[Row]:
     model = gpt(96, 12288, 96, 131072)
     work = [
-        workload(model, (8, 6, virtual, data), 1152, 1, 4096, replace(NEMO, rotary=False), overlap=True)
+        workload(model, (8, 6, virtual, data), 1152, 1, 4096, replace(OTHERS, rotary=False), overlap=True)
         for virtual, data in ((16, 2), (16, 96))
     ]
     assumed = "layout 8/6, 16 chunks, micro-batch 1"

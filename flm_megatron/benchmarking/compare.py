@@ -61,7 +61,7 @@ def measure_side_by_side(request: Request, peers: Sequence[str]) -> list[dict[st
             contestant.times.append(timed(contestant.step, batches))
     for contestant in contestants.values():
         _weigh(contestant, batches)
-    return [vars(_measurement(name, contestants[name], stage, sequence)) for name in (PROGRAM, *peers)]
+    return [vars(_measurement(name, contestants[name], request)) for name in (PROGRAM, *peers)]
 
 
 def _weigh(contestant: _Contestant, batches: list[Batch]) -> None:
@@ -71,11 +71,12 @@ def _weigh(contestant: _Contestant, batches: list[Batch]) -> None:
     contestant.memory_gib = contestant.resident_gib + current().peak_memory_gib() - before
 
 
-def _measurement(name: str, contestant: _Contestant, stage: StageConfig, sequence_length: int) -> Measurement:
-    found = describe_measurement(name, stage, sequence_length, 1, contestant.times, contestant.memory_gib)
+def _measurement(name: str, contestant: _Contestant, request: Request) -> Measurement:
+    times, memory_gib = contestant.times, contestant.memory_gib
+    found = describe_measurement(name, request.stage, request.sequence_length, 1, times, memory_gib)
     if name != PROGRAM:
         return found
-    return Measurement(**{**vars(found), "planned_gib": planned_gib(stage, sequence_length, 1)})
+    return Measurement(**{**vars(found), "planned_gib": planned_gib(request, 1)})
 
 
 def ratios(measurements: Sequence[Measurement]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from flm_megatron.benchmarking.workload import describe, processes
 from flm_megatron.config.schema import DistributedConfig, ParallelConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.device.hardware import find_hardware
-from flm_megatron.planner.layout import CPU, CUDA, stage_workload
+from flm_megatron.planner.layout import CPU, CUDA, as_chosen, stage_workload
 from flm_megatron.planner.memory import GIB, all_rank_memory
 from flm_megatron.training.step import Engine
 
@@ -84,7 +84,7 @@ def measure_engine(request: Request) -> dict[str, Any]:
     return vars(
         replace(
             describe_measurement(PROGRAM, stage, sequence, world, times, slowest([held])[0]),
-            planned_gib=planned_gib(stage, sequence, world),
+            planned_gib=planned_gib(request, world),
             parts_s=_mean(parts),
         )
     )
@@ -120,9 +120,10 @@ def describe_measurement(
     )
 
 
-def planned_gib(stage: StageConfig, sequence_length: int, world: int) -> float:
+def planned_gib(request: Request, world: int) -> float:
     """What the planner says that the process with the most memory holds in tensors, without the driver's share."""
-    work = stage_workload(stage, sequence_length, world, {"cpu": CPU, "cuda": CUDA}[current().name])
+    software = as_chosen({"cpu": CPU, "cuda": CUDA}[current().name], request.kernels)
+    work = stage_workload(request.stage, request.sequence_length, world, software)
     return max(memory.total for memory in all_rank_memory(work)) / GIB
 
 

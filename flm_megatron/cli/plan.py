@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,14 +45,16 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan."""
     from flm_megatron.config.loader import load_run
     from flm_megatron.errors import RequestError
+    from flm_megatron.planner.layout import as_chosen
     from flm_megatron.planner.machine import find_machine
 
     if args.gpus < 1:
         raise RequestError(f"--gpus is {args.gpus}, give at least 1")
     if args.nodes_of is not None and args.nodes_of < 1:
         raise RequestError(f"--nodes-of is {args.nodes_of}, give at least 1")
-    machine = find_machine(args.gpu, args.nodes_of, args.hardware)
     config = with_vocabulary(only_stage(load_run(args.run_file, args.overrides), args.stage))
+    machine = find_machine(args.gpu, args.nodes_of, args.hardware)
+    machine = replace(machine, software=as_chosen(machine.software, config.kernels))
     if args.search:
         text, data = _search(config, machine, args)
     elif args.budget is not None:

@@ -102,8 +102,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = plan.buffer
         if plan.learns and grad_weight is None:
             grad_weight = torch.zeros(weight.shape, dtype=working, device=weight.device)
+        space = rows.new_empty(min(plan.chunk_tokens, rows.size(0)), weight.size(0))  # one for all chunks
         for chunk in _chunks(rows.size(0), plan.chunk_tokens):
-            logits = rows[chunk] @ weight.t()
+            logits = torch.mm(rows[chunk], weight.t(), out=space[: chunk.stop - chunk.start])
             log_sum, at_label = over_vocabulary(plan.loss.statistics(logits, labels[chunk], plan.valid), plan.group)
             torch.sub(log_sum, at_label, out=losses[chunk])
             if grad_rows is not None:

@@ -40,14 +40,35 @@ def layer_activations(work: Workload) -> LayerActivations:
 
 
 def head_activations(work: Workload) -> float:
-    """Kept by the final norm, the head and the loss: their inputs, or the softmax in fp32 in place of the logits."""
-    each = work.bytes if work.implementation.fused_loss else 4
-    return 2 * residual_bytes(work) + _norm_extra(work) + each * logits(work)
+    """Kept by the final norm, the head and the loss: their inputs, and the logits or in place of them the softmax in
+    fp32. Where head and loss are one operation it also has the gradient of its gathered input."""
+    each = work.bytes if work.implementation.fused_loss or fuses_head(work) else 4
+    kept = 2 * residual_bytes(work) + _norm_extra(work) + each * logits(work)
+    if fuses_head(work):
+        kept += work.tokens * work.model.hidden_size * work.bytes * (1 if work.sequence_parallel == 1 else 2)
+    return kept
 
 
 def logits(work: Workload) -> float:
-    """Number of logits on one tensor rank."""
-    return work.tokens * work.padded_vocab / work.parallel.tensor
+    """Number of logits on one tensor rank at a time."""
+    return head_tokens(work) * _head_rows(work)
+
+
+def fuses_head(work: Workload) -> bool:
+    """Whether head and loss are one operation, as `kernels.fuses_head_and_loss` decides."""
+    return work.tokens * _head_rows(work) * work.bytes >= work.implementation.fused_head_from_mib * 2**20
+
+
+def head_tokens(work: Workload) -> int:
+    """Tokens whose logits are there at a time: a micro-batch's, or a chunk's of `kernels.linear_cross_entropy`."""
+    if not fuses_head(work):
+        return work.tokens
+    chunk = work.tokens * work.model.hidden_size // _head_rows(work)
+    return min(work.tokens, max(chunk, work.implementation.head_chunk))
+
+
+def _head_rows(work: Workload) -> int:
+    return work.padded_vocab // work.parallel.tensor
 
 
 def feed_forward_values(work: Workload) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from flm_megatron.planner.activations import feed_forward_values, logits, residual_bytes
+from flm_megatron.planner.activations import feed_forward_values, fuses_head, head_tokens, logits, residual_bytes
 from flm_megatron.planner.communication import tensor_time
 from flm_megatron.planner.layout import Workload
 from flm_megatron.planner.machine import Machine
@@ -67,14 +67,18 @@ def layer_passes(work: Workload, machine: Machine) -> Passes:
 
 
 def head_passes(work: Workload, machine: Machine) -> Passes:
-    """Final norm, head and loss."""
-    product = _linear(work, machine, work.padded_vocab / work.parallel.tensor, work.model.hidden_size)
-    each = (work.bytes, 2 * work.bytes) if work.implementation.fused_loss else LOSS_BYTES
-    loss = [memory_time(machine, size * logits(work)) for size in each]
+    """Final norm, head and loss. Where the latter two are one operation, forward also stands for their gradients."""
+    tokens, rows = head_tokens(work), work.padded_vocab / work.parallel.tensor
+    products = _linear(work, machine, rows, work.model.hidden_size, tokens=tokens)
+    each = (work.bytes, 2 * work.bytes) if work.implementation.fused_loss or fuses_head(work) else LOSS_BYTES
+    loss = [Seconds(memory_bound=memory_time(machine, size * logits(work))) for size in each]
+    chunks = work.tokens / tokens
+    forward, backward = (products.forward + loss[0]) * chunks, (products.backward + loss[1]) * chunks
+    if fuses_head(work):
+        forward, backward = forward + backward, Seconds()
     norm = residual_bytes(work)
-    forward = Seconds(memory_bound=loss[0] + memory_time(machine, 2 * norm), tensor=_exchange(work, machine))
-    backward = Seconds(memory_bound=loss[1] + memory_time(machine, 3 * norm))
-    return Passes(product.forward + forward, product.backward + backward)
+    forward += Seconds(memory_bound=memory_time(machine, 2 * norm), tensor=_exchange(work, machine))
+    return Passes(forward, backward + Seconds(memory_bound=memory_time(machine, 3 * norm)))
 
 
 def embedding_passes(work: Workload, machine: Machine) -> Passes:
@@ -129,8 +133,10 @@ def _around(work: Workload, machine: Machine, column: Passes) -> Passes:
     """
     stream = residual_bytes(work)
     mask = stream / work.bytes if work.implementation.dropout else 0.0
-    forward = memory_time(machine, 2 * stream) + memory_time(machine, 3 * stream + mask)
-    backward = memory_time(machine, 3 * stream) + memory_time(machine, 3 * stream + mask)
+    # A fused sum spares the norm one stream to read, and backward two; of a layer's two pairs one is fused.
+    spared = 0.5 if work.implementation.fused_residual and work.recompute != "selective" else 0.0
+    forward = memory_time(machine, 2 * stream) + memory_time(machine, (3 - spared) * stream + mask)
+    backward = memory_time(machine, 3 * stream) + memory_time(machine, (3 - 2 * spared) * stream + mask)
     exchange = _exchange(work, machine)
     hidden_behind = column.backward.matmul
     alone = exchange if work.parallel.sequence else 0.0
@@ -146,11 +152,14 @@ def _exchange(work: Workload, machine: Machine) -> float:
     return tensor_time(work, machine, work.tokens * work.model.hidden_size * work.bytes)
 
 
-def _linear(work: Workload, machine: Machine, columns: float, inner: float, fp8: bool = False) -> Passes:
+def _linear(
+    work: Workload, machine: Machine, columns: float, inner: float, fp8: bool = False, tokens: int | None = None
+) -> Passes:
     """A weight [columns, inner] on this rank: its product, and the gradients of input and weight; the latter is added
     to the fp32 buffer by the product itself, or by a kernel of its own. With `fp8` operands are cast before each
-    product; efficiencies are those of other products, for nothing was measured."""
-    tokens = work.tokens
+    product; efficiencies are those of other products, for nothing was measured. `tokens` are a micro-batch's unless
+    given."""
+    tokens = tokens or work.tokens
     precision: Literal["fp32", "bf16", "fp8"] = "fp8" if fp8 else work.precision
     forward = matmul_time(machine, precision, tokens, columns, inner)
     backward = matmul_time(machine, precision, tokens, inner, columns)

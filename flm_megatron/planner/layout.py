@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
 from flm_megatron.config.pipeline import pipeline_split
-from flm_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
+from flm_megatron.config.schema import KernelsConfig, ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.model.parameters import FC2, PROJECTION, parameter_specs
 from flm_megatron.model.split import padded_vocab_size
 
@@ -30,8 +30,17 @@ class Implementation:
     softmax in fp32."""
     loss_values: int = 0
     """Logits that the loss has in fp32 at a time (plain PyTorch)."""
-    fused_weight_gradient: bool = False
-    """Weight gradients are added to the fp32 buffer by the multiplication itself (Apex's extension)."""
+    fused_head_from_mib: int = 512
+    """From so many MiB of logits in a micro-batch on, head and loss are one operation that has those of a chunk of
+    tokens at a time, and computes gradients going forward."""
+    head_chunk: int = 2048
+    """Tokens of such a chunk at least."""
+    fused_residual: bool = True
+    """The sum that ends attention is in the norm that follows it."""
+    fused_weight_gradient: bool = True
+    """Weight gradients are added to the fp32 buffer by the multiplication itself."""
+    gradient_placeholder: bool = True
+    """An unwritten tensor is made in their place (megatron-core without Transformer Engine)."""
     rotary: bool = True
     """Queries and keys are rotated (false: learned positions)."""
     fused_rotary: bool = True
@@ -49,8 +58,15 @@ class Implementation:
     """Reducing gradients needs a second buffer of their size (gloo)."""
 
 
+NEVER = 2**30
 CUDA = Implementation()
-CPU = Implementation(loss_values=2**18, frees_pipeline_outputs=False, copies_gradients_to_reduce=True)
+CPU = Implementation(head_chunk=512, loss_values=2**18, frees_pipeline_outputs=False, copies_gradients_to_reduce=True)
+
+
+def as_chosen(implementation: Implementation, kernels: KernelsConfig) -> Implementation:
+    """`implementation` with what a run file chooses for head and loss."""
+    first = {"auto": implementation.fused_head_from_mib, "fused": 0, "separate": NEVER}[kernels.head_and_loss]
+    return replace(implementation, fused_head_from_mib=first)
 
 
 @dataclass(frozen=True)
@@ -156,6 +172,8 @@ def stage_workload(
     stage: StageConfig, sequence_length: int, world_size: int, implementation: Implementation = CUDA
 ) -> Workload:
     """Workload of a stage on `world_size` processes, which fit its layout; the vocabulary size is known."""
+    if stage.stability.z_loss:  # it needs the logits
+        implementation = replace(implementation, fused_head_from_mib=NEVER)
     return Workload(
         model=stage.model,
         sequence_length=sequence_length,

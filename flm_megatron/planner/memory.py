@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from flm_megatron.planner.activations import (
     feed_forward_values,
+    fuses_head,
     head_activations,
     layer_activations,
     logits,
@@ -109,7 +110,7 @@ def _layer_backward(work: Workload) -> float:
     stream = work.tokens * hidden * work.bytes  # gathered over tensor ranks
     values = feed_forward_values(work) * work.bytes
     matrix = 0.0
-    if not work.implementation.fused_weight_gradient:
+    if _makes_weight_gradients(work):
         matrix = hidden * work.model.ffn_hidden_size / tensor * work.bytes
     halves = 2 * values if work.model.gated else values
     return 2 * stream + max(values + matrix, halves) + layer_activations(work).remade
@@ -120,13 +121,20 @@ def _head_working(work: Workload) -> float:
     the logits."""
     implementation = work.implementation
     stream = work.tokens * work.model.hidden_size * work.bytes
-    gradients = 2 * stream + (0 if implementation.fused_weight_gradient else _embedding_bytes(work))
+    gradients = 2 * stream + (_embedding_bytes(work) if _makes_weight_gradients(work) else 0)
+    if fuses_head(work):
+        gradients -= 2 * stream + work.bytes * logits(work)  # the logits are gone, the stream's gradient was kept
     if implementation.fused_loss:
         widened = 4 if work.precision == "fp32" else 8  # without the largest, and in bf16 the logits themselves
         return max(gradients, widened * min(logits(work), implementation.loss_values))
     if work.precision == "fp32":
         return gradients
     return max(work.bytes * logits(work), gradients - (4 - work.bytes) * logits(work))
+
+
+def _makes_weight_gradients(work: Workload) -> bool:
+    """Whether there is a tensor for the gradient of a matrix, be it a placeholder."""
+    return work.implementation.gradient_placeholder or not work.implementation.fused_weight_gradient
 
 
 def _embedding_working(work: Workload) -> float:

@@ -77,8 +77,8 @@ def assumptions(machine: Machine) -> str:
 
 
 def _software(machine: Machine) -> str:
-    values = asdict(machine.software)
-    return ", ".join(name.replace("_", " ") for name, used in values.items() if used) or "plain kernels"
+    used = {name.replace("_", " "): value for name, value in asdict(machine.software).items() if value}
+    return ", ".join(name if value is True else f"{name} {value}" for name, value in used.items())
 
 
 def run_data(plan: RunPlan) -> dict[str, Any]:

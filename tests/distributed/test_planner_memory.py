@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
-from flm_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
-from flm_megatron.planner.layout import CPU, Workload
+from flm_megatron.config.schema import KernelsConfig, ModelConfig, ParallelConfig, StageConfig
+from flm_megatron.kernels import choice
+from flm_megatron.planner.layout import CPU, Workload, as_chosen
 from flm_megatron.planner.memory import rank_memory
 from flm_megatron.training.parallel import layout
 from flm_megatron.training.step import Engine
@@ -42,14 +43,16 @@ MORE_LAYOUTS = [
     ParallelConfig(pipeline=2),
     ParallelConfig(data=2),
 ]
+AUTO = KernelsConfig()
 TOLERANCE = 0.03
 
 
-def peak_of_a_step(stage: StageConfig, sequence: int) -> int:
+def peak_of_a_step(stage: StageConfig, sequence: int, kernels: KernelsConfig) -> int:
     """Most bytes of tensors alive during this rank's second step, what is always there included."""
     from flm_megatron.device import current
 
     current().prepare()
+    choice.use(choice.choose(kernels))
     with layout(stage.parallel, timeout_s=120):
         engine = Engine(stage, sequence)
         samples = stage.global_batch // (stage.parallel.data or 1)
@@ -77,7 +80,7 @@ def batches(stage: StageConfig, sequence: int, samples: int) -> list[dict[str, t
     return [batch() for _ in range(samples // stage.micro_batch)]
 
 
-def check(pool: Pool, stage: StageConfig, sequence: int = 64) -> None:
+def check(pool: Pool, stage: StageConfig, sequence: int = 64, kernels: KernelsConfig = AUTO) -> None:
     """Every rank's counted peak is within the tolerance of what was planned."""
     parallel, data = stage.parallel, stage.parallel.data or 1
     world = parallel.model_size * data
@@ -90,9 +93,9 @@ def check(pool: Pool, stage: StageConfig, sequence: int = 64) -> None:
         data,
         stage.precision,
         stage.recompute,
-        CPU,
+        as_chosen(CPU, kernels),
     )
-    counted = pool.run(world, peak_of_a_step, stage, sequence)
+    counted = pool.run(world, peak_of_a_step, stage, sequence, kernels)
     for rank, bytes_counted in enumerate(counted):
         planned = rank_memory(work, rank // (world // parallel.pipeline)).total
         assert planned == pytest.approx(bytes_counted, rel=TOLERANCE), f"rank {rank} of {parallel}"
@@ -124,3 +127,12 @@ def test_more_recomputation_needs_what_is_planned(pool: Pool, precision: str, re
 
 def test_grouped_queries_biases_gelu_and_xpos_need_what_is_planned(pool: Pool) -> None:
     check(pool, replace(STAGE, model=FLM_101B, precision="bf16", parallel=ParallelConfig(pipeline=2)))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(tensor=2, sequence=True)], ids=str)
+def test_a_head_that_keeps_no_logits_needs_what_is_planned(
+    pool: Pool, parallel: ParallelConfig, precision: Literal["fp32", "bf16"]
+) -> None:
+    stage = replace(STAGE, model=replace(TELE_FLM, vocab_size=4000), parallel=parallel, precision=precision)
+    check(pool, stage, sequence=1024, kernels=KernelsConfig(head_and_loss="fused"))

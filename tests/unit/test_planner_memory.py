@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Literal
 
 import pytest
+import torch
 
-from flm_megatron.config.schema import ModelConfig, ParallelConfig
+from flm_megatron.config.schema import KernelsConfig, ModelConfig, ParallelConfig, StageConfig
+from flm_megatron.kernels import choice, linear_loss
 from flm_megatron.model.parameters import parameter_count
-from flm_megatron.planner.activations import layer_activations
+from flm_megatron.planner.activations import fuses_head, head_activations, head_tokens, layer_activations
 from flm_megatron.planner.in_flight import peak_in_flight
-from flm_megatron.planner.layout import Implementation, Workload
+from flm_megatron.planner.layout import CUDA, Implementation, Workload, as_chosen, stage_workload
 from flm_megatron.planner.memory import GIB, all_rank_memory, rank_memory, worst_memory
 
 TELE_FLM = ModelConfig(num_layers=64, hidden_size=8192, ffn_hidden_size=21824, num_attention_heads=64, vocab_size=81920)
@@ -120,3 +123,33 @@ def test_the_worst_rank_is_found_without_looking_at_all() -> None:
 def test_the_allowance_is_the_drivers_share_and_a_part_of_what_moves() -> None:
     plain, allowed = rank_memory(workload(), 0), rank_memory(workload(), 0, context_gib=2, fragmentation=0.1)
     assert allowed.total - plain.total == pytest.approx(2 * GIB + 0.1 * (plain.activations + plain.working))
+
+
+@pytest.mark.parametrize("asked", ["auto", "fused", "separate"])
+@pytest.mark.parametrize(("tokens", "vocab"), [(2048, 131_072), (2047, 131_072), (16_384, 16_000), (4096, 81_920)])
+def test_the_planned_head_is_the_one_that_runs(
+    asked: Literal["auto", "fused", "separate"], tokens: int, vocab: int
+) -> None:
+    """Whether head and loss are one operation, and the tokens of its chunks, as the kernels decide it."""
+    kernels = KernelsConfig(head_and_loss=asked)
+    model, parallel = replace(TELE_FLM, vocab_size=vocab), ParallelConfig(tensor=2)
+    work = Workload(model, tokens, 1, 1, parallel, 1, implementation=as_chosen(CUDA, kernels))
+    hidden = torch.empty(tokens, 1, model.hidden_size, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(work.padded_vocab // 2, model.hidden_size, dtype=torch.bfloat16, device="meta")
+    before = choice.current()
+    choice.use(choice.choose(kernels, "cpu"))
+    try:
+        assert fuses_head(work) == linear_loss.fuses_head_and_loss(hidden, weight)
+    finally:
+        choice.use(before)
+    if fuses_head(work):
+        assert head_tokens(work) == min(tokens, linear_loss._chunk_tokens(hidden.view(tokens, -1), weight))
+
+
+def test_a_z_loss_keeps_the_logits() -> None:
+    large = StageConfig(model=TELE_FLM, micro_batch=8, global_batch=8)
+    penalised = replace(large, stability=replace(large.stability, z_loss=1e-4))
+    kept, none = (stage_workload(stage, 4096, 1) for stage in (penalised, large))
+    assert fuses_head(none) and not fuses_head(kept)
+    whole = 8 * 4096 * 81_920 * 2  # bytes of logits
+    assert head_activations(kept) - head_activations(none) > 0.8 * whole

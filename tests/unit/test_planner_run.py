@@ -116,12 +116,12 @@ def test_a_hardware_file_changes_what_it_names(tmp_path: Path) -> None:
     path = tmp_path / "machine.yaml"
     path.write_text(
         "inter_gb_per_s: 12.5\nefficiency: {matmul: 0.5}\nhardware: {memory_gib: 40}\n"
-        "software: {fused_weight_gradient: true}\n"
+        "software: {fused_weight_gradient: false}\n"
     )
     machine, before = override(find_machine("h100"), path), find_machine("h100")
     assert machine.inter_gb_per_s == 12.5
     assert machine.hardware.memory_gib == 40
-    assert machine.software.fused_weight_gradient
+    assert not machine.software.fused_weight_gradient
     assert machine.efficiency == replace(before.efficiency, matmul=0.5)
     assert machine.source == str(path)
     assert machine.intra_gb_per_s == before.intra_gb_per_s
@@ -166,6 +166,15 @@ def test_json_says_what_the_table_says(capsys: pytest.CaptureFixture[str]) -> No
     assert [stage["name"] for stage in data["stages"]] == ["tele-flm-52b", "tele-flm-102b", "tele-flm-1t"]
     assert f"{data['stages'][0]['step_seconds']['total']:.2f}" in text
     assert len(data["stages"][2]["memory_bytes"]) == 28
+
+
+def test_the_run_files_choice_for_head_and_loss_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    run = (str(EXAMPLES / "tele-flm-52b.yaml"), "--gpu", "a800", "--gpus", "896", "--json", "--kernels.head_and_loss")
+    fused, separate = (
+        json.loads(flm_plan(capsys, *run, asked))["stages"][0]["memory_bytes"][-1]["working"]
+        for asked in ("fused", "separate")
+    )
+    assert separate > 1.2 * fused
 
 
 def test_search_and_budget_are_printed(capsys: pytest.CaptureFixture[str]) -> None:

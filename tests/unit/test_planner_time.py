@@ -63,7 +63,7 @@ def test_fp8_halves_the_products_of_the_layers_and_adds_casts() -> None:
     casts = fp8.memory_bound - plain.memory_bound
     assert 0 < casts < 0.5 * (plain.matmul - fp8.matmul)
     assert fp8.attention == plain.attention
-    assert plain.total > 1.3 * fp8.total
+    assert plain.total > 1.2 * fp8.total
     with pytest.raises(RequestError, match="no fp8 units"):
         layer_passes(replace(workload(), fp8=True), A800)
 
