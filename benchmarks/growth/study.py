@@ -27,6 +27,8 @@ from flm_megatron.training.plot import read_metrics
 SEQUENCE, BATCH = 128, 16
 HEAD_DIM = 16
 MASKED = {"hidden": "mask", "ffn": "mask", "heads": "mask", "layers": "mask"}
+SMALL = {"narrow": (2, 2), "shallow": (1, 4), "thin": (2, 1)}
+"""By how much a small model's width and depth are below the large one's."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,10 @@ ARMS: dict[str, Arm | None] = {
     "zero, grown at 10%": Arm("narrow", grow_at=0.1),
     "zero, grown at 50%": Arm("narrow", grow_at=0.5),
     "mask, grown at 10%": Arm("narrow", MASKED, grow_at=0.1),
+    "zero in depth": Arm("shallow"),
+    "mask in depth": Arm("shallow", MASKED),
+    "zero in width": Arm("thin"),
+    "mask in width": Arm("thin", MASKED),
     "mask over 5%": Arm("narrow", MASKED, mask_share=0.05),
     "mask over 50%": Arm("narrow", MASKED, mask_share=0.5),
 }
@@ -92,11 +98,11 @@ def run_document(arm: str, seed: int, args: argparse.Namespace, folder: Path) ->
 
 
 def shape(size: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Model fields: large; narrow, half of it in width and depth; shallow, a quarter of it in depth."""
-    hidden = args.hidden // 2 if size == "narrow" else args.hidden
-    layers = {"large": args.layers, "narrow": args.layers // 2, "shallow": args.layers // 4}[size]
+    """Model fields of the large model or one of SMALL."""
+    width, depth = SMALL.get(size, (1, 1))
+    hidden = args.hidden // width
     return {
-        "num_layers": layers,
+        "num_layers": args.layers // depth,
         "hidden_size": hidden,
         "ffn_hidden_size": hidden * 8 // 3,
         "num_attention_heads": hidden // HEAD_DIM,
