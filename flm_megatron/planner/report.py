@@ -8,6 +8,7 @@ from typing import Any
 
 from flm_megatron.planner.compute import Seconds
 from flm_megatron.planner.growth_schedule import GrowthSchedule
+from flm_megatron.planner.layout import NEVER
 from flm_megatron.planner.machine import Machine
 from flm_megatron.planner.memory import GIB, RankMemory
 from flm_megatron.planner.plan import Cost, RunPlan, StagePlan
@@ -77,8 +78,9 @@ def assumptions(machine: Machine) -> str:
 
 
 def _software(machine: Machine) -> str:
-    used = {name.replace("_", " "): value for name, value in asdict(machine.software).items() if value}
-    return ", ".join(name if value is True else f"{name} {value}" for name, value in used.items())
+    used = {name.replace("_", " "): value for name, value in asdict(machine.software).items()}
+    there = {name: value for name, value in used.items() if value is not False and value != NEVER}
+    return ", ".join(name if value is True else f"{name} {value}" for name, value in there.items())
 
 
 def run_data(plan: RunPlan) -> dict[str, Any]:
