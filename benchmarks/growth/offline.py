@@ -101,7 +101,7 @@ def main() -> None:
         write_view(InitialCheckpoint(old, 1, optimizer=True, dtype=torch.bfloat16), source, {"optimizer_step": 1})
         for operator in args.operators:
             operators = dict.fromkeys(("hidden", "ffn", "heads", "layers"), operator)
-            plan = make_plan(old, new, GrowthConfig(**operators, layer_selection="interleave"), seed=1)
+            plan = make_plan(old, new, GrowthConfig(**operators, layer_selection="interleave", mask_steps=1000), seed=1)
             view = GrownCheckpoint(open_checkpoint(source), plan)
             turns = [turn(view, args.folder, processes) for _ in range(args.repeats + 1)][1:]
             seconds, cpu, copied = (statistics.median(column) for column in zip(*turns, strict=True))

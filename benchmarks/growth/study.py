@@ -17,7 +17,7 @@ import json
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from flm_megatron.training.plot import read_metrics
 
 SEQUENCE, BATCH = 128, 16
 HEAD_DIM = 16
-MASKED = {"hidden": "mask", "ffn": "mask", "heads": "mask", "layers": "mask"}
+DIMENSIONS = "hidden", "ffn", "heads", "layers"
+ZERO, MASKED = dict.fromkeys(DIMENSIONS, "zero"), dict.fromkeys(DIMENSIONS, "mask")
 SMALL = {"narrow": (2, 2), "shallow": (1, 4), "thin": (2, 1)}
 """By how much a small model's width and depth are below the large one's."""
 
@@ -36,7 +37,7 @@ class Arm:
     """How one arm grows: out of which shape, by which operators, when, and for how long its masks open."""
 
     small: str
-    growth: dict[str, str] = field(default_factory=dict)
+    growth: dict[str, str]
     grow_at: float = 0.25
     """Share of the FLOPs spent before the growth."""
     mask_share: float = 0.2
@@ -45,15 +46,15 @@ class Arm:
 
 ARMS: dict[str, Arm | None] = {
     "scratch": None,
-    "zero": Arm("narrow"),
+    "zero": Arm("narrow", ZERO),
     "mask": Arm("narrow", MASKED),
     "copy": Arm("shallow", {"layers": "copy", "layer_selection": "stack"}),
-    "zero, grown at 10%": Arm("narrow", grow_at=0.1),
-    "zero, grown at 50%": Arm("narrow", grow_at=0.5),
+    "zero, grown at 10%": Arm("narrow", ZERO, grow_at=0.1),
+    "zero, grown at 50%": Arm("narrow", ZERO, grow_at=0.5),
     "mask, grown at 10%": Arm("narrow", MASKED, grow_at=0.1),
-    "zero in depth": Arm("shallow"),
+    "zero in depth": Arm("shallow", ZERO),
     "mask in depth": Arm("shallow", MASKED),
-    "zero in width": Arm("thin"),
+    "zero in width": Arm("thin", ZERO),
     "mask in width": Arm("thin", MASKED),
     "mask over 5%": Arm("narrow", MASKED, mask_share=0.05),
     "mask over 50%": Arm("narrow", MASKED, mask_share=0.5),

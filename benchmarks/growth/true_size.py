@@ -80,7 +80,7 @@ def main() -> None:
     args = parser.parse_args()
     old, new = (stage.model for stage in load_run(RUN_FILE).stages[-2:])
     operators = {"hidden": args.operator, "ffn": args.operator, "heads": args.operator, "layers": args.operator}
-    growth = GrowthConfig(**operators, layer_selection="interleave")
+    growth = GrowthConfig(**operators, layer_selection="interleave", mask_steps=1000)
     source = Counting(InitialCheckpoint(old, 1, optimizer=args.optimizer, dtype=torch.bfloat16))
     view = GrownCheckpoint(source, make_plan(old, new, growth, seed=1, stage="1t"))
     if args.count:

@@ -43,10 +43,15 @@ def stage_budgets(run: RunConfig) -> list[StageBudget]:
     budgets: list[StageBudget] = []
     sample = 0
     for stage in run.stages:
-        steps = math.ceil(stage.tokens / (stage.global_batch * run.data.sequence_length))
+        steps = stage_steps(stage, run.data.sequence_length)
         budgets.append(StageBudget(steps, sample, stage.global_batch, run.data.sequence_length))
         sample = budgets[-1].end_sample
     return budgets
+
+
+def stage_steps(stage: StageConfig, sequence_length: int) -> int:
+    """Steps of a stage: its tokens rounded up to whole ones."""
+    return math.ceil(stage.tokens / (stage.global_batch * sequence_length))
 
 
 def warmup_tokens(schedule: ScheduleConfig, sequence_length: int) -> int:

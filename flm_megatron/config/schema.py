@@ -203,16 +203,16 @@ class ValidationConfig:
 class GrowthConfig:
     """How a stage grows from the one before."""
 
-    hidden: Literal["mask", "zero"] = "zero"
+    hidden: Literal["mask", "zero"] = "mask"
     """Operator for the hidden size."""
-    ffn: Literal["mask", "zero"] = "zero"
+    ffn: Literal["mask", "zero"] = "mask"
     """Operator for the feed-forward size."""
-    heads: Literal["mask", "zero"] = "zero"
+    heads: Literal["mask", "zero"] = "mask"
     """Operator for attention heads and query groups."""
-    layers: Literal["mask", "zero", "copy"] = "zero"
+    layers: Literal["mask", "zero", "copy"] = "mask"
     """Operator for layers; `copy` is G_stack's plain copy, which does not preserve the function."""
-    mask_steps: int = 5000
-    """Steps over which masks open from 0 to 1."""
+    mask_steps: int | None = None
+    """Steps over which masks open from 0 to 1; none means a fifth of the stage's."""
     mask_shape: Literal["linear", "cosine"] = "linear"
     """How masks open."""
     layer_selection: Literal["distance", "interleave", "top", "stack", "list"] = "distance"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig
 from flm_megatron.errors import RequestError
-from flm_megatron.growth.plan import GrowthPlan, make_plan
+from flm_megatron.growth.plan import GrowthPlan, check_same_plan, make_plan, stage_growth
 from flm_megatron.growth.rules import check_epsilons, check_growth, check_mask_length, check_source_stage
 from flm_megatron.growth.schedule import mask_value
 from flm_megatron.growth.view import GrownCheckpoint
@@ -31,7 +31,7 @@ def grown_view(
     check_source_stage(run, stage_index, source.manifest.get("stage"))
     check_masks_open(source.manifest)
     check_same_tokenizer(source.manifest, run)
-    growth = stage.growth or GrowthConfig()
+    growth = stage_growth(stage, run.data.sequence_length)
     plan = make_plan(source_model(source, run, stage_index), stage.model, growth, run.seed, distances, stage.name)
     return GrownCheckpoint(source, plan, _manifest(source, run, stage_index)), plan
 
@@ -45,11 +45,12 @@ def check_boundary(run: RunConfig, stage_index: int) -> None:
     if stage_index < 1:
         return
     stage, before = run.stages[stage_index], run.stages[stage_index - 1]
-    growth = stage.growth or GrowthConfig()
+    growth = stage_growth(stage, run.data.sequence_length)
     check_epsilons(run)
     check_growth(before.model, stage.model, growth)
     plan = make_plan(before.model, stage.model, growth, run.seed, [0.0] * before.model.num_layers, stage.name)
-    check_mask_length(stage, run.data.sequence_length, masked=bool(plan.masked))
+    if plan.masked:
+        check_mask_length(stage, plan.mask_steps, run.data.sequence_length)
 
 
 def needs_distances(run: RunConfig, stage_index: int) -> bool:
@@ -78,6 +79,25 @@ def saved_plan(manifest: Mapping[str, Any]) -> GrowthPlan | None:
     """The plan of the growth that a checkpoint's stage began with; none if it did not grow."""
     growth = manifest.get("growth")
     return GrowthPlan.from_json(growth["plan"]) if growth else None
+
+
+def resumed_plan(run: RunConfig, index: int, saved: Mapping[str, Any]) -> GrowthPlan | None:
+    """The plan that the stage of a checkpoint was grown with, held against the one that the run file now asks for.
+
+    Raises:
+        RequestError: they differ; the message names the first difference.
+    """
+    plan, stage = saved_plan(saved), run.stages[index]
+    if plan is None:
+        return None
+    growth = stage_growth(stage, run.data.sequence_length)
+    if stage.growth is None or stage.growth.mask_steps is None:  # a share of the stage as long as it was then
+        growth = replace(growth, mask_steps=plan.mask_steps)
+    now = make_plan(plan.old, stage.model, growth, run.seed, [0.0] * plan.old.num_layers, stage.name)
+    if growth.layer_selection == "distance":  # measured at the boundary, not again
+        now = replace(now, layer_sources=plan.layer_sources)
+    check_same_plan(plan, now)
+    return plan
 
 
 def saved_mask_value(manifest: Mapping[str, Any]) -> float:

@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from flm_megatron.config.schema import GrowthConfig, ModelConfig
+from flm_megatron.config.budget import stage_steps
+from flm_megatron.config.schema import GrowthConfig, ModelConfig, StageConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.layers import LayerSource, select_layers
 from flm_megatron.growth.rules import check_growth
 
 Operator = Literal["mask", "zero"]
+MASKED_SHARE = 5
+"""Masks open over one step in so many of a stage; benchmarks/growth/study.md has what other lengths do."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,14 @@ class GrowthPlan:
         return cls(**values)
 
 
+def stage_growth(stage: StageConfig, sequence_length: int) -> GrowthConfig:
+    """How a stage grows: what its run file says, with the length of its masks."""
+    growth = stage.growth or GrowthConfig()
+    if growth.mask_steps is not None:
+        return growth
+    return replace(growth, mask_steps=max(1, stage_steps(stage, sequence_length) // MASKED_SHARE))
+
+
 def make_plan(
     old: ModelConfig,
     new: ModelConfig,
@@ -98,12 +109,14 @@ def make_plan(
 ) -> GrowthPlan:
     """Plan the growth of `old`, the model as it was trained, into the configured `new`.
 
-    `distances` has one number per old layer and is needed only where layers are selected by distance.
+    `growth` has a length for its masks (see `stage_growth`). `distances` has one number per old layer and is needed
+    only where layers are selected by distance.
 
     Raises:
         RequestError: the growth is not possible as asked.
     """
     check_growth(old, new, growth)
+    assert growth.mask_steps is not None, "the length of masks is the stage's: see stage_growth"
     return GrowthPlan(
         stage=stage,
         old=old,

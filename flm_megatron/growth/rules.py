@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flm_megatron.config.budget import stage_steps
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig, StageConfig
 from flm_megatron.errors import RequestError
 
@@ -92,18 +93,16 @@ def check_depth_operator(old: ModelConfig, new: ModelConfig, growth: GrowthConfi
         )
 
 
-def check_mask_length(stage: StageConfig, sequence_length: int, masked: bool) -> None:
+def check_mask_length(stage: StageConfig, mask_steps: int, sequence_length: int) -> None:
     """The mask opens within the stage."""
-    if stage.growth is None or not masked:
-        return
-    steps = -(-stage.tokens // (stage.global_batch * sequence_length))
-    if stage.growth.mask_steps > steps:
+    steps = stage_steps(stage, sequence_length)
+    if mask_steps > steps:
         raise RequestError(
-            f"stage {stage.name!r}: growth.mask_steps is {stage.growth.mask_steps}, but the stage has {steps} steps "
+            f"stage {stage.name!r}: growth.mask_steps is {mask_steps}, but the stage has {steps} steps "
             f"({stage.tokens} tokens): give at most {steps}"
         )
-    if stage.growth.mask_steps < 1:
-        raise RequestError(f"stage {stage.name!r}: growth.mask_steps is {stage.growth.mask_steps}: give at least 1")
+    if mask_steps < 1:
+        raise RequestError(f"stage {stage.name!r}: growth.mask_steps is {mask_steps}: give at least 1")
 
 
 def check_source_stage(run: RunConfig, stage_index: int, source_stage: str | None) -> None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 
-from flm_megatron.config.schema import GrowthConfig
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.model.mask_plan import MaskPlan
 
 
-def mask_value(growth: GrowthConfig | GrowthPlan, step: int) -> float:
+def mask_value(plan: GrowthPlan, step: int) -> float:
     """v in [0, 1] for the forward pass after `step` steps of the stage: 0 at the first, 1 from `mask_steps` on."""
-    if step >= growth.mask_steps:
+    if step >= plan.mask_steps:
         return 1.0
-    progress = max(step, 0) / growth.mask_steps
-    return progress if growth.mask_shape == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    progress = max(step, 0) / plan.mask_steps
+    return progress if plan.mask_shape == "linear" else (1 - math.cos(math.pi * progress)) / 2
 
 
 def mask_plan(plan: GrowthPlan) -> MaskPlan:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from flm_megatron.config.budget import stage_steps
 from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.model.parameters import parameter_count
 from flm_megatron.planner.layout import Workload, stage_workload
@@ -101,7 +101,7 @@ def plan_stage(stage: StageConfig, sequence_length: int, machine: Machine, gpus:
     """Plan one stage on `gpus` accelerators."""
     work = stage_workload(stage, sequence_length, gpus, machine.software)
     step = step_time(work, machine)
-    steps = math.ceil(stage.tokens / work.step_tokens)
+    steps = stage_steps(stage, sequence_length)
     tflops = tflops_per_device(work, step.total)
     return StagePlan(
         name=stage.name,

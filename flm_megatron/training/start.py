@@ -15,12 +15,12 @@ from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.store import CheckpointStore
 from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.loader import run_from_dict
-from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig, StageConfig
+from flm_megatron.config.schema import ModelConfig, RunConfig, StageConfig
 from flm_megatron.errors import RequestError
-from flm_megatron.growth.boundary import grown_view, saved_plan
+from flm_megatron.growth.boundary import grown_view, resumed_plan
 from flm_megatron.growth.certificate import Certificate
 from flm_megatron.growth.measure import boundary_certificate, boundary_distances
-from flm_megatron.growth.plan import GrowthPlan, check_same_plan, grown_model, make_plan
+from flm_megatron.growth.plan import GrowthPlan, grown_model
 from flm_megatron.training.parallel import layout
 
 
@@ -96,7 +96,7 @@ def begin(run: RunConfig, start: Start) -> Beginning:
     assert start.source is not None
     source = open_checkpoint(start.source)
     if start.resumes:
-        plan = _resumed_plan(run, start.stage, source.manifest)
+        plan = resumed_plan(run, start.stage, source.manifest)
         return Beginning(_resumed_stage(stage, source.manifest, plan), source, plan)
     if run.data.chat is not None:  # stages of a fine-tuning share one model
         return Beginning(stage, source)
@@ -104,19 +104,6 @@ def begin(run: RunConfig, start: Start) -> Beginning:
     view, plan = grown_view(source, run, start.stage, boundary_distances(source, run, start.stage, under))
     certificate = boundary_certificate(view, run, start.stage, under)
     return Beginning(replace(stage, model=grown_model(plan)), view, plan, certificate)
-
-
-def _resumed_plan(run: RunConfig, index: int, saved: dict[str, Any]) -> GrowthPlan | None:
-    """The plan a stage was grown with, held against the one that the run file now asks for."""
-    plan, stage = saved_plan(saved), run.stages[index]
-    if plan is None:
-        return None
-    growth = stage.growth or GrowthConfig()
-    now = make_plan(plan.old, stage.model, growth, run.seed, [0.0] * plan.old.num_layers, stage.name)
-    if growth.layer_selection == "distance":  # measured at the boundary, not again
-        now = replace(now, layer_sources=plan.layer_sources)
-    check_same_plan(plan, now)
-    return plan
 
 
 def _resumed_stage(stage: StageConfig, saved: dict[str, Any], plan: GrowthPlan | None) -> StageConfig:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flm_megatron.config.schema import DataConfig, GrowthConfig, MupConfig, RunConfig, StageConfig
+from flm_megatron.config.schema import DataConfig, MupConfig, RunConfig, StageConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.boundary import (
     check_boundary,
@@ -18,6 +18,7 @@ from flm_megatron.growth.boundary import (
     grown_view,
     manifest_model,
     needs_distances,
+    resumed_plan,
     saved_mask_value,
     saved_plan,
 )
@@ -120,11 +121,13 @@ def run_of(*stages: StageConfig) -> RunConfig:
 
 def test_rules_about_stages() -> None:
     first = StageConfig(name="a")
-    second = StageConfig(name="b", tokens=16 * 8 * 10, growth=GrowthConfig(mask_steps=11))
+    second = StageConfig(name="b", tokens=16 * 8 * 10)
     run = run_of(first, second)
     with pytest.raises(RequestError, match=r"mask_steps is 11, but the stage has 10 steps \(1280 tokens\)"):
-        check_mask_length(second, 16, masked=True)
-    check_mask_length(second, 16, masked=False)
+        check_mask_length(second, 11, 16)
+    with pytest.raises(RequestError, match="mask_steps is 0: give at least 1"):
+        check_mask_length(second, 0, 16)
+    check_mask_length(second, 10, 16)
     check_source_stage(run, 1, "a")
     with pytest.raises(RequestError, match="grows from stage 'a', but the checkpoint is of stage 'c'"):
         check_source_stage(run, 1, "c")
@@ -141,7 +144,9 @@ def small_run(**growth_changes: Any) -> RunConfig:
     big = replace(old_model(), **GROWN["all"], vocab_size=None)
     stages = [
         StageConfig(name="small", model=old_model()),
-        StageConfig(name="big", model=big, tokens=16 * 8 * 10, growth=growth("mask", mask_steps=4, **growth_changes)),
+        StageConfig(
+            name="big", model=big, tokens=16 * 8 * 10, growth=growth("mask", **{"mask_steps": 4, **growth_changes})
+        ),
     ]
     return run_of(*stages)
 
@@ -167,8 +172,34 @@ def test_boundary_takes_the_trained_epsilon() -> None:
     assert grown_view(source, small_run(hidden="zero"), 1)[1].new.norm_epsilon == pytest.approx(3e-3 * 24 / 33)
 
 
+@pytest.mark.parametrize(("asked", "tokens", "steps"), [(None, 1280, 2), (None, 16 * 8 * 3, 1), (7, 1280, 7)])
+def test_masks_open_over_a_fifth_of_the_stage_unless_told(asked: int | None, tokens: int, steps: int) -> None:
+    run = small_run(mask_steps=asked)
+    run.stages[1].tokens = tokens
+    assert grown_view(trained(old_model()), run, 1)[1].mask_steps == steps
+
+
+def test_a_stage_made_longer_keeps_the_masks_that_it_began_with() -> None:
+    run = small_run(mask_steps=None)
+    view, plan = grown_view(trained(old_model()), run, 1)
+    run.stages[1].tokens *= 3
+    assert resumed_plan(run, 1, view.manifest) == plan
+    asked = small_run(mask_steps=3)
+    with pytest.raises(RequestError, match="was grown with mask_steps = 2, and the run file now gives 3"):
+        resumed_plan(asked, 1, view.manifest)
+
+
+def test_all_dimensions_grow_by_masks_unless_told() -> None:
+    run = small_run()
+    run.stages[1].growth = None
+    distances = [0.0] * run.stages[0].model.num_layers
+    assert grown_view(trained(old_model()), run, 1, distances)[1].masked == ("hidden", "ffn", "heads", "layers")
+
+
 def test_masks_are_a_function_of_the_step() -> None:
-    linear, cosine = GrowthConfig(mask_steps=4), GrowthConfig(mask_steps=4, mask_shape="cosine")
+    linear, cosine = (
+        plan_for("all", "mask", old_model(), {"mask_steps": 4, "mask_shape": shape}) for shape in ("linear", "cosine")
+    )
     assert [mask_value(linear, s) for s in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
     assert [mask_value(cosine, s) for s in range(6)] == pytest.approx([0, 0.1464466, 0.5, 0.8535534, 1, 1])
 
