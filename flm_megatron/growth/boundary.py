@@ -10,7 +10,13 @@ from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.plan import GrowthPlan, check_same_plan, make_plan, stage_growth
-from flm_megatron.growth.rules import check_epsilons, check_growth, check_mask_length, check_source_stage
+from flm_megatron.growth.rules import (
+    check_epsilons,
+    check_growth,
+    check_mask_length,
+    check_masks_reach_norms,
+    check_source_stage,
+)
 from flm_megatron.growth.schedule import mask_value
 from flm_megatron.growth.view import GrownCheckpoint
 
@@ -49,6 +55,7 @@ def check_boundary(run: RunConfig, stage_index: int) -> None:
     check_epsilons(run)
     check_growth(before.model, stage.model, growth)
     plan = make_plan(before.model, stage.model, growth, run.seed, [0.0] * before.model.num_layers, stage.name)
+    check_masks_reach_norms(stage, plan.masked)
     if plan.masked:
         check_mask_length(stage, plan.mask_steps, run.data.sequence_length)
 

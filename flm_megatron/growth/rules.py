@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from flm_megatron.config.budget import stage_steps
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig, StageConfig
 from flm_megatron.errors import RequestError
@@ -103,6 +105,15 @@ def check_mask_length(stage: StageConfig, mask_steps: int, sequence_length: int)
         )
     if mask_steps < 1:
         raise RequestError(f"stage {stage.name!r}: growth.mask_steps is {mask_steps}: give at least 1")
+
+
+def check_masks_reach_norms(stage: StageConfig, masked: Collection[str]) -> None:
+    """Masks on the hidden size reach into norms, which Transformer Engine's linear layers hide."""
+    if stage.transformer_engine and "hidden" in masked:
+        raise RequestError(
+            f"stage {stage.name!r}: transformer_engine fuses norms into linear layers, where growth masks on the "
+            "hidden size cannot reach: set growth.hidden to zero, or transformer_engine to false"
+        )
 
 
 def check_source_stage(run: RunConfig, stage_index: int, source_stage: str | None) -> None:

@@ -204,6 +204,16 @@ def test_masks_are_a_function_of_the_step() -> None:
     assert [mask_value(cosine, s) for s in range(6)] == pytest.approx([0, 0.1464466, 0.5, 0.8535534, 1, 1])
 
 
+def test_masks_on_the_hidden_size_are_refused_with_transformer_engine() -> None:
+    run = small_run()
+    run.stages[1].transformer_engine = True
+    with pytest.raises(RequestError, match=r"'big': transformer_engine fuses norms .* set growth.hidden to zero"):
+        check_boundary(run, 1)
+    run = small_run(hidden="zero")
+    run.stages[1].transformer_engine = True
+    check_boundary(run, 1)
+
+
 def test_growing_in_the_middle_of_a_mask() -> None:
     view, _ = grown_view(trained(old_model()), small_run(), 1)
     assert saved_mask_value({**view.manifest, "step": 3}) == 0.75
