@@ -7,12 +7,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
-from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig
+from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig, StageConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.plan import GrowthPlan, check_same_plan, make_plan, stage_growth
 from flm_megatron.growth.rules import (
     check_epsilons,
-    check_growth,
     check_mask_length,
     check_masks_reach_norms,
     check_source_stage,
@@ -51,10 +50,8 @@ def check_boundary(run: RunConfig, stage_index: int) -> None:
     if stage_index < 1:
         return
     stage, before = run.stages[stage_index], run.stages[stage_index - 1]
-    growth = stage_growth(stage, run.data.sequence_length)
     check_epsilons(run)
-    check_growth(before.model, stage.model, growth)
-    plan = make_plan(before.model, stage.model, growth, run.seed, [0.0] * before.model.num_layers, stage.name)
+    plan = _unmeasured_plan(before.model, run, stage, stage_growth(stage, run.data.sequence_length))
     check_masks_reach_norms(stage, plan.masked)
     if plan.masked:
         check_mask_length(stage, plan.mask_steps, run.data.sequence_length)
@@ -97,14 +94,19 @@ def resumed_plan(run: RunConfig, index: int, saved: Mapping[str, Any]) -> Growth
     plan, stage = saved_plan(saved), run.stages[index]
     if plan is None:
         return None
-    growth = stage_growth(stage, run.data.sequence_length)
-    if stage.growth is None or stage.growth.mask_steps is None:  # a share of the stage as long as it was then
+    growth = stage.growth or GrowthConfig()
+    if growth.mask_steps is None:  # a share of the stage as long as it was then
         growth = replace(growth, mask_steps=plan.mask_steps)
-    now = make_plan(plan.old, stage.model, growth, run.seed, [0.0] * plan.old.num_layers, stage.name)
+    now = _unmeasured_plan(plan.old, run, stage, growth)
     if growth.layer_selection == "distance":  # measured at the boundary, not again
         now = replace(now, layer_sources=plan.layer_sources)
     check_same_plan(plan, now)
     return plan
+
+
+def _unmeasured_plan(old: ModelConfig, run: RunConfig, stage: StageConfig, growth: GrowthConfig) -> GrowthPlan:
+    """The plan but for which layers are copied, where that is measured."""
+    return make_plan(old, stage.model, growth, run.seed, [0.0] * old.num_layers, stage.name)
 
 
 def saved_mask_value(manifest: Mapping[str, Any]) -> float:

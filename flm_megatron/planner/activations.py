@@ -20,7 +20,12 @@ class LayerActivations:
 
 def residual_bytes(work: Workload) -> float:
     """A tensor of the residual stream, [sequence / sequence-parallel ranks, micro_batch, hidden]."""
-    return work.tokens * work.model.hidden_size * work.bytes / work.sequence_parallel
+    return stream_bytes(work) / work.sequence_parallel
+
+
+def stream_bytes(work: Workload) -> int:
+    """The residual stream of a micro-batch, gathered over sequence-parallel ranks."""
+    return work.tokens * work.model.hidden_size * work.bytes
 
 
 def layer_activations(work: Workload) -> LayerActivations:
@@ -45,30 +50,26 @@ def head_activations(work: Workload) -> float:
     each = work.bytes if work.implementation.fused_loss or fuses_head(work) else 4
     kept = 2 * residual_bytes(work) + _norm_extra(work) + each * logits(work)
     if fuses_head(work):
-        kept += work.tokens * work.model.hidden_size * work.bytes * (1 if work.sequence_parallel == 1 else 2)
+        kept += stream_bytes(work) * (1 if work.sequence_parallel == 1 else 2)
     return kept
 
 
 def logits(work: Workload) -> float:
     """Number of logits on one tensor rank at a time."""
-    return head_tokens(work) * _head_rows(work)
+    return head_tokens(work) * work.vocab_part
 
 
 def fuses_head(work: Workload) -> bool:
     """Whether head and loss are one operation, as `kernels.fuses_head_and_loss` decides."""
-    return work.tokens * _head_rows(work) * work.bytes >= work.implementation.fused_head_from_mib * 2**20
+    return work.tokens * work.vocab_part * work.bytes >= work.implementation.fused_head_from_mib * 2**20
 
 
 def head_tokens(work: Workload) -> int:
     """Tokens whose logits are there at a time: a micro-batch's, or a chunk's of `kernels.linear_cross_entropy`."""
     if not fuses_head(work):
         return work.tokens
-    chunk = work.tokens * work.model.hidden_size // _head_rows(work)
+    chunk = work.tokens * work.model.hidden_size // work.vocab_part
     return min(work.tokens, max(chunk, work.implementation.head_chunk))
-
-
-def _head_rows(work: Workload) -> int:
-    return work.padded_vocab // work.parallel.tensor
 
 
 def feed_forward_values(work: Workload) -> float:

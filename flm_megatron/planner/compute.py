@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from flm_megatron.planner.activations import feed_forward_values, fuses_head, head_tokens, logits, residual_bytes
+from flm_megatron.planner.activations import (
+    feed_forward_values,
+    fuses_head,
+    head_tokens,
+    logits,
+    residual_bytes,
+    stream_bytes,
+)
 from flm_megatron.planner.communication import tensor_time
 from flm_megatron.planner.layout import Workload
 from flm_megatron.planner.machine import Machine
@@ -68,8 +75,8 @@ def layer_passes(work: Workload, machine: Machine) -> Passes:
 
 def head_passes(work: Workload, machine: Machine) -> Passes:
     """Final norm, head and loss. Where the latter two are one operation, forward also stands for their gradients."""
-    tokens, rows = head_tokens(work), work.padded_vocab / work.parallel.tensor
-    products = _linear(work, machine, rows, work.model.hidden_size, tokens=tokens)
+    tokens = head_tokens(work)
+    products = _linear(work, machine, work.vocab_part, work.model.hidden_size, tokens=tokens)
     each = (work.bytes, 2 * work.bytes) if work.implementation.fused_loss or fuses_head(work) else LOSS_BYTES
     loss = [Seconds(memory_bound=memory_time(machine, size * logits(work))) for size in each]
     chunks = work.tokens / tokens
@@ -83,7 +90,7 @@ def head_passes(work: Workload, machine: Machine) -> Passes:
 
 def embedding_passes(work: Workload, machine: Machine) -> Passes:
     """Rows are copied forward; backward their dense gradient is made and added to the fp32 buffer."""
-    stream = work.tokens * work.model.hidden_size * work.bytes
+    stream = stream_bytes(work)
     exchange = _exchange(work, machine)
     gradient = work.embedding_parameters * (2 * work.bytes + 8)
     forward = Seconds(memory_bound=memory_time(machine, 2 * stream), tensor=exchange)
@@ -149,7 +156,7 @@ def _around(work: Workload, machine: Machine, column: Passes) -> Passes:
 
 def _exchange(work: Workload, machine: Machine) -> float:
     """An all-gather or reduce-scatter of the residual stream over the tensor group."""
-    return tensor_time(work, machine, work.tokens * work.model.hidden_size * work.bytes)
+    return tensor_time(work, machine, stream_bytes(work))
 
 
 def _linear(

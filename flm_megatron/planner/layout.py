@@ -143,9 +143,14 @@ class Workload:
         return count
 
     @cached_property
+    def vocab_part(self) -> int:
+        """Rows of the embedding, or of the head, on one tensor rank."""
+        return self.padded_vocab // self.parallel.tensor
+
+    @cached_property
     def embedding_parameters(self) -> int:
         """Parameters of the embedding, or of the head, on one tensor rank."""
-        return self.padded_vocab * self.model.hidden_size // self.parallel.tensor
+        return self.vocab_part * self.model.hidden_size
 
     @cached_property
     def final_norm_parameters(self) -> int:

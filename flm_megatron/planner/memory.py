@@ -11,6 +11,7 @@ from flm_megatron.planner.activations import (
     layer_activations,
     logits,
     residual_bytes,
+    stream_bytes,
 )
 from flm_megatron.planner.in_flight import peak_in_flight
 from flm_megatron.planner.layout import Workload
@@ -107,7 +108,7 @@ def _layer_backward(work: Workload) -> float:
     """The larger of two moments of a feed-forward layer's backward pass: the gradients of the second matrix and of
     what it reads, or those of both halves of a gated activation; with what was recomputed."""
     hidden, tensor = work.model.hidden_size, work.parallel.tensor
-    stream = work.tokens * hidden * work.bytes  # gathered over tensor ranks
+    stream = stream_bytes(work)
     values = feed_forward_values(work) * work.bytes
     matrix = 0.0
     if _makes_weight_gradients(work):
@@ -120,7 +121,7 @@ def _head_working(work: Workload) -> float:
     """On top of what the head keeps: the gradients of its weights and input, or before that what the loss makes of
     the logits."""
     implementation = work.implementation
-    stream = work.tokens * work.model.hidden_size * work.bytes
+    stream = stream_bytes(work)
     gradients = 2 * stream + (_embedding_bytes(work) if _makes_weight_gradients(work) else 0)
     if fuses_head(work):
         gradients -= 2 * stream + work.bytes * logits(work)  # the logits are gone, the stream's gradient was kept
@@ -139,7 +140,7 @@ def _makes_weight_gradients(work: Workload) -> bool:
 
 def _embedding_working(work: Workload) -> float:
     """The gradient of the embedding, which is dense, and of its output."""
-    return _embedding_bytes(work) + work.tokens * work.model.hidden_size * work.bytes
+    return _embedding_bytes(work) + stream_bytes(work)
 
 
 def _embedding_bytes(work: Workload) -> float:
@@ -148,7 +149,7 @@ def _embedding_bytes(work: Workload) -> float:
 
 def _buffers(work: Workload) -> float:
     """The gathered sequence, which the engine keeps, and what is being sent and received."""
-    gathered = work.tokens * work.model.hidden_size * work.bytes if work.sequence_parallel > 1 else 0.0
+    gathered = stream_bytes(work) if work.sequence_parallel > 1 else 0.0
     transfers = 0.0
     if work.parallel.pipeline > 1:
         transfers = (4 if work.parallel.virtual_pipeline > 1 else 2) * residual_bytes(work)
