@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -20,3 +21,13 @@ settings.load_profile("repeatable")
 def pool() -> Pool:
     """Real gloo processes: `pool.run(world_size, function, *args)` gives the ranks' results."""
     return Pool()
+
+
+@pytest.fixture
+def choice_of_before() -> Iterator[None]:
+    """For tests that choose implementations of kernels, which holds for the whole process."""
+    from flm_megatron import kernels
+
+    before = kernels.current()
+    yield
+    kernels.use(before)

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from flm_megatron import kernels
 from flm_megatron.config.schema import KernelsConfig, ModelConfig, ParallelConfig, StageConfig
-from flm_megatron.kernels import choice
 from flm_megatron.planner.layout import CPU, Workload, as_chosen
 from flm_megatron.planner.memory import rank_memory
 from flm_megatron.training.parallel import layout
@@ -47,12 +47,12 @@ AUTO = KernelsConfig()
 TOLERANCE = 0.03
 
 
-def peak_of_a_step(stage: StageConfig, sequence: int, kernels: KernelsConfig) -> int:
+def peak_of_a_step(stage: StageConfig, sequence: int, wanted: KernelsConfig) -> int:
     """Most bytes of tensors alive during this rank's second step, what is always there included."""
     from flm_megatron.device import current
 
     current().prepare()
-    choice.use(choice.choose(kernels))
+    kernels.use(kernels.choose(wanted))
     with layout(stage.parallel, timeout_s=120):
         engine = Engine(stage, sequence)
         samples = stage.global_batch // (stage.parallel.data or 1)
@@ -80,7 +80,7 @@ def batches(stage: StageConfig, sequence: int, samples: int) -> list[dict[str, t
     return [batch() for _ in range(samples // stage.micro_batch)]
 
 
-def check(pool: Pool, stage: StageConfig, sequence: int = 64, kernels: KernelsConfig = AUTO) -> None:
+def check(pool: Pool, stage: StageConfig, sequence: int = 64, wanted: KernelsConfig = AUTO) -> None:
     """Every rank's counted peak is within the tolerance of what was planned."""
     parallel, data = stage.parallel, stage.parallel.data or 1
     world = parallel.model_size * data
@@ -93,9 +93,9 @@ def check(pool: Pool, stage: StageConfig, sequence: int = 64, kernels: KernelsCo
         data,
         stage.precision,
         stage.recompute,
-        as_chosen(CPU, kernels),
+        as_chosen(CPU, wanted),
     )
-    counted = pool.run(world, peak_of_a_step, stage, sequence, kernels)
+    counted = pool.run(world, peak_of_a_step, stage, sequence, wanted)
     for rank, bytes_counted in enumerate(counted):
         planned = rank_memory(work, rank // (world // parallel.pipeline)).total
         assert planned == pytest.approx(bytes_counted, rel=TOLERANCE), f"rank {rank} of {parallel}"
@@ -135,4 +135,4 @@ def test_a_head_that_keeps_no_logits_needs_what_is_planned(
     pool: Pool, parallel: ParallelConfig, precision: Literal["fp32", "bf16"]
 ) -> None:
     stage = replace(STAGE, model=replace(TELE_FLM, vocab_size=4000), parallel=parallel, precision=precision)
-    check(pool, stage, sequence=1024, kernels=KernelsConfig(head_and_loss="fused"))
+    check(pool, stage, sequence=1024, wanted=KernelsConfig(head_and_loss="fused"))

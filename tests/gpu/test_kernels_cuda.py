@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,10 +9,13 @@ import torch
 
 from flm_megatron import kernels
 from flm_megatron.device import current
-from flm_megatron.kernels import choice
 from tests.unit.kernel_cases import CASES, TOLERANCE, cast_errors, draw, growth_mask, run_case, use
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(current().name != "cuda", reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(current().name != "cuda", reason="needs a CUDA device"),
+    pytest.mark.usefixtures("choice_of_before"),
+]
 
 # The layer of the 52B model with a sequence of 2,048, and the vocabulary of 81,920.
 REAL_SIZES: dict[str, dict[str, Any]] = {
@@ -35,14 +37,6 @@ REAL_SIZES: dict[str, dict[str, Any]] = {
     "adamw": {"sizes": (1 << 26, 8192, 3)},
     "clip": {"sizes": (1 << 26, 8192, 3), "max_norm": 1.0},
 }
-
-
-@pytest.fixture(autouse=True)
-def choice_of_before() -> Iterator[None]:
-    """Tests choose implementations for the whole process."""
-    before = choice.current()
-    yield
-    kernels.use(before)
 
 
 @pytest.mark.parametrize("name", ["triton", "torch"])

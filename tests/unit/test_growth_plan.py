@@ -144,9 +144,7 @@ def small_run(**growth_changes: Any) -> RunConfig:
     big = replace(old_model(), **GROWN["all"], vocab_size=None)
     stages = [
         StageConfig(name="small", model=old_model()),
-        StageConfig(
-            name="big", model=big, tokens=16 * 8 * 10, growth=growth("mask", **{"mask_steps": 4, **growth_changes})
-        ),
+        StageConfig(name="big", model=big, tokens=16 * 8 * 10, growth=growth("mask", **growth_changes)),
     ]
     return run_of(*stages)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,17 +15,10 @@ from flm_megatron import kernels
 from flm_megatron.config.rules import check
 from flm_megatron.config.schema import KernelsConfig, RunConfig, StabilityConfig, StageConfig
 from flm_megatron.errors import RequestError
-from flm_megatron.kernels import choice
+
+pytestmark = pytest.mark.usefixtures("choice_of_before")
 
 TOKENS, WIDTH, CHANNELS, CHUNK = 48, 60, 8, 16
-
-
-@pytest.fixture(autouse=True)
-def choice_of_before() -> Iterator[None]:
-    """Tests choose implementations for the whole process."""
-    before = choice.current()
-    yield
-    kernels.use(before)
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

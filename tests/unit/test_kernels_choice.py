@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from typing import Any
 
@@ -16,13 +16,7 @@ from flm_megatron.config.schema import KernelsConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.kernels import choice
 
-
-@pytest.fixture(autouse=True)
-def choice_of_before() -> Iterator[None]:
-    """Tests choose implementations for the whole process."""
-    before = choice.current()
-    yield
-    kernels.use(before)
+pytestmark = pytest.mark.usefixtures("choice_of_before")
 
 
 @pytest.fixture

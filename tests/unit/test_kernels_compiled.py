@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from flm_megatron import kernels
@@ -12,16 +10,10 @@ from flm_megatron.errors import RequestError
 from flm_megatron.kernels import choice, compiled
 from tests.unit.kernel_cases import CASES, TOLERANCE, run_case
 
+pytestmark = pytest.mark.usefixtures("choice_of_before")
+
 COMPILED = [case for case in CASES if case.split(",")[0] in ("rms_norm", "add_rms_norm", "swiglu", "rotary")]
 needs_compiler = pytest.mark.skipif(compiled.compiler_obstacle() is not None, reason="there is no C++ compiler")
-
-
-@pytest.fixture(autouse=True)
-def choice_of_before() -> Iterator[None]:
-    """Tests choose implementations for the whole process."""
-    before = choice.current()
-    yield
-    kernels.use(before)
 
 
 @needs_compiler

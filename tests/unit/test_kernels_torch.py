@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,16 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flm_megatron import kernels
-from flm_megatron.kernels import choice
 from tests.unit.kernel_cases import CASES, TOLERANCE, cast_errors, draw, run_case
 
-
-@pytest.fixture(autouse=True)
-def choice_of_before() -> Iterator[None]:
-    """Tests choose implementations for the whole process."""
-    before = choice.current()
-    yield
-    kernels.use(before)
+pytestmark = pytest.mark.usefixtures("choice_of_before")
 
 
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])

@@ -9,8 +9,9 @@ from typing import Literal
 import pytest
 import torch
 
+from flm_megatron import kernels
 from flm_megatron.config.schema import KernelsConfig, ModelConfig, ParallelConfig, StageConfig
-from flm_megatron.kernels import choice, linear_loss
+from flm_megatron.kernels import linear_loss
 from flm_megatron.model.parameters import parameter_count
 from flm_megatron.planner.activations import fuses_head, head_activations, head_tokens, layer_activations
 from flm_megatron.planner.in_flight import peak_in_flight
@@ -125,23 +126,20 @@ def test_the_allowance_is_the_drivers_share_and_a_part_of_what_moves() -> None:
     assert allowed.total - plain.total == pytest.approx(2 * GIB + 0.1 * (plain.activations + plain.working))
 
 
+@pytest.mark.usefixtures("choice_of_before")
 @pytest.mark.parametrize("asked", ["auto", "fused", "separate"])
 @pytest.mark.parametrize(("tokens", "vocab"), [(2048, 131_072), (2047, 131_072), (16_384, 16_000), (4096, 81_920)])
 def test_the_planned_head_is_the_one_that_runs(
     asked: Literal["auto", "fused", "separate"], tokens: int, vocab: int
 ) -> None:
     """Whether head and loss are one operation, and the tokens of its chunks, as the kernels decide it."""
-    kernels = KernelsConfig(head_and_loss=asked)
+    wanted = KernelsConfig(head_and_loss=asked)
     model, parallel = replace(TELE_FLM, vocab_size=vocab), ParallelConfig(tensor=2)
-    work = Workload(model, tokens, 1, 1, parallel, 1, implementation=as_chosen(CUDA, kernels))
+    work = Workload(model, tokens, 1, 1, parallel, 1, implementation=as_chosen(CUDA, wanted))
     hidden = torch.empty(tokens, 1, model.hidden_size, dtype=torch.bfloat16, device="meta")
     weight = torch.empty(work.padded_vocab // 2, model.hidden_size, dtype=torch.bfloat16, device="meta")
-    before = choice.current()
-    choice.use(choice.choose(kernels, "cpu"))
-    try:
-        assert fuses_head(work) == linear_loss.fuses_head_and_loss(hidden, weight)
-    finally:
-        choice.use(before)
+    kernels.use(kernels.choose(wanted))
+    assert fuses_head(work) == kernels.fuses_head_and_loss(hidden, weight)
     if fuses_head(work):
         assert head_tokens(work) == min(tokens, linear_loss._chunk_tokens(hidden.view(tokens, -1), weight))
 

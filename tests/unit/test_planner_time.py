@@ -13,7 +13,7 @@ from flm_megatron.config.schema import ModelConfig, ParallelConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.planner.communication import data_time, gather_time
 from flm_megatron.planner.compute import layer_passes
-from flm_megatron.planner.layout import Workload
+from flm_megatron.planner.layout import Implementation, Workload
 from flm_megatron.planner.machine import Machine, find_machine
 from flm_megatron.planner.matmul import matmul_time, memory_time, peak_flops, tile_efficiency
 from flm_megatron.planner.throughput import part_passes, step_time, tflops_per_device
@@ -58,12 +58,13 @@ def test_bytes_take_bandwidth_and_no_kernel_less_than_the_shortest() -> None:
 
 def test_fp8_halves_the_products_of_the_layers_and_adds_casts() -> None:
     machine = perfect(find_machine("h100"))
-    plain, fp8 = (layer_passes(replace(workload(), fp8=on), machine).total for on in (False, True))
+    apart = replace(workload(), implementation=Implementation(fused_weight_gradient=False))  # as FP8's always is
+    plain, fp8 = (layer_passes(replace(apart, fp8=on), machine).total for on in (False, True))
     assert fp8.matmul == pytest.approx(plain.matmul / 2, rel=1e-3)
     casts = fp8.memory_bound - plain.memory_bound
     assert 0 < casts < 0.5 * (plain.matmul - fp8.matmul)
     assert fp8.attention == plain.attention
-    assert plain.total > 1.2 * fp8.total
+    assert plain.total > 1.3 * fp8.total
     with pytest.raises(RequestError, match="no fp8 units"):
         layer_passes(replace(workload(), fp8=True), A800)
 
