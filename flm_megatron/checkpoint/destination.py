@@ -7,8 +7,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from flm_megatron.checkpoint.durable import sync
 from flm_megatron.checkpoint.processes import Processes
-from flm_megatron.checkpoint.writer import PARTIAL, sync
+from flm_megatron.checkpoint.writer import PARTIAL
 from flm_megatron.errors import RequestError
 
 

@@ -75,6 +75,32 @@ def verify(path: str | Path, quick: bool = False, progress: Callable[[int], None
     return manifest
 
 
+def entry(crc: int, size: int) -> dict[str, int | str]:
+    """What a manifest holds of a file with this CRC-32 and size in bytes."""
+    return {"size": size, "crc32": f"{crc:08x}"}
+
+
+def file_entry(data: bytes) -> dict[str, int | str]:
+    """What a manifest holds of a file with these bytes."""
+    return entry(crc32(data), len(data))
+
+
+def read_listed(path: Path, name: str, manifest: dict[str, Any] | None) -> bytes:
+    """The bytes of a small file of the checkpoint at `path`, as listed in its manifest (any bytes without one).
+
+    Raises DamagedError, naming the file, when it cannot be read or is not as it was written.
+    """
+    file = path / name
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise DamagedError(f"{file}: cannot be read: {error.strerror or error}") from error
+    wanted = manifest["files"].get(name) if manifest else None
+    if wanted is not None and file_entry(data) != wanted:
+        raise DamagedError(f"{file}: its {len(data)} bytes are not the {wanted['size']} that were written")
+    return data
+
+
 def file_checksum(file: Path, progress: Callable[[int], None] | None = None) -> str:
     """CRC-32 of a file as 8 hex digits. Raises DamagedError when it cannot be read."""
     crc, block = 0, bytearray(BLOCK)

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from isal.isal_zlib import crc32, crc32_combine
 
+from flm_megatron.checkpoint.block_checksums import SUFFIX, BlockSums, Fragment, combined, fragments
 from flm_megatron.checkpoint.direct_file import DirectFile
+from flm_megatron.checkpoint.durable import write_file
 from flm_megatron.checkpoint.logical import Region, TensorInfo
 from flm_megatron.checkpoint.logical_hash import MODULUS, partial_hash
+from flm_megatron.checkpoint.manifest import entry, file_entry
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.stored_array import as_bytes
 from flm_megatron.checkpoint.tensor_record import encode
@@ -88,22 +90,26 @@ def write_shard(
 
     It makes, hashes and writes pieces of its own. Raises RequestError when the disk is full.
     """
+    sums, whole = BlockSums(), (0, 0)
     with _disk_errors(path), DirectFile(path) as file, ThreadPoolExecutor(WORKERS) as executor:
-        file_crc, file_size, share, data_crc = 0, 0, 0, 0
+        share, data = 0, list[Fragment]()
         done = _in_order(executor, partial(_write_part, file), _parts(rectangles, tensors))
-        for part, (part_share, part_crc) in done:
+        for part, (part_share, part_data) in done:
             share = (share + part_share) % MODULUS
-            data_crc = crc32_combine(data_crc, part_crc, part.nbytes)
+            data += part_data
             if progress:
                 progress(part.nbytes)
             if part.last:
                 name, region = part.rectangle.name, part.rectangle.region
-                end = _end_record(file, part, data_crc)
-                file_crc = crc32_combine(file_crc, end.crc, end.size)
+                record = _end_record(file, part, data)
+                sums.add(record)
+                size = combined(record)[1]
                 written.hashes[name] = (written.hashes.get(name, 0) + share) % MODULUS
-                written.records.append(Record(name, region, path.name, file_size, end.size))
-                file_size, share, data_crc = file_size + end.size, 0, 0
-    written.files[path.name] = {"size": file_size, "crc32": f"{file_crc:08x}"}
+                written.records.append(Record(name, region, path.name, whole[1], size))
+                whole, share, data = combined([whole, *record]), 0, []
+        stored = sums.to_bytes()
+        write_file(path.with_name(path.name + SUFFIX), stored)
+    written.files |= {path.name: entry(*whole), path.name + SUFFIX: file_entry(stored)}
 
 
 def _parts(rectangles: Iterable[Rectangle], tensors: Mapping[str, TensorInfo]) -> Iterator[_Part]:
@@ -121,35 +127,28 @@ def _parts(rectangles: Iterable[Rectangle], tensors: Mapping[str, TensorInfo]) -
         record = end + len(tail)
 
 
-def _write_part(file: DirectFile, part: _Part) -> tuple[int, int]:
-    """Make and write one piece: its share in the tensor's hash, and the CRC-32 of its bytes."""
+def _write_part(file: DirectFile, part: _Part) -> tuple[int, list[Fragment]]:
+    """Make and write one piece: its share in the tensor's hash, and the checksums of its bytes."""
     values = part.rectangle.values(part.region).detach().cpu().contiguous()
     assert tuple(values.shape) == part.region.sizes, f"{part}: values of shape {tuple(values.shape)}"
     assert values.dtype == part.info.dtype, f"{part}: values of {values.dtype}"
     if not part.nbytes:
-        return 0, 0
+        return 0, []
     data = as_bytes(values)
     file.write(data, part.position)
-    return partial_hash(part.info.shape, part.region, values), crc32(data)
+    return partial_hash(part.info.shape, part.region, values), fragments(data, part.position)
 
 
-@dataclass(frozen=True)
-class _End:
-    """CRC-32 and size of a whole record."""
+def _end_record(file: DirectFile, part: _Part, data: list[Fragment]) -> list[Fragment]:
+    """Write the head and the tail of the record that ends with `part`; the head holds the CRC-32 of the values.
 
-    crc: int
-    size: int
-
-
-def _end_record(file: DirectFile, part: _Part, data_crc: int) -> _End:
-    """Write the head and the tail of the record that ends with `part`; the head holds the CRC-32 of the values."""
-    sizes = part.rectangle.region.sizes
-    head, tail = encode(part.info.dtype, sizes, data_crc)
+    Returns the checksums of the whole record.
+    """
+    head, tail = encode(part.info.dtype, part.rectangle.region.sizes, combined(data)[0])
     after = part.position + part.nbytes
     file.write(memoryview(head), part.record)
     file.write(memoryview(tail), after)
-    crc = crc32_combine(crc32(head), data_crc, after - part.record - len(head))
-    return _End(crc32(tail, crc), after + len(tail) - part.record)
+    return [*fragments(memoryview(head), part.record), *data, *fragments(memoryview(tail), after)]
 
 
 def _in_order(

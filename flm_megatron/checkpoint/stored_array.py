@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from flm_megatron.checkpoint.block_checksums import CheckedFile, read_fully
 from flm_megatron.checkpoint.direct_file import write_at
 from flm_megatron.checkpoint.logical import Region
 from flm_megatron.errors import DamagedError
@@ -20,12 +21,16 @@ DENSE = 4
 
 @dataclass(frozen=True)
 class StoredArray:
-    """Where an array lies: `shape` values of `dtype` from byte `offset` of `path` on."""
+    """Where an array lies: `shape` values of `dtype` from byte `offset` of `path` on.
+
+    With `checked`, what is read of it is held against the checksums of the file's blocks.
+    """
 
     path: Path
     offset: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    checked: CheckedFile | None = field(default=None, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -35,7 +40,7 @@ class StoredArray:
     def read(self, region: Region | None = None) -> torch.Tensor:
         """A copy of `region`, of shape `region.sizes`; only its bytes are read and nothing stays mapped.
 
-        Raises DamagedError when the file is missing or ends before the array does.
+        Raises DamagedError when the file is missing or ends before the array does, or its bytes have changed.
         """
         region = region or Region.whole(self.shape)
         out = torch.empty(region.sizes, dtype=self.dtype)
@@ -64,19 +69,20 @@ class StoredArray:
 
     def _read_run(self, fd: int, start: int, out: torch.Tensor) -> torch.Tensor:
         """Fill `out` with the values from index `start` on."""
-        data = memoryview(as_bytes(out))
-        position = self.offset + start * self.dtype.itemsize
-        while data:
-            count = os.preadv(fd, [data[: 1 << 30]], position)
-            if not count:
-                raise DamagedError(f"{self.path}: the file ends before its data does (truncated?)")
-            data, position = data[count:], position + count
+        data, position = as_bytes(out), self.offset + start * self.dtype.itemsize
+        if self.checked is not None:
+            self.checked.read_into(fd, data, position)
+        else:
+            read_fully(fd, data, position, self.path)
         return out
 
     def _read_strided(self, fd: int, region: Region) -> torch.Tensor:
-        """Read all that lies between the first and the last value, unless most of it would be passed over."""
+        """Read all that lies between the first and the last value, unless most of it would be passed over.
+
+        (Blocks with checksums are read whole: there is nothing to be saved by passing over parts of them.)
+        """
         start, end = _start(region, self.shape), _end(region, self.shape)
-        if end - start > DENSE * region.numel:
+        if self.checked is None and end - start > DENSE * region.numel:
             return self._read_mapped(fd, region)
         run = self._read_run(fd, start, torch.empty(end - start, dtype=self.dtype))
         strides = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]

@@ -9,15 +9,18 @@ import pickle
 import struct
 import zipfile
 from pathlib import Path
+from typing import IO
 
 import torch
 from isal.isal_zlib import crc32
 
+from flm_megatron.checkpoint.block_checksums import CheckedFile, read_fully
 from flm_megatron.checkpoint.stored_array import StoredArray
 from flm_megatron.checkpoint.unpickle import StoredTensor, load_pickle
 from flm_megatron.errors import DamagedError
 
 ALIGNMENT = 64
+READ_BYTES = 8 * 2**20
 LARGEST = 2**31  # bytes: above it an archive would need 64-bit entries
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")
@@ -44,13 +47,18 @@ def encode(dtype: torch.dtype, shape: tuple[int, ...], crc: int) -> tuple[bytes,
     return head, directory + end
 
 
-def locate(path: Path, offset: int, length: int) -> tuple[StoredArray, StoredTensor]:
+def locate(
+    path: Path, offset: int, length: int, checked: CheckedFile | None = None
+) -> tuple[StoredArray, StoredTensor]:
     """The flat storage of the record at `offset` of `length` bytes, and the tensor's place in it.
 
-    Raises DamagedError when the file is missing, truncated, or holds something else there.
+    With `checked`, the checksums of the file's blocks, what is read is held against them, now and later; without
+    them the values are held against the record's own checksum now, all of them.
+
+    Raises DamagedError when the file is missing, truncated, changed, or holds something else there.
     """
     try:
-        with path.open("rb") as file, zipfile.ZipFile(_Window(file, offset, length)) as archive:
+        with path.open("rb", buffering=0) as file, zipfile.ZipFile(_Window(file, offset, length, checked)) as archive:
             (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
             root = name.removesuffix("data.pkl")
             if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
@@ -65,12 +73,37 @@ def locate(path: Path, offset: int, length: int) -> tuple[StoredArray, StoredTen
             ):
                 raise DamagedError(f"{path}: values of the tensor at byte {offset} are incomplete")
             start = offset + info.header_offset
-            file.seek(start)
-            header = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
+            header = LOCAL_HEADER.unpack(_read(file, start, LOCAL_HEADER.size, checked, path))
+            data = start + LOCAL_HEADER.size + header[-2] + header[-1]
+            storage = StoredArray(path, data, (tensor.storage_numel,), tensor.dtype, checked)
+            if checked is None:
+                _check_values(file, storage, info)
     except (OSError, zipfile.BadZipFile, ValueError, KeyError, struct.error, RuntimeError) as error:
         raise DamagedError(f"{path}: cannot be read at byte {offset} (missing or truncated?): {error}") from error
-    data = start + LOCAL_HEADER.size + header[-2] + header[-1]
-    return StoredArray(path, data, (tensor.storage_numel,), tensor.dtype), tensor
+    return storage, tensor
+
+
+def _read(file: IO[bytes], position: int, size: int, checked: CheckedFile | None, path: Path) -> bytes:
+    data = bytearray(size)
+    if checked is not None:
+        checked.read_into(file.fileno(), memoryview(data), position)
+    else:
+        read_fully(file.fileno(), memoryview(data), position, path)
+    return bytes(data)
+
+
+def _check_values(file: IO[bytes], storage: StoredArray, info: zipfile.ZipInfo) -> None:
+    """Read the values of a record through. Raises DamagedError when they do not have its checksum."""
+    crc, buffer = 0, memoryview(bytearray(min(READ_BYTES, max(1, info.file_size))))
+    for start in range(0, info.file_size, len(buffer)):
+        part = buffer[: info.file_size - start]
+        read_fully(file.fileno(), part, storage.offset + start, storage.path)
+        crc = crc32(part, crc)
+    if crc != info.CRC:
+        raise DamagedError(
+            f"{storage.path}: the {info.file_size} bytes of values from byte {storage.offset} on have checksum "
+            f"{crc:08x} instead of {info.CRC:08x}: they have changed since they were written"
+        )
 
 
 class _Storage:
@@ -122,8 +155,9 @@ def _central(name: bytes, position: int, crc: int, size: int) -> bytes:
 class _Window(io.RawIOBase):
     """A part of a file, as a file."""
 
-    def __init__(self, file: io.BufferedReader, offset: int, length: int) -> None:
+    def __init__(self, file: IO[bytes], offset: int, length: int, checked: CheckedFile | None) -> None:
         self.file, self.offset, self.length, self.position = file, offset, length, 0
+        self.checked, self.path = checked, Path(str(file.name))
 
     def seekable(self) -> bool:
         """It is."""
@@ -146,7 +180,8 @@ class _Window(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         """At most `size` bytes, up to the end of the part."""
         left = max(0, self.length - self.position)
-        self.file.seek(self.offset + self.position)
-        data = self.file.read(left if size < 0 else min(size, left))
+        data = _read(
+            self.file, self.offset + self.position, left if size < 0 else min(size, left), self.checked, self.path
+        )
         self.position += len(data)
         return data

@@ -12,18 +12,20 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from flm_megatron.checkpoint.block_checksums import SUFFIX, CheckedFile
 from flm_megatron.checkpoint.chunk_index import ChunkIndex, StoredChunk
 from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER, LogicalCheckpoint, Region, TensorInfo
-from flm_megatron.checkpoint.manifest import read_manifest
+from flm_megatron.checkpoint.manifest import MANIFEST, read_listed, read_manifest
 from flm_megatron.checkpoint.regions import slice_axis
 from flm_megatron.checkpoint.stored_array import StoredArray, is_contiguous
 from flm_megatron.checkpoint.tensor_record import locate
-from flm_megatron.checkpoint.unpickle import Foreign, read_pickle, read_torch_file
+from flm_megatron.checkpoint.unpickle import Foreign, load_pickle, read_torch_file
 from flm_megatron.errors import DamagedError, RequestError
 
 METADATA = ".metadata"
 FORMAT = "metadata.json"
 COMMON = "common.pt"
+OURS = "flm_megatron"  # key in common.pt that tells our folders from Megatron-LM's
 SPAN_BYTES = 16 * 2**20  # of a file that are read or mapped at a time
 # Megatron-LM's names of the same state, with the prefix it gives to one of several optimizers.
 STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(param|fp32_param|exp_avg|exp_avg_sq)\.(.+)")
@@ -34,20 +36,31 @@ NAMELESS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\
 class TorchDistCheckpoint(LogicalCheckpoint):
     """A `torch_dist` folder. `nameless_optimizer` says that it holds optimizer state in `dp_reshardable` buckets.
 
+    Whatever is read of it is checked while it is read: small files against the manifest, values against the checksums
+    of the blocks that they lie in. In folders of Megatron-LM, and of our versions before block checksums, a record is
+    read through and held against its own checksum when a part of it is asked for the first time.
+
     Raises:
         RequestError: the folder is of a version that is not known.
-        DamagedError: its metadata is missing or broken, or names anything but data.
+        DamagedError: its metadata is missing, broken or changed, or names anything but data; or the folder is one of
+            ours and has no manifest, which is written last.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        metadata = _read_metadata(self.path)
+    def __init__(self, path: str | Path, blocks: bool = True) -> None:
+        """Open a folder; without `blocks` the block checksums are passed over and records held against their own."""
+        self.path, self._blocks = Path(path), blocks
+        manifest = read_manifest(self.path)
+        metadata = _read_metadata(self.path, manifest)
         self.chunks: dict[str, list[StoredChunk]] = {}
         self._indices: dict[str, ChunkIndex] = {}
         self._arrays: dict[StoredChunk, tuple[StoredArray, tuple[Any, ...] | None]] = {}
         self.tensors: Mapping[str, TensorInfo] = self._read_tensors(metadata)
         self.nameless_optimizer = any(NAMELESS.match(name) for name in metadata.state_dict_metadata)
-        self.manifest: dict[str, Any] = read_manifest(self.path) or _foreign_manifest(self.path)
+        self._files: dict[str, dict[str, Any]] = manifest["files"] if manifest else {}
+        self._checked: dict[str, CheckedFile | None] = {}
+        if COMMON in self._files:
+            read_listed(self.path, COMMON, manifest)
+        self.manifest: dict[str, Any] = manifest or _foreign_manifest(self.path)
 
     def has_optimizer(self) -> bool:
         """Whether moments are there by name. Raises RequestError for `dp_reshardable` optimizer state."""
@@ -110,8 +123,18 @@ class TorchDistCheckpoint(LogicalCheckpoint):
 
     def _array(self, chunk: StoredChunk) -> tuple[StoredArray, tuple[Any, ...] | None]:
         if chunk not in self._arrays:
-            self._arrays[chunk] = _array(self.path / chunk.file, chunk)
+            self._arrays[chunk] = _array(self.path / chunk.file, chunk, self._checked_file(chunk.file))
         return self._arrays[chunk]
+
+    def _checked_file(self, name: str) -> CheckedFile | None:
+        """A shard with the checksums of its blocks; none where they were not made."""
+        if name not in self._checked:
+            sums = name + SUFFIX
+            known = self._blocks and sums in self._files
+            data = read_listed(self.path, sums, self.manifest) if known else b""
+            size = int(self._files[name]["size"]) if known else 0
+            self._checked[name] = CheckedFile(self.path / name, size, data) if known else None
+        return self._checked[name]
 
     def _read_tensors(self, metadata: Metadata) -> dict[str, TensorInfo]:
         found: dict[str, TensorInfo] = {}
@@ -158,9 +181,9 @@ def _bands(inside: Region, values: StoredArray) -> Iterator[Region]:
             yield part
 
 
-def _array(path: Path, chunk: StoredChunk) -> tuple[StoredArray, tuple[Any, ...] | None]:
+def _array(path: Path, chunk: StoredChunk, checked: CheckedFile | None) -> tuple[StoredArray, tuple[Any, ...] | None]:
     """Where a chunk's values lie; for values that are not stored row-major also how to find them in the storage."""
-    storage, tensor = locate(path, chunk.offset, chunk.length)
+    storage, tensor = locate(path, chunk.offset, chunk.length, checked)
     sizes = chunk.region.sizes
     numel, contiguous = 1, True
     for size, stride in zip(reversed(tensor.size), reversed(tensor.stride), strict=True):
@@ -172,21 +195,21 @@ def _array(path: Path, chunk: StoredChunk) -> tuple[StoredArray, tuple[Any, ...]
     if not contiguous:
         return storage, (tensor.size, tensor.stride, tensor.offset)
     offset = storage.offset + tensor.offset * tensor.dtype.itemsize
-    return StoredArray(path, offset, sizes, tensor.dtype), None
+    return StoredArray(path, offset, sizes, tensor.dtype, checked), None
 
 
-def _read_metadata(path: Path) -> Metadata:
+def _read_metadata(path: Path, manifest: dict[str, Any] | None) -> Metadata:
+    kind: Any = {"sharded_backend": "torch_dist"}  # a plain folder of torch.distributed.checkpoint does not say it
     try:
-        kind = json.loads((path / FORMAT).read_text())
-    except FileNotFoundError:
-        kind = {"sharded_backend": "torch_dist"}  # a plain folder of torch.distributed.checkpoint has none
-    except (OSError, ValueError) as error:
+        if manifest or (path / FORMAT).exists():
+            kind = json.loads(read_listed(path, FORMAT, manifest))
+    except ValueError as error:
         raise DamagedError(f"{path / FORMAT}: cannot be read: {error}") from error
     if not isinstance(kind, dict) or kind.get("sharded_backend") != "torch_dist":
         raise RequestError(f"{path} is not in the torch_dist format: {kind}")
     if kind.get("sharded_backend_version", 1) != 1:
         raise RequestError(f"{path} is of version {kind['sharded_backend_version']} of torch_dist; known is 1")
-    metadata = read_pickle(path / METADATA)
+    metadata = load_pickle(read_listed(path, METADATA, manifest), str(path / METADATA))
     if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
         raise DamagedError(f"{path / METADATA}: is not the metadata of a checkpoint")
     return metadata
@@ -203,12 +226,17 @@ def _storage_table(metadata: Metadata, path: Path) -> dict[tuple[str, tuple[int,
 
 
 def _foreign_manifest(path: Path) -> dict[str, Any]:
-    """What Megatron-LM's own checkpoint says about itself: `step` and `samples`; `optimizer_step` where it is known."""
+    """What Megatron-LM's own checkpoint says about itself: `step` and `samples`; `optimizer_step` where it is known.
+
+    Raises DamagedError for one of ours, which never goes without its manifest.
+    """
     if not (path / COMMON).exists():
         return {}
     common = read_torch_file(path / COMMON)
     if not isinstance(common, dict):
         return {}
+    if OURS in common or common.keys() == {"checkpoint_version", "iteration"}:
+        raise DamagedError(f"{path}: has no {MANIFEST}, which is written last: it is incomplete or was changed")
     known: dict[str, Any] = {"step": common.get("iteration")}
     arguments = common.get("args")
     if arguments is not None and not isinstance(arguments, Foreign):

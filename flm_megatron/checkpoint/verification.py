@@ -78,9 +78,12 @@ def _file_problems(
 
 
 def _changed_tensors(path: Path, file: str, manifest: dict[str, Any]) -> str:
-    """Names of the tensors in a file whose values are not those that were written."""
+    """Names of the tensors in a file whose values are not those that were written.
+
+    A block holds parts of several small tensors, a record those of one: so records are looked at here.
+    """
     try:
-        view = TorchDistCheckpoint(path)
+        view = TorchDistCheckpoint(path, blocks=False)
         names = [name for name, chunks in view.chunks.items() if any(chunk.file == file for chunk in chunks)]
         changed = [name for name in names if _changed(view, name, manifest["tensors"][name])]
     except FlmError as error:

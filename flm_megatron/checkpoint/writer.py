@@ -6,8 +6,8 @@ because their writers copy every tensor several times, check the plan in quadrat
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -27,13 +27,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from flm_megatron.checkpoint.durable import sync, write_file
 from flm_megatron.checkpoint.logical import EXP_AVG, STATE_PREFIXES, LogicalCheckpoint, Region, TensorInfo
 from flm_megatron.checkpoint.logical_hash import combine_hashes, tensor_hash
-from flm_megatron.checkpoint.manifest import MANIFEST, file_checksum, manifest_text
+from flm_megatron.checkpoint.manifest import MANIFEST, VERSION, file_entry, manifest_text
 from flm_megatron.checkpoint.processes import Processes
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.shard_file import Record, Rectangle, Written, write_shard
-from flm_megatron.checkpoint.torch_dist import COMMON, FORMAT, METADATA
+from flm_megatron.checkpoint.torch_dist import COMMON, FORMAT, METADATA, OURS
 from flm_megatron.errors import FlmError, RequestError
 
 PARTIAL = ".partial"
@@ -153,19 +154,27 @@ def _finish(folder: Path, path: Path, results: list[Written], manifest: dict[str
     check_cover(tensors, records)
     manifest = {**manifest, **_contents(tensors, results)}
     try:
-        _write(folder / METADATA, pickle.dumps(_metadata(tensors, records)))
-        _write(folder / FORMAT, json.dumps(KIND).encode())
-        torch.save({"checkpoint_version": 3.0, "iteration": int(manifest.get("step") or 0)}, folder / COMMON)
-        for name in (METADATA, FORMAT, COMMON):
-            file = folder / name
-            manifest["files"][name] = {"size": file.stat().st_size, "crc32": file_checksum(file)}
-        _write(folder / MANIFEST, manifest_text(manifest).encode())
+        for name, data in _small_files(tensors, records, int(manifest.get("step") or 0)).items():
+            write_file(folder / name, data)
+            manifest["files"][name] = file_entry(data)
+        write_file(folder / MANIFEST, manifest_text(manifest).encode())
         sync(folder)
         folder.rename(path)
         sync(path.parent)
     except OSError as error:
         raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
     return json.loads(manifest_text(manifest))
+
+
+def _small_files(tensors: Mapping[str, TensorInfo], records: Iterable[Record], step: int) -> dict[str, bytes]:
+    """What stands beside the shards in every folder of this format."""
+    common = io.BytesIO()
+    torch.save({"checkpoint_version": 3.0, "iteration": step, OURS: VERSION}, common)
+    return {
+        METADATA: pickle.dumps(_metadata(tensors, records)),
+        FORMAT: json.dumps(KIND).encode(),
+        COMMON: common.getvalue(),
+    }
 
 
 def _contents(tensors: Mapping[str, TensorInfo], results: list[Written]) -> dict[str, Any]:
@@ -211,19 +220,3 @@ def _metadata(tensors: Mapping[str, TensorInfo], records: Iterable[Record]) -> M
         )
         chunks.append(ChunkStorageMetadata(offsets, sizes))
     return Metadata(dict(entries), planner_data={}, storage_data=storage, storage_meta=StorageMeta())
-
-
-def _write(file: Path, data: bytes) -> None:
-    with file.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def sync(path: Path) -> None:
-    """Have the disk hold a file or the entries of a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -76,3 +76,16 @@ def write_small(path: Path, model: ModelConfig = MODEL, **manifest: Any) -> Logi
 def flm_checkpoint(*arguments: object) -> int:
     """Exit status of `flm checkpoint` with these arguments, run in this process."""
     return main(["checkpoint", *map(str, arguments)])
+
+
+def as_foreign(path: Path) -> None:
+    """Take from a checkpoint what makes it one of ours, so that its other files can be changed by hand."""
+    for name in ("manifest.json", "common.pt"):
+        (path / name).unlink(missing_ok=True)
+
+
+def flip(file: Path, position: int, bits: int = 16) -> None:
+    """Change bits of one byte of a file."""
+    data = bytearray(file.read_bytes())
+    data[position] ^= bits
+    file.write_bytes(data)

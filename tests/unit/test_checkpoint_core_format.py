@@ -31,6 +31,7 @@ from flm_megatron.checkpoint.unpickle import read_pickle
 from flm_megatron.checkpoint.writer import plan_files, write_checkpoint, write_view
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import DamagedError, FlmError, RequestError
+from tests.unit.checkpoint_cases import as_foreign, flip
 
 MODEL = ModelConfig(num_layers=3, hidden_size=24, ffn_hidden_size=20, num_attention_heads=3, vocab_size=77)
 SHAPES = st.lists(st.integers(1, 7), min_size=1, max_size=4).map(tuple)
@@ -191,12 +192,6 @@ def test_manifest_says_what_was_given_and_written(checkpoint: Path, source: Init
     assert verify(checkpoint) == verify(checkpoint, quick=True) == view.manifest
 
 
-def flip(file: Path, position: int) -> None:
-    data = bytearray(file.read_bytes())
-    data[position] ^= 16
-    file.write_bytes(data)
-
-
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "metadata.json", "common.pt"])
 def test_verify_names_a_changed_a_truncated_and_a_missing_file(checkpoint: Path, name: str) -> None:
     file = checkpoint / name
@@ -247,6 +242,7 @@ def test_a_tensor_that_is_not_stored_as_a_whole(checkpoint: Path) -> None:
     chunks = metadata.state_dict_metadata["output_layer.weight"].chunks
     gone = chunks.pop()
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    as_foreign(checkpoint)
     view = open_checkpoint(checkpoint)
     with pytest.raises(DamagedError, match=r"output_layer\.weight is not stored as a whole"):
         view.read("output_layer.weight")
@@ -265,6 +261,7 @@ def test_bad_requests(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(RequestError, match="not a checkpoint"):
         open_checkpoint(tmp_path / "empty")
+    as_foreign(checkpoint)
     (checkpoint / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
     with pytest.raises(RequestError, match="zarr"):
         open_checkpoint(checkpoint)

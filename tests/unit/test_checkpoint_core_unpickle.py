@@ -23,6 +23,7 @@ from flm_megatron.checkpoint.unpickle import Foreign, load_pickle, read_pickle, 
 from flm_megatron.checkpoint.writer import write_view
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import DamagedError
+from tests.unit.checkpoint_cases import as_foreign
 
 MODEL = ModelConfig(num_layers=2, hidden_size=16, ffn_hidden_size=24, num_attention_heads=2, vocab_size=50)
 
@@ -96,6 +97,7 @@ def test_payload_in_a_tensor_record(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "evil.distcp").write_bytes(buffer.getvalue())
     info.relative_path, info.offset, info.length = "evil.distcp", 0, len(buffer.getvalue())
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    as_foreign(checkpoint)
     with pytest.raises(DamagedError, match=r"evil\.distcp.*system"):
         open_checkpoint(checkpoint).read(name)
     assert not trap.exists()
@@ -107,6 +109,7 @@ def test_files_outside_of_the_folder_are_not_opened(checkpoint: Path, tmp_path: 
     for info in metadata.storage_data.values():
         info.relative_path = "../outside"
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    as_foreign(checkpoint)
     with pytest.raises(DamagedError, match="outside of the folder"):
         open_checkpoint(checkpoint)
 

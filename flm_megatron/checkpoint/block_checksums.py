@@ -1,0 +1,137 @@
+"""CRC-32 of every block of a file: made while it is written, and checked while any part of it is read.
+
+Beside a checkpoint's `X.distcp` lies `X.distcp.crc32`: the CRC-32 of each MiB of X, as little-endian uint32. A whole
+file's checksum says that it is damaged after all of it was read; these say so for the bytes that a reader wants,
+before it has them, and without a second pass.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from isal.isal_zlib import crc32, crc32_combine
+
+from flm_megatron.errors import DamagedError
+
+BLOCK = 2**20
+SUFFIX = ".crc32"
+KEPT_BLOCKS = 4  # of each file, for reads that begin in the block where the last one ended
+LARGEST_READ = 2**30  # not every system takes more at once
+
+Fragment = tuple[int, int]
+"""CRC-32 and number of bytes of a run that lies in one block."""
+
+
+def fragments(data: memoryview, position: int) -> list[Fragment]:
+    """`data`, which lies at `position` of its file, cut at block boundaries."""
+    return [(crc32(data[a:b]), b - a) for a, b in _cuts(position, data.nbytes)]
+
+
+def combined(parts: Iterable[Fragment]) -> Fragment:
+    """The CRC-32 and size of runs that lie one after the other."""
+    crc, size = 0, 0
+    for part_crc, part_size in parts:
+        crc, size = crc32_combine(crc, part_crc, part_size), size + part_size
+    return crc, size
+
+
+def _cuts(position: int, nbytes: int) -> Iterator[tuple[int, int]]:
+    """Starts and ends, counted from `position`, of the parts of a run that each lie in one block."""
+    start = 0
+    while start < nbytes:
+        end = min(nbytes, start + BLOCK - (position + start) % BLOCK)
+        yield start, end
+        start = end
+
+
+class BlockSums:
+    """The checksums of a file's blocks, from fragments that are added in the order of the file."""
+
+    def __init__(self) -> None:
+        self._blocks: list[int] = []
+        self._open: list[Fragment] = []
+        self._filled = 0
+
+    def add(self, parts: Iterable[Fragment]) -> None:
+        """Go on with `parts`, cut at the file's block boundaries."""
+        for part in parts:
+            self._open.append(part)
+            self._filled += part[1]
+            assert self._filled <= BLOCK, "a fragment lies in two blocks"
+            if self._filled == BLOCK:
+                self._close()
+
+    def to_bytes(self) -> bytes:
+        """What is stored; the last block is as long as the file goes on."""
+        if self._filled:
+            self._close()
+        return np.array(self._blocks, "<u4").tobytes()
+
+    def _close(self) -> None:
+        self._blocks.append(combined(self._open)[0])
+        self._open, self._filled = [], 0
+
+
+class CheckedFile:
+    """A file of `size` bytes with the checksums of its blocks. Threads may read at the same time.
+
+    Raises DamagedError if `sums`, the content of its checksum file, is not for that many blocks.
+    """
+
+    def __init__(self, path: Path, size: int, sums: bytes) -> None:
+        if len(sums) != 4 * -(-size // BLOCK):
+            raise DamagedError(f"{path}{SUFFIX}: holds {len(sums) // 4} checksums for a file of {size} bytes")
+        self.path, self.size = path, size
+        self._sums = np.frombuffer(sums, "<u4")
+        self._kept: OrderedDict[int, memoryview] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read_into(self, fd: int, out: memoryview, position: int) -> None:
+        """Fill `out` with the bytes from `position` on, through the open descriptor `fd`.
+
+        Whole blocks are read into place; of the first and the last one, where `out` has only a part of it, all is
+        read. Raises DamagedError, naming the file and the place, when bytes are not those that were written.
+        """
+        for start, end in _cuts(position, out.nbytes):
+            block, inside = divmod(position + start, BLOCK)
+            length = min(BLOCK, self.size - block * BLOCK)
+            if end - start == length:
+                self._read_block(fd, block, out[start:end])
+            else:
+                out[start:end] = self._part_of(fd, block, length)[inside : inside + end - start]
+
+    def _part_of(self, fd: int, block: int, length: int) -> memoryview:
+        """A checked block of which only a part is wanted, kept for the read that goes on there."""
+        with self._lock:
+            if block in self._kept:
+                self._kept.move_to_end(block)
+                return self._kept[block]
+        data = memoryview(bytearray(length))
+        self._read_block(fd, block, data)
+        with self._lock:
+            self._kept[block] = data
+            if len(self._kept) > KEPT_BLOCKS:
+                self._kept.popitem(last=False)
+        return data
+
+    def _read_block(self, fd: int, block: int, out: memoryview) -> None:
+        read_fully(fd, out, block * BLOCK, self.path)
+        if (found := crc32(out)) != self._sums[block]:
+            raise DamagedError(
+                f"{self.path}: the {out.nbytes} bytes from byte {block * BLOCK} on have checksum {found:08x} instead "
+                f"of {self._sums[block]:08x}: they have changed since they were written"
+            )
+
+
+def read_fully(fd: int, out: memoryview, position: int, path: Path) -> None:
+    """Fill `out` from `position` of an open file on. Raises DamagedError, naming `path`, where the file ends before."""
+    while out.nbytes:
+        count = os.preadv(fd, [out[:LARGEST_READ]], position)
+        if not count:
+            raise DamagedError(f"{path}: the file ends before its data does (truncated?)")
+        out, position = out[count:], position + count

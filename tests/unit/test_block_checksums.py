@@ -1,0 +1,120 @@
+"""Checksums of blocks: made while writing, and no changed byte is read without an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flm_megatron.checkpoint.block_checksums import BLOCK, SUFFIX, BlockSums, CheckedFile, fragments
+from flm_megatron.checkpoint.logical import Region
+from flm_megatron.checkpoint.manifest import manifest_text, verify
+from flm_megatron.checkpoint.opening import open_checkpoint
+from flm_megatron.checkpoint.writer import write_view
+from flm_megatron.errors import DamagedError
+from tests.unit.checkpoint_cases import Memory, flip
+
+VALUES = {
+    "decoder.layers.a": torch.randn(3, 700, 300, generator=torch.Generator().manual_seed(1)),
+    "b": torch.arange(11.0),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a few blocks."""
+    path = tmp_path_factory.mktemp("blocks") / "a"
+    write_view(Memory(VALUES), path, {"step": 1}, chunk_bytes=2**20)
+    return path
+
+
+def block_crcs(data: bytes) -> list[int]:
+    """What the checksum file of `data` has to hold, by the standard library."""
+    return [zlib.crc32(data[start : start + BLOCK]) for start in range(0, len(data), BLOCK)]
+
+
+def test_every_block_of_a_shard_has_its_checksum(whole: Path) -> None:
+    data = (whole / "__0_0.distcp").read_bytes()
+    stored = (whole / f"__0_0.distcp{SUFFIX}").read_bytes()
+    assert len(data) > 2 * BLOCK and len(data) % BLOCK
+    assert memoryview(stored).cast("I").tolist() == block_crcs(data)
+    assert verify(whole)["files"][f"__0_0.distcp{SUFFIX}"] == {
+        "size": len(stored), "crc32": f"{zlib.crc32(stored):08x}"
+    }  # fmt: skip
+
+
+@given(st.lists(st.integers(0, 3 * BLOCK), min_size=1, max_size=4))
+def test_runs_of_any_length_add_up_to_blocks(lengths: list[int]) -> None:
+    data = bytes(range(251)) * (sum(lengths) // 251 + 1)
+    data = data[: sum(lengths)]
+    sums, position = BlockSums(), 0
+    for length in lengths:
+        sums.add(fragments(memoryview(data)[position : position + length], position))
+        position += length
+    assert memoryview(sums.to_bytes()).cast("I").tolist() == block_crcs(data)
+
+
+@given(st.data())
+def test_a_read_is_right_or_refused(whole: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(list(VALUES)))
+    shape = VALUES[name].shape
+    offsets = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
+    region = Region(offsets, tuple(data.draw(st.integers(1, n - o)) for n, o in zip(shape, offsets, strict=True)))
+    copy = tmp_path_factory.mktemp("flipped") / "a"
+    shutil.copytree(whole, copy)
+    files = sorted(file for file in copy.iterdir() if file.is_file())
+    file = data.draw(st.sampled_from(files))
+    flip(file, data.draw(st.integers(0, file.stat().st_size - 1)), 1 << data.draw(st.integers(0, 7)))
+    try:
+        values = open_checkpoint(copy).read(name, region)
+    except DamagedError as error:
+        assert file.name in str(error)
+    else:
+        assert torch.equal(values, VALUES[name][region.slices])
+        with pytest.raises(DamagedError):  # some other read finds it
+            view = open_checkpoint(copy)
+            for other in view.tensors:
+                view.read(other)
+    finally:
+        shutil.rmtree(copy)
+
+
+def test_a_checkpoint_without_block_checksums_is_held_against_its_records(whole: Path, tmp_path: Path) -> None:
+    """As they were written before there were any."""
+    old = tmp_path / "old"
+    shutil.copytree(whole, old)
+    manifest = json.loads((old / "manifest.json").read_text())
+    for name in [name for name in manifest["files"] if name.endswith(SUFFIX)]:
+        (old / name).unlink()
+        del manifest["files"][name]
+    (old / "manifest.json").write_text(manifest_text(manifest))
+    assert torch.equal(open_checkpoint(old).read("b"), VALUES["b"])
+    view = open_checkpoint(old)
+    chunk = view.chunks["decoder.layers.a"][0]  # type: ignore[attr-defined]
+    flip(old / chunk.file, chunk.offset + chunk.length // 2)
+    with pytest.raises(DamagedError, match=r"decoder\.layers\.a: .*have changed since"):
+        view.read("decoder.layers.a", Region((0, 0, 0), (1, 1, 1)))
+
+
+def test_checksums_of_another_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DamagedError, match=r"holds 1 checksums for a file of 1048577 bytes"):
+        CheckedFile(tmp_path / "x", BLOCK + 1, b"1234")
+
+
+def test_a_file_that_ends_early(tmp_path: Path) -> None:
+    file = tmp_path / "x"
+    file.write_bytes(b"abc")
+    checked = CheckedFile(file, 4, zlib.crc32(b"abcd").to_bytes(4, "little"))
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        with pytest.raises(DamagedError, match="ends before"):
+            checked.read_into(descriptor, memoryview(bytearray(2)), 1)
+    finally:
+        os.close(descriptor)
