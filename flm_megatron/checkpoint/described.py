@@ -9,6 +9,7 @@ import torch
 
 from flm_megatron.checkpoint.classic_arguments import model_from_arguments
 from flm_megatron.checkpoint.logical import STATE_PREFIXES, LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.stage_manifest import manifest_model
 from flm_megatron.checkpoint.torch_dist import COMMON, TorchDistCheckpoint
 from flm_megatron.checkpoint.unpickle import read_torch_file
 from flm_megatron.config.schema import ModelConfig
@@ -22,10 +23,8 @@ def model_of(view: LogicalCheckpoint, vocab_size: int | None = None) -> ModelCon
     Ours say it in the manifest, Hugging Face folders in `config.json`, Megatron-LM's in their arguments, which may
     need the true `vocab_size`.
     """
-    stages = (view.manifest.get("run") or {}).get("stages", [])
-    for stage in stages:
-        if stage["name"] == view.manifest.get("stage"):
-            return ModelConfig(**stage["model"])
+    if (recorded := manifest_model(view.manifest)) is not None:
+        return recorded
     if isinstance(config := getattr(view, "config", None), ModelConfig):
         return config
     if isinstance(view, TorchDistCheckpoint) and (view.path / COMMON).exists():

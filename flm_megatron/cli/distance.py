@@ -21,9 +21,9 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print, and write what is asked for."""
     import torch.distributed as dist
 
+    from flm_megatron.checkpoint.described import model_of
     from flm_megatron.checkpoint.opening import open_checkpoint
     from flm_megatron.config.loader import load_run
-    from flm_megatron.growth.boundary import manifest_model
     from flm_megatron.growth.distance import distance_table, layer_distances, plot_distances, write_distances
     from flm_megatron.growth.offline import stage_index
     from flm_megatron.growth.text import file_tokens, run_tokens
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     tokens = file_tokens(args.text, config, args.samples) if args.text else run_tokens(config, args.samples)
     with tool_world(config.distributed):
         place = partial(layout, timeout_s=config.distributed.timeout_s)
-        model = manifest_model(view.manifest) or stage.model
+        model = model_of(view, stage.model.vocab_size) or stage.model
         found = layer_distances(view, model, stage, tokens[:, :-1], place)
         first = dist.get_rank() == 0
     if first:

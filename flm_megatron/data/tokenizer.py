@@ -91,6 +91,14 @@ class Tokenizer:
         return self._model.decode([int(i) for i in ids])
 
 
+def file_fingerprint(path: str | os.PathLike[str]) -> str | None:
+    """The `fingerprint` of a tokenizer that lies at `path`; none if no file is there or it cannot be read."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
 def _chunks(text: str, size: int) -> Iterator[str]:
     """`text` in pieces of at most `size` characters, cut after the last line end where there is one."""
     start = 0

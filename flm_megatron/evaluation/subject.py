@@ -9,12 +9,11 @@ from typing import Any
 from flm_megatron.checkpoint.described import check_structure, required_model, without_padding
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
+from flm_megatron.checkpoint.own_tokenizer import check_tokenizer, tokenizer_files
 from flm_megatron.config.schema import ModelConfig
-from flm_megatron.data.description import read_description
 from flm_megatron.data.tokenizer import Tokenizer
-from flm_megatron.errors import FlmError, RequestError
+from flm_megatron.errors import RequestError
 
-TOKENIZER_FILE = "tokenizer.model"
 DEFAULT_CONTEXT = 4096
 
 
@@ -52,50 +51,18 @@ def open_subject(path: str | Path, tokenizer: str | Path | None = None, vocab_si
     check_structure(view.tensors, model, str(path))
     run = view.manifest.get("run") or {}
     stage: dict[str, Any] = next((s for s in run.get("stages", []) if s["name"] == view.manifest.get("stage")), {})
-    found = Tokenizer(tokenizer or _own_tokenizer(path, run))
-    _check_tokenizer(found, model, path, run)
+    found = Tokenizer(tokenizer or _own_tokenizer(path, view.manifest))
+    check_tokenizer(found, model, str(path), view.manifest, path)
     context = run.get("data", {}).get("sequence_length", DEFAULT_CONTEXT)
     return Subject(path, view, model, found, stage.get("precision", "fp32"), context)
 
 
-def _own_tokenizer(path: Path, run: dict[str, Any]) -> Path:
-    candidates = _tokenizer_files(path, run)
+def _own_tokenizer(path: Path, manifest: dict[str, Any]) -> Path:
+    candidates = tokenizer_files(path, manifest)
     if not candidates:
-        named = run.get("tokenizer")
+        named = (manifest.get("run") or {}).get("tokenizer")
         raise RequestError(
             f"{path}: {f'its tokenizer {named} is not there' if named else 'it names no tokenizer'}: "
             "give a SentencePiece model with --tokenizer"
         )
     return candidates[0]
-
-
-def _tokenizer_files(path: Path, run: dict[str, Any]) -> list[Path]:
-    """Files that are this checkpoint's tokenizer, as far as they are still there."""
-    named = [Path(run["tokenizer"])] if run.get("tokenizer") else []
-    return [file for file in [*named, path / TOKENIZER_FILE] if file.is_file()]
-
-
-def _check_tokenizer(tokenizer: Tokenizer, model: ModelConfig, path: Path, run: dict[str, Any]) -> None:
-    """Hold the tokenizer against all that is known of the one the checkpoint was trained with."""
-    if tokenizer.vocab_size != model.vocab_size:
-        raise RequestError(
-            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, the model of {path} has {model.vocab_size}: "
-            "give the tokenizer that the checkpoint was trained with"
-        )
-    for owner, fingerprint in _known_fingerprints(path, run):
-        if fingerprint != tokenizer.fingerprint:
-            raise RequestError(
-                f"tokenizer {tokenizer.path} (fingerprint {tokenizer.fingerprint[:12]}) is not the checkpoint's: "
-                f"{owner} has fingerprint {fingerprint[:12]}; give that one, or none"
-            )
-
-
-def _known_fingerprints(path: Path, run: dict[str, Any]) -> list[tuple[str, str]]:
-    """Fingerprints of the checkpoint's tokenizer: of its file and of the data it was trained on."""
-    known = [(str(file), Tokenizer(file).fingerprint) for file in _tokenizer_files(path, run)]
-    for source in run.get("data", {}).get("train", []):
-        try:
-            known.append((f"dataset {source['path']}", read_description(source["path"]).tokenizer))
-        except FlmError:  # the data is not on this machine
-            continue
-    return known

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from flm_megatron.checkpoint.described import model_of
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
+from flm_megatron.checkpoint.own_tokenizer import check_tokenizer
+from flm_megatron.checkpoint.stage_manifest import StagePosition, stage_manifest
+from flm_megatron.config.loader import resolve_vocabulary
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig, StageConfig
+from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.plan import GrowthPlan, check_same_plan, make_plan, stage_growth
 from flm_megatron.growth.rules import (
@@ -35,10 +41,11 @@ def grown_view(
     stage = run.stages[stage_index]
     check_source_stage(run, stage_index, source.manifest.get("stage"))
     check_masks_open(source.manifest)
-    check_same_tokenizer(source.manifest, run)
+    old = source_model(source, run, stage_index)
+    check_same_tokenizer(source.manifest, run, old)
     growth = stage_growth(stage, run.data.sequence_length)
-    plan = make_plan(source_model(source, run, stage_index), stage.model, growth, run.seed, distances, stage.name)
-    return GrownCheckpoint(source, plan, _manifest(source, run, stage_index)), plan
+    plan = make_plan(old, stage.model, growth, run.seed, distances, stage.name)
+    return GrownCheckpoint(source, plan, _manifest(source, run, stage_index, plan)), plan
 
 
 def check_boundary(run: RunConfig, stage_index: int) -> None:
@@ -65,18 +72,13 @@ def needs_distances(run: RunConfig, stage_index: int) -> bool:
 
 
 def source_model(source: LogicalCheckpoint, run: RunConfig, stage_index: int) -> ModelConfig:
-    """The model that `source` was trained as: its manifest has the last word, for growth derives norm_epsilon."""
-    model = manifest_model(source.manifest) or run.stages[stage_index - 1].model
+    """The model that `source` was trained as: what it says of itself has the last word, the run file's only where it
+    says nothing."""
+    before = run.stages[stage_index - 1].model
+    model = model_of(source, before.vocab_size) or before
     if not model.vocab_size:
         raise RequestError(f"stage {run.stages[stage_index - 1].name!r}: model.vocab_size is not known: set it")
     return model
-
-
-def manifest_model(manifest: Mapping[str, Any]) -> ModelConfig | None:
-    """The model of the stage a manifest is of; none where it names no run."""
-    stages = (manifest.get("run") or {}).get("stages", [])
-    found = next((s["model"] for s in stages if s["name"] == manifest.get("stage")), None)
-    return None if found is None else ModelConfig(**found)
 
 
 def saved_plan(manifest: Mapping[str, Any]) -> GrowthPlan | None:
@@ -129,31 +131,24 @@ def check_masks_open(manifest: Mapping[str, Any]) -> None:
         )
 
 
-def check_same_tokenizer(manifest: Mapping[str, Any], run: RunConfig) -> None:
-    """Both runs tokenize alike, as far as their tokenizer files can be read and compared.
+def check_same_tokenizer(manifest: Mapping[str, Any], run: RunConfig, model: ModelConfig) -> None:
+    """The run's tokenizer is the one that the checkpoint, of `model`, was trained with, as far as both are known.
 
     Raises:
-        RequestError: the two files differ.
+        RequestError: it is another one.
     """
-    before = (manifest.get("run") or {}).get("tokenizer")
-    if before and run.tokenizer and before != run.tokenizer and _differ(before, run.tokenizer):
-        raise RequestError(
-            f"the checkpoint was trained with tokenizer {before}, and the run file gives another one, {run.tokenizer}: "
-            "growth keeps the tokenizer"
-        )
-
-
-def _differ(first: str, second: str) -> bool:
-    """Whether two files are there and hold different bytes."""
+    if run.tokenizer is None or not Path(run.tokenizer).is_file():
+        return
     try:
-        with open(first, "rb") as one, open(second, "rb") as two:
-            return one.read() != two.read()
-    except FileNotFoundError:
-        return False
+        check_tokenizer(Tokenizer(run.tokenizer), model, "the checkpoint to grow", manifest)
+    except RequestError as error:
+        raise RequestError(f"{error}; growth keeps the tokenizer") from None
 
 
-def _manifest(source: LogicalCheckpoint, run: RunConfig, stage_index: int) -> dict[str, Any]:
-    carried: dict[str, Any] = {
-        key: source.manifest[key] for key in ("tokens", "samples", "optimizer_step") if key in source.manifest
-    }
-    return {**carried, "run": asdict(run), "stage": run.stages[stage_index].name, "step": 0}
+def _manifest(source: LogicalCheckpoint, run: RunConfig, stage_index: int, plan: GrowthPlan) -> dict[str, Any]:
+    """The grown stage's at step 0; where its run stands is carried over."""
+    known = source.manifest
+    position = StagePosition(0, known.get("samples"), known.get("tokens"), known.get("optimizer_step"))
+    run = resolve_vocabulary(run, int(plan.new.vocab_size or 0))
+    manifest = stage_manifest(run, stage_index, plan.new, position)
+    return {**{key: known[key] for key in ("tokenizer_sha256",) if key in known}, **manifest}

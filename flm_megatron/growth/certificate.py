@@ -72,6 +72,11 @@ class Certificate:
         return "\n".join([head, *rows])
 
 
+def certified(provenance: Mapping[str, Any], certificate: Certificate | None) -> dict[str, Any]:
+    """The `growth` entry of a manifest, with the certificate where there is one."""
+    return {**provenance, **({"certificate": certificate.to_json()} if certificate else {})}
+
+
 def certify(
     source: LogicalCheckpoint,
     grown: LogicalCheckpoint,

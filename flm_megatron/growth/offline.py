@@ -12,7 +12,7 @@ from flm_megatron.checkpoint.reshard import stored_bytes
 from flm_megatron.checkpoint.writer import write_view
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.errors import RequestError
-from flm_megatron.growth.certificate import Certificate
+from flm_megatron.growth.certificate import Certificate, certified
 from flm_megatron.growth.view import GrownCheckpoint
 
 
@@ -29,7 +29,7 @@ def write_grown(
     """
     nbytes = stored_bytes(view.tensors)
     processes.on_first(lambda: refuse_without_room(path, nbytes))
-    growth = {**view.manifest["growth"], "certificate": certificate.to_json() if certificate else None}
+    growth = certified(view.manifest["growth"], certificate)
     with progress_bar("grow", nbytes, processes) as moved:
         return write_view(view, path, {**view.manifest, "growth": growth}, progress=moved)
 

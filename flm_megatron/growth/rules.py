@@ -47,8 +47,8 @@ def check_kept(old: ModelConfig, new: ModelConfig) -> None:
 
 
 def check_vocabulary(old: ModelConfig, new: ModelConfig) -> None:
-    """The vocabulary stays; none in the new model means the old one's."""
-    if new.vocab_size is not None and new.vocab_size != old.vocab_size:
+    """The vocabulary stays; none in the new model means the old one's, none in the old that it is not known yet."""
+    if None not in (old.vocab_size, new.vocab_size) and new.vocab_size != old.vocab_size:
         raise RequestError(
             f"model.vocab_size is {old.vocab_size} in the stage before and {new.vocab_size} in the grown one: "
             "growth keeps the tokenizer and its vocabulary, so use the same in every stage"
@@ -134,6 +134,6 @@ def check_epsilons(run: RunConfig) -> None:
     for stage in run.stages[1:]:
         if stage.model.norm_epsilon != first.model.norm_epsilon:
             raise RequestError(
-                f"stage {stage.name!r}: model.norm_epsilon is {stage.model.norm_epsilon:g}, stage {first.name!r} has "
-                f"{first.model.norm_epsilon:g}: growth derives the value of later stages, so give the first one's"
+                f"stage {stage.name!r}: model.norm_epsilon is {stage.model.norm_epsilon!r}, stage {first.name!r} has "
+                f"{first.model.norm_epsilon!r}: growth derives the value of later stages, so give the first one's"
             )

@@ -15,15 +15,15 @@ from flm_megatron import kernels
 from flm_megatron.checkpoint.engine import SaveHandle, load_state, save_state
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
+from flm_megatron.checkpoint.stage_manifest import StagePosition, stage_manifest
 from flm_megatron.config.budget import stage_budgets
-from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.data.loader import batches, validation_batches
 from flm_megatron.data.streams import Stream, training_stream, validation_streams_of
 from flm_megatron.device import current
 from flm_megatron.device.hardware import find_hardware
 from flm_megatron.growth.births import load_births
-from flm_megatron.growth.certificate import Certificate
+from flm_megatron.growth.certificate import Certificate, certified
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.growth.schedule import mask_plan, mask_value
 from flm_megatron.kernels import fp8
@@ -257,16 +257,11 @@ class StageTrainer:
 
     def _manifest(self) -> dict[str, Any]:
         samples = self.budget.first_sample + self.step * self.budget.batch_samples
-        groups = self.engine.optimizer.param_groups
+        adam_step = max((group.get("step", 0) for group in self.engine.optimizer.param_groups), default=0)
+        position = StagePosition(self.step, samples, self.budget.tokens_at(self.step), adam_step)
         return {
-            **({"growth": self.growth} if self.growth else {}),
+            **stage_manifest(self.run, self.index, self.stage.model, position, self.growth),
             "stability": self.watch.to_json(),
-            "run": run_to_dict(self.run),
-            "stage": self.stage.name,
-            "step": self.step,
-            "samples": samples,
-            "tokens": self.budget.tokens_at(self.step),
-            "optimizer_step": max((group.get("step", 0) for group in groups), default=0),
             "layout": asdict(self.stage.parallel) | {"world": dist.get_world_size()},
         }
 
@@ -274,9 +269,7 @@ class StageTrainer:
 def _growth_record(beginning: Beginning) -> dict[str, Any] | None:
     """The growth that the stage began with, as its checkpoints keep it: plan, provenance, certificate."""
     growth = beginning.view.manifest.get("growth") if beginning.plan else None
-    if growth is None or beginning.certificate is None:
-        return growth
-    return {**growth, "certificate": beginning.certificate.to_json()}
+    return certified(growth, beginning.certificate) if growth else None
 
 
 def _masks(engine: Engine, plan: GrowthPlan | None, step: int) -> Any:

@@ -126,7 +126,7 @@ def test_another_tokenizer_is_refused(folder: Path, tmp_path: Path, capsys: pyte
     other = make_tokenizer(tmp_path / "other.model", text=TEXT[::-1])
     bpb = ("eval", "bpb", folder / "llama", "--text", f"a={text}")
     line = refusal(capsys, *bpb, "--tokenizer", other.path)
-    assert other.fingerprint[:12] in line and "is not the checkpoint's" in line
+    assert other.fingerprint[:12] in line and "is not the one that" in line
     shutil.copytree(folder / "llama", tmp_path / "bare")
     (tmp_path / "bare" / "tokenizer.model").unlink()
     assert "it names no tokenizer" in refusal(capsys, "eval", "bpb", tmp_path / "bare", "--text", f"a={text}")

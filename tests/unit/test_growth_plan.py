@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
+from flm_megatron.checkpoint.stage_manifest import manifest_model
 from flm_megatron.config.schema import DataConfig, MupConfig, RunConfig, StageConfig
+from flm_megatron.data.tokenizer import train_tokenizer
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.boundary import (
     check_boundary,
     check_masks_open,
     check_same_tokenizer,
     grown_view,
-    manifest_model,
     needs_distances,
     resumed_plan,
     saved_mask_value,
@@ -26,6 +27,7 @@ from flm_megatron.growth.layers import select_layers
 from flm_megatron.growth.plan import GrowthPlan, check_same_plan, grown_model, make_plan
 from flm_megatron.growth.rules import check_epsilons, check_mask_length, check_source_stage
 from flm_megatron.growth.schedule import mask_value
+from tests.prose import prose
 from tests.unit.growth_cases import GROWN, growth, old_model, plan_for, trained
 
 
@@ -220,15 +222,30 @@ def test_growing_in_the_middle_of_a_mask() -> None:
         check_masks_open({**view.manifest, "step": 3})
 
 
-def test_boundary_refuses_before_reading(tmp_path: Path) -> None:
+def test_boundary_refuses_before_reading() -> None:
     run = small_run()
     assert run.stages[1].growth is not None
     run.stages[1].growth.mask_steps = 11
     with pytest.raises(RequestError, match="mask_steps is 11"):
         check_boundary(run, 1)
-    for name in "ab":
-        (tmp_path / name).write_text(name)
-    run.tokenizer = str(tmp_path / "a")
-    check_same_tokenizer({"run": {"tokenizer": run.tokenizer}}, run)
-    with pytest.raises(RequestError, match="growth keeps the tokenizer"):
-        check_same_tokenizer({"run": {"tokenizer": str(tmp_path / "b")}}, run)
+
+
+def test_growth_keeps_the_tokenizer(tmp_path: Path) -> None:
+    text = "".join(prose(4))
+    own = train_tokenizer([text], tmp_path / "own", 400)
+    same_size = train_tokenizer([text[::-1]], tmp_path / "same_size", 400)
+    larger = train_tokenizer([text], tmp_path / "larger", 420)
+    model = old_model(vocab_size=own.vocab_size)
+    run = small_run()
+    for recorded in ({"tokenizer_sha256": own.fingerprint}, {"run": {"tokenizer": own.path}}, {}):
+        run.tokenizer = own.path
+        check_same_tokenizer(recorded, run, model)
+        run.tokenizer = larger.path
+        with pytest.raises(RequestError, match=r"larger has 420 ids, .* has 400: .*; growth keeps the tokenizer"):
+            check_same_tokenizer(recorded, run, model)
+        run.tokenizer = same_size.path
+        if recorded:
+            with pytest.raises(RequestError, match=r"is not the one that .*; growth keeps the tokenizer"):
+                check_same_tokenizer(recorded, run, model)
+    run.tokenizer = str(tmp_path / "nowhere")
+    check_same_tokenizer({"tokenizer_sha256": own.fingerprint}, run, model)

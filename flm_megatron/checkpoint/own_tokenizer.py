@@ -1,0 +1,59 @@
+"""The tokenizer that belongs to a checkpoint: where it lies, and whether a given one is it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flm_megatron.config.schema import ModelConfig
+from flm_megatron.data.description import read_description
+from flm_megatron.data.tokenizer import Tokenizer, file_fingerprint
+from flm_megatron.errors import FlmError, RequestError
+
+TOKENIZER_FILE = "tokenizer.model"
+
+
+def tokenizer_files(folder: Path | None, manifest: Mapping[str, Any]) -> list[Path]:
+    """Files that are a checkpoint's tokenizer, as far as they are there: named by its run, or in its `folder`."""
+    named = (manifest.get("run") or {}).get("tokenizer")
+    candidates = [*([Path(named)] if named else []), *([folder / TOKENIZER_FILE] if folder else [])]
+    return [file for file in candidates if file.is_file()]
+
+
+def check_tokenizer(
+    tokenizer: Tokenizer, model: ModelConfig, where: str, manifest: Mapping[str, Any], folder: Path | None = None
+) -> None:
+    """Hold `tokenizer` against all that is known of the one a checkpoint of `model` was trained with.
+
+    `where` names the checkpoint in errors, `folder` is where it lies.
+
+    Raises:
+        RequestError: it has another number of ids, or is another file.
+    """
+    if tokenizer.vocab_size != model.vocab_size:
+        raise RequestError(
+            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, the model of {where} has {model.vocab_size}: "
+            "give the tokenizer that the checkpoint was trained with"
+        )
+    for owner, fingerprint in _known_fingerprints(folder, manifest):
+        if fingerprint != tokenizer.fingerprint:
+            raise RequestError(
+                f"tokenizer {tokenizer.path} (fingerprint {tokenizer.fingerprint[:12]}) is not the one that {where} "
+                f"was trained with: {owner} has fingerprint {fingerprint[:12]}"
+            )
+
+
+def _known_fingerprints(folder: Path | None, manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Who knows it, and the fingerprint: the manifest, or for want of that the files and the data it was trained on,
+    which may have changed since."""
+    if recorded := manifest.get("tokenizer_sha256"):
+        return [("its manifest", recorded)]
+    files = [(str(file), file_fingerprint(file)) for file in tokenizer_files(folder, manifest)]
+    known = [(name, fingerprint) for name, fingerprint in files if fingerprint]
+    for source in (manifest.get("run") or {}).get("data", {}).get("train", []):
+        try:
+            known.append((f"dataset {source['path']}", read_description(source["path"]).tokenizer))
+        except FlmError:  # the data is not on this machine
+            continue
+    return known

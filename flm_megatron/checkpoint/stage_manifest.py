@@ -1,0 +1,73 @@
+"""What a manifest says of a stage, written by one function, and the model that it says, read by another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from flm_megatron.config.loader import run_to_dict
+from flm_megatron.config.schema import ModelConfig, RunConfig
+from flm_megatron.data.tokenizer import file_fingerprint
+from flm_megatron.errors import RequestError
+
+
+@dataclass(frozen=True)
+class StagePosition:
+    """How far a run is: `step` of the stage, samples and tokens of all stages, and Adam's step."""
+
+    step: int
+    samples: int | None
+    tokens: int | None
+    optimizer_step: int | None
+
+
+def stage_manifest(
+    run: RunConfig,
+    stage_index: int,
+    model: ModelConfig,
+    position: StagePosition,
+    growth: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The manifest of stage `stage_index`, which trains `model`: the run file's, but for what growth derives.
+
+    `growth` is the growth that the stage began with (`growth.view.provenance`). What is not known of `position` is
+    left out. The tokenizer is named by its fingerprint too, where its file is there.
+    """
+    stages = list(run.stages)
+    stages[stage_index] = replace(stages[stage_index], model=model)
+    fingerprint = file_fingerprint(run.tokenizer) if run.tokenizer else None
+    known = {key: value for key, value in vars(position).items() if value is not None}
+    return {
+        "run": run_to_dict(replace(run, stages=stages)),
+        "stage": stages[stage_index].name,
+        **known,
+        **({"growth": dict(growth)} if growth else {}),
+        **({"tokenizer_sha256": fingerprint} if fingerprint else {}),
+    }
+
+
+def manifest_model(manifest: Mapping[str, Any], where: str = "manifest.json") -> ModelConfig | None:
+    """The model of the stage that a manifest is of; none where it names no run.
+
+    Of a stage that grew it is the plan's, which is what is trained: earlier versions of `flm grow` wrote the
+    configured one beside it, whose norm_epsilon and vocabulary may be others.
+
+    Raises:
+        RequestError: there is one, with fields or values that this program does not know.
+    """
+    name = manifest.get("stage")
+    plan = (manifest.get("growth") or {}).get("plan") or {}
+    stages = (manifest.get("run") or {}).get("stages", [])
+    found = next((stage["model"] for stage in stages if stage["name"] == name), None)
+    if found is not None and plan.get("stage") == name:
+        found = plan["new"]
+    try:
+        return None if found is None else ModelConfig(**found)
+    except (ValidationError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise RequestError(
+            f"{where}: the model of stage {name!r} is not one that this program knows ({reason:.200}): update it"
+        ) from None

@@ -1,0 +1,73 @@
+"""A stage grown on disk and one grown in a run have the same manifest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from flm_megatron.checkpoint.initial import InitialCheckpoint
+from flm_megatron.checkpoint.opening import open_checkpoint
+from flm_megatron.checkpoint.stage_manifest import StagePosition, stage_manifest
+from flm_megatron.checkpoint.writer import write_view
+from flm_megatron.cli.main import main
+from flm_megatron.config.loader import dump_run, load_run
+from flm_megatron.training.preflight import resolve
+from tests.distributed.pool import Pool
+from tests.distributed.runs import make_data
+
+RUN = """
+output: {folder}/run
+tokenizer: {folder}/tokenizer.model
+data: {{sequence_length: 32, train: [{{path: {folder}/train}}]}}
+defaults: {{global_batch: 4, tokens: 512}}
+stages:
+  - name: small
+    model: &small {{num_layers: 2, hidden_size: 32, ffn_hidden_size: 48, num_attention_heads: 4, norm_epsilon: 1.0e-3}}
+  - name: big
+    model: {{<<: *small, hidden_size: 48, ffn_hidden_size: 72, num_attention_heads: 6}}
+    growth: {{hidden: zero, ffn: mask, heads: zero, mask_steps: 2, layer_selection: interleave, certify_samples: 0,
+              optimizer_step: birth}}
+"""
+ONLINE_ONLY = {"layout", "stability"}
+"""What only a run has: the layout of its processes, and the window of its spike guard."""
+WRITTEN = {"files", "tensors", "logical_hash", "weights_hash", "optimizer", "version", "crc32"}
+"""What a manifest says of the bytes that were written."""
+
+
+def manifest_in_a_run(run_file: str, source: str) -> dict[str, Any]:
+    """The manifest of stage `big` at step 0, of a run that grows into it from `source`."""
+    from flm_megatron.training.parallel import layout
+    from flm_megatron.training.stage import StageTrainer
+    from flm_megatron.training.start import Start, begin
+
+    run = resolve(load_run(run_file))
+    start = Start(1, 0, Path(source), resumes=False)
+    beginning = begin(run, start)
+    with layout(beginning.stage.parallel, 60):
+        trainer = StageTrainer(run, start, beginning)
+        try:
+            return trainer._manifest()
+        finally:
+            trainer.close()
+
+
+def test_grown_on_disk_or_in_a_run_the_manifest_is_the_same(pool: Pool, tmp_path: Path) -> None:
+    folder = make_data(tmp_path)
+    run_file = folder / "run.yaml"
+    run_file.write_text(RUN.format(folder=folder))
+    run = resolve(load_run(run_file))
+    model = run.stages[0].model
+    manifest = stage_manifest(run, 0, model, StagePosition(step=4, samples=16, tokens=512, optimizer_step=4))
+    write_view(InitialCheckpoint(model, 3, optimizer=True), folder / "small", manifest)
+    assert main(["grow", str(folder / "small"), str(run_file), "--stage", "big", "--out", str(folder / "big")]) == 0
+
+    (in_run,) = pool.run(1, manifest_in_a_run, str(run_file), str(folder / "small"))
+    in_run = json.loads(json.dumps(in_run))
+    on_disk = open_checkpoint(folder / "big").manifest
+    assert set(in_run) - set(on_disk) == ONLINE_ONLY
+    assert set(on_disk) - set(in_run) <= WRITTEN
+    for key in set(in_run) - ONLINE_ONLY:
+        assert in_run[key] == on_disk[key], key
+    assert on_disk["run"]["stages"][1]["model"]["norm_epsilon"] == 1e-3 * 32 / 48
+    assert dump_run(run) != dump_run(load_run(run_file)), "the run's vocabulary came from its tokenizer"
