@@ -10,17 +10,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from flm_megatron.cli.checkpoint_options import add_dtype, add_vocab_size, byte_size, positive
+from flm_megatron.cli.checkpoint_options import add_dtype, add_vocab_size
+from flm_megatron.cli.parser import byte_size, path, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm checkpoint export-hf`."""
-    parser.add_argument("source", type=Path, help="checkpoint of any format")
-    parser.add_argument("destination", type=Path, help="new folder")
+    parser.add_argument("source", type=path, help="checkpoint of any format")
+    parser.add_argument("destination", type=path, help="new folder")
     parser.add_argument("--flavour", choices=["teleflm", "llama"], default="teleflm", help="released form, or Llama's")
     parser.add_argument("--shard-size", type=byte_size, default=5 * 10**9, help="largest shard, such as 5GB (default)")
     parser.add_argument("--pad-vocab-to", type=positive, default=1, help="pad the vocabulary to a multiple of this")
-    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model; the run's if not given")
+    parser.add_argument("--tokenizer", type=path, help="SentencePiece model; the run's if not given")
     parser.add_argument("--fold-mask", action="store_true", help="fold a half-open growth mask in, where that is exact")
     add_dtype(parser)
     add_vocab_size(parser)

@@ -6,15 +6,15 @@ Training can also start from the folder as it is: give it as `checkpoint.initial
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from flm_megatron.cli.checkpoint_options import add_dtype, add_vocab_size
+from flm_megatron.cli.parser import path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm checkpoint import-hf`."""
-    parser.add_argument("source", type=Path, help="Hugging Face folder: safetensors, or .bin (never run)")
-    parser.add_argument("destination", type=Path, help="new folder")
+    parser.add_argument("source", type=path, help="Hugging Face folder: safetensors, or .bin (never run)")
+    parser.add_argument("destination", type=path, help="new folder")
     add_dtype(parser)
     add_vocab_size(parser)
 

@@ -5,15 +5,23 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
+from flm_megatron.cli.parser import path, positive
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm distance`; anything else of the form `--field value` overrides the run file."""
-    parser.add_argument("checkpoint", help="checkpoint to measure")
-    parser.add_argument("run_file", help="run file (YAML) with the checkpoint's stage: its layout, tokenizer and data")
-    parser.add_argument("--text", metavar="FILE", help="text file to measure on (default: the run's validation data)")
-    parser.add_argument("--samples", type=int, default=8, help="samples to measure on (default: 8)")
-    parser.add_argument("--out", metavar="FILE", help="write the distances as JSON, for `flm grow --distances`")
-    parser.add_argument("--plot", metavar="FILE", help="draw the distances into a picture")
+    parser.add_argument("checkpoint", type=path, help="checkpoint to measure")
+    parser.add_argument(
+        "run_file", type=path, help="run file (YAML) with the checkpoint's stage: its layout, tokenizer and data"
+    )
+    parser.add_argument(
+        "--text", type=path, metavar="FILE", help="text file to measure on (default: the run's validation data)"
+    )
+    parser.add_argument("--samples", type=positive, default=8, help="samples to measure on (default: 8)")
+    parser.add_argument(
+        "--out", type=path, metavar="FILE", help="write the distances as JSON, for `flm grow --distances`"
+    )
+    parser.add_argument("--plot", type=path, metavar="FILE", help="draw the distances into a picture")
     parser.set_defaults(accepts_overrides=True)
 
 

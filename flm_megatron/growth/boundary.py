@@ -12,16 +12,12 @@ from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.own_tokenizer import check_tokenizer
 from flm_megatron.checkpoint.stage_manifest import StagePosition, stage_manifest
 from flm_megatron.config.loader import resolve_vocabulary
-from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig, StageConfig
+from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import RequestError
+from flm_megatron.growth.foreseen import check_boundary, unmeasured_plan
 from flm_megatron.growth.plan import GrowthPlan, check_same_plan, make_plan, stage_growth
-from flm_megatron.growth.rules import (
-    check_epsilons,
-    check_mask_length,
-    check_masks_reach_norms,
-    check_source_stage,
-)
+from flm_megatron.growth.rules import check_source_stage
 from flm_megatron.growth.schedule import mask_value
 from flm_megatron.growth.view import GrownCheckpoint
 
@@ -46,22 +42,6 @@ def grown_view(
     growth = stage_growth(stage, run.data.sequence_length)
     plan = make_plan(old, stage.model, growth, run.seed, distances, stage.name)
     return GrownCheckpoint(source, plan, _manifest(source, run, stage_index, plan)), plan
-
-
-def check_boundary(run: RunConfig, stage_index: int) -> None:
-    """All that can be said about a growth from the run file alone, for use before anything starts.
-
-    Raises:
-        RequestError: the growth cannot be done as asked.
-    """
-    if stage_index < 1:
-        return
-    stage, before = run.stages[stage_index], run.stages[stage_index - 1]
-    check_epsilons(run)
-    plan = _unmeasured_plan(before.model, run, stage, stage_growth(stage, run.data.sequence_length))
-    check_masks_reach_norms(stage, plan.masked)
-    if plan.masked:
-        check_mask_length(stage, plan.mask_steps, run.data.sequence_length)
 
 
 def needs_distances(run: RunConfig, stage_index: int) -> bool:
@@ -99,16 +79,11 @@ def resumed_plan(run: RunConfig, index: int, saved: Mapping[str, Any]) -> Growth
     growth = stage.growth or GrowthConfig()
     if growth.mask_steps is None:  # a share of the stage as long as it was then
         growth = replace(growth, mask_steps=plan.mask_steps)
-    now = _unmeasured_plan(plan.old, run, stage, growth)
+    now = unmeasured_plan(plan.old, run, stage, growth)
     if growth.layer_selection == "distance":  # measured at the boundary, not again
         now = replace(now, layer_sources=plan.layer_sources)
     check_same_plan(plan, now)
     return plan
-
-
-def _unmeasured_plan(old: ModelConfig, run: RunConfig, stage: StageConfig, growth: GrowthConfig) -> GrowthPlan:
-    """The plan but for which layers are copied, where that is measured."""
-    return make_plan(old, stage.model, growth, run.seed, [0.0] * old.num_layers, stage.name)
 
 
 def saved_mask_value(manifest: Mapping[str, Any]) -> float:

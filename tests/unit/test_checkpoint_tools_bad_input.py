@@ -158,7 +158,5 @@ def test_wrong_options_are_refused(whole: Path, tmp_path: Path, capsys: pytest.C
     assert flm_checkpoint("export-hf", whole / "ours", tmp_path / "out", "--tokenizer", tmp_path / "none") == 2
     assert "is not a SentencePiece model" in capsys.readouterr().err
     for wrong in (["--shard-size", "big"], ["--shard-size", "0GB"], ["--pad-vocab-to", "0"], ["--flavour", "gpt"]):
-        with pytest.raises(SystemExit) as stop:
-            flm_checkpoint("export-hf", whole / "ours", tmp_path / "out", *wrong)
-        assert stop.value.code == 2
+        assert flm_checkpoint("export-hf", whole / "ours", tmp_path / "out", *wrong) == 2
     assert list(tmp_path.iterdir()) == []
