@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from flm_megatron.checkpoint.adapters import merged
     from flm_megatron.checkpoint.hugging_face_writer import ExportOptions, folding_note, write_hugging_face
     from flm_megatron.checkpoint.launched import launched_processes
+    from flm_megatron.checkpoint.own_tokenizer import tokenizer_to_export
     from flm_megatron.cli.checkpoint_options import open_with_model, torch_dtype, without_mask
 
     with launched_processes() as processes:
@@ -39,12 +40,13 @@ def run(args: argparse.Namespace) -> int:
         source = without_mask(source, model, args.fold_mask)
         source, model = merged(source, model)
         run_file = source.manifest.get("run") or {}
+        tokenizer, missing = tokenizer_to_export(args.tokenizer, model, args.source, source.manifest)
         options = ExportOptions(
             flavour=args.flavour,
             dtype=torch_dtype(args.dtype),
             shard_bytes=args.shard_size,
             pad_vocab_to=args.pad_vocab_to,
-            tokenizer=args.tokenizer or _tokenizer(args.source, run_file.get("tokenizer")),
+            tokenizer=tokenizer,
             sequence_length=run_file.get("data", {}).get("sequence_length", 4096),
         )
         nbytes = write_hugging_face(source, model, args.destination, options, processes)
@@ -52,12 +54,6 @@ def run(args: argparse.Namespace) -> int:
             print(f"{args.destination}: {nbytes:,} bytes of weights")
             if args.flavour == "llama":
                 print(folding_note(model))
-            if options.tokenizer is None:
-                print("no tokenizer files were written, for the checkpoint names none: give --tokenizer")
+            if missing:
+                print(f"no tokenizer files were written: {missing}")
     return 0
-
-
-def _tokenizer(source: Path, named: str | None) -> Path | None:
-    """The tokenizer that a run names, or the one that lies beside the weights; none if neither is there."""
-    candidates = [Path(named)] if named else []
-    return next((path for path in [*candidates, source / "tokenizer.model"] if path.is_file()), None)

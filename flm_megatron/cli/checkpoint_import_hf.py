@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Import, and print the logical hash of what was written; returns 0."""
     from flm_megatron.checkpoint.converted import ConvertedCheckpoint
+    from flm_megatron.checkpoint.described import required_model
     from flm_megatron.checkpoint.hugging_face import HuggingFaceCheckpoint
     from flm_megatron.checkpoint.imported import manifest_for
     from flm_megatron.checkpoint.launched import launched_processes
@@ -30,8 +31,9 @@ def run(args: argparse.Namespace) -> int:
 
     with launched_processes() as processes:
         source = HuggingFaceCheckpoint(args.source, args.vocab_size)
+        model = required_model(source, str(args.source), args.vocab_size)
         view = ConvertedCheckpoint(source, torch_dtype(args.dtype))
-        manifest = manifest_for(view, source.config, args.source)
+        manifest = manifest_for(view, model, args.source)
         written = reshard(view, args.destination, processes, manifest)
         if processes.rank == 0:
             print(f"{args.destination}: logical hash {written['logical_hash']}")

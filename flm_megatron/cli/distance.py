@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print, and write what is asked for."""
     import torch.distributed as dist
 
-    from flm_megatron.checkpoint.described import model_of
+    from flm_megatron.checkpoint.described import recorded_model
     from flm_megatron.checkpoint.opening import open_checkpoint
     from flm_megatron.config.loader import load_run
     from flm_megatron.growth.distance import distance_table, layer_distances, plot_distances, write_distances
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     tokens = file_tokens(args.text, config, args.samples) if args.text else run_tokens(config, args.samples)
     with tool_world(config.distributed):
         place = partial(layout, timeout_s=config.distributed.timeout_s)
-        model = model_of(view, stage.model.vocab_size) or stage.model
+        model = recorded_model(view, stage.model.vocab_size) or stage.model
         found = layer_distances(view, model, stage, tokens[:, :-1], place)
         first = dist.get_rank() == 0
     if first:

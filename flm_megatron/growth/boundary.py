@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flm_megatron.checkpoint.described import model_of
+from flm_megatron.checkpoint.described import recorded_model
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.own_tokenizer import check_tokenizer
 from flm_megatron.checkpoint.stage_manifest import StagePosition, stage_manifest
@@ -55,7 +55,7 @@ def source_model(source: LogicalCheckpoint, run: RunConfig, stage_index: int) ->
     """The model that `source` was trained as: what it says of itself has the last word, the run file's only where it
     says nothing."""
     before = run.stages[stage_index - 1].model
-    model = model_of(source, before.vocab_size) or before
+    model = recorded_model(source, before.vocab_size) or before
     if not model.vocab_size:
         raise RequestError(f"stage {run.stages[stage_index - 1].name!r}: model.vocab_size is not known: set it")
     return model
