@@ -8,7 +8,6 @@ gives the same logits and every serving engine can load it.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from flm_megatron.cli.checkpoint_options import add_dtype, add_vocab_size
 from flm_megatron.cli.parser import byte_size, path, positive
