@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 # Controls, line ends of Unicode, and halves of surrogate pairs (bytes of a file name that are not UTF-8).
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -48,7 +49,11 @@ class Mistakes(RequestError):
 
 
 class DamagedError(FlmError):
-    """Stored data is damaged: the message names the file or tensor."""
+    """Stored data is damaged: the message names the file or tensor. `checkpoint` is the folder, where it is one's."""
+
+    def __init__(self, message: str, checkpoint: Path | None = None) -> None:
+        super().__init__(message)
+        self.checkpoint = checkpoint
 
 
 class ProgramError(FlmError):
@@ -57,3 +62,7 @@ class ProgramError(FlmError):
     def __str__(self) -> str:
         """The message as it is."""
         return str(self.args[0])
+
+
+ERRORS = {kind.__name__: kind for kind in (FlmError, RequestError, DamagedError)}
+"""Kinds of errors by name, for those that come from another process."""

@@ -12,6 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_file", type=path, help="run file (YAML)")
     parser.add_argument("--stage", help="train only this stage")
     parser.add_argument(
+        "--start-anew", action="store_true", help="begin from nothing; what is there is kept as NAME.before-N"
+    )
+    parser.add_argument(
         "--print-config", action="store_true", help="check the run file by its rules, print it resolved and stop"
     )
     parser.epilog = "Any field of the run file can be overridden: --stages.0.parallel.tensor 2 (see `flm config`)."
@@ -31,4 +34,4 @@ def run(args: argparse.Namespace) -> int:
     from flm_megatron.training.launch import train
     from flm_megatron.training.preflight import resolve
 
-    return train(resolve(config), args.stage)
+    return train(resolve(config), args.stage, args.start_anew)
