@@ -98,7 +98,7 @@ class StageTrainer:
 
     def train(self, stop: StopRequest) -> bool:
         """Train to the end of the budget, or to a stop request; saves before it returns."""
-        first = self.budget.first_sample + self.step * self.stage.global_batch
+        first = self.budget.sample_at(self.step)
         feed = batches(
             self.stream, first, self.stage.global_batch, self.stage.micro_batch, self.data_rank, self.data_size
         )
@@ -163,8 +163,7 @@ class StageTrainer:
 
     def _refuse(self, reason: str) -> None:
         """Say which samples a step that was not applied had, and do what the policy asks for."""
-        first = self.budget.first_sample + (self.step - 1) * self.budget.batch_samples
-        samples = range(first, first + self.budget.batch_samples)
+        samples = range(self.budget.sample_at(self.step - 1), self.budget.sample_at(self.step))
         policy = self.stage.stability.policy
         if self.log:
             names = [name for index in samples for name in self.stream.names(index)]
@@ -193,7 +192,7 @@ class StageTrainer:
 
     def _metrics(self, result: StepResult, lr: float) -> StepMetrics:
         device = current()
-        per_device = self.budget.step_tokens / self.times[-1] / dist.get_world_size()
+        per_device = self.budget.segments[-1].step_tokens / self.times[-1] / dist.get_world_size()
         tflops = per_device * training_flops_per_token(self.stage.model, self.run.data.sequence_length) / 1e12
         peak = _peak_tflops(self.stage.precision)
         return StepMetrics(
@@ -267,7 +266,7 @@ class StageTrainer:
             self.store.prune(self.stage.name, wanted.keep_last, wanted.keep_every_steps)
 
     def _manifest(self) -> dict[str, Any]:
-        samples = self.budget.first_sample + self.step * self.budget.batch_samples
+        samples = self.budget.sample_at(self.step)
         adam_step = max((group.get("step", 0) for group in self.engine.optimizer.param_groups), default=0)
         position = StagePosition(self.step, samples, self.budget.tokens_at(self.step), adam_step)
         return {
