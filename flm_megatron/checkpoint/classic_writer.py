@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flm_megatron.checkpoint.classic import FILE, LATEST, LocalTensor, local_tensors
 from flm_megatron.checkpoint.classic_arguments import arguments_of
-from flm_megatron.checkpoint.destination import destination, sync, write_errors
+from flm_megatron.checkpoint.destination import destination, write_errors
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region
 from flm_megatron.checkpoint.processes import Processes
 from flm_megatron.checkpoint.progress import progress_bar
@@ -106,6 +106,6 @@ def _fill(
                     values = view.read(part.source, piece).reshape(sizes)
                     array.write(descriptor, values, Region((offsets[0] + part.row, *offsets[1:]), sizes))
                     moved(values.nbytes)
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    sync(file)

@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from flm_megatron.checkpoint.durable import sync
 from flm_megatron.checkpoint.processes import Processes
 from flm_megatron.checkpoint.writer import PARTIAL
+from flm_megatron.durable import make_folders, sync, sync_tree
 from flm_megatron.errors import RequestError
 
 
@@ -55,12 +55,12 @@ def _prepare(path: Path, partial: Path, nbytes: int) -> None:
         if partial.exists():
             shutil.rmtree(partial)
         refuse_without_room(path, nbytes)
-        partial.mkdir(parents=True)
+        make_folders(partial)
 
 
 def _publish(path: Path, partial: Path) -> None:
     with write_errors(path):
-        sync(partial)
+        sync_tree(partial)
         if path.exists():
             raise RequestError(f"{path} has appeared meanwhile: choose another destination or remove it")
         partial.rename(path)

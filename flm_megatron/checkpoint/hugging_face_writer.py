@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from flm_megatron.checkpoint.converted import ConvertedCheckpoint, is_power_of_two
-from flm_megatron.checkpoint.destination import destination, sync, write_errors
+from flm_megatron.checkpoint.destination import destination, write_errors
 from flm_megatron.checkpoint.hugging_face_config import Flavour, config_of
 from flm_megatron.checkpoint.hugging_face_names import TargetTensor, target_tensors
 from flm_megatron.checkpoint.hugging_face_tokenizer import SpecialIds, write_tokenizer
@@ -190,8 +190,6 @@ def _describe(
         code = Path(__file__).parent / "released_form"
         for name in ("configuration_teleflm.py", "modeling_teleflm.py"):
             shutil.copyfile(code / name, folder / name)
-    for file in folder.iterdir():
-        sync(file)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

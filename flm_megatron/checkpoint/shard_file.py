@@ -15,13 +15,13 @@ import torch
 
 from flm_megatron.checkpoint.block_checksums import SUFFIX, BlockSums, Fragment, combined, fragments
 from flm_megatron.checkpoint.direct_file import DirectFile
-from flm_megatron.checkpoint.durable import write_file
 from flm_megatron.checkpoint.logical import Region, TensorInfo
 from flm_megatron.checkpoint.logical_hash import MODULUS, partial_hash
 from flm_megatron.checkpoint.manifest import entry, file_entry
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.stored_array import as_bytes
 from flm_megatron.checkpoint.tensor_record import encode
+from flm_megatron.durable import write_file
 from flm_megatron.errors import RequestError
 
 PIECE_BYTES = 8 * 2**20

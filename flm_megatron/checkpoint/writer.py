@@ -27,7 +27,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from flm_megatron.checkpoint.durable import sync, write_file
 from flm_megatron.checkpoint.logical import EXP_AVG, STATE_PREFIXES, LogicalCheckpoint, Region, TensorInfo
 from flm_megatron.checkpoint.logical_hash import combine_hashes, tensor_hash
 from flm_megatron.checkpoint.manifest import MANIFEST, VERSION, file_entry, manifest_text
@@ -35,6 +34,7 @@ from flm_megatron.checkpoint.processes import Processes
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.shard_file import Record, Rectangle, Written, write_shard
 from flm_megatron.checkpoint.torch_dist import COMMON, FORMAT, METADATA, OURS
+from flm_megatron.durable import make_folders, sync, write_file
 from flm_megatron.errors import FlmError, RequestError
 
 PARTIAL = ".partial"
@@ -131,7 +131,7 @@ def _start(path: Path, folder: Path) -> None:
     try:
         if folder.exists():
             shutil.rmtree(folder)
-        folder.mkdir(parents=True)
+        make_folders(folder)
     except OSError as error:
         raise RequestError(f"{folder}: cannot be made: {error.strerror or error}") from error
 

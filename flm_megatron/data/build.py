@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from flm_megatron.data.description import Description, file_of
 from flm_megatron.data.tokenizer import Tokenizer
+from flm_megatron.durable import make_folders, sync, sync_tree
 from flm_megatron.errors import FlmError, RequestError
 
 SUFFIXES = ("bin", "idx", "json")
@@ -72,9 +73,11 @@ def build_dataset(
             progress.update(document.text_bytes)
         descriptions = [writer.finish() for writer in writers]
         _refuse_existing(prefixes)
+        sync_tree(folder)
         for prefix in prefixes:
             for suffix in SUFFIXES:
                 file_of(folder / prefix.name, suffix).rename(file_of(prefix, suffix))
+        sync(Path(out).parent)
     return {str(prefix): description for prefix, description in zip(prefixes, descriptions, strict=True)}
 
 
@@ -139,7 +142,7 @@ def _refuse_existing(prefixes: list[Path]) -> None:
 def _temporary_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out`, on its disk so that renaming is one step; removed at the end, whatever happens."""
     folder = out.parent / f".{out.name}.{os.getpid()}.partial"
-    folder.mkdir(parents=True)
+    make_folders(folder)
     try:
         yield folder
     finally:

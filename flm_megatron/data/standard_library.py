@@ -14,6 +14,7 @@ from flm_megatron.data.build import build_dataset
 from flm_megatron.data.description import Description, read_description
 from flm_megatron.data.statistics import UnigramEntropy, unigram_entropy
 from flm_megatron.data.tokenizer import train_tokenizer
+from flm_megatron.durable import make_folders, sync
 from flm_megatron.errors import RequestError
 
 # Tests repeat themselves, encodings are tables, and the rest is not the standard library.
@@ -88,7 +89,7 @@ def build_standard_library(
         raise RequestError(f"{out} exists: choose another folder, or remove it first")
     parts = dict(zip(("train", "validation"), standard_library_documents(max_bytes), strict=True))
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
+    make_folders(partial)
     try:
         tokenizer = train_tokenizer(parts["train"], partial / "tokenizer.model", vocab_size)
         for name, texts in parts.items():
@@ -96,6 +97,7 @@ def build_standard_library(
             build_dataset(texts, tokenizer, partial / name, workers=workers, total_bytes=size)
         entropy = unigram_entropy(partial / "train", partial / "validation")
         partial.rename(out)
+        sync(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return StandardLibrary(read_description(out / "train"), read_description(out / "validation"), entropy)

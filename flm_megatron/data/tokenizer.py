@@ -13,6 +13,7 @@ from typing import Any
 
 import sentencepiece
 
+from flm_megatron.durable import make_folders, replace_file
 from flm_megatron.errors import DamagedError, RequestError
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = range(4)
@@ -133,10 +134,8 @@ def train_tokenizer(
         raise RequestError(f"{out} exists: choose another name, or remove it first")
     share = min(1.0, max_bytes / text_bytes) if text_bytes else 1.0
     data = _train(_sample(texts, share, max_bytes, random.Random(seed)), vocab_size)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    partial.write_bytes(data)
-    partial.rename(out)
+    make_folders(out.parent)
+    replace_file(out, data)
     return Tokenizer(out)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
+
+from flm_megatron.durable import make_folders, replace_file
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, tensorboard: bool, stages: list[str], stage: str, step: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
         self._jsonl = _reopen(folder / "metrics.jsonl", stages, stage, step)
         self._text = (folder / "log.txt").open("a", encoding="utf-8")
         self._writer = _tensorboard(folder / "tensorboard", step) if tensorboard else None
@@ -108,6 +111,10 @@ class MetricsLog:
             self._bar.update(1)
         self.say(line)
 
+    def sync(self) -> None:
+        """Have the disk hold what was recorded: a checkpoint must not outlive the metrics of the steps before it."""
+        os.fsync(self._jsonl.fileno())
+
     def close(self) -> None:
         """Flush and close everything."""
         if self._bar is not None:
@@ -122,9 +129,7 @@ def _reopen(path: Path, stages: list[str], stage: str, step: int) -> TextIO:
     """Open for appending, keeping only what happened up to `step` of `stage`."""
     if path.exists():
         kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _is_before(line, stages, stage, step)]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
+        replace_file(path, "".join(line + "\n" for line in kept).encode())
     return path.open("a", encoding="utf-8")
 
 
