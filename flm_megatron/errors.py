@@ -1,10 +1,28 @@
-"""Errors that a user sees as one line, and the exit status each ends the program with."""
+"""Errors that a user sees as one line (or as one for each mistake), and the exit status each ends the program with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+# Controls, line ends of Unicode, and halves of surrogate pairs (bytes of a file name that are not UTF-8).
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def one_line(text: str) -> str:
+    """`text` with every character that would break a line, or could not be printed, written as its escape."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 class FlmError(Exception):
     """Something failed that the message explains in one line; the program ends with `status`."""
 
     status = 1
+
+    def __str__(self) -> str:
+        """The message in one line, whatever names of files and values it quotes."""
+        return one_line(super().__str__())
 
 
 class RequestError(FlmError, ValueError):
@@ -13,5 +31,38 @@ class RequestError(FlmError, ValueError):
     status = 2
 
 
+class Mistakes(RequestError):
+    """Several things are wrong at once: a line that says how many, then one for each; or one line for a single one."""
+
+    def __init__(self, lines: Sequence[str], where: str | None = None) -> None:
+        """`lines` are the mistakes, in order; `where` names the file that they are in, if it is known."""
+        super().__init__(list(lines), where)
+        self.lines, self.where = list(lines), where
+
+    def __str__(self) -> str:
+        """All lines."""
+        where = f"{one_line(self.where)}: " if self.where else ""
+        lines = [one_line(line) for line in self.lines]
+        if len(lines) == 1:
+            return where + lines[0]
+        return "\n  ".join([f"{where or 'the run file has '}{len(lines)} mistakes", *lines])
+
+
 class DamagedError(FlmError):
-    """Stored data is damaged: the message names the file or tensor."""
+    """Stored data is damaged: the message names the file or tensor. `checkpoint` is the folder, where it is one's."""
+
+    def __init__(self, message: str, checkpoint: Path | None = None) -> None:
+        super().__init__(message)
+        self.checkpoint = checkpoint
+
+
+class ProgramError(FlmError):
+    """A process failed in a way that nobody foresaw: the message carries its traceback, lines and all."""
+
+    def __str__(self) -> str:
+        """The message as it is."""
+        return str(self.args[0])
+
+
+ERRORS = {kind.__name__: kind for kind in (FlmError, RequestError, DamagedError)}
+"""Kinds of errors by name, for those that come from another process."""

@@ -20,7 +20,7 @@ def model_from_arguments(arguments: Any, where: str, vocab_size: int | None = No
     if "num_layers" not in known:
         raise RequestError(f"{where}: it does not hold the arguments of its run, so its model is not known")
     _refuse(known, where)
-    true_vocab = vocab_size or known.get("vocab_size")
+    true_vocab = _recorded_vocabulary(known) or vocab_size
     if not true_vocab:
         raise RequestError(
             f"{where}: its true vocabulary is not recorded, only the padded {known.get('padded_vocab_size')}: give"
@@ -31,6 +31,12 @@ def model_from_arguments(arguments: Any, where: str, vocab_size: int | None = No
     except (KeyError, TypeError, ValueError) as error:
         reason = " ".join(repr(error).split())
         raise RequestError(f"{where}: its arguments do not describe a decoder: {reason:.200}") from error
+
+
+def _recorded_vocabulary(known: dict[str, Any]) -> int | None:
+    """The true vocabulary; Megatron-LM's NullTokenizer has one id more than its argument says, for the document end."""
+    recorded = known.get("vocab_size")
+    return recorded + 1 if recorded and known.get("tokenizer_type") == "NullTokenizer" else recorded
 
 
 def arguments_of(

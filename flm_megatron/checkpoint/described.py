@@ -9,19 +9,21 @@ import torch
 
 from flm_megatron.checkpoint.classic_arguments import model_from_arguments
 from flm_megatron.checkpoint.logical import STATE_PREFIXES, LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.own_tokenizer import tokenizer_files
 from flm_megatron.checkpoint.stage_manifest import manifest_model
 from flm_megatron.checkpoint.torch_dist import COMMON, TorchDistCheckpoint
 from flm_megatron.checkpoint.unpickle import read_torch_file
 from flm_megatron.config.schema import ModelConfig
+from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import RequestError
 from flm_megatron.model.parameters import EMBEDDING, HEAD, parameter_specs
 
 
-def model_of(view: LogicalCheckpoint, vocab_size: int | None = None) -> ModelConfig | None:
+def recorded_model(view: LogicalCheckpoint, vocab_size: int | None = None) -> ModelConfig | None:
     """The model that a checkpoint says it is of; none if it does not say.
 
-    Ours say it in the manifest, Hugging Face folders in `config.json`, Megatron-LM's in their arguments, which may
-    need the true `vocab_size`.
+    Ours say it in the manifest, Hugging Face folders in `config.json`, Megatron-LM's in their arguments. `vocab_size`
+    is the true vocabulary where that is not recorded.
     """
     if (recorded := manifest_model(view.manifest)) is not None:
         return recorded
@@ -31,6 +33,27 @@ def model_of(view: LogicalCheckpoint, vocab_size: int | None = None) -> ModelCon
         arguments = read_torch_file(view.path / COMMON).get("args")
         return None if arguments is None else model_from_arguments(arguments, str(view.path), vocab_size)
     return None
+
+
+def model_of(view: LogicalCheckpoint, vocab_size: int | None = None) -> ModelConfig | None:
+    """`recorded_model`, for `vocab_size` as it was asked for on the command line.
+
+    Raises:
+        RequestError: the checkpoint records another vocabulary than the one asked for, or its tokenizer has more ids.
+    """
+    model = recorded_model(view, vocab_size)
+    if model is None or vocab_size is None:
+        return model
+    folder = getattr(view, "path", None)
+    if model.vocab_size != vocab_size:
+        raise RequestError(
+            f"--vocab-size is {vocab_size}, but {folder} records a vocabulary of {model.vocab_size}: leave the option "
+            "out, it is for checkpoints that are padded and do not record their vocabulary"
+        )
+    for file in tokenizer_files(folder, view.manifest):
+        if (ids := Tokenizer(file).vocab_size) > vocab_size:
+            raise RequestError(f"--vocab-size is {vocab_size}, but the checkpoint's tokenizer {file} has {ids} ids")
+    return model
 
 
 def required_model(view: LogicalCheckpoint, where: str, vocab_size: int | None = None) -> ModelConfig:

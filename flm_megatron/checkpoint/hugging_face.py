@@ -27,7 +27,8 @@ class HuggingFaceCheckpoint(LogicalCheckpoint):
     """Weights of a Llama or Tele-FLM model in Hugging Face form, safetensors or pickled (read without running it).
 
     `config` is the model its `config.json` describes. It has no optimizer state and its manifest is empty.
-    `vocab_size` gives the true vocabulary where the files are padded and the configuration does not say so.
+    `vocab_size` gives the true vocabulary where the files are padded and the configuration does not record it, as
+    `true_vocab_size` does.
 
     Raises:
         RequestError: not such a folder, an architecture that is not Llama's, or tensors that do not fit it.
@@ -82,7 +83,8 @@ class HuggingFaceCheckpoint(LogicalCheckpoint):
 
     def _set_vocabulary(self, vocab_size: int | None) -> None:
         stored = self._array("model.embed_tokens.weight").shape[0]
-        self.config.vocab_size = vocab_size or self.config.vocab_size
+        if not self.settings.get("true_vocab_size"):
+            self.config.vocab_size = vocab_size or self.config.vocab_size
         if not self.config.vocab_size or self.config.vocab_size > stored:
             raise RequestError(f"{self.path}: vocabulary {self.config.vocab_size} asked for, {stored} stored")
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
-from flm_megatron.config.loader import run_to_dict
+from flm_megatron.checkpoint.own_tokenizer import TOKENIZER_FILE
+from flm_megatron.checkpoint.stage_manifest import StagePosition, stage_manifest
 from flm_megatron.config.schema import ModelConfig, RunConfig, StageConfig
 
 IMPORTED = "imported"
@@ -21,13 +22,13 @@ def manifest_for(view: LogicalCheckpoint, model: ModelConfig, source: Path) -> d
     """
     if view.manifest.get("run"):
         return dict(view.manifest)
-    tokenizer = source / "tokenizer.model"
+    tokenizer = source / TOKENIZER_FILE
     run = RunConfig(
         name=source.resolve().name,
         tokenizer=str(tokenizer.resolve()) if tokenizer.is_file() else None,
         stages=[StageConfig(name=IMPORTED, model=model)],
     )
-    known = dict.fromkeys(("step", "tokens", "samples"), 0) | view.manifest
-    if not view.has_optimizer():
-        known["optimizer_step"] = 0
-    return known | {"run": run_to_dict(run), "stage": IMPORTED}
+    known = view.manifest
+    adam_step = known.get("optimizer_step") if view.has_optimizer() else 0
+    position = StagePosition(known.get("step", 0), known.get("samples", 0), known.get("tokens", 0), adam_step)
+    return known | stage_manifest(run, 0, model, position)

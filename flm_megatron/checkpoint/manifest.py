@@ -23,15 +23,17 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     or `none`), `files` ({name: {size, crc32}}), `tensors` ({name: hash}), `logical_hash`, `crc32` (of all the rest).
 
     Raises:
-        RequestError: written by a newer version of this program.
+        RequestError: written by a newer version of this program, or its disk does not answer.
         DamagedError: broken, or changed since it was written.
     """
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        data = _read(file)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    try:
+        manifest = json.loads(data.decode("utf-8"))
+    except ValueError as error:
         raise DamagedError(f"{file}: cannot be read: {error}") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("version"), int):
         raise DamagedError(f"{file}: is not a manifest")
@@ -56,23 +58,31 @@ def verify(path: str | Path, quick: bool = False, progress: Callable[[int], None
     `progress` is called with the number of bytes read since its last call. Returns the manifest.
 
     Raises:
-        RequestError: there is no manifest.
-        DamagedError: a file is missing, of another size or changed; the message names it.
+        RequestError: its disk does not answer, or it is of a newer version.
+        DamagedError: the manifest or a file is missing, of another size or changed; the message names it.
     """
     path = Path(path)
     manifest = read_manifest(path)
     if manifest is None:
-        raise RequestError(f"{path} has no {MANIFEST}: its files have no checksums to be held against")
+        raise DamagedError(f"{path}: has no {MANIFEST}, which is written last: it is incomplete or was changed")
     for name, wanted in manifest["files"].items():
         file = path / name
-        if not file.is_file():
+        size = _size(file)
+        if size is None:
             raise DamagedError(f"{file} is missing")
-        size = file.stat().st_size
         if size != wanted["size"]:
             raise DamagedError(f"{file} has {size} bytes instead of {wanted['size']}: truncated or overwritten")
         if not quick and (checksum := file_checksum(file, progress)) != wanted["crc32"]:
             raise DamagedError(f"{file}: checksum is {checksum} instead of {wanted['crc32']}: its bytes have changed")
     return manifest
+
+
+def _size(file: Path) -> int | None:
+    """Size in bytes; none where there is no such file. Raises RequestError when the disk does not answer."""
+    try:
+        return file.stat().st_size if file.is_file() else None
+    except OSError as error:
+        raise RequestError(f"{file}: cannot be read ({error.strerror or error}): see to its disk first") from error
 
 
 def entry(crc: int, size: int) -> dict[str, int | str]:
@@ -88,17 +98,28 @@ def file_entry(data: bytes) -> dict[str, int | str]:
 def read_listed(path: Path, name: str, manifest: dict[str, Any] | None) -> bytes:
     """The bytes of a small file of the checkpoint at `path`, as listed in its manifest (any bytes without one).
 
-    Raises DamagedError, naming the file, when it cannot be read or is not as it was written.
+    Raises DamagedError, naming the file, when it is missing or not as it was written; RequestError when its disk does
+    not answer.
     """
     file = path / name
     try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise DamagedError(f"{file}: cannot be read: {error.strerror or error}") from error
+        data = _read(file)
+    except FileNotFoundError as error:
+        raise DamagedError(f"{file} is missing") from error
     wanted = manifest["files"].get(name) if manifest else None
     if wanted is not None and file_entry(data) != wanted:
         raise DamagedError(f"{file}: its {len(data)} bytes are not the {wanted['size']} that were written")
     return data
+
+
+def _read(file: Path) -> bytes:
+    """All of a file. Raises FileNotFoundError, and RequestError for all else that a disk may say."""
+    try:
+        return file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(str(error)) from error
+    except OSError as error:
+        raise RequestError(f"{file}: cannot be read ({error.strerror or error}): see to its disk first") from error
 
 
 def file_checksum(file: Path, progress: Callable[[int], None] | None = None) -> str:

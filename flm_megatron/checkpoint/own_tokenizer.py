@@ -44,6 +44,29 @@ def check_tokenizer(
             )
 
 
+def tokenizer_to_export(
+    given: Path | None, model: ModelConfig, folder: Path, manifest: Mapping[str, Any]
+) -> tuple[Path | None, str]:
+    """The tokenizer to write beside the weights of the checkpoint in `folder`, and why there is none where that is so.
+
+    It is the one that is `given`, or else the first of the checkpoint's own files that is still the right one.
+
+    Raises:
+        RequestError: the one given is not the checkpoint's.
+    """
+    if given is not None:
+        check_tokenizer(Tokenizer(given), model, str(folder), manifest, folder)
+        return given, ""
+    reasons = []
+    for file in tokenizer_files(folder, manifest):
+        try:
+            check_tokenizer(Tokenizer(file), model, str(folder), manifest, folder)
+            return file, ""
+        except FlmError as error:
+            reasons.append(str(error))
+    return None, "; ".join(reasons) or "the checkpoint names none: give --tokenizer"
+
+
 def _known_fingerprints(folder: Path | None, manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Who knows it, and the fingerprint: the manifest, or for want of that the files and the data it was trained on,
     which may have changed since."""

@@ -7,10 +7,9 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from flm_megatron.errors import DamagedError, FlmError, RequestError
+from flm_megatron.errors import ERRORS, FlmError
 
 T = TypeVar("T")
-ERRORS = {kind.__name__: kind for kind in (FlmError, RequestError, DamagedError)}
 
 
 class Processes:

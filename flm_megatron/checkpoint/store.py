@@ -1,22 +1,29 @@
-"""The checkpoints of a run: one folder per stage, one folder per step in it."""
+"""The checkpoints of a run: one folder per stage, one folder per saved step in it.
+
+A step that is saved again, because its first checkpoint was damaged and the run went on from an older one, gets
+`.1`, `.2`, ... behind its name: nothing that was saved is renamed or overwritten. A checkpoint that was found to be
+damaged while it was read has a note beside it, and is passed over from then on.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from itertools import count, islice
 from pathlib import Path
 
 from flm_megatron.checkpoint.manifest import verify
 from flm_megatron.checkpoint.torch_dist import TorchDistCheckpoint
 from flm_megatron.checkpoint.writer import PARTIAL
-from flm_megatron.durable import sync
-from flm_megatron.errors import FlmError
+from flm_megatron.durable import sync, write_file
+from flm_megatron.errors import DamagedError, RequestError
 
 logger = logging.getLogger(__name__)
-DAMAGED = ".damaged"
-STEP = re.compile(r"step_(\d{8,})")
+NOTE = ".damage.json"
+STEP = re.compile(r"step_(\d{8,})(?:\.(\d+))?")
 
 
 class CheckpointStore:
@@ -26,76 +33,146 @@ class CheckpointStore:
         self.root = Path(root)
 
     def path(self, stage: str, step: int) -> Path:
-        """Where the checkpoint of a step lies, whether it is there or not."""
+        """Where the first checkpoint of a step lies, whether it is there or not."""
         return self.root / stage / f"step_{step:08d}"
+
+    def new_path(self, stage: str, step: int, taken: Collection[str]) -> Path:
+        """Where a step can be saved: `path`, or with a number behind it where that name is among those `taken`."""
+        first = self.path(stage, step)
+        names = (first.name if not again else f"{first.name}.{again}" for again in count())
+        return first.with_name(next(name for name in names if name not in taken))
 
     def steps(self, stage: str) -> list[int]:
         """Steps of a stage that have a checkpoint under its final name, oldest first."""
-        folder = self.root / stage
-        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-        return sorted(int(match[1]) for name in names if (match := STEP.fullmatch(name)))
+        return sorted({_place(path)[0] for path in self._paths(stage)})
+
+    def newest(self, stage: str) -> list[Path]:
+        """Checkpoints of a stage under their final names, newest first, whole or not."""
+        return self._paths(stage)[::-1]
 
     def latest(self, stages: list[str]) -> Path | None:
         """Newest checkpoint that can be loaded, of the last of `stages` that has one; none if there is none.
 
-        A half-written one is passed over, and, with a warning, a damaged one (a file missing or of another size).
+        A half-written one is passed over, and, with a warning, a damaged one: a file is missing, of another size, or
+        was found to be changed (see `note_damage`). The values themselves are not read.
+
+        Raises as `search`.
         """
-        return next(self._loadable(stages), None)
+        return self.search(stages)[0]
+
+    def search(self, stages: list[str]) -> tuple[Path | None, list[DamagedError]]:
+        """`latest`, and why each newer one was passed over.
+
+        Raises:
+            RequestError: one that is not damaged cannot be read: it is of a newer version, or its disk does not answer.
+            DamagedError: there are checkpoints, and all of them are damaged.
+        """
+        damaged: list[DamagedError] = []
+        for path in (path for stage in reversed(stages) for path in self.newest(stage)):
+            try:
+                self._check(path)
+                TorchDistCheckpoint(path)
+                return path, damaged
+            except DamagedError as error:
+                logger.warning("passed over: %s", error)
+                damaged.append(error)
+        if damaged:
+            raise DamagedError(
+                f"none of the {len(damaged)} checkpoints under {self.root} can be loaded, the newest because of: "
+                f"{damaged[0]}; bring one back from a copy, or begin from nothing with `--start-anew`"
+            )
+        return None, damaged
 
     def prune(self, stage: str, keep_last: int, keep_every_steps: int = 0) -> list[Path]:
         """Remove old checkpoints of a stage; returns what was removed.
 
-        Kept are the newest `keep_last` that can be loaded (at least one: the last of a stage is never dropped), those
-        at multiples of `keep_every_steps`, and whatever is newer. Left-overs of earlier saves go too.
+        Kept are the newest `keep_last` that are whole (at least one: the last of a stage is never dropped), those at
+        multiples of `keep_every_steps`, and whatever is newer. Left-overs of earlier saves go too. Only manifests of
+        those that are kept for being new are read.
         """
-        loadable = list(self._loadable([stage]))
-        if not loadable:
+        whole = list(islice(self._whole(stage), max(1, keep_last)))
+        if not whole:
             return []
         # A newer temporary folder may be one that is being written in the background.
-        older = [path for path in (*self._paths(stage), *self._stale(stage)) if path.name < loadable[0].name]
-        kept = set(loadable[:keep_last])
-        if keep_every_steps > 0:
-            kept |= {self.path(stage, step) for step in self.steps(stage) if step % keep_every_steps == 0}
-        removed = [path for path in older if path not in kept]
+        older = [path for path in (*self._paths(stage), *self._stale(stage)) if _place(path) < _place(whole[0])]
+        removed = [path for path in older if path not in whole and not _is_multiple(path, keep_every_steps)]
         for path in removed:
             _remove(path)
+            self._note(path).unlink(missing_ok=True)
         return removed
 
     def clean(self, stages: list[str]) -> list[Path]:
-        """Make room for going on from `latest`; returns what was moved or removed.
-
-        Call it while nothing is being saved.
-        What interrupted saving left behind is removed; a checkpoint that cannot be loaded would be in the way of
-        saving its step again, and is kept under a name that ends in `.damaged`.
-        """
+        """Remove what interrupted saving left behind; returns it. Call it while nothing is being saved."""
         stale = [path for stage in stages for path in self._stale(stage)]
         for path in stale:
             _remove(path)
-        loadable = set(self._loadable(stages))
-        damaged = [path for stage in stages for path in self._paths(stage) if path not in loadable]
-        for path in damaged:
-            aside = path.with_name(path.name + DAMAGED)
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-        return stale + damaged
+        return stale
 
-    def _loadable(self, stages: list[str]) -> Iterator[Path]:
-        for stage in reversed(stages):
-            for path in reversed(self._paths(stage)):
-                try:
-                    verify(path, quick=True)
-                    TorchDistCheckpoint(path)
-                except FlmError as error:
-                    logger.warning("passed over: %s", error)
-                    continue
-                yield path
+    def note_damage(self, error: DamagedError) -> None:
+        """Have the checkpoint that `error` was found in passed over from now on; nothing if it is not one of these.
+
+        The note lies beside it under its name and `.damage.json`.
+        """
+        path = error.checkpoint
+        if path is None or path.parent.parent.resolve() != self.root.resolve() or not STEP.fullmatch(path.name):
+            return
+        write_file(self._note(path), json.dumps({"damage": str(error)}).encode())
+
+    def _check(self, path: Path) -> None:
+        """Raises as `verify`; DamagedError too for one that has a note, or no manifest."""
+        note = self._note(path)
+        if note.exists():
+            raise DamagedError(
+                f"{_noted(note)} (found when it was read; once it is mended, remove {note})", checkpoint=path
+            )
+        verify(path, quick=True)
+
+    def _whole(self, stage: str) -> Iterator[Path]:
+        for path in self.newest(stage):
+            try:
+                self._check(path)
+            except DamagedError:
+                continue
+            yield path
 
     def _paths(self, stage: str) -> list[Path]:
-        return [self.path(stage, step) for step in self.steps(stage)]
+        """Under their final names, oldest first."""
+        return sorted((path for path in self._entries(stage) if STEP.fullmatch(path.name)), key=_place)
 
     def _stale(self, stage: str) -> list[Path]:
+        stale = (path for path in self._entries(stage) if path.name.endswith(PARTIAL))
+        return sorted(path for path in stale if STEP.fullmatch(path.name.removesuffix(PARTIAL)))
+
+    def _entries(self, stage: str) -> list[Path]:
+        """What lies in a stage's folder. Raises RequestError where the disk does not answer."""
         folder = self.root / stage
-        return sorted(folder.glob(f"step_*{PARTIAL}")) if folder.is_dir() else []
+        try:
+            return list(folder.iterdir())
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise RequestError(f"{folder}: cannot be listed ({error.strerror}): see to its disk first") from error
+
+    def _note(self, path: Path) -> Path:
+        return path.with_name(path.name.removesuffix(PARTIAL) + NOTE)
+
+
+def _place(path: Path) -> tuple[int, int]:
+    """Step, and how often it was saved before."""
+    match = STEP.fullmatch(path.name.removesuffix(PARTIAL))
+    assert match, f"{path} is not named as a checkpoint"
+    return int(match[1]), int(match[2] or 0)
+
+
+def _is_multiple(path: Path, every: int) -> bool:
+    return every > 0 and not path.name.endswith(PARTIAL) and _place(path)[0] % every == 0
+
+
+def _noted(note: Path) -> str:
+    try:
+        return str(json.loads(note.read_text(encoding="utf-8"))["damage"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{note.name.removesuffix(NOTE)} is damaged"
 
 
 def _remove(path: Path) -> None:

@@ -76,7 +76,7 @@ class TorchDistCheckpoint(LogicalCheckpoint):
             raise RequestError(f"{name}: region {region} does not lie in its shape {info.shape}")
         met = self._meeting(name, region)
         if sum(part.numel for _, part in met) != region.numel:
-            raise DamagedError(f"{self.path}: {name} is not stored as a whole: part of {region} is missing")
+            raise DamagedError(f"{self.path}: {name} is not stored as a whole: part of {region} is missing", self.path)
         if len(met) == 1:
             return self._read_chunk(name, *met[0])
         out = torch.empty(region.sizes, dtype=info.dtype)
@@ -119,7 +119,7 @@ class TorchDistCheckpoint(LogicalCheckpoint):
                 out[band.within(inside).slices] = values.read(band)
             return out
         except DamagedError as error:
-            raise DamagedError(f"{name}: {error}") from error
+            raise DamagedError(f"{name}: {error}", self.path) from error
 
     def _array(self, chunk: StoredChunk) -> tuple[StoredArray, tuple[Any, ...] | None]:
         if chunk not in self._arrays:
@@ -209,10 +209,20 @@ def _read_metadata(path: Path, manifest: dict[str, Any] | None) -> Metadata:
         raise RequestError(f"{path} is not in the torch_dist format: {kind}")
     if kind.get("sharded_backend_version", 1) != 1:
         raise RequestError(f"{path} is of version {kind['sharded_backend_version']} of torch_dist; known is 1")
-    metadata = load_pickle(read_listed(path, METADATA, manifest), str(path / METADATA))
+    metadata = _unpickled(read_listed(path, METADATA, manifest), path / METADATA, manifest)
     if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
         raise DamagedError(f"{path / METADATA}: is not the metadata of a checkpoint")
     return metadata
+
+
+def _unpickled(data: bytes, file: Path, manifest: dict[str, Any] | None) -> Any:
+    """What a metadata file holds. Bytes that are as they were written are not damaged, whatever is in them."""
+    try:
+        return load_pickle(data, str(file))
+    except DamagedError as error:
+        if manifest is None or METADATA not in manifest["files"]:
+            raise
+        raise RequestError(f"{error}; the file is as it was written, so this program is too old for it") from error
 
 
 def _storage_table(metadata: Metadata, path: Path) -> dict[tuple[str, tuple[int, ...]], _StorageInfo]:

@@ -43,7 +43,7 @@ def verify_checkpoint(
         problems = _gather(processes, lambda: _file_problems(path, manifest, quick, processes, moved))
     if problems:
         return Verification(problems, "sizes" if quick else "sizes and checksums")
-    view = open_checkpoint(path)
+    view = open_checkpoint(path, vocab_size)
     model = model_of(view, vocab_size)
     if model is not None:
         view = without_padding(view, model)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flm_megatron.cli.checkpoint_options import positive
 from flm_megatron.cli.chosen_stages import only_stage, with_vocabulary
+from flm_megatron.cli.parser import count, path, positive, processes
 from flm_megatron.errors import RequestError
 
 if TYPE_CHECKING:
@@ -19,11 +18,11 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm bench`; anything else of the form `--field value` overrides the run file."""
-    parser.add_argument("run_file", nargs="?", help="run file (YAML); not with --calibrate")
+    parser.add_argument("run_file", type=path, nargs="?", help="run file (YAML); not with --calibrate")
     parser.add_argument("--stage", help="the stage to measure; may be left out where there is one")
     parser.add_argument("--layers", type=positive, metavar="N", help="measure a stack of N layers of the stage's shape")
     parser.add_argument(
-        "--layouts", type=positive, nargs="+", metavar="N", help="measure every layout of N local processes"
+        "--layouts", type=processes, nargs="+", metavar="N", help="measure every layout of N local processes"
     )
     parser.add_argument(
         "--compare",
@@ -31,14 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure other programs beside, in turn: transformers, transformers-compiled, bare-megatron, torchtitan",
     )
     parser.add_argument(
-        "--calibrate", type=Path, metavar="OUT.yaml", help="time products and copies on this device for `flm plan`"
+        "--calibrate", type=path, metavar="OUT.yaml", help="time products and copies on this device for `flm plan`"
     )
     parser.add_argument("--steps", type=positive, default=20, help="measured steps (default 20)")
-    parser.add_argument("--warmup", type=_count, default=3, help="steps before that do not count (default 3)")
+    parser.add_argument("--warmup", type=count, default=3, help="steps before that do not count (default 3)")
     parser.add_argument(
-        "--profile", type=_count, default=3, metavar="STEPS", help="steps that are divided into parts (default 3)"
+        "--profile", type=count, default=3, metavar="STEPS", help="steps that are divided into parts (default 3)"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="also write bench-STAGE.md, .json and .svg here")
+    parser.add_argument("--out", type=path, metavar="DIR", help="also write bench-STAGE.md, .json and .svg here")
     parser.epilog = "Any field of the run file can be overridden: --stages.0.parallel.tensor 2 (see `flm config`)."
     parser.set_defaults(accepts_overrides=True)
 
@@ -61,13 +60,6 @@ def run(args: argparse.Namespace) -> int:
         paths = report.write(args.out, f"bench-{config.stages[0].name}")
         print("\nwritten: " + ", ".join(map(str, paths)))
     return 0
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return number
 
 
 def _config(args: argparse.Namespace) -> RunConfig:

@@ -6,10 +6,10 @@ Optimizer state is compared where both have it.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flm_megatron.cli.checkpoint_options import add_vocab_size
+from flm_megatron.cli.parser import path, real
 
 if TYPE_CHECKING:
     from flm_megatron.checkpoint.compare import Comparison
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm checkpoint diff`."""
-    parser.add_argument("first", type=Path, help="checkpoint")
-    parser.add_argument("second", type=Path, help="checkpoint")
+    parser.add_argument("first", type=path, help="checkpoint")
+    parser.add_argument("second", type=path, help="checkpoint")
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=real(0.0),
         default=0.0,
         help="allowed difference of values over the largest magnitude in the tensor (default 0: equal values)",
     )

@@ -8,19 +8,19 @@ gives the same logits and every serving engine can load it.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from flm_megatron.cli.checkpoint_options import add_dtype, add_vocab_size, byte_size, positive
+from flm_megatron.cli.checkpoint_options import add_dtype, add_vocab_size
+from flm_megatron.cli.parser import byte_size, path, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm checkpoint export-hf`."""
-    parser.add_argument("source", type=Path, help="checkpoint of any format")
-    parser.add_argument("destination", type=Path, help="new folder")
+    parser.add_argument("source", type=path, help="checkpoint of any format")
+    parser.add_argument("destination", type=path, help="new folder")
     parser.add_argument("--flavour", choices=["teleflm", "llama"], default="teleflm", help="released form, or Llama's")
     parser.add_argument("--shard-size", type=byte_size, default=5 * 10**9, help="largest shard, such as 5GB (default)")
     parser.add_argument("--pad-vocab-to", type=positive, default=1, help="pad the vocabulary to a multiple of this")
-    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model; the run's if not given")
+    parser.add_argument("--tokenizer", type=path, help="SentencePiece model; the run's if not given")
     parser.add_argument("--fold-mask", action="store_true", help="fold a half-open growth mask in, where that is exact")
     add_dtype(parser)
     add_vocab_size(parser)
@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from flm_megatron.checkpoint.adapters import merged
     from flm_megatron.checkpoint.hugging_face_writer import ExportOptions, folding_note, write_hugging_face
     from flm_megatron.checkpoint.launched import launched_processes
+    from flm_megatron.checkpoint.own_tokenizer import tokenizer_to_export
     from flm_megatron.cli.checkpoint_options import open_with_model, torch_dtype, without_mask
 
     with launched_processes() as processes:
@@ -38,12 +39,13 @@ def run(args: argparse.Namespace) -> int:
         source = without_mask(source, model, args.fold_mask)
         source, model = merged(source, model)
         run_file = source.manifest.get("run") or {}
+        tokenizer, missing = tokenizer_to_export(args.tokenizer, model, args.source, source.manifest)
         options = ExportOptions(
             flavour=args.flavour,
             dtype=torch_dtype(args.dtype),
             shard_bytes=args.shard_size,
             pad_vocab_to=args.pad_vocab_to,
-            tokenizer=args.tokenizer or _tokenizer(args.source, run_file.get("tokenizer")),
+            tokenizer=tokenizer,
             sequence_length=run_file.get("data", {}).get("sequence_length", 4096),
         )
         nbytes = write_hugging_face(source, model, args.destination, options, processes)
@@ -51,12 +53,6 @@ def run(args: argparse.Namespace) -> int:
             print(f"{args.destination}: {nbytes:,} bytes of weights")
             if args.flavour == "llama":
                 print(folding_note(model))
-            if options.tokenizer is None:
-                print("no tokenizer files were written, for the checkpoint names none: give --tokenizer")
+            if missing:
+                print(f"no tokenizer files were written: {missing}")
     return 0
-
-
-def _tokenizer(source: Path, named: str | None) -> Path | None:
-    """The tokenizer that a run names, or the one that lies beside the weights; none if neither is there."""
-    candidates = [Path(named)] if named else []
-    return next((path for path in [*candidates, source / "tokenizer.model"] if path.is_file()), None)

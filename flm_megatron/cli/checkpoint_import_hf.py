@@ -6,15 +6,15 @@ Training can also start from the folder as it is: give it as `checkpoint.initial
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from flm_megatron.cli.checkpoint_options import add_dtype, add_vocab_size
+from flm_megatron.cli.parser import path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm checkpoint import-hf`."""
-    parser.add_argument("source", type=Path, help="Hugging Face folder: safetensors, or .bin (never run)")
-    parser.add_argument("destination", type=Path, help="new folder")
+    parser.add_argument("source", type=path, help="Hugging Face folder: safetensors, or .bin (never run)")
+    parser.add_argument("destination", type=path, help="new folder")
     add_dtype(parser)
     add_vocab_size(parser)
 
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Import, and print the logical hash of what was written; returns 0."""
     from flm_megatron.checkpoint.converted import ConvertedCheckpoint
+    from flm_megatron.checkpoint.described import required_model
     from flm_megatron.checkpoint.hugging_face import HuggingFaceCheckpoint
     from flm_megatron.checkpoint.imported import manifest_for
     from flm_megatron.checkpoint.launched import launched_processes
@@ -30,8 +31,9 @@ def run(args: argparse.Namespace) -> int:
 
     with launched_processes() as processes:
         source = HuggingFaceCheckpoint(args.source, args.vocab_size)
+        model = required_model(source, str(args.source), args.vocab_size)
         view = ConvertedCheckpoint(source, torch_dtype(args.dtype))
-        manifest = manifest_for(view, source.config, args.source)
+        manifest = manifest_for(view, model, args.source)
         written = reshard(view, args.destination, processes, manifest)
         if processes.rank == 0:
             print(f"{args.destination}: logical hash {written['logical_hash']}")

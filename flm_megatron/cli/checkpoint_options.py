@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from flm_megatron.cli.parser import vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -14,35 +15,18 @@ if TYPE_CHECKING:
     from flm_megatron.config.schema import ModelConfig
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def add_vocab_size(parser: argparse.ArgumentParser) -> None:
     """`--vocab-size`."""
     parser.add_argument(
-        "--vocab-size", type=positive, help="true vocabulary, where the checkpoint is padded and does not record it"
+        "--vocab-size", type=vocabulary, help="true vocabulary, where the checkpoint is padded and does not record it"
     )
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     """`--dtype`."""
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights; the stored one if not given")
-
-
-def positive(text: str) -> int:
-    """A whole number above zero."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above zero")
-    return number
-
-
-def byte_size(text: str) -> int:
-    """A number of bytes such as 5GB, 500MB or 2GiB."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.strip().upper())
-    if not match or float(match[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
-    return int(float(match[1]) * UNITS[match[2] or ""])
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:

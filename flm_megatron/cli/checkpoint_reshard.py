@@ -11,7 +11,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flm_megatron.cli.checkpoint_options import add_dtype, add_vocab_size, positive
+from flm_megatron.cli.checkpoint_options import add_dtype, add_vocab_size
+from flm_megatron.cli.parser import path, positive
 
 if TYPE_CHECKING:
     from flm_megatron.checkpoint.converted import ConvertedCheckpoint
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm checkpoint reshard`."""
-    parser.add_argument("source", type=Path, help="checkpoint of any format")
-    parser.add_argument("destination", type=Path, help="new folder")
+    parser.add_argument("source", type=path, help="checkpoint of any format")
+    parser.add_argument("destination", type=path, help="new folder")
     parser.add_argument("--format", choices=["torch_dist", "classic"], default="torch_dist", help="format to write")
     parser.add_argument("--tensor", type=positive, help="tensor-parallel size of the target layout")
     parser.add_argument("--pipeline", type=positive, help="pipeline-parallel size of the target layout")

@@ -5,12 +5,20 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from flm_megatron.cli.parser import path
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm config`; with a run file, `--field value` overrides it as in `flm train`."""
-    parser.add_argument("run_file", nargs="?", help="run file (YAML) to show with every field; without one, all fields")
+    parser.add_argument(
+        "run_file", type=path, nargs="?", help="run file (YAML) to show with every field; without one, all fields"
+    )
     parser.add_argument("--field", metavar="PATH", help="show only this field or section, such as stages.parallel")
-    parser.epilog = "With a run file, any field can be overridden: --stages.0.parallel.tensor 2"
+    parser.epilog = (
+        "With a run file, any field can be overridden: --stages.0.parallel.tensor 2. The rules of the run file and of "
+        "its growths are checked, and exit status 2 lists what breaks them; data, tokenizers and checkpoints need not "
+        "be on this machine, so `flm train` alone says whether they are there."
+    )
     parser.set_defaults(accepts_overrides=True)
 
 
@@ -62,8 +70,11 @@ def _without_indices(path: str | None) -> str:
 def _resolved(args: argparse.Namespace) -> str:
     from flm_megatron.config.loader import load_run, run_to_dict
     from flm_megatron.config.yaml_text import format_yaml
+    from flm_megatron.growth.foreseen import check_run_file
 
-    data = run_to_dict(load_run(args.run_file, args.overrides))
+    config = load_run(args.run_file, args.overrides)
+    check_run_file(config)
+    data = run_to_dict(config)
     picked = _picked(data, args.field.split(".")) if args.field else data
     return format_yaml(picked).removesuffix("...\n")  # YAML's mark after a single value
 

@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from flm_megatron.cli import data_screen
+from flm_megatron.cli.parser import path, positive, processes, real, seed, vocabulary
 
 if TYPE_CHECKING:
     from flm_megatron.data.corpus import Corpus
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _add_corpus(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="text file, .jsonl file, or folder of sources and prose"
+        "inputs", type=path, nargs="+", metavar="INPUT", help="text file, .jsonl file, or folder of sources and prose"
     )
     parser.add_argument("--field", default="text", help="field of a JSON line that holds the text (default: text)")
     parser.add_argument("--suffixes", nargs="+", metavar="SUFFIX", help="files to take from folders, e.g. .py .md")
@@ -43,28 +44,38 @@ def _add_corpus(parser: argparse.ArgumentParser) -> None:
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
     _add_corpus(parser)
-    parser.add_argument("--tokenizer", required=True, help="SentencePiece model file")
-    parser.add_argument("--out", required=True, metavar="PREFIX", help="write PREFIX.bin, PREFIX.idx and PREFIX.json")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    parser.add_argument("--tokenizer", required=True, type=path, help="SentencePiece model file")
     parser.add_argument(
-        "--validation-share", type=float, default=0.0, help="share of documents for PREFIX_validation (default: 0)"
+        "--out", required=True, type=path, metavar="PREFIX", help="write PREFIX.bin, PREFIX.idx and PREFIX.json"
+    )
+    parser.add_argument(
+        "--workers", type=processes, default=os.cpu_count() or 1, help="processes (default: one per core)"
+    )
+    parser.add_argument(
+        "--validation-share",
+        type=real(0.0, 1.0),
+        default=0.0,
+        help="share of documents for PREFIX_validation (default: 0)",
     )
     parser.set_defaults(run_data=_build)
 
 
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     _add_corpus(parser)
-    parser.add_argument("--out", required=True, help="model file to write")
-    parser.add_argument("--vocab-size", type=int, default=32000, help="number of ids (default: 32000)")
+    parser.add_argument("--out", required=True, type=path, help="model file to write")
+    parser.add_argument("--vocab-size", type=vocabulary, default=32000, help="number of ids (default: 32000)")
     parser.add_argument(
-        "--max-bytes", type=int, default=200_000_000, help="bytes of text to learn from, sampled (default: 200000000)"
+        "--max-bytes",
+        type=positive,
+        default=200_000_000,
+        help="bytes of text to learn from, sampled (default: 200000000)",
     )
-    parser.add_argument("--seed", type=int, default=1234, help="seed of the sampling (default: 1234)")
+    parser.add_argument("--seed", type=seed, default=1234, help="seed of the sampling (default: 1234)")
     parser.set_defaults(run_data=_tokenizer)
 
 
 def _add_show(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_file", help="run file (YAML)")
+    parser.add_argument("run_file", type=path, help="run file (YAML)")
     parser.add_argument(
         "--sample", required=True, metavar="ID", help="SOURCE/EPOCH/SAMPLE as in the log, or its number in the run"
     )
@@ -72,10 +83,10 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_stdlib(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="number of ids (default: 4096)")
-    parser.add_argument("--max-bytes", type=int, default=8_000_000, help="bytes of text (default: 8000000)")
-    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    parser.add_argument("--out", required=True, type=path, metavar="FOLDER", help="folder to write")
+    parser.add_argument("--vocab-size", type=vocabulary, default=4096, help="number of ids (default: 4096)")
+    parser.add_argument("--max-bytes", type=positive, default=8_000_000, help="bytes of text (default: 8000000)")
+    parser.add_argument("--workers", type=processes, default=1, help="processes (default: 1)")
     parser.set_defaults(run_data=_stdlib)
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flm_megatron.cli.checkpoint_options import positive
+from flm_megatron.cli.parser import count, path, positive, real, seed, template
 from flm_megatron.errors import RequestError
 
 if TYPE_CHECKING:
@@ -19,24 +19,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm data screen`."""
     from flm_megatron.cli.model_options import add_model_options
 
-    parser.add_argument("pool", nargs="+", type=Path, metavar="JSONL", help="files of conversations")
-    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder to write: kept.jsonl, ...")
+    parser.add_argument("pool", nargs="+", type=path, metavar="JSONL", help="files of conversations")
+    parser.add_argument("--out", required=True, type=path, metavar="FOLDER", help="folder to write: kept.jsonl, ...")
     parser.add_argument("--keep", type=positive, metavar="K", help="conversations to choose; all that are left")
-    parser.add_argument("--seed", type=int, default=1234, help="seed of hashes, clusters and ties (default 1234)")
+    parser.add_argument("--seed", type=seed, default=1234, help="seed of hashes, clusters and ties (default 1234)")
     parser.add_argument(
-        "--similarity", type=float, metavar="SHARE", help="drop near duplicates of at least this Jaccard similarity"
+        "--similarity",
+        type=real(0.0, 1.0, above=True),
+        metavar="SHARE",
+        help="drop near duplicates of at least this Jaccard similarity",
     )
-    parser.add_argument("--min-characters", type=int, default=0, help="least characters of all text (default 0)")
+    parser.add_argument("--min-characters", type=count, default=0, help="least characters of all text (default 0)")
     parser.add_argument("--max-characters", type=positive, help="most characters of all text")
     parser.add_argument("--min-answer-characters", type=positive, default=1, help="of the shortest answer (default 1)")
     parser.add_argument("--languages", nargs="+", default=[], metavar="CODE", help="languages to keep, such as en zh")
     parser.add_argument("--quota", nargs="+", default=[], metavar="CATEGORY=SHARE", help="shares of what is chosen")
-    parser.add_argument("--checkpoint", type=Path, metavar="CKPT", help="score conversations with this checkpoint")
-    parser.add_argument("--min-loss", type=float, default=0.0, help="least mean loss of answers, nats per token")
-    parser.add_argument("--max-loss", type=float, help="largest mean loss of answers, nats per token")
-    parser.add_argument("--max-difficulty", type=float, help="largest perplexity of answers over that without question")
+    parser.add_argument("--checkpoint", type=path, metavar="CKPT", help="score conversations with this checkpoint")
+    parser.add_argument("--min-loss", type=real(0.0), default=0.0, help="least mean loss of answers, nats per token")
+    parser.add_argument("--max-loss", type=real(0.0, above=True), help="largest mean loss of answers, nats per token")
+    parser.add_argument(
+        "--max-difficulty", type=real(0.0, above=True), help="largest perplexity of answers over that without question"
+    )
     parser.add_argument("--clusters", type=positive, help="choose from this many clusters of hidden states in turn")
-    parser.add_argument("--template", default="tele-flm", help="tele-flm, or a Jinja chat template (default tele-flm)")
+    parser.add_argument(
+        "--template", type=template, default="tele-flm", help="tele-flm, or a Jinja chat template (default tele-flm)"
+    )
     parser.add_argument(
         "--window", type=positive, help="longest conversation in tokens; the checkpoint's sequence length"
     )
@@ -144,6 +151,6 @@ def _write(folder: Path, screening: Screening, scores: Mapping[int, Score], grou
             print(json.dumps({**where, **values}), file=written)
     report = screening.report()
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    for name, count in report["dropped"].items():
-        print(f"dropped {count:,}: {name}")
+    for name, number in report["dropped"].items():
+        print(f"dropped {number:,}: {name}")
     print(f"kept {report['kept']:,} of {report['pool']:,} in {folder / 'kept.jsonl'}")

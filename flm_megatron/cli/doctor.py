@@ -5,15 +5,21 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from flm_megatron.cli.parser import path, real, whole
+
 if TYPE_CHECKING:
     from flm_megatron.config.schema import RunConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm doctor`; anything else of the form `--field value` overrides the run file."""
-    parser.add_argument("run_file", help="run file (YAML)")
-    parser.add_argument("--port", type=int, default=29400, help="launcher's port, if not launched (default 29400)")
-    parser.add_argument("--timeout-s", type=float, default=60.0, help="longest wait for another rank (default 60)")
+    parser.add_argument("run_file", type=path, help="run file (YAML)")
+    parser.add_argument(
+        "--port", type=whole(1, 65535), default=29400, help="launcher's port, if not launched (default 29400)"
+    )
+    parser.add_argument(
+        "--timeout-s", type=real(0.0, 1e6, above=True), default=60.0, help="longest wait for another rank (default 60)"
+    )
     parser.epilog = "Exit status 2 if something would stop the run. Start it as `flm train` would be, on every node."
     parser.set_defaults(accepts_overrides=True)
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from flm_megatron.cli.checkpoint_options import positive
 from flm_megatron.cli.model_options import add_model_options, checkpoints_of, layout_of
+from flm_megatron.cli.parser import path, positive, real
 from flm_megatron.errors import RequestError
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ Value = TypeVar("Value", Path, float)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm eval bpb`."""
-    parser.add_argument("checkpoints", nargs="*", type=Path, metavar="CKPT", help="checkpoints of any format")
-    parser.add_argument("--all-stages", type=Path, metavar="RUN_DIR", help="the last checkpoint of each stage of a run")
+    parser.add_argument("checkpoints", nargs="*", type=path, metavar="CKPT", help="checkpoints of any format")
+    parser.add_argument("--all-stages", type=path, metavar="RUN_DIR", help="the last checkpoint of each stage of a run")
     parser.add_argument(
         "--text",
         nargs="+",
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=positive, help="tokens of a window; the sequence length of the training")
     parser.add_argument("--stride", type=positive, help="tokens that windows move by; half a window")
     parser.add_argument("--batch", type=positive, default=1, help="windows in one forward pass (default 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here; - prints it instead")
+    parser.add_argument("--json", type=path, metavar="FILE", help="also write the result here; - prints it instead")
     add_model_options(parser)
 
 
@@ -84,13 +84,12 @@ def _unique(pairs: list[tuple[str, Value]], option: str) -> Mapping[str, Value]:
 
 
 def _named_path(text: str) -> tuple[str, Path]:
-    name, given, path = text.partition("=")
-    return (name, Path(path)) if given else (Path(text).stem, Path(text))
+    name, given, file = text.partition("=")
+    return (name, path(file)) if given else (Path(text).stem, path(text))
 
 
 def _named_number(text: str) -> tuple[str, float]:
-    name, _, number = text.partition("=")
-    try:
-        return name, float(number)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=SHARE, such as english=0.6") from None
+    name, given, number = text.partition("=")
+    if not given:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=SHARE, such as english=0.6")
+    return name, real(0.0)(number)

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flm_megatron.cli.checkpoint_options import positive
 from flm_megatron.cli.model_options import add_model_options, checkpoints_of, layout_of
+from flm_megatron.cli.parser import count, path, positive, template
 
 if TYPE_CHECKING:
     from flm_megatron.evaluation.harness_run import HarnessRequest
@@ -15,20 +15,24 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm eval harness`."""
-    parser.add_argument("checkpoints", nargs="*", type=Path, metavar="CKPT", help="checkpoints of any format")
-    parser.add_argument("--all-stages", type=Path, metavar="RUN_DIR", help="the last checkpoint of each stage of a run")
+    parser.add_argument("checkpoints", nargs="*", type=path, metavar="CKPT", help="checkpoints of any format")
+    parser.add_argument("--all-stages", type=path, metavar="RUN_DIR", help="the last checkpoint of each stage of a run")
     parser.add_argument("--tasks", nargs="+", required=True, metavar="NAME", help="tasks to run")
     parser.add_argument(
-        "--include-path", type=Path, metavar="DIR", help="folder of task YAML files; their relative paths start here"
+        "--include-path", type=path, metavar="DIR", help="folder of task YAML files; their relative paths start here"
     )
     parser.add_argument("--network", action="store_true", help="allow tasks to fetch their data")
-    parser.add_argument("--fewshot", type=int, metavar="N", help="examples before each question; the task's own number")
+    parser.add_argument(
+        "--fewshot", type=count, metavar="N", help="examples before each question; the task's own number"
+    )
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N questions of each task")
-    parser.add_argument("--template", help="put questions into a chat template: tele-flm, or a Jinja file")
+    parser.add_argument(
+        "--template", type=template, help="put questions into a chat template: tele-flm, or a Jinja file"
+    )
     parser.add_argument("--context", type=positive, help="longest context; the sequence length of the training")
     parser.add_argument("--batch", type=positive, default=8, help="requests in one forward pass (default 8)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here; - prints it instead")
-    parser.add_argument("--samples", type=Path, metavar="FILE", help="write every question and answer as JSON lines")
+    parser.add_argument("--json", type=path, metavar="FILE", help="also write the result here; - prints it instead")
+    parser.add_argument("--samples", type=path, metavar="FILE", help="write every question and answer as JSON lines")
     add_model_options(parser)
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flm_megatron.cli.checkpoint_options import positive
 from flm_megatron.cli.model_options import add_model_options, layout_of
+from flm_megatron.cli.parser import count, path, positive, real, seed, template
 from flm_megatron.errors import RequestError
 
 if TYPE_CHECKING:
@@ -18,24 +17,35 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm generate`."""
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint of any format")
+    parser.add_argument("checkpoint", type=path, metavar="CKPT", help="checkpoint of any format")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text to go on from")
-    what.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt in each line, or in `prompt` of .jsonl")
+    what.add_argument("--prompts", type=path, metavar="FILE", help="a prompt in each line, or in `prompt` of .jsonl")
     what.add_argument("--chat", action="store_true", help="talk: each line is a turn")
     parser.add_argument("--system", help="chat: the system text")
-    parser.add_argument("--template", default="tele-flm", help="chat: tele-flm (default), or a Jinja file")
+    parser.add_argument(
+        "--template", type=template, default="tele-flm", help="chat: tele-flm (default), or a Jinja file"
+    )
     parser.add_argument("--max-new-tokens", type=positive, default=256, help="longest completion (default 256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0 from all (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this probability")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 discourages tokens seen before")
-    parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default 0)")
+    parser.add_argument("--temperature", type=real(0.0), default=0.0, help="0 is greedy (default)")
+    parser.add_argument(
+        "--top-k", type=count, default=0, help="sample from the k likeliest tokens; 0 from all (default)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=real(0.0, 1.0, above=True),
+        default=1.0,
+        help="sample from the likeliest tokens of this probability",
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=real(0.0, above=True), default=1.0, help="above 1 discourages tokens seen before"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="seed of sampling (default 0)")
     parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="strings that end a completion")
     parser.add_argument("--batch", type=positive, default=1, help="prompts in one forward pass (default 1)")
     parser.add_argument("--no-stream", action="store_true", help="show a completion when it is whole")
     parser.add_argument("--json", action="store_true", help="a JSON object for each prompt")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write completions here")
+    parser.add_argument("--out", type=path, metavar="FILE", help="write completions here")
     add_model_options(parser)
 
 

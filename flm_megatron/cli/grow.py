@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flm_megatron.cli.parser import path
+
 if TYPE_CHECKING:
     from flm_megatron.checkpoint.logical import LogicalCheckpoint
     from flm_megatron.config.schema import RunConfig
@@ -20,12 +22,16 @@ of processes on CPU hosts, which share the work. Any field of the run file can b
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm grow`; anything else of the form `--field value` overrides the run file."""
-    parser.add_argument("source", help="checkpoint of the stage before")
-    parser.add_argument("run_file", help="run file (YAML)")
+    parser.add_argument("source", type=path, help="checkpoint of the stage before")
+    parser.add_argument("run_file", type=path, help="run file (YAML)")
     parser.add_argument("--stage", required=True, help="stage to grow into")
-    parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--certify", metavar="TEXT", help="text file on which logits and loss are compared first")
-    parser.add_argument("--distances", metavar="FILE", help="layer distances written by `flm distance --out`")
+    parser.add_argument("--out", required=True, type=path, help="folder to write")
+    parser.add_argument(
+        "--certify", type=path, metavar="TEXT", help="text file on which logits and loss are compared first"
+    )
+    parser.add_argument(
+        "--distances", type=path, metavar="FILE", help="layer distances written by `flm distance --out`"
+    )
     parser.epilog = EPILOG
     parser.set_defaults(accepts_overrides=True)
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import argparse
 
+from flm_megatron.cli.parser import count, path, processes, whole
+
 TOOLS = {"torchrun": "bash", "slurm": "sbatch", "kubernetes": "kubectl"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm launch`; anything else of the form `--field value` overrides the run file."""
-    parser.add_argument("run_file", help="run file (YAML), under a path that every node sees")
+    parser.add_argument("run_file", type=path, help="run file (YAML), under a path that every node sees")
     parser.add_argument("--on", required=True, choices=TOOLS, help="what starts the processes")
-    parser.add_argument("--nodes", type=int, default=1, help="nodes (default 1)")
-    parser.add_argument("--processes-per-node", type=int, default=8, help="processes, one per GPU, of a node")
+    parser.add_argument("--nodes", type=processes, default=1, help="nodes (default 1)")
+    parser.add_argument("--processes-per-node", type=processes, default=8, help="processes, one per GPU, of a node")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what the nodes have (default cuda)")
     parser.add_argument("--stage", help="only this stage")
     parser.add_argument("--dry-run", action="store_true", help="print the script or manifest and stop")
-    parser.add_argument("--grace-s", type=int, default=120, help="seconds to save in after SIGTERM (default 120)")
-    parser.add_argument("--max-restarts", type=int, default=10, help="torchrun: restarts after failures (default 10)")
+    parser.add_argument(
+        "--grace-s", type=whole(1, 30 * 86400), default=120, help="seconds to save in after SIGTERM (default 120)"
+    )
+    parser.add_argument("--max-restarts", type=count, default=10, help="torchrun: restarts after failures (default 10)")
     parser.add_argument("--fabric", choices=("infiniband", "roce", "tcp"), default="infiniband", help="network")
     parser.add_argument("--interface", help="network card for first contact and gloo, such as eth0")
     parser.add_argument("--rendezvous", choices=("c10d", "static"), default="c10d", help="torchrun: elastic or static")

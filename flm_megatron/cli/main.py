@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import signal
 import sys
 
-from flm_megatron.errors import FlmError
+from flm_megatron.cli.parser import Parser, UsageError
+from flm_megatron.errors import FlmError, one_line
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What a write may meet at any time; the system does not say in which file."""
 COMMANDS = {
     "train": "train a run file's stages, growing between them",
     "plan": "plan memory, time and cost before asking for the machines",
@@ -32,11 +36,11 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 failed, 2 wrong request, 3 stopped after saving."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = _parser(arguments[0] if arguments else None)
-    args, rest = parser.parse_known_args(arguments)
-    if rest and not getattr(args, "accepts_overrides", False):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    args.overrides = rest
+    try:
+        args = _parsed(arguments)
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return error.status
     try:
         return args.run(args)
     except FlmError as error:
@@ -45,15 +49,32 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # what reads our output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
         return 0
+    except OSError as error:
+        if error.filename is None and error.errno not in DISK_ERRORS:
+            raise
+        what = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        print(one_line(f"flm {args.command}: {what}{error.strerror}"), file=sys.stderr)
+        return FlmError.status
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
 
-def _parser(wanted: str | None) -> argparse.ArgumentParser:
+def _parsed(arguments: list[str]) -> argparse.Namespace:
+    """The arguments, with what a command takes as `overrides` of its run file. Raises UsageError."""
+    parser = _parser(arguments[0] if arguments else None)
+    args, rest = parser.parse_known_args(arguments)
+    if rest and not getattr(args, "accepts_overrides", False):
+        parser.prog = f"flm {args.command}"
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.overrides = rest
+    return args
+
+
+def _parser(wanted: str | None) -> Parser:
     """The parser, with the arguments of the wanted command only, so that help starts fast."""
     from flm_megatron import __version__
 
-    parser = argparse.ArgumentParser(prog="flm", description="Train very large language models in stages.")
+    parser = Parser(prog="flm", description="Train very large language models in stages.")
     parser.add_argument("--version", action="version", version=f"flm_megatron {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():

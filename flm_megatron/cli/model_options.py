@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flm_megatron.cli.checkpoint_options import add_vocab_size, positive
+from flm_megatron.cli.checkpoint_options import add_vocab_size
+from flm_megatron.cli.parser import path, positive
 from flm_megatron.errors import RequestError
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Tokenizer, precision and layout."""
-    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model; the checkpoint's own if not given")
+    parser.add_argument("--tokenizer", type=path, help="SentencePiece model; the checkpoint's own if not given")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="precision of the model; that of its training")
     parser.add_argument("--tensor", type=positive, default=1, help="tensor-parallel size (default 1)")
     parser.add_argument("--pipeline", type=positive, default=1, help="pipeline-parallel size (default 1)")

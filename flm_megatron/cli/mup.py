@@ -8,6 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flm_megatron.cli.parser import layers, path, positive, real, seed, width
+
 if TYPE_CHECKING:
     from flm_megatron.config.schema import ModelConfig, RunConfig, StageConfig
 
@@ -24,16 +26,21 @@ def _add_check(commands: Any) -> None:
         "coord-check",
         help="sizes of activations and updates against width; exit status 1 if they do not follow muP",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
-    check.add_argument("run_file", nargs="?", help="take the model from this run file, not a small one of its own")
+    check.add_argument(
+        "run_file", type=path, nargs="?", help="take the model from this run file, not a small one of its own"
+    )
     check.add_argument("--stage", help="stage of the run file; without it the first")
-    check.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512], help="the first is the base width")
-    check.add_argument("--layers", type=int, help="layers, if not the model's own")
-    check.add_argument("--steps", type=int, default=3, help="training steps before updates are measured")
-    check.add_argument("--seeds", type=int, default=4, help="runs of each width, averaged")
-    check.add_argument("--lr", type=float, default=2e-3, help="learning rate at the base width")
-    check.add_argument("--tolerance", type=float, default=0.2, help="largest deviation of a power of the width")
-    check.add_argument("--plot", type=Path, default=Path("coord-check.png"), help="file of the plot")
+    check.add_argument(
+        "--widths", type=width, nargs="+", default=[64, 128, 256, 512], help="the first is the base width"
+    )
+    check.add_argument("--layers", type=layers, help="layers, if not the model's own")
+    check.add_argument("--steps", type=positive, default=3, help="training steps before updates are measured")
+    check.add_argument("--seeds", type=positive, default=4, help="runs of each width, averaged")
+    check.add_argument("--lr", type=real(0.0, above=True), default=2e-3, help="learning rate at the base width")
+    check.add_argument("--tolerance", type=real(0.0), default=0.2, help="largest deviation of a power of the width")
+    check.add_argument("--plot", type=path, default=Path("coord-check.png"), help="file of the plot")
 
 
 def _add_search(commands: Any) -> None:
@@ -41,17 +48,18 @@ def _add_search(commands: Any) -> None:
         "search",
         help="random search of learning rates, initial standard deviations and multipliers on a narrow model",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
-    search.add_argument("run_file", help="run file whose data, model and values the search starts from")
+    search.add_argument("run_file", type=path, help="run file whose data, model and values the search starts from")
     search.add_argument("--stage", help="stage of the run file; without it the first")
-    search.add_argument("--trials", type=int, default=20, help="runs; the first takes the run file's own values")
-    search.add_argument("--steps", type=int, default=100, help="training steps of each run")
-    search.add_argument("--width", type=int, help="hidden size of the narrow model, if not muP's base width")
-    search.add_argument("--layers", type=int, help="layers, if not the model's own")
-    search.add_argument("--global-batch", type=int, default=8, help="samples in a step")
-    search.add_argument("--spread", type=float, default=4.0, help="values are drawn up to this factor either way")
-    search.add_argument("--seed", type=int, default=1234, help="seed of the draws")
-    search.add_argument("--out", type=Path, help="file that gets each run as a line of JSON when it ends")
+    search.add_argument("--trials", type=positive, default=20, help="runs; the first takes the run file's own values")
+    search.add_argument("--steps", type=positive, default=100, help="training steps of each run")
+    search.add_argument("--width", type=width, help="hidden size of the narrow model, if not muP's base width")
+    search.add_argument("--layers", type=layers, help="layers, if not the model's own")
+    search.add_argument("--global-batch", type=positive, default=8, help="samples in a step")
+    search.add_argument("--spread", type=real(1.0), default=4.0, help="values are drawn up to this factor either way")
+    search.add_argument("--seed", type=seed, default=1234, help="seed of the draws")
+    search.add_argument("--out", type=path, help="file that gets each run as a line of JSON when it ends")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flm_megatron.cli.chosen_stages import only_stage, with_vocabulary
+from flm_megatron.cli.parser import path, positive, processes, real
 
 if TYPE_CHECKING:
     from flm_megatron.config.schema import RunConfig
@@ -17,25 +17,29 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm plan`; anything else of the form `--field value` overrides the run file."""
-    parser.add_argument("run_file", help="run file (YAML)")
+    parser.add_argument("run_file", type=path, help="run file (YAML)")
     parser.add_argument("--gpu", required=True, help="accelerator, such as a800, h100, mi300x")
-    parser.add_argument("--gpus", type=int, required=True, help="how many")
-    parser.add_argument("--nodes-of", type=int, metavar="N", help="accelerators in a node (8 unless the table differs)")
+    parser.add_argument("--gpus", type=processes, required=True, help="how many")
+    parser.add_argument(
+        "--nodes-of", type=processes, metavar="N", help="accelerators in a node (8 unless the table differs)"
+    )
     parser.add_argument("--stage", help="plan only this stage")
     parser.add_argument(
-        "--hardware", type=Path, metavar="FILE", help="YAML that changes what is assumed of the machine"
+        "--hardware", type=path, metavar="FILE", help="YAML that changes what is assumed of the machine"
     )
     parser.add_argument("--search", action="store_true", help="try all layouts and rank them")
-    parser.add_argument("--top", type=int, default=10, help="layouts that --search shows (10)")
-    parser.add_argument("--budget", type=float, metavar="GPU_HOURS", help="say how many tokens to give each stage")
+    parser.add_argument("--top", type=positive, default=10, help="layouts that --search shows (10)")
+    parser.add_argument(
+        "--budget", type=real(0.0, above=True), metavar="GPU_HOURS", help="say how many tokens to give each stage"
+    )
     parser.add_argument(
         "--laws",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="YAML of loss laws by stage for --budget: floor, scale and exponent, or the path of a metrics.jsonl "
         "(arXiv 2203.15556 for stages that it leaves out)",
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the memory of every pipeline rank (.png, .svg)")
+    parser.add_argument("--plot", type=path, metavar="FILE", help="draw the memory of every pipeline rank (.png, .svg)")
     parser.add_argument("--json", action="store_true", help="print plain data instead of tables")
     parser.epilog = "Any field of the run file can be overridden: --stages.0.parallel.tensor 2 (see `flm config`)."
     parser.set_defaults(accepts_overrides=True)
@@ -44,14 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the plan."""
     from flm_megatron.config.loader import load_run
-    from flm_megatron.errors import RequestError
     from flm_megatron.planner.layout import as_chosen
     from flm_megatron.planner.machine import find_machine
 
-    if args.gpus < 1:
-        raise RequestError(f"--gpus is {args.gpus}, give at least 1")
-    if args.nodes_of is not None and args.nodes_of < 1:
-        raise RequestError(f"--nodes-of is {args.nodes_of}, give at least 1")
     config = with_vocabulary(only_stage(load_run(args.run_file, args.overrides), args.stage))
     machine = find_machine(args.gpu, args.nodes_of, args.hardware)
     machine = replace(machine, software=as_chosen(machine.software, config.kernels))
@@ -121,24 +120,19 @@ def _budget(config: RunConfig, machine: Machine, args: argparse.Namespace) -> tu
 def _check(config: RunConfig, gpus: int) -> None:
     """The rules of the run file on that many processes."""
     from flm_megatron.config.rules import check
-    from flm_megatron.errors import RequestError
+    from flm_megatron.errors import Mistakes
 
     try:
         check(config, gpus)
-    except RequestError as error:
-        raise RequestError(f"{error}; --search tries all layouts of {gpus} GPUs") from None
+    except Mistakes as error:
+        *others, last = error.lines
+        raise Mistakes([*others, f"{last}; --search tries all layouts of {gpus} GPUs"]) from None
 
 
 def _check_shapes(config: RunConfig) -> None:
     """The rules on what a search does not change."""
-    from flm_megatron.config.layout_rules import layout_sizes_are_positive
-    from flm_megatron.config.model_rules import MODEL_RULES, model_sizes_are_positive
-    from flm_megatron.errors import RequestError
+    from flm_megatron.config.rules import shape_violations
+    from flm_megatron.errors import Mistakes
 
-    for stage in config.stages:
-        line = model_sizes_are_positive(stage.model) or layout_sizes_are_positive(stage)
-        line = line or next(filter(None, (rule(stage.model) for rule in MODEL_RULES)), None)
-        if line:
-            raise RequestError(f"stage {stage.name!r}: {line}")
-    if config.data.sequence_length < 1:
-        raise RequestError(f"data.sequence_length is {config.data.sequence_length}, give at least 1")
+    if lines := shape_violations(config):
+        raise Mistakes(lines)

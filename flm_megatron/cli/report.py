@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from flm_megatron.cli.parser import path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm report`."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="output folder of a run")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="page to write; report.html in the first folder")
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN_DIR", help="output folder of a run")
+    parser.add_argument("--out", type=path, metavar="FILE", help="page to write; report.html in the first folder")
 
 
 def run(args: argparse.Namespace) -> int:

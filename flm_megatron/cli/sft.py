@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from flm_megatron.cli.parser import path
+
 if TYPE_CHECKING:
     from flm_megatron.config.schema import RunConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm sft`; anything else of the form `--field value` overrides the run file."""
-    parser.add_argument("run_file", help="run file (YAML) whose data.chat says how conversations are written")
+    parser.add_argument(
+        "run_file", type=path, help="run file (YAML) whose data.chat says how conversations are written"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved run file and stop")
     parser.epilog = "Any field of the run file can be overridden: --stages.0.parallel.tensor 2 (see `flm config`)."
     parser.set_defaults(accepts_overrides=True)

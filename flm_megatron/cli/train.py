@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import argparse
 
+from flm_megatron.cli.parser import path
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm train`; anything else of the form `--field value` overrides the run file."""
-    parser.add_argument("run_file", help="run file (YAML)")
+    parser.add_argument("run_file", type=path, help="run file (YAML)")
     parser.add_argument("--stage", help="train only this stage")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved run file and stop")
+    parser.add_argument(
+        "--start-anew", action="store_true", help="begin from nothing; what is there is kept as NAME.before-N"
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="check the run file by its rules, print it resolved and stop"
+    )
     parser.epilog = "Any field of the run file can be overridden: --stages.0.parallel.tensor 2 (see `flm config`)."
     parser.set_defaults(accepts_overrides=True)
 
@@ -17,12 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train what is left to do."""
     from flm_megatron.config.loader import dump_run, load_run
+    from flm_megatron.growth.foreseen import check_run_file
 
     config = load_run(args.run_file, args.overrides)
     if args.print_config:
+        check_run_file(config)
         print(dump_run(config), end="")
         return 0
     from flm_megatron.training.launch import train
     from flm_megatron.training.preflight import resolve
 
-    return train(resolve(config), args.stage)
+    return train(resolve(config), args.stage, args.start_anew)

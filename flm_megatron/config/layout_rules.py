@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from flm_megatron.config.pipeline import pipeline_split
 from flm_megatron.config.precision_rules import PRECISION_RULES
+from flm_megatron.config.ranges import LARGEST_COUNT, LARGEST_WORLD, out_of_range
 from flm_megatron.config.schema import ParallelConfig, StageConfig
 from flm_megatron.errors import RequestError
 
@@ -20,14 +21,12 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int | None) -> int 
     return world_size // parallel.model_size
 
 
-def layout_sizes_are_positive(stage: StageConfig) -> str | None:
-    """Parallel sizes and batches are at least 1."""
-    values = {f"parallel.{name}": getattr(stage.parallel, name) for name in SIZES}
-    values |= {"micro_batch": stage.micro_batch, "global_batch": stage.global_batch}
-    for path, value in values.items():
-        if value is not None and value < 1:
-            return f"{path} is {value}, give at least 1"
-    return None
+def layout_sizes_are_counts(stage: StageConfig) -> list[str]:
+    """Parallel sizes and batches are at least 1, and not beyond reason."""
+    values = {f"parallel.{name}": (getattr(stage.parallel, name), 1, LARGEST_WORLD) for name in SIZES}
+    values["micro_batch"] = (stage.micro_batch, 1, LARGEST_COUNT)
+    values["global_batch"] = (stage.global_batch, 1, LARGEST_COUNT)
+    return out_of_range(values)
 
 
 def context_is_not_offered(stage: StageConfig, sequence_length: int, world_size: int | None) -> str | None:
@@ -52,9 +51,10 @@ def tensor_divides_model(stage: StageConfig, sequence_length: int, world_size: i
         "num_query_groups": model.query_groups,
         "ffn_hidden_size": model.ffn_hidden_size,
     }
-    for name, value in values.items():
-        if value % tensor:
-            return f"model.{name} {value} does not divide by parallel.tensor {tensor}: change one of them"
+    wrong = [f"{name} {value}" for name, value in values.items() if value % tensor]
+    if wrong:
+        verb = "does" if len(wrong) == 1 else "do"
+        return f"model.{' and '.join(wrong)} {verb} not divide by parallel.tensor {tensor}: change one of them"
     return None
 
 

@@ -10,71 +10,91 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from flm_megatron.config.fields import DEFAULTS
+from flm_megatron.config.home import expand_paths
 from flm_megatron.config.messages import explain
 from flm_megatron.config.overrides import apply_overrides, stage_name
 from flm_megatron.config.presets import load_preset
 from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.config.yaml_text import format_yaml, parse_yaml
-from flm_megatron.errors import RequestError
+from flm_megatron.errors import Mistakes, RequestError
 
 _RUN = TypeAdapter(RunConfig)
 _STAGE = TypeAdapter(StageConfig)
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run that a file describes, with overrides of the form `--field value` applied.
+    """The run that a file describes, with overrides of the form `--field value` applied and `~` in paths replaced.
 
     The key `defaults` at the top is merged under every stage, the preset that a stage names comes over it, and
     the stage's own keys and the overrides over both.
 
     Raises:
-        RequestError: no such file, not YAML, an unknown key or preset, or a value of the wrong type.
+        RequestError: no such file, not YAML, an unknown key or preset, or values of the wrong type (all are listed).
     """
     source = str(path)
     document = parse_yaml(_read(source), source)
     if not isinstance(document, dict):
         raise RequestError(f"{source}: a run file is a mapping of keys, this is {document!r:.60}")
     apply_overrides(document, overrides)
-    return run_from_dict(_merged(document, source), source)
+    merged, mistakes = _merged(document)
+    try:
+        run = _RUN.validate_python(merged)
+    except ValidationError as error:
+        mistakes += explain(error)
+    if mistakes:
+        raise Mistakes(mistakes, source)
+    expand_paths(run, source)
+    return run
 
 
 def _read(source: str) -> str:
     try:
-        return Path(source).read_text(encoding="utf-8")
+        return Path(source).expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise RequestError(f"{source}: not UTF-8 text, so not a run file") from None
-    except OSError as error:
-        raise RequestError(f"{source}: cannot be read ({error.strerror})") from None
+    except (OSError, ValueError, RuntimeError) as error:  # ValueError: a NUL, RuntimeError: the home of nobody
+        raise RequestError(f"{source}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
-def _merged(document: dict[str, Any], source: str) -> dict[str, Any]:
-    """The document with presets and defaults merged into its stages, and both keys gone."""
+def _merged(document: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The document with presets and defaults merged into its stages and both keys gone, and what is wrong with them.
+
+    A preset or defaults that are wrong are left out, so that they hide no other mistake.
+    """
     document = dict(document)
     defaults = document.pop(DEFAULTS, None) or {}
-    _check_defaults(defaults, source)
+    mistakes = _default_mistakes(defaults)
+    if mistakes:
+        defaults = {}
     stages = document.get("stages")
     if isinstance(stages, list):
-        document["stages"] = [_merged_stage(stage, defaults) for stage in stages]
-    return document
+        document["stages"] = [_merged_stage(stage, defaults, mistakes) for stage in stages]
+    return document, mistakes
 
 
-def _check_defaults(defaults: Any, source: str) -> None:
+def _default_mistakes(defaults: Any) -> list[str]:
     """Defaults have to make a stage by themselves, so that a mistake is named where it stands."""
     if not isinstance(defaults, dict):
-        raise RequestError(f"{source}: defaults: {defaults!r:.60} does not fit, expected the fields of a stage")
+        return [f"{DEFAULTS}: {defaults!r:.60} does not fit, expected the fields of a stage"]
     try:
         _STAGE.validate_python(defaults)
     except ValidationError as error:
-        raise RequestError(f"{source}: {explain(error, of=(DEFAULTS,))}") from None
+        return explain(error, of=(DEFAULTS,))
+    return []
 
 
-def _merged_stage(stage: Any, defaults: dict[str, Any]) -> Any:
+def _merged_stage(stage: Any, defaults: dict[str, Any], mistakes: list[str]) -> Any:
+    """One stage over its preset over the defaults; an unknown preset is added to the `mistakes`."""
     if not isinstance(stage, dict):
         return stage  # its type is refused with everything else's
     own = {key: value for key, value in stage.items() if key != "preset"}
     if "preset" in stage:
         own["name"] = stage_name(stage)
-        defaults = _over(load_preset(stage["preset"]), defaults)
+        try:
+            defaults = _over(load_preset(stage["preset"]), defaults)
+        except RequestError as error:
+            mistakes.append(str(error))
+            own["name"] = str(own["name"])
     return _over(own, defaults)
 
 
@@ -96,7 +116,7 @@ def run_from_dict(data: dict[str, Any], source: str = "run") -> RunConfig:
     try:
         return _RUN.validate_python(data)
     except ValidationError as error:
-        raise RequestError(f"{source}: {explain(error)}") from None
+        raise Mistakes(explain(error), source) from None
 
 
 def run_to_dict(run: RunConfig) -> dict[str, Any]:

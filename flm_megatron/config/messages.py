@@ -1,4 +1,4 @@
-"""What is wrong with a run file, in one line: full path, offending value, what is expected."""
+"""What is wrong with a run file, a line for each mistake: full path, offending value, what is expected."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pydantic import ValidationError
 from flm_megatron.config.fields import all_fields, resolve_field, section_of, type_words
 
 
-def explain(error: ValidationError, of: tuple[str, ...] = ()) -> str:
-    """One line on the first mistake; unknown keys come first, for they are often the cause of what is missing.
+def explain(error: ValidationError, of: tuple[str, ...] = ()) -> list[str]:
+    """One line for every mistake; unknown keys come first, for they are often the cause of what is missing.
 
     `of` is where in the run file the validated data stands.
     """
     mistakes = sorted(error.errors(include_url=False), key=lambda mistake: not _is_unknown(mistake))
-    more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
-    return _explain_one({**mistakes[0], "loc": (*of, *mistakes[0]["loc"])}) + more
+    # A value that fits none of several types is a mistake for each of them, in the same words.
+    return list(dict.fromkeys(_explain_one({**mistake, "loc": (*of, *mistake["loc"])}) for mistake in mistakes))
 
 
 def _is_unknown(mistake: Any) -> bool:

@@ -1,18 +1,12 @@
-"""Rules on the shape of a model: each says in one line what does not fit, or gives None."""
+"""Rules on the shape of a model: each says in one line what does not fit, or gives None; one that
+looks at several fields gives a line for each."""
 
 from __future__ import annotations
 
+from flm_megatron.config.ranges import LARGEST_MODEL, out_of_range
 from flm_megatron.config.schema import ModelConfig
 
-SIZES = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "head_dim",
-    "vocab_size",
-)
+LARGEST_RANK = 2**16
 POSITIVE = (
     "norm_epsilon",
     "rope_theta",
@@ -24,21 +18,19 @@ POSITIVE = (
 )
 
 
-def model_sizes_are_positive(model: ModelConfig) -> str | None:
-    """Counts are at least 1."""
-    for name in SIZES:
-        value = getattr(model, name)
-        if value is not None and value < 1:
-            return f"model.{name} is {value}, give at least 1"
-    return None
+def model_sizes_are_counts(model: ModelConfig) -> list[str]:
+    """Counts are at least 1, and not beyond reason."""
+    values = {f"model.{name}": (getattr(model, name), largest) for name, largest in LARGEST_MODEL.items()}
+    values["model.mup.base_hidden_size"] = (model.mup.base_hidden_size, LARGEST_MODEL["hidden_size"])
+    if model.lora is not None:
+        values["model.lora.rank"] = (model.lora.rank, LARGEST_RANK)
+    return out_of_range({name: (value, 1, largest) for name, (value, largest) in values.items()})
 
 
-def constants_are_positive(model: ModelConfig) -> str | None:
+def constants_are_positive(model: ModelConfig) -> list[str]:
     """Standard deviations, multipliers and bases are above 0."""
-    for name in POSITIVE:
-        if getattr(model, name) <= 0:
-            return f"model.{name} is {getattr(model, name)}, give a number above 0"
-    return None
+    values = {name: getattr(model, name) for name in POSITIVE}
+    return [f"model.{name} is {value}, give a number above 0" for name, value in values.items() if value <= 0]
 
 
 def heads_divide_hidden(model: ModelConfig) -> str | None:
@@ -71,17 +63,9 @@ def head_dim_is_even(model: ModelConfig) -> str | None:
     return None
 
 
-def mup_base_is_positive(model: ModelConfig) -> str | None:
-    """The width factor is hidden_size / base_hidden_size."""
-    if model.mup.base_hidden_size < 1:
-        return f"model.mup.base_hidden_size is {model.mup.base_hidden_size}, give the width of the searched model"
-    return None
-
-
 MODEL_RULES = (
     constants_are_positive,
     heads_divide_hidden,
     heads_divide_into_groups,
     head_dim_is_even,
-    mup_base_is_positive,
 )

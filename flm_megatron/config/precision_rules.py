@@ -42,14 +42,15 @@ def fp8_sizes_are_multiples(stage: StageConfig, sequence_length: int, world_size
         "model.ffn_hidden_size": (model.ffn_hidden_size, tensor),
         f"micro_batch {stage.micro_batch} x data.sequence_length": (tokens, 1),
     }
-    for name, (size, parts) in sizes.items():
-        if size % (parts * FP8_MULTIPLE):
-            share = f" / parallel.tensor {parts}" if parts > 1 else ""
-            return (
-                f"fp8 is {stage.fp8}, but {name} {size}{share} is not a multiple of {FP8_MULTIPLE}: change it, or set "
-                "fp8 to none"
-            )
-    return None
+    wrong = [
+        f"{name} {size}" + (f" / parallel.tensor {parts}" if parts > 1 else "")
+        for name, (size, parts) in sizes.items()
+        if size % (parts * FP8_MULTIPLE)
+    ]
+    if not wrong:
+        return None
+    what = "is not a multiple" if len(wrong) == 1 else "are not multiples"
+    return f"fp8 is {stage.fp8}, but {' and '.join(wrong)} {what} of {FP8_MULTIPLE}: change it, or set fp8 to none"
 
 
 PRECISION_RULES = (fp8_needs_bf16, fp8_is_not_transformer_engines, fp8_sizes_are_multiples)

@@ -1,24 +1,30 @@
 """What a run file has to satisfy beyond its types, checked before any process starts.
 
 A rule is a function of a few lines that gives one line on what does not fit, with the values and how to mend
-them, or None. The rules on one stage live in `model_rules`, `layout_rules` and `schedule_rules`, those on the
-run as a whole are here.
+them, or None; one that looks at several fields gives a line for each. The rules on one stage live in `model_rules`,
+`layout_rules` and `schedule_rules`, those on the run as a whole are here.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable
 from itertools import pairwise
 
-from flm_megatron.config.layout_rules import LAYOUT_RULES, layout_sizes_are_positive
-from flm_megatron.config.model_rules import MODEL_RULES, model_sizes_are_positive
-from flm_megatron.config.schedule_rules import SCHEDULE_RULES
+from flm_megatron.config.layout_rules import LAYOUT_RULES, layout_sizes_are_counts
+from flm_megatron.config.model_rules import MODEL_RULES, model_sizes_are_counts
+from flm_megatron.config.ranges import LARGEST_COUNT, LARGEST_WORLD, out_of_range
+from flm_megatron.config.schedule_rules import SCHEDULE_RULES, VALUE_RULES
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.config.stability_rules import STABILITY_RULES
-from flm_megatron.errors import RequestError
+from flm_megatron.errors import Mistakes
 
+LARGEST_SEQUENCE = 2**27
+LARGEST_TIMEOUT_S = 10**7
+LARGEST_PASSES, LARGEST_EPOCHS = 10_000, 1_000
+SEEDS = 2**63
+LONGEST_NAME = 100
 STAGE_NAME = re.compile(r"[A-Za-z0-9_-]*[A-Za-z_-][A-Za-z0-9_-]*")
 SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "query_groups", "kv_channels")
 
@@ -29,42 +35,65 @@ def check(run: RunConfig, world_size: int | None = None, stages: Collection[str]
     Rules on single stages are checked on those named in `stages` (on all without it).
 
     Raises:
-        RequestError: one line on the first rule that is broken, and how many more are.
+        Mistakes: one line for every rule that is broken.
     """
     broken = violations(run, world_size, stages)
     if broken:
-        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
-        raise RequestError(f"{broken[0]}{more}")
+        raise Mistakes(broken)
 
 
 def violations(run: RunConfig, world_size: int | None = None, stages: Collection[str] | None = None) -> list[str]:
-    """One line for every broken rule, in the order of the stages; sizes below 1 first, for the rest divides by them."""
-    return list(_size_violations(run)) or list(_violations(run, world_size, stages))
+    """One line for every broken rule: sizes that are no counts, rules on the run, then on each stage.
 
-
-def _size_violations(run: RunConfig) -> Iterator[str]:
-    if run.data.sequence_length < 1:
-        yield f"data.sequence_length is {run.data.sequence_length}, give at least 1"
-    for index, stage in enumerate(run.stages):
-        for line in (model_sizes_are_positive(stage.model), layout_sizes_are_positive(stage)):
-            if line:
-                yield f"stages.{index}.{line}"
-
-
-def _violations(run: RunConfig, world_size: int | None, stages: Collection[str] | None) -> Iterator[str]:
-    yield from filter(None, (rule(run) for rule in RUN_RULES))
+    Rules that compute with sizes are left out where one of theirs is no count.
+    """
+    unfit, lines = _sizes(run)
+    lines += _lines(rule(run) for rule in RUN_RULES)
+    if not unfit:
+        lines += _lines(rule(run) for rule in SHAPE_RULES)
     for index, stage in enumerate(run.stages):
         if stages is None or stage.name in stages:
-            for line in _stage_violations(run, index, world_size):
-                yield f"stage {stage.name!r}: {line}"
+            lines += [f"stage {stage.name!r}: {line}" for line in _stage_violations(run, index, world_size, unfit)]
+    return lines
 
 
-def _stage_violations(run: RunConfig, index: int, world_size: int | None) -> Iterator[str]:
+def shape_violations(run: RunConfig) -> list[str]:
+    """One line for every broken rule on sizes and on the shapes of models alone."""
+    unfit, lines = _sizes(run)
+    for index, stage in enumerate(run.stages):
+        if index not in unfit:
+            lines += [f"stage {stage.name!r}: {line}" for line in _lines(rule(stage.model) for rule in MODEL_RULES)]
+    return lines
+
+
+def _sizes(run: RunConfig) -> tuple[set[int], list[str]]:
+    """Stages with sizes that nothing can be computed with, and a line on each of these sizes."""
+    lines = out_of_range({"data.sequence_length": (run.data.sequence_length, 1, LARGEST_SEQUENCE)})
+    unfit = set(range(len(run.stages))) if lines else set()
+    for index, stage in enumerate(run.stages):
+        found = [*model_sizes_are_counts(stage.model), *layout_sizes_are_counts(stage)]
+        lines += [f"stages.{index}.{line}" for line in found]
+        unfit |= {index} if found else set()
+    return unfit, lines
+
+
+def _stage_violations(run: RunConfig, index: int, world_size: int | None, unfit: set[int]) -> list[str]:
     stage = run.stages[index]
-    yield from filter(None, (rule(stage.model) for rule in MODEL_RULES))
-    yield from filter(None, (rule(stage, run.data.sequence_length, world_size) for rule in LAYOUT_RULES))
-    yield from filter(None, (rule(run, index) for rule in SCHEDULE_RULES))
-    yield from filter(None, (rule(stage.stability) for rule in STABILITY_RULES))
+    lines = []
+    if index not in unfit:
+        lines += _lines(rule(stage.model) for rule in MODEL_RULES)
+        lines += _lines(rule(stage, run.data.sequence_length, world_size) for rule in LAYOUT_RULES)
+    # Where a schedule stands depends on the batches of all stages.
+    lines += _lines(rule(run, index) for rule in (VALUE_RULES if unfit else SCHEDULE_RULES))
+    return lines + _lines(rule(stage.stability) for rule in STABILITY_RULES)
+
+
+def _lines(found: Iterable[str | list[str] | None]) -> list[str]:
+    """The lines of rules, of which each gives one, several or none."""
+    lines: list[str] = []
+    for line in found:
+        lines += line if isinstance(line, list) else [line] if line else []
+    return lines
 
 
 def there_are_stages(run: RunConfig) -> str | None:
@@ -72,15 +101,14 @@ def there_are_stages(run: RunConfig) -> str | None:
     return None if run.stages else "stages is empty: give at least one stage"
 
 
-def stage_names_are_folders(run: RunConfig) -> str | None:
+def stage_names_are_folders(run: RunConfig) -> list[str]:
     """Checkpoints lie under a stage's name, and the command line tells names from indices and from paths."""
-    for index, stage in enumerate(run.stages):
-        if not STAGE_NAME.fullmatch(stage.name):
-            return (
-                f"stages.{index}.name {stage.name!r} is not fit for a folder: use letters, digits, - and _, "
-                "with at least one that is not a digit"
-            )
-    return None
+    return [
+        f"stages.{index}.name {stage.name!r} is not fit for a folder: use at most {LONGEST_NAME} letters, digits, - "
+        "and _, with at least one that is not a digit"
+        for index, stage in enumerate(run.stages)
+        if not STAGE_NAME.fullmatch(stage.name) or len(stage.name) > LONGEST_NAME
+    ]
 
 
 def stage_names_are_unique(run: RunConfig) -> str | None:
@@ -100,17 +128,18 @@ def first_stage_does_not_grow(run: RunConfig) -> str | None:
     return None
 
 
-def other_shapes_grow(run: RunConfig) -> str | None:
+def other_shapes_grow(run: RunConfig) -> list[str]:
     """A later stage of another shape says how it grows."""
+    lines = []
     for before, after in pairwise(run.stages):
         changed = [name for name in SHAPE if getattr(before.model, name) != getattr(after.model, name)]
         if changed and after.growth is None:
             name = changed[0]
-            return (
+            lines.append(
                 f"stage {after.name!r} has model.{name} {getattr(after.model, name)} after "
                 f"{getattr(before.model, name)}, but no growth: add `growth: {{}}`, or give it the same shape"
             )
-    return None
+    return lines
 
 
 def shares_are_all_or_none(run: RunConfig) -> str | None:
@@ -129,15 +158,14 @@ def shares_are_all_or_none(run: RunConfig) -> str | None:
     return None
 
 
-def validation_has_sources(run: RunConfig) -> str | None:
+def validation_has_sources(run: RunConfig) -> list[str]:
     """A stage that validates needs text to do so."""
-    for index, stage in enumerate(run.stages):
-        if stage.validation.samples and not run.data.validation:
-            return (
-                f"stages.{index}.validation.samples is {stage.validation.samples}, but data.validation is empty: "
-                "name a dataset, or set samples to 0"
-            )
-    return None
+    return [
+        f"stages.{index}.validation.samples is {stage.validation.samples}, but data.validation is empty: "
+        "name a dataset, or set samples to 0"
+        for index, stage in enumerate(run.stages)
+        if stage.validation.samples > 0 and not run.data.validation
+    ]
 
 
 def validation_names_are_unique(run: RunConfig) -> str | None:
@@ -147,34 +175,66 @@ def validation_names_are_unique(run: RunConfig) -> str | None:
     return f"data.validation has two sources named {twice[0]!r}: give each a name" if twice else None
 
 
-def z_loss_has_logits(run: RunConfig) -> str | None:
+def z_loss_has_logits(run: RunConfig) -> list[str]:
     """The z-loss reads all logits of a micro-batch."""
-    for index, stage in enumerate(run.stages):
-        if stage.stability.z_loss and run.kernels.head_and_loss == "fused":
-            return (
-                f"kernels.head_and_loss is fused, but stages.{index}.stability.z_loss is {stage.stability.z_loss}, "
-                "which needs all logits: give separate or auto, or set z_loss to 0"
-            )
-    return None
+    return [
+        f"kernels.head_and_loss is fused, but stages.{index}.stability.z_loss is {stage.stability.z_loss}, "
+        "which needs all logits: give separate or auto, or set z_loss to 0"
+        for index, stage in enumerate(run.stages)
+        if stage.stability.z_loss and run.kernels.head_and_loss == "fused"
+    ]
 
 
-def intervals_are_counts(run: RunConfig) -> str | None:
+def intervals_are_counts(run: RunConfig) -> list[str]:
     """Numbers of steps, samples and processes are not negative, and at least 1 where 0 has no meaning."""
-    least = {
-        "checkpoint.interval_steps": (run.checkpoint.interval_steps, 0),
-        "checkpoint.keep_last": (run.checkpoint.keep_last, 1),
-        "checkpoint.keep_every_steps": (run.checkpoint.keep_every_steps, 0),
-        "logging.interval_steps": (run.logging.interval_steps, 1),
-        "distributed.timeout_s": (run.distributed.timeout_s, 1),
-        "distributed.processes": (run.distributed.processes, 1),
+    values: dict[str, tuple[int | None, int, int]] = {
+        "seed": (run.seed, -SEEDS, SEEDS - 1),
+        "checkpoint.interval_steps": (run.checkpoint.interval_steps, 0, LARGEST_COUNT),
+        "checkpoint.keep_last": (run.checkpoint.keep_last, 1, LARGEST_COUNT),
+        "checkpoint.keep_every_steps": (run.checkpoint.keep_every_steps, 0, LARGEST_COUNT),
+        "logging.interval_steps": (run.logging.interval_steps, 1, LARGEST_COUNT),
+        "distributed.timeout_s": (run.distributed.timeout_s, 1, LARGEST_TIMEOUT_S),
+        "distributed.processes": (run.distributed.processes, 1, LARGEST_WORLD),
     }
     for index, stage in enumerate(run.stages):
-        least[f"stages.{index}.validation.interval_steps"] = (stage.validation.interval_steps, 0)
-        least[f"stages.{index}.validation.samples"] = (stage.validation.samples, 0)
-    for path, (value, bound) in least.items():
-        if value is not None and value < bound:
-            return f"{path} is {value}, give at least {bound}"
-    return None
+        values[f"stages.{index}.validation.interval_steps"] = (stage.validation.interval_steps, 0, LARGEST_COUNT)
+        values[f"stages.{index}.validation.samples"] = (stage.validation.samples, 0, LARGEST_COUNT)
+        values[f"stages.{index}.trainable_seed"] = (stage.trainable_seed, -SEEDS, SEEDS - 1)
+    return out_of_range(values)
+
+
+def growth_measures_are_counts(run: RunConfig) -> list[str]:
+    """Samples and steps of a growth are not negative, tolerances are above 0."""
+    values: dict[str, tuple[int | None, int, int]] = {}
+    lines = []
+    for index, stage in enumerate(run.stages):
+        if (growth := stage.growth) is None:
+            continue
+        place = f"stages.{index}.growth"
+        values[f"{place}.distance_samples"] = (growth.distance_samples, 1, LARGEST_COUNT)
+        values[f"{place}.certify_samples"] = (growth.certify_samples, 0, LARGEST_COUNT)
+        values[f"{place}.mask_steps"] = (growth.mask_steps, 0, LARGEST_COUNT)
+        if growth.loss_tolerance is not None and growth.loss_tolerance < 0:
+            lines.append(f"{place}.loss_tolerance is {growth.loss_tolerance}, give 0 or more")
+    return out_of_range(values) + lines
+
+
+def passes_are_bounded(run: RunConfig) -> list[str]:
+    """Passes over data are above 0, or not negative where 0 means never, and not beyond reason."""
+    lines = [
+        f"data.{split}.{index}.epochs is {source.epochs}, give at most {LARGEST_PASSES}"
+        for split in ("train", "validation")
+        for index, source in enumerate(getattr(run.data, split))
+        if source.epochs is not None and source.epochs > LARGEST_PASSES
+    ]
+    if (chat := run.data.chat) is None:
+        return lines
+    lines += out_of_range({"data.chat.epochs": (chat.epochs, 1, LARGEST_EPOCHS)})
+    return lines + [
+        f"data.chat.mix.{index}.passes is {mix.passes}, give 0 to {LARGEST_EPOCHS}"
+        for index, mix in enumerate(chat.mix)
+        if not 0 <= mix.passes <= LARGEST_EPOCHS
+    ]
 
 
 RUN_RULES = (
@@ -182,10 +242,13 @@ RUN_RULES = (
     stage_names_are_folders,
     stage_names_are_unique,
     first_stage_does_not_grow,
-    other_shapes_grow,
     shares_are_all_or_none,
     validation_has_sources,
     validation_names_are_unique,
     z_loss_has_logits,
     intervals_are_counts,
+    growth_measures_are_counts,
+    passes_are_bounded,
 )
+SHAPE_RULES = (other_shapes_grow,)
+"""Those that compute with the sizes of models."""

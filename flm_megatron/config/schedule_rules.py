@@ -1,4 +1,5 @@
-"""Rules on optimizer, learning rate and token budget: each says in one line what does not fit, or gives None.
+"""Rules on optimizer, learning rate and token budget: each says in one line what does not fit, or gives None;
+one that looks at several fields gives a line for each.
 
 They take the run and the index of the stage, for a schedule may start in an earlier stage.
 """
@@ -6,56 +7,58 @@ They take the run and the index of the stage, for a schedule may start in an ear
 from __future__ import annotations
 
 from flm_megatron.config.budget import schedule_start, schedule_tokens, stage_budgets, warmup_tokens
+from flm_megatron.config.ranges import LARGEST_TOKENS, out_of_range, shown
 from flm_megatron.config.schema import RunConfig, ScheduleConfig
 
+SPANS = {"warmup_tokens": 0, "warmup_samples": 0, "power_start_tokens": 0, "decay_tokens": 1}
 SHAPE = ("kind", "decay_tokens", "wsd_decay_fraction", "power_exponent", "power_start_tokens")
 
 
 def budget_is_positive(run: RunConfig, index: int) -> str | None:
-    """A stage trains on something."""
+    """A stage trains on something, and ends."""
     tokens = run.stages[index].tokens
-    return None if tokens > 0 else f"tokens is {tokens}, give the stage a budget"
+    if tokens > LARGEST_TOKENS:
+        return f"tokens is {shown(tokens)}, give at most {LARGEST_TOKENS}"
+    return None if tokens > 0 else f"tokens is {shown(tokens)}, give the stage a budget"
 
 
-def learning_rates_are_ordered(run: RunConfig, index: int) -> str | None:
+def learning_rates_are_ordered(run: RunConfig, index: int) -> list[str]:
     """0 < lr, 0 <= min_lr <= lr, 0 < matrix_lr."""
     options = run.stages[index].optimizer
-    if options.lr <= 0:
-        return f"optimizer.lr is {options.lr}, give a number above 0"
-    if not 0 <= options.min_lr <= options.lr:
-        return f"optimizer.min_lr {options.min_lr} does not lie between 0 and lr {options.lr}"
-    if options.matrix_lr is not None and options.matrix_lr <= 0:
-        return f"optimizer.matrix_lr is {options.matrix_lr}, give a number above 0"
-    return None
+    lines = [
+        f"optimizer.{name} is {value}, give a number above 0"
+        for name, value in (("lr", options.lr), ("matrix_lr", options.matrix_lr))
+        if value is not None and value <= 0
+    ]
+    if options.lr > 0 and not 0 <= options.min_lr <= options.lr:
+        lines.append(f"optimizer.min_lr {options.min_lr} does not lie between 0 and lr {options.lr}")
+    return lines
 
 
-def adam_is_bounded(run: RunConfig, index: int) -> str | None:
+def adam_is_bounded(run: RunConfig, index: int) -> list[str]:
     """Betas in [0, 1), eps above 0, weight decay and clipping not negative."""
     options = run.stages[index].optimizer
+    lines = []
     if not all(0 <= beta < 1 for beta in options.betas):
-        return f"optimizer.betas {list(options.betas)} do not lie in [0, 1)"
+        lines.append(f"optimizer.betas {list(options.betas)} do not lie in [0, 1)")
     if options.eps <= 0:
-        return f"optimizer.eps is {options.eps}, give a number above 0"
+        lines.append(f"optimizer.eps is {options.eps}, give a number above 0")
     for name in ("weight_decay", "clip_grad"):
         if getattr(options, name) < 0:
-            return f"optimizer.{name} is {getattr(options, name)}, give 0 or more"
-    return None
+            lines.append(f"optimizer.{name} is {getattr(options, name)}, give 0 or more")
+    return lines
 
 
-def spans_are_positive(run: RunConfig, index: int) -> str | None:
+def spans_are_positive(run: RunConfig, index: int) -> list[str]:
     """Lengths of the schedule's parts make sense by themselves."""
     schedule = run.stages[index].schedule
-    for name in ("warmup_tokens", "warmup_samples", "power_start_tokens"):
-        value = getattr(schedule, name)
-        if value is not None and value < 0:
-            return f"schedule.{name} is {value}, give 0 or more"
-    if schedule.decay_tokens is not None and schedule.decay_tokens < 1:
-        return f"schedule.decay_tokens is {schedule.decay_tokens}, give at least 1, or null for the end of the stage"
+    counts = {f"schedule.{name}": (getattr(schedule, name), least, LARGEST_TOKENS) for name, least in SPANS.items()}
+    lines = out_of_range(counts)
     if not 0 < schedule.wsd_decay_fraction <= 1:
-        return f"schedule.wsd_decay_fraction is {schedule.wsd_decay_fraction}, give a share above 0 and up to 1"
+        lines.append(f"schedule.wsd_decay_fraction is {schedule.wsd_decay_fraction}, give a share above 0 and up to 1")
     if schedule.power_exponent >= 0:
-        return f"schedule.power_exponent is {schedule.power_exponent}, give a number below 0"
-    return None
+        lines.append(f"schedule.power_exponent is {schedule.power_exponent}, give a number below 0")
+    return lines
 
 
 def warmup_has_one_unit(run: RunConfig, index: int) -> str | None:
@@ -75,7 +78,10 @@ def warmup_fits_stage(run: RunConfig, index: int) -> str | None:
     if index > anchor and stage.schedule.boundary == "continue":
         return None
     budget = stage_budgets(run)[index]
-    warmup, stage_tokens = warmup_tokens(stage.schedule, run.data.sequence_length), budget.steps * budget.step_tokens
+    warmup, stage_tokens = (
+        warmup_tokens(stage.schedule, run.data.sequence_length),
+        budget.end_token - budget.first_token,
+    )
     if warmup > stage_tokens:
         return f"schedule: the warm-up of {warmup} tokens is longer than the stage's {stage_tokens}: shorten it"
     if index == anchor and warmup > schedule_tokens(run, anchor):
@@ -113,13 +119,14 @@ def continued_shape_is_one(run: RunConfig, index: int) -> str | None:
     return None
 
 
-SCHEDULE_RULES = (
+VALUE_RULES = (
     budget_is_positive,
     learning_rates_are_ordered,
     adam_is_bounded,
     spans_are_positive,
     warmup_has_one_unit,
-    warmup_fits_stage,
     power_has_a_start,
     continued_shape_is_one,
 )
+"""Those that hold whatever the batches are."""
+SCHEDULE_RULES = (*VALUE_RULES, warmup_fits_stage)

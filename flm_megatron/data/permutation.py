@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy
+
 ROUNDS = 6
 MASK = 2**64 - 1
 
@@ -31,6 +33,23 @@ class Permutation:
             value = self._step(value)
         return value
 
+    def places(self, start: int, stop: int) -> numpy.ndarray:
+        """What stands at the places from `start` to `stop`, [stop - start] int64: many at a time."""
+        values = numpy.arange(start, stop, dtype=numpy.uint64)
+        outside = numpy.arange(len(values))
+        while len(outside):
+            values[outside] = self._steps(values[outside])
+            outside = outside[values[outside] >= self.size]
+        return values.astype(numpy.int64)
+
+    def _steps(self, values: numpy.ndarray) -> numpy.ndarray:
+        """`_step` of every value, uint64."""
+        half, low = numpy.uint64(self._half), numpy.uint64((1 << self._half) - 1)
+        left, right = values >> half, values & low
+        for key in self._keys:
+            left, right = right, left ^ (_mixed(right ^ numpy.uint64(key)) & low)
+        return left << half | right
+
     def _step(self, value: int) -> int:
         low = (1 << self._half) - 1
         left, right = value >> self._half, value & low
@@ -44,3 +63,10 @@ def _mix(value: int) -> int:
     value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & MASK
     value = ((value ^ value >> 27) * 0x94D049BB133111EB) & MASK
     return value ^ value >> 31
+
+
+def _mixed(values: numpy.ndarray) -> numpy.ndarray:
+    """`_mix` of every value, uint64, which wraps around by itself."""
+    values = (values ^ values >> numpy.uint64(30)) * numpy.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ values >> numpy.uint64(27)) * numpy.uint64(0x94D049BB133111EB)
+    return values ^ values >> numpy.uint64(31)

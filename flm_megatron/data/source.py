@@ -1,4 +1,4 @@
-"""One indexed dataset cut into samples by megatron-core, and the order of its samples in each pass."""
+"""One indexed dataset cut into samples by megatron-core; in which order they are taken is `source_line`'s."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import shutil
-from functools import lru_cache
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,6 @@ import numpy
 
 from flm_megatron.config.schema import SourceConfig
 from flm_megatron.data.description import Description, read_description, source_name
-from flm_megatron.data.permutation import Permutation
 from flm_megatron.durable import make_folders, sync, sync_tree
 from flm_megatron.errors import DamagedError, RequestError
 
@@ -32,8 +31,8 @@ class Source:
     """Samples of one dataset.
 
     megatron-core's GPTDataset is built for exactly one pass, so that what a sample holds never depends on how many
-    are asked for: the documents are shuffled by `seed`, laid end to end and cut every `sequence_length` ids (what
-    is over at the end is left out). Every pass then takes all samples, in an order of its own.
+    are asked for: the documents are shuffled by `seed`, laid end to end, which is the same line of ids for every
+    length, and cut every `sequence_length` ids (what is over at the end is left out).
     """
 
     def __init__(self, config: SourceConfig, sequence_length: int, seed: int, cache: str | None) -> None:
@@ -43,39 +42,54 @@ class Source:
             RequestError: the dataset is missing or smaller than one sample, or the cache cannot be written.
             DamagedError: its files do not agree with what was written.
         """
-        self.name = source_name(config)
+        self.name, self.sequence_length = source_name(config), sequence_length
         self.description = read_description(config.path)
-        self._seed = seed
         if self.description.tokens <= sequence_length:
             raise RequestError(
                 f"dataset {config.path} has {self.description.tokens:,} tokens, too few for one sample of"
                 f" {sequence_length} (and one more for the last label): shorten data.sequence_length or add text"
             )
         self._dataset = _open(config.path, self.description, sequence_length, seed, cache)
-        self._order = lru_cache(maxsize=2)(self._order_of_pass)
 
     def __len__(self) -> int:
         """Samples in one pass."""
         return len(self._dataset)
-
-    def _order_of_pass(self, epoch: int) -> Permutation:
-        return Permutation(len(self), f"{self._seed}/{self.name}/{epoch}")
-
-    def sample_id(self, draw: int) -> tuple[int, int]:
-        """(epoch, sample) of the `draw`-th sample taken from this source, counted over all passes."""
-        epoch, place = divmod(draw, len(self))
-        return epoch, self._order(epoch)[place]
 
     def read(self, sample: int) -> dict[str, torch.Tensor]:
         """Sample `sample` of a pass: `tokens`, `labels`, `position_ids` int64 and `loss_mask` fp32, [sequence]."""
         item = self._dataset[sample]
         return {field: item[field] for field in FIELDS}
 
-    def documents(self, sample: int) -> list[int]:
-        """Numbers in the dataset of the documents that sample `sample` takes text from, in order."""
-        row = self._dataset.shuffle_index[sample]
-        first, last = self._dataset.sample_index[row, 0], self._dataset.sample_index[row + 1, 0]
-        return [int(number) for number in self._dataset.document_index[first : last + 1]]
+    def row(self, sample: int) -> int:
+        """Where sample `sample` stands on the line of documents: its ids begin at `row * sequence_length`."""
+        return int(self._dataset.shuffle_index[sample])
+
+    def rows(self, samples: numpy.ndarray) -> numpy.ndarray:
+        """The rows of many samples, [n]."""
+        return self._dataset.shuffle_index[samples]
+
+    def text(self, start: int, count: int) -> numpy.ndarray:
+        """`count` ids of the line of documents from place `start` on, int64 [count]; there have to be so many."""
+        parts = [self._dataset.dataset.get(*stretch) for stretch in self._stretches(start, count)]
+        return numpy.concatenate(parts).astype(numpy.int64)
+
+    def documents(self, start: int, count: int) -> list[int]:
+        """Numbers in the dataset of the documents that `count` ids from place `start` on are taken from, in order."""
+        return [document for document, _, _ in self._stretches(start, count)]
+
+    def _stretches(self, start: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """(document, first id in it, number of ids) of each stretch of the line that makes up what is asked for."""
+        row, skipped = divmod(start, self.sequence_length)
+        place, offset = map(int, self._dataset.sample_index[row])
+        offset += skipped
+        while count > 0:
+            document = int(self._dataset.document_index[place])
+            length = int(self._dataset.dataset.sequence_lengths[document])
+            if offset < length:
+                taken = min(count, length - offset)
+                yield document, offset, taken
+                count -= taken
+            place, offset = place + 1, max(0, offset - length)
 
 
 def _open(prefix: str, description: Description, length: int, seed: int, cache: str | None) -> GPTDataset:

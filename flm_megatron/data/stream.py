@@ -5,12 +5,16 @@ Which sample stands at an index depends on the data and the seed, never on a bud
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from flm_megatron.config.history import Segment
 from flm_megatron.config.schema import DataConfig, SourceConfig
 from flm_megatron.data.blend import Blend
-from flm_megatron.data.description import check_same_tokenizer
-from flm_megatron.data.source import Source
+from flm_megatron.data.cuts import Cut
+from flm_megatron.data.description import check_same_tokenizer, source_name
+from flm_megatron.data.mixture import Mixture, mixture_at_end, segment_sources
+from flm_megatron.data.source_line import SourceLine
 from flm_megatron.errors import RequestError
 
 if TYPE_CHECKING:
@@ -29,8 +33,14 @@ class SampleStream:
     limit_samples: int | None
     """Samples in the stream; none if it has no end."""
 
-    def __init__(self, data: DataConfig, seed: int, split: Literal["train", "validation"] = "train") -> None:
-        """Open `data.train`, or all of `data.validation` blended.
+    def __init__(
+        self,
+        data: DataConfig,
+        seed: int,
+        split: Literal["train", "validation"] = "train",
+        mixture: Mixture | None = None,
+    ) -> None:
+        """Open `data.train`, or all of `data.validation` blended; of a run under way, `mixture` goes on.
 
         Any number of processes may open the same data at the same time.
 
@@ -41,13 +51,18 @@ class SampleStream:
         """
         configs = data.train if split == "train" else data.validation
         _check_sources(configs, split)
-        self.sequence_length = data.sequence_length
-        self.sources = [Source(config, data.sequence_length, seed, data.cache) for config in configs]
+        mixture = mixture or _from_the_beginning(configs, data.sequence_length)
+        self.sequence_length, self.first_sample = data.sequence_length, mixture.first_sample
+        by_name = {source_name(config): config for config in configs}
+        configs = [by_name[mixed.source.name] for mixed in mixture.sources]
+        self._lines = [
+            SourceLine(config, mixed.place, mixed.cuts, seed, data.cache)
+            for config, mixed in zip(configs, mixture.sources, strict=True)
+        ]
+        self.sources = [line.source for line in self._lines]
         check_same_tokenizer(configs, [source.description for source in self.sources])
-        check_names([source.name for source in self.sources])
-        weights = _weights(configs, [len(source) for source in self.sources])
-        self.limit_samples = int(sum(weights)) if configs[0].epochs is not None else None
-        self._blend = Blend(weights)
+        self.limit_samples = mixture.limit_samples
+        self._blend = Blend(mixture.weights)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Sample `index`: `tokens`, `labels`, `position_ids` int64 and `loss_mask` fp32, each [sequence].
@@ -55,17 +70,18 @@ class SampleStream:
         Raises:
             RequestError: the stream ends before it.
         """
-        source, _, sample = self._locate(index)
-        return source.read(sample)
+        line, cut, sample = self._locate(index)
+        return line.read(cut, sample)
 
     def sample_ids(self, index: int) -> SampleId:
         """(source name, epoch, sample in the source) of sample `index`."""
-        source, epoch, sample = self._locate(index)
-        return source.name, epoch, sample
+        line, cut, sample = self._locate(index)
+        return line.name, cut.epoch, sample
 
     def names(self, index: int) -> list[str]:
         """What sample `index` is called in logs, and by `flm data show`: SOURCE/EPOCH/SAMPLE."""
-        return ["/".join(map(str, self.sample_ids(index)))]
+        line, cut, sample = self._locate(index)
+        return [f"{line.name}/{cut.label}/{sample}"]
 
     def ids(self, name: str) -> list[int]:
         """Token ids of the sample that `names` calls so.
@@ -73,22 +89,29 @@ class SampleStream:
         Raises:
             RequestError: there is no such source or sample.
         """
-        source_name, _, sample = name.rsplit("/", 2) if name.count("/") >= 2 else (name, "", "")
-        sources = {source.name: source for source in self.sources}
-        source = sources.get(source_name)
-        if source is None or not (sample.isdigit() and int(sample) < len(source)):
-            known = ", ".join(f"{name}/EPOCH/0 to {len(source) - 1}" for name, source in sources.items())
+        source_name, label, sample = name.rsplit("/", 2) if name.count("/") >= 2 else (name, "", "")
+        line = next((line for line in self._lines if line.name == source_name), None)
+        cut = line.cut_named(label) if line else None
+        if line is None or cut is None or not (sample.isdigit() and int(sample) < cut.samples(line.total)):
+            known = ", ".join(f"{line.name}/EPOCH/0 to {len(line.source) - 1}" for line in self._lines)
             raise RequestError(f"there is no sample {name!r}: names are {known}")
-        item = source.read(int(sample))
-        return [*item["tokens"].tolist(), int(item["labels"][-1])]
+        item = line.read(cut, int(sample))
+        count = int(item["loss_mask"].sum())
+        return [*item["tokens"][:count].tolist(), int(item["labels"][count - 1])]
+
+    def spans(self, index: int) -> tuple[str, list[tuple[int, int]]]:
+        """Name of the source of sample `index`, and where its ids stand on the line of its documents: [start, stop)."""
+        line, cut, sample = self._locate(index)
+        return line.name, line.spans(cut, sample)
 
     def documents(self, index: int) -> tuple[str, list[int]]:
         """Name of the source of sample `index`, and the numbers of the documents it takes text from."""
-        source, _, sample = self._locate(index)
-        return source.name, source.documents(sample)
+        line, cut, sample = self._locate(index)
+        spans = line.spans(cut, sample)
+        return line.name, [n for start, stop in spans for n in line.source.documents(start, stop - start + 1)]
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """Passes over each source in the first `samples` samples, by name."""
+        """Passes over each source in the `samples` samples from the first on, by name."""
         counts = self._blend.counts(samples)
         return {source.name: count / len(source) for source, count in zip(self.sources, counts, strict=True)}
 
@@ -105,12 +128,12 @@ class SampleStream:
                 f" {want:,} are asked for ({samples:,} samples): shorten the budget, raise epochs, or give weights"
             )
 
-    def _locate(self, index: int) -> tuple[Source, int, int]:
-        assert index >= 0
+    def _locate(self, index: int) -> tuple[SourceLine, Cut, int]:
+        assert index >= self.first_sample
         self.check_budget(index + 1)
-        number, draw = self._blend[index]
-        source = self.sources[number]
-        return source, *source.sample_id(draw)
+        number, draw = self._blend[index - self.first_sample]
+        line = self._lines[number]
+        return line, *line.locate(draw)
 
 
 def validation_streams(data: DataConfig, seed: int) -> dict[str, SampleStream]:
@@ -150,8 +173,6 @@ def check_names(names: list[str]) -> None:
             raise RequestError(f"two data sources are named {name!r}: give each a name of its own")
 
 
-def _weights(configs: list[SourceConfig], sizes: list[int]) -> list[float]:
-    """Weights of the blend: given, or the samples to be taken from each source."""
-    weights = [config.weight for config in configs if config.weight is not None]
-    passes = [1.0 if config.epochs is None else config.epochs for config in configs]
-    return weights or [max(1, round(count * size)) for count, size in zip(passes, sizes, strict=True)]
+def _from_the_beginning(configs: Sequence[SourceConfig], length: int) -> Mixture:
+    check_names([source_name(config) for config in configs])
+    return mixture_at_end([Segment("", 0, 0, 0, 1, length, segment_sources(configs))])

@@ -7,21 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flm_megatron.checkpoint.described import model_of
+from flm_megatron.checkpoint.described import recorded_model
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.own_tokenizer import check_tokenizer
 from flm_megatron.checkpoint.stage_manifest import StagePosition, stage_manifest
 from flm_megatron.config.loader import resolve_vocabulary
-from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig, StageConfig
+from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import RequestError
+from flm_megatron.growth.foreseen import check_boundary, unmeasured_plan
 from flm_megatron.growth.plan import GrowthPlan, check_same_plan, make_plan, stage_growth
-from flm_megatron.growth.rules import (
-    check_epsilons,
-    check_mask_length,
-    check_masks_reach_norms,
-    check_source_stage,
-)
+from flm_megatron.growth.rules import check_source_stage
 from flm_megatron.growth.schedule import mask_value
 from flm_megatron.growth.view import GrownCheckpoint
 
@@ -48,22 +44,6 @@ def grown_view(
     return GrownCheckpoint(source, plan, _manifest(source, run, stage_index, plan)), plan
 
 
-def check_boundary(run: RunConfig, stage_index: int) -> None:
-    """All that can be said about a growth from the run file alone, for use before anything starts.
-
-    Raises:
-        RequestError: the growth cannot be done as asked.
-    """
-    if stage_index < 1:
-        return
-    stage, before = run.stages[stage_index], run.stages[stage_index - 1]
-    check_epsilons(run)
-    plan = _unmeasured_plan(before.model, run, stage, stage_growth(stage, run.data.sequence_length))
-    check_masks_reach_norms(stage, plan.masked)
-    if plan.masked:
-        check_mask_length(stage, plan.mask_steps, run.data.sequence_length)
-
-
 def needs_distances(run: RunConfig, stage_index: int) -> bool:
     """Whether layers are to be chosen by measured distance."""
     stage, before = run.stages[stage_index], run.stages[stage_index - 1]
@@ -75,7 +55,7 @@ def source_model(source: LogicalCheckpoint, run: RunConfig, stage_index: int) ->
     """The model that `source` was trained as: what it says of itself has the last word, the run file's only where it
     says nothing."""
     before = run.stages[stage_index - 1].model
-    model = model_of(source, before.vocab_size) or before
+    model = recorded_model(source, before.vocab_size) or before
     if not model.vocab_size:
         raise RequestError(f"stage {run.stages[stage_index - 1].name!r}: model.vocab_size is not known: set it")
     return model
@@ -99,16 +79,11 @@ def resumed_plan(run: RunConfig, index: int, saved: Mapping[str, Any]) -> Growth
     growth = stage.growth or GrowthConfig()
     if growth.mask_steps is None:  # a share of the stage as long as it was then
         growth = replace(growth, mask_steps=plan.mask_steps)
-    now = _unmeasured_plan(plan.old, run, stage, growth)
+    now = unmeasured_plan(plan.old, run, stage, growth)
     if growth.layer_selection == "distance":  # measured at the boundary, not again
         now = replace(now, layer_sources=plan.layer_sources)
     check_same_plan(plan, now)
     return plan
-
-
-def _unmeasured_plan(old: ModelConfig, run: RunConfig, stage: StageConfig, growth: GrowthConfig) -> GrowthPlan:
-    """The plan but for which layers are copied, where that is measured."""
-    return make_plan(old, stage.model, growth, run.seed, [0.0] * old.num_layers, stage.name)
 
 
 def saved_mask_value(manifest: Mapping[str, Any]) -> float:

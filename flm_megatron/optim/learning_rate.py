@@ -1,39 +1,44 @@
 """The learning rate as a pure function of the tokens consumed.
 
-It depends on the run file and a position alone: no state is kept, none is saved, and a checkpoint never changes
-it. `position` counts the tokens of the run including those of the step's own batch, so that the first step
+It depends on the run file, the run's history of batches and lengths, and a position alone: a checkpoint changes it in
+no other way. `position` counts the tokens of the run including those of the step's own batch, so that the first step
 learns and the last one learns at `min_lr` exactly. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from flm_megatron.config.budget import schedule_start, schedule_tokens, stage_budgets, warmup_tokens
+from flm_megatron.config.budget import StageBudget, schedule_start, schedule_tokens, stage_budgets, warmup_tokens
 from flm_megatron.config.schema import OptimizerConfig, RunConfig, ScheduleConfig, StageConfig
 from flm_megatron.model.parameters import parameter_specs
 from flm_megatron.optim.groups import DECAYED, Group, learning_rate_scales
 
 
-def learning_rate(position: int, run: RunConfig, stage_index: int) -> float:
+def learning_rate(
+    position: int, run: RunConfig, stage_index: int, budgets: Sequence[StageBudget] | None = None
+) -> float:
     """Learning rate of vectors at `position` (tokens of the run, including this step's) in stage `stage_index`.
 
     The shape of the schedule and its warm-up are those of the stage where it started: the nearest one, looking
     back, whose boundary is `restart` (or the first). The values `lr` and `min_lr` are the present stage's own.
+    `budgets` are those of a run under way; without them they are planned. A warm-up in samples counts samples of the
+    length that its stage began with.
     """
     stage, anchor = run.stages[stage_index], schedule_start(run.stages, stage_index)
-    budgets, sequence_length = stage_budgets(run), run.data.sequence_length
-    shape, warmup = run.stages[anchor].schedule, warmup_tokens(run.stages[anchor].schedule, sequence_length)
-    end = schedule_tokens(run, anchor)
+    budgets = stage_budgets(run) if budgets is None else budgets
+    shape = run.stages[anchor].schedule
+    warmup = warmup_tokens(shape, budgets[anchor].sequence_length)
+    end = schedule_tokens(run, anchor, budgets)
 
     def continued(at: int) -> float:
         """The continued schedule's rate at a position."""
         return scheduled(at - budgets[anchor].first_token, shape, stage.optimizer, warmup, end)
 
     done = position - budgets[stage_index].first_token
-    rewarm = warmup_tokens(stage.schedule, sequence_length)
+    rewarm = warmup_tokens(stage.schedule, budgets[stage_index].sequence_length)
     if stage_index > anchor and stage.schedule.boundary == "rewarm" and done < rewarm:
         return continued(position - done + rewarm) * done / rewarm
     return continued(position)

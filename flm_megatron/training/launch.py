@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import tempfile
 import threading
 import traceback
@@ -19,29 +20,51 @@ from flm_megatron.config.loader import dump_run, run_from_dict, run_to_dict
 from flm_megatron.config.rules import check
 from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.durable import make_folders, replace_file
-from flm_megatron.errors import FlmError, RequestError
+from flm_megatron.errors import ERRORS, DamagedError, FlmError, RequestError
 
 FINISHED, STOPPED = 0, 3
 GRACE_S = 5.0
 
 
-def train(run: RunConfig, only: str | None = None) -> int:
-    """Train what is left of the run; returns 0 when it is done, 3 when a signal stopped it after saving."""
+def train(run: RunConfig, only: str | None = None, anew: bool = False) -> int:
+    """Train what is left of the run; returns 0 when it is done, 3 when a signal stopped it after saving.
+
+    With `anew` what the run has made so far is set aside first.
+
+    Raises:
+        RequestError: `anew` under a launcher, which may start the same command again.
+    """
     from flm_megatron.training.parallel import launched
+    from flm_megatron.training.start import checkpoint_store
 
-    return _train_as_rank(run, only) if launched() else _train_locally(run, only)
+    if not launched():
+        return _train_locally(run, only, anew)
+    if anew:
+        raise RequestError(
+            "--start-anew is for a run without a launcher, which would begin anew at every restart: move "
+            f"{checkpoint_store(run).root} away by hand, or choose another output"
+        )
+    return _train_as_rank(run, only)
 
 
-def _train_locally(run: RunConfig, only: str | None) -> int:
+def _train_locally(run: RunConfig, only: str | None, anew: bool) -> int:
     """Start fresh processes for one stage after another, as many as its layout needs."""
-    from flm_megatron.training.start import find_start
+    from flm_megatron.training.start import find_start, set_aside
 
     for stage in run.stages:
         check(run, local_processes(run, stage), stages=[stage.name])
+    if anew:
+        set_aside(run)
     write_run_file(run)
     while (start := find_start(run, only)) is not None:
         size = local_processes(run, run.stages[start.stage])
-        status = run_processes(size, _train_child, (run_to_dict(run), start))
+        try:
+            status = run_processes(size, _train_child, (run_to_dict(run), start))
+        except DamagedError as error:
+            if find_start(run, only) == start:  # it is not of a checkpoint that can be passed over
+                raise
+            print(f"WARNING: {error}; trying an older checkpoint", file=sys.stderr, flush=True)
+            continue
         if status != FINISHED:
             return status
     return FINISHED
@@ -196,7 +219,7 @@ def _leave_error(folder: Path, rank: int, error: BaseException) -> None:
     text = str(error) if isinstance(error, FlmError) else traceback.format_exc()
     try:
         with (folder / "error").open("x") as file:
-            json.dump({"rank": rank, "status": status, "text": text}, file)
+            json.dump({"rank": rank, "status": status, "text": text, "kind": type(error).__name__}, file)
     except FileExistsError:
         pass
 
@@ -209,5 +232,5 @@ def _first_error(folder: Path, error: Any) -> FlmError:
     if not (folder / "error").exists():
         return FlmError(f"rank {error.error_index} ended with status {getattr(error, 'exit_code', 1)} without a word")
     first = json.loads((folder / "error").read_text())
-    kind = RequestError if first["status"] == RequestError.status else FlmError
+    kind = ERRORS.get(first["kind"], FlmError)
     return kind(first["text"] if kind is RequestError else f"rank {first['rank']}: {first['text']}")

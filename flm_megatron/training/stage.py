@@ -22,6 +22,7 @@ from flm_megatron.data.loader import batches, validation_batches
 from flm_megatron.data.streams import Stream, training_stream, validation_streams_of
 from flm_megatron.device import current
 from flm_megatron.device.hardware import find_hardware
+from flm_megatron.errors import DamagedError
 from flm_megatron.growth.births import load_births
 from flm_megatron.growth.certificate import Certificate, certified
 from flm_megatron.growth.plan import GrowthPlan
@@ -48,17 +49,22 @@ def train_stage(run: RunConfig, start: Start) -> bool:
 
     Raises:
         RequestError: a kernel that the run file asks for by name, or FP8 in any of its stages, is not there.
+        DamagedError: stored data is damaged. Of a checkpoint of the run it is noted: `find_start` passes it over then.
     """
     kernels.use(kernels.choose(run.kernels))
     for stage in run.stages:
         fp8.require(stage)
-    beginning = begin(run, start)
-    with layout(beginning.stage.parallel, run.distributed.timeout_s), stop_on_signal() as stop:
-        trainer = StageTrainer(run, start, beginning)
-        try:
-            return trainer.train(stop)
-        finally:
-            trainer.close()
+    try:
+        beginning = begin(run, start)
+        with layout(beginning.stage.parallel, run.distributed.timeout_s), stop_on_signal() as stop:
+            trainer = StageTrainer(run, start, beginning)
+            try:
+                return trainer.train(stop)
+            finally:
+                trainer.close()
+    except DamagedError as error:
+        checkpoint_store(run).note_damage(error)
+        raise
 
 
 class StageTrainer:
@@ -67,7 +73,7 @@ class StageTrainer:
     def __init__(self, run: RunConfig, start: Start, beginning: Beginning) -> None:
         from megatron.core import parallel_state
 
-        self.index, self.step = start.stage, start.step
+        self.index, self.step, self.start = start.stage, start.step, start
         self.budget = stage_budgets(run)[start.stage]
         self.stage, self.plan = beginning.stage, beginning.plan
         self.run = replace(run, stages=[*run.stages[: self.index], self.stage, *run.stages[self.index + 1 :]])
@@ -86,12 +92,13 @@ class StageTrainer:
         self.pending: SaveHandle | None = None
         self.times: deque[float] = deque(maxlen=RECENT_STEPS)
         self.saved_step = start.step if start.step else -1
+        self.saved_path = start.source if start.resumes else None
         self.stream = training_stream(run, self.index)
         self.validation = validation_streams_of(run) if self.stage.validation.samples else {}
 
     def train(self, stop: StopRequest) -> bool:
         """Train to the end of the budget, or to a stop request; saves before it returns."""
-        first = self.budget.first_sample + self.step * self.stage.global_batch
+        first = self.budget.sample_at(self.step)
         feed = batches(
             self.stream, first, self.stage.global_batch, self.stage.micro_batch, self.data_rank, self.data_size
         )
@@ -122,6 +129,8 @@ class StageTrainer:
         if self.step:
             tokens = self.budget.tokens_at(self.step)
             log.record({"stage": self.stage.name, "step": self.step, "tokens": tokens, "restart": True})
+        for reason in self.start.passed_over:
+            log.say(f"WARNING: going on from {self.start.source}, for a newer checkpoint is damaged: {reason}")
         log.say(kernels.current().describe())
         if self.stage.fp8 != "none":
             log.say(fp8.describe(self.stage.fp8, current().name))
@@ -154,8 +163,7 @@ class StageTrainer:
 
     def _refuse(self, reason: str) -> None:
         """Say which samples a step that was not applied had, and do what the policy asks for."""
-        first = self.budget.first_sample + (self.step - 1) * self.budget.batch_samples
-        samples = range(first, first + self.budget.batch_samples)
+        samples = range(self.budget.sample_at(self.step - 1), self.budget.sample_at(self.step))
         policy = self.stage.stability.policy
         if self.log:
             names = [name for index in samples for name in self.stream.names(index)]
@@ -167,9 +175,7 @@ class StageTrainer:
         self.watch.refused(self.step, reason, f"samples {samples.start} to {samples.stop - 1}")
         if policy == "rollback":
             self._finish_save()
-            self._load(
-                open_checkpoint(self.store.path(self.stage.name, self.saved_step)) if self.saved_step > 0 else self.view
-            )
+            self._load(open_checkpoint(self.saved_path) if self.saved_path else self.view)
 
     def _load(self, view: LogicalCheckpoint) -> None:
         """Weights and optimizer of a checkpoint."""
@@ -186,7 +192,7 @@ class StageTrainer:
 
     def _metrics(self, result: StepResult, lr: float) -> StepMetrics:
         device = current()
-        per_device = self.budget.step_tokens / self.times[-1] / dist.get_world_size()
+        per_device = self.budget.segments[-1].step_tokens / self.times[-1] / dist.get_world_size()
         tflops = per_device * training_flops_per_token(self.stage.model, self.run.data.sequence_length) / 1e12
         peak = _peak_tflops(self.stage.precision)
         return StepMetrics(
@@ -239,9 +245,13 @@ class StageTrainer:
         self._finish_save()
         if self.log:
             self.log.sync()
-        path = self.store.path(self.stage.name, self.step)
+        self.saved_path = self.store.new_path(self.stage.name, self.step, self.start.taken)
         self.pending = save_state(
-            path, self.engine.chunks, self.engine.optimizer, self._manifest(), self.run.checkpoint.asynchronous
+            self.saved_path,
+            self.engine.chunks,
+            self.engine.optimizer,
+            self._manifest(),
+            self.run.checkpoint.asynchronous,
         )
         self.saved_step = self.step
         if not self.run.checkpoint.asynchronous:
@@ -258,7 +268,7 @@ class StageTrainer:
             self.store.prune(self.stage.name, wanted.keep_last, wanted.keep_every_steps)
 
     def _manifest(self) -> dict[str, Any]:
-        samples = self.budget.first_sample + self.step * self.budget.batch_samples
+        samples = self.budget.sample_at(self.step)
         adam_step = max((group.get("step", 0) for group in self.engine.optimizer.param_groups), default=0)
         position = StagePosition(self.step, samples, self.budget.tokens_at(self.step), adam_step)
         return {

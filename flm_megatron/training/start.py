@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,22 @@ from flm_megatron.growth.measure import boundary_certificate, boundary_distances
 from flm_megatron.growth.plan import GrowthPlan, grown_model
 from flm_megatron.training.parallel import layout
 
+MADE = ("checkpoints", "metrics.jsonl", "log.txt", "tensorboard")
+"""What a run makes in its output folder and goes on with."""
+
 
 @dataclass(frozen=True)
 class Start:
     """The next stage to train, of which `step` steps are done. `source` is read first: the stage's own checkpoint if
-    it `resumes`, else the last of the stage before, or what the first stage starts from; none means fresh weights."""
+    it `resumes`, else the last of the stage before, or what the first stage starts from; none means fresh weights.
+    `passed_over` says why each newer checkpoint was not taken, `taken` which names the stage's checkpoints bear."""
 
     stage: int
     step: int
     source: Path | None
     resumes: bool
+    passed_over: tuple[str, ...] = ()
+    taken: tuple[str, ...] = ()
 
 
 def checkpoint_store(run: RunConfig) -> CheckpointStore:
@@ -40,19 +47,36 @@ def checkpoint_store(run: RunConfig) -> CheckpointStore:
     return CheckpointStore(Path(run.output) / "checkpoints")
 
 
+def set_aside(run: RunConfig) -> list[Path]:
+    """Make room for a run that begins anew: what the one before has made gets `.before-N` behind its name.
+
+    Returns the new names; nothing is removed.
+    """
+    output = Path(run.output)
+    made = [path for name in MADE if (path := output / name).exists()]
+    number = next(n for n in count(1) if not any(path.with_name(f"{path.name}.before-{n}").exists() for path in made))
+    return [path.rename(path.with_name(f"{path.name}.before-{number}")) for path in made]
+
+
 def find_start(run: RunConfig, only: str | None = None) -> Start | None:
     """What is left to do, from the newest whole checkpoint; none when every stage (or the one named `only`) is done.
 
     Raises:
-        RequestError: `only` is not a stage, or the stage before it is not finished.
+        RequestError: `only` is not a stage, or the stage before it is not finished; or there are checkpoints that this
+            program cannot read.
+        DamagedError: there are checkpoints, and all of them are damaged.
     """
     names = [stage.name for stage in run.stages]
     if only is not None and only not in names:
         raise RequestError(f"no stage is named {only!r}; the run has {', '.join(names)}")
     wanted = names[: names.index(only) + 1] if only else names
-    start = _after(run, checkpoint_store(run).latest(wanted))
+    store = checkpoint_store(run)
+    path, damaged = store.search(wanted)
+    start = _after(run, path)
     if start.stage >= len(wanted):
         return None
+    taken = tuple(each.name for each in store.newest(names[start.stage]))
+    start = replace(start, passed_over=tuple(map(str, damaged)), taken=taken)
     if only and names[start.stage] != only:
         missing = names[start.stage]
         raise RequestError(f"stage {only!r} needs stage {missing!r} to be finished: train it first")

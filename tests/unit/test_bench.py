@@ -225,7 +225,7 @@ def test_the_commit_is_that_of_the_code() -> None:
         (["RUN", "--stage", "a", "--compare", "transformers", "--stages.a.model.activation", "gelu"], "Llama block"),
         (["RUN", "--stage", "a", "--kernels.swiglu", "apex"], "kernels.swiglu: there is no apex implementation"),
         (["RUN", "--stage", "a", "--layouts", "3"], "no layout of 3 processes fits stage 'a'"),
-        (["RUN", "--stage", "a", "--stages.a.parallel.tensor", "3"], "does not divide by parallel.tensor 3"),
+        (["RUN", "--stage", "a", "--stages.a.parallel.tensor", "3"], "do not divide by parallel.tensor 3"),
         (["RUN", "--calibrate", "out.yaml"], "leave out a run file"),
         (["--calibrate", "no/folder/out.yaml"], "there is no folder no/folder"),
     ],

@@ -221,7 +221,7 @@ def test_a_changed_manifest(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(DamagedError, match=r"manifest\.json"):
         read_manifest(checkpoint)
     file.unlink()
-    with pytest.raises(RequestError, match=r"no manifest\.json"):
+    with pytest.raises(DamagedError, match=r"no manifest\.json"):
         verify(checkpoint)
 
 

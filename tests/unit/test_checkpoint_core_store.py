@@ -7,15 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from flm_megatron.checkpoint import manifest
 from flm_megatron.checkpoint.initial import InitialCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.store import CheckpointStore
 from flm_megatron.checkpoint.writer import write_view
 from flm_megatron.config.schema import ModelConfig
+from flm_megatron.errors import DamagedError, RequestError
+from tests.unit.checkpoint_cases import flip
 
 VIEW = InitialCheckpoint(ModelConfig(1, 8, 8, 1, vocab_size=16), seed=1)
 
@@ -71,15 +75,93 @@ def test_pruning_keeps_the_last_and_every_nth(store: CheckpointStore) -> None:
     assert store.prune("missing", keep_last=1) == []
 
 
-def test_pruning_counts_only_what_can_be_loaded(store: CheckpointStore) -> None:
+def test_pruning_counts_only_what_is_whole(store: CheckpointStore) -> None:
     save(store, "s", 1, 2, 3)
     (store.path("s", 3) / "common.pt").unlink()
     store.prune("s", keep_last=1)
     assert store.steps("s") == [2, 3]
-    store.clean(["s"])  # so that step 3 can be saved again
-    assert store.steps("s") == [2] and (store.root / "s" / "step_00000003.damaged").is_dir()
-    save(store, "s", 3)
-    assert store.latest(["s"]) == store.path("s", 3)
+    assert store.clean(["s"]) == [] and store.steps("s") == [2, 3]  # nothing is renamed
+    again = store.new_path("s", 3, [path.name for path in store.newest("s")])
+    assert again.name == "step_00000003.1"
+    write_view(VIEW, again, {"step": 3, "stage": "s"})
+    assert store.latest(["s"]) == again and store.steps("s") == [2, 3]
+    assert [path.name for path in store.prune("s", keep_last=1)] == ["step_00000002", "step_00000003"]
+    assert store.newest("s") == [again]
+
+
+def test_what_is_not_damaged_but_cannot_be_read_stops_the_search(store: CheckpointStore) -> None:
+    save(store, "s", 1, 2)
+    manifest = store.path("s", 2) / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"version": 1', '"version": 99'))
+    with pytest.raises(RequestError, match="version 99"):
+        store.latest(["s"])
+    manifest.unlink()
+    manifest.mkdir()  # stands for a disk that answers with an error
+    with pytest.raises(RequestError, match="see to its disk"):
+        store.latest(["s"])
+    (store.root / "t").touch()
+    with pytest.raises(RequestError, match="cannot be listed"):
+        store.latest(["s", "t"])
+    assert store.steps("s") == [1, 2]
+
+
+def test_no_checkpoint_is_not_the_same_as_none_that_is_whole(store: CheckpointStore) -> None:
+    save(store, "s", 1, 2)
+    for step in (1, 2):
+        (store.path("s", step) / ".metadata").unlink()
+    with pytest.raises(DamagedError, match=r"none of the 2 checkpoints .*step_00000002.*--start-anew"):
+        store.latest(["s"])
+    assert store.steps("s") == [1, 2]
+
+
+def test_a_checkpoint_that_was_found_changed_is_passed_over_until_its_note_is_removed(store: CheckpointStore) -> None:
+    save(store, "s", 1, 2)
+    newest = store.path("s", 2)
+    flip(newest / "__0_0.distcp", (newest / "__0_0.distcp").stat().st_size // 2)
+    view = open_checkpoint(store.latest(["s"]) or "")
+    with pytest.raises(DamagedError) as caught:
+        for name in view.tensors:
+            view.read(name)
+    store.note_damage(caught.value)
+    assert store.latest(["s"]) == store.path("s", 1)
+    store.prune("s", keep_last=1)
+    assert store.steps("s") == [1, 2]  # the one that is whole is never dropped for one that is not
+    (note,) = (store.root / "s").glob("*.json")
+    note.unlink()
+    assert store.latest(["s"]) == newest
+
+
+def test_damage_elsewhere_is_not_noted(store: CheckpointStore, tmp_path: Path) -> None:
+    save(store, "s", 1)
+    for error in (DamagedError("data"), DamagedError("other", tmp_path / "s"), DamagedError("x", tmp_path / "a/b/c")):
+        store.note_damage(error)
+    assert [path.name for path in (store.root / "s").iterdir()] == ["step_00000001"]
+
+
+def test_pruning_reads_only_the_manifests_of_what_it_keeps_for_being_new(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that keeps a hundred checkpoints does not read a hundred metadata files at each save."""
+    save(store, "s", *range(1, 31))
+    read: list[str] = []
+    monkeypatch.setattr("flm_megatron.checkpoint.manifest._read", recorder(read, manifest._read))
+    assert len(store.prune("s", keep_last=2, keep_every_steps=1)) == 0
+    assert read == ["step_00000030/manifest.json", "step_00000029/manifest.json"]
+    read.clear()
+    assert store.clean(["s"]) == [] and read == []
+    store.latest(["s"])
+    assert {name.split("/")[0] for name in read} == {"step_00000030"}
+
+
+def recorder(seen: list[str], function: Callable[[Path], bytes]) -> Callable[[Path], bytes]:
+    """`function`, which puts down the last two parts of what it was called with."""
+
+    def record(path: Path) -> bytes:
+        seen.append("/".join(path.parts[-2:]))
+        return function(path)
+
+    return record
 
 
 def test_left_overs_are_cleaned_but_not_what_may_be_written_now(store: CheckpointStore) -> None:
@@ -98,6 +180,8 @@ import sys, time
 from flm_megatron.checkpoint.initial import InitialCheckpoint
 from flm_megatron.checkpoint.writer import write_view
 from flm_megatron.config.schema import ModelConfig
+from flm_megatron.errors import DamagedError, RequestError
+from tests.unit.checkpoint_cases import flip
 
 class Slow(InitialCheckpoint):
     def read(self, name, region=None):

@@ -158,7 +158,7 @@ def test_export_writes_the_tokenizer_that_transformers_reads_alike(
 
     from flm_megatron.data.tokenizer import train_tokenizer
 
-    train_tokenizer(prose(40), tmp_path / "tokenizer.model", 500)
+    train_tokenizer(prose(40), tmp_path / "tokenizer.model", 331)
     assert flm_checkpoint("export-hf", small[0], tmp_path / "hf", "--tokenizer", tmp_path / "tokenizer.model") == 0
     ours = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")

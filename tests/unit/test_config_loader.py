@@ -10,7 +10,7 @@ import yaml
 
 from flm_megatron.config.loader import dump_run, load_run, resolve_vocabulary, run_from_dict, run_to_dict
 from flm_megatron.config.schema import RunConfig
-from flm_megatron.errors import RequestError
+from flm_megatron.errors import Mistakes, RequestError
 
 RUN = """
 name: try
@@ -118,7 +118,9 @@ MISTAKES = {
     "nam: x": "FILE: nam: unknown key, did you mean 'name'?",
     "stages: [{betas: [0.9, 0.9]}]": "FILE: stages.0.betas: unknown key, but there is stages.optimizer.betas",
     "logging: {zzz: 1}": "FILE: logging.zzz: unknown key, known here: interval_steps, tensorboard, layer_norms",
-    "data: {train: [{pth: a}]}": "FILE: data.train.0.pth: unknown key, did you mean 'path'? (and 1 more)",
+    "data: {train: [{name: 1, path: a}]}": (
+        "FILE: data.train.0.name: 1 does not fit, expected text or null (put it in quotes)"
+    ),
     "data: {train: [{name: a}]}": "FILE: data.train.0.path: missing, expected text",
     "stages: [{tokens: many}]": "FILE: stages.0.tokens: 'many' does not fit, expected integer",
     "stages: [{tokens: 2.5}]": "FILE: stages.0.tokens: 2.5 does not fit, expected integer",
@@ -145,7 +147,7 @@ MISTAKES = {
     "defaults: {modl: 1}": "FILE: defaults.modl: unknown key, did you mean 'model'?",
     "defaults: {model: {num_layers: x}}": "FILE: defaults.model.num_layers: 'x' does not fit, expected integer",
     "defaults: [1]": "FILE: defaults: [1] does not fit, expected the fields of a stage",
-    "stages: [{preset: tele-flm-52}]": "preset 'tele-flm-52' is not known, did you mean 'tele-flm-52b'?",
+    "stages: [{preset: tele-flm-52}]": "FILE: preset 'tele-flm-52' is not known, did you mean 'tele-flm-52b'?",
     "seed: 1\nname: a\nseed: 2": "FILE, line 3, column 1: key 'seed' is given twice",
     "name: [1": "FILE, line 1, column 9: expected ',' or ']', but got '<stream end>'",
     "just text": "FILE: a run file is a mapping of keys, this is 'just text'",
@@ -160,6 +162,45 @@ MISTAKES = {
 @pytest.mark.parametrize("text", MISTAKES)
 def test_mistakes_are_named_in_one_line(tmp_path: Path, text: str) -> None:
     assert _refusal(tmp_path, text) == MISTAKES[text]
+
+
+def test_all_mistakes_are_listed_a_line_for_each(tmp_path: Path) -> None:
+    text = "seed: x\ndefaults: {modl: 1}\ndata: {train: [{pth: a}]}\nstages: [{tokens: many}, {preset: tele-flm-52}]"
+    with pytest.raises(Mistakes) as refused:
+        _load(tmp_path, text)
+    assert str(refused.value).replace(str(tmp_path / "run.yaml"), "FILE").splitlines() == [
+        "FILE: 6 mistakes",
+        "  defaults.modl: unknown key, did you mean 'model'?",
+        "  preset 'tele-flm-52' is not known, did you mean 'tele-flm-52b'?",
+        "  data.train.0.pth: unknown key, did you mean 'path'?",
+        "  seed: 'x' does not fit, expected integer",
+        "  data.train.0.path: missing, expected text",
+        "  stages.0.tokens: 'many' does not fit, expected integer",
+    ]
+
+
+PATHS = "tokenizer: ~/t\ndata: {cache: ~/c, train: [{path: ~/d}], chat: {template: ~/j}}\ncheckpoint: {initial: ~/i}"
+
+
+def test_a_tilde_stands_for_the_home_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    run = _load(tmp_path, PATHS, "--output", "~/runs/x")
+    found = [run.output, run.tokenizer, run.data.cache, run.data.train[0].path, run.checkpoint.initial]
+    assert found == [f"/home/someone/{name}" for name in ("runs/x", "t", "c", "d", "i")]
+    assert run.data.chat is not None and run.data.chat.template == "/home/someone/j"
+    assert "~" not in dump_run(run)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("''", "output is empty"),
+        ("~no-such-user/x", "~no-such-user is no user of this machine"),
+        (r'"a\0b"', "holds a NUL"),
+    ],
+)
+def test_paths_that_no_file_can_have_are_refused(tmp_path: Path, path: str, words: str) -> None:
+    assert words in _refusal(tmp_path, f"output: {path}")
 
 
 OVERRIDE_MISTAKES = {

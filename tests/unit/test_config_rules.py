@@ -9,10 +9,10 @@ import pytest
 from flm_megatron.config.layout_rules import LAYOUT_RULES
 from flm_megatron.config.loader import load_run
 from flm_megatron.config.model_rules import MODEL_RULES
-from flm_megatron.config.rules import RUN_RULES, check, violations
+from flm_megatron.config.rules import RUN_RULES, SHAPE_RULES, check, violations
 from flm_megatron.config.schedule_rules import SCHEDULE_RULES
 from flm_megatron.config.schema import RunConfig
-from flm_megatron.errors import RequestError
+from flm_megatron.errors import Mistakes, RequestError
 
 RUN = """
 data: {sequence_length: 16, train: [{path: a}, {path: b}], validation: [{path: v}]}
@@ -31,6 +31,13 @@ SIZES: list[tuple[str, int | None, str]] = [
     ("stages.1.model.head_dim=-2", None, "stages.1.model.head_dim is -2, give at least 1"),
     ("stages.0.parallel.tensor=0", None, "stages.0.parallel.tensor is 0, give at least 1"),
     ("stages.0.micro_batch=0", None, "stages.0.micro_batch is 0, give at least 1"),
+    ("stages.0.model.mup.base_hidden_size=0", None, "model.mup.base_hidden_size is 0, give at least 1"),
+    ("stages.0.model.lora={rank: 0}", None, "stages.0.model.lora.rank is 0, give at least 1"),
+    ("defaults.model.num_layers=1000000000000", None, "num_layers is 1000000000000, give at most 100000"),
+    ("defaults.model.vocab_size=1000000000000000", None, "vocab_size is 1000000000000000, give at most 16777216"),
+    ("data.sequence_length=1000000000000", None, "data.sequence_length is 1000000000000, give at most 134217728"),
+    ("stages.0.parallel.pipeline=1048577", None, "parallel.pipeline is 1048577, give at most 1048576"),
+    ("stages.0.micro_batch=10000000000", None, "micro_batch is 10000000000, give at most 1000000000"),
 ]
 REFUSED: list[tuple[str, int | None, str]] = [
     ("stages=[]", None, "stages is empty: give at least one stage"),
@@ -46,6 +53,15 @@ REFUSED: list[tuple[str, int | None, str]] = [
     ("data.train=[{path: a, weight: 1, epochs: 1}]", None, "data.train: weight and epochs are both given"),
     ("stages.0.validation.samples=4 data.validation=[]", None, "validation.samples is 4, but data.validation is empty"),
     ("data.validation=[{path: x/v}, {path: y/v}]", None, "data.validation has two sources named 'v'"),
+    (f"stages.0.name={'a' * 101}", None, "use at most 100 letters"),
+    ("seed=9223372036854775808", None, "seed is 9223372036854775808, give at most 9223372036854775807"),
+    ("distributed.timeout_s=1000000000", None, "distributed.timeout_s is 1000000000, give at most 10000000"),
+    ("stages.1.growth.distance_samples=0", None, "stages.1.growth.distance_samples is 0, give at least 1"),
+    ("stages.1.growth.certify_samples=-1", None, "stages.1.growth.certify_samples is -1, give at least 0"),
+    ("stages.1.growth.loss_tolerance=-1", None, "stages.1.growth.loss_tolerance is -1.0, give 0 or more"),
+    ("data.chat.epochs=1000000", None, "data.chat.epochs is 1000000, give at most 1000"),
+    ("data.chat.mix=[{stage: one, source: a, passes: -1}]", None, "data.chat.mix.0.passes is -1.0, give 0 to 1000"),
+    ("data.train.0.epochs=1e9", None, "data.train.0.epochs is 1000000000.0, give at most 10000"),
     ("checkpoint.keep_last=0", None, "checkpoint.keep_last is 0, give at least 1"),
     ("stages.1.validation.samples=-1", None, "stages.1.validation.samples is -1, give at least 0"),
     ("distributed.processes=0", None, "distributed.processes is 0, give at least 1"),
@@ -54,10 +70,9 @@ REFUSED: list[tuple[str, int | None, str]] = [
     ("defaults.model.num_attention_heads=3", None, "hidden_size 64 is not a multiple of num_attention_heads 3"),
     ("stages.0.model.num_query_groups=3", None, "num_attention_heads 4 is not a multiple of num_query_groups 3"),
     ("defaults.model.head_dim=7", None, "model.head_dim is 7 (hidden_size 64, num_attention_heads 4)"),
-    ("stages.0.model.mup.base_hidden_size=0", None, "model.mup.base_hidden_size is 0"),
     ("stages.0.parallel.context=2", None, "parallel.context is 2: context parallelism is not offered"),
     ("stages.0.parallel.expert=2", None, "parallel.expert is 2: expert parallelism is not offered"),
-    ("stages.0.parallel.tensor=8", None, "model.num_attention_heads 4 does not divide by parallel.tensor 8"),
+    ("stages.0.parallel.tensor=8", None, "model.num_attention_heads 4 and num_query_groups 4 do not divide"),
     ("defaults.model.num_query_groups=2 stages.0.parallel.tensor=4", None, "num_query_groups 2 does not divide by"),
     ("stages.0.model.ffn_hidden_size=98 stages.0.parallel.tensor=4", None, "ffn_hidden_size 98 does not divide by"),
     ("stages.0.parallel.sequence=true", None, "parallel.sequence is true with parallel.tensor 1"),
@@ -100,7 +115,11 @@ REFUSED: list[tuple[str, int | None, str]] = [
         None,
         "model.ffn_hidden_size 80 / parallel.tensor 2 is not a multiple of 16",
     ),
-    (f"{FP8} stages.0.model.head_dim=2", None, "the width of all queries, keys and values 24 is not a multiple of 16"),
+    (
+        f"{FP8} stages.0.model.head_dim=2",
+        None,
+        "queries, keys and values 24 and the width of all heads 8 are not multiples of 16",
+    ),
     (
         "kernels.head_and_loss=fused stages.1.stability.z_loss=1e-4",
         None,
@@ -112,8 +131,10 @@ REFUSED: list[tuple[str, int | None, str]] = [
     ("stages.0.optimizer.matrix_lr=0", None, "optimizer.matrix_lr is 0.0"),
     ("stages.0.optimizer.betas=[0.9, 1]", None, "optimizer.betas [0.9, 1.0] do not lie in [0, 1)"),
     ("stages.0.optimizer.eps=0", None, "optimizer.eps is 0.0"),
+    (f"stages.0.tokens={10**40}", None, "tokens is 100000000000... (41 digits), give at most"),
+    ("stages.0.schedule.decay_tokens=0", None, "schedule.decay_tokens is 0, give at least 1"),
     ("stages.0.optimizer.weight_decay=-1", None, "optimizer.weight_decay is -1.0, give 0 or more"),
-    ("stages.0.schedule.warmup_tokens=-1", None, "schedule.warmup_tokens is -1, give 0 or more"),
+    ("stages.0.schedule.warmup_tokens=-1", None, "schedule.warmup_tokens is -1, give at least 0"),
     ("stages.0.schedule.decay_tokens=0", None, "schedule.decay_tokens is 0, give at least 1"),
     ("stages.0.schedule.wsd_decay_fraction=0", None, "schedule.wsd_decay_fraction is 0.0"),
     ("stages.0.schedule.power_exponent=0.5", None, "schedule.power_exponent is 0.5, give a number below 0"),
@@ -196,10 +217,10 @@ def test_accepted(tmp_path: Path, overrides: str, world_size: int | None) -> Non
 
 
 def test_every_rule_has_a_case_that_it_refuses(tmp_path: Path) -> None:
-    silent = {*RUN_RULES, *MODEL_RULES, *LAYOUT_RULES, *SCHEDULE_RULES}
+    silent = {*RUN_RULES, *SHAPE_RULES, *MODEL_RULES, *LAYOUT_RULES, *SCHEDULE_RULES}
     for overrides, world_size, _ in REFUSED:
         run = _run(tmp_path, overrides)
-        silent -= {rule for rule in RUN_RULES if rule(run)}
+        silent -= {rule for rule in (*RUN_RULES, *SHAPE_RULES) if rule(run)}
         for index, stage in enumerate(run.stages):
             silent -= {rule for rule in MODEL_RULES if rule(stage.model)}
             silent -= {rule for rule in LAYOUT_RULES if rule(stage, run.data.sequence_length, world_size)}
@@ -207,10 +228,32 @@ def test_every_rule_has_a_case_that_it_refuses(tmp_path: Path) -> None:
     assert not silent
 
 
-def test_check_names_the_first_and_counts_the_others(tmp_path: Path) -> None:
-    run = _run(tmp_path, "stages.0.parallel.context=2 stages.1.tokens=0 data.train.0.weight=2")
-    with pytest.raises(RequestError, match=r"^data\.train: weight is given to 1 of 2 .* \(and 2 more\)$"):
+def test_all_mistakes_are_listed(tmp_path: Path) -> None:
+    run = _run(
+        tmp_path,
+        "stages.0.parallel.context=2 stages.1.tokens=0 data.train.0.weight=2 stages.1.optimizer.eps=0 "
+        "stages.1.optimizer.betas=[1,1]",
+    )
+    with pytest.raises(Mistakes) as refused:
         check(run)
+    assert str(refused.value).splitlines() == [
+        "the run file has 5 mistakes",
+        "  data.train: weight is given to 1 of 2 sources, but not to 'b'",
+        "  stage 'one': parallel.context is 2: context parallelism is not offered, set it to 1",
+        "  stage 'two': tokens is 0, give the stage a budget",
+        "  stage 'two': optimizer.betas [1.0, 1.0] do not lie in [0, 1)",
+        "  stage 'two': optimizer.eps is 0.0, give a number above 0",
+    ]
+
+
+def test_a_size_that_is_no_count_hides_nothing_that_does_not_compute_with_it(tmp_path: Path) -> None:
+    run = _run(tmp_path, "data.sequence_length=0 stages.0.model.num_layers=0 checkpoint.keep_last=0 stages.1.tokens=0")
+    assert violations(run) == [
+        "data.sequence_length is 0, give at least 1",
+        "stages.0.model.num_layers is 0, give at least 1",
+        "checkpoint.keep_last is 0, give at least 1",
+        "stage 'two': tokens is 0, give the stage a budget",
+    ]
 
 
 def test_only_the_named_stages_are_checked(tmp_path: Path) -> None:

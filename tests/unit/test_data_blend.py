@@ -38,6 +38,15 @@ def test_a_permutation_of_half_a_billion_needs_no_array() -> None:
     assert len(set(found)) == len(found) and max(found) < 500_000_000
 
 
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 10**12), start=st.integers(0, 10**12), key=st.text(max_size=4))
+def test_many_places_at_a_time_are_the_same(size: int, start: int, key: str) -> None:
+    """The numbers that are found one at a time."""
+    order, start = Permutation(size, key), start % size
+    stop = min(size, start + 50)
+    assert order.places(start, stop).tolist() == [order[place] for place in range(start, stop)]
+
+
 WEIGHTS = st.lists(st.floats(0.01, 100), min_size=1, max_size=6)
 
 

@@ -135,7 +135,7 @@ def test_requests_of_the_command_that_cannot_be_met_are_one_line(
     for arguments, message in (
         (["--prompts", str(latin)], "is not UTF-8: byte 0xef at offset 2"),
         (["--prompt", "a", "--system", "b"], "--system is for --chat"),
-        (["--prompt", "a", "--top-p", "1.5"], "top-p 1.5"),
+        (["--prompt", "a", "--top-p", "1.5"], "--top-p: 1.5 is above 1"),
         (["--prompt", "a", "--pipeline", "8"], "pipeline"),
         (["--chat", "--template", "/nowhere.jinja"], "template /nowhere.jinja cannot be read"),
     ):

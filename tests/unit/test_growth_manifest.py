@@ -23,6 +23,7 @@ from flm_megatron.evaluation.subject import open_subject
 from tests.prose import prose
 from tests.reference import random_tensors, reference_logits
 from tests.unit.checkpoint_cases import Memory, flm_checkpoint
+from tests.unit.evaluation_cases import reference_model
 
 VOCABULARY = 400
 IDS = torch.arange(40).view(2, 20) * 7 % VOCABULARY
@@ -83,17 +84,10 @@ def test_a_vocabulary_that_the_tokenizer_gave_is_in_the_manifest(
     assert subject.model.vocab_size == subject.tokenizer.vocab_size == VOCABULARY
 
 
-@pytest.mark.parametrize("flavour", ["teleflm", "llama"])
-def test_transformers_computes_the_small_models_logits_from_the_grown_export(
-    folder: Path, tmp_path: Path, flavour: str
-) -> None:
-    from transformers import AutoModelForCausalLM
-
-    assert flm_checkpoint("export-hf", folder / "big", tmp_path / "hf", "--flavour", flavour) == 0
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True, dtype=torch.float32)
-        found = model.eval()(IDS).logits.double()
+def test_transformers_computes_the_small_models_logits_from_the_grown_export(folder: Path) -> None:
+    assert flm_checkpoint("export-hf", folder / "big", folder / "llama", "--flavour", "llama") == 0
+    with torch.no_grad():
+        found = reference_model(folder)(IDS).logits.double()
     old = old_model(folder)
     values = {name: value.double() for name, value in random_tensors(old).items()}
     expected = reference_logits(old, values, IDS)

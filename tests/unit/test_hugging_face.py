@@ -141,6 +141,7 @@ def test_padding_ids_are_never_predicted(tmp_path: Path) -> None:
 
 def test_the_true_vocabulary_of_a_padded_folder_can_be_given(tmp_path: Path) -> None:
     values = export(MUP, tmp_path / "out")
+    edit_config(tmp_path / "out", true_vocab_size=None)
     view = HuggingFaceCheckpoint(tmp_path / "out", vocab_size=300)
     assert view.config.vocab_size == 300
     assert torch.equal(view.read("output_layer.weight"), values["output_layer.weight"][:300])

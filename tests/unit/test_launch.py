@@ -132,7 +132,7 @@ def test_a_pod_without_gpus_asks_for_none(run_file: Path, capsys: pytest.Capture
         (["--on", "torchrun", "--nodes", "4"], "32 processes are not"),
         (["--on", "slurm", "--nodes", "1", "--processes-per-node", "4"], "give --nodes 2"),
         (["--on", "torchrun", "--nodes", "2", "--stage", "one", "--endpoint", "a:b"], "not HOST:PORT"),
-        (["--on", "slurm", "--nodes", "0"], "--nodes is 0"),
+        (["--on", "slurm", "--nodes", "0"], "argument --nodes: 0 is below 1"),
         (["--on", "slurm", "--stage", "three"], "the run has one, two"),
         (["--on", "slurm", "--stages.0.global_batch", "7"], "global_batch 7"),
     ],

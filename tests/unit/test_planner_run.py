@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from flm_megatron.cli import plan as command
+from flm_megatron.cli.parser import Parser
 from flm_megatron.config.loader import load_run
 from flm_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, StageConfig
 from flm_megatron.device.hardware import known_hardware
@@ -37,9 +38,7 @@ def small_run() -> RunConfig:
 
 def flm_plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """What the command prints."""
-    import argparse
-
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     command.add_arguments(parser)
     args, args_overrides = parser.parse_known_args(list(arguments))
     args.overrides = args_overrides
@@ -190,8 +189,8 @@ def test_search_and_budget_are_printed(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--gpus", "0"), "--gpus is 0, give at least 1"),
-        (("--gpus", "8", "--nodes-of", "0"), "--nodes-of is 0"),
+        (("--gpus", "0"), "argument --gpus: 0 is below 1"),
+        (("--gpus", "8", "--nodes-of", "0"), "argument --nodes-of: 0 is below 1"),
         (("--gpus", "7"), "7 processes do not divide.*; --search tries all layouts of 7 GPUs"),
         (("--gpus", "8"), "needs .* GiB.*; no layout of 8 GPUs fits; the smallest number of GPUs that fits is 16"),
         (("--gpus", "64", "--search", "--stages.0.global_batch", "0"), "global_batch is 0, give at least 1"),

@@ -1,0 +1,42 @@
+"""The paths of a run file: which of its fields are paths, and `~` put right in all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from flm_megatron.config.schema import RunConfig
+from flm_megatron.errors import Mistakes, RequestError
+from flm_megatron.paths import expanded
+
+
+def expand_paths(run: RunConfig, source: str) -> None:
+    """Replace `~` in every path of the run, in place, so that the resolved run file holds none.
+
+    Raises:
+        Mistakes: paths that are empty, hold a NUL or name an unknown user; `source` names the run file.
+    """
+    mistakes = []
+    for owner, name, place in _paths(run):
+        try:
+            setattr(owner, name, expanded(getattr(owner, name), place))
+        except RequestError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise Mistakes(mistakes, source)
+
+
+def _paths(run: RunConfig) -> Iterator[tuple[Any, str, str]]:
+    """Section, field and dotted path of every path that is given."""
+    fields: list[tuple[Any, str, str]] = [
+        (run, "output", "output"),
+        (run, "tokenizer", "tokenizer"),
+        (run.data, "cache", "data.cache"),
+        (run.checkpoint, "initial", "checkpoint.initial"),
+    ]
+    for split in ("train", "validation"):
+        for index, source in enumerate(getattr(run.data, split)):
+            fields.append((source, "path", f"data.{split}.{index}.path"))
+    if run.data.chat is not None:
+        fields.append((run.data.chat, "template", "data.chat.template"))
+    return (field for field in fields if getattr(field[0], field[1]) is not None)

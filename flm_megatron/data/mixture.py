@@ -1,0 +1,121 @@
+"""What a run's stream of samples is made of from some sample on: each source's share, and where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from flm_megatron.config.history import Segment, SegmentSource
+from flm_megatron.config.schema import SourceConfig
+from flm_megatron.data.blend import Blend
+from flm_megatron.data.cuts import Cut, Place
+from flm_megatron.data.description import read_description, source_name
+
+
+@dataclass(frozen=True)
+class MixedSource:
+    """One source of a mixture: its share of the samples, where it stands when the mixture begins, and how it was cut
+    when those before and this one began."""
+
+    source: SegmentSource
+    weight: float
+    place: Place
+    cuts: tuple[Cut, ...]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Sources blended from sample `first_sample` of the run on; with epochs their weights are counts of samples."""
+
+    first_sample: int
+    sources: tuple[MixedSource, ...]
+
+    @property
+    def weights(self) -> list[float]:
+        """Weights of the sources."""
+        return [mixed.weight for mixed in self.sources]
+
+    @property
+    def limit_samples(self) -> int | None:
+        """Samples of the run up to its end; none if it has no end."""
+        counted = self.sources and self.sources[0].source.epochs is not None
+        return self.first_sample + int(sum(self.weights)) if counted else None
+
+
+def mixture_at_end(history: Sequence[Segment]) -> Mixture:
+    """The mixture of the last segment, with every source where the segments before have left it.
+
+    A mixture lasts over all segments in a row that have the same one; each goes on with its sources where they
+    stood, also after a time in which they were left out.
+    """
+    starts = [history[0], *(after for before, after in pairwise(history) if before.mixture != after.mixture)]
+    state: dict[str, _State] = {}
+    mixture = _mixture(starts[0], state)
+    for following in starts[1:]:
+        counts = Blend(mixture.weights).counts(following.first_sample - mixture.first_sample)
+        for mixed, count in zip(mixture.sources, counts, strict=True):
+            if mixed.source.tokens is not None:
+                state[mixed.source.name] = _after(mixed, count, state.get(mixed.source.name))
+        mixture = _mixture(following, state)
+    return mixture
+
+
+@dataclass(frozen=True)
+class _State:
+    """A source between two mixtures: where it stands, samples taken so far, how it was cut when each one began."""
+
+    place: Place
+    taken: int
+    cuts: tuple[Cut, ...]
+
+
+def _after(mixed: MixedSource, count: int, before: _State | None) -> _State:
+    """The source after `count` samples of a mixture."""
+    taken = before.taken if before else 0
+    return _State(mixed.place.after(count, source_tokens(mixed.source)), taken + count, mixed.cuts)
+
+
+def _mixture(segment: Segment, state: Mapping[str, _State]) -> Mixture:
+    length = segment.sequence_length
+    fresh = _State(Place(Cut(0, length)), 0, ())
+    mixed = []
+    for source in segment.sources:
+        stands = state.get(source.name, fresh)
+        place = stands.place.cut_at(length)
+        weight = _weight(source, length, stands.taken)
+        if weight > 0:
+            mixed.append(MixedSource(source, weight, place, (*stands.cuts, place.cut)))
+    return Mixture(segment.first_sample, tuple(mixed))
+
+
+def _weight(source: SegmentSource, length: int, taken: int) -> float:
+    """Weight in the blend: as given, or the samples to be taken from it, less those that were already."""
+    if source.weight is not None:
+        return source.weight
+    return samples_wanted(source, length) - (taken if source.epochs is not None else 0)
+
+
+def samples_wanted(source: SegmentSource, length: int) -> int:
+    """Samples of `length` in as many passes over a source as it says; in one, if it says nothing."""
+    passes = 1.0 if source.epochs is None else source.epochs
+    return max(1, round(passes * Cut(0, length).samples(source_tokens(source))))
+
+
+def source_tokens(source: SegmentSource) -> int:
+    """Ids in a source, known wherever its dataset was found."""
+    assert source.tokens is not None, source.name
+    return source.tokens
+
+
+def segment_sources(configs: Sequence[SourceConfig]) -> tuple[SegmentSource, ...]:
+    """The sources of a mixture, with the datasets that they are now.
+
+    Raises:
+        RequestError, DamagedError: as `read_description`.
+    """
+    described = [(config, read_description(config.path)) for config in configs]
+    return tuple(
+        SegmentSource(source_name(config), config.path, config.weight, config.epochs, found.sha256, found.tokens)
+        for config, found in described
+    )

@@ -1,0 +1,63 @@
+"""What can be said of a run from its file alone, its growths included: no checkpoint, no data, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from flm_megatron.config.ranges import LARGEST_TOKENS
+from flm_megatron.config.rules import shape_violations, violations
+from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig, StageConfig
+from flm_megatron.errors import Mistakes, RequestError
+from flm_megatron.growth.plan import GrowthPlan, make_plan, stage_growth
+from flm_megatron.growth.rules import check_epsilons, check_mask_length, check_masks_reach_norms
+
+
+def check_run_file(run: RunConfig, world_size: int | None = None, stages: Collection[str] | None = None) -> None:
+    """Check the rules of the run file and those of every growth in it; what is on disk is not looked at.
+
+    `world_size` and `stages` are as in `config.rules.check`. A fine-tuning has no token budgets: they follow from its
+    epochs.
+
+    Raises:
+        Mistakes: one line for every rule that is broken.
+    """
+    if run.data.chat is not None:
+        run = replace(run, stages=[replace(stage, tokens=LARGEST_TOKENS) for stage in run.stages])
+    broken = violations(run, world_size, stages)
+    if not shape_violations(run):
+        broken += _growth_mistakes(run)
+    if broken:
+        raise Mistakes(list(dict.fromkeys(broken)))
+
+
+def _growth_mistakes(run: RunConfig) -> list[str]:
+    """What is wrong with each growth."""
+    mistakes = []
+    for index in range(1, len(run.stages)):
+        try:
+            check_boundary(run, index)
+        except RequestError as error:
+            mistakes.append(str(error))
+    return mistakes
+
+
+def check_boundary(run: RunConfig, stage_index: int) -> None:
+    """All that can be said about a growth from the run file alone, for use before anything starts.
+
+    Raises:
+        RequestError: the growth cannot be done as asked.
+    """
+    if stage_index < 1:
+        return
+    stage, before = run.stages[stage_index], run.stages[stage_index - 1]
+    check_epsilons(run)
+    plan = unmeasured_plan(before.model, run, stage, stage_growth(stage, run.data.sequence_length))
+    check_masks_reach_norms(stage, plan.masked)
+    if plan.masked:
+        check_mask_length(stage, plan.mask_steps, run.data.sequence_length)
+
+
+def unmeasured_plan(old: ModelConfig, run: RunConfig, stage: StageConfig, growth: GrowthConfig) -> GrowthPlan:
+    """The plan but for which layers are copied, where that is measured."""
+    return make_plan(old, stage.model, growth, run.seed, [0.0] * old.num_layers, stage.name)

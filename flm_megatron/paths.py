@@ -1,0 +1,99 @@
+"""Paths as users give them: `~` stands for their home, and what cannot be written is found before work is done."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from flm_megatron.errors import RequestError
+
+LONGEST_NAME = 255
+"""Bytes of one name on the usual file systems; asked of the file system itself where it can say."""
+
+
+def expanded(path: str, what: str) -> str:
+    """`path` with a leading `~` or `~user` replaced by that home; `what` names its field or option in errors.
+
+    Raises:
+        RequestError: it is empty, holds a NUL, or names the home of a user that this machine does not know.
+    """
+    if not path:
+        raise RequestError(f"{what} is empty: give a path")
+    if "\0" in path:
+        raise RequestError(f"{what} {path!r} holds a NUL character, which no path can")
+    full = os.path.expanduser(path)
+    if full.startswith("~"):
+        user = full.split("/")[0]
+        raise RequestError(
+            f"{what} {path!r}: {user} is no user of this machine; for a folder of that name give ./{path}"
+        )
+    return full
+
+
+def require_folder(path: str | os.PathLike[str], what: str) -> None:
+    """Check that files can be written into the folder `path`, which need not be there yet; leaves nothing behind.
+
+    Raises:
+        RequestError: it is a file, lies below one, or cannot be written; `what` names the field or option.
+    """
+    path = Path(path)
+    if _kind(path, what) not in (None, stat.S_IFDIR):
+        raise RequestError(f"{what} {path} is not a folder: give another path, or move what lies there")
+    _require_room_below(path, _nearest(path, what), what)
+
+
+def require_file(path: str | os.PathLike[str], what: str) -> None:
+    """Check that the file `path` can be written, its folder being made if need be; leaves nothing behind.
+
+    Raises:
+        RequestError: it is a folder, lies below a file, or cannot be written; `what` names the field or option.
+    """
+    path = Path(path)
+    kind = _kind(path, what)
+    if kind == stat.S_IFDIR:
+        raise RequestError(f"{what} {path} is a folder: give the name of a file")
+    if kind == stat.S_IFREG:
+        try:
+            with path.open("ab"):  # changes nothing
+                return
+        except OSError as error:
+            raise RequestError(f"{what} {path} cannot be written: {error.strerror}") from None
+    if kind is None:
+        _require_room_below(path, _nearest(path, what), what)
+
+
+def _kind(path: Path, what: str) -> int | None:
+    """What lies at `path` (links followed), as in `st_mode`; none if nothing does."""
+    try:
+        return stat.S_IFMT(path.stat().st_mode)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise RequestError(f"{what} {path} is a link to something that is not there: remove it") from None
+        return None
+    except NotADirectoryError:
+        return None
+    except OSError as error:
+        raise RequestError(f"{what} {path} cannot be written: {error.strerror}") from None
+
+
+def _nearest(path: Path, what: str) -> Path:
+    """The nearest folder above `path` that is there. Raises RequestError where something else is in the way."""
+    for parent in path.absolute().parents:
+        kind = _kind(parent, what)
+        if kind == stat.S_IFDIR:
+            return parent
+        if kind is not None:
+            raise RequestError(f"{what} {path} cannot be written: {parent} is not a folder")
+    raise RequestError(f"{what} {path} cannot be written: no folder above it is there")
+
+
+def _require_room_below(path: Path, folder: Path, what: str) -> None:
+    """Try to make a file without a name in `folder`; some file systems (/proc, read-only ones) refuse even root."""
+    target = path if path.is_dir() else folder
+    try:
+        with tempfile.TemporaryFile(dir=target):
+            pass
+    except OSError as error:
+        raise RequestError(f"{what} {path} cannot be written: {error.strerror} in {target}") from None
