@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from flm_megatron.checkpoint.optimizer_state import (
 from flm_megatron.checkpoint.placement import Placement, placements
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.shard_file import PIECE_BYTES, Rectangle
+from flm_megatron.checkpoint.shared_reading import PART_BYTES, Part, fill_shared
 from flm_megatron.checkpoint.writer import LARGEST_CHUNK, chunk_size
 from flm_megatron.errors import RequestError
 
@@ -42,10 +44,13 @@ class Piece:
 
 
 @torch.no_grad()
-def load_state(view: LogicalCheckpoint, chunks: list[torch.nn.Module], optimizer: Any = None) -> None:
+def load_state(
+    view: LogicalCheckpoint, chunks: list[torch.nn.Module], optimizer: Any = None, alone: bool = False
+) -> None:
     """Fill model chunks, and the optimizer's masters, moments and step, from a view.
 
-    Only the parts that this process holds are read.
+    Only the parts that this process holds are read; of what its data-parallel peers hold as well each reads a share,
+    so all of them have to call, unless this replica loads `alone`.
 
     Where the view has no master, a master starts from the view's weights in the view's own precision; where it has
     no moments they are zero, and so is the step. fp32 parameters are their own masters. Rows of padding ids are
@@ -62,8 +67,13 @@ def load_state(view: LogicalCheckpoint, chunks: list[torch.nn.Module], optimizer
         for parameter in chunk.parameters():
             parameter.data.zero_()
     state = list(_optimizer_pieces(optimizer, parts, view)) if optimizer is not None else []
-    for piece in (*_weight_pieces(parts), *state):
-        _fill(piece, view)
+    pieces = [*_weight_pieces(parts), *state]
+    group = None if alone else _peers()
+    if group is not None:
+        fill_shared((part for piece in pieces if piece.shared for part in _shared_parts(piece, view)), group)
+    for piece in pieces:
+        if group is None or not piece.shared:
+            _fill(piece, view)
 
 
 def save_state(
@@ -156,6 +166,22 @@ def _fill(piece: Piece, view: LogicalCheckpoint) -> None:
         return
     for region in split_region(piece.region, PIECE_BYTES // piece.tensor.element_size()):
         piece.tensor[region.within(piece.region).slices].copy_(view.read(name, region))
+
+
+def _peers() -> dist.ProcessGroup | None:
+    """The ranks that hold the same weights as this one; none where it is the only one."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def _shared_parts(piece: Piece, view: LogicalCheckpoint) -> Iterator[Part]:
+    name = _source(piece, view)
+    if name is None:
+        return
+    for region in split_region(piece.region, PART_BYTES // piece.tensor.element_size()):
+        yield Part(piece.tensor[region.within(piece.region).slices], partial(view.read, name, region))
 
 
 def _source(piece: Piece, view: LogicalCheckpoint) -> str | None:
