@@ -39,14 +39,23 @@ class Processes:
         if error is not None:
             raise error
         if failures:
-            rank, (kind, message) = failures[0]
-            raise ERRORS.get(kind, FlmError)(f"rank {rank}: {message}")
+            rank, failure = failures[0]
+            raise _error_of(rank, *failure)
         return [result for result, _ in outcomes] if outcomes else [result] * self.size
 
     def on_first(self, work: Callable[[], T]) -> T:
-        """Do `work` on rank 0; everyone gets its result or its error."""
-        results = self.together(lambda: work() if self.rank == 0 else None)
-        return self._broadcast(results[0])
+        """Do `work` on rank 0, which waits for nobody; everyone gets its result or its error."""
+        outcome: tuple[Any, tuple[str, str] | None] = (None, None)
+        if self.rank == 0:
+            try:
+                outcome = (work(), None)
+            except Exception as error:
+                self._broadcast((None, describe(error)))
+                raise
+        result, failure = self._broadcast(outcome)
+        if failure is not None:
+            raise _error_of(0, *failure)
+        return result
 
     def _gather(self, value: Any) -> list[Any]:
         if self.size == 1:
@@ -70,3 +79,8 @@ def describe(error: BaseException) -> tuple[str, str]:
     """Kind and message of an error, to be sent to other ranks."""
     message = str(error)
     return type(error).__name__, message if type(error).__name__ in ERRORS else f"{type(error).__name__}: {message}"
+
+
+def _error_of(rank: int, kind: str, message: str) -> FlmError:
+    """An error that `describe` described on another rank."""
+    return ERRORS.get(kind, FlmError)(f"rank {rank}: {message}")

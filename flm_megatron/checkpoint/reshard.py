@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flm_megatron.checkpoint.destination import refuse_without_room
+from flm_megatron.checkpoint.destination import reserved
 from flm_megatron.checkpoint.layout import rank_regions
 from flm_megatron.checkpoint.logical import STATE_PREFIXES, LogicalCheckpoint, Region, TensorInfo
 from flm_megatron.checkpoint.processes import Processes
@@ -36,11 +36,11 @@ def reshard(
     Without `target` the tensors are spread evenly over one file for each process that works on it; with it, rank r of
     the target's tensor x pipeline layout finds what it will load in the files `__r_*.distcp`.
 
-    Raises RequestError if `path` exists, if the disk is too small, or if the model cannot be split so.
+    Raises RequestError if `path` exists or is being written, if the disk is too small, or if the model cannot be
+    split so.
     """
     nbytes = stored_bytes(view.tensors)
-    processes.on_first(lambda: refuse_without_room(path, nbytes))
-    with progress_bar("reshard", nbytes, processes) as moved:
+    with reserved(path, processes, nbytes), progress_bar("reshard", nbytes, processes) as moved:
         if target is None:
             return write_view(view, path, manifest, progress=moved)
         shards = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flm_megatron.checkpoint.destination import refuse_without_room
+from flm_megatron.checkpoint.destination import reserved
 from flm_megatron.checkpoint.processes import Processes
 from flm_megatron.checkpoint.progress import progress_bar
 from flm_megatron.checkpoint.reshard import stored_bytes
@@ -24,13 +24,12 @@ def write_grown(
     Returns the manifest that was written, with the certificate beside the growth's plan.
 
     Raises:
-        RequestError: `path` exists, or the disk is too small.
+        RequestError: `path` exists or is being written, or the disk is too small.
         DamagedError: a tensor of the source cannot be read.
     """
     nbytes = stored_bytes(view.tensors)
-    processes.on_first(lambda: refuse_without_room(path, nbytes))
     growth = certified(view.manifest["growth"], certificate)
-    with progress_bar("grow", nbytes, processes) as moved:
+    with reserved(path, processes, nbytes), progress_bar("grow", nbytes, processes) as moved:
         return write_view(view, path, {**view.manifest, "growth": growth}, progress=moved)
 
 

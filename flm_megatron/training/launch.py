@@ -49,13 +49,22 @@ def train(run: RunConfig, only: str | None = None, anew: bool = False) -> int:
 
 def _train_locally(run: RunConfig, only: str | None, anew: bool) -> int:
     """Start fresh processes for one stage after another, as many as its layout needs."""
-    from flm_megatron.training.start import find_start, set_aside
+    from flm_megatron.training.run_lease import run_lease
+    from flm_megatron.training.start import set_aside
 
     for stage in run.stages:
         check(run, local_processes(run, stage), stages=[stage.name])
-    if anew:
-        set_aside(run)
-    write_run_file(run)
+    with run_lease(run):
+        if anew:
+            set_aside(run)
+        write_run_file(run)
+        return _train_what_is_left(run, only)
+
+
+def _train_what_is_left(run: RunConfig, only: str | None) -> int:
+    """One stage after another, each in fresh processes; a checkpoint that turns out to be damaged is passed over."""
+    from flm_megatron.training.start import find_start
+
     while (start := find_start(run, only)) is not None:
         size = local_processes(run, run.stages[start.stage])
         try:
@@ -77,11 +86,12 @@ def _train_as_rank(run: RunConfig, only: str | None) -> int:
     from flm_megatron.training.elastic import leave_word
     from flm_megatron.training.heartbeat import heartbeat
     from flm_megatron.training.parallel import is_main_rank, world
+    from flm_megatron.training.run_lease import run_lease
     from flm_megatron.training.stage import train_stage
     from flm_megatron.training.start import find_start
 
     check(run, int(os.environ["WORLD_SIZE"]), stages=[only] if only else None)
-    with world(run.distributed), heartbeat(run.distributed.timeout_s):
+    with world(run.distributed), heartbeat(run.distributed.timeout_s), run_lease(run):
         if is_main_rank():
             write_run_file(run)
         while True:

@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.config.loader import dump_run, load_run
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.data.build import build_dataset
 from flm_megatron.data.tokenizer import train_tokenizer
 from flm_megatron.training.plot import read_metrics
+from flm_megatron.training.start import checkpoint_store
 from tests.prose import prose
 
 SEQUENCE = 32
@@ -87,3 +89,10 @@ def losses(output: Path) -> list[tuple[Any, ...]]:
     """(stage, step, loss, gradient norm, learning rate) of every step."""
     lines = [line for line in read_metrics(output) if "loss" in line]
     return [tuple(line[key] for key in ("stage", "step", "loss", "grad_norm", "lr")) for line in lines]
+
+
+def final_hash(output: Path) -> str:
+    """Logical hash of the last checkpoint of the stage: weights, masters and moments."""
+    path = checkpoint_store(RunConfig(output=str(output))).latest(["small"])
+    assert path is not None
+    return open_checkpoint(path).manifest["logical_hash"]

@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 
 from flm_megatron.checkpoint.opening import open_checkpoint
-from flm_megatron.config.schema import RunConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.training.launch import train
 from flm_megatron.training.plot import read_metrics
 from flm_megatron.training.preflight import resolve
 from flm_megatron.training.start import checkpoint_store
 from tests.distributed.layouts import relative_difference
-from tests.distributed.runs import flm, losses, make_data, make_run, start_flm, wait_for_step
+from tests.distributed.runs import final_hash, flm, losses, make_data, make_run, start_flm, wait_for_step
 
 STEPS = 8
 
@@ -37,13 +36,6 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     _, run = make_run(data, output)
     assert train(resolve(run)) == 0
     return output
-
-
-def final_hash(output: Path) -> str:
-    """Logical hash of the last checkpoint of the stage: weights, masters and moments."""
-    path = checkpoint_store(RunConfig(output=str(output))).latest(["small"])
-    assert path is not None
-    return open_checkpoint(path).manifest["logical_hash"]
 
 
 def test_a_run_reports_every_step_and_validates(whole: Path) -> None:

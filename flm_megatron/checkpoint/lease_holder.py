@@ -1,0 +1,120 @@
+"""Which process holds a lease, written so that any other can say who it is and, on the same host, whether it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+LONGEST_COMMAND = 200
+LONGEST_INTERVAL_S = 60.0
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that holds a lease. `token` is random, `since` is by the holder's own clock and for people only."""
+
+    token: str
+    host: str
+    boot: str
+    pid_namespace: str
+    pid: int
+    start_ticks: int
+    """When the process was started, in clock ticks since boot: its number alone is given out again."""
+    job: str
+    attempt: str
+    """Which start of the job this is: a job that is queued again, or whose ranks are started again, keeps its name."""
+    command: str
+    since: str
+    renew_s: float
+    """Seconds between two renewals of the lease."""
+
+    def to_bytes(self) -> bytes:
+        """One line of JSON."""
+        return json.dumps(asdict(self)).encode() + b"\n"
+
+    @staticmethod
+    def from_bytes(line: bytes) -> Holder | None:
+        """The holder that `to_bytes` wrote; none if the line is anything else."""
+        try:
+            values = json.loads(line)
+            holder = Holder(**{field.name: values[field.name] for field in fields(Holder)})
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None
+        typed = all(type(getattr(holder, field.name)).__name__ == field.type for field in fields(Holder))
+        return holder if typed and holder.pid > 0 and 0 < holder.renew_s <= LONGEST_INTERVAL_S else None
+
+    def has_ended(self) -> bool | None:
+        """Whether the process is gone; none if that cannot be known from here (it is of another host or container)."""
+        place = (self.host, self.boot, self.pid_namespace)
+        if not self.boot or not self.pid_namespace or place != _place():
+            return None
+        try:
+            os.kill(self.pid, 0)
+        except (ProcessLookupError, OverflowError):
+            return True
+        except PermissionError:  # another user's
+            pass
+        ticks = start_ticks(self.pid)
+        return ticks is not None and ticks != self.start_ticks
+
+    def precedes(self, other: Holder) -> bool:
+        """Whether this is an earlier start of the same job as `other`, which is about to end or has been lost."""
+        return bool(self.job) and self.job == other.job and self.attempt != other.attempt
+
+    def __str__(self) -> str:
+        job = f" ({self.job})" if self.job else ""
+        text = f"process {self.pid} on host {self.host}{job}, `{self.command}`, since {self.since}"
+        return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def this_process(renew_s: float) -> Holder:
+    """This process as the holder of a new lease that is renewed every `renew_s` seconds."""
+    host, boot, namespace = _place()
+    job, attempt = job_of(os.environ)
+    return Holder(
+        token=os.urandom(16).hex(),
+        host=host,
+        boot=boot,
+        pid_namespace=namespace,
+        pid=os.getpid(),
+        start_ticks=start_ticks(os.getpid()) or 0,
+        job=job,
+        attempt=attempt,
+        command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:LONGEST_COMMAND],
+        since=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        renew_s=float(renew_s),
+    )
+
+
+def start_ticks(pid: int) -> int | None:
+    """When a process was started, in clock ticks since boot; 0 for one that has ended but is still listed, none if
+    that cannot be seen."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    after_name = text.rpartition(")")[2].split()  # the name may hold blanks and brackets
+    return 0 if after_name[0] in "ZX" else int(after_name[19])
+
+
+def job_of(environment: Mapping[str, str]) -> tuple[str, str]:
+    """The job as schedulers and launchers name it, and which start of it this is; both empty without any."""
+    names = {"SLURM_JOB_ID": "Slurm job", "PBS_JOBID": "PBS job", "LSB_JOBID": "LSF job", "TORCHELASTIC_RUN_ID": "run"}
+    jobs = [f"{name} {environment[key]}" for key, name in names.items() if environment.get(key, "none") != "none"]
+    starts = [environment.get(key, "0") for key in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")]
+    return ", ".join(jobs), ".".join(starts) if jobs else ""
+
+
+def _place() -> tuple[str, str, str]:
+    """Host, its boot, and the space in which its process ids count; empty where the system does not tell."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return socket.gethostname(), boot, os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return socket.gethostname(), "", ""

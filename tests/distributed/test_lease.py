@@ -1,0 +1,86 @@
+"""Two runs, one output: the second is told who is there, the first goes on undisturbed; nobody waits for the dead."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flm_megatron.checkpoint.lease import SILENT_RENEWALS
+from flm_megatron.checkpoint.lease_holder import this_process
+from flm_megatron.training.launch import train
+from flm_megatron.training.preflight import resolve
+from flm_megatron.training.run_lease import LEASE
+from tests.distributed.runs import final_hash, flm, losses, make_data, make_run, start_flm, wait_for_step
+from tests.unit.test_lease import renewing
+
+LONG = ("--stages.0.tokens", "3072", "--checkpoint.interval_steps", "4")  # 24 steps
+ELSEWHERE = replace(this_process(0.2), host="node007", pid=77, token="other")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokenizer and datasets."""
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run that nobody disturbed."""
+    output = tmp_path_factory.mktemp("whole")
+    _, run = make_run(data, output, *LONG)
+    assert train(resolve(run)) == 0
+    assert not (output / LEASE).exists()
+    return output
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    """Every file of a run, but for the renewals of its lease."""
+    return {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+
+def test_a_second_run_on_an_output_leaves_the_first_alone(data: Path, whole: Path, tmp_path: Path) -> None:
+    source, _ = make_run(data, tmp_path, *LONG)
+    first = start_flm("train", source)
+    wait_for_step(tmp_path, 2, first)
+    (tmp_path.parent / "link").symlink_to(tmp_path)
+    began = time.monotonic()
+    second = flm("train", source, "--output", str(tmp_path.parent / "link"), "--seed", "7")
+    assert second.returncode == 2 and time.monotonic() - began < 30
+    assert second.stderr.count("\n") == 1 and f"is in use by process {first.pid} on host" in second.stderr
+    assert "seed: 7" not in (tmp_path / "run.yaml").read_text() and first.poll() is None
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate(timeout=60)
+    assert (tmp_path / LEASE).exists()
+    third = flm("train", source)  # at once
+    assert third.returncode == 0 and "waiting" not in third.stderr, third.stderr
+    assert losses(tmp_path) == losses(whole) and final_hash(tmp_path) == final_hash(whole)
+    assert not list(tmp_path.glob(f"{LEASE}*"))
+
+
+def test_a_run_of_another_host_is_respected_while_it_renews_its_lease(whole: Path) -> None:
+    source, before = whole / "test.yaml", contents(whole)
+    with renewing(whole / LEASE, ELSEWHERE):
+        refused = flm("train", source, "--seed", "7")
+    assert refused.returncode == 2 and "in use by process 77 on host node007" in refused.stderr
+    assert contents(whole).keys() - before.keys() == {LEASE} and before.items() <= contents(whole).items()
+    again = flm("train", source)
+    assert again.returncode == 0 and f"waiting up to {SILENT_RENEWALS * 0.2:g} s" in again.stderr
+    assert contents(whole) == before
+
+
+def test_ranks_that_a_launcher_started_share_the_lease_of_their_first(whole: Path) -> None:
+    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29711"}
+    arguments = ("train", whole / "test.yaml", "--stages.0.parallel.tensor", "1")
+    before = (whole / "run.yaml").read_bytes()
+    with renewing(whole / LEASE, ELSEWHERE):
+        refused = flm(*arguments, **world)
+    assert refused.returncode == 2 and "in use by process 77 on host node007" in refused.stderr
+    assert (whole / "run.yaml").read_bytes() == before
+    again = flm(*arguments, **world)
+    assert again.returncode == 0, again.stderr
+    assert not (whole / LEASE).exists()
