@@ -16,7 +16,8 @@ def model_from_arguments(arguments: Any, where: str, vocab_size: int | None = No
     `vocab_size` is the true vocabulary, needed where the arguments hold only the padded one.
     Raises RequestError for arguments that are missing or that ask for a block this program does not have.
     """
-    known = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    given = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    known = {name: value for name, value in given.items() if value is None or isinstance(value, int | float | str)}
     if "num_layers" not in known:
         raise RequestError(f"{where}: it does not hold the arguments of its run, so its model is not known")
     _refuse(known, where)

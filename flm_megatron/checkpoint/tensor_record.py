@@ -16,7 +16,7 @@ from isal.isal_zlib import crc32
 
 from flm_megatron.checkpoint.block_checksums import CheckedFile, read_fully
 from flm_megatron.checkpoint.stored_array import StoredArray
-from flm_megatron.checkpoint.unpickle import StoredTensor, load_pickle
+from flm_megatron.checkpoint.unpickle import StoredTensor, load_pickle, read_stored
 from flm_megatron.errors import DamagedError
 
 ALIGNMENT = 64
@@ -63,7 +63,7 @@ def locate(
             root = name.removesuffix("data.pkl")
             if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
                 raise DamagedError(f"{path}: values are not stored in little-endian order")
-            tensor = load_pickle(archive.read(name), f"{path} at byte {offset}")
+            tensor = load_pickle(read_stored(archive, name), f"{path} at byte {offset}")
             if not isinstance(tensor, StoredTensor):
                 raise DamagedError(f"{path}: no tensor at byte {offset}")
             info = archive.getinfo(f"{root}data/{tensor.key}")

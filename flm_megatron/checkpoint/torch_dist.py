@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from flm_megatron.checkpoint.block_checksums import SUFFIX, CheckedFile
 from flm_megatron.checkpoint.chunk_index import ChunkIndex, StoredChunk
@@ -19,7 +17,8 @@ from flm_megatron.checkpoint.manifest import MANIFEST, read_listed, read_manifes
 from flm_megatron.checkpoint.regions import slice_axis
 from flm_megatron.checkpoint.stored_array import StoredArray, is_contiguous
 from flm_megatron.checkpoint.tensor_record import locate
-from flm_megatron.checkpoint.unpickle import Foreign, load_pickle, read_torch_file
+from flm_megatron.checkpoint.torch_metadata import StoredMetadata, StoredPlace, parse_metadata
+from flm_megatron.checkpoint.unpickle import Foreign, read_torch_file
 from flm_megatron.errors import DamagedError, RequestError
 
 METADATA = ".metadata"
@@ -55,7 +54,7 @@ class TorchDistCheckpoint(LogicalCheckpoint):
         self._indices: dict[str, ChunkIndex] = {}
         self._arrays: dict[StoredChunk, tuple[StoredArray, tuple[Any, ...] | None]] = {}
         self.tensors: Mapping[str, TensorInfo] = self._read_tensors(metadata)
-        self.nameless_optimizer = any(NAMELESS.match(name) for name in metadata.state_dict_metadata)
+        self.nameless_optimizer = any(NAMELESS.match(name) for name in metadata.entries)
         self._files: dict[str, dict[str, Any]] = manifest["files"] if manifest else {}
         self._checked: dict[str, CheckedFile | None] = {}
         if COMMON in self._files:
@@ -136,31 +135,26 @@ class TorchDistCheckpoint(LogicalCheckpoint):
             self._checked[name] = CheckedFile(self.path / name, size, data) if known else None
         return self._checked[name]
 
-    def _read_tensors(self, metadata: Metadata) -> dict[str, TensorInfo]:
+    def _read_tensors(self, metadata: StoredMetadata) -> dict[str, TensorInfo]:
         found: dict[str, TensorInfo] = {}
-        storage = _storage_table(metadata, self.path)
-        for stored, entry in metadata.state_dict_metadata.items():
-            if not isinstance(entry, TensorStorageMetadata) or NAMELESS.match(stored):
+        for stored, entry in metadata.entries.items():
+            if entry.dtype is None or NAMELESS.match(stored):
                 continue  # bytes, never read, and buckets, which are of no use here
             match = STATE.fullmatch(stored)
             name = STATE_NAMES[match[1]] + match[2] if match else stored
-            found[name] = TensorInfo(tuple(entry.size), entry.properties.dtype)
-            regions = [Region(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
-            self.chunks[name] = [self._chunk(stored, region, storage) for region in regions]
+            found[name] = TensorInfo(entry.size, entry.dtype)
+            self.chunks[name] = [self._chunk(stored, Region(*chunk), metadata.places) for chunk in entry.chunks]
         return found
 
     def _chunk(
-        self, stored: str, region: Region, storage: dict[tuple[str, tuple[int, ...]], _StorageInfo]
+        self, stored: str, region: Region, places: Mapping[tuple[str, tuple[int, ...]], StoredPlace]
     ) -> StoredChunk:
-        info = storage.get((stored, region.offsets))
-        if info is None:
+        place = places.get((stored, region.offsets))
+        if place is None:
             raise DamagedError(f"{self.path / METADATA}: no place is given for {stored} at {region.offsets}")
-        if getattr(info, "transform_descriptors", None):
+        if place.transformed:
             raise RequestError(f"{self.path}: {stored} is stored compressed or transformed, which cannot be read")
-        file = Path(info.relative_path)
-        if file.is_absolute() or len(file.parts) != 1 or ".." in file.parts:
-            raise DamagedError(f"{self.path / METADATA}: {stored} is said to lie outside of the folder: {file}")
-        return StoredChunk(region, info.relative_path, int(info.offset), int(info.length))
+        return StoredChunk(region, place.relative_path, place.offset, place.length)
 
 
 def _bands(inside: Region, values: StoredArray) -> Iterator[Region]:
@@ -198,7 +192,7 @@ def _array(path: Path, chunk: StoredChunk, checked: CheckedFile | None) -> tuple
     return StoredArray(path, offset, sizes, tensor.dtype, checked), None
 
 
-def _read_metadata(path: Path, manifest: dict[str, Any] | None) -> Metadata:
+def _read_metadata(path: Path, manifest: dict[str, Any] | None) -> StoredMetadata:
     kind: Any = {"sharded_backend": "torch_dist"}  # a plain folder of torch.distributed.checkpoint does not say it
     try:
         if manifest or (path / FORMAT).exists():
@@ -209,30 +203,17 @@ def _read_metadata(path: Path, manifest: dict[str, Any] | None) -> Metadata:
         raise RequestError(f"{path} is not in the torch_dist format: {kind}")
     if kind.get("sharded_backend_version", 1) != 1:
         raise RequestError(f"{path} is of version {kind['sharded_backend_version']} of torch_dist; known is 1")
-    metadata = _unpickled(read_listed(path, METADATA, manifest), path / METADATA, manifest)
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
-        raise DamagedError(f"{path / METADATA}: is not the metadata of a checkpoint")
-    return metadata
+    return _parsed(read_listed(path, METADATA, manifest), path / METADATA, manifest)
 
 
-def _unpickled(data: bytes, file: Path, manifest: dict[str, Any] | None) -> Any:
+def _parsed(data: bytes, file: Path, manifest: dict[str, Any] | None) -> StoredMetadata:
     """What a metadata file holds. Bytes that are as they were written are not damaged, whatever is in them."""
     try:
-        return load_pickle(data, str(file))
+        return parse_metadata(data, str(file))
     except DamagedError as error:
         if manifest is None or METADATA not in manifest["files"]:
             raise
         raise RequestError(f"{error}; the file is as it was written, so this program is too old for it") from error
-
-
-def _storage_table(metadata: Metadata, path: Path) -> dict[tuple[str, tuple[int, ...]], _StorageInfo]:
-    table: dict[tuple[str, tuple[int, ...]], _StorageInfo] = {}
-    for index, info in (metadata.storage_data or {}).items():
-        if not isinstance(index, MetadataIndex) or not isinstance(info, _StorageInfo):
-            raise DamagedError(f"{path / METADATA}: does not say where its tensors are stored")
-        if index.offset is not None:
-            table[index.fqn, tuple(index.offset)] = info
-    return table
 
 
 def _foreign_manifest(path: Path) -> dict[str, Any]:
@@ -257,10 +238,22 @@ def _foreign_manifest(path: Path) -> dict[str, Any]:
 
 def _optimizer_step(optimizer: Any) -> int | None:
     """The one Adam step among the parameter groups, wherever they are nested; none when there is none."""
-    if isinstance(optimizer, dict):
-        groups = [g for g in optimizer.get("param_groups") or [] if isinstance(g, dict)]
-        steps = [int(group["step"]) for group in groups if "step" in group]
-        if steps:
-            return max(steps)
-    children = optimizer.values() if isinstance(optimizer, dict) else optimizer if isinstance(optimizer, list) else ()
-    return next((step for child in children if (step := _optimizer_step(child)) is not None), None)
+    waiting, seen = [optimizer], set()
+    while waiting:
+        part = waiting.pop()
+        if not isinstance(part, dict | list) or id(part) in seen:
+            continue  # a part that stands in several places is looked at once: there may be very many of these
+        seen.add(id(part))
+        groups = part.get("param_groups") if isinstance(part, dict) else None
+        steps = [_step(group) for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []
+        if known := [step for step in steps if step is not None]:
+            return max(known)
+        waiting += reversed(list(part.values()) if isinstance(part, dict) else part)
+    return None
+
+
+def _step(group: dict[str, Any]) -> int | None:
+    step = group.get("step")
+    if isinstance(step, torch.Tensor) and step.numel() == 1:
+        step = step.item()
+    return int(step) if isinstance(step, int | float) and abs(step) < 2**62 else None

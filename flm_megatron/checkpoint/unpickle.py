@@ -1,52 +1,74 @@
-"""Reading pickles of checkpoints without running anything that they name.
+"""Reading pickles of checkpoints: from what they say, values of types that this file chooses.
 
-Only the plain data types that checkpoints are made of are rebuilt. Classes that Megatron-LM stores among its
-arguments (megatron-core's, Transformer Engine's, signals) become inert records: they are neither imported nor called.
-Any other global is refused.
+`run_pickle` makes plain data and records without looking anything up; here a record whose path is known becomes
+a value (`torch.Size` a tuple, a tensor a `StoredTensor`, arguments a Namespace), after its parts were checked. Classes
+that Megatron-LM stores beside them stay inert records (`Foreign`); a name of any other package ends the reading.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
-import io
+import gc
 import pathlib
-import pickle
+import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
-import torch.distributed.checkpoint.filesystem
-import torch.distributed.checkpoint.metadata
-import torch.distributed.checkpoint.planner
 
+from flm_megatron.checkpoint.pickle_machine import run_pickle
+from flm_megatron.checkpoint.pickle_records import SCALARS, STORAGE, Name, PickleError, Record
 from flm_megatron.errors import DamagedError
 
-METADATA_CLASSES = (
-    "Metadata",
-    "TensorStorageMetadata",
-    "ChunkStorageMetadata",
-    "BytesStorageMetadata",
-    "TensorProperties",
-    "MetadataIndex",
-    "StorageMeta",
-    "_MEM_FORMAT_ENCODING",
-)
-PLANNER_CLASSES = ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
-INERT = ("megatron", "transformer_engine", "signal")  # packages whose classes become Foreign
+CLASSES = {
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata",
+        "TensorStorageMetadata",
+        "ChunkStorageMetadata",
+        "BytesStorageMetadata",
+        "TensorProperties",
+        "MetadataIndex",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.planner": (
+        "SavePlan",
+        "WriteItem",
+        "WriteItemType",
+        "TensorWriteData",
+        "BytesIOWriteData",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch": ("Size", "device"),
+    "torch.serialization": ("_get_layout",),
+    "torch._utils": ("_rebuild_tensor_v2", "_rebuild_parameter"),
+    "collections": ("OrderedDict",),
+    "argparse": ("Namespace",),
+    "pathlib": ("PosixPath", "PurePosixPath"),
+    "pathlib._local": ("PosixPath", "PurePosixPath"),
+    "builtins": ("set", "frozenset", "bytes", "complex", "slice"),
+    "_codecs": ("encode",),
+}
+"""Names that a checkpoint has a use for, besides torch's dtypes, layouts and storages. None is ever looked up."""
+FOREIGN = ("megatron", "transformer_engine", "signal")
+"""Packages whose classes lie among Megatron-LM's arguments."""
+LARGEST_PICKLE = 512 * 2**20
+"""Bytes. The metadata of a 1T model's checkpoint has 38 MB at 245,000 regions."""
+SMALL_PICKLE = 2**16  # bytes, below which the collector of cyclic garbage makes no difference
 MAX_DIMENSIONS = 64
+DEEPEST = 100
+_UNDER_WAY = object()
+_COLLECTOR = threading.RLock()
 
 
 class Foreign:
-    """Stands for an object of a class that is not loaded; its state is kept as data, nothing of it runs."""
+    """Stands for an object of a class that is not loaded: the path of its class, and what was said about it."""
 
-    def __init__(self, *args: Any) -> None:
-        self.args = args
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
+    def __init__(self, path: str, args: tuple[Any, ...] = (), state: Any = None) -> None:
+        self.path, self.args, self.state = path, args, state
 
 
 class StoredTensor:
@@ -56,46 +78,43 @@ class StoredTensor:
         self, storage: tuple[torch.dtype, str, int], offset: int, size: tuple[int, ...], stride: tuple[int, ...]
     ) -> None:
         self.dtype, self.key, self.storage_numel = storage
-        self.offset, self.size, self.stride = offset, tuple(size), tuple(stride)
+        self.offset, self.size, self.stride = offset, size, stride
 
 
-class SafeUnpickler(pickle.Unpickler):
-    """Unpickler that rebuilds listed types only; tensors become StoredTensor. `source` names the file in errors."""
+def load_records(data: bytes, source: str, foreign: tuple[str, ...] = FOREIGN) -> Any:
+    """What a pickle says, as plain data, `Name`s and `Record`s. Raises DamagedError as `load_pickle`."""
 
-    def __init__(self, file: IO[bytes], source: str) -> None:
-        super().__init__(file)
-        self.source = source
+    def policy(module: str, name: str) -> None:
+        if name in CLASSES.get(module, ()) or (module == "torch" and name in _KINDS):
+            return
+        if module.partition(".")[0] not in foreign or "." in name:
+            raise DamagedError(f"{source}: names {module}.{name}, which a checkpoint has no use for; not loaded")
 
-    def find_class(self, module: str, name: str) -> Any:
-        """The allowed object of that name. Raises DamagedError for any other."""
-        if (found := _ALLOWED.get((module, name))) is not None:
-            return found
-        if module == "torch":
-            value = getattr(torch, name, None)
-            if isinstance(value, torch.dtype | torch.layout):
-                return value
-            if name in _STORAGES:
-                return _STORAGES[name]
-        if module.split(".")[0] in INERT and "." not in name:
-            return Foreign
-        raise DamagedError(f"{self.source}: names {module}.{name}, which a checkpoint has no use for; not loaded")
-
-    def persistent_load(self, pid: Any) -> tuple[torch.dtype, str, int]:
-        """The description of a storage: dtype, key, number of values."""
-        match pid:
-            case ("storage", torch.dtype() as dtype, str() as key, str(), int() as numel):
-                return dtype, key, numel
-        raise DamagedError(f"{self.source}: does not describe its tensors as torch.save does")
-
-
-def load_pickle(data: bytes, source: str) -> Any:
-    """The object in a pickle. Raises DamagedError, naming `source`, when it is broken or names a forbidden global."""
+    if len(data) > LARGEST_PICKLE:
+        raise DamagedError(f"{source}: a pickle of {len(data):,} bytes, more than {LARGEST_PICKLE:,}")
     try:
-        return SafeUnpickler(io.BytesIO(data), source).load()
-    except DamagedError:
-        raise
-    except Exception as error:  # a broken pickle may raise anything
-        raise DamagedError(f"{source}: cannot be unpickled: {type(error).__name__}: {error}") from error
+        with without_collector(len(data)):
+            return run_pickle(data, policy)
+    except (ValueError, OverflowError, MemoryError) as error:
+        raise DamagedError(f"{source}: cannot be unpickled: {error or type(error).__name__}") from error
+
+
+def load_pickle(
+    data: bytes,
+    source: str,
+    foreign: tuple[str, ...] = FOREIGN,
+    tensor: Callable[[StoredTensor], Any] | None = None,
+) -> Any:
+    """The object in a pickle; `tensor` makes what stands for a tensor, a `StoredTensor` if not given.
+
+    `foreign` are the packages of which any class may lie in it, as a `Foreign`. Raises DamagedError, naming `source`,
+    when it is broken, holds itself, is nested too deeply, or names anything else.
+    """
+    said = load_records(data, source, foreign)
+    try:
+        return _Values(tensor or (lambda stored: stored)).of(said)
+    except (PickleError, RecursionError) as error:
+        raise DamagedError(f"{source}: cannot be unpickled: {error}") from error
 
 
 def read_pickle(path: Path) -> Any:
@@ -114,10 +133,142 @@ def read_torch_file(path: Path) -> Any:
             if len(pickles) != 1:
                 raise DamagedError(f"{path}: not a file of torch.save")
             root = pickles[0].removesuffix("data.pkl")
-            tree = load_pickle(archive.read(pickles[0]), str(path))
-            return _map_tensors(tree, lambda t: _materialise(t, archive.read(f"{root}data/{t.key}")))
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError, RuntimeError, RecursionError) as error:
+            return load_pickle(
+                read_stored(archive, pickles[0]),
+                str(path),
+                tensor=lambda stored: _materialise(stored, read_stored(archive, f"{root}data/{stored.key}")),
+            )
+    except (OSError, zipfile.BadZipFile, KeyError, ValueError, RuntimeError, NotImplementedError) as error:
         raise DamagedError(f"{path}: not a whole file of torch.save: {error}") from error
+
+
+def read_stored(archive: zipfile.ZipFile, name: str) -> bytes:
+    """An entry that is not compressed (torch compresses none). Raises KeyError without it, ValueError if it is."""
+    info = archive.getinfo(name)
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed")
+    return archive.read(info)
+
+
+class _Values:
+    """Turns what a pickle says into values, each shared part once, so that the time is that of the pickle's length."""
+
+    def __init__(self, tensor: Callable[[StoredTensor], Any]) -> None:
+        self.tensor = tensor
+        self.depth = 0
+        self.done: dict[int, Any] = {}
+        self.makers: dict[str, Callable[[Record], Any]] = {
+            "torch.Size": lambda record: self._plain(tuple, record),
+            "collections.OrderedDict": self._mapping,
+            "argparse.Namespace": self._namespace,
+            "torch._utils._rebuild_tensor_v2": self._tensor,
+            "torch._utils._rebuild_parameter": lambda record: self.of(record.args[0]),
+            "builtins.set": lambda record: self._plain(set, record),
+            "builtins.frozenset": lambda record: self._plain(frozenset, record),
+            "builtins.bytes": self._no_bytes,
+            "_codecs.encode": self._bytes,
+            **dict.fromkeys(_PATHS, self._path),
+        }
+
+    def of(self, said: Any) -> Any:
+        """The value of what was said. Raises PickleError."""
+        if type(said) in SCALARS:
+            return said
+        found = self.done.get(id(said))
+        if found is _UNDER_WAY or self.depth > DEEPEST:
+            raise PickleError("it holds itself" if found is _UNDER_WAY else f"it is nested {DEEPEST} deep")
+        if found is None:
+            self.done[id(said)], self.depth = _UNDER_WAY, self.depth + 1
+            found = self.done[id(said)] = self._of(said)
+            self.depth -= 1
+        return found
+
+    def _of(self, said: Any) -> Any:
+        if type(said) is dict:
+            return {self._key(key): self.of(value) for key, value in said.items()}
+        if type(said) in (list, tuple):
+            return type(said)(map(self.of, said))
+        if type(said) in (set, frozenset):
+            return type(said)(map(self._key, said))
+        if type(said) is Name:
+            return dtype_of(said.path) or Foreign(said.path)
+        maker = self.makers.get(said.path)
+        if maker is None:
+            return Foreign(said.path, self.of(said.args), self.of(said.state))
+        try:
+            return maker(said)
+        except PickleError:
+            raise
+        except (IndexError, TypeError, ValueError) as error:
+            raise PickleError(f"{said.path}: {error}") from None
+
+    def _key(self, said: Any) -> Any:
+        """A key, whose hash takes no time (as run_pickle sees to for what is said)."""
+        key = self.of(said)
+        parts = key if type(key) is tuple else (key,)
+        if any(type(part) not in SCALARS and not isinstance(part, torch.dtype | Foreign) for part in parts):
+            raise PickleError(f"a {type(key).__name__} as a key")
+        return key
+
+    def _plain(self, kind: type, record: Record) -> Any:
+        """A tuple or set of the one argument, a list or tuple of what can be a key."""
+        (parts,) = record.args or ((),)
+        if type(parts) not in (list, tuple):
+            raise PickleError(f"{record.path} of something else than a list")
+        return kind(map(self._key, parts))
+
+    def _mapping(self, record: Record) -> dict[Any, Any]:
+        pairs = [*(record.args[0] if record.args else ()), *record.items]
+        return {self._key(key): self.of(value) for key, value in pairs}
+
+    def _namespace(self, record: Record) -> argparse.Namespace:
+        fields = self.of(record.state)
+        if type(fields) is not dict or any(type(name) is not str for name in fields):
+            raise PickleError("arguments without names")
+        namespace = argparse.Namespace()
+        vars(namespace).update(fields)
+        return namespace
+
+    def _path(self, record: Record) -> pathlib.PurePosixPath:
+        if any(type(part) is not str for part in record.args):
+            raise PickleError("a path of something else than text")
+        return pathlib.PurePosixPath(*record.args)
+
+    def _no_bytes(self, record: Record) -> bytes:
+        """How protocol 2 says b""."""
+        if record.args:
+            raise PickleError("bytes made of something")
+        return b""
+
+    def _bytes(self, record: Record) -> bytes:
+        text, encoding = record.args
+        if type(text) is not str or encoding != "latin1":
+            raise PickleError("bytes in an unknown encoding")
+        return text.encode("latin1")
+
+    def _tensor(self, record: Record) -> Any:
+        storage, offset, size, stride = (self.of(part) for part in record.args[:4])
+        if not isinstance(storage, Foreign) or storage.path != STORAGE:
+            raise PickleError("a tensor without a storage")
+        places = (offset, *size, *stride)
+        if any(type(place) is not int or not 0 <= place < 2**62 for place in places):
+            raise PickleError(f"a tensor at impossible places {places!r:.200}")
+        if len(size) != len(stride) or len(size) > MAX_DIMENSIONS:
+            raise PickleError("size and stride of a tensor do not fit")
+        return self.tensor(StoredTensor(_storage(storage.args[0]), offset, tuple(size), tuple(stride)))
+
+
+def dtype_of(path: str) -> torch.dtype | None:
+    """The dtype that a name such as `torch.bfloat16` or `torch.BFloat16Storage` stands for; none for another name."""
+    return _KINDS.get(path.removeprefix("torch."))
+
+
+def _storage(said: Any) -> tuple[torch.dtype, str, int]:
+    """dtype, key and number of values of a storage."""
+    match said:
+        case ("storage", torch.dtype() as dtype, str() as key, str(), int() as numel) if 0 <= numel < 2**62:
+            return dtype, key, numel
+    raise PickleError("it does not describe its tensors as torch.save does")
 
 
 def _materialise(stored: StoredTensor, data: bytes) -> torch.Tensor:
@@ -125,59 +276,25 @@ def _materialise(stored: StoredTensor, data: bytes) -> torch.Tensor:
     return flat.as_strided(stored.size, stored.stride, stored.offset)
 
 
-def _map_tensors(value: Any, change: Callable[[StoredTensor], Any]) -> Any:
-    if isinstance(value, StoredTensor):
-        return change(value)
-    if isinstance(value, dict):
-        return type(value)((k, _map_tensors(v, change)) for k, v in value.items())
-    if type(value) in (list, tuple, set):
-        return type(value)(_map_tensors(v, change) for v in value)
-    return value
+@contextmanager
+def without_collector(size: int) -> Iterator[None]:
+    """While the millions of objects of a pickle of `size` bytes are made: looking for garbage among them, when all of
+    them stay, would take a third of the time."""
+    if size < SMALL_PICKLE:
+        yield
+        return
+    with _COLLECTOR:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()
 
 
-def _rebuild_tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> StoredTensor:
-    if len(size) != len(stride) or len(size) > MAX_DIMENSIONS:
-        raise ValueError("size and stride of a tensor do not fit")
-    return StoredTensor(storage, offset, size, stride)
-
-
-def _rebuild_parameter(data: StoredTensor, *_: Any) -> StoredTensor:
-    return data
-
-
-def _allowed() -> dict[tuple[str, str], Any]:
-    checkpoint = torch.distributed.checkpoint
-    table: dict[tuple[str, str], Any] = {
-        (checkpoint.metadata.__name__, name): getattr(checkpoint.metadata, name) for name in METADATA_CLASSES
-    }
-    table |= {(checkpoint.planner.__name__, name): getattr(checkpoint.planner, name) for name in PLANNER_CLASSES}
-    table[checkpoint.filesystem.__name__, "_StorageInfo"] = checkpoint.filesystem._StorageInfo
-    table["torch", "Size"] = torch.Size
-    table["torch", "device"] = torch.device
-    table["torch.serialization", "_get_layout"] = _layout
-    table["torch._utils", "_rebuild_tensor_v2"] = _rebuild_tensor
-    table["torch._utils", "_rebuild_parameter"] = _rebuild_parameter
-    table["collections", "OrderedDict"] = collections.OrderedDict
-    table["argparse", "Namespace"] = argparse.Namespace
-    for module in ("pathlib", "pathlib._local"):
-        table |= {(module, name): pathlib.PurePosixPath for name in ("PosixPath", "PurePosixPath")}
-    table |= {("builtins", kind.__name__): kind for kind in (set, frozenset, complex, slice)}
-    table["_codecs", "encode"] = _encode
-    return table
-
-
-def _layout(name: str) -> torch.layout:
-    layout = getattr(torch, str(name).removeprefix("torch."), None)
-    if not isinstance(layout, torch.layout):
-        raise ValueError(f"no tensor layout {name!r}")
-    return layout
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise ValueError(f"bytes stored as {encoding!r}")
-    return text.encode("latin1")
-
-
-_STORAGES = {name: dtype for dtype, name in torch.storage._dtype_to_storage_type_map().items()}
-_ALLOWED = _allowed()
+_PATHS = [f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")]
+# By the name in torch: dtypes, and the storages that old pickles name in their place.
+_KINDS: dict[str, torch.dtype] = {
+    name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)
+} | {name: dtype for dtype, name in torch.storage._dtype_to_storage_type_map().items()}
