@@ -65,9 +65,9 @@ def run(args: argparse.Namespace) -> int:
 def _config(args: argparse.Namespace) -> RunConfig:
     """The run with the stage to measure alone, its sizes checked."""
     from flm_megatron.benchmarking.workload import layer_stack
-    from flm_megatron.config.loader import load_run
+    from flm_megatron.checkpoint.run_file import open_run
 
-    config = load_run(args.run_file, args.overrides)
+    config = open_run(args.run_file, args.overrides)
     if args.stage is None and len(config.stages) > 1:
         raise RequestError(f"give --stage: the run has {', '.join(stage.name for stage in config.stages)}")
     config = only_stage(config, args.stage)

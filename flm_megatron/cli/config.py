@@ -68,11 +68,12 @@ def _without_indices(path: str | None) -> str:
 
 
 def _resolved(args: argparse.Namespace) -> str:
-    from flm_megatron.config.loader import load_run, run_to_dict
+    from flm_megatron.checkpoint.run_file import open_run
+    from flm_megatron.config.loader import run_to_dict
     from flm_megatron.config.yaml_text import format_yaml
     from flm_megatron.growth.foreseen import check_run_file
 
-    config = load_run(args.run_file, args.overrides)
+    config = open_run(args.run_file, args.overrides)
     check_run_file(config)
     data = run_to_dict(config)
     picked = _picked(data, args.field.split(".")) if args.field else data

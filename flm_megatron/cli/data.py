@@ -131,10 +131,10 @@ def _tokenizer(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from flm_megatron.config.loader import load_run
+    from flm_megatron.checkpoint.run_file import open_run
     from flm_megatron.data.show import sample_text
 
-    print(sample_text(load_run(args.run_file, args.overrides), args.sample))
+    print(sample_text(open_run(args.run_file, args.overrides), args.sample))
     return 0
 
 

@@ -31,14 +31,14 @@ def run(args: argparse.Namespace) -> int:
 
     from flm_megatron.checkpoint.described import recorded_model
     from flm_megatron.checkpoint.opening import open_checkpoint
-    from flm_megatron.config.loader import load_run
+    from flm_megatron.checkpoint.run_file import open_run
     from flm_megatron.growth.distance import distance_table, layer_distances, plot_distances, write_distances
     from flm_megatron.growth.offline import stage_index
     from flm_megatron.growth.text import file_tokens, run_tokens
     from flm_megatron.training.parallel import layout
     from flm_megatron.training.tool_world import tool_world
 
-    config = load_run(args.run_file, args.overrides)
+    config = open_run(args.run_file, args.overrides)
     view = open_checkpoint(args.checkpoint)
     stage = config.stages[stage_index(config, view.manifest.get("stage") or config.stages[0].name)]
     tokens = file_tokens(args.text, config, args.samples) if args.text else run_tokens(config, args.samples)

@@ -28,13 +28,13 @@ def run(args: argparse.Namespace) -> int:
     """Examine, and print one screen on rank 0."""
     import os
 
-    from flm_megatron.config.loader import load_run
+    from flm_megatron.checkpoint.run_file import open_run
     from flm_megatron.training.doctor.findings import render, status_of
     from flm_megatron.training.doctor.host import Place, examine_host, facts
     from flm_megatron.training.launch import local_processes
     from flm_megatron.training.parallel import launched
 
-    config = load_run(args.run_file, args.overrides)
+    config = open_run(args.run_file, args.overrides)
     size = largest_checkpoint(config)
     if not launched():
         here = max((local_processes(config, stage) for stage in config.stages), default=1)

@@ -40,11 +40,11 @@ def run(args: argparse.Namespace) -> int:
     """Measure what is asked for, then write."""
     from flm_megatron.checkpoint.opening import open_checkpoint
     from flm_megatron.checkpoint.processes import Processes
-    from flm_megatron.config.loader import load_run
+    from flm_megatron.checkpoint.run_file import open_run
     from flm_megatron.growth.boundary import grown_view, needs_distances
     from flm_megatron.growth.offline import stage_index, write_grown
 
-    config = load_run(args.run_file, args.overrides)
+    config = open_run(args.run_file, args.overrides)
     index = stage_index(config, args.stage)
     source = open_checkpoint(args.source)
     measures_distances = needs_distances(config, index) and not args.distances

@@ -90,11 +90,11 @@ def _check(args: argparse.Namespace) -> int:
 
 def _search(args: argparse.Namespace) -> int:
     """Print each trial and the values of the best; 1 if none is stable."""
-    from flm_megatron.config.loader import load_run
+    from flm_megatron.checkpoint.run_file import open_run
     from flm_megatron.evaluation.hyperparameter_search import MODEL_VALUES, SearchSettings, best, search
     from flm_megatron.training.preflight import resolve
 
-    run_config = resolve(load_run(args.run_file))
+    run_config = resolve(open_run(args.run_file))
     settings = SearchSettings(
         args.trials, args.steps, args.width, args.layers, args.global_batch, args.spread, args.seed
     )
@@ -140,10 +140,10 @@ def _stage(run_config: RunConfig, args: argparse.Namespace) -> StageConfig:
 
 def _model(args: argparse.Namespace) -> ModelConfig:
     """The model of the run file's stage, or the check's own; a small vocabulary does, since no width enters it."""
-    from flm_megatron.config.loader import load_run
+    from flm_megatron.checkpoint.run_file import open_run
     from flm_megatron.evaluation.coordinate_check import DEFAULT_MODEL
 
     if args.run_file is None:
         return replace(DEFAULT_MODEL, num_layers=args.layers or DEFAULT_MODEL.num_layers)
-    model = _stage(load_run(args.run_file), args).model
+    model = _stage(open_run(args.run_file), args).model
     return replace(model, num_layers=args.layers or model.num_layers, vocab_size=DEFAULT_MODEL.vocab_size)

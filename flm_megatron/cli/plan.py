@@ -47,11 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan."""
-    from flm_megatron.config.loader import load_run
+    from flm_megatron.checkpoint.run_file import open_run
     from flm_megatron.planner.layout import as_chosen
     from flm_megatron.planner.machine import find_machine
 
-    config = with_vocabulary(only_stage(load_run(args.run_file, args.overrides), args.stage))
+    config = with_vocabulary(only_stage(open_run(args.run_file, args.overrides), args.stage))
     machine = find_machine(args.gpu, args.nodes_of, args.hardware)
     machine = replace(machine, software=as_chosen(machine.software, config.kernels))
     if args.search:

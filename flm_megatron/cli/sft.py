@@ -23,9 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train what is left to do."""
-    from flm_megatron.config.loader import dump_run, load_run
+    from flm_megatron.checkpoint.run_file import open_run
+    from flm_megatron.config.loader import dump_run
 
-    config, lines = prepared(load_run(args.run_file, args.overrides))
+    config, lines = prepared(open_run(args.run_file, args.overrides))
     if args.print_config:
         print(dump_run(config), end="")
         return 0
@@ -45,16 +46,11 @@ def prepared(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """
     from flm_megatron.errors import RequestError
     from flm_megatron.evaluation.subject import open_subject
-    from flm_megatron.growth.boundary import saved_mask_value
     from flm_megatron.training.fine_tuning import fine_tuning_run
+    from flm_megatron.training.first_view import check_no_mask
 
     if config.checkpoint.initial is None:
         raise RequestError("checkpoint.initial is not set: name the checkpoint to fine-tune")
     subject = open_subject(config.checkpoint.initial, config.tokenizer)
-    opening = saved_mask_value(subject.view.manifest)
-    if opening < 1:
-        raise RequestError(
-            f"{config.checkpoint.initial} was saved while its growth masks were open to {opening:.3g}: train it until "
-            "they are off, or start from `flm checkpoint export-hf --fold-mask`"
-        )
+    check_no_mask(subject.view.manifest, config.checkpoint.initial)
     return fine_tuning_run(config, subject.model, subject.tokenizer.path)

@@ -23,10 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train what is left to do."""
-    from flm_megatron.config.loader import dump_run, load_run
+    from flm_megatron.checkpoint.run_file import open_run
+    from flm_megatron.config.loader import dump_run
     from flm_megatron.growth.foreseen import check_run_file
 
-    config = load_run(args.run_file, args.overrides)
+    config = open_run(args.run_file, args.overrides)
     if args.print_config:
         check_run_file(config)
         print(dump_run(config), end="")
@@ -34,4 +35,4 @@ def run(args: argparse.Namespace) -> int:
     from flm_megatron.training.launch import train
     from flm_megatron.training.preflight import resolve
 
-    return train(resolve(config), args.stage, args.start_anew)
+    return train(resolve(config, args.start_anew), args.stage, args.start_anew)

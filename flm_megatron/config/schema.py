@@ -7,9 +7,9 @@ tokens, times are seconds. Nothing here imports torch.
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, functional_validators
 from pydantic.dataclasses import dataclass
 
 SETTINGS = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
@@ -83,6 +83,9 @@ class ModelConfig:
     """Maximal-update parametrization."""
     lora: LoraConfig | None = None
     """Fine-tuning: train adapters and nothing else; none trains the weights."""
+    from_checkpoint: bool = False
+    """Take the model from `checkpoint.initial`; `model: from_checkpoint` says the same. Adapters, muP and initial
+    deviations may stand beside it, and what the checkpoint has too."""
 
     @property
     def kv_channels(self) -> int:
@@ -108,6 +111,11 @@ class ModelConfig:
     def gated(self) -> bool:
         """Whether the feed-forward layer has a gate."""
         return self.activation == "swiglu"
+
+
+def spelled_out(model: Any) -> Any:
+    """`from_checkpoint` where a model is expected, as the field of a model that it stands for."""
+    return {"from_checkpoint": True} if model == "from_checkpoint" else model
 
 
 @dataclass(config=SETTINGS)
@@ -260,8 +268,10 @@ class StageConfig:
 
     name: str = "stage"
     """Name of the stage, unique in the run; its checkpoints lie under it."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """Shape of the model."""
+    model: Annotated[ModelConfig, functional_validators.BeforeValidator(spelled_out)] = field(
+        default_factory=ModelConfig
+    )
+    """The model: its fields, or `from_checkpoint`, which takes those of `checkpoint.initial`."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Parallel layout."""
     micro_batch: int = 1

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from flm_megatron import kernels
+from flm_megatron.checkpoint.run_file import stage_of_checkpoint
 from flm_megatron.config.loader import resolve_vocabulary
 from flm_megatron.config.rules import check
 from flm_megatron.config.schema import ChatConfig, LoraConfig, ModelConfig, RunConfig, StageConfig
@@ -48,22 +49,10 @@ def _stage(stage: StageConfig, model: ModelConfig, chat: ChatConfig) -> StageCon
             f"stage {stage.name!r}: packing needs attention within conversations, which transformer_engine is not "
             "asked for here: set one of transformer_engine and data.chat.packing to false"
         )
-    lora = stage.model.lora or model.lora
-    if lora is not None:
-        _check_adapters(stage, lora)
-    model = replace(model, lora=lora)
-    given, default = asdict(stage.model), asdict(ModelConfig())
-    other = [
-        f"{name} is {given[name]!r} here and {value!r} there"
-        for name, value in asdict(model).items()
-        if given[name] not in (value, default[name])
-    ]
-    if other:
-        raise RequestError(
-            f"stage {stage.name!r} describes another model than checkpoint.initial ({'; '.join(other)}): "
-            "leave the model out, it comes with the checkpoint"
-        )
-    return replace(stage, model=model)
+    stage = stage_of_checkpoint(stage, model)
+    if stage.model.lora is not None:
+        _check_adapters(stage, stage.model.lora)
+    return stage
 
 
 def _check_adapters(stage: StageConfig, lora: LoraConfig) -> None:

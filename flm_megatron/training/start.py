@@ -8,20 +8,18 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from flm_megatron.checkpoint.adapters import WithNewAdapters
-from flm_megatron.checkpoint.described import without_padding
-from flm_megatron.checkpoint.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.store import CheckpointStore
 from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.loader import run_from_dict
-from flm_megatron.config.schema import ModelConfig, RunConfig, StageConfig
+from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.boundary import grown_view, resumed_plan
 from flm_megatron.growth.certificate import Certificate
 from flm_megatron.growth.measure import boundary_certificate, boundary_distances
 from flm_megatron.growth.plan import GrowthPlan, grown_model
+from flm_megatron.training.first_view import first_view
 from flm_megatron.training.parallel import layout
 
 MADE = ("checkpoints", "metrics.jsonl", "log.txt", "tensorboard")
@@ -45,6 +43,11 @@ class Start:
 def checkpoint_store(run: RunConfig) -> CheckpointStore:
     """The run's checkpoints."""
     return CheckpointStore(Path(run.output) / "checkpoints")
+
+
+def has_checkpoints(run: RunConfig) -> bool:
+    """Whether the run has checkpoints, whole or not: it goes on from these and does not begin."""
+    return any(checkpoint_store(run).newest(stage.name) for stage in run.stages)
 
 
 def set_aside(run: RunConfig) -> list[Path]:
@@ -146,22 +149,3 @@ def _resumed_stage(stage: StageConfig, saved: dict[str, Any], plan: GrowthPlan |
             "put the values back, or start a new run with another `output`"
         )
     return stage
-
-
-def first_view(run: RunConfig, model: ModelConfig, source: Path | None) -> LogicalCheckpoint:
-    """What the first stage starts from: a checkpoint's weights (`checkpoint.initial`), or fresh ones.
-
-    Raises:
-        RequestError: the checkpoint's tensors are not the model's.
-    """
-    if source is None:
-        return InitialCheckpoint(model, run.seed)
-    view = without_padding(open_checkpoint(source, model.vocab_size), model)
-    if model.lora is not None:
-        view = WithNewAdapters(view, model, run.seed)
-    wanted = {name: info.shape for name, info in InitialCheckpoint(model, run.seed).tensors.items()}
-    for name, shape in wanted.items():
-        found = view.tensors[name].shape if name in view.tensors else None
-        if found != shape:
-            raise RequestError(f"{source}: {name} is {found}, but the first stage's model needs {shape}")
-    return view

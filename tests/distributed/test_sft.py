@@ -177,7 +177,7 @@ def test_a_hugging_face_folder_is_a_start(folder: Path, tmp_path: Path, capsys: 
         (["--data.chat.template", "/nowhere.jinja"], "template /nowhere.jinja cannot be read"),
         (["--checkpoint.initial", "null"], "checkpoint.initial is not set"),
         (["--tokenizer", "{other}"], "other.model"),
-        (["--stages.0.model.num_layers", "7"], "num_layers is 7 here and 4 there"),
+        (["--stages.0.model.num_layers", "7"], "model.num_layers is 7 in the run file and 4 in the checkpoint"),
         (["--stages.0.growth.hidden", "zero"], "grow the checkpoint first"),
         (["--data.chat.mix", "[{{stage: tuned, source: nobody, passes: 1}}]"], "no source is named 'nobody'"),
         (["--data.chat.epochs", "0"], "epochs is 0"),

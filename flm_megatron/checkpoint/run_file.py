@@ -1,0 +1,87 @@
+"""A run file opened with the models that it takes from `checkpoint.initial` written out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from flm_megatron.config.loader import load_run
+from flm_megatron.config.same_model import laid_over
+from flm_megatron.config.schema import ModelConfig, RunConfig, StageConfig
+from flm_megatron.errors import RequestError
+
+
+def open_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """`load_run`, and every `model: from_checkpoint` written out.
+
+    Raises:
+        RequestError: the run file cannot be read, or the checkpoint's model cannot be taken.
+        DamagedError: the checkpoint cannot be read.
+    """
+    return with_checkpoint_models(load_run(path, overrides))
+
+
+def with_checkpoint_models(run: RunConfig) -> RunConfig:
+    """The run with the model of `checkpoint.initial` in every stage that takes it from there.
+
+    The checkpoint is not opened where no stage does.
+
+    Raises:
+        RequestError: there is no such checkpoint, it does not say what model it is of, the stage states another one
+            beside it, or grows.
+        DamagedError: the checkpoint cannot be read.
+    """
+    if not any(stage.model.from_checkpoint for stage in run.stages):
+        return run
+    found = _initial_model(run)
+    stages = [stage_of_checkpoint(stage, found) if stage.model.from_checkpoint else stage for stage in run.stages]
+    return replace(run, stages=stages)
+
+
+def stage_of_checkpoint(stage: StageConfig, found: ModelConfig) -> StageConfig:
+    """The stage with `found`, the model of `checkpoint.initial`, and with what may be stated beside it.
+
+    Raises:
+        RequestError: it states another model, or it grows.
+    """
+    if stage.growth is not None:
+        raise RequestError(
+            f"stage {stage.name!r} grows, so its model is not that of checkpoint.initial: state the one to grow into"
+        )
+    model, other = laid_over(stage.model, found)
+    if other:
+        raise RequestError(
+            f"stage {stage.name!r} describes another model than checkpoint.initial ({'; '.join(other)}): "
+            "leave these out, the model comes with the checkpoint"
+        )
+    return replace(stage, model=model)
+
+
+def _initial_model(run: RunConfig) -> ModelConfig:
+    from flm_megatron.checkpoint.described import recorded_model
+    from flm_megatron.checkpoint.opening import open_checkpoint
+
+    names = ", ".join(stage.name for stage in run.stages if stage.model.from_checkpoint)
+    if run.checkpoint.initial is None:
+        raise RequestError(f"stage {names}: model is from_checkpoint, but checkpoint.initial is not set: name one")
+    vocab_size = _vocabulary(run)
+    try:
+        view = open_checkpoint(run.checkpoint.initial, vocab_size)
+    except RequestError as error:
+        resolved = Path(run.output) / "run.yaml"
+        hint = f"; {resolved} has the model written out" if resolved.is_file() else ""
+        raise RequestError(f"model is from_checkpoint in stage {names}: {error}{hint}") from None
+    found = recorded_model(view, vocab_size)
+    if found is None:
+        raise RequestError(f"{run.checkpoint.initial} does not say what model it is of: state it in the run file")
+    return found
+
+
+def _vocabulary(run: RunConfig) -> int | None:
+    """The true vocabulary, for checkpoints that do not record theirs."""
+    from flm_megatron.data.tokenizer import Tokenizer
+
+    if run.tokenizer is not None and Path(run.tokenizer).is_file():
+        return Tokenizer(run.tokenizer).vocab_size
+    return next((stage.model.vocab_size for stage in run.stages if stage.model.vocab_size), None)

@@ -1,0 +1,78 @@
+"""Whether two models compute the same from the same weights, and a run file's model made of a checkpoint's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+from flm_megatron.config.schema import LoraConfig, ModelConfig
+
+CLOSE = 1e-7
+"""Relative difference of two constants below which fp32 does not tell them apart."""
+LABELS = {"output_mult": "the factor on the logits (model.output_mult over muP's width factor)"}
+
+
+def differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
+    """Where `ours`, the run file's, is another function of its weights than `theirs`, the checkpoint's: a line each.
+
+    Effective values are compared: a head_dim that is left out is hidden_size / num_attention_heads, muP counts by its
+    factor on the logits alone (its learning rates are the run file's), a vocabulary that is not known is any. Initial
+    deviations change nothing that is loaded. Adapters that are ours alone are new; theirs are part of the function.
+    """
+    mine, other = _function(ours), _function(theirs)
+    return [
+        f"{LABELS.get(name, f'model.{name}')} is {mine[name]!r} in the run file and {other[name]!r} in the checkpoint"
+        for name in mine
+        if not _same(name, mine[name], other[name])
+    ]
+
+
+def laid_over(given: ModelConfig, found: ModelConfig) -> tuple[ModelConfig, list[str]]:
+    """`found`, a checkpoint's model, with what a run file states otherwise; and where that changes its function.
+
+    A field of `given` at its default states nothing.
+    """
+    default = ModelConfig()
+    names = [field.name for field in fields(ModelConfig) if field.name != "from_checkpoint"]
+    stated = {name: getattr(given, name) for name in names if getattr(given, name) != getattr(default, name)}
+    model = replace(found, **stated)
+    return model, differences(model, found)
+
+
+def _function(model: ModelConfig) -> Mapping[str, Any]:
+    """All that the function of a model with given weights follows from, by the fields of the run file."""
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.query_groups,
+        "head_dim": model.kv_channels,
+        "vocab_size": model.vocab_size,
+        "normalization": model.normalization,
+        "activation": model.activation,
+        "bias": model.bias,
+        "position": model.position,
+        "norm_epsilon": model.norm_epsilon,
+        "rope_theta": model.rope_theta,
+        "xpos_scale_base": model.xpos_scale_base if model.position == "xpos" else None,
+        "input_mult": model.input_mult,
+        "output_mult": model.logit_multiplier,
+        "lora": _adapters(model.lora),
+    }
+
+
+def _adapters(lora: LoraConfig | None) -> dict[str, Any] | None:
+    return asdict(replace(lora, targets=sorted(lora.targets))) if lora else None
+
+
+def _same(name: str, ours: Any, theirs: Any) -> bool:
+    if name == "lora" and theirs is None:
+        return True
+    if name in ("vocab_size", "xpos_scale_base") and None in (ours, theirs):
+        return True
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return math.isclose(ours, theirs, rel_tol=CLOSE)
+    return bool(ours == theirs)
