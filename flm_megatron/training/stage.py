@@ -32,7 +32,7 @@ from flm_megatron.optim.learning_rate import learning_rate, set_learning_rates
 from flm_megatron.training.flops import training_flops_per_token
 from flm_megatron.training.layer_norms import layer_norms
 from flm_megatron.training.metrics import MetricsLog, StepMetrics
-from flm_megatron.training.parallel import is_main_rank, layout
+from flm_megatron.training.parallel import Layouts, is_main_rank
 from flm_megatron.training.replicas import check_replicas
 from flm_megatron.training.signals import StopRequest, stop_on_signal
 from flm_megatron.training.spikes import SpikeWatch, joined
@@ -55,13 +55,14 @@ def train_stage(run: RunConfig, start: Start) -> bool:
     for stage in run.stages:
         fp8.require(stage)
     try:
-        beginning = begin(run, start)
-        with layout(beginning.stage.parallel, run.distributed.timeout_s), stop_on_signal() as stop:
-            trainer = StageTrainer(run, start, beginning)
-            try:
-                return trainer.train(stop)
-            finally:
-                trainer.close()
+        with Layouts(run.distributed.timeout_s) as under:
+            beginning = begin(run, start, under)
+            with under(beginning.stage.parallel), stop_on_signal() as stop:
+                trainer = StageTrainer(run, start, beginning)
+                try:
+                    return trainer.train(stop)
+                finally:
+                    trainer.close()
     except DamagedError as error:
         checkpoint_store(run).note_damage(error)
         raise
