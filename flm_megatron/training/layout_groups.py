@@ -50,7 +50,7 @@ class LayoutGroups:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """While the block runs, `torch.distributed.new_group` is this one."""
-        dist.new_group = self.new_group
+        dist.new_group = self.new_group  # type: ignore[assignment]
         try:
             yield
         finally:
