@@ -21,7 +21,7 @@ from flm_megatron.growth.measure import boundary_certificate, boundary_distances
 from flm_megatron.growth.plan import GrowthPlan, grown_model
 from flm_megatron.training.first_view import first_view
 
-MADE = ("checkpoints", "metrics.jsonl", "log.txt", "tensorboard")
+MADE = ("checkpoints", "metrics.jsonl", "log.txt", "goodput.jsonl", "tensorboard")
 """What a run makes in its output folder and goes on with."""
 
 
