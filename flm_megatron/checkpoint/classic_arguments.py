@@ -7,6 +7,7 @@ from typing import Any
 
 from flm_megatron.config.schema import ModelConfig, MupConfig, ParallelConfig
 from flm_megatron.errors import RequestError
+from flm_megatron.model.limits import check_limits
 from flm_megatron.model.split import VOCABULARY_MULTIPLE, padded_vocab_size
 
 
@@ -28,8 +29,10 @@ def model_from_arguments(arguments: Any, where: str, vocab_size: int | None = No
             " --vocab-size"
         )
     try:
-        return _model(known, int(true_vocab))
-    except (KeyError, TypeError, ValueError) as error:
+        return check_limits(_model(known, int(true_vocab)), where)
+    except RequestError:
+        raise
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         reason = " ".join(repr(error).split())
         raise RequestError(f"{where}: its arguments do not describe a decoder: {reason:.200}") from error
 
