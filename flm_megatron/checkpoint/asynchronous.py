@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ _groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictio
 
 
 class SaveHandle:
-    """A checkpoint being written by all processes. With `background`, `rectangles` must own their memory."""
+    """A checkpoint being written by all processes. With `written` it is written in the background, so the rectangles
+    must own their memory, and `written()` is called when that is no longer needed."""
 
     def __init__(
         self,
@@ -29,7 +30,7 @@ class SaveHandle:
         shards: Mapping[str, list[Rectangle]],
         manifest: dict[str, Any],
         group: dist.ProcessGroup | None,
-        background: bool,
+        written: Callable[[], None] | None = None,
     ) -> None:
         self.path = path
         self._manifest: dict[str, Any] | None = None
@@ -37,8 +38,8 @@ class SaveHandle:
         self._thread: threading.Thread | None = None
 
         arguments = (path, tensors, shards, manifest, group)
-        if background:
-            self._thread = threading.Thread(target=self._write, args=arguments, name=f"save {path.name}")
+        if written is not None:
+            self._thread = threading.Thread(target=self._write, args=(written, *arguments), name=f"save {path.name}")
             self._thread.start()
         else:
             self._manifest = write_checkpoint(*arguments)
@@ -60,11 +61,13 @@ class SaveHandle:
         assert self._manifest is not None, "a save that did not fail has a manifest"
         return self._manifest
 
-    def _write(self, *arguments: Any) -> None:
+    def _write(self, written: Callable[[], None], *arguments: Any) -> None:
         try:
             self._manifest = write_checkpoint(*arguments)
         except BaseException as error:  # handed to whoever waits
             self._error = error
+        finally:
+            written()
 
 
 def writing_group() -> dist.ProcessGroup | None:

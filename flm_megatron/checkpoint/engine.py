@@ -24,6 +24,7 @@ from flm_megatron.checkpoint.placement import Placement, placements
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.shard_file import PIECE_BYTES, Rectangle
 from flm_megatron.checkpoint.shared_reading import PART_BYTES, Part, fill_shared
+from flm_megatron.checkpoint.snapshot import Stored, give_back, placed, snapshot, take_buffer
 from flm_megatron.checkpoint.writer import LARGEST_CHUNK, chunk_size
 from flm_megatron.errors import RequestError
 
@@ -93,17 +94,24 @@ def save_state(
     Raises:
         RequestError: (without `asynchronous`) the destination exists or cannot be written.
     """
-    finish_gathering(chunks)
     group = writing_group()
     rank = dist.get_rank() if dist.is_initialized() else 0
+    tensors, stored = stored_state(chunks, optimizer)
+    buffer = take_buffer(placed(stored)[1]) if asynchronous else None
+    if buffer is not None:
+        stored = snapshot(stored, buffer)
+    found = [Rectangle(name, region, _getter(region, tensor)) for name, region, tensor in stored]
+    shards = {f"__{rank}_0.distcp": found}
+    return SaveHandle(Path(path), tensors, shards, manifest, group, partial(give_back, buffer) if buffer else None)
+
+
+def stored_state(chunks: list[torch.nn.Module], optimizer: Any) -> tuple[dict[str, TensorInfo], list[Stored]]:
+    """The tensors of a checkpoint of the model and (unless none) its optimizer that are held here at least in part, and
+    what of them this process stores: views of the training's own memory. All ranks must call."""
+    finish_gathering(chunks)
     parts = placements(chunks)
     pieces = [*_weight_pieces(parts), *(_optimizer_pieces(optimizer, parts) if optimizer is not None else ())]
-    tensors = {piece.name: piece.info for piece in pieces}
-    stored = list(_own_share(pieces))
-    if asynchronous:
-        stored = [(name, region, tensor.detach().to("cpu", copy=True)) for name, region, tensor in stored]
-    found = [Rectangle(name, region, _getter(region, tensor)) for name, region, tensor in stored]
-    return SaveHandle(Path(path), tensors, {f"__{rank}_0.distcp": found}, manifest, group, asynchronous)
+    return {piece.name: piece.info for piece in pieces}, list(_own_share(pieces))
 
 
 def finish_gathering(chunks: list[Any]) -> None:
@@ -207,7 +215,7 @@ def _check_shape(view: LogicalCheckpoint, placement: Placement) -> None:
         )
 
 
-def _own_share(pieces: list[Piece]) -> Iterator[tuple[str, Region, torch.Tensor]]:
+def _own_share(pieces: list[Piece]) -> Iterator[Stored]:
     """What this process stores: its own pieces, and its part of those that its data-parallel peers hold as well."""
     from megatron.core import parallel_state
 

@@ -81,12 +81,10 @@ class StoredArray:
 
         (Blocks with checksums are read whole: there is nothing to be saved by passing over parts of them.)
         """
-        start, end = _start(region, self.shape), _end(region, self.shape)
+        start, end = span(region, self.shape)
         if self.checked is None and end - start > DENSE * region.numel:
             return self._read_mapped(fd, region)
-        run = self._read_run(fd, start, torch.empty(end - start, dtype=self.dtype))
-        strides = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
-        return run.as_strided(region.sizes, strides).contiguous()
+        return out_of_run(self._read_run(fd, start, torch.empty(end - start, dtype=self.dtype)), region, self.shape)
 
     def _read_mapped(self, fd: int, region: Region) -> torch.Tensor:
         """Map the file for the time of the copy: only the pages that hold the region are touched."""
@@ -112,6 +110,17 @@ def is_contiguous(region: Region, shape: tuple[int, ...]) -> bool:
     """Whether `region` is one run of a row-major array of `shape`."""
     axis = next((i for i, n in enumerate(region.sizes) if n != 1), len(shape))
     return region.sizes[axis + 1 :] == tuple(shape[axis + 1 :])
+
+
+def span(region: Region, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Index of the first value of a region of a row-major array of `shape`, and one beyond its last."""
+    return _start(region, shape), _end(region, shape)
+
+
+def out_of_run(run: torch.Tensor, region: Region, shape: tuple[int, ...]) -> torch.Tensor:
+    """The region, from all values that lie in its `span`."""
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return run.as_strided(region.sizes, strides).contiguous()
 
 
 def _end(region: Region, shape: tuple[int, ...]) -> int:

@@ -196,11 +196,21 @@ def intervals_are_counts(run: RunConfig) -> list[str]:
         "distributed.timeout_s": (run.distributed.timeout_s, 1, LARGEST_TIMEOUT_S),
         "distributed.processes": (run.distributed.processes, 1, LARGEST_WORLD),
     }
+    if run.checkpoint.memory is not None:
+        values["checkpoint.memory.interval_steps"] = (run.checkpoint.memory.interval_steps, 1, LARGEST_COUNT)
     for index, stage in enumerate(run.stages):
         values[f"stages.{index}.validation.interval_steps"] = (stage.validation.interval_steps, 0, LARGEST_COUNT)
         values[f"stages.{index}.validation.samples"] = (stage.validation.samples, 0, LARGEST_COUNT)
         values[f"stages.{index}.trainable_seed"] = (stage.trainable_seed, -SEEDS, SEEDS - 1)
     return out_of_range(values)
+
+
+def memory_budget_is_positive(run: RunConfig) -> list[str]:
+    """Copies in memory take some."""
+    budget = run.checkpoint.memory.budget_gib if run.checkpoint.memory else None
+    if budget is not None and budget <= 0:
+        return [f"checkpoint.memory.budget_gib is {budget:g}, give a number above 0, or leave it out"]
+    return []
 
 
 def growth_measures_are_counts(run: RunConfig) -> list[str]:
@@ -247,6 +257,7 @@ RUN_RULES = (
     validation_names_are_unique,
     z_loss_has_logits,
     intervals_are_counts,
+    memory_budget_is_positive,
     growth_measures_are_counts,
     passes_are_bounded,
 )

@@ -364,6 +364,16 @@ class DataConfig:
 
 
 @dataclass(config=SETTINGS)
+class MemoryConfig:
+    """Copies of the state in the memory of hosts, under a launcher that starts ranks again."""
+
+    interval_steps: int = 10
+    """Steps between copies: at most so many are done again after the loss of a host."""
+    budget_gib: float | None = None
+    """Host memory that the copies of one host may take; none means nine tenths of what is free."""
+
+
+@dataclass(config=SETTINGS)
 class CheckpointConfig:
     """Saving."""
 
@@ -375,6 +385,9 @@ class CheckpointConfig:
     """Also keep checkpoints at multiples of this; 0 keeps none."""
     asynchronous: bool = False
     """Write in the background from a copy, while training goes on."""
+    memory: MemoryConfig | None = None
+    """Also keep each rank's state in its host's memory and in that of a neighbour, to go on from there when a host or a
+    rank is lost."""
     initial: str | None = None
     """Checkpoint (ours or a Hugging Face folder) whose weights the first stage starts from."""
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from flm_megatron.errors import RequestError
 
 if TYPE_CHECKING:
+    import mmap
+
     import torch
 
 ENGINE_VERSION = "0.16.1"
@@ -48,6 +50,14 @@ class Device(ABC):
     @abstractmethod
     def synchronize(self) -> None:
         """Wait until all queued work is done."""
+
+    @abstractmethod
+    def pin(self, memory: mmap.mmap) -> None:
+        """Make copies from the device into this host memory as fast as they can be, until `unpin`."""
+
+    @abstractmethod
+    def unpin(self, memory: mmap.mmap) -> None:
+        """Undo `pin`."""
 
     @abstractmethod
     def peak_memory_gib(self) -> float:

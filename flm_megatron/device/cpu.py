@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import platform
 import re
 import resource
@@ -56,6 +57,12 @@ class CpuDevice(Device):
 
     def synchronize(self) -> None:
         """Nothing is queued on a CPU."""
+
+    def pin(self, memory: mmap.mmap) -> None:
+        """All memory is the CPU's own."""
+
+    def unpin(self, memory: mmap.mmap) -> None:
+        """Nothing was done."""
 
     def peak_memory_gib(self) -> float:
         """Largest resident set of this process, in GiB."""

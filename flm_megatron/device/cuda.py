@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from typing import Any
 
@@ -59,6 +60,14 @@ class CudaDevice(Device):
         """Wait for the GPU's queues."""
         torch.cuda.synchronize(self.torch_device)
 
+    def pin(self, memory: mmap.mmap) -> None:
+        """Register the pages with the driver, which otherwise copies through a small buffer of its own."""
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(_address(memory), len(memory), 0))
+
+    def unpin(self, memory: mmap.mmap) -> None:
+        """Take them from the driver before they are unmapped."""
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(_address(memory)))
+
     def peak_memory_gib(self) -> float:
         """Largest memory that torch's allocator has held, in GiB."""
         return torch.cuda.max_memory_allocated(self.torch_device) / GIB
@@ -70,3 +79,7 @@ class CudaDevice(Device):
     def hardware_name(self) -> str:
         """The driver's name of the GPU, such as `NVIDIA H100 80GB HBM3`."""
         return torch.cuda.get_device_name(self.torch_device)
+
+
+def _address(memory: mmap.mmap) -> int:
+    return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()

@@ -49,6 +49,7 @@ def train(run: RunConfig, only: str | None = None, anew: bool = False) -> int:
 
 def _train_locally(run: RunConfig, only: str | None, anew: bool) -> int:
     """Start fresh processes for one stage after another, as many as its layout needs."""
+    from flm_megatron.training.memory_copies import NOT_USED
     from flm_megatron.training.run_lease import run_lease
     from flm_megatron.training.start import set_aside
 
@@ -58,6 +59,8 @@ def _train_locally(run: RunConfig, only: str | None, anew: bool) -> int:
         if anew:
             set_aside(run)
         write_run_file(run)
+        if run.checkpoint.memory is not None:
+            print(NOT_USED, flush=True)
         return _train_what_is_left(run, only)
 
 
@@ -68,7 +71,7 @@ def _train_what_is_left(run: RunConfig, only: str | None) -> int:
     while (start := find_start(run, only)) is not None:
         size = local_processes(run, run.stages[start.stage])
         try:
-            status = run_processes(size, _train_child, (run_to_dict(run), start), run.distributed.timeout_s)
+            status = run_processes(size, _train_child, (run_to_dict(run), start))
         except DamagedError as error:
             if find_start(run, only) == start:  # it is not of a checkpoint that can be passed over
                 raise
@@ -85,13 +88,14 @@ def _train_as_rank(run: RunConfig, only: str | None) -> int:
 
     from flm_megatron.training.elastic import leave_word
     from flm_megatron.training.heartbeat import heartbeat
+    from flm_megatron.training.memory_copies import memory_copies
     from flm_megatron.training.parallel import is_main_rank, world
     from flm_megatron.training.run_lease import run_lease
     from flm_megatron.training.stage import train_stage
     from flm_megatron.training.start import find_start
 
     check(run, int(os.environ["WORLD_SIZE"]), stages=[only] if only else None)
-    with world(run.distributed), heartbeat(run.distributed.timeout_s), run_lease(run):
+    with world(run.distributed), heartbeat(run.distributed.timeout_s), run_lease(run), memory_copies(run) as copies:
         if is_main_rank():
             write_run_file(run)
         while True:
@@ -99,7 +103,8 @@ def _train_as_rank(run: RunConfig, only: str | None) -> int:
             dist.broadcast_object_list(agreed)
             if agreed[0] is None:
                 return FINISHED
-            if not train_stage(run, agreed[0]):
+            start = copies.newer(agreed[0], only) if copies else agreed[0]
+            if not train_stage(run, start, copies):
                 leave_word("stopped by a signal after saving", STOPPED)
                 return STOPPED
 

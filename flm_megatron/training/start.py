@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,21 @@ from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.boundary import grown_view, resumed_plan
 from flm_megatron.growth.certificate import Certificate
-from flm_megatron.growth.forward import Layout
 from flm_megatron.growth.measure import boundary_certificate, boundary_distances
 from flm_megatron.growth.plan import GrowthPlan, grown_model
 from flm_megatron.training.first_view import first_view
+from flm_megatron.training.parallel import layout
 
-MADE = ("checkpoints", "metrics.jsonl", "log.txt", "goodput.jsonl", "tensorboard")
+MADE = ("checkpoints", "metrics.jsonl", "log.txt", "tensorboard")
 """What a run makes in its output folder and goes on with."""
 
 
 @dataclass(frozen=True)
 class Start:
     """The next stage to train, of which `step` steps are done. `source` is read first: the stage's own checkpoint if
-    it `resumes`, else the last of the stage before, or what the first stage starts from; none means fresh weights.
-    `passed_over` says why each newer checkpoint was not taken, `taken` which names the stage's checkpoints bear."""
+    it `resumes`, else the last of the stage before, or what the first stage starts from; none means fresh weights, or
+    copies in memory if it `resumes`. `passed_over` says why each newer checkpoint was not taken, `taken` which names
+    the stage's checkpoints bear."""
 
     stage: int
     step: int
@@ -107,10 +109,11 @@ class Beginning:
     certificate: Certificate | None = None
 
 
-def begin(run: RunConfig, start: Start, under: Layout) -> Beginning:
-    """What `start` begins with; where it grows, layer distances and the certificate are measured first.
+def begin(run: RunConfig, start: Start, in_memory: LogicalCheckpoint | None = None) -> Beginning:
+    """What `start` begins with (`in_memory` if given); where it grows, layer distances and the certificate are measured
+    first.
 
-    Runs on all processes of the world, outside any layout; `under` makes the layouts of what is measured.
+    Runs on all processes of the world, outside any layout.
 
     Raises:
         RequestError: the checkpoint is of another model or another growth than the run file asks for.
@@ -119,16 +122,21 @@ def begin(run: RunConfig, start: Start, under: Layout) -> Beginning:
     stage = run.stages[start.stage]
     if start.stage == 0 and not start.resumes:
         return Beginning(stage, first_view(run, stage.model, start.source))
-    assert start.source is not None
-    source = open_checkpoint(start.source)
+    source = in_memory or open_checkpoint(_saved(start))
     if start.resumes:
         plan = resumed_plan(run, start.stage, source.manifest)
         return Beginning(_resumed_stage(stage, source.manifest, plan), source, plan)
     if run.data.chat is not None:  # stages of a fine-tuning share one model
         return Beginning(stage, source)
+    under = partial(layout, timeout_s=run.distributed.timeout_s)
     view, plan = grown_view(source, run, start.stage, boundary_distances(source, run, start.stage, under))
     certificate = boundary_certificate(view, run, start.stage, under)
     return Beginning(replace(stage, model=grown_model(plan)), view, plan, certificate)
+
+
+def _saved(start: Start) -> Path:
+    assert start.source is not None, "only the first stage starts from nothing"
+    return start.source
 
 
 def _resumed_stage(stage: StageConfig, saved: dict[str, Any], plan: GrowthPlan | None) -> StageConfig:

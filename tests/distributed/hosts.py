@@ -133,10 +133,19 @@ def _ip(*words: str) -> None:
 
 
 def start_job(
-    machines: list[Host], command: list[str], folder: Path, ranks: int = 1, restarts: int = 0, **environment: str
+    machines: list[Host],
+    command: list[str],
+    folder: Path,
+    ranks: int = 1,
+    restarts: int = 0,
+    nodes: str = "",
+    **environment: str,
 ) -> list[subprocess.Popen[str]]:
-    """Start `flm COMMAND` on all hosts by elastic torchrun, `ranks` on each; logs are `folder`/HOST.log."""
-    return [start_agent(machines, host, command, folder, ranks, restarts, **environment) for host in machines]
+    """Start `flm COMMAND` on all hosts by elastic torchrun, `ranks` on each; logs are `folder`/HOST.log.
+
+    `nodes` is torchrun's number of hosts, or its range, if it is not that of `machines`.
+    """
+    return [start_agent(machines, host, command, folder, ranks, restarts, nodes, **environment) for host in machines]
 
 
 def start_agent(
@@ -146,11 +155,19 @@ def start_agent(
     folder: Path,
     ranks: int = 1,
     restarts: int = 0,
+    nodes: str = "",
     **environment: str,
 ) -> subprocess.Popen[str]:
     """Start one host's part of a job."""
     torchrun = [sys.executable, "-m", "flm_megatron.training.elastic"]
-    torchrun += ["--nnodes", str(len(machines)), "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
+    torchrun += [
+        "--nnodes",
+        nodes or str(len(machines)),
+        "--nproc-per-node",
+        str(ranks),
+        "--max-restarts",
+        str(restarts),
+    ]
     torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{machines[0].address}:{PORT}", "--rdzv-id", "job"]
     torchrun += ["--local-addr", host.address, "-m", "flm_megatron.cli.main"]
     return host.start([*torchrun, *command], folder / f"{host.name}.log", **environment)

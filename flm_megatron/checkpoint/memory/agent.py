@@ -1,0 +1,277 @@
+"""The host agent: one process per host that holds copies of the training state and outlives the ranks.
+
+The first rank of a host starts it (`start_agent`). Ranks of its own host talk to it through a Unix socket in Linux's
+abstract name space, which no file names and only the same user may use; agents and ranks of other hosts through TCP,
+with a token. It ends when it is told to, when the launcher that started the ranks is gone, or when nobody has spoken
+to it for IDLE_S. Its memory is anonymous and goes with it, even when it is killed.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import select
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from flm_megatron.checkpoint.memory.blobs import NONE, Blob, Blobs, Generation
+from flm_megatron.checkpoint.memory.client import Endpoint, RemoteAgent
+from flm_megatron.checkpoint.memory.wire import (
+    BLOCK,
+    SILENCE_S,
+    checksums,
+    demand_proof,
+    receive_data,
+    receive_header,
+    send_data,
+    send_header,
+)
+from flm_megatron.errors import FlmError
+
+IDLE_S = 2 * 3600.0
+TICK_S = 0.1
+CONNECTIONS = 1024
+"""At the same time; more are closed at once."""
+Message = dict[str, Any]
+
+
+class Agent:
+    """Serves the blobs of one host on two listening sockets until `serve` ends."""
+
+    def __init__(self, local: socket.socket, network: socket.socket, launcher: int | None, idle_s: float) -> None:
+        """`launcher` is a descriptor (pidfd) that becomes readable when the launcher is gone."""
+        self.listeners = {local.fileno(): (local, _Local), network.fileno(): (network, _Remote)}
+        self.launcher, self.idle_s = launcher, idle_s
+        self.address, self.port = network.getsockname()[:2]
+        self.token = secrets.token_bytes(32)
+        self.blobs = Blobs()
+        self.stopped = threading.Event()
+        self.spoken = time.monotonic()
+        self.conversations = 0
+        self.copying: dict[int, str] = {}
+        """How the newest copy of each own rank at the peer stands: empty while it is under way, `whole`, or why not."""
+        self.lock = threading.Lock()
+
+    def serve(self) -> None:
+        """Answer until the end."""
+        poll = select.poll()
+        for descriptor in (*self.listeners, *(() if self.launcher is None else (self.launcher,))):
+            poll.register(descriptor, select.POLLIN)
+        while not self.stopped.is_set() and self._idle_s() < self.idle_s:
+            for descriptor, _ in poll.poll(1000 * TICK_S):
+                if descriptor == self.launcher:
+                    return
+                self._accept(*self.listeners[descriptor])
+
+    def _idle_s(self) -> float:
+        """Seconds since somebody was connected."""
+        return 0.0 if self.conversations else time.monotonic() - self.spoken
+
+    def _accept(self, listener: socket.socket, kind: Callable[[Agent, socket.socket], _Conversation]) -> None:
+        with suppress(OSError):
+            connection, _ = listener.accept()
+            if self.stopped.is_set() or self.conversations >= CONNECTIONS:
+                connection.close()
+                return
+            with self.lock:
+                self.conversations += 1
+            threading.Thread(target=self._converse, args=(kind, connection), daemon=True).start()
+
+    def _converse(self, kind: Callable[[Agent, socket.socket], _Conversation], connection: socket.socket) -> None:
+        try:
+            with connection:
+                kind(self, connection).run()
+        finally:
+            with self.lock:
+                self.conversations -= 1
+                self.spoken = time.monotonic()
+
+    def copy_to_peer(self, blob: Blob, header: Message, keep: Generation, peer: Endpoint | None) -> None:
+        """List an own blob, and have the peer hold it too; `copying` says how it went."""
+        try:
+            self.blobs.finish(blob, header, checksums(blob.data))
+            if peer is not None:
+                with RemoteAgent(peer) as remote:
+                    remote.store(blob, keep)
+            outcome = "whole"
+        except (FlmError, OSError) as error:
+            outcome = f"{peer.host if peer else 'this host'}: {error}"
+        self.copying[blob.rank] = outcome
+
+
+class _Conversation:
+    """One connection: requests and answers until the other side ends it."""
+
+    def __init__(self, agent: Agent, connection: socket.socket) -> None:
+        self.agent, self.blobs, self.connection = agent, agent.blobs, connection
+        # Of a host that was cut off nothing is heard, not even the end of its connections.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    def run(self) -> None:
+        """Until the connection ends; what is not understood ends it."""
+        with suppress(OSError, FlmError):
+            self.connection.settimeout(SILENCE_S)
+            self.greet()
+            while True:
+                self.connection.settimeout(None)  # until the next refresh
+                request = receive_header(self.connection)
+                self.connection.settimeout(SILENCE_S)
+                self._answer(request)
+        self.ended()
+
+    def greet(self) -> None:
+        """Find out whether the other side may talk to us; raises FlmError if not."""
+        raise NotImplementedError
+
+    def ended(self) -> None:
+        """The connection has ended."""
+
+    def _answer(self, request: Message) -> None:
+        work = getattr(self, f"do_{request.get('do')}", None)
+        try:
+            if work is None:
+                raise FlmError(f"there is no request {request.get('do')!r}")
+            work(request)
+        except FlmError as error:
+            send_header(self.connection, {"error": str(error)})
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise FlmError(f"a request is not complete: {error}") from error
+
+    def do_list(self, request: Message) -> None:
+        """All blobs, without what they hold; with `check` only those whose checksums are right."""
+        blobs = self.blobs.checked() if request.get("check") else self.blobs.whole()
+        keys = ("world", "stage", "step")
+        listed = [
+            {"generation": b.generation, "rank": b.rank, "own": b.own, **{key: b.header.get(key) for key in keys}}
+            for b in blobs
+        ]
+        send_header(self.connection, {"blobs": listed, "newest": self.blobs.newest, "held": self.blobs.held})
+
+    def do_describe(self, request: Message) -> None:
+        """The headers of all blobs of a generation."""
+        wanted = _generation(request["generation"])
+        found = [(b.rank, b.header) for b in self.blobs.whole() if b.generation == wanted]
+        send_header(self.connection, {"headers": found})
+
+
+class _Local(_Conversation):
+    """A rank of this host."""
+
+    def __init__(self, agent: Agent, connection: socket.socket) -> None:
+        super().__init__(agent, connection)
+        self.filling: Blob | None = None
+        self.keep = NONE
+
+    def greet(self) -> None:
+        """The same user, as the kernel says."""
+        raw = self.connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        if struct.unpack("3i", raw)[1] != os.getuid():
+            raise FlmError("another user was refused")
+
+    def ended(self) -> None:
+        """What a rank was filling when it died is worth nothing."""
+        if self.filling is not None:
+            self.blobs.abandon(self.filling)
+
+    def do_who(self, request: Message) -> None:
+        """Where this agent is reached from other hosts."""
+        agent = self.agent
+        send_header(self.connection, {"address": agent.address, "port": agent.port, "token": agent.token.hex()})
+
+    def do_reserve(self, request: Message) -> None:
+        """Set the budget, and have the memory for blobs of these sizes."""
+        self.blobs.budget = int(request["budget"])
+        self.blobs.reserve([int(size) for size in request["sizes"]])
+        send_header(self.connection, {"held": self.blobs.held})
+
+    def do_begin(self, request: Message) -> None:
+        """Memory for a rank's part of a new generation, as a descriptor."""
+        if self.filling is not None:
+            self.blobs.abandon(self.filling)
+            self.filling = None
+        self.keep = _generation(request["keep"])
+        generation, rank = _generation(request["generation"]), int(request["rank"])
+        blob = self.blobs.begin(generation, self.keep, rank, True, int(request["nbytes"]))
+        self.filling = blob
+        send_header(self.connection, {"buffer": blob.buffer.number, "live": self.blobs.live()})
+        socket.send_fds(self.connection, [b"\0"], [blob.buffer.fd])
+
+    def do_commit(self, request: Message) -> None:
+        """What was begun is filled: list it and copy it to the peer, in the background."""
+        if self.filling is None:
+            raise FlmError("nothing was begun")
+        blob, self.filling = self.filling, None
+        peer = Endpoint.from_json(request["peer"]) if request["peer"] else None
+        self.agent.copying[blob.rank] = ""
+        work = (blob, request["header"], self.keep, peer)
+        threading.Thread(target=self.agent.copy_to_peer, args=work, daemon=True).start()
+        send_header(self.connection, {})
+
+    def do_state(self, request: Message) -> None:
+        """How the newest copy of a rank stands."""
+        send_header(self.connection, {"copy": self.agent.copying.get(int(request["rank"]), "whole")})
+
+    def do_open(self, request: Message) -> None:
+        """A listed blob's memory, as a descriptor."""
+        blob = self.blobs.find(_generation(request["generation"]), int(request["rank"]))
+        send_header(self.connection, {})
+        socket.send_fds(self.connection, [b"\0"], [blob.buffer.fd])
+
+    def do_stop(self, request: Message) -> None:
+        """The job is done."""
+        self.agent.stopped.set()
+        send_header(self.connection, {})
+
+
+class _Remote(_Conversation):
+    """A rank or an agent of another host."""
+
+    def greet(self) -> None:
+        """It knows the token."""
+        demand_proof(self.connection, self.agent.token)
+
+    def do_store(self, request: Message) -> None:
+        """Hold a copy of another host's blob, which follows."""
+        generation, rank, nbytes = _generation(request["generation"]), int(request["rank"]), int(request["nbytes"])
+        blob = self.blobs.begin(generation, _generation(request["keep"]), rank, False, nbytes)
+        try:
+            send_header(self.connection, {})
+            crcs = receive_data(self.connection, blob.data)
+        except BaseException:
+            self.blobs.abandon(blob)
+            raise
+        self.blobs.finish(blob, request["header"], crcs)
+        send_header(self.connection, {})
+
+    def do_read(self, request: Message) -> None:
+        """Whole blocks of a blob."""
+        blob = self.blobs.find(_generation(request["generation"]), int(request["rank"]))
+        first, count = int(request["first"]), int(request["count"])
+        if not 0 <= first < first + count <= len(blob.crcs):
+            raise FlmError(f"blocks {first} to {first + count} of a blob of {len(blob.crcs)} were asked for")
+        data = blob.data[first * BLOCK : (first + count) * BLOCK]
+        send_header(self.connection, {"nbytes": data.nbytes})
+        send_data(self.connection, data, blob.crcs[first : first + count])
+
+
+def _generation(value: Any) -> Generation:
+    start, number = value
+    return Generation(int(start), int(number))
+
+
+def main(arguments: list[str]) -> int:
+    """`LOCAL NETWORK LAUNCHER IDLE_S`: two listening sockets and a pidfd, by number, that were handed over."""
+    local, network, launcher = map(int, arguments[:3])
+    listeners = [socket.socket(fileno=descriptor) for descriptor in (local, network)]
+    Agent(listeners[0], listeners[1], None if launcher < 0 else launcher, float(arguments[3])).serve()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

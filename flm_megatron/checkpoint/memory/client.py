@@ -1,0 +1,168 @@
+"""Talking to host agents: to this host's through its Unix socket, to others over TCP."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from flm_megatron.checkpoint.memory.wire import (
+    BLOCK,
+    SILENCE_S,
+    give_proof,
+    receive_data,
+    receive_header,
+    send_data,
+    send_header,
+)
+from flm_megatron.errors import FlmError
+
+if TYPE_CHECKING:
+    from flm_megatron.checkpoint.memory.blobs import Blob, Generation
+
+CONNECT_S = 10.0
+RESERVE_S = 1800.0
+"""Untouched pages come at a few GiB a second at best."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where the agent of a host is reached, and the token that it asks for."""
+
+    host: str
+    address: str
+    port: int
+    token: str
+
+    def to_json(self) -> list[str | int]:
+        """As plain data."""
+        return [self.host, self.address, self.port, self.token]
+
+    @classmethod
+    def from_json(cls, data: list[Any]) -> Endpoint:
+        """Back from plain data."""
+        host, address, port, token = data
+        return cls(str(host), str(address), int(port), str(token))
+
+
+class _Connection:
+    """Requests to an agent, one after the other."""
+
+    def __init__(self, connection: socket.socket, name: str) -> None:
+        self.socket, self.name = connection, name
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the connection."""
+        self.socket.close()
+
+    def ask(self, do: str, **values: Any) -> dict[str, Any]:
+        """Send a request; returns the answer. Raises FlmError with what the agent objects to, or OSError."""
+        send_header(self.socket, {"do": do, **values})
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        """The next answer; raises as `ask`."""
+        answer = receive_header(self.socket)
+        if "error" in answer:
+            raise FlmError(f"{self.name}: {answer['error']}")
+        return answer
+
+
+class RemoteAgent(_Connection):
+    """An agent over TCP."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        """Raises OSError where it cannot be reached, FlmError where it does not take the token."""
+        connection = socket.create_connection((endpoint.address, endpoint.port), CONNECT_S)
+        super().__init__(connection, f"agent of {endpoint.host}")
+        try:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.settimeout(SILENCE_S)
+            give_proof(connection, bytes.fromhex(endpoint.token))
+        except BaseException:
+            connection.close()
+            raise
+
+    def store(self, blob: Blob, keep: Generation) -> None:
+        """Have it hold a copy of a listed blob; returns when the copy is whole and checked there."""
+        values = {"generation": blob.generation, "keep": keep, "rank": blob.rank, "nbytes": blob.nbytes}
+        self.ask("store", **values, header=blob.header)
+        send_data(self.socket, blob.data, blob.crcs)
+        self.answer()
+
+    def read(self, generation: Generation, rank: int, start: int, end: int) -> memoryview:
+        """Bytes `start` to `end` of a blob. Raises DamagedError where they have changed, FlmError, or OSError."""
+        first, last = start // BLOCK, -(-end // BLOCK)
+        answer = self.ask("read", generation=generation, rank=rank, first=first, count=last - first)
+        nbytes = int(answer["nbytes"])
+        if not end - first * BLOCK <= nbytes <= (last - first) * BLOCK:
+            raise FlmError(f"{self.name} sent {nbytes} bytes where {end - start} were asked for")
+        data = memoryview(bytearray(nbytes))
+        receive_data(self.socket, data)
+        return data[start - first * BLOCK : end - first * BLOCK]
+
+
+class LocalAgent(_Connection):
+    """The agent of this host."""
+
+    def __init__(self, name: str) -> None:
+        """`name` is that of its socket. Raises OSError where there is none."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        super().__init__(connection, "this host's agent")
+        try:
+            connection.settimeout(SILENCE_S)
+            connection.connect(f"\0{name}")
+        except BaseException:
+            connection.close()
+            raise
+
+    def endpoint(self) -> Endpoint:
+        """Where other hosts reach it."""
+        answer = self.ask("who")
+        return Endpoint(socket.gethostname(), answer["address"], answer["port"], answer["token"])
+
+    def reserve(self, sizes: list[int], budget: int) -> None:
+        """Have it hold memory for blobs of these sizes, all in all no more than `budget` bytes from now on."""
+        self.socket.settimeout(RESERVE_S)
+        self.ask("reserve", sizes=sizes, budget=budget)
+        self.socket.settimeout(SILENCE_S)
+
+    def begin(self, generation: Generation, keep: Generation, rank: int, nbytes: int) -> tuple[int, list[int], int]:
+        """Memory for this rank's part of a generation; all generations but it and `keep` go.
+
+        Returns the memory's number, the numbers of all that is held, and a descriptor, to be closed by the caller.
+        """
+        answer = self.ask("begin", generation=generation, keep=keep, rank=rank, nbytes=nbytes)
+        return answer["buffer"], answer["live"], self._descriptor()
+
+    def commit(self, header: dict[str, Any], peer: Endpoint | None) -> None:
+        """What was begun is filled: list it under this header and copy it to `peer` in the background."""
+        self.ask("commit", header=header, peer=peer.to_json() if peer else None)
+
+    def copy_state(self, rank: int) -> str:
+        """How the newest copy of a rank stands: empty while it is under way, `whole`, or why there is none."""
+        return str(self.ask("state", rank=rank)["copy"])
+
+    def stop(self) -> None:
+        """Have it end."""
+        self.ask("stop")
+
+    def open(self, generation: Generation, rank: int) -> int:
+        """A descriptor of a listed blob's memory, to be closed by the caller."""
+        self.ask("open", generation=generation, rank=rank)
+        return self._descriptor()
+
+    def _descriptor(self) -> int:
+        _, descriptors, _, _ = socket.recv_fds(self.socket, 1, 1)
+        if not descriptors:
+            raise FlmError(f"{self.name} sent no memory")
+        return descriptors[0]

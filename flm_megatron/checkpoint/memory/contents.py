@@ -1,0 +1,65 @@
+"""What the bytes of a blob are: its header, as plain JSON, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flm_megatron.checkpoint.logical import Region, TensorInfo
+from flm_megatron.checkpoint.snapshot import Stored, placed
+from flm_megatron.errors import DamagedError
+
+DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A region of a logical tensor that lies in a blob, row-major, from byte `position` on."""
+
+    name: str
+    region: Region
+    position: int
+
+
+def header_of(
+    tensors: Mapping[str, TensorInfo], parts: Sequence[Stored], world: int, manifest: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The header of a blob that holds `parts` as `snapshot` lays them out; `manifest` has `stage` and `step`."""
+    names = {name: number for number, name in enumerate(tensors)}
+    positions, _ = placed(parts)
+    return {
+        "world": world,
+        "stage": manifest["stage"],
+        "step": manifest["step"],
+        "manifest": dict(manifest),
+        "tensors": [[name, str(info.dtype), info.shape] for name, info in tensors.items()],
+        "parts": [
+            [names[name], region.offsets, region.sizes, position]
+            for (name, region, _), position in zip(parts, positions, strict=True)
+        ],
+    }
+
+
+def tensors_of(header: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """The tensors that a header names. Raises DamagedError where it is not one."""
+    try:
+        return {
+            str(name): TensorInfo(tuple(map(int, shape)), DTYPES[dtype]) for name, dtype, shape in header["tensors"]
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedError(f"the description of a copy in memory is not understood: {error}") from error
+
+
+def parts_of(header: Mapping[str, Any]) -> list[Part]:
+    """The parts that a header lists. Raises DamagedError where it is not one."""
+    try:
+        names = [entry[0] for entry in header["tensors"]]
+        return [
+            Part(names[number], Region(tuple(map(int, offsets)), tuple(map(int, sizes))), int(position))
+            for number, offsets, sizes, position in header["parts"]
+        ]
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise DamagedError(f"the description of a copy in memory is not understood: {error}") from error

@@ -1,0 +1,196 @@
+"""The agents of all hosts of a world: started, known to every rank, and asked for what they hold."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from flm_megatron.checkpoint.memory.blobs import NONE, Generation
+from flm_megatron.checkpoint.memory.client import Endpoint, LocalAgent, RemoteAgent
+from flm_megatron.checkpoint.memory.generations import Found, found, neighbour, required
+from flm_megatron.checkpoint.memory.host_memory import available_bytes
+from flm_megatron.checkpoint.memory.starting import agent_name, own_address, start_agent
+from flm_megatron.checkpoint.memory.view import Held, MemoryCheckpoint
+from flm_megatron.checkpoint.processes import describe
+from flm_megatron.errors import ERRORS, FlmError, RequestError
+
+GIB = 2**30
+FREE = 0.1
+"""Share of a host's memory that is left alone where the run file gives no budget."""
+ASKED_AT_ONCE = 32
+START_S = 10.0
+
+
+@dataclass(frozen=True)
+class Search:
+    """What memory offers: a whole generation and its blobs by rank, or none, and a line that says why."""
+
+    newest: Generation
+    generation: Generation | None
+    blobs: dict[int, Held]
+    line: str
+
+
+class Peers:
+    """The world's hosts as this rank sees them. All ranks make one together, and call its methods together.
+
+    Raises:
+        FlmError: (on all ranks) the agent of a host cannot be started or reached.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        places = _gathered((socket.gethostname(), os.getppid()))
+        names = list(dict.fromkeys(name for name, _ in places))
+        self.hosts = [names.index(name) for name, _ in places]
+        self.host = self.hosts[self.rank]
+        self.leads = self.hosts.index(self.host) == self.rank
+        """Whether this rank acts for its host."""
+        launcher = places[self.hosts.index(self.host)][1]
+        endpoints = _together(lambda: _lead(launcher) if self.leads else None)
+        self.endpoints: list[Endpoint] = [endpoint for endpoint in endpoints if endpoint is not None]
+        connected: list[LocalAgent] = []
+        _together(lambda: connected.append(LocalAgent(agent_name(launcher))))
+        self.local = connected[0]
+
+    @property
+    def neighbour(self) -> Endpoint | None:
+        """Where the copies of this host go; none for a single host."""
+        if len(self.endpoints) == 1:
+            return None
+        return self.endpoints[neighbour(self.host, len(self.endpoints))]
+
+    def search(self, wanted: Callable[[str, int], bool]) -> tuple[Search, MemoryCheckpoint | None]:
+        """The newest whole generation for whose stage and step `wanted` holds; all that is held of it is checked.
+
+        Only rank 0's `wanted` counts.
+        """
+        agreed: list[Any] = [self._search(wanted) if self.rank == 0 else None]
+        dist.broadcast_object_list(agreed)
+        result: Search = agreed[0]
+        if result.generation is None:
+            return result, None
+        return result, MemoryCheckpoint(result.generation, result.blobs, self.endpoints, self.local, self.host)
+
+    def reserve(self, nbytes: int, budget_gib: float | None) -> None:
+        """Have every host hold memory for two blobs of each of its ranks, `nbytes` of this one, and of its neighbour's.
+
+        Raises:
+            RequestError: (on all ranks) that is beyond the budget, or beyond what a host has free.
+        """
+        held = self.local.ask("list")["held"] if self.leads else 0
+        offers = _gathered((nbytes, available_bytes() + held if self.leads else 0))
+        kept = required([size for size, _ in offers], self.hosts)
+        for host, sizes in enumerate(kept):
+            free = offers[self.hosts.index(host)][1]
+            _check_budget(self.endpoints[host].host, sum(sizes), free, budget_gib)
+        budget = budget_gib * GIB if budget_gib else (1 - FREE) * offers[self.hosts.index(self.host)][1]
+        _together(lambda: self.local.reserve(kept[self.host], int(budget)) if self.leads else None)
+
+    def stop(self) -> None:
+        """End all agents; one that is gone already has ended."""
+        dist.barrier()
+        with suppress(FlmError, OSError), self.local:
+            if self.leads:
+                self.local.stop()
+
+    def _search(self, wanted: Callable[[str, int], bool]) -> Search:
+        answers = self._ask_all("list")
+        newest = max((Generation(*answer["newest"]) for answer in answers if answer), default=NONE)
+        offered = [entry for entry in _found(answers) if wanted(entry.stage, entry.step)]
+        if not offered:
+            return Search(newest, None, {}, "")
+        checked = {entry.generation: entry for entry in _found(self._ask_all("list", check=True))}
+        for entry in offered:
+            right = checked.get(entry.generation)
+            if right is not None and not right.missing:
+                return self._described(newest, right)
+        return Search(newest, None, {}, _lost(offered[0], checked.get(offered[0].generation)))
+
+    def _described(self, newest: Generation, entry: Found) -> Search:
+        """The search's result for a generation that is whole."""
+        headers: dict[int, dict[str, Any]] = {}
+        for answer in self._ask_all("describe", generation=entry.generation):
+            headers.update((answer or {}).get("headers", []))
+        if len(headers) < entry.world:
+            return Search(newest, None, {}, _lost(entry, None))
+        blobs = {rank: Held(headers[rank], tuple(entry.holders[rank])) for rank in range(entry.world)}
+        names = sorted({self.endpoints[host].host for holders in entry.holders.values() for host in holders})
+        line = f"{entry.stage} goes on from step {entry.step}, kept in the memory of {', '.join(names)}"
+        return Search(newest, entry.generation, blobs, line)
+
+    def _ask_all(self, do: str, **values: Any) -> list[dict[str, Any] | None]:
+        """Every host's answer; none from one that does not answer, which is as if it held nothing."""
+
+        def ask(endpoint: Endpoint) -> dict[str, Any] | None:
+            try:
+                with RemoteAgent(endpoint) as agent:
+                    return agent.ask(do, **values)
+            except (FlmError, OSError):
+                return None
+
+        with ThreadPoolExecutor(ASKED_AT_ONCE) as executor:
+            return list(executor.map(ask, self.endpoints))
+
+
+def _lead(launcher: int) -> Endpoint:
+    """Start this host's agent if it is not there; where it is reached."""
+    address, deadline = own_address(), time.monotonic() + START_S
+    while True:
+        start_agent(launcher, address)
+        try:
+            with LocalAgent(agent_name(launcher)) as agent:
+                return agent.endpoint()
+        except OSError:  # one that was just about to end
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(START_S / 100)
+
+
+def _found(answers: list[dict[str, Any] | None]) -> list[Found]:
+    return found(answer["blobs"] if answer else [] for answer in answers)
+
+
+def _lost(offered: Found, checked: Found | None) -> str:
+    missing = list(range(offered.world)) if checked is None else checked.missing
+    some = f"{', '.join(map(str, missing[:8]))}{', ...' if len(missing) > 8 else ''}"
+    return (
+        f"step {offered.step} of {offered.stage} was kept in memory, but of {len(missing)} of {offered.world} ranks "
+        f"({some}) no copy is left or right"
+    )
+
+
+def _check_budget(host: str, needed: int, free: int, budget_gib: float | None) -> None:
+    values = f"two copies of the state of each rank, and of the neighbour's, are {needed / GIB:.3g} GiB on host {host}"
+    if budget_gib and needed > budget_gib * GIB:
+        raise RequestError(f"{values}, but checkpoint.memory.budget_gib is {budget_gib:g}: raise it, or leave it out")
+    if needed > (1 - FREE) * free:
+        raise RequestError(f"{values}, which has {free / GIB:.3g} GiB free: leave checkpoint.memory out")
+
+
+def _gathered(value: Any) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _together(work: Callable[[], Any]) -> list[Any]:
+    """What `work` gives on every rank. Where it failed on any it fails on all, with the same kind of error."""
+    try:
+        outcome: tuple[Any, tuple[str, str] | None] = (work(), None)
+    except (FlmError, OSError) as error:
+        outcome = (None, describe(error))
+    outcomes = _gathered((socket.gethostname(), *outcome))
+    for host, _, failure in outcomes:
+        if failure is not None:
+            kind, message = failure
+            raise ERRORS.get(kind, FlmError)(f"checkpoint.memory: host {host}: {message}")
+    return [value for _, value, _ in outcomes]

@@ -1,0 +1,115 @@
+"""Making copies of the state in memory: every so many steps a generation, which the agents pass on by themselves.
+
+Training waits for one copy into memory and one small message; the agent of the host makes checksums and sends. A
+generation counts as whole when every rank's agent has said so, which the ranks tell each other when the next is due.
+Until then the one before is kept: two at a time.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from flm_megatron.checkpoint.engine import stored_state
+from flm_megatron.checkpoint.memory.blobs import NONE, Generation
+from flm_megatron.checkpoint.memory.contents import header_of
+from flm_megatron.checkpoint.memory.peers import Peers
+from flm_megatron.checkpoint.snapshot import HostBuffer, placed, snapshot
+from flm_megatron.device import current
+from flm_megatron.errors import FlmError
+
+WHOLE = "whole"
+
+
+class Refresher:
+    """Keeps generations of this start of the ranks in memory. All ranks call its methods together."""
+
+    def __init__(self, peers: Peers, newest: Generation, kept: Generation | None) -> None:
+        """`newest` is the last generation that any agent knows; `kept` the one that training goes on from."""
+        self.peers = peers
+        self.kept = kept or NONE
+        """The newest generation that is whole on all ranks."""
+        self.begun = Generation(newest.start + 1, 0)
+        self.step = 0
+        """The step of the newest generation that was begun."""
+        self._failure: str | None = None
+        self._buffers: dict[int, HostBuffer] = {}
+
+    def reserve(self, chunks: list[Any], optimizer: Any, budget_gib: float | None) -> None:
+        """Have the memory for the copies of a stage's state; raises as `Peers.reserve`."""
+        self.peers.reserve(placed(stored_state(chunks, optimizer)[1])[1], budget_gib)
+
+    def refresh(self, chunks: list[Any], optimizer: Any, manifest: Mapping[str, Any]) -> str | None:
+        """Copy the state that `manifest` describes; returns a line where this or the last copy is not as it should be.
+
+        Never waits for another host's agent.
+        """
+        last = self._last()
+        if last == "busy":
+            return (
+                f"no copy of step {manifest['step']} in memory: the one of step {self.step} is still on its way to "
+                "the neighbours"
+            )
+        if last == WHOLE:
+            self.kept = self.begun if self.step else self.kept
+        line = None if last == WHOLE else f"the copy of step {self.step} in memory is not whole: {last}"
+        self.begun = Generation(self.begun.start, self.begun.number + 1)
+        self.step = manifest["step"]
+        self._failure = None
+        try:
+            self._copy(chunks, optimizer, manifest)
+        except (FlmError, OSError) as error:
+            self._failure = f"{type(error).__name__}: {error}" if isinstance(error, OSError) else str(error)
+        return line
+
+    def _last(self) -> str:
+        """How the generation before stands on all ranks: whole, busy on any, or why it failed on one."""
+        own = self._own() if self.step else WHOLE
+        flags = torch.tensor([own == "", own not in ("", WHOLE)], dtype=torch.int32, device=current().torch_device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        busy, failed = flags.tolist()
+        if busy:
+            return "busy"
+        if not failed:
+            return WHOLE
+        reasons: list[Any] = [None] * self.peers.size
+        dist.all_gather_object(reasons, own)
+        rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason != WHOLE)
+        return f"rank {rank}: {reason}"
+
+    def _own(self) -> str:
+        """How this rank's last copy stands."""
+        if self._failure is not None:
+            return self._failure
+        try:
+            return self.peers.local.copy_state(self.peers.rank)
+        except (FlmError, OSError) as error:
+            return f"this host's agent does not answer: {error}"
+
+    def _copy(self, chunks: list[Any], optimizer: Any, manifest: Mapping[str, Any]) -> None:
+        peers = self.peers
+        tensors, parts = stored_state(chunks, optimizer)
+        buffer = self._buffer(placed(parts)[1])
+        snapshot(parts, buffer)
+        described = manifest if peers.rank == 0 else {key: manifest[key] for key in ("stage", "step")}
+        peers.local.commit(header_of(tensors, parts, peers.size, described), peers.neighbour)
+
+    def _buffer(self, nbytes: int) -> HostBuffer:
+        """The agent's memory for the generation that was begun, mapped here once and for all."""
+        local = self.peers.local
+        number, live, descriptor = local.begin(self.begun, self.kept, self.peers.rank, nbytes)
+        try:
+            for gone in set(self._buffers) - set(live):
+                self._buffers.pop(gone).close()
+            if number not in self._buffers:
+                size = os.fstat(descriptor).st_size
+                mapped = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+                self._buffers[number] = HostBuffer(mapped)
+        finally:
+            os.close(descriptor)
+        return self._buffers[number]

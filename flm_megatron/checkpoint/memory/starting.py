@@ -1,0 +1,98 @@
+"""Starting the agent of this host, and finding one that is there already."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+
+from flm_megatron.checkpoint.memory.agent import IDLE_S
+from flm_megatron.errors import FlmError, RequestError
+
+CARD = "GLOO_SOCKET_IFNAME"
+
+
+def obstacle() -> str | None:
+    """Why there can be no host agent on this system; none if there can."""
+    missing = [name for name in ("memfd_create", "pidfd_open") if not hasattr(os, name)]
+    if missing:
+        return f"it needs Linux 5.3 or newer, this system has no {missing[0]}"
+    return None
+
+
+def agent_name(launcher: int) -> str:
+    """Name of the socket of the agent that serves the ranks of one launcher, a process id, on this host."""
+    return f"flm-copies-{os.getuid()}-{launcher}"
+
+
+def start_agent(launcher: int, address: str, idle_s: float = IDLE_S) -> None:
+    """Start the agent for the ranks that the process `launcher` has started, unless it is there.
+
+    It listens on `address` and ends after that process. Both sockets are made here, so it can be spoken to at once.
+
+    Raises:
+        FlmError: the address cannot be listened on, or the launcher is gone.
+    """
+    with ExitStack() as stack:
+        local = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        try:
+            local.bind(f"\0{agent_name(launcher)}")
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return
+            raise FlmError(f"the host agent's socket cannot be made: {error.strerror}") from error
+        local.listen()
+        try:
+            network = stack.enter_context(_listening(address))
+            process = os.pidfd_open(launcher)
+        except OSError as error:
+            raise FlmError(f"the host agent cannot start on {address}: {error.strerror or error}") from error
+        stack.callback(os.close, process)
+        descriptors = (local.fileno(), network.fileno(), process)
+        subprocess.Popen(
+            [sys.executable, "-m", "flm_megatron.checkpoint.memory.agent", *map(str, descriptors), str(idle_s)],
+            pass_fds=descriptors,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # so that it outlives the ranks, whose group the launcher ends
+        )
+
+
+def _listening(address: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.create_server((address, 0), family=family, backlog=128)
+
+
+def own_address() -> str:
+    """The address of this host that others reach: of the card in GLOO_SOCKET_IFNAME, or towards MASTER_ADDR.
+
+    Raises:
+        RequestError: the card has no address, or MASTER_ADDR is not known.
+    """
+    card = os.environ.get(CARD, "").split(",")[0]
+    return _address_of(card) if card else _address_towards(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+
+
+def _address_of(card: str) -> str:
+    import psutil
+
+    found = psutil.net_if_addrs().get(card, [])
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for entry in found:
+            if entry.family == family:
+                return entry.address.split("%")[0]
+    raise RequestError(f"{CARD} is {card!r}, which has no address on {socket.gethostname()}")
+
+
+def _address_towards(master: str) -> str:
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(master, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)  # sends nothing
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise RequestError(f"MASTER_ADDR is {master!r}, which {socket.gethostname()} cannot reach: {error}") from error

@@ -1,0 +1,139 @@
+"""A generation in the memory of hosts, as a checkpoint like any other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flm_megatron.checkpoint.chunk_index import ChunkIndex, StoredChunk
+from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.memory.blobs import Generation
+from flm_megatron.checkpoint.memory.client import Endpoint, LocalAgent, RemoteAgent
+from flm_megatron.checkpoint.memory.contents import parts_of, tensors_of
+from flm_megatron.checkpoint.regions import split_region
+from flm_megatron.checkpoint.shard_file import Record
+from flm_megatron.checkpoint.stored_array import StoredArray, out_of_run, span
+from flm_megatron.checkpoint.writer import check_cover
+from flm_megatron.errors import DamagedError, FlmError, RequestError
+
+LARGEST_READ = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Held:
+    """The blob of one rank: what it holds, and the hosts, by number, that hold it."""
+
+    header: dict[str, Any]
+    holders: tuple[int, ...]
+
+
+class MemoryCheckpoint(LogicalCheckpoint):
+    """A whole generation. Its regions are read from this host's memory where it has them, else from another host's.
+
+    Raises:
+        DamagedError: its blobs do not make up every tensor once.
+    """
+
+    def __init__(
+        self, generation: Generation, blobs: Mapping[int, Held], endpoints: list[Endpoint], local: LocalAgent, host: int
+    ) -> None:
+        """`blobs` by rank; `host` is the number of this host among `endpoints`, and `local` its agent."""
+        self.generation, self.blobs, self.endpoints = generation, blobs, endpoints
+        self.local, self.host = local, host
+        self.manifest: dict[str, Any] = {**blobs[0].header["manifest"], "optimizer": "logical"}
+        self.tensors: dict[str, TensorInfo] = {}
+        self.chunks: dict[str, list[StoredChunk]] = {}
+        for rank, blob in blobs.items():
+            self.tensors |= tensors_of(blob.header)
+            for part in parts_of(blob.header):
+                self.chunks.setdefault(part.name, []).append(self._chunk(rank, part.name, part.region, part.position))
+        self._check_cover()
+        self._indices: dict[str, ChunkIndex] = {}
+        self._files: dict[int, int] = {}
+        self._connections: dict[int, RemoteAgent] = {}
+        self._closed = False
+
+    def read(self, name: str, region: Region | None = None) -> torch.Tensor:
+        """Values of a region; raises as `LogicalCheckpoint.read`, and FlmError after `close`."""
+        if self._closed:
+            raise FlmError(f"the copy of step {self.manifest['step']} is no longer in memory")
+        if name not in self.tensors:
+            raise RequestError(f"the copy in memory has no tensor {name}")
+        info = self.tensors[name]
+        region = region or Region.whole(info.shape)
+        if name not in self._indices:
+            self._indices[name] = ChunkIndex(info.shape, self.chunks[name])
+        out = torch.empty(region.sizes, dtype=info.dtype)
+        for chunk, part in self._indices[name].meeting(region):
+            out[part.within(region).slices] = self._read_chunk(name, chunk, part.within(chunk.region))
+        return out
+
+    def close(self) -> None:
+        """Let go of memory and connections: what was read from may be filled anew from now on."""
+        self._closed = True
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        for connection in self._connections.values():
+            connection.close()
+        self._files, self._connections = {}, {}
+
+    def _chunk(self, rank: int, name: str, region: Region, position: int) -> StoredChunk:
+        return StoredChunk(region, str(rank), position, region.numel * self.tensors[name].dtype.itemsize)
+
+    def _check_cover(self) -> None:
+        records = (Record(name, c.region, c.file, c.offset, c.length) for name, cs in self.chunks.items() for c in cs)
+        try:
+            check_cover(self.tensors, records)
+        except FlmError as error:
+            raise DamagedError(f"copies of step {self.manifest['step']} in memory: {error}") from error
+
+    def _read_chunk(self, name: str, chunk: StoredChunk, region: Region) -> torch.Tensor:
+        """A region of a chunk, from the first holder that gives it."""
+        rank, failures = int(chunk.file), []
+        for host in sorted(self.blobs[rank].holders, key=lambda holder: holder != self.host):
+            try:
+                if host == self.host:
+                    return self._array(rank, name, chunk).read(region)
+                return self._fetch(host, rank, name, chunk, region)
+            except (FlmError, OSError) as error:
+                failures.append(str(error))
+                self._connections.pop(host, None)  # nobody knows what is still under way on it
+        raise DamagedError(
+            f"{name}: the copy of rank {rank} at step {self.manifest['step']} cannot be read from memory "
+            f"({'; '.join(failures)}); start again to go on from another one or from the disk"
+        )
+
+    def _array(self, rank: int, name: str, chunk: StoredChunk) -> StoredArray:
+        """A chunk in this host's memory."""
+        if rank not in self._files:
+            self._files[rank] = self.local.open(self.generation, rank)
+        path = Path(f"/proc/self/fd/{self._files[rank]}")
+        return StoredArray(path, chunk.offset, chunk.region.sizes, self.tensors[name].dtype)
+
+    def _fetch(self, host: int, rank: int, name: str, chunk: StoredChunk, region: Region) -> torch.Tensor:
+        """A region of a chunk from another host, in pieces whose span is not too large."""
+        if host not in self._connections:
+            self._connections[host] = RemoteAgent(self.endpoints[host])
+        dtype, shape = self.tensors[name].dtype, chunk.region.sizes
+        out = torch.empty(region.sizes, dtype=dtype)
+        for piece in _bounded(region, shape, LARGEST_READ // dtype.itemsize):
+            first, last = (chunk.offset + index * dtype.itemsize for index in span(piece, shape))
+            data = self._connections[host].read(self.generation, rank, first, last)
+            run = torch.frombuffer(data, dtype=dtype)
+            out[piece.within(region).slices] = out_of_run(run, piece, shape)
+        return out
+
+
+def _bounded(region: Region, shape: tuple[int, ...], limit: int) -> Iterator[Region]:
+    """Parts of a region that each lie within `limit` values of an array of `shape`, if rows are not longer."""
+    first, last = span(region, shape)
+    if last - first <= limit or region.numel <= 1:
+        yield region
+        return
+    for part in split_region(region, -(-region.numel // 2)):
+        yield from _bounded(part, shape, limit)

@@ -1,0 +1,71 @@
+"""Copies of what a process stores, in host memory that is used again and again.
+
+Memory that is asked for anew each time comes page by page while training waits, which takes several times as long as
+the copy itself.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+
+import torch
+
+from flm_megatron.checkpoint.logical import Region
+from flm_megatron.device import current
+
+ALIGNMENT = 64
+Stored = tuple[str, Region, torch.Tensor]
+"""Name of a logical tensor, a region of it, and its values, of shape `region.sizes`."""
+_free: list[HostBuffer] = []
+
+
+class HostBuffer:
+    """Mapped memory that the device copies into at its full speed."""
+
+    def __init__(self, mapped: mmap.mmap) -> None:
+        self.mapped = mapped
+        self.nbytes = len(mapped)
+        current().pin(mapped)
+
+    def close(self) -> None:
+        """The device forgets it; the memory goes with the last tensor that lies in it."""
+        current().unpin(self.mapped)
+
+
+def take_buffer(nbytes: int) -> HostBuffer:
+    """Memory of this process of at least `nbytes`: what was given back last if it is large enough, else new."""
+    while _free:
+        buffer = _free.pop()
+        if buffer.nbytes >= nbytes:
+            return buffer
+        buffer.close()
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
+    return HostBuffer(mmap.mmap(-1, max(1, nbytes), flags=flags))
+
+
+def give_back(buffer: HostBuffer) -> None:
+    """Its values are no longer needed."""
+    _free.append(buffer)
+
+
+def placed(parts: Sequence[Stored]) -> tuple[list[int], int]:
+    """Where each part begins when they lie in one buffer, and how many bytes they take."""
+    positions, end = [], 0
+    for _, _, tensor in parts:
+        positions.append(end)
+        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    return positions, end
+
+
+@torch.no_grad()
+def snapshot(parts: Sequence[Stored], buffer: HostBuffer) -> list[Stored]:
+    """Copy parts into a buffer, at the places that `placed` gives; returns them as they lie there."""
+    copies = []
+    for (name, region, tensor), position in zip(parts, placed(parts)[0], strict=True):
+        flat = torch.frombuffer(buffer.mapped, dtype=torch.uint8, offset=position, count=tensor.nbytes)
+        copy = flat.view(tensor.dtype).view(tensor.shape)
+        copy.copy_(tensor.detach(), non_blocking=True)
+        copies.append((name, region, copy))
+    current().synchronize()
+    return copies

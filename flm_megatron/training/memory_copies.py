@@ -1,0 +1,101 @@
+"""Copies of the state in the memory of hosts, as a launched run keeps them, and looks for them when it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from flm_megatron.config.schema import MemoryConfig, RunConfig
+from flm_megatron.errors import RequestError
+from flm_megatron.training.parallel import is_main_rank
+
+if TYPE_CHECKING:
+    from flm_megatron.checkpoint.memory.view import MemoryCheckpoint
+    from flm_megatron.training.start import Start
+
+NOT_USED = (
+    "checkpoint.memory is not used: it is for runs under torchrun, which starts ranks again; flm train alone does not"
+)
+
+
+@contextmanager
+def memory_copies(run: RunConfig) -> Iterator[MemoryCopies | None]:
+    """While the block runs the hosts of the world keep copies; they let go when it ends without an error. None where
+    the run file does not ask for it. All ranks of a launched world must call.
+
+    Raises:
+        RequestError: the system cannot.
+        FlmError: the agent of a host cannot be started.
+    """
+    if run.checkpoint.memory is None:
+        yield None
+        return
+    from flm_megatron.checkpoint.memory.starting import obstacle
+
+    reason = obstacle()
+    if reason:
+        raise RequestError(f"checkpoint.memory cannot be used here: {reason}")
+    copies = MemoryCopies(run, run.checkpoint.memory)
+    yield copies
+    copies.peers.stop()
+
+
+class MemoryCopies:
+    """The copies of one start of the ranks. All ranks call its methods together."""
+
+    def __init__(self, run: RunConfig, config: MemoryConfig) -> None:
+        from flm_megatron.checkpoint.memory.peers import Peers
+        from flm_megatron.checkpoint.memory.refresh import Refresher
+
+        self.run, self.config = run, config
+        self.peers = Peers()
+        self.refresher: Refresher | None = None
+        self.view: MemoryCheckpoint | None = None
+        """What this start goes on from, until newer copies take its place."""
+
+    @property
+    def interval_steps(self) -> int:
+        """Steps between copies."""
+        return self.config.interval_steps
+
+    def newer(self, start: Start, only: str | None) -> Start:
+        """`start`, or a later step of the run, of its stage `only` if given, that is whole in memory.
+
+        Only the first call looks: what a stage is left with is on the disk.
+        """
+        from flm_megatron.checkpoint.memory.refresh import Refresher
+
+        if self.refresher is not None:
+            self.view = None
+            return start
+        names = [stage.name for stage in self.run.stages]
+
+        def wanted(stage: str, step: int) -> bool:
+            """Whether it is of this run, and further than what the disk has."""
+            return stage in names and only in (None, stage) and (names.index(stage), step) > (start.stage, start.step)
+
+        search, self.view = self.peers.search(wanted)
+        self.refresher = Refresher(self.peers, search.newest, search.generation)
+        if search.line and is_main_rank():
+            print(search.line if self.view else f"{search.line}: going on from the disk", flush=True)
+        if self.view is None:
+            return start
+        manifest = self.view.manifest
+        found = {"stage": names.index(manifest["stage"]), "step": manifest["step"]}
+        return replace(start, **found, source=None, resumes=True, passed_over=())
+
+    def reserve(self, chunks: list[Any], optimizer: Any) -> None:
+        """Have the hosts set memory aside for a stage. Raises RequestError where the budget or a host is too small."""
+        assert self.refresher is not None, "`newer` comes first"
+        self.refresher.reserve(chunks, optimizer, self.config.budget_gib)
+
+    def refresh(self, chunks: list[Any], optimizer: Any, manifest: Mapping[str, Any]) -> str | None:
+        """Copy the state that `manifest` describes; returns a line for the log if something is not as it should be."""
+        assert self.refresher is not None, "`newer` comes first"
+        line = self.refresher.refresh(chunks, optimizer, manifest)
+        if self.view is not None and self.refresher.kept != self.view.generation:
+            self.view.close()
+            self.view = None
+        return line

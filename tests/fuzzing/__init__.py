@@ -1,1 +1,0 @@
-"""Fuzzing of everything that reads files of others: `python -m tests.fuzzing.run --help`."""
