@@ -86,7 +86,7 @@ def make(folder: Path, millions: int) -> Path:
 
     run_file = asdict(RunConfig(stages=[StageConfig(name="measured", model=model)]))
     view = Noise(model, 1, optimizer=True, dtype=torch.bfloat16)
-    write_view(view, path, {"run": run_file, "stage": "measured", "step": 1})
+    write_view(view, path, {"run": run_file, "stage": "measured", "step": 1, "optimizer_step": 1})
     print(f"<!-- {parameter_count(model):,} parameters, {size_of(path) / 1e9:.2f} GB -->", flush=True)
     return path
 

@@ -29,6 +29,8 @@ SEPARATE_NORMS = {
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
 """Names of the norms where they are modules of their own (Megatron-LM's local layers)."""
+NOT_WEIGHTS = ("_extra_state", "inv_freq")
+"""Ends of the names of what a rank's file holds beside weights."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,10 @@ class ClassicCheckpoint(LogicalCheckpoint):
                 raise RequestError(f"{self.path}: {name} has shape {array.shape}, the arguments ask for {local.shape}")
             for part in local.parts:
                 self._stored.setdefault(part.source, []).append((part, array))
+        known = {key for name in wanted for key in _names(name)}
+        for key, value in tensors.items():
+            if isinstance(value, StoredArray) and key not in known and not key.endswith(NOT_WEIGHTS):
+                raise RequestError(f"{self.path}: tensor {key} is not one of the model that the arguments describe")
 
 
 def latest_folder(path: Path) -> Path:

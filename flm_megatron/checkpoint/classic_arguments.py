@@ -7,6 +7,7 @@ from typing import Any
 
 from flm_megatron.config.schema import ModelConfig, MupConfig, ParallelConfig
 from flm_megatron.errors import RequestError
+from flm_megatron.model.limits import check_limits
 from flm_megatron.model.split import VOCABULARY_MULTIPLE, padded_vocab_size
 
 
@@ -20,7 +21,7 @@ def model_from_arguments(arguments: Any, where: str, vocab_size: int | None = No
     known = {name: value for name, value in given.items() if value is None or isinstance(value, int | float | str)}
     if "num_layers" not in known:
         raise RequestError(f"{where}: it does not hold the arguments of its run, so its model is not known")
-    _refuse(known, where)
+    _refuse(given, where)
     true_vocab = _recorded_vocabulary(known) or vocab_size
     if not true_vocab:
         raise RequestError(
@@ -28,8 +29,10 @@ def model_from_arguments(arguments: Any, where: str, vocab_size: int | None = No
             " --vocab-size"
         )
     try:
-        return _model(known, int(true_vocab))
-    except (KeyError, TypeError, ValueError) as error:
+        return check_limits(_model(known, int(true_vocab)), where)
+    except RequestError:
+        raise
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         reason = " ".join(repr(error).split())
         raise RequestError(f"{where}: its arguments do not describe a decoder: {reason:.200}") from error
 
@@ -65,7 +68,7 @@ def arguments_of(
         swiglu=model.gated,
         add_bias_linear=model.bias,
         position_embedding_type="rope",
-        rotary_base=int(model.rope_theta),
+        rotary_base=int(model.rope_theta) if model.rope_theta.is_integer() else model.rope_theta,
         rotary_percent=1.0,
         untie_embeddings_and_output_weights=True,
         apply_layernorm_1p=False,
@@ -81,21 +84,34 @@ def arguments_of(
     )
 
 
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "position_embedding_type": ("rope",),
+    "rotary_percent": (1.0,),
+    "rotary_interleaved": (False,),
+    "rotary_seq_len_interpolation_factor": (None, 1),
+    "use_rope_scaling": (False,),
+    "no_rope_freq": (None,),
+    "window_size": (None,),
+    "softmax_type": ("vanilla",),
+    "untie_embeddings_and_output_weights": (True,),
+    "apply_layernorm_1p": (False,),
+    "num_experts": (None, 0),
+    "add_qkv_bias": (False,),
+    "qk_layernorm": (False,),
+    "qk_l2_norm": (False,),
+    "squared_relu": (False,),
+    "quick_geglu": (False,),
+    "openai_gelu": (False,),
+    "multi_latent_attention": (False,),
+}
+"""Arguments that make another function of the same tensors, or other tensors, and their values in the models here."""
+
+
 def _refuse(known: dict[str, Any], where: str) -> None:
-    wanted = (
-        ("position_embedding_type", "rope"),
-        ("rotary_percent", 1.0),
-        ("rotary_interleaved", False),
-        ("untie_embeddings_and_output_weights", True),
-        ("apply_layernorm_1p", False),
-        ("num_experts", None),
-        ("qk_layernorm", False),
-        ("multi_latent_attention", False),
-    )
-    for name, value in wanted:
-        found = known.get(name, value)
-        if found != value and not (name == "num_experts" and not found):
-            raise RequestError(f"{where}: the checkpoint has {name} = {found}; only {value} is supported here")
+    for name, accepted in PLAIN.items():
+        found = known.get(name, accepted[0])
+        if found not in accepted:
+            raise RequestError(f"{where}: the checkpoint has {name} = {found!s:.60}; only {accepted[0]} is supported")
 
 
 def _model(known: dict[str, Any], vocab_size: int) -> ModelConfig:

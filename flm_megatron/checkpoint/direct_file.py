@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import threading
@@ -10,7 +11,7 @@ from types import TracebackType
 
 import numpy as np
 
-PAGE = 4096  # what every disk and file system can address directly
+PAGE = mmap.PAGESIZE  # 64 KiB on some machines: a page that the cache also holds may not be written past it
 SMALLEST_DIRECT, BUFFER = 2**20, 8 * 2**20
 
 
@@ -19,12 +20,14 @@ class DirectFile:
 
     The whole pages of data of 1 MiB and more go straight to the disk: that costs no copy into the page cache, which
     would displace what training keeps there. Split pages and small data go through the page cache, and so does all on
-    file systems that have no direct writes. Methods raise OSError as `os.pwrite` does.
+    file systems that have no direct writes, or refuse them for their place (a device of larger blocks). Methods raise
+    OSError as `os.pwrite` does.
     """
 
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         self._direct = _open_direct(path)
+        self._refused = False
         self._buffers = threading.local()
 
     def __enter__(self) -> DirectFile:
@@ -49,8 +52,19 @@ class DirectFile:
             write_at(self._fd, data[:lead], position)
             data, position = data[lead:], position + lead
             for start in range(0, whole, BUFFER):
-                write_at(self._direct, self._aligned(data[start : min(start + BUFFER, whole)]), position + start)
+                self._write_pages(self._direct, data[start : min(start + BUFFER, whole)], position + start)
             data, position = data[whole:], position + whole
+        write_at(self._fd, data, position)
+
+    def _write_pages(self, direct: int, data: memoryview, position: int) -> None:
+        """Write whole pages past the page cache; through it from the first time on that the system refuses."""
+        if not self._refused:
+            try:
+                return write_at(direct, self._aligned(data), position)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._refused = True
         write_at(self._fd, data, position)
 
     def _aligned(self, data: memoryview) -> memoryview:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from flm_megatron.checkpoint.file_name import is_file_name
 from flm_megatron.checkpoint.hugging_face_config import model_from_config, read_json
 from flm_megatron.checkpoint.hugging_face_names import bands_of, pieces, target_tensors
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
@@ -42,7 +43,7 @@ class HuggingFaceCheckpoint(LogicalCheckpoint):
         self.manifest: dict[str, Any] = {}
         self._arrays = stored_arrays(self.path)
         self._set_vocabulary(vocab_size)
-        if self.settings.get("tie_word_embeddings") and "lm_head.weight" not in self._arrays:
+        if self.settings.get("tie_word_embeddings"):  # then a head that is stored as well is not what is computed
             self._arrays["lm_head.weight"] = self._array("model.embed_tokens.weight")
         self._check_shapes()
         self._bands = bands_of(self.config)
@@ -117,26 +118,57 @@ def stored_arrays(path: Path) -> dict[str, StoredArray]:
 
 
 def _from_index(path: Path, index: str) -> dict[str, StoredArray]:
-    names = read_json(path / index).get("weight_map")
+    content = read_json(path / index)
+    names = content.get("weight_map")
     if not isinstance(names, dict):
         raise DamagedError(f"{path / index}: it has no weight_map")
+    for shard in names.values():
+        if not is_file_name(shard):
+            raise RequestError(f"{path / index}: shard {_shown(shard)} lies outside the folder")
     shards = {}
     for shard in sorted(set(names.values())):
-        if Path(shard).name != shard:
-            raise RequestError(f"{path / index}: shard {shard!r} lies outside the folder")
         if not (path / shard).is_file():
             raise DamagedError(f"{path}: shard {shard} is missing")
         shards[shard] = _arrays_of(path / shard)
     for name, shard in names.items():
         if name not in shards[shard]:
             raise DamagedError(f"{path / shard}: tensor {name} is missing; {index} says it is there")
-    return {name: shards[shard][name] for name, shard in names.items()}
+    _check_shards(path / index, names, shards)
+    arrays = {name: shards[shard][name] for name, shard in names.items()}
+    _check_total(path / index, content.get("metadata"), sum(array.nbytes for array in arrays.values()))
+    return arrays
+
+
+def _check_shards(index: Path, names: dict[str, str], shards: dict[str, dict[str, StoredArray]]) -> None:
+    """Raise DamagedError for a tensor that is not where the index says, or not there alone."""
+    for shard, arrays in shards.items():
+        for name in arrays:
+            if names.get(name) != shard:
+                raise DamagedError(
+                    f"{index}: says that tensor {name} lies in {names.get(name)}, it lies in {shard} too"
+                )
+
+
+def _check_total(index: Path, metadata: Any, nbytes: int) -> None:
+    """Raise DamagedError if the total that an index gives is not that of its tensors."""
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if total is not None and total != nbytes:
+        raise DamagedError(
+            f"{index}: says that its tensors have {_shown(total)} bytes, they have {nbytes} (if the weights are right, "
+            "take total_size out of it)"
+        )
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:80]
 
 
 def _arrays_of(path: Path) -> dict[str, StoredArray]:
     if path.suffix == ".safetensors":
         return arrays_in(path)
     saved = read_torch_file(path)
-    if not isinstance(saved, dict) or not all(isinstance(value, StoredArray) for value in saved.values()):
+    if not isinstance(saved, dict) or not all(
+        isinstance(name, str) and isinstance(value, StoredArray) for name, value in saved.items()
+    ):
         raise RequestError(f"{path}: a dictionary of tensors was expected")
     return dict(saved)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
+from flm_megatron.checkpoint.hugging_face_schema import ModelFields, read_fields
 from flm_megatron.config.schema import ModelConfig, MupConfig
 from flm_megatron.errors import DamagedError, RequestError
+from flm_megatron.json_text import parse_json
 
 Flavour = Literal["teleflm", "llama"]
 
@@ -15,11 +16,12 @@ Flavour = Literal["teleflm", "llama"]
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises RequestError if the file is missing, DamagedError if it is not JSON."""
     try:
-        value = json.loads(path.read_text())
+        text = path.read_bytes()
     except FileNotFoundError:
         raise RequestError(f"{path.parent} is not a Hugging Face checkpoint: it has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise DamagedError(f"{path}: not a JSON file: {error}") from error
+    except OSError as error:
+        raise DamagedError(f"{path}: cannot be read: {error.strerror or error}") from error
+    value = parse_json(text, str(path), DamagedError, strict=True, name="a JSON file")
     if not isinstance(value, dict):
         raise DamagedError(f"{path}: a JSON object was expected, not a {type(value).__name__}")
     return value
@@ -29,27 +31,24 @@ def model_from_config(config: dict[str, Any], where: str) -> ModelConfig:
     """The model that a `config.json` describes; `where` names it in errors.
 
     Without muP fields the multipliers are 1. `vocab_size` is the true one if `true_vocab_size` tells it.
-    Raises RequestError for another architecture, naming the field.
+    Raises RequestError for another architecture, or a field that is wrong or not supported, naming it.
     """
-    _refuse_unlike_llama(config, where)
-    try:
-        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-        model = ModelConfig(
-            num_layers=config["num_hidden_layers"],
-            hidden_size=hidden,
-            ffn_hidden_size=config["intermediate_size"],
-            num_attention_heads=heads,
-            num_query_groups=_unless_same(config.get("num_key_value_heads"), heads),
-            head_dim=_unless_same(config.get("head_dim"), hidden // heads),
-            vocab_size=config.get("true_vocab_size") or config["vocab_size"],
-            bias=bool(config.get("attention_bias", False)),
-            norm_epsilon=config.get("rms_norm_eps", 1e-6),
-            rope_theta=_rope(config).get("rope_theta", 10000.0),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        reason = " ".join(repr(error).split())
-        raise RequestError(f"{where}: config.json does not describe a decoder: {reason:.200}") from error
-    return _with_multipliers(model, config, where) if config.get("use_mup") else model
+    _refuse_other_models(config, where)
+    fields = read_fields(config, where)
+    heads = fields.num_attention_heads
+    model = ModelConfig(
+        num_layers=fields.num_hidden_layers,
+        hidden_size=fields.hidden_size,
+        ffn_hidden_size=fields.intermediate_size,
+        num_attention_heads=heads,
+        num_query_groups=_unless_same(fields.num_key_value_heads, heads),
+        head_dim=_unless_same(fields.head_dim, fields.hidden_size // heads),
+        vocab_size=fields.true_vocab_size or fields.vocab_size,
+        bias=bool(fields.attention_bias),
+        norm_epsilon=fields.rms_norm_eps,
+        rope_theta=fields.theta,
+    )
+    return _with_multipliers(model, fields, where) if fields.use_mup else model
 
 
 def config_of(
@@ -99,41 +98,27 @@ def _released_fields(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _with_multipliers(model: ModelConfig, config: dict[str, Any], where: str) -> ModelConfig:
-    factor = float(config.get("mup_scale_factor", 1.0))
-    base = max(1, round(model.hidden_size / factor)) if factor > 0 else 1
+def _with_multipliers(model: ModelConfig, fields: ModelFields, where: str) -> ModelConfig:
+    factor = fields.mup_scale_factor
+    base = max(1, round(model.hidden_size / factor))
     if model.hidden_size / base != factor:
         raise RequestError(
             f"{where}: mup_scale_factor {factor} does not divide hidden_size {model.hidden_size} to a whole base width"
         )
     model.mup = MupConfig(enabled=True, base_hidden_size=base) if factor != 1 else MupConfig()
-    model.input_mult = float(config.get("input_mult", 1.0))
-    model.output_mult = float(config.get("output_mult", 1.0))
-    model.matrix_init_std = float(config.get("matrix_init_std", model.matrix_init_std))
-    model.vector_init_std = float(config.get("vector_init_std", model.vector_init_std))
+    model.input_mult, model.output_mult = fields.input_mult, fields.output_mult
+    if fields.matrix_init_std is not None:
+        model.matrix_init_std = fields.matrix_init_std
+    if fields.vector_init_std is not None:
+        model.vector_init_std = fields.vector_init_std
     return model
 
 
-def _refuse_unlike_llama(config: dict[str, Any], where: str) -> None:
-    kind = str(config.get("model_type", "")).lower().replace("-", "").replace("_", "")
+def _refuse_other_models(config: dict[str, Any], where: str) -> None:
+    given = config.get("model_type", "")
+    kind = given.lower().replace("-", "").replace("_", "") if isinstance(given, str) else ""
     if kind != "llama" and not kind.startswith("teleflm") and "mup_scale_factor" not in config:
-        raise RequestError(f"{where}: model_type {config.get('model_type')!r} is not supported: llama and teleflm are")
-    rope = _rope(config)
-    kinds = {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
-    wanted = (
-        ("hidden_act", config.get("hidden_act", "silu"), "silu"),
-        ("rope_type", kinds["rope_type"] or "default", "default"),
-        ("mlp_bias", bool(config.get("mlp_bias", False)), bool(config.get("attention_bias", False))),
-    )
-    for name, value, expected in wanted:
-        if value != expected:
-            raise RequestError(f"{where}: config.json has {name} {value!r}; only {expected!r} is supported here")
-
-
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary settings, from where transformers 5 keeps them or from where version 4 did."""
-    theta = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
-    return theta | (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+        raise RequestError(f"{where}: model_type {given!r:.80} is not supported: llama and teleflm are")
 
 
 def _unless_same(value: int | None, default: int) -> int | None:

@@ -9,7 +9,9 @@ from typing import Any
 
 from isal.isal_zlib import crc32
 
+from flm_megatron.checkpoint.manifest_fields import check_manifest
 from flm_megatron.errors import DamagedError, RequestError
+from flm_megatron.json_text import parse_json
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -31,10 +33,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         data = _read(file)
     except FileNotFoundError:
         return None
-    try:
-        manifest = json.loads(data.decode("utf-8"))
-    except ValueError as error:
-        raise DamagedError(f"{file}: cannot be read: {error}") from error
+    manifest = parse_json(data, str(file), DamagedError, name="a manifest")
     if not isinstance(manifest, dict) or not isinstance(manifest.get("version"), int):
         raise DamagedError(f"{file}: is not a manifest")
     if manifest["version"] > VERSION:
@@ -43,6 +42,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         )
     if manifest.get("crc32") != _checksum(manifest):
         raise DamagedError(f"{file}: was changed or damaged since it was written")
+    check_manifest(manifest, str(file))
     return manifest
 
 

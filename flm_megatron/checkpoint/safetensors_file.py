@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from flm_megatron.checkpoint.logical import TensorInfo
 from flm_megatron.checkpoint.stored_array import StoredArray
 from flm_megatron.errors import DamagedError
+from flm_megatron.json_text import parse_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -32,26 +34,25 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-LARGEST_HEADER = 100_000_000
-"""Bytes; the limit of the safetensors library."""
 
 
 def arrays_in(path: Path) -> dict[str, StoredArray]:
-    """Where every tensor of a safetensors file lies. Raises DamagedError for a bad header or a truncated file."""
+    """Where every tensor of a safetensors file lies.
+
+    The library checks the header, without loading values: its length and form, that each tensor has the bytes of its
+    shape and dtype, and that one begins where the other ends, from the header's end to the file's. Keys that stand
+    twice, of which it takes one, are refused here. Raises DamagedError, also for a dtype that is not known.
+    """
     try:
-        size = path.stat().st_size
+        with safe_open(path, "pt"):
+            pass
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(LARGEST_HEADER, size):
-                raise ValueError(f"header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length))
-        arrays = {name: _array(path, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+            text = file.read(length)
+    except (OSError, SafetensorError, struct.error, MemoryError) as error:
         raise DamagedError(f"{path}: not a whole safetensors file: {error}") from error
-    for name, array in arrays.items():
-        if array.offset + array.nbytes > size:
-            raise DamagedError(f"{path}: truncated: tensor {name} ends at byte {array.offset + array.nbytes} of {size}")
-    return arrays
+    header = parse_json(text, str(path), DamagedError, strict=True, name="a whole safetensors file")
+    return {name: _array(path, 8 + length, name, entry) for name, entry in header.items() if name != "__metadata__"}
 
 
 def lay_out(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, StoredArray]:
@@ -70,9 +71,8 @@ def lay_out(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, StoredAr
     return arrays_in(path)
 
 
-def _array(path: Path, start: int, entry: dict) -> StoredArray:
-    begin, end = entry["data_offsets"]
-    array = StoredArray(path, start + begin, tuple(entry["shape"]), DTYPES[entry["dtype"]])
-    if array.nbytes != end - begin:
-        raise ValueError(f"{end - begin} bytes for shape {array.shape}")
-    return array
+def _array(path: Path, start: int, name: str, entry: dict) -> StoredArray:
+    dtype = DTYPES.get(entry["dtype"])
+    if dtype is None:
+        raise DamagedError(f"{path}: tensor {name} is of dtype {entry['dtype']}; known are {', '.join(DTYPES)}")
+    return StoredArray(path, start + entry["data_offsets"][0], tuple(entry["shape"]), dtype)

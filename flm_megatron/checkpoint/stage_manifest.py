@@ -12,6 +12,7 @@ from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import ModelConfig, RunConfig
 from flm_megatron.data.tokenizer import file_fingerprint
 from flm_megatron.errors import RequestError
+from flm_megatron.model.limits import check_limits
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,11 @@ def manifest_model(manifest: Mapping[str, Any], where: str = "manifest.json") ->
     stages = (manifest.get("run") or {}).get("stages", [])
     found = next((stage["model"] for stage in stages if stage["name"] == name), None)
     if found is not None and plan.get("stage") == name:
-        found = plan["new"]
+        found = plan.get("new")
     try:
-        return None if found is None else ModelConfig(**found)
+        return None if found is None else check_limits(ModelConfig(**found), where)
+    except RequestError:
+        raise
     except (ValidationError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise RequestError(

@@ -16,7 +16,7 @@ from isal.isal_zlib import crc32
 
 from flm_megatron.checkpoint.block_checksums import CheckedFile, read_fully
 from flm_megatron.checkpoint.stored_array import StoredArray
-from flm_megatron.checkpoint.unpickle import StoredTensor, load_pickle, read_stored
+from flm_megatron.checkpoint.unpickle import ZIP_ERRORS, StoredTensor, load_pickle, read_stored
 from flm_megatron.errors import DamagedError
 
 ALIGNMENT = 64
@@ -78,7 +78,7 @@ def locate(
             storage = StoredArray(path, data, (tensor.storage_numel,), tensor.dtype, checked)
             if checked is None:
                 _check_values(file, storage, info)
-    except (OSError, zipfile.BadZipFile, ValueError, KeyError, struct.error, RuntimeError) as error:
+    except (OSError, *ZIP_ERRORS) as error:
         raise DamagedError(f"{path}: cannot be read at byte {offset} (missing or truncated?): {error}") from error
     return storage, tensor
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from flm_megatron.checkpoint.tensor_record import locate
 from flm_megatron.checkpoint.torch_metadata import StoredMetadata, StoredPlace, parse_metadata
 from flm_megatron.checkpoint.unpickle import Foreign, read_torch_file
 from flm_megatron.errors import DamagedError, RequestError
+from flm_megatron.json_text import parse_json
 
 METADATA = ".metadata"
 FORMAT = "metadata.json"
@@ -194,15 +194,12 @@ def _array(path: Path, chunk: StoredChunk, checked: CheckedFile | None) -> tuple
 
 def _read_metadata(path: Path, manifest: dict[str, Any] | None) -> StoredMetadata:
     kind: Any = {"sharded_backend": "torch_dist"}  # a plain folder of torch.distributed.checkpoint does not say it
-    try:
-        if manifest or (path / FORMAT).exists():
-            kind = json.loads(read_listed(path, FORMAT, manifest))
-    except ValueError as error:
-        raise DamagedError(f"{path / FORMAT}: cannot be read: {error}") from error
+    if manifest or (path / FORMAT).exists():
+        kind = parse_json(read_listed(path, FORMAT, manifest), str(path / FORMAT), DamagedError, strict=True)
     if not isinstance(kind, dict) or kind.get("sharded_backend") != "torch_dist":
-        raise RequestError(f"{path} is not in the torch_dist format: {kind}")
+        raise RequestError(f"{path} is not in the torch_dist format: {kind!r:.200}")
     if kind.get("sharded_backend_version", 1) != 1:
-        raise RequestError(f"{path} is of version {kind['sharded_backend_version']} of torch_dist; known is 1")
+        raise RequestError(f"{path} is of version {kind['sharded_backend_version']!r:.80} of torch_dist; known is 1")
     return _parsed(read_listed(path, METADATA, manifest), path / METADATA, manifest)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flm_megatron.checkpoint.stored_array import StoredArray
-from flm_megatron.checkpoint.unpickle import FOREIGN, StoredTensor, load_pickle, read_stored
+from flm_megatron.checkpoint.unpickle import FOREIGN, ZIP_ERRORS, StoredTensor, load_pickle, read_stored
 from flm_megatron.errors import DamagedError
 
 FOREIGN_PACKAGES = (*FOREIGN, "numpy", "torch")
@@ -32,10 +32,10 @@ def read_torch_file(path: Path) -> Any:
         return load_pickle(
             text, str(path), FOREIGN_PACKAGES, lambda tensor: _array(tensor, path, entries[f"data/{tensor.key}"])
         )
-    except (zipfile.BadZipFile, KeyError, ValueError, struct.error, RuntimeError, NotImplementedError) as error:
-        raise DamagedError(f"{path}: not a whole file of torch.save in its zip format: {error!r}") from error
     except OSError as error:
         raise DamagedError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ZIP_ERRORS as error:
+        raise DamagedError(f"{path}: not a whole file of torch.save in its zip format: {error!r:.200}") from error
 
 
 def _array(tensor: StoredTensor, path: Path, entry: zipfile.ZipInfo) -> StoredArray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 import pathlib
+import struct
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -59,6 +60,8 @@ LARGEST_PICKLE = 512 * 2**20
 """Bytes. The metadata of a 1T model's checkpoint has 38 MB at 245,000 regions."""
 SMALL_PICKLE = 2**16  # bytes, below which the collector of cyclic garbage makes no difference
 MAX_DIMENSIONS = 64
+ZIP_ERRORS = (zipfile.BadZipFile, struct.error, KeyError, ValueError, OverflowError, EOFError, RuntimeError)
+"""What reading a damaged zip archive may raise besides OSError (RuntimeError is the base of NotImplementedError)."""
 DEEPEST = 100
 _UNDER_WAY = object()
 _COLLECTOR = threading.RLock()
@@ -138,8 +141,10 @@ def read_torch_file(path: Path) -> Any:
                 str(path),
                 tensor=lambda stored: _materialise(stored, read_stored(archive, f"{root}data/{stored.key}")),
             )
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError, RuntimeError, NotImplementedError) as error:
-        raise DamagedError(f"{path}: not a whole file of torch.save: {error}") from error
+    except OSError as error:
+        raise DamagedError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ZIP_ERRORS as error:
+        raise DamagedError(f"{path}: not a whole file of torch.save: {error!r:.200}") from error
 
 
 def read_stored(archive: zipfile.ZipFile, name: str) -> bytes:

@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Copy, and print the logical hash before and after; returns 0."""
+    from flm_megatron.checkpoint.adapters import merged
     from flm_megatron.checkpoint.converted import ConvertedCheckpoint
     from flm_megatron.checkpoint.launched import launched_processes
     from flm_megatron.cli.checkpoint_options import open_with_model, torch_dtype, without_mask
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     with launched_processes() as processes:
         source, model = open_with_model(args.source, args.vocab_size)
         if args.format == "classic":
-            source = without_mask(source, model, fold=False)
+            source, model = merged(without_mask(source, model, fold=False), model)
         if not args.no_optimizer and args.format == "torch_dist":
             source.has_optimizer()  # refuses optimizer state that has no names
         view = ConvertedCheckpoint(

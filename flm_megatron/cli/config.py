@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "With a run file, any field can be overridden: --stages.0.parallel.tensor 2. The rules of the run file and of "
         "its growths are checked, and exit status 2 lists what breaks them; data, tokenizers and checkpoints need not "
-        "be on this machine, so `flm train` alone says whether they are there."
+        "be on this machine, so `flm train` alone says whether they are there. (`model: from_checkpoint` is read.)"
     )
     parser.set_defaults(accepts_overrides=True)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from flm_megatron.cli.parser import path
 if TYPE_CHECKING:
     from flm_megatron.checkpoint.logical import LogicalCheckpoint
     from flm_megatron.config.schema import RunConfig
+    from flm_megatron.growth.forward import Layout
 
 EPILOG = """\
 Without --certify, and unless layers are chosen by distance, no model is built: torchrun or srun may start any number
@@ -48,10 +48,10 @@ def run(args: argparse.Namespace) -> int:
     index = stage_index(config, args.stage)
     source = open_checkpoint(args.source)
     measures_distances = needs_distances(config, index) and not args.distances
-    with _world(config, bool(args.certify) or measures_distances):
-        distances = _distances(args, config, index, source) if needs_distances(config, index) else None
+    with _world(config, bool(args.certify) or measures_distances), _layouts(config) as under:
+        distances = _distances(args, config, index, source, under) if needs_distances(config, index) else None
         view, plan = grown_view(source, config, index, distances)
-        certificate = _certificate(args, config, index, view) if args.certify else None
+        certificate = _certificate(args, config, index, view, under) if args.certify else None
         processes = Processes()
         manifest = write_grown(view, Path(args.out), processes, certificate)
     if processes.rank == 0:
@@ -68,13 +68,15 @@ def _world(config: RunConfig, runs_a_model: bool) -> AbstractContextManager[Any]
     return tool_world(config.distributed) if runs_a_model else launched_processes()
 
 
-def _layout(config: RunConfig) -> Any:
-    from flm_megatron.training.parallel import layout
+def _layouts(config: RunConfig) -> AbstractContextManager[Any]:
+    from flm_megatron.training.parallel import Layouts
 
-    return partial(layout, timeout_s=config.distributed.timeout_s)
+    return Layouts(config.distributed.timeout_s)
 
 
-def _distances(args: argparse.Namespace, config: RunConfig, index: int, source: LogicalCheckpoint) -> Any:
+def _distances(
+    args: argparse.Namespace, config: RunConfig, index: int, source: LogicalCheckpoint, under: Layout
+) -> Any:
     """Read from a file, or measured on the run's validation text."""
     from flm_megatron.growth.distance import read_distances
     from flm_megatron.growth.measure import boundary_distances
@@ -82,10 +84,10 @@ def _distances(args: argparse.Namespace, config: RunConfig, index: int, source: 
     growth = config.stages[index].growth
     if args.distances:
         return read_distances(args.distances, growth.distance_metric if growth else "cosine")
-    return boundary_distances(source, config, index, _layout(config))
+    return boundary_distances(source, config, index, under)
 
 
-def _certificate(args: argparse.Namespace, config: RunConfig, index: int, view: Any) -> Any:
+def _certificate(args: argparse.Namespace, config: RunConfig, index: int, view: Any, under: Layout) -> Any:
     import torch.distributed as dist
 
     from flm_megatron.growth.measure import boundary_certificate
@@ -93,7 +95,7 @@ def _certificate(args: argparse.Namespace, config: RunConfig, index: int, view: 
 
     growth = config.stages[index].growth
     tokens = file_tokens(args.certify, config, max(1, growth.certify_samples if growth else 4))
-    certificate = boundary_certificate(view, config, index, _layout(config), tokens)
+    certificate = boundary_certificate(view, config, index, under, tokens)
     if certificate and dist.get_rank() == 0:
         print(certificate.table())
     return certificate

@@ -19,7 +19,7 @@ from typing import Any
 import numpy
 from tqdm import tqdm
 
-from flm_megatron.data.description import Description, file_of
+from flm_megatron.data.description import LARGEST_COUNT, Description, file_of, refuse_too_many
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.durable import make_folders, sync, sync_tree
 from flm_megatron.errors import FlmError, RequestError
@@ -57,7 +57,8 @@ def build_dataset(
     `total_bytes` is shown on a terminal.
 
     Raises:
-        RequestError: a file exists already, the share is not in [0, 1), or a dataset would have no documents.
+        RequestError: a file exists already, the share is not in [0, 1), or a dataset would have no documents or more
+            than can be numbered.
         FlmError: a worker died.
     """
     if not 0 <= validation_share < 1:
@@ -98,7 +99,14 @@ class Writer:
         self._tokens = self._text_bytes = self._documents = 0
 
     def add(self, document: Encoded) -> None:
-        """Append a document."""
+        """Append a document.
+
+        Raises:
+            RequestError: it is one document too many, or longer than an index can say.
+        """
+        refuse_too_many(self._documents + 1, self._prefix.name)
+        if len(document.ids) > LARGEST_COUNT:
+            raise RequestError(f"a document has {len(document.ids):,} tokens, more than {LARGEST_COUNT:,}: split it")
         ids = document.ids.astype(self._dtype)
         self._builder.add_document(ids, [len(ids)])
         self._hash.update(ids.tobytes())

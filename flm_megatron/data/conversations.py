@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flm_megatron.errors import RequestError
+from flm_megatron.json_text import parse_json
 
 ROLES = ("system", "user", "assistant")
 Message = dict[str, str]
@@ -59,14 +59,7 @@ def _read(path: Path) -> Iterator[Conversation]:
 
 
 def _record(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise RequestError(
-            f"{where} is not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise RequestError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
+    record = parse_json(line, where)
     if not isinstance(record, dict):
         raise RequestError(f"{where} is not a JSON object but {type(record).__name__}")
     return record
@@ -90,7 +83,7 @@ def _message(message: Any, where: str) -> Message:
     if not isinstance(message, dict) or "role" not in message or not isinstance(message.get("content"), str):
         raise RequestError(f"{where} is not an object with a role and a text as content")
     if message["role"] not in ROLES:
-        raise RequestError(f"{where} has the role {message['role']!r}: roles are {', '.join(ROLES)}")
+        raise RequestError(f"{where} has the role {message['role']!r:.60}: roles are {', '.join(ROLES)}")
     if any("\ud800" <= character <= "\udfff" for character in message["content"]):
         raise RequestError(f"{where} has an escape of half a surrogate pair, which is not UTF-8")
     return {"role": message["role"], "content": message["content"]}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flm_megatron.errors import RequestError
+from flm_megatron.json_text import parse_json
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 CODE_SUFFIXES = (".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts", ".sh")
@@ -93,10 +92,7 @@ def _json_lines(path: Path, field: str) -> Iterator[str]:
 
 
 def _text_of(line: str, field: str, where: str) -> str:
-    try:
-        record: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RequestError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
+    record = parse_json(line, where)
     if not isinstance(record, dict):
         raise RequestError(f"{where} is not a JSON object but {type(record).__name__}")
     if field not in record:

@@ -22,6 +22,9 @@ VERSION = 1
 IDX_HEADER = struct.Struct("<9sQBQQ")
 IDX_MAGIC = b"MMIDIDX\x00\x00"
 ID_BYTES = {4: 4, 8: 2}
+LARGEST_COUNT = 2**31 - 1
+"""Documents of a dataset, and ids of a document: megatron-core counts both in 32 bits, and takes larger numbers of
+documents modulo 2**32 without a word."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,14 @@ def read_description(prefix: str | os.PathLike[str]) -> Description:
     """Read PREFIX.json and check that the .bin and .idx beside it are as they were written, and fit each other.
 
     Raises:
-        RequestError: a file is missing, or it is of another version.
+        RequestError: a file is missing, or it is of another version, or has more documents than can be numbered.
         DamagedError: PREFIX.json cannot be read, a file has another size, or the index is not the .bin's.
     """
     for suffix in ("json", "bin", "idx"):
         if not file_of(prefix, suffix).is_file():
             raise RequestError(f"dataset {prefix}: {file_of(prefix, suffix)} is missing; make it with `flm data build`")
     description = _parse(file_of(prefix, "json"))
+    refuse_too_many(description.documents, prefix)
     for suffix, recorded in (("bin", description.bin_bytes), ("idx", description.idx_bytes)):
         size = file_of(prefix, suffix).stat().st_size
         if size != recorded:
@@ -80,6 +84,15 @@ def read_description(prefix: str | os.PathLike[str]) -> Description:
             )
     _check_index(prefix, description)
     return description
+
+
+def refuse_too_many(documents: int, prefix: str | os.PathLike[str]) -> None:
+    """Raise RequestError where a dataset has more documents than LARGEST_COUNT."""
+    if documents > LARGEST_COUNT:
+        raise RequestError(
+            f"dataset {prefix} has {documents:,} documents, more than the {LARGEST_COUNT:,} that one can number:"
+            " build several datasets from parts of the text, and name each of them in the run file"
+        )
 
 
 def _check_index(prefix: str | os.PathLike[str], description: Description) -> None:

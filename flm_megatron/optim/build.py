@@ -30,18 +30,22 @@ def build_optimizer(stage: StageConfig, model_chunks: list[Any], frozen: Collect
     """
     install_adamw(replace=kernels.current().names["adamw"] not in ("te", "apex"))
     install_clipping()
+    import torch
     from megatron.core.optimizer import get_megatron_optimizer
 
     specs = parameter_specs(stage.model)
     for chunk in model_chunks:
         for name, _ in chunk.named_parameters():
             parameter_group(name, specs)  # an unknown parameter is an error here, not one left out of every group
-    return get_megatron_optimizer(
-        engine_config(stage),
-        model_chunks,
-        config_overrides=_group_overrides(specs, frozen),
-        use_gloo_process_groups=False,
-    )
+    # With gradients on, its views of fp32 parameters would hold these through autograd, and through the hooks there the
+    # whole model: a ring that no garbage collector can see. Model and optimizer would outlive their stage.
+    with torch.no_grad():
+        return get_megatron_optimizer(
+            engine_config(stage),
+            model_chunks,
+            config_overrides=_group_overrides(specs, frozen),
+            use_gloo_process_groups=False,
+        )
 
 
 def engine_config(stage: StageConfig) -> Any:

@@ -64,6 +64,12 @@ class Machine:
     """Held by the driver, the communication library and loaded kernels."""
     fragmentation: float = 0.06
     """Allowance for fragmentation, as a share of activations and working memory."""
+    storage_gb_per_s: float = 50.0
+    """What the file system of checkpoints takes from all accelerators together."""
+    host_gb_per_s: float = 20.0
+    """Copy from one accelerator to the memory of its host."""
+    restart_s: float = 600.0
+    """From a failure to the next step: it is noticed, hosts are found, ranks start and load."""
     efficiency: Efficiency = Efficiency()
     software: Implementation = CUDA
     """What kernels keep and move."""
@@ -127,6 +133,7 @@ TABLE: dict[str, _Row] = {
 
 ABOVE_ZERO = (
     *("node_size", "multiprocessors", "intra_gb_per_s", "inter_gb_per_s", "memory_gib", "bandwidth_gb_per_s"),
+    *("storage_gb_per_s", "host_gb_per_s"),
     *("bf16", "fp32", "matmul", "attention", "memory", "intra", "inter"),
 )
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from flm_megatron.planner.compute import Seconds
+from flm_megatron.planner.goodput import GoodputPlan
 from flm_megatron.planner.growth_schedule import GrowthSchedule
 from flm_megatron.planner.layout import NEVER
 from flm_megatron.planner.machine import Machine
@@ -15,7 +16,7 @@ from flm_megatron.planner.plan import Cost, RunPlan, StagePlan
 from flm_megatron.planner.search import Candidate, SearchResult, describe
 from flm_megatron.planner.throughput import StepTime, tflops_per_device
 from flm_megatron.training.flops import CONVENTION
-from flm_megatron.training.metrics import short
+from flm_megatron.training.metrics import duration, short
 
 NOTE = f"TFLOP/s and MFU: {CONVENTION}."
 
@@ -31,6 +32,48 @@ def run_text(plan: RunPlan) -> str:
     parts += [f"A checkpoint: {sizes}"]
     parts += [f"GiB of each pipeline rank of stage {stage.name}\n{_memory(stage)}" for stage in plan.stages]
     return "\n\n".join([*parts, assumptions(machine), NOTE])
+
+
+def goodput_text(plans: Sequence[GoodputPlan], machine: Machine, mtbf_gpu_hours: float) -> str:
+    """Goodput of every stage, the interval between saves that is best, and what faster saves and restarts are worth."""
+    rows = [["stage", "a failure in", "stall", "save", "interval now", "goodput", "best interval", "goodput"]]
+    worth = [["GPU-hours saved", "no stall at saves", "saves twice as fast", "restarts twice as fast"]]
+    for plan in plans:
+        r, now, best = plan.reliability, plan.configured_steps, plan.best_steps
+        spans = [duration(r.mtbf_s), f"{r.stall_s:.3g}s", f"{r.save_s:.3g}s"]
+        now_text = "at the end" if now is None else f"{now} steps, {duration(now * plan.step_s)}"
+        best_text = f"{best} steps, {duration(best * plan.step_s)}"
+        rows.append([plan.stage, *spans, now_text, _share(plan.goodput(now)), best_text, _share(plan.goodput(best))])
+        faster = ({"stall_s": 0.0}, {"stall_s": r.stall_s / 2, "save_s": r.save_s / 2}, {"restart_s": r.restart_s / 2})
+        worth.append([plan.stage, *(f"{plan.saved_gpu_hours(**change):,.0f}" for change in faster)])
+    return "\n".join(
+        [
+            f"With a failure in {mtbf_gpu_hours:,.0f} GPU-hours, {machine.restart_s:g} s to restart, "
+            f"{machine.storage_gb_per_s:g} GB/s to storage and {machine.host_gb_per_s:g} GB/s to each host",
+            table(rows),
+            "",
+            table(worth),
+        ]
+    )
+
+
+def goodput_data(plans: Sequence[GoodputPlan]) -> dict[str, Any]:
+    """The same as plain data: seconds, steps, shares."""
+    return {
+        plan.stage: {
+            **asdict(plan.reliability),
+            "interval_steps": plan.configured_steps,
+            "goodput": plan.goodput(plan.configured_steps),
+            "best_interval_steps": plan.best_steps,
+            "best_goodput": plan.goodput(plan.best_steps),
+            "young_interval_s": plan.reliability.young_interval_s,
+        }
+        for plan in plans
+    }
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.2f}%"
 
 
 def search_text(name: str, result: SearchResult, machine: Machine, top: int) -> str:

@@ -71,7 +71,7 @@ def _train_what_is_left(run: RunConfig, only: str | None) -> int:
     while (start := find_start(run, only)) is not None:
         size = local_processes(run, run.stages[start.stage])
         try:
-            status = run_processes(size, _train_child, (run_to_dict(run), start))
+            status = run_processes(size, _train_child, (run_to_dict(run), start), run.distributed.timeout_s)
         except DamagedError as error:
             if find_start(run, only) == start:  # it is not of a checkpoint that can be passed over
                 raise

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -13,6 +14,7 @@ from flm_megatron.config.schema import DistributedConfig, ParallelConfig
 from flm_megatron.device import current
 from flm_megatron.device.process_group import process_group
 from flm_megatron.device.quiet import quiet_engine
+from flm_megatron.training.layout_groups import LayoutGroups
 
 
 def launched() -> bool:
@@ -33,20 +35,60 @@ def world(config: DistributedConfig, rank: int = -1, size: int = -1, store: str 
 
 @contextmanager
 def layout(parallel: ParallelConfig, timeout_s: int) -> Iterator[None]:
-    """megatron-core's groups for one stage; destroyed when the block ends, so that the next stage may differ."""
+    """megatron-core's groups for one stage, whose collectives give up after `timeout_s` seconds.
+
+    They are destroyed when the block ends well, so that the next stage may differ; after an error they stay until the
+    world is left: other ranks may wait in them, and should hear why before their connections break.
+    """
     from megatron.core import parallel_state
 
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        distributed_timeout_minutes=max(1, timeout_s // 60),
-        create_gloo_process_groups=False,
-    )
+    groups = LayoutGroups(timedelta(seconds=timeout_s))
+    with groups.installed():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            create_gloo_process_groups=False,
+        )
     try:
         yield
     finally:
         parallel_state.destroy_model_parallel()
+    _forget_rotary_embeddings()
+    groups.destroy()
+
+
+def _forget_rotary_embeddings() -> None:
+    """The engine keeps the angles of the last 32 calls, with the modules that made them and the groups of these."""
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    RotaryEmbedding.forward.cache_clear()
+
+
+class Layouts:
+    """Layouts over one world, one at a time: `self(parallel)` makes one, or keeps that before where it is the same."""
+
+    def __init__(self, timeout_s: int) -> None:
+        self._timeout_s = timeout_s
+        self._open = ExitStack()
+        self._parts: tuple[int, ...] = ()
+
+    @contextmanager
+    def __call__(self, parallel: ParallelConfig) -> Iterator[None]:
+        """The groups of `parallel` for a block, not inside another one's; all ranks of the world call."""
+        parts = (parallel.tensor, parallel.pipeline, parallel.virtual_pipeline)
+        if parts != self._parts:
+            self._open.close()
+            self._parts = ()
+            self._open.enter_context(layout(parallel, self._timeout_s))
+            self._parts = parts
+        yield
+
+    def __enter__(self) -> Layouts:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
 
 
 def is_main_rank() -> bool:

@@ -30,10 +30,11 @@ from flm_megatron.growth.schedule import mask_plan, mask_value
 from flm_megatron.kernels import fp8
 from flm_megatron.optim.learning_rate import learning_rate, set_learning_rates
 from flm_megatron.training.flops import training_flops_per_token
+from flm_megatron.training.goodput import Meter, read_goodput
 from flm_megatron.training.layer_norms import layer_norms
 from flm_megatron.training.memory_copies import MemoryCopies
 from flm_megatron.training.metrics import MetricsLog, StepMetrics
-from flm_megatron.training.parallel import is_main_rank, layout
+from flm_megatron.training.parallel import Layouts, is_main_rank
 from flm_megatron.training.replicas import check_replicas
 from flm_megatron.training.signals import StopRequest, stop_on_signal
 from flm_megatron.training.spikes import SpikeWatch, joined
@@ -57,13 +58,14 @@ def train_stage(run: RunConfig, start: Start, copies: MemoryCopies | None = None
     for stage in run.stages:
         fp8.require(stage)
     try:
-        beginning = begin(run, start, copies.view if copies else None)
-        with layout(beginning.stage.parallel, run.distributed.timeout_s), stop_on_signal() as stop:
-            trainer = StageTrainer(run, start, beginning, copies)
-            try:
-                return trainer.train(stop)
-            finally:
-                trainer.close()
+        with Layouts(run.distributed.timeout_s) as under:
+            beginning = begin(run, start, under, copies.view if copies else None)
+            with under(beginning.stage.parallel), stop_on_signal() as stop:
+                trainer = StageTrainer(run, start, beginning, copies)
+                try:
+                    return trainer.train(stop)
+                finally:
+                    trainer.close()
     except DamagedError as error:
         checkpoint_store(run).note_damage(error)
         raise
@@ -88,6 +90,8 @@ class StageTrainer:
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.data_size = parallel_state.get_data_parallel_world_size()
         self.log = _open_log(self.run, self.index, self.step)
+        self.meter = Meter(Path(run.output) if is_main_rank() else None)
+        self.meter.begin(self.index, self.stage.name, self.step)
         self.store = checkpoint_store(run)
         if is_main_rank():
             self.store.clean([stage.name for stage in run.stages])
@@ -114,7 +118,9 @@ class StageTrainer:
             if self.step and self.saved_step < 0 and self.stage.stability.policy == "rollback":
                 self._save()  # copies in memory are not kept for ever
             while self.step < self.budget.steps and not stopped:
-                stopped = self._train_step(next(feed), stop)
+                asked = time.perf_counter()
+                group = next(feed)
+                stopped = self._train_step(group, stop, time.perf_counter() - asked)
                 self._at_intervals()
         finally:
             feed.close()
@@ -123,6 +129,8 @@ class StageTrainer:
             self._validate()
         self._save()
         self._finish_save()
+        if self.log and (goodput := read_goodput(Path(self.run.output))):
+            self.log.say(goodput.text())
         return finished
 
     def _announce(self, log: MetricsLog) -> None:
@@ -144,11 +152,12 @@ class StageTrainer:
         log.begin(self.stage.name, self.step, self.budget.steps)
 
     def close(self) -> None:
-        """End the log."""
+        """End the logs."""
+        self.meter.close()
         if self.log:
             self.log.close()
 
-    def _train_step(self, group: list[Batch], stop: StopRequest) -> bool:
+    def _train_step(self, group: list[Batch], stop: StopRequest, waited_s: float) -> bool:
         """One step with its learning rate, its check and its report; returns whether a stop was asked for."""
         began = time.perf_counter()
         lr = learning_rate(self.budget.tokens_at(self.step + 1), self.run, self.index)
@@ -157,6 +166,7 @@ class StageTrainer:
         result = self.engine.train_step(group, stop.asked, self.watch.reason)
         self.step += 1
         self.times.append(time.perf_counter() - began)
+        self.meter.step(self.step, self.times[-1], waited_s, result.refused is None)
         if result.refused:
             self._refuse(result.refused)
             return result.stop
@@ -220,7 +230,8 @@ class StageTrainer:
 
     def _at_intervals(self) -> None:
         if self._due(self.stage.stability.checksum_interval_steps):
-            check_replicas(self.engine.chunks, self.step)
+            with self.meter.stall("replicas"):
+                check_replicas(self.engine.chunks, self.step)
         if self._due(self.stage.validation.interval_steps) and self.validation:
             self._validate()
         if self._due(self.run.checkpoint.interval_steps) and self.step < self.budget.steps:
@@ -235,7 +246,8 @@ class StageTrainer:
 
     def _validate(self) -> None:
         """Loss of every validation set over the same samples in every stage and layout."""
-        losses = {name: self._validation_loss(stream) for name, stream in self.validation.items()}
+        with self.meter.stall("validation"):
+            losses = {name: self._validation_loss(stream) for name, stream in self.validation.items()}
         mean = sum(losses.values()) / len(losses)
         if self.log:
             tokens = self.budget.tokens_at(self.step)
@@ -257,13 +269,14 @@ class StageTrainer:
         if self.log:
             self.log.sync()
         self.saved_path = self.store.new_path(self.stage.name, self.step, self.start.taken)
-        self.pending = save_state(
-            self.saved_path,
-            self.engine.chunks,
-            self.engine.optimizer,
-            self._manifest(),
-            self.run.checkpoint.asynchronous,
-        )
+        with self.meter.stall("save"):
+            self.pending = save_state(
+                self.saved_path,
+                self.engine.chunks,
+                self.engine.optimizer,
+                self._manifest(),
+                self.run.checkpoint.asynchronous,
+            )
         self.saved_step = self.step
         if not self.run.checkpoint.asynchronous:
             self._finish_save()
@@ -272,11 +285,12 @@ class StageTrainer:
         """Wait for the save under way; when it is whole, drop checkpoints that are no longer wanted."""
         if self.pending is None:
             return
-        self.pending.wait()
-        self.pending = None
-        if is_main_rank():
-            wanted = self.run.checkpoint
-            self.store.prune(self.stage.name, wanted.keep_last, wanted.keep_every_steps)
+        with self.meter.stall("save"):
+            self.pending.wait()
+            self.pending = None
+            if is_main_rank():
+                wanted = self.run.checkpoint
+                self.store.prune(self.stage.name, wanted.keep_last, wanted.keep_every_steps)
 
     def _manifest(self) -> dict[str, Any]:
         samples = self.budget.sample_at(self.step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.boundary import grown_view, resumed_plan
 from flm_megatron.growth.certificate import Certificate
+from flm_megatron.growth.forward import Layout
 from flm_megatron.growth.measure import boundary_certificate, boundary_distances
 from flm_megatron.growth.plan import GrowthPlan, grown_model
 from flm_megatron.training.first_view import first_view
-from flm_megatron.training.parallel import layout
 
-MADE = ("checkpoints", "metrics.jsonl", "log.txt", "tensorboard")
+MADE = ("checkpoints", "metrics.jsonl", "log.txt", "goodput.jsonl", "tensorboard")
 """What a run makes in its output folder and goes on with."""
 
 
@@ -109,11 +108,11 @@ class Beginning:
     certificate: Certificate | None = None
 
 
-def begin(run: RunConfig, start: Start, in_memory: LogicalCheckpoint | None = None) -> Beginning:
+def begin(run: RunConfig, start: Start, under: Layout, in_memory: LogicalCheckpoint | None = None) -> Beginning:
     """What `start` begins with (`in_memory` if given); where it grows, layer distances and the certificate are measured
     first.
 
-    Runs on all processes of the world, outside any layout.
+    Runs on all processes of the world, outside any layout; `under` makes the layouts of what is measured.
 
     Raises:
         RequestError: the checkpoint is of another model or another growth than the run file asks for.
@@ -128,7 +127,6 @@ def begin(run: RunConfig, start: Start, in_memory: LogicalCheckpoint | None = No
         return Beginning(_resumed_stage(stage, source.manifest, plan), source, plan)
     if run.data.chat is not None:  # stages of a fine-tuning share one model
         return Beginning(stage, source)
-    under = partial(layout, timeout_s=run.distributed.timeout_s)
     view, plan = grown_view(source, run, start.stage, boundary_distances(source, run, start.stage, under))
     certificate = boundary_certificate(view, run, start.stage, under)
     return Beginning(replace(stage, model=grown_model(plan)), view, plan, certificate)

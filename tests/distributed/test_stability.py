@@ -15,7 +15,7 @@ from flm_megatron.cli.main import main as flm
 from flm_megatron.config.schema import ParallelConfig, RunConfig, StabilityConfig
 from flm_megatron.errors import FlmError
 from flm_megatron.model.parameters import EMBEDDING
-from flm_megatron.training.parallel import layout
+from flm_megatron.training.parallel import Layouts, layout
 from flm_megatron.training.plot import read_metrics
 from flm_megatron.training.preflight import resolve
 from flm_megatron.training.replicas import check_replicas
@@ -58,7 +58,7 @@ def train_with_faults(run: RunConfig, faults: dict[int, str]) -> list[float]:
     start = find_start(run)
     assert start is not None
     sums: list[float] = []
-    beginning = begin(run, start)
+    beginning = begin(run, start, Layouts(120))
     with layout(beginning.stage.parallel, 120), stop_on_signal() as stop:
         trainer = FaultyTrainer(run, start, beginning)
         trainer.inject(faults)

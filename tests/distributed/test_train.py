@@ -13,6 +13,7 @@ import pytest
 
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.errors import RequestError
+from flm_megatron.training.goodput import read_goodput
 from flm_megatron.training.launch import train
 from flm_megatron.training.plot import read_metrics
 from flm_megatron.training.preflight import resolve
@@ -43,7 +44,11 @@ def test_a_run_reports_every_step_and_validates(whole: Path) -> None:
     validation = [line for line in read_metrics(whole) if "val_loss" in line]
     assert [line["step"] for line in validation] == [4, 8]
     assert validation[1]["val_loss"] < validation[0]["val_loss"]
-    assert (whole / "run.yaml").exists() and "small step 8/8" in (whole / "log.txt").read_text()
+    log = (whole / "log.txt").read_text()
+    assert (whole / "run.yaml").exists() and "small step 8/8" in log and "0 steps lost" in log
+    metered = read_goodput(whole)
+    assert metered is not None and 0 < metered.share < 1 and metered.stalls_s["save"] > 0
+    assert metered.steps_s == pytest.approx(sum(x["step_time_s"] for x in read_metrics(whole) if "loss" in x))
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flm_megatron.checkpoint.classic import ClassicCheckpoint
+from flm_megatron.checkpoint.classic_arguments import arguments_of, model_from_arguments
 from flm_megatron.checkpoint.opening import open_checkpoint
-from flm_megatron.config.schema import ModelConfig
+from flm_megatron.checkpoint.writer import write_view
+from flm_megatron.config.same_model import differences
+from flm_megatron.config.schema import LoraConfig, ModelConfig, MupConfig, ParallelConfig
 from flm_megatron.errors import DamagedError, RequestError
 from tests.reference import random_tensors
-from tests.unit.checkpoint_cases import MODEL, flm_checkpoint, write_small
+from tests.unit.checkpoint_cases import MODEL, Memory, flm_checkpoint, manifest_of, write_small
 
 BIASED = ModelConfig(
     num_layers=4, hidden_size=24, ffn_hidden_size=36, num_attention_heads=6, num_query_groups=3, vocab_size=77,
@@ -159,6 +165,9 @@ def save_one(folder: Path, **content: Any) -> Path:
     [
         ({"position_embedding_type": "learned_absolute"}, "position_embedding_type = learned_absolute"),
         ({"num_experts": 8}, "num_experts = 8"),
+        ({"use_rope_scaling": True}, "use_rope_scaling = True; only False"),
+        ({"rotary_seq_len_interpolation_factor": 2}, "rotary_seq_len_interpolation_factor = 2"),
+        ({"window_size": (128, 0)}, r"window_size = \(128, 0\)"),
         ({"vocab_size": None, "padded_vocab_size": 128}, "padded 128: give --vocab-size"),
         ({"vocab_size": 129}, "vocabulary 129 asked for, 128 rows stored"),
         ({"hidden_size": "wide"}, "do not describe a decoder"),
@@ -170,6 +179,43 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any], me
     path = save_one(tmp_path / "a", args=arguments(GATED, **change), model=state)
     with pytest.raises(RequestError, match=message):
         ClassicCheckpoint(path)
+
+
+def test_a_tensor_of_another_kind_of_block_is_not_left_out(tmp_path: Path) -> None:
+    state = dict(by_hand(random_tensors(GATED), GATED, 1, 0, range(4), multiple=128))
+    extra = {"decoder.layers.0.self_attention.linear_qkv._extra_state": torch.ones(3, dtype=torch.uint8)}
+    ClassicCheckpoint(save_one(tmp_path / "a", args=arguments(GATED), model=state | extra))
+    bias = {"decoder.layers.0.self_attention.linear_qkv.bias": torch.ones(72)}
+    path = save_one(tmp_path / "b", args=arguments(GATED), model=state | bias)
+    with pytest.raises(RequestError, match=r"linear_qkv\.bias is not one of the model that the arguments describe"):
+        ClassicCheckpoint(path)
+
+
+@given(
+    theta=st.floats(100, 1e6), epsilon=st.floats(1e-9, 1e-2), multipliers=st.tuples(*[st.floats(0.1, 10)] * 2),
+    base=st.integers(1, 99), heads=st.sampled_from([(1, 1), (2, 1), (6, 3), (6, 6)]), channels=st.sampled_from([2, 6]),
+    kinds=st.tuples(st.sampled_from(["rmsnorm", "layernorm"]), st.sampled_from(["swiglu", "gelu"]), st.booleans()),
+)  # fmt: skip
+def test_the_arguments_describe_the_same_model(
+    theta: float, epsilon: float, multipliers: tuple[float, float], base: int, heads: tuple[int, int], channels: int,
+    kinds: tuple[Any, Any, bool],
+) -> None:  # fmt: skip
+    model = ModelConfig(
+        hidden_size=24, num_attention_heads=heads[0], num_query_groups=heads[1], head_dim=channels, vocab_size=77,
+        rope_theta=theta, norm_epsilon=epsilon, input_mult=multipliers[0], output_mult=multipliers[1],
+        normalization=kinds[0], activation=kinds[1], bias=kinds[2], mup=MupConfig(True, base),
+    )  # fmt: skip
+    assert differences(model_from_arguments(arguments_of(model, ParallelConfig(), 32, 0), "here"), model) == []
+
+
+def test_adapters_are_merged(tmp_path: Path) -> None:
+    adapted = replace(GATED, lora=LoraConfig(rank=2, targets=["qkv"]))
+    values = random_tensors(adapted)
+    write_view(Memory(values), tmp_path / "adapted", manifest_of(adapted))
+    assert flm_checkpoint("reshard", tmp_path / "adapted", tmp_path / "out", "--format", "classic") == 0
+    view, qkv = ClassicCheckpoint(tmp_path / "out"), "decoder.layers.self_attention.linear_qkv"
+    delta = torch.einsum("lor,lri->loi", values[f"{qkv}.lora_b"], values[f"{qkv}.lora_a"]) * 16 / 2
+    torch.testing.assert_close(view.read(f"{qkv}.weight"), values[f"{qkv}.weight"] + delta)
 
 
 def test_older_layouts_and_missing_ranks_are_told(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ import pytest
 
 from flm_megatron.cli.main import main
 from flm_megatron.config.schema import DataConfig, SourceConfig
+from flm_megatron.data import description
 from flm_megatron.data.build import build_dataset
-from flm_megatron.data.description import check_datasets, read_description
+from flm_megatron.data.description import IDX_HEADER, Description, check_datasets, file_of, read_description
 from flm_megatron.data.statistics import unigram_entropy
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import DamagedError, FlmError, RequestError
@@ -172,6 +173,33 @@ def test_a_description_of_another_version_is_refused(tmp_path: Path) -> None:
     replace(read_description(tmp_path / "a"), version=2).write(tmp_path / "a.json")
     with pytest.raises(RequestError, match=r"version 2, but .* version 1 is needed"):
         read_description(tmp_path / "a")
+
+
+@pytest.mark.parametrize(("documents", "error"), [(2**31, RequestError), (2**31 - 1, DamagedError)])
+def test_more_documents_than_can_be_numbered_are_refused_before_their_index_is_read(
+    tmp_path: Path, documents: int, error: type[FlmError]
+) -> None:
+    """Files of the right size, and all holes: one document fewer, and it is the index that is looked at."""
+    prefix = tmp_path / "huge"
+    sizes = {"bin": 2 * documents, "idx": IDX_HEADER.size + 20 * documents + 8}
+    for suffix, size in sizes.items():
+        with file_of(prefix, suffix).open("wb") as file:
+            file.truncate(size)
+    ids = {"vocab_size": 300, "tokenizer": "0" * 64, "eod": 1, "pad": 2, "sha256": "0" * 64}
+    Description(2 * documents, 0, documents, bin_bytes=sizes["bin"], idx_bytes=sizes["idx"], **ids).write(
+        file_of(prefix, "json")
+    )
+    with pytest.raises(error, match="has 2,147,483,648 documents.*build several" if error is RequestError else "index"):
+        read_description(prefix)
+
+
+def test_a_build_refuses_the_document_that_has_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(description, "LARGEST_COUNT", 3)
+    model = data_cases.tokenizer(tmp_path)
+    assert build_dataset(data_cases.texts(3), model, tmp_path / "three")[str(tmp_path / "three")].documents == 3
+    with pytest.raises(RequestError, match="4 documents"):
+        build_dataset(data_cases.texts(4), model, tmp_path / "four")
+    assert not list(tmp_path.glob("*four*"))
 
 
 def test_the_tokenizer_and_the_vocabulary_have_to_fit(tmp_path: Path) -> None:

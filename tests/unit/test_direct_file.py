@@ -1,5 +1,6 @@
 """Files filled by several threads, partly past the page cache."""
 
+import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,6 +44,55 @@ def test_large_pieces_go_past_the_page_cache(tmp_path: Path, monkeypatch: pytest
     with DirectFile(tmp_path / "file") as file:
         file.write(memoryview(bytes(3 * SMALLEST_DIRECT)), 100)
         assert (file._direct, 3 * SMALLEST_DIRECT - PAGE) in written
+
+
+def test_only_whole_pages_of_the_machine_go_past_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of 64 KiB, as some Arm and POWER machines have."""
+    page = 65536
+    monkeypatch.setattr(direct_file, "PAGE", page)
+    direct = os.open(_touched(tmp_path / "file"), os.O_WRONLY)
+    monkeypatch.setattr(direct_file, "_open_direct", lambda path: direct)
+    written: list[tuple[int, int]] = []
+    before = direct_file.write_at
+
+    def spy(fd: int, data: memoryview, position: int) -> None:
+        if fd == direct:
+            written.append((position, data.nbytes))
+        before(fd, data, position)
+
+    monkeypatch.setattr(direct_file, "write_at", spy)
+    content = os.urandom(9 * 2**20 + 3 * 4096 + 5)
+    with DirectFile(tmp_path / "file") as file:
+        file.write(memoryview(content), 4096)
+    assert (tmp_path / "file").read_bytes() == bytes(4096) + content
+    assert len(written) == 2
+    assert all(position % page == 0 and nbytes % page == 0 for position, nbytes in written)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSPC])
+def test_direct_writes_that_the_system_refuses(tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal of the place (EINVAL) is no failure, asked for once; any other error is one."""
+    direct = os.open(_touched(tmp_path / "file"), os.O_WRONLY)
+    monkeypatch.setattr(direct_file, "_open_direct", lambda path: direct)
+    refused: list[int] = []
+    before = direct_file.write_at
+
+    def refuse(fd: int, data: memoryview, position: int) -> None:
+        if fd == direct:
+            refused.append(position)
+            raise OSError(code, os.strerror(code))
+        before(fd, data, position)
+
+    monkeypatch.setattr(direct_file, "write_at", refuse)
+    content = os.urandom(20 * 2**20 + 11)
+    with DirectFile(tmp_path / "file") as file:
+        if code == errno.EINVAL:
+            file.write(memoryview(content), 1)
+            assert (tmp_path / "file").read_bytes() == b"\0" + content
+        else:
+            with pytest.raises(OSError, match="No space"):
+                file.write(memoryview(content), 1)
+    assert len(refused) == 1
 
 
 def test_a_failed_write_closes_the_file(tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import weakref
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flm_megatron.optim.adamw import AdamW
-from flm_megatron.optim.birth import settling_steps, update_by_age
+from flm_megatron.optim.birth import PIECE, settling_steps, update_by_age
 
 GROWN_AT = 50_000
 
@@ -96,3 +99,67 @@ def test_update_by_age_is_adam_where_all_are_old() -> None:
         reference.step()
     torch.testing.assert_close(ours, theirs)
     assert not math.isclose(ours[0].item(), 0.0)
+
+
+class LargestMemory(TorchDispatchMode):
+    """Follows the bytes of tensors that are made while the mode is on, and of those among them that are still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {thing.untyped_storage().data_ptr() for thing in args if isinstance(thing, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        storage = out.untyped_storage() if isinstance(out, torch.Tensor) else None
+        if storage is not None and storage.data_ptr() not in given | self._seen:
+            self._hold(storage)
+        return out
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        self._seen.add(storage.data_ptr())
+        self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._release, storage.data_ptr(), storage.nbytes())
+
+    def _release(self, pointer: int, nbytes: int) -> None:
+        self._seen.discard(pointer)
+        self.now -= nbytes
+
+
+def reference_update(param: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any]) -> None:
+    """The update written out for the whole tensor at once."""
+    beta1, beta2 = group["betas"]
+    assert param.grad is not None
+    gradient = param.grad.to(param.dtype)
+    state["exp_avg"].lerp_(gradient, 1 - beta1)
+    state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    age = (group["step"] - state["birth"]).double()
+    mean = state["exp_avg"] / (1 - beta1**age).to(param.dtype)
+    root = (state["exp_avg_sq"] / (1 - beta2**age).to(param.dtype)).sqrt_()
+    param.mul_(1 - group["lr"] * group["weight_decay"])
+    param.addcdiv_(mean, root.add_(group["eps"]), value=-group["lr"])
+
+
+def test_an_update_in_pieces_takes_little_memory_and_gives_the_same_bits() -> None:
+    shape = (3, PIECE + 1237)
+    draw = torch.Generator().manual_seed(4)
+    birth = torch.randint(0, 40, shape, generator=draw, dtype=torch.int32)
+    ours, whole = (torch.randn(shape, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    states = [{"exp_avg": torch.zeros(shape), "exp_avg_sq": torch.zeros(shape), "birth": birth} for _ in range(2)]
+    group = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    with torch.no_grad(), LargestMemory() as memory:
+        for step in (41, 42):
+            ours.grad = torch.randn(shape, generator=draw)
+            whole.grad = ours.grad.clone()
+            before = memory.now
+            memory.most = before
+            update_by_age(ours, states[0], {**group, "step": step})
+            in_pieces = memory.most - before
+            reference_update(whole, states[1], {**group, "step": step})
+            at_once = memory.most - before
+    assert torch.equal(ours, whole)
+    assert all(torch.equal(states[0][name], states[1][name]) for name in ("exp_avg", "exp_avg_sq"))
+    assert in_pieces <= 40 * PIECE
+    assert at_once >= 20 * ours.numel()

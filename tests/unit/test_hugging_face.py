@@ -211,7 +211,7 @@ def edit_config(path: Path, **change: object) -> None:
         ({"intermediate_size": 76}, r"gate_proj.weight has shape \(75, 108\), config.json asks for \(76, 108\)"),
         ({"num_hidden_layers": 2}, "model.layers.2.* is not one of the configured model"),
         ({"mup_scale_factor": 7.0}, "mup_scale_factor 7.0"),
-        ({"hidden_size": "wide"}, "does not describe a decoder"),
+        ({"hidden_size": "wide"}, "hidden_size 'wide': it should be a valid integer"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:

@@ -14,6 +14,7 @@ from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.errors import FlmError, RequestError
 from flm_megatron.evaluation.stages import run_of
 from flm_megatron.training.flops import training_flops_per_token
+from flm_megatron.training.goodput import Goodput, read_goodput
 from flm_megatron.training.plot import read_metrics
 
 Line = dict[str, Any]
@@ -43,6 +44,8 @@ class History:
     """By the stage grown into."""
     boundaries: list[tuple[Position, str]]
     """Where each stage but the first begins."""
+    goodput: Goodput | None = None
+    """Where the wall time went; none for runs that did not meter it."""
 
     @property
     def restarts(self) -> int:
@@ -83,6 +86,7 @@ def read_history(folder: Path) -> History:
         events=[(at, line) for at, line in placed if "restart" in line or "refused" in line],
         certificates=_certificates(run, folder, lines),
         boundaries=_boundaries(steps),
+        goodput=read_goodput(folder),
     )
 
 

@@ -12,7 +12,7 @@ from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.report.chart import Chart
 from flm_megatron.evaluation.report.curves import AXES, detail_charts, loss_charts
 from flm_megatron.evaluation.report.history import History, read_history
-from flm_megatron.evaluation.report.tables import events_table, growths_table, runs_table, stages_table
+from flm_megatron.evaluation.report.tables import events_table, goodput_table, growths_table, runs_table, stages_table
 from flm_megatron.training.flops import CONVENTION
 
 HERE = Path(__file__).parent
@@ -51,6 +51,7 @@ def page(histories: Sequence[History]) -> str:
         _titled("Growth", growths_table(histories)),
         _titled("Course of training", _charts(detail_charts(histories))),
         _titled("Stages", stages_table(histories)),
+        _titled("Where the time went", goodput_table(histories) or "<p>Not metered.</p>"),
         _titled("Restarts and refused steps", events_table(histories) or "<p>None.</p>"),
         _titled("Run files", "".join(_run_file(history) for history in histories)),
     ]

@@ -11,6 +11,7 @@ from typing import Any
 from flm_megatron.config.schema import StageConfig
 from flm_megatron.evaluation.report.history import History, Line
 from flm_megatron.model.parameters import parameter_specs
+from flm_megatron.training.goodput import Goodput
 from flm_megatron.training.metrics import duration, short
 
 NONE = "-"
@@ -41,9 +42,21 @@ def runs_table(histories: Sequence[History]) -> str:
                 number(validation),
                 history.restarts,
                 history.refused_steps,
+                f"{100 * history.goodput.share:.1f}%" if history.goodput else NONE,
             ]
         )
-    return table([*head, "restarts", "refused steps"], rows)
+    return table([*head, "restarts", "refused steps", "goodput"], rows)
+
+
+def goodput_table(histories: Sequence[History]) -> str:
+    """Where the wall time of each run went that metered it."""
+    metered = [(history.name, history.goodput) for history in histories if history.goodput]
+    head = ["run", "wall time", "starts", "steps that count", *(Goodput().parts), "steps lost"]
+    rows = []
+    for name, g in metered:
+        seconds = (g.steps_s - g.lost_s, *g.parts.values())
+        rows.append([name, duration(g.wall_s), g.starts, *map(duration, seconds), g.lost_steps])
+    return table(head, rows) if rows else ""
 
 
 def stages_table(histories: Sequence[History]) -> str:

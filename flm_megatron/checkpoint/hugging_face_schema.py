@@ -1,0 +1,175 @@
+"""The fields of a Hugging Face `config.json` that say which function the weights are: types, limits, what is refused.
+
+A field that changes the function and that this program does not compute is refused by name, never passed over. Fields
+that `LlamaForCausalLM` does not compute with either (tokens, caches, versions, dropout) are left alone.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flm_megatron.errors import RequestError
+from flm_megatron.model.limits import (
+    LARGEST_FFN,
+    LARGEST_HEAD,
+    LARGEST_HIDDEN,
+    LARGEST_VOCABULARY,
+    MOST_HEADS,
+    MOST_LAYERS,
+)
+
+STRICT = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+Positive = Annotated[float, Field(gt=0, le=1e30)]
+Multiplier = Annotated[float, Field(ge=-1e30, le=1e30)]
+Vocabulary = Annotated[int, Field(ge=1, le=LARGEST_VOCABULARY)]
+Heads = Annotated[int, Field(ge=1, le=MOST_HEADS)]
+
+UNSUPPORTED = (
+    "quantization_config",
+    "compression_config",
+    "sparsity_config",
+    "pruned_heads",
+    "sliding_window",
+    "use_sliding_window",
+    "layer_types",
+    "no_rope_layers",
+    "attention_chunk_size",
+    "attention_multiplier",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "query_pre_attn_scalar",
+    "logit_scale",
+    "logits_scaling",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "clip_qkv",
+    "qk_norm",
+    "use_qk_norm",
+    "qk_layernorm",
+    "query_key_norm",
+    "parallel_attn",
+    "use_parallel_residual",
+    "alibi",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "is_encoder_decoder",
+    "add_cross_attention",
+)
+"""Fields of other architectures and of compressed weights: anything but null, false, 0 or empty is refused."""
+LIKE_LLAMA = {"partial_rotary_factor": 1.0, "rotary_pct": 1.0, "position_embedding_type": "rope"}
+"""Fields of other architectures and the value under which they say what Llama does."""
+
+
+class RotaryFields(BaseModel):
+    """`rope_parameters` of transformers 5, `rope_scaling` of version 4: plain rotary positions alone."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    rope_type: Literal["default"] | None = None
+    type: Literal["default"] | None = None
+    rope_theta: Positive | None = None
+    partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] | None = None
+
+
+class ModelFields(BaseModel):
+    """What makes the function, with the defaults of transformers' LlamaConfig."""
+
+    model_config = STRICT
+    num_hidden_layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
+    hidden_size: Annotated[int, Field(ge=1, le=LARGEST_HIDDEN)]
+    intermediate_size: Annotated[int, Field(ge=1, le=LARGEST_FFN)]
+    num_attention_heads: Heads
+    num_key_value_heads: Heads | None = None
+    head_dim: Annotated[int, Field(ge=2, le=LARGEST_HEAD, multiple_of=2)] | None = None
+    vocab_size: Vocabulary
+    true_vocab_size: Vocabulary | None = None
+    hidden_act: Literal["silu"] = "silu"
+    rms_norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-6
+    rope_theta: Positive | None = None
+    rope_scaling: RotaryFields | None = None
+    rope_parameters: RotaryFields | None = None
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
+    tie_word_embeddings: bool | None = None
+    use_mup: bool | None = None
+    mup_scale_factor: Positive = 1.0
+    input_mult: Multiplier = 1.0
+    output_mult: Multiplier = 1.0
+    matrix_init_std: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    vector_init_std: Annotated[float, Field(ge=0, le=1e6)] | None = None
+
+    @property
+    def theta(self) -> float:
+        """Base of the rotary frequencies, from where transformers 5 keeps it or from where version 4 did."""
+        places = (self.rope_parameters, self.rope_scaling)
+        found = [place.rope_theta for place in places if place and place.rope_theta is not None]
+        return next(iter([*found, *([self.rope_theta] if self.rope_theta is not None else [])]), 10000.0)
+
+
+def read_fields(config: dict[str, Any], where: str) -> ModelFields:
+    """The fields of a `config.json`, each of its type and within its limits.
+
+    Raises RequestError, naming `where`, the field and its value.
+    """
+    _refuse_unsupported(config, where)
+    try:
+        fields = ModelFields.model_validate(config)
+    except ValidationError as error:
+        mistake = error.errors(include_url=False)[0]
+        name = ".".join(map(str, mistake["loc"]))
+        if mistake["type"] == "missing":
+            raise RequestError(f"{where}: config.json has no {name}, so it does not describe a decoder") from None
+        raise RequestError(
+            f"{where}: config.json has {name} {_shown(mistake['input'])}: {_expected(mistake)}"
+        ) from None
+    _check_heads(fields, where)
+    if bool(fields.attention_bias) != bool(fields.mlp_bias):
+        raise RequestError(
+            f"{where}: config.json has attention_bias {bool(fields.attention_bias)} and mlp_bias "
+            f"{bool(fields.mlp_bias)}: biases in all linear layers or in none are supported here"
+        )
+    return fields
+
+
+def _expected(mistake: Any) -> str:
+    if mistake["type"] == "extra_forbidden":
+        return "plain rotary positions (rope_type 'default') alone are supported here"
+    if mistake["type"] == "literal_error":
+        return f"only {mistake['ctx']['expected']} is supported here"
+    return str(mistake["msg"]).replace("Input should be", "it should be")
+
+
+def _check_heads(fields: ModelFields, where: str) -> None:
+    heads, groups = fields.num_attention_heads, fields.num_key_value_heads
+    if groups is not None and heads % groups:
+        raise RequestError(
+            f"{where}: config.json has num_key_value_heads {groups}, by which num_attention_heads {heads} cannot be "
+            "divided"
+        )
+    if fields.head_dim is None and fields.hidden_size % (2 * heads):
+        raise RequestError(
+            f"{where}: config.json has num_attention_heads {heads} and no head_dim: hidden_size {fields.hidden_size} "
+            "does not give each head an even number of channels"
+        )
+
+
+def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
+    for name in UNSUPPORTED:
+        if value := config.get(name):
+            raise RequestError(f"{where}: config.json has {name} {_shown(value)}, which is not supported here")
+    for name, wanted in LIKE_LLAMA.items():
+        if config.get(name, wanted) not in (wanted, None):
+            raise RequestError(
+                f"{where}: config.json has {name} {_shown(config[name])}; only {wanted!r} is supported here"
+            )
+
+
+def _shown(value: Any) -> str:
+    """A value in at most 80 characters."""
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return "of over 40 digits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,67 @@
+"""JSON from files that others wrote: whatever they hold, an error is one line that names the place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from flm_megatron.errors import FlmError, RequestError
+
+DEEPEST = 100
+"""Brackets in brackets: more is nothing that this program reads, and what prints or compares it would fail."""
+MOST_DIGITS = 18  # of an integer, so that it fits into 64 bits
+
+
+def parse_json(
+    text: str | bytes, where: str, error: type[FlmError] = RequestError, strict: bool = False, name: str = "JSON"
+) -> Any:
+    """The value of a JSON text; `where` and `name` tell in errors what it is, `error` is raised when it is none.
+
+    `strict`, for what the program relies on: no key twice (of which the last would count), integers of 64 bits.
+    """
+    rules: dict[str, Any] = {"object_pairs_hook": _unique, "parse_int": _integer} if strict else {}
+    try:
+        value = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, **rules)
+        _check_depth(value)
+        return value
+    except json.JSONDecodeError as problem:
+        line = f"line {problem.lineno}, " if problem.lineno > 1 else ""
+        raise error(f"{where} is not {name}: {problem.msg} at {line}column {problem.colno}") from None
+    except UnicodeDecodeError as problem:
+        byte = problem.object[problem.start]
+        raise error(f"{where} is not UTF-8: byte 0x{byte:02x} at column {problem.start + 1}") from None
+    except RecursionError:
+        raise error(f"{where} is not {name} that can be read: brackets are nested more than {DEEPEST} deep") from None
+    except ValueError as problem:  # a key that stands twice, or a number of more digits than are read
+        raise error(f"{where} is not {name} that can be read: {str(problem).partition(';')[0]}") from None
+
+
+def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r:.80} is given twice")
+        found[key] = value
+    return found
+
+
+def _integer(digits: str) -> int:
+    if len(digits.lstrip("-")) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _check_depth(value: Any) -> None:
+    """Raise RecursionError unless brackets end within DEEPEST."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            part
+            for outer in level
+            if isinstance(outer, dict | list)
+            for part in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return
+    raise RecursionError

@@ -1,0 +1,43 @@
+"""Sizes that a model in a foreign file may have: far above any that was trained, far below what a table can hold."""
+
+from __future__ import annotations
+
+from flm_megatron.config.schema import ModelConfig
+from flm_megatron.errors import RequestError
+
+MOST_LAYERS = 10_000
+LARGEST_HIDDEN = 2**20
+LARGEST_FFN = 2**23
+MOST_HEADS = 2**16
+LARGEST_HEAD = 2**16
+LARGEST_VOCABULARY = 2**27
+
+
+def check_limits(model: ModelConfig, where: str) -> ModelConfig:
+    """`model`, whose tables (`parameter_specs`) can be made. Raises RequestError, naming `where` and the field."""
+    limits = (
+        ("num_layers", model.num_layers, MOST_LAYERS),
+        ("hidden_size", model.hidden_size, LARGEST_HIDDEN),
+        ("ffn_hidden_size", model.ffn_hidden_size, LARGEST_FFN),
+        ("num_attention_heads", model.num_attention_heads, MOST_HEADS),
+        ("num_query_groups", model.query_groups, model.num_attention_heads),
+        ("head_dim", model.kv_channels, LARGEST_HEAD),
+        ("vocab_size", 1 if model.vocab_size is None else model.vocab_size, LARGEST_VOCABULARY),
+    )
+    for name, value, largest in limits:
+        if not 1 <= value <= largest:
+            raise RequestError(f"{where}: {name} is {_shown(value)}: it has to lie between 1 and {largest:,}")
+    if model.num_attention_heads % model.query_groups:
+        raise RequestError(
+            f"{where}: {model.num_attention_heads} heads cannot be shared out to {model.query_groups} query groups"
+        )
+    if not 0 < model.norm_epsilon < 1 or not model.rope_theta > 0:
+        raise RequestError(
+            f"{where}: norm_epsilon is {model.norm_epsilon} and rope_theta {model.rope_theta}: the first has to lie "
+            "between 0 and 1, the second above 0"
+        )
+    return model
+
+
+def _shown(value: int) -> str:
+    return f"{value:,}" if abs(value) < 10**30 else "a number of over 30 digits"

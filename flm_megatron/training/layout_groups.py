@@ -1,0 +1,70 @@
+"""The process groups of one layout: one for each set of ranks while it lasts, and none of them afterwards.
+
+megatron-core asks for some 20 groups over 2 to 4 distinct sets of ranks, and `destroy_model_parallel` only forgets
+them: each keeps its sockets and threads, on NCCL its buffers too. Groups of one set of ranks can be one: every rank
+issues what it sends over them in the same order.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from flm_megatron.device import current
+
+
+class LayoutGroups:
+    """Makes groups in place of torch's `new_group`, and destroys what it has made."""
+
+    def __init__(self, timeout: timedelta) -> None:
+        """`timeout` is that of every group, whatever the engine asks for: it counts in whole minutes."""
+        self._timeout = timeout
+        self._make = dist.new_group
+        self._made: list[Any] = []
+        self._shared: dict[tuple[tuple[int, ...], str | None], Any] = {}
+
+    def new_group(
+        self, ranks: Sequence[int] | None = None, timeout: Any = None, backend: str | None = None, **options: Any
+    ) -> Any:
+        """As torch's: the group of `ranks`, or its mark for a group without this rank. All ranks of the world call."""
+        members = tuple(sorted(range(dist.get_world_size()) if ranks is None else ranks))
+        options = {name: value for name, value in options.items() if value}
+        description = options.pop("group_desc", None)
+        if options:  # a group that is set up in its own way is nobody else's
+            return self._new(members, backend, group_desc=description, **options)
+        key = (members, backend)
+        if key not in self._shared:
+            self._shared[key] = self._new(members, backend, group_desc=description)
+        return self._shared[key]
+
+    def _new(self, members: tuple[int, ...], backend: str | None, **options: Any) -> Any:
+        group = self._make(list(members), timeout=self._timeout, backend=backend, **options)
+        self._made.append(group)
+        return group
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """While the block runs, `torch.distributed.new_group` is this one."""
+        dist.new_group = self.new_group  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            dist.new_group = self._make
+
+    def destroy(self) -> None:
+        """Destroy every group that was made, the newest first. Runs on all ranks of the world, at the same place.
+
+        Raises what a barrier raises where another rank is gone; the groups then go with the world.
+        """
+        current().synchronize()
+        dist.barrier()  # nobody still reads from a group, nor from this rank's end of it
+        for group in reversed(self._made):
+            dist.destroy_process_group(group)  # does nothing for a group of others
+        self._made.clear()
+        self._shared.clear()
+        gc.collect()  # gloo closes its sockets and ends its threads when the last reference goes: models lie in cycles
