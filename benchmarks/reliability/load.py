@@ -31,15 +31,15 @@ def drop(checkpoint: Path) -> None:
 
 def loaders(checkpoint: Path, trainer: Any) -> dict[bool, Any]:
     """Functions that load the checkpoint, with checks (True) and without."""
-    from flm_megatron.checkpoint import tensor_record
+    from flm_megatron.checkpoint.block_checksums import CheckedRun
     from flm_megatron.checkpoint.engine import load_state
     from flm_megatron.checkpoint.torch_dist import TorchDistCheckpoint
 
-    checks = tensor_record._check_values
+    check = CheckedRun.check
 
     def load(checked: bool) -> None:
         """Open the checkpoint and fill the model and its optimizer."""
-        tensor_record._check_values = checks if checked else lambda *_: None
+        CheckedRun.check = check if checked else lambda *_: None  # type: ignore[method-assign]
         load_state(TorchDistCheckpoint(checkpoint, blocks=checked), trainer.chunks, trainer.optimizer)
 
     return {checked: (lambda checked=checked: load(checked)) for checked in (True, False)}

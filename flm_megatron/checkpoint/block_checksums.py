@@ -1,4 +1,4 @@
-"""CRC-32 of every block of a file: made while it is written, and checked while any part of it is read.
+"""CRC-32 of every block of a file, made while it is written; checksums held against what is read while it is read.
 
 Beside a checkpoint's `X.distcp` lies `X.distcp.crc32`: the CRC-32 of each MiB of X, as little-endian uint32. A whole
 file's checksum says that it is damaged after all of it was read; these say so for the bytes that a reader wants,
@@ -21,6 +21,7 @@ from flm_megatron.errors import DamagedError
 BLOCK = 2**20
 SUFFIX = ".crc32"
 KEPT_BLOCKS = 4  # of each file, for reads that begin in the block where the last one ended
+CHECK_BYTES = 8 * 2**20
 LARGEST_READ = 2**30  # not every system takes more at once
 
 Fragment = tuple[int, int]
@@ -122,10 +123,41 @@ class CheckedFile:
     def _read_block(self, fd: int, block: int, out: memoryview) -> None:
         read_fully(fd, out, block * BLOCK, self.path)
         if (found := crc32(out)) != self._sums[block]:
-            raise DamagedError(
-                f"{self.path}: the {out.nbytes} bytes from byte {block * BLOCK} on have checksum {found:08x} instead "
-                f"of {self._sums[block]:08x}: they have changed since they were written"
-            )
+            raise DamagedError(_changed(self.path, out.nbytes, block * BLOCK, found, self._sums[block]))
+
+
+class CheckedRun:
+    """Bytes of a file with one checksum: they are read through once, when any of them is asked for."""
+
+    def __init__(self, path: Path, offset: int, nbytes: int, crc: int) -> None:
+        self.path, self.offset, self.nbytes, self.crc = path, offset, nbytes, crc
+        self._lock, self._checked = threading.Lock(), False
+
+    def read_into(self, fd: int, out: memoryview, position: int) -> None:
+        """Fill `out` with the bytes from `position` of the file on. Raises as `check`."""
+        self.check(fd)
+        read_fully(fd, out, position, self.path)
+
+    def check(self, fd: int) -> None:
+        """Raise DamagedError, naming the file and the place, when the bytes are not those that were written."""
+        with self._lock:
+            if self._checked:
+                return
+            crc, buffer = 0, memoryview(bytearray(min(CHECK_BYTES, max(1, self.nbytes))))
+            for start in range(0, self.nbytes, len(buffer)):
+                part = buffer[: self.nbytes - start]
+                read_fully(fd, part, self.offset + start, self.path)
+                crc = crc32(part, crc)
+            if crc != self.crc:
+                raise DamagedError(_changed(self.path, self.nbytes, self.offset, crc, self.crc))
+            self._checked = True
+
+
+def _changed(path: Path, nbytes: int, position: int, found: int, wanted: int) -> str:
+    return (
+        f"{path}: the {nbytes} bytes from byte {position} on have checksum {found:08x} instead of {wanted:08x}: "
+        "they have changed since they were written"
+    )
 
 
 def read_fully(fd: int, out: memoryview, position: int, path: Path) -> None:

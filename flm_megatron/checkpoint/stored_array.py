@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from flm_megatron.checkpoint.block_checksums import CheckedFile, read_fully
+from flm_megatron.checkpoint.block_checksums import CheckedFile, CheckedRun, read_fully
 from flm_megatron.checkpoint.direct_file import write_at
 from flm_megatron.checkpoint.logical import Region
 from flm_megatron.errors import DamagedError
@@ -23,14 +23,14 @@ DENSE = 4
 class StoredArray:
     """Where an array lies: `shape` values of `dtype` from byte `offset` of `path` on.
 
-    With `checked`, what is read of it is held against the checksums of the file's blocks.
+    With `checked`, what is read of it is held against the checksums of the file's blocks, or against its own.
     """
 
     path: Path
     offset: int
     shape: tuple[int, ...]
     dtype: torch.dtype
-    checked: CheckedFile | None = field(default=None, compare=False)
+    checked: CheckedFile | CheckedRun | None = field(default=None, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -82,9 +82,15 @@ class StoredArray:
         (Blocks with checksums are read whole: there is nothing to be saved by passing over parts of them.)
         """
         start, end = span(region, self.shape)
-        if self.checked is None and end - start > DENSE * region.numel:
+        if end - start > DENSE * region.numel and self._may_map(fd):
             return self._read_mapped(fd, region)
         return out_of_run(self._read_run(fd, start, torch.empty(end - start, dtype=self.dtype)), region, self.shape)
+
+    def _may_map(self, fd: int) -> bool:
+        """Whether parts of the file can be read as they are; a run with one checksum is checked first."""
+        if isinstance(self.checked, CheckedRun):
+            self.checked.check(fd)
+        return not isinstance(self.checked, CheckedFile)
 
     def _read_mapped(self, fd: int, region: Region) -> torch.Tensor:
         """Map the file for the time of the copy: only the pages that hold the region are touched."""

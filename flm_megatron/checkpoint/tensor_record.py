@@ -14,13 +14,12 @@ from typing import IO
 import torch
 from isal.isal_zlib import crc32
 
-from flm_megatron.checkpoint.block_checksums import CheckedFile, read_fully
+from flm_megatron.checkpoint.block_checksums import CheckedFile, CheckedRun, read_fully
 from flm_megatron.checkpoint.stored_array import StoredArray
 from flm_megatron.checkpoint.unpickle import ZIP_ERRORS, StoredTensor, load_pickle, read_stored
 from flm_megatron.errors import DamagedError
 
 ALIGNMENT = 64
-READ_BYTES = 8 * 2**20
 LARGEST = 2**31  # bytes: above it an archive would need 64-bit entries
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")
@@ -53,7 +52,7 @@ def locate(
     """The flat storage of the record at `offset` of `length` bytes, and the tensor's place in it.
 
     With `checked`, the checksums of the file's blocks, what is read is held against them, now and later; without
-    them the values are held against the record's own checksum now, all of them.
+    them the values are held against the record's own checksum when some are asked for.
 
     Raises DamagedError when the file is missing, truncated, changed, or holds something else there.
     """
@@ -75,12 +74,10 @@ def locate(
             start = offset + info.header_offset
             header = LOCAL_HEADER.unpack(_read(file, start, LOCAL_HEADER.size, checked, path))
             data = start + LOCAL_HEADER.size + header[-2] + header[-1]
-            storage = StoredArray(path, data, (tensor.storage_numel,), tensor.dtype, checked)
-            if checked is None:
-                _check_values(file, storage, info)
+            own = checked or CheckedRun(path, data, info.file_size, info.CRC)
     except (OSError, *ZIP_ERRORS) as error:
         raise DamagedError(f"{path}: cannot be read at byte {offset} (missing or truncated?): {error}") from error
-    return storage, tensor
+    return StoredArray(path, data, (tensor.storage_numel,), tensor.dtype, own), tensor
 
 
 def _read(file: IO[bytes], position: int, size: int, checked: CheckedFile | None, path: Path) -> bytes:
@@ -90,20 +87,6 @@ def _read(file: IO[bytes], position: int, size: int, checked: CheckedFile | None
     else:
         read_fully(file.fileno(), memoryview(data), position, path)
     return bytes(data)
-
-
-def _check_values(file: IO[bytes], storage: StoredArray, info: zipfile.ZipInfo) -> None:
-    """Read the values of a record through. Raises DamagedError when they do not have its checksum."""
-    crc, buffer = 0, memoryview(bytearray(min(READ_BYTES, max(1, info.file_size))))
-    for start in range(0, info.file_size, len(buffer)):
-        part = buffer[: info.file_size - start]
-        read_fully(file.fileno(), part, storage.offset + start, storage.path)
-        crc = crc32(part, crc)
-    if crc != info.CRC:
-        raise DamagedError(
-            f"{storage.path}: the {info.file_size} bytes of values from byte {storage.offset} on have checksum "
-            f"{crc:08x} instead of {info.CRC:08x}: they have changed since they were written"
-        )
 
 
 class _Storage:

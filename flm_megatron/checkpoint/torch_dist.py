@@ -189,7 +189,7 @@ def _array(path: Path, chunk: StoredChunk, checked: CheckedFile | None) -> tuple
     if not contiguous:
         return storage, (tensor.size, tensor.stride, tensor.offset)
     offset = storage.offset + tensor.offset * tensor.dtype.itemsize
-    return StoredArray(path, offset, sizes, tensor.dtype, checked), None
+    return StoredArray(path, offset, sizes, tensor.dtype, storage.checked), None
 
 
 def _read_metadata(path: Path, manifest: dict[str, Any] | None) -> StoredMetadata:

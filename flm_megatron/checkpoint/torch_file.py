@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from flm_megatron.checkpoint.block_checksums import CheckedRun
 from flm_megatron.checkpoint.stored_array import StoredArray
 from flm_megatron.checkpoint.unpickle import FOREIGN, ZIP_ERRORS, StoredTensor, load_pickle, read_stored
 from flm_megatron.errors import DamagedError
@@ -21,7 +22,7 @@ LOCAL_HEADER = struct.Struct("<26xHH")
 
 
 def read_torch_file(path: Path) -> Any:
-    """The saved object, with every tensor replaced by a `StoredArray`.
+    """The saved object, with every tensor replaced by a `StoredArray`, which knows its checksum where there is one.
 
     Raises DamagedError for a damaged file, another format, or a pickle with names that could run code.
     """
@@ -49,7 +50,9 @@ def _array(tensor: StoredTensor, path: Path, entry: zipfile.ZipInfo) -> StoredAr
         file.seek(entry.header_offset)
         name_length, extra_length = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
     start = entry.header_offset + LOCAL_HEADER.size + name_length + extra_length
-    return StoredArray(path, start + tensor.offset * tensor.dtype.itemsize, tensor.size, tensor.dtype)
+    # Files that were laid out without values (`skip_data`, as our own writer does) record no checksum.
+    checked = CheckedRun(path, start, entry.file_size, entry.CRC) if entry.CRC else None
+    return StoredArray(path, start + tensor.offset * tensor.dtype.itemsize, tensor.size, tensor.dtype, checked)
 
 
 def _is_row_major(tensor: StoredTensor) -> bool:

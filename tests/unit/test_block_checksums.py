@@ -17,6 +17,7 @@ from flm_megatron.checkpoint.block_checksums import BLOCK, SUFFIX, BlockSums, Ch
 from flm_megatron.checkpoint.logical import Region
 from flm_megatron.checkpoint.manifest import manifest_text, verify
 from flm_megatron.checkpoint.opening import open_checkpoint
+from flm_megatron.checkpoint.torch_file import read_torch_file
 from flm_megatron.checkpoint.writer import write_view
 from flm_megatron.errors import DamagedError
 from tests.unit.checkpoint_cases import Memory, flip
@@ -118,3 +119,15 @@ def test_a_file_that_ends_early(tmp_path: Path) -> None:
             checked.read_into(descriptor, memoryview(bytearray(2)), 1)
     finally:
         os.close(descriptor)
+
+
+def test_a_file_of_torch_save_is_held_against_its_own_checksums(tmp_path: Path) -> None:
+    file = tmp_path / "x.pt"
+    values = torch.randn(64, 64)
+    torch.save({"w": values}, file)
+    assert torch.equal(read_torch_file(file)["w"].read(), values)
+    flip(file, file.read_bytes().index(values.numpy().tobytes()) + 9000)
+    array = read_torch_file(file)["w"]
+    for region in (Region((0, 0), (1, 1)), Region((0, 3), (64, 1))):  # read in one run, and mapped
+        with pytest.raises(DamagedError, match=r"x\.pt: .*have changed since"):
+            array.read(region)
