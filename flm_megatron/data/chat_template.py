@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from flm_megatron.data.conversations import Message
+from flm_megatron.data.template_process import TemplateFailure, TemplateProcess
+from flm_megatron.data.template_worker import Request, make_template, render
 from flm_megatron.errors import RequestError
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ TELE_FLM_TEMPLATE = (
 )
 # What stands for the ids of beginning and end in a rendered text: no text of a conversation may hold them.
 BOS_MARK, EOS_MARK = "\x02bos\x03", "\x02eos\x03"
+LONGEST_TEMPLATE = 2**20
 PROBE = "\x02probe\x03"
 Piece = tuple[list[int], bool]
 
@@ -40,16 +43,13 @@ class ChatTemplate:
         Raises:
             RequestError: no such file, or it is not a template.
         """
-        from jinja2 import TemplateSyntaxError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
         self.name, self.tokenizer = template, tokenizer
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=False)
-        environment.globals["raise_exception"] = _raise
+        self._own = make_template(TELE_FLM_TEMPLATE) if template == TELE_FLM else None
         try:
-            self._template = environment.from_string(TELE_FLM_TEMPLATE if template == TELE_FLM else _read(template))
-        except TemplateSyntaxError as error:
-            raise RequestError(f"{template} line {error.lineno} is not a Jinja template: {error.message}") from None
+            self._process = None if self._own else TemplateProcess(_read(template))
+        except TemplateFailure as error:
+            line = "" if error.line is None else f" line {error.line}"
+            raise RequestError(f"{template}{line} is not a Jinja template: {error}") from None
 
     def pieces(self, messages: Sequence[Message], where: str) -> list[Piece]:
         """Ids of the conversation up to its last answer, in turns: what comes before an answer, the answer.
@@ -62,20 +62,20 @@ class ChatTemplate:
         """
         if any("\x02" in message["content"] for message in messages):
             raise RequestError(f"{where} holds the control character U+0002, which marks the ends of texts")
+        places = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        wanted: list[Request] = []
+        for index in places:  # the probe tells an answer from the same letters elsewhere in the template
+            wanted += [(index, True, None), (index + 1, False, None), (index + 1, False, PROBE)]
+        texts = iter(self._render(messages, wanted, where))
         done, found = "", []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            asked = self.render(messages[:index], True, where)
-            answered = self.render(messages[: index + 1], False, where)
+        for index, asked, answered, probe in zip(places, texts, texts, texts, strict=True):
             if not (asked.startswith(done) and answered.startswith(asked)):
                 raise RequestError(
                     f"{where}: template {self.name} writes the turns before an answer in another way after it"
                 )
-            # The probe tells an answer from the same letters elsewhere in the template.
-            probe = self.render([*messages[:index], {**message, "content": PROBE}], False, where)
-            if PROBE not in probe or message["content"].strip() not in answered[len(asked) :]:
-                raise RequestError(f"{where}: template {self.name} drops the answer {message['content']!r:.60}")
+            content = messages[index]["content"]
+            if PROBE not in probe or content.strip() not in answered[len(asked) :]:
+                raise RequestError(f"{where}: template {self.name} drops the answer {content!r:.60}")
             found += [(self.encode(asked[len(done) :]), False), (self.encode(answered[len(asked) :]), True)]
             done = answered
         return found
@@ -86,12 +86,19 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], prompt: bool, where: str = "conversation") -> str:
         """The conversation as text, marks standing for ids; `prompt` opens the next answer. Raises RequestError."""
+        return self._render(messages, [(len(messages), prompt, None)], where)[0]
+
+    def _render(self, messages: Sequence[Message], requests: Sequence[Request], where: str) -> list[str]:
+        """The texts of `requests`: our own template here, that of a file in its process."""
         from jinja2 import TemplateError
 
         marks = {"bos_token": BOS_MARK, "eos_token": EOS_MARK}
         try:
-            return self._template.render(messages=list(messages), add_generation_prompt=prompt, **marks)
-        except (TemplateError, KeyError, TypeError) as error:
+            if self._process is not None:
+                return self._process.render(messages, requests, marks)
+            assert self._own is not None
+            return render(self._own, messages, requests, marks)
+        except (TemplateError, TemplateFailure, KeyError, TypeError) as error:
             raise RequestError(f"{where}: template {self.name} cannot write it: {error}") from None
 
     def encode(self, text: str) -> list[int]:
@@ -107,12 +114,10 @@ class ChatTemplate:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(LONGEST_TEMPLATE + 1)
+    except (OSError, UnicodeDecodeError, ValueError) as error:
         raise RequestError(f"template {path} cannot be read ({error}): give {TELE_FLM}, or a file") from None
-
-
-def _raise(message: str) -> NoReturn:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
+    if len(text) > LONGEST_TEMPLATE:
+        raise RequestError(f"template {path} has more than {LONGEST_TEMPLATE:,} characters: it is no chat template")
+    return text
