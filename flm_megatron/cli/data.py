@@ -133,8 +133,10 @@ def _tokenizer(args: argparse.Namespace) -> int:
 def _show(args: argparse.Namespace) -> int:
     from flm_megatron.checkpoint.run_file import open_run
     from flm_megatron.data.show import sample_text
+    from flm_megatron.training.start import run_history
 
-    print(sample_text(open_run(args.run_file, args.overrides), args.sample))
+    config = open_run(args.run_file, args.overrides)
+    print(sample_text(config, args.sample, run_history(config)))
     return 0
 
 

@@ -36,9 +36,9 @@ class SegmentSource:
     """Ids in it; none for conversations, and if it was saved before they were counted here."""
 
     @property
-    def share(self) -> tuple[str, float | None, float | None]:
-        """Its part in a mixture: name, weight, epochs."""
-        return self.name, self.weight, self.epochs
+    def amount(self) -> tuple[float | None, float | None]:
+        """How much of it is taken: weight, epochs."""
+        return self.weight, self.epochs
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -59,8 +59,6 @@ class Segment:
     """Tokens in a sample."""
     sources: tuple[SegmentSource, ...] = ()
     """The mixture; empty where only budgets matter."""
-    tokenizer: str | None = None
-    """Fingerprint of the datasets' tokenizer, if it is known."""
 
     @property
     def step_tokens(self) -> int:
@@ -70,7 +68,7 @@ class Segment:
     @property
     def mixture(self) -> tuple[Any, ...]:
         """What the order of samples depends on, besides the seed and where it started: length and shares."""
-        return self.sequence_length, sorted(source.share for source in self.sources)
+        return self.sequence_length, {source.name: source.amount for source in self.sources}
 
     def sample_at(self, step: int) -> int:
         """Samples of the run after `step` steps of the stage."""

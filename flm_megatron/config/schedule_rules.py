@@ -78,10 +78,8 @@ def warmup_fits_stage(run: RunConfig, index: int) -> str | None:
     if index > anchor and stage.schedule.boundary == "continue":
         return None
     budget = stage_budgets(run)[index]
-    warmup, stage_tokens = (
-        warmup_tokens(stage.schedule, run.data.sequence_length),
-        budget.end_token - budget.first_token,
-    )
+    warmup = warmup_tokens(stage.schedule, run.data.sequence_length)
+    stage_tokens = budget.end_token - budget.first_token
     if warmup > stage_tokens:
         return f"schedule: the warm-up of {warmup} tokens is longer than the stage's {stage_tokens}: shorten it"
     if index == anchor and warmup > schedule_tokens(run, anchor):

@@ -11,6 +11,7 @@ from flm_megatron.config.schema import SourceConfig
 from flm_megatron.data.blend import Blend
 from flm_megatron.data.cuts import Cut, Place
 from flm_megatron.data.description import read_description, source_name
+from flm_megatron.errors import RequestError
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ def mixture_at_end(history: Sequence[Segment]) -> Mixture:
 
     A mixture lasts over all segments in a row that have the same one; each goes on with its sources where they
     stood, also after a time in which they were left out.
+
+    Raises:
+        RequestError: with epochs, a source was taken more often than is asked for, or none has anything left.
     """
     starts = [history[0], *(after for before, after in pairwise(history) if before.mixture != after.mixture)]
     state: dict[str, _State] = {}
@@ -86,6 +90,8 @@ def _mixture(segment: Segment, state: Mapping[str, _State]) -> Mixture:
         weight = _weight(source, length, stands.taken)
         if weight > 0:
             mixed.append(MixedSource(source, weight, place, (*stands.cuts, place.cut)))
+    if segment.sources and not mixed:
+        raise RequestError("every source was taken as often as data.train says: raise epochs, or add a source")
     return Mixture(segment.first_sample, tuple(mixed))
 
 
@@ -93,18 +99,30 @@ def _weight(source: SegmentSource, length: int, taken: int) -> float:
     """Weight in the blend: as given, or the samples to be taken from it, less those that were already."""
     if source.weight is not None:
         return source.weight
-    return samples_wanted(source, length) - (taken if source.epochs is not None else 0)
-
-
-def samples_wanted(source: SegmentSource, length: int) -> int:
-    """Samples of `length` in as many passes over a source as it says; in one, if it says nothing."""
-    passes = 1.0 if source.epochs is None else source.epochs
-    return max(1, round(passes * Cut(0, length).samples(source_tokens(source))))
+    size = Cut(0, length).samples(source_tokens(source))
+    if source.epochs is None:
+        return max(1, size)
+    left = max(1, round(source.epochs * size)) - taken
+    if left < 0:
+        raise RequestError(
+            f"source {source.name!r}: {source.epochs:g} epochs are asked for, but {taken / size:.4g} were taken "
+            "already: give at least so many, or leave it out"
+        )
+    return left
 
 
 def source_tokens(source: SegmentSource) -> int:
-    """Ids in a source, known wherever its dataset was found."""
-    assert source.tokens is not None, source.name
+    """Ids in a source.
+
+    Raises:
+        RequestError: they are not known: it comes from an earlier version's checkpoint, and the run file names it no
+            more.
+    """
+    if source.tokens is None:
+        raise RequestError(
+            f"source {source.name!r} ({source.path}) cannot be left out at once: its size, which the blend so far "
+            "depends on, is not in this checkpoint; go on with it until the next one is saved"
+        )
     return source.tokens
 
 

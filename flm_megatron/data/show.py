@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from flm_megatron.config.budget import stage_budgets
+from flm_megatron.config.history import History
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.data.streams import training_stream
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import RequestError
 
 
-def sample_text(run: RunConfig, sample: str) -> str:
+def sample_text(run: RunConfig, sample: str, history: History = ()) -> str:
     """A line that names the sample, and its text; several of them where conversations are packed.
 
     `sample` is a name as in the log (SOURCE/EPOCH/SAMPLE), or the number of a training sample counted from the run's
-    first.
+    first. `history` is that of a run under way.
 
     Raises:
         RequestError: the run names no tokenizer or no data, or there is no such sample.
@@ -24,10 +25,19 @@ def sample_text(run: RunConfig, sample: str) -> str:
     tokenizer = Tokenizer(run.tokenizer)
     stage = 0
     if sample.isdigit():
-        stage = max(i for i, budget in enumerate(stage_budgets(run)) if budget.first_sample <= int(sample))
-    stream = training_stream(run, stage)
+        stage = max(i for i, budget in enumerate(stage_budgets(run, history)) if budget.first_sample <= int(sample))
+    stream = training_stream(run, stage, _up_to(sample, history))
     names = stream.names(int(sample)) if sample.isdigit() else [sample]
     if not names:
         raise RequestError(f"there is no sample {sample}: the last epoch ends before it")
     parts = [(name, stream.ids(name)) for name in names]
     return "\n".join(f"{name}: {len(ids)} tokens\n{tokenizer.decode(ids)}" for name, ids in parts)
+
+
+def _up_to(sample: str, history: History) -> History:
+    """The history up to the segment that a sample belongs to: by its number, or the last one that has its source."""
+    if sample.isdigit():
+        return tuple(segment for segment in history if segment.first_sample <= int(sample))
+    name = sample.rsplit("/", 2)[0]
+    having = [number for number, segment in enumerate(history, 1) if name in (s.name for s in segment.sources)]
+    return history[: having[-1]] if having else history

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from flm_megatron.config.budget import stage_budgets
-from flm_megatron.config.schema import ChatConfig, RunConfig, SourceConfig
+from flm_megatron.config.history import Segment
+from flm_megatron.config.schema import ChatConfig, DataConfig, RunConfig, SourceConfig
 from flm_megatron.data.chat_source import ChatSource
 from flm_megatron.data.chat_stream import ChatStream
 from flm_megatron.data.chat_template import ChatTemplate
+from flm_megatron.data.description import source_name
+from flm_megatron.data.mixture import mixture_at_end
 from flm_megatron.data.stream import SampleStream, check_names, validation_streams
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import RequestError
@@ -16,19 +20,33 @@ from flm_megatron.errors import RequestError
 Stream = SampleStream | ChatStream
 
 
-def training_stream(run: RunConfig, stage: int) -> Stream:
+def training_stream(run: RunConfig, stage: int, history: Sequence[Segment] = ()) -> Stream:
     """What stage number `stage` trains on, by the index of the run's samples.
+
+    `history` is that of a run under way: the stream is that of its last segment, from where that began.
 
     Raises:
         RequestError, DamagedError: as `SampleStream`; of conversations, as `ChatSource` and `chat_passes`.
     """
     chat = run.data.chat
+    if chat is None and history:
+        return SampleStream(_data_of(run.data, history[-1]), run.seed, "train", mixture_at_end(history))
     if chat is None:
         return SampleStream(run.data, run.seed, "train")
     sources = _chat_sources(run, chat, run.data.train, "train")
     passes = chat_passes(run, chat, stage, [source.name for source in sources])
-    first = stage_budgets(run)[stage].first_sample
+    first = stage_budgets(run, history)[stage].first_sample
     return _chat_stream(run, chat, sources, passes, chat.epochs, first)
+
+
+def _data_of(data: DataConfig, segment: Segment) -> DataConfig:
+    """The data of a segment, from where the run file says that it lies now."""
+    present = {source_name(source): source.path for source in data.train}
+    train = [
+        SourceConfig(present.get(source.name, source.path), source.name, source.weight, source.epochs)
+        for source in segment.sources
+    ]
+    return replace(data, sequence_length=segment.sequence_length, train=train)
 
 
 def validation_streams_of(run: RunConfig) -> dict[str, Stream]:

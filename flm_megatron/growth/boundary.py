@@ -126,4 +126,4 @@ def _manifest(source: LogicalCheckpoint, run: RunConfig, stage_index: int, plan:
     position = StagePosition(0, known.get("samples"), known.get("tokens"), known.get("optimizer_step"))
     run = resolve_vocabulary(run, int(plan.new.vocab_size or 0))
     manifest = stage_manifest(run, stage_index, plan.new, position)
-    return {**{key: known[key] for key in ("tokenizer_sha256",) if key in known}, **manifest}
+    return {**{key: known[key] for key in ("tokenizer_sha256", "history") if key in known}, **manifest}

@@ -66,6 +66,7 @@ class MemoryCopies:
         Only the first call looks: what a stage is left with is on the disk.
         """
         from flm_megatron.checkpoint.memory.refresh import Refresher
+        from flm_megatron.training.continuation import continued, past_history
 
         if self.refresher is not None:
             self.view = None
@@ -83,7 +84,9 @@ class MemoryCopies:
         if self.view is None:
             return start
         manifest = self.view.manifest
-        found = {"stage": names.index(manifest["stage"]), "step": manifest["step"]}
+        stage, where = names.index(manifest["stage"]), "the copies in memory"
+        history = continued(self.run, stage, manifest, past_history(manifest, where), where)
+        found = {"stage": stage, "step": manifest["step"], "history": history}
         return replace(start, **found, source=None, resumes=True, passed_over=())
 
     def reserve(self, chunks: list[Any], optimizer: Any) -> None:

@@ -17,6 +17,7 @@ from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.stage_manifest import StagePosition, stage_manifest
 from flm_megatron.config.budget import stage_budgets
+from flm_megatron.config.history import history_to_json
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.data.loader import batches, validation_batches
 from flm_megatron.data.streams import Stream, training_stream, validation_streams_of
@@ -29,6 +30,7 @@ from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.growth.schedule import mask_plan, mask_value
 from flm_megatron.kernels import fp8
 from flm_megatron.optim.learning_rate import learning_rate, set_learning_rates
+from flm_megatron.training.changes import announce, find_changes, segment_begins
 from flm_megatron.training.flops import training_flops_per_token
 from flm_megatron.training.goodput import Meter, read_goodput
 from flm_megatron.training.layer_norms import layer_norms
@@ -78,13 +80,14 @@ class StageTrainer:
         from megatron.core import parallel_state
 
         self.index, self.step, self.start = start.stage, start.step, start
-        self.budget = stage_budgets(run)[start.stage]
+        self.budgets = stage_budgets(run, start.history)
+        self.budget = self.budgets[start.stage]
         self.stage, self.plan = beginning.stage, beginning.plan
         self.run = replace(run, stages=[*run.stages[: self.index], self.stage, *run.stages[self.index + 1 :]])
         self.engine = Engine(self.stage, run.data.sequence_length)
         self.view = beginning.view
         self._load(self.view)
-        self.watch = SpikeWatch(self.stage.stability, self.view.manifest.get("stability") if start.resumes else None)
+        self.watch = SpikeWatch(self.stage.stability, _watched(start, self.view.manifest))
         self.growth = _growth_record(beginning)
         self.masks = _masks(self.engine, self.plan, self.step)
         self.data_rank = parallel_state.get_data_parallel_rank()
@@ -102,7 +105,7 @@ class StageTrainer:
         self.copies = copies
         if copies:
             copies.reserve(self.engine.chunks, self.engine.optimizer)
-        self.stream = training_stream(run, self.index)
+        self.stream = training_stream(run, self.index, start.history)
         self.validation = validation_streams_of(run) if self.stage.validation.samples else {}
 
     def train(self, stop: StopRequest) -> bool:
@@ -144,6 +147,9 @@ class StageTrainer:
         if self.step:
             tokens = self.budget.tokens_at(self.step)
             log.record({"stage": self.stage.name, "step": self.step, "tokens": tokens, "restart": True})
+        if self.start.history[1:] or self.start.resumes:
+            changes = find_changes(self.run, self.start, self.view.manifest, self.data_size)
+            announce(log, changes, self.stage.name, self.step, self.budget.tokens_at(self.step))
         for reason in self.start.passed_over:
             log.say(f"WARNING: going on from {self.start.source}, for a newer checkpoint is damaged: {reason}")
         log.say(kernels.current().describe())
@@ -160,7 +166,7 @@ class StageTrainer:
     def _train_step(self, group: list[Batch], stop: StopRequest, waited_s: float) -> bool:
         """One step with its learning rate, its check and its report; returns whether a stop was asked for."""
         began = time.perf_counter()
-        lr = learning_rate(self.budget.tokens_at(self.step + 1), self.run, self.index)
+        lr = learning_rate(self.budget.tokens_at(self.step + 1), self.run, self.index, self.budgets)
         set_learning_rates(self.engine.optimizer, self.stage, lr)
         self._open_masks()
         result = self.engine.train_step(group, stop.asked, self.watch.reason)
@@ -298,9 +304,17 @@ class StageTrainer:
         position = StagePosition(self.step, samples, self.budget.tokens_at(self.step), adam_step)
         return {
             **stage_manifest(self.run, self.index, self.stage.model, position, self.growth),
+            "history": history_to_json(self.start.history),
             "stability": self.watch.to_json(),
             "layout": asdict(self.stage.parallel) | {"world": dist.get_world_size()},
         }
+
+
+def _watched(start: Start, manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """What the spike guard remembers of a stage that resumes. Where batch, length or mixture change, losses and norms
+    may change too: only the count of refused steps goes on then."""
+    saved = manifest.get("stability") if start.resumes else None
+    return {"skipped": saved["skipped"]} if saved and segment_begins(start) else saved
 
 
 def _growth_record(beginning: Beginning) -> dict[str, Any] | None:

@@ -11,14 +11,23 @@ from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.store import CheckpointStore
 from flm_megatron.config.budget import stage_budgets
+from flm_megatron.config.history import History
 from flm_megatron.config.loader import run_from_dict
 from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.errors import RequestError
-from flm_megatron.growth.boundary import grown_view, resumed_plan
+from flm_megatron.growth.boundary import grown_view, resumed_plan, saved_plan
 from flm_megatron.growth.certificate import Certificate
 from flm_megatron.growth.forward import Layout
 from flm_megatron.growth.measure import boundary_certificate, boundary_distances
 from flm_megatron.growth.plan import GrowthPlan, grown_model
+from flm_megatron.training.continuation import (
+    continued,
+    first_history,
+    is_finished,
+    known_history,
+    past_history,
+    stage_of,
+)
 from flm_megatron.training.first_view import first_view
 
 MADE = ("checkpoints", "metrics.jsonl", "log.txt", "goodput.jsonl", "tensorboard")
@@ -30,7 +39,8 @@ class Start:
     """The next stage to train, of which `step` steps are done. `source` is read first: the stage's own checkpoint if
     it `resumes`, else the last of the stage before, or what the first stage starts from; none means fresh weights, or
     copies in memory if it `resumes`. `passed_over` says why each newer checkpoint was not taken, `taken` which names
-    the stage's checkpoints bear."""
+    the stage's checkpoints bear, `history` how the run came here, with the segment that begins or goes on as its
+    last."""
 
     stage: int
     step: int
@@ -38,6 +48,7 @@ class Start:
     resumes: bool
     passed_over: tuple[str, ...] = ()
     taken: tuple[str, ...] = ()
+    history: History = ()
 
 
 def checkpoint_store(run: RunConfig) -> CheckpointStore:
@@ -86,15 +97,44 @@ def find_start(run: RunConfig, only: str | None = None) -> Start | None:
     return start
 
 
+def run_history(run: RunConfig) -> History:
+    """The history of a run by its newest checkpoint; none if it has none. Raises as `find_start`."""
+    path = checkpoint_store(run).latest([stage.name for stage in run.stages])
+    return known_history(run, open_checkpoint(path).manifest, str(path)) if path else ()
+
+
+def _refuse_other_stages(run: RunConfig) -> None:
+    """A run of which only stages of other names are saved was renamed, and must not begin anew unnoticed."""
+    store = checkpoint_store(run)
+    folders = sorted(folder.name for folder in store.root.iterdir()) if store.root.is_dir() else []
+    names = [stage.name for stage in run.stages]
+    if others := [name for name in folders if name not in names and store.steps(name)]:
+        raise RequestError(
+            f"{store.root} has checkpoints of stage {' and '.join(map(repr, others))}, but the run file's stages are "
+            f"{', '.join(map(repr, names))}: name them as they were, or choose another output"
+        )
+
+
 def _after(run: RunConfig, path: Path | None) -> Start:
-    """What follows the checkpoint at `path`."""
+    """What follows the checkpoint at `path`.
+
+    Raises:
+        RequestError: the run file asks for what cannot be continued.
+    """
     if path is None:
+        _refuse_other_stages(run)
         initial = run.checkpoint.initial
-        return Start(0, 0, Path(initial) if initial else None, resumes=False)
+        return Start(0, 0, Path(initial) if initial else None, resumes=False, history=first_history(run))
     manifest = open_checkpoint(path).manifest
-    stage = [stage.name for stage in run.stages].index(manifest["stage"])
-    done = manifest["step"] >= stage_budgets(run)[stage].steps
-    return Start(stage + 1, 0, path, resumes=False) if done else Start(stage, manifest["step"], path, resumes=True)
+    past = past_history(manifest, str(path))
+    stage = stage_of(run, manifest, past, str(path))
+    if not is_finished(run, stage, manifest, past):
+        history = continued(run, stage, manifest, past, str(path))
+        check_masks_open_in_time(run, stage, manifest, history)
+        return Start(stage, manifest["step"], path, resumes=True, history=history)
+    if stage + 1 == len(run.stages):
+        return Start(stage + 1, 0, path, resumes=False)
+    return Start(stage + 1, 0, path, resumes=False, history=continued(run, stage + 1, manifest, past, str(path)))
 
 
 @dataclass(frozen=True)
@@ -135,6 +175,21 @@ def begin(run: RunConfig, start: Start, under: Layout, in_memory: LogicalCheckpo
 def _saved(start: Start) -> Path:
     assert start.source is not None, "only the first stage starts from nothing"
     return start.source
+
+
+def check_masks_open_in_time(run: RunConfig, index: int, manifest: dict[str, Any], history: History) -> None:
+    """Masks open by steps, of whatever batch: a stage that is to end in fewer would end with them half open.
+
+    Raises:
+        RequestError: it would.
+    """
+    plan, steps = saved_plan(manifest), stage_budgets(run, history)[index].steps
+    if plan is not None and plan.masked and manifest["step"] < plan.mask_steps and steps < plan.mask_steps:
+        raise RequestError(
+            f"stage {run.stages[index].name!r}: growth masks open over {plan.mask_steps} steps, of which "
+            f"{manifest['step']} are done, but with global_batch {run.stages[index].global_batch} and sequence_length "
+            f"{run.data.sequence_length} it ends after {steps}: change them when the masks are open, or raise tokens"
+        )
 
 
 def _resumed_stage(stage: StageConfig, saved: dict[str, Any], plan: GrowthPlan | None) -> StageConfig:
