@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
 
 from tests.distributed.hosts import hosts, start_agent, start_job, wait_all
 from tests.distributed.runs import make_data, make_run, wait_for_step
+from tests.distributed.test_nodes import ranks_on
 
 LIMIT_S = 240
 LOST_AT, INTERVAL, SAVED = 18, 2, 10
@@ -27,9 +29,10 @@ AFTER = 6
 
 @dataclass(frozen=True)
 class Recovery:
-    """One loss: steps lost, seconds to the next step, and to where the run was."""
+    """One loss: steps lost, seconds until ranks are started again, to the next step, and to where the run was."""
 
     lost: int
+    started_s: float
     next_s: float
     back_s: float
 
@@ -68,14 +71,26 @@ def lose_a_host(data: Path, folder: Path, hidden: int, memory: bool) -> Recovery
         wait_for_step(folder, LOST_AT, job[0], LIMIT_S)
         used[2].kill()
         used[2].cut_off()
-        began, reached = time.monotonic(), _steps(folder)[-1]
+        began, reached, before = time.monotonic(), _steps(folder)[-1], ranks_on(used[0])
+        if not memory:
+            forget(folder)
         job[2] = start_agent(used, spare, command, folder, restarts=3)
+        while ranks_on(used[0]) in (before, []):
+            time.sleep(0.02)
+        started_s = time.monotonic() - began
         first = _wait_for_restart(folder, job[0])
         next_s = time.monotonic() - began
         wait_for_step(folder, reached, job[0], LIMIT_S)
         back_s = time.monotonic() - began
         assert wait_all(job, LIMIT_S) == [0, 0, 0]
-    return Recovery(reached - first, next_s, back_s)
+    return Recovery(reached - first, started_s, next_s, back_s)
+
+
+def forget(folder: Path) -> None:
+    """Have the disk read for what was written: its pages leave the cache."""
+    for file in folder.rglob("*.distcp"):
+        with file.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _steps(folder: Path) -> list[int]:
@@ -109,10 +124,11 @@ def main() -> None:
                 folder = Path(name) / f"{number}-{memory}"
                 found[memory].append(lose_a_host(data, folder, options_.hidden, memory))
                 print(memory, found[memory][-1], flush=True)
-    print("| from | steps lost | to the next step, s | to where it was, s |\n|---|---|---|---|")
+    print("| from | steps lost | to new ranks, s | to the next step, s | to where it was, s |\n|---|---|---|---|---|")
     for memory, values in found.items():
-        lost, next_s, back_s = (median(getattr(v, key) for v in values) for key in ("lost", "next_s", "back_s"))
-        print(f"| {'memory' if memory else 'the disk'} | {lost} | {next_s:.1f} | {back_s:.1f} |")
+        lost, *seconds = (median(getattr(v, each.name) for v in values) for each in fields(Recovery))
+        times = " | ".join(f"{value:.1f}" for value in seconds)
+        print(f"| {'memory' if memory else 'the disk'} | {lost} | {times} |")
 
 
 if __name__ == "__main__":

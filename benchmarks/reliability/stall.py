@@ -12,15 +12,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import torch
 
 from flm_megatron import kernels
-from flm_megatron.checkpoint.engine import save_state, stored_state
+from flm_megatron.checkpoint.engine import prepare_asynchronous_save, save_state, stored_state
 from flm_megatron.checkpoint.memory.blobs import NONE
 from flm_megatron.checkpoint.memory.client import Endpoint, LocalAgent
 from flm_megatron.checkpoint.memory.peers import Peers
@@ -28,6 +29,9 @@ from flm_megatron.checkpoint.memory.refresh import Refresher
 from flm_megatron.checkpoint.memory.starting import agent_name, start_agent
 from flm_megatron.config.schema import DistributedConfig, KernelsConfig, ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.training.parallel import layout, world
+
+if TYPE_CHECKING:
+    from flm_megatron.training.step import Engine
 
 GIB = 2**30
 TIMES = 5
@@ -73,14 +77,20 @@ class WithNeighbour(Peers):
         return self.target
 
 
-def measure(layers: int, only: str | None, folder: Path) -> None:
-    """All measures, or those of one kind, one after the other."""
+@contextmanager
+def engine_of(layers: int) -> Iterator[Engine]:
+    """A real engine on one rank."""
     from flm_megatron.training.step import Engine
 
     kernels.use(kernels.choose(KernelsConfig()))
     stage = StageConfig(name="small", model=model(layers), precision="bf16", parallel=ParallelConfig())
     with layout(stage.parallel, 600):
-        engine = Engine(stage, 64)
+        yield Engine(stage, 64)
+
+
+def measure(layers: int, only: str | None, folder: Path) -> None:
+    """All measures, or those of one kind, one after the other."""
+    with engine_of(layers) as engine:
         parts = stored_state(engine.chunks, engine.optimizer)[1]
         nbytes = sum(tensor.nbytes for _, _, tensor in parts)
         plain_s = plain_copy_s(nbytes)
@@ -94,18 +104,19 @@ def measure(layers: int, only: str | None, folder: Path) -> None:
             save_stall(engine, plain_s, folder)
 
 
-def save_stall(engine: object, plain_s: float, folder: Path) -> None:
+def save_stall(engine: Engine, plain_s: float, folder: Path) -> None:
     """Saves to disk in the background, each waited for before the next."""
+    prepare_asynchronous_save(engine.chunks, engine.optimizer)  # as at the start of a stage
     seconds = []
     for number in range(TIMES):
         began = time.perf_counter()
-        handle = save_state(folder / str(number), engine.chunks, engine.optimizer, MANIFEST, asynchronous=True)  # type: ignore[attr-defined]
+        handle = save_state(folder / str(number), engine.chunks, engine.optimizer, MANIFEST, asynchronous=True)
         seconds.append(time.perf_counter() - began)
         handle.wait()
     report("asynchronous save", seconds, plain_s)
 
 
-def memory_stall(engine: object, plain_s: float, nbytes: int) -> None:
+def memory_stall(engine: Engine, plain_s: float, nbytes: int) -> None:
     """Copies into the host agent's memory, passed on to a neighbour's; each is waited for before the next."""
     with ExitStack() as stack:
         other = stack.enter_context(subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE))
@@ -116,11 +127,11 @@ def memory_stall(engine: object, plain_s: float, nbytes: int) -> None:
         peers = WithNeighbour()
         peers.target = neighbour.endpoint()
         refresher = Refresher(peers, NONE, None)
-        reserved_s = timed(lambda: refresher.reserve(engine.chunks, engine.optimizer, None))  # type: ignore[attr-defined]
+        reserved_s = timed(lambda: refresher.reserve(engine.chunks, engine.optimizer, None))
         seconds, passing = [], []
         for step in range(1, TIMES + 1):
             manifest = MANIFEST | {"step": step}
-            seconds.append(timed(lambda: refresher.refresh(engine.chunks, engine.optimizer, manifest)))  # type: ignore[attr-defined]  # noqa: B023
+            seconds.append(timed(lambda: refresher.refresh(engine.chunks, engine.optimizer, manifest)))  # noqa: B023
             passing.append(timed(lambda: wait_whole(peers.local)))
         peers.stop()
         neighbour.stop()

@@ -24,7 +24,7 @@ from flm_megatron.checkpoint.placement import Placement, placements
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.shard_file import PIECE_BYTES, Rectangle
 from flm_megatron.checkpoint.shared_reading import PART_BYTES, Part, fill_shared
-from flm_megatron.checkpoint.snapshot import Stored, give_back, placed, snapshot, take_buffer
+from flm_megatron.checkpoint.snapshot import Stored, give_back, placed, prepare_buffer, snapshot, take_buffer
 from flm_megatron.checkpoint.writer import LARGEST_CHUNK, chunk_size
 from flm_megatron.errors import RequestError
 
@@ -112,6 +112,11 @@ def stored_state(chunks: list[torch.nn.Module], optimizer: Any) -> tuple[dict[st
     parts = placements(chunks)
     pieces = [*_weight_pieces(parts), *(_optimizer_pieces(optimizer, parts) if optimizer is not None else ())]
     return {piece.name: piece.info for piece in pieces}, list(_own_share(pieces))
+
+
+def prepare_asynchronous_save(chunks: list[torch.nn.Module], optimizer: Any) -> None:
+    """Get the memory for copies of the state ready in the background, before the first save. All ranks must call."""
+    prepare_buffer(placed(stored_state(chunks, optimizer)[1])[1])
 
 
 def finish_gathering(chunks: list[Any]) -> None:

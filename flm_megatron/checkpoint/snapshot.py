@@ -7,6 +7,7 @@ the copy itself.
 from __future__ import annotations
 
 import mmap
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,7 @@ ALIGNMENT = 64
 Stored = tuple[str, Region, torch.Tensor]
 """Name of a logical tensor, a region of it, and its values, of shape `region.sizes`."""
 _free: list[HostBuffer] = []
+_preparing: list[threading.Thread] = []
 
 
 class HostBuffer:
@@ -35,13 +37,28 @@ class HostBuffer:
 
 def take_buffer(nbytes: int) -> HostBuffer:
     """Memory of this process of at least `nbytes`: what was given back last if it is large enough, else new."""
+    while _preparing and threading.current_thread() not in _preparing:
+        _preparing.pop().join()
     while _free:
         buffer = _free.pop()
         if buffer.nbytes >= nbytes:
             return buffer
         buffer.close()
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
-    return HostBuffer(mmap.mmap(-1, max(1, nbytes), flags=flags))
+    return HostBuffer(mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
+def prepare_buffer(nbytes: int) -> None:
+    """Make ready in the background what the next `take_buffer` gives: its first snapshot is as fast as later ones."""
+
+    def prepare() -> None:
+        """Touch all pages: torch lets training go on meanwhile."""
+        buffer = take_buffer(nbytes)
+        torch.frombuffer(buffer.mapped, dtype=torch.uint8).zero_()
+        give_back(buffer)
+
+    thread = threading.Thread(target=prepare, name="snapshot memory", daemon=True)
+    thread.start()
+    _preparing.append(thread)
 
 
 def give_back(buffer: HostBuffer) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from flm_megatron import kernels
-from flm_megatron.checkpoint.engine import SaveHandle, load_state, save_state
+from flm_megatron.checkpoint.engine import SaveHandle, load_state, prepare_asynchronous_save, save_state
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.stage_manifest import StagePosition, stage_manifest
@@ -103,6 +103,8 @@ class StageTrainer:
         self.saved_step = start.step if start.step and start.source else -1
         self.saved_path = start.source if start.resumes else None
         self.copies = copies
+        if run.checkpoint.asynchronous:
+            prepare_asynchronous_save(self.engine.chunks, self.engine.optimizer)
         if copies:
             copies.reserve(self.engine.chunks, self.engine.optimizer)
         self.stream = training_stream(run, self.index, start.history)

@@ -10,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,7 +22,7 @@ from isal.isal_zlib import crc32
 from flm_megatron.checkpoint.memory.blobs import NONE, Generation
 from flm_megatron.checkpoint.memory.client import Endpoint, LocalAgent, RemoteAgent
 from flm_megatron.checkpoint.memory.starting import agent_name, obstacle, start_agent
-from flm_megatron.checkpoint.memory.wire import BLOCK, LARGEST_HEADER
+from flm_megatron.checkpoint.memory.wire import BLOCK, LARGEST_HEADER, checksums, receive_data, send_data
 from flm_megatron.errors import DamagedError, FlmError
 from tests.unit.memory_cases import BUDGET, HEADER, SOON_S, agents, begin, fill, launcher, overwrite, wait_until
 
@@ -40,6 +41,13 @@ def generations(agent: LocalAgent) -> list[tuple[list[int], int, bool]]:
     return sorted((blob["generation"], blob["rank"], blob["own"]) for blob in agent.ask("list")["blobs"])
 
 
+def read(remote: RemoteAgent, start: int, end: int, rank: int = 0) -> bytes:
+    """What an agent sends of its first generation."""
+    data = bytearray(end - start)
+    remote.read(FIRST, rank, start, memoryview(data))
+    return bytes(data)
+
+
 def test_bytes_come_back_from_this_host_and_from_its_neighbour() -> None:
     data = secrets.token_bytes(3 * BLOCK + 4321)
     with agents(2) as (near, far):
@@ -52,7 +60,7 @@ def test_bytes_come_back_from_this_host_and_from_its_neighbour() -> None:
             os.close(descriptor)
             with RemoteAgent(agent.endpoint()) as remote:
                 for start, end in ((0, len(data)), (BLOCK - 1, BLOCK + 1), (3 * BLOCK, len(data)), (7, 8)):
-                    assert bytes(remote.read(FIRST, 5, start, end)) == data[start:end]
+                    assert read(remote, start, end, 5) == data[start:end]
                 assert remote.ask("describe", generation=FIRST)["headers"] == [[5, HEADER]]
 
 
@@ -126,9 +134,10 @@ def test_a_flipped_bit_is_found_in_memory_and_on_the_way() -> None:
         fill(near, FIRST, NONE, bytes(3 * BLOCK), far.endpoint())
         overwrite(far, FIRST, 0, 2 * BLOCK + 99)
         with RemoteAgent(far.endpoint()) as remote:
-            assert bytes(remote.read(FIRST, 0, 0, 2 * BLOCK)) == bytes(2 * BLOCK)
-            with pytest.raises(DamagedError, match="block 0 does not have the checksum"):
-                remote.read(FIRST, 0, 2 * BLOCK, 3 * BLOCK)
+            assert read(remote, 0, 2 * BLOCK) == bytes(2 * BLOCK)
+            for start, end in ((2 * BLOCK, 3 * BLOCK), (2 * BLOCK, 2 * BLOCK + 1), (BLOCK, 2 * BLOCK + 200)):
+                with pytest.raises(FlmError, match="of rank 0's copy have changed"):
+                    read(remote, start, end)
             assert remote.ask("list", check=True)["blobs"] == []
         assert len(near.ask("list", check=True)["blobs"]) == 1
 
@@ -247,10 +256,10 @@ def message(value: object) -> bytes:
         message({"do": "store", "generation": "first", "keep": [0, 0], "rank": 0, "nbytes": 1, "header": {}}),
         message({"do": "store", "generation": [0, 1], "keep": [0, 0], "rank": 0, "nbytes": 99, "header": {}})
         + b"short",
-        message({"do": "read", "generation": [1, 1], "rank": 0, "first": 0, "count": 2}),
-        message({"do": "read", "generation": [1, 1], "rank": 0, "first": -1, "count": 1}),
-        message({"do": "read", "generation": [1, 1], "rank": 0, "first": 0, "count": 0}),
-        message({"do": "read", "generation": [1, 1], "rank": 9, "first": 0, "count": 1}),
+        message({"do": "read", "generation": [1, 1], "rank": 0, "start": 0, "end": 5}),
+        message({"do": "read", "generation": [1, 1], "rank": 0, "start": -1, "end": 1}),
+        message({"do": "read", "generation": [1, 1], "rank": 0, "start": 2, "end": 2}),
+        message({"do": "read", "generation": [1, 1], "rank": 9, "start": 0, "end": 1}),
     ],
 )
 def test_what_is_not_understood_changes_nothing(target: LocalAgent, sent: bytes) -> None:
@@ -262,7 +271,24 @@ def test_what_is_not_understood_changes_nothing(target: LocalAgent, sent: bytes)
     assert ended(connection)
     assert generations(target) == [([1, 1], 0, True)]
     with RemoteAgent(target.endpoint()) as remote:
-        assert bytes(remote.read(FIRST, 0, 0, 4)) == b"data"
+        assert read(remote, 0, 4) == b"data"
+
+
+def test_a_block_that_is_damaged_on_the_way_is_refused_and_the_next_is_understood() -> None:
+    near, far = socket.socketpair()
+    data = bytes(BLOCK) + b"rest"
+    into = memoryview(bytearray(len(data)))
+    with near, far:
+        for wrong in (True, False):
+            crcs = checksums(memoryview(data))
+            sender = threading.Thread(target=send_data, args=(near, memoryview(data), [crcs[0] ^ wrong, crcs[1]]))
+            sender.start()
+            if wrong:
+                with pytest.raises(DamagedError, match="block 0 does not have the checksum"):
+                    receive_data(far, into)
+            else:
+                assert receive_data(far, into) == crcs and bytes(into) == data
+            sender.join()
 
 
 def test_a_copy_that_is_damaged_on_the_way_is_not_kept(agent: LocalAgent) -> None:

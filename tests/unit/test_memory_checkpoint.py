@@ -21,7 +21,7 @@ from flm_megatron.checkpoint.memory.peers import _check_budget
 from flm_megatron.checkpoint.memory.starting import obstacle, own_address
 from flm_megatron.checkpoint.memory.view import Held, MemoryCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
-from flm_megatron.checkpoint.snapshot import HostBuffer, give_back, placed, snapshot, take_buffer
+from flm_megatron.checkpoint.snapshot import HostBuffer, give_back, placed, prepare_buffer, snapshot, take_buffer
 from flm_megatron.checkpoint.stored_array import as_bytes
 from flm_megatron.checkpoint.writer import plan_files
 from flm_megatron.errors import DamagedError, FlmError, RequestError
@@ -257,3 +257,12 @@ def test_memory_of_snapshots_is_used_again_where_it_is_large_enough() -> None:
     for buffer in (larger, second):
         give_back(buffer)
     assert isinstance(larger, HostBuffer)
+
+
+def test_memory_that_is_got_ready_is_what_the_next_snapshot_takes() -> None:
+    drained = [take_buffer(1) for _ in range(8)]
+    prepare_buffer(30_000)
+    ready = take_buffer(20_000)
+    assert ready.nbytes == 30_000
+    for buffer in (*drained, ready):
+        give_back(buffer)

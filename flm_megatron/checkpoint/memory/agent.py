@@ -232,6 +232,11 @@ class _Local(_Conversation):
 class _Remote(_Conversation):
     """A rank or an agent of another host."""
 
+    def __init__(self, agent: Agent, connection: socket.socket) -> None:
+        super().__init__(agent, connection)
+        # Without it the last few bytes of an answer wait for an acknowledgement that the other side puts off.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
     def greet(self) -> None:
         """It knows the token."""
         demand_proof(self.connection, self.agent.token)
@@ -250,14 +255,17 @@ class _Remote(_Conversation):
         send_header(self.connection, {})
 
     def do_read(self, request: Message) -> None:
-        """Whole blocks of a blob."""
+        """Bytes of a blob, after the blocks that they lie in were held against their checksums."""
         blob = self.blobs.find(_generation(request["generation"]), int(request["rank"]))
-        first, count = int(request["first"]), int(request["count"])
-        if not 0 <= first < first + count <= len(blob.crcs):
-            raise FlmError(f"blocks {first} to {first + count} of a blob of {len(blob.crcs)} were asked for")
-        data = blob.data[first * BLOCK : (first + count) * BLOCK]
-        send_header(self.connection, {"nbytes": data.nbytes})
-        send_data(self.connection, data, blob.crcs[first : first + count])
+        start, end = int(request["start"]), int(request["end"])
+        if not 0 <= start < end <= blob.nbytes:
+            raise FlmError(f"bytes {start} to {end} of a blob of {blob.nbytes} were asked for")
+        first, last = start // BLOCK, -(-end // BLOCK)
+        if checksums(blob.data[first * BLOCK : last * BLOCK]) != blob.crcs[first:last]:
+            raise FlmError(f"bytes {start} to {end} of rank {blob.rank}'s copy have changed")
+        data = blob.data[start:end]
+        send_header(self.connection, {})
+        send_data(self.connection, data, checksums(data))
 
 
 def _generation(value: Any) -> Generation:

@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from flm_megatron.checkpoint.memory.wire import (
-    BLOCK,
     SILENCE_S,
     give_proof,
     receive_data,
@@ -99,16 +98,10 @@ class RemoteAgent(_Connection):
         send_data(self.socket, blob.data, blob.crcs)
         self.answer()
 
-    def read(self, generation: Generation, rank: int, start: int, end: int) -> memoryview:
-        """Bytes `start` to `end` of a blob. Raises DamagedError where they have changed, FlmError, or OSError."""
-        first, last = start // BLOCK, -(-end // BLOCK)
-        answer = self.ask("read", generation=generation, rank=rank, first=first, count=last - first)
-        nbytes = int(answer["nbytes"])
-        if not end - first * BLOCK <= nbytes <= (last - first) * BLOCK:
-            raise FlmError(f"{self.name} sent {nbytes} bytes where {end - start} were asked for")
-        data = memoryview(bytearray(nbytes))
-        receive_data(self.socket, data)
-        return data[start - first * BLOCK : end - first * BLOCK]
+    def read(self, generation: Generation, rank: int, start: int, into: memoryview) -> None:
+        """Fill `into` with the bytes of a blob from `start` on. Raises FlmError where they have changed, or OSError."""
+        self.ask("read", generation=generation, rank=rank, start=start, end=start + into.nbytes)
+        receive_data(self.socket, into)
 
 
 class LocalAgent(_Connection):

@@ -17,7 +17,7 @@ from flm_megatron.checkpoint.memory.client import Endpoint, LocalAgent, RemoteAg
 from flm_megatron.checkpoint.memory.contents import parts_of, tensors_of
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.shard_file import Record
-from flm_megatron.checkpoint.stored_array import StoredArray, out_of_run, span
+from flm_megatron.checkpoint.stored_array import StoredArray, as_bytes, is_contiguous, out_of_run, span
 from flm_megatron.checkpoint.writer import check_cover
 from flm_megatron.errors import DamagedError, FlmError, RequestError
 
@@ -70,6 +70,8 @@ class MemoryCheckpoint(LogicalCheckpoint):
             self._indices[name] = ChunkIndex(info.shape, self.chunks[name])
         out = torch.empty(region.sizes, dtype=info.dtype)
         for chunk, part in self._indices[name].meeting(region):
+            if part == region:
+                return self._read_chunk(name, chunk, part.within(chunk.region))
             out[part.within(region).slices] = self._read_chunk(name, chunk, part.within(chunk.region))
         return out
 
@@ -120,13 +122,21 @@ class MemoryCheckpoint(LogicalCheckpoint):
         if host not in self._connections:
             self._connections[host] = RemoteAgent(self.endpoints[host])
         dtype, shape = self.tensors[name].dtype, chunk.region.sizes
+        if is_contiguous(region, shape):
+            return self._fetch_run(host, rank, chunk, region, dtype).view(region.sizes)
         out = torch.empty(region.sizes, dtype=dtype)
         for piece in _bounded(region, shape, LARGEST_READ // dtype.itemsize):
-            first, last = (chunk.offset + index * dtype.itemsize for index in span(piece, shape))
-            data = self._connections[host].read(self.generation, rank, first, last)
-            run = torch.frombuffer(data, dtype=dtype)
+            run = self._fetch_run(host, rank, chunk, piece, dtype)
             out[piece.within(region).slices] = out_of_run(run, piece, shape)
         return out
+
+    def _fetch_run(self, host: int, rank: int, chunk: StoredChunk, region: Region, dtype: torch.dtype) -> torch.Tensor:
+        """All values of a chunk from the first to the last of a region."""
+        first, last = span(region, chunk.region.sizes)
+        run = torch.empty(last - first, dtype=dtype)
+        start = chunk.offset + first * dtype.itemsize
+        self._connections[host].read(self.generation, rank, start, as_bytes(run))
+        return run
 
 
 def _bounded(region: Region, shape: tuple[int, ...], limit: int) -> Iterator[Region]:
