@@ -21,7 +21,7 @@ import psutil
 from flm_megatron.training.metrics import duration
 
 FILE = "goodput.jsonl"
-Stall = Literal["save", "validation", "replicas"]
+Stall = Literal["save", "copy", "validation", "replicas"]
 Line = dict[str, Any]
 
 
@@ -89,6 +89,7 @@ class Goodput:
             "refused steps": self.refused_s,
             "waiting for data": self.data_s,
             "saving": self.stalls_s["save"],
+            "copying to memory": self.stalls_s["copy"],
             "validation": self.stalls_s["validation"],
             "comparing replicas": self.stalls_s["replicas"],
             "starting": self.start_s,

@@ -245,9 +245,7 @@ class StageTrainer:
         if self._due(self.run.checkpoint.interval_steps) and self.step < self.budget.steps:
             self._save()
         if self.copies and self._due(self.copies.interval_steps) and self.step < self.budget.steps:
-            line = self.copies.refresh(self.engine.chunks, self.engine.optimizer, self._manifest())
-            if line and self.log:
-                self.log.say(line)
+            self._copy(self.copies)
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.step % interval == 0
@@ -288,6 +286,13 @@ class StageTrainer:
         self.saved_step = self.step
         if not self.run.checkpoint.asynchronous:
             self._finish_save()
+
+    def _copy(self, copies: MemoryCopies) -> None:
+        """Keep this step in memory."""
+        with self.meter.stall("copy"):
+            line = copies.refresh(self.engine.chunks, self.engine.optimizer, self._manifest())
+        if line and self.log:
+            self.log.say(line)
 
     def _finish_save(self) -> None:
         """Wait for the save under way; when it is whole, drop checkpoints that are no longer wanted."""
