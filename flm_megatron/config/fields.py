@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from flm_megatron.config.schema import RunConfig, StageConfig
 
@@ -44,6 +44,8 @@ def type_words(annotation: Any) -> str:
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return "one of " + ", ".join(map(str, parts))
+    if origin is Annotated:
+        return type_words(parts[0])
     if origin in (Union, UnionType):
         return " or ".join(type_words(part) for part in parts)
     if origin is list:

@@ -10,7 +10,8 @@ from dataclasses import field
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, functional_validators
-from pydantic.dataclasses import dataclass
+
+from flm_megatron.config.numbers import dataclass
 
 SETTINGS = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
 

@@ -7,6 +7,7 @@ import os
 import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 
 import numpy
@@ -14,6 +15,7 @@ import numpy
 from flm_megatron.config.schema import DataConfig, SourceConfig
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import DamagedError, RequestError
+from flm_megatron.json_text import parse_json
 
 FORMAT = "flm_megatron indexed dataset"
 VERSION = 1
@@ -116,16 +118,21 @@ def _check_index(prefix: str | os.PathLike[str], description: Description) -> No
 
 def _parse(path: Path) -> Description:
     try:
-        fields = json.loads(path.read_text())
+        fields = parse_json(path.read_bytes(), "it", strict=True)
         version = (fields["format"], fields["version"])
     except (ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"{path} does not describe a dataset ({error!r}): build the dataset again") from None
+        raise DamagedError(f"{path} does not describe a dataset ({error}): build the dataset again") from None
     if version != (FORMAT, VERSION):
         raise RequestError(f"{path} is {version[0]!r} version {version[1]}, but {FORMAT!r} version {VERSION} is needed")
     try:
-        return Description(**fields)
+        description = Description(**fields)
     except TypeError as error:
         raise DamagedError(f"{path} does not describe a dataset ({error}): build the dataset again") from None
+    for field in dataclass_fields(Description):
+        value, least = getattr(description, field.name), -1 if field.name == "pad" else 0
+        if type(value).__name__ != field.type or (isinstance(value, int) and value < least):
+            raise DamagedError(f"{path}: {field.name} is {value!r:.80}: build the dataset again")
+    return description
 
 
 def source_name(source: SourceConfig) -> str:

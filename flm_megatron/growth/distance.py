@@ -16,6 +16,7 @@ from flm_megatron.config.schema import ModelConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.forward import Layout, forward, loaded_model
+from flm_megatron.json_text import parse_json
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def read_distances(path: str, metric: Literal["cosine", "l2"]) -> list[float]:
         RequestError: the file is missing or holds something else.
     """
     try:
-        layers = [LayerDistance(**layer) for layer in json.loads(Path(path).read_text(encoding="utf-8"))]
+        layers = [LayerDistance(**layer) for layer in parse_json(Path(path).read_bytes(), "it")]
         return [float(value) for value in distances_of(layers, metric)]
     except (OSError, ValueError, TypeError) as error:
         raise RequestError(

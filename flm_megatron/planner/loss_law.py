@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from flm_megatron.config.yaml_text import parse_yaml
 from flm_megatron.errors import RequestError
 
 EXPONENTS = np.linspace(0.02, 1.0, 197)
@@ -92,9 +92,10 @@ def read_laws(path: Path, stages: Sequence[str]) -> dict[str, LossLaw]:
         RequestError: the file cannot be read, or names an unknown stage.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"cannot read laws {path}: {' '.join(str(error).split())}") from None
+    values = parse_yaml(text, f"cannot read laws {path}")
     if not isinstance(values, dict):
         raise RequestError(f"laws {path} have to be a mapping of stage names")
     unknown = sorted(set(values) - set(stages))

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from flm_megatron.config.yaml_text import parse_yaml
 from flm_megatron.device.hardware import Hardware, find_hardware, known_hardware
 from flm_megatron.errors import RequestError
 from flm_megatron.planner.layout import CUDA, Implementation
@@ -174,9 +173,10 @@ def override(machine: Machine, path: Path) -> Machine:
         RequestError: the file cannot be read, or has an unknown field or a value of the wrong kind.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"cannot read hardware file {path}: {' '.join(str(error).split())}") from None
+    values = parse_yaml(text, f"cannot read hardware file {path}")
     if not isinstance(values, dict):
         raise RequestError(f"hardware file {path} has to be a mapping of fields, such as 'intra_gb_per_s: 300'")
     return dataclasses.replace(_replace(machine, values, str(path)), source=str(path))

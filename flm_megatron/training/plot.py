@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from flm_megatron.errors import RequestError
+from flm_megatron.json_text import parse_json
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -13,10 +15,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     values = []
     for line in lines:
         try:
-            values.append(json.loads(line))
-        except json.JSONDecodeError:
+            values.append(parse_json(line, "metrics.jsonl"))
+        except RequestError:
             continue
-    return values
+    return [value for value in values if isinstance(value, dict)]
 
 
 def plot_loss(folder: Path, baseline: tuple[str, float] | None = None) -> Path:

@@ -142,7 +142,7 @@ MISTAKES = {
     "stages: [{model: 4}]": "FILE: stages.0.model: 4 does not fit, expected section",
     "stages: {tokens: 4}": "FILE: stages: {'tokens': 4} does not fit, expected list of section",
     "logging: {1: 2}": "FILE: logging.1: unknown key, known here: interval_steps, tensorboard, layer_norms",
-    "{[1, 2]: 3}": "FILE, line 1, column 2: found unhashable key",
+    "{[1, 2]: 3}": "FILE, line 1, column 2: a key has to be text",
     "stages: [5]": "FILE: stages.0: 5 does not fit, expected section",
     "defaults: {modl: 1}": "FILE: defaults.modl: unknown key, did you mean 'model'?",
     "defaults: {model: {num_layers: x}}": "FILE: defaults.model.num_layers: 'x' does not fit, expected integer",

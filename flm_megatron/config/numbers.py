@@ -1,0 +1,51 @@
+"""Numbers in the run file are numbers: `true` is not 1.
+
+pydantic takes booleans for 1 and 0. With its strict types `tokens: 2.0e12` would no longer be an integer; so every
+integer and number of the schema has a check in front of it. How large numbers may be is for `ranges`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import pydantic.dataclasses
+from pydantic import BeforeValidator, ConfigDict
+from typing_extensions import dataclass_transform
+
+T = TypeVar("T")
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a boolean is not a number")
+    return value
+
+
+CHECK = BeforeValidator(_number)
+
+
+def checked(annotation: Any) -> Any:
+    """`annotation` with the check in front of every integer and number in it, but for one beside a boolean."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if annotation in (int, float):
+        return Annotated[annotation, CHECK]
+    if origin in (Union, UnionType):
+        return annotation if bool in parts else Union[tuple(map(checked, parts))]  # noqa: UP007
+    if origin in (list, tuple, dict):
+        return origin[tuple(map(checked, parts))]
+    return annotation
+
+
+@dataclass_transform(field_specifiers=(dataclasses.field,))
+def dataclass(*, config: ConfigDict) -> Callable[[type[T]], type[T]]:
+    """pydantic's `dataclass`, with numbers that are `checked`."""
+
+    def decorate(cls: type[T]) -> type[T]:
+        hints = get_type_hints(cls, include_extras=True)
+        cls.__annotations__ = {name: checked(hints[name]) for name in cls.__annotations__}
+        return pydantic.dataclasses.dataclass(config=config)(cls)  # type: ignore[return-value]
+
+    return decorate
