@@ -1,0 +1,234 @@
+"""Mutation test: small changes of the source that the unit tests of the changed file have to notice.
+
+    pip install cosmic-ray==8.7.0
+    python -m benchmarks.reliability.mutation --each 12 --out survivors.json [--only planner] [--seed 1]
+
+For each file of `TESTS` a few of cosmic-ray's mutants are drawn (an operator, a comparison, a constant, a condition
+changed; those inside annotations left out, for they change nothing) and put into a copy of the tree, one at a time.
+The file's own tests run in a process that is forked from one that has torch loaded. Prints Markdown; survivors go to
+`--out`. Mutants in `mutation_equivalent.json` change nothing that a test could see, each for the reason given there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+EQUIVALENT = Path(__file__).with_name("mutation_equivalent.json")
+SLOWEST_S = 120
+PLANNER = ["planner_memory", "planner_time", "planner_run", "planner_search", "planner_communication"]
+TESTS = {
+    "planner/communication": PLANNER,
+    "planner/memory": PLANNER,
+    "planner/activations": PLANNER,
+    "planner/compute": PLANNER,
+    "planner/throughput": PLANNER,
+    "planner/matmul": PLANNER,
+    "planner/layout": PLANNER,
+    "planner/in_flight": PLANNER,
+    "planner/goodput": ["planner_goodput"],
+    "planner/loss_law": ["planner_growth"],
+    "planner/growth_schedule": ["planner_growth"],
+    "optim/adamw": ["optim_adamw", "growth_birth"],
+    "optim/birth": ["optim_adamw", "growth_birth"],
+    "optim/learning_rate": ["optim_learning_rate"],
+    "optim/groups": ["optim_build", "mup"],
+    "optim/clipping": ["optim_build", "optim_adamw"],
+    "config/budget": ["optim_learning_rate", "history", "config_rules"],
+    "config/history": ["history", "data_history"],
+    "config/rules": ["config_rules", "config_loader"],
+    "config/layout_rules": ["config_rules"],
+    "config/model_rules": ["config_rules"],
+    "config/schedule_rules": ["config_rules", "optim_learning_rate"],
+    "config/stability_rules": ["config_rules", "stability"],
+    "config/pipeline": ["model_split", "config_rules"],
+    "config/overrides": ["config_loader"],
+    "config/loader": ["config_loader", "config_presets"],
+    "data/blend": ["data_blend", "data_stream"],
+    "data/permutation": ["data_stream", "data_history"],
+    "data/stream": ["data_stream", "data_history"],
+    "data/mixture": ["data_history", "data_stream"],
+    "data/cuts": ["data_history"],
+    "data/loader": ["data_loader"],
+    "data/packing": ["sft_data"],
+    "data/chat_stream": ["sft_data"],
+    "checkpoint/regions": ["checkpoint_core_format", "checkpoint_tools_regions"],
+    "checkpoint/chunk_index": ["checkpoint_core_format"],
+    "checkpoint/layout": ["checkpoint_tools_regions", "checkpoint_tools"],
+    "checkpoint/logical": ["checkpoint_core_format"],
+    "checkpoint/logical_hash": ["checkpoint_core_format"],
+    "checkpoint/stored_array": ["checkpoint_core_format", "block_checksums"],
+    "checkpoint/block_checksums": ["block_checksums"],
+    "checkpoint/store": ["checkpoint_core_store"],
+    "checkpoint/manifest": ["checkpoint_core_format", "checkpoint_core_store"],
+    "checkpoint/generator": ["checkpoint_core_generator"],
+    "growth/operators": ["growth_view", "growth_plan", "growth_preserves"],
+    "growth/axes": ["growth_view", "growth_plan", "growth_preserves"],
+    "growth/view": ["growth_view", "growth_preserves", "growth_birth"],
+    "growth/plan": ["growth_plan", "growth_preserves"],
+    "growth/layers": ["growth_plan"],
+    "growth/rules": ["growth_plan"],
+    "growth/births": ["growth_birth"],
+    "growth/folding": ["checkpoint_tools_folding"],
+    "growth/schedule": ["growth_plan", "growth_birth"],
+    "training/spikes": ["stability", "spike_replay"],
+}
+"""Source files, below `flm_megatron/`, and the unit tests that are theirs."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A changed line of a file."""
+
+    file: str
+    line: int
+    before: str
+    after: str
+    source: str
+
+    @property
+    def key(self) -> list[str]:
+        """What tells it from others, wherever its line stands."""
+        return [self.file, self.before.strip(), self.after.strip()]
+
+
+def mutants(file: str) -> Iterator[Mutant]:
+    """All of cosmic-ray's mutants of a file that are not inside an annotation."""
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator, operator_names
+
+    source = (ROOT / "flm_megatron" / f"{file}.py").read_text()
+    passive = annotated_lines(source)
+    for name in operator_names():
+        if "Decorator" in name or "Variable" in name:  # without `dataclass` a module does not load; needs a name
+            continue
+        operator, occurrence = get_operator(name)(), 0
+        while (changed := mutate_code(source, operator, occurrence)) is not None:
+            occurrence += 1
+            pairs = zip(source.splitlines(), changed.splitlines(), strict=False)
+            line, (before, after) = next((n, pair) for n, pair in enumerate(pairs, 1) if pair[0] != pair[1])
+            if line not in passive:
+                yield Mutant(file, line, before, after, changed)
+
+
+def annotated_lines(source: str) -> set[int]:
+    """Lines of signatures and annotated fields whose changes are no changes: annotations are never evaluated."""
+    lines: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            lines |= set(range(node.lineno, node.body[0].lineno))
+        elif isinstance(node, ast.AnnAssign) and node.value is None:
+            lines.add(node.lineno)
+        elif isinstance(node, ast.Assert):  # asserts state what holds; they are no behaviour
+            lines |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return lines
+
+
+def noticed(tree: Path, mutant: Mutant, tests: list[str]) -> bool:
+    """Whether the tests fail on the mutant (a test without end fails too)."""
+    path = tree / "flm_megatron" / f"{mutant.file}.py"
+    original = path.read_text()
+    path.write_text(mutant.source)
+    try:
+        return not passes(tree, tests)
+    finally:
+        path.write_text(original)
+
+
+def passes(tree: Path, tests: list[str]) -> bool:
+    """Run test files of the copied tree in a forked process."""
+    child = os.fork()
+    if child == 0:
+        run_tests(tree, tests)
+    deadline = time.monotonic() + SLOWEST_S
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status == 0
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+def run_tests(tree: Path, tests: list[str]) -> None:
+    """In the child: never returns."""
+    import pytest
+
+    os.setpgid(0, 0)
+    os.chdir(tree)
+    sys.path.insert(0, str(tree))
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    files = [f"tests/unit/test_{name}.py" for name in tests if (tree / f"tests/unit/test_{name}.py").exists()]
+    os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *files])))
+
+
+def preload() -> None:
+    """Load what is slow to import and not ours, once."""
+    sys.dont_write_bytecode = True
+    import hypothesis  # noqa: F401
+    import psutil  # noqa: F401
+    import pydantic  # noqa: F401
+    import pytest  # noqa: F401
+    import torch
+    import torch.distributed.checkpoint
+    import torch.distributed.nn.functional  # noqa: F401
+    import yaml  # noqa: F401
+
+
+def survivors(tree: Path, file: str, tests: list[str], each: int, seed: int) -> tuple[int, list[Mutant]]:
+    """How many mutants of a file were tried, and those that no test noticed."""
+    found = sorted(mutants(file), key=lambda mutant: (mutant.line, mutant.after))
+    drawn = random.Random(f"{seed}/{file}").sample(found, min(each, len(found)))
+    return len(drawn), [mutant for mutant in drawn if not noticed(tree, mutant, tests)]
+
+
+def main() -> None:
+    """Try the files, and print a row for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--each", type=int, default=12, help="mutants of each file")
+    parser.add_argument("--only", default="", help="files that begin with this")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the survivors")
+    options = parser.parse_args()
+    equivalent = [entry["key"] for entry in json.loads(EQUIVALENT.read_text())] if EQUIVALENT.exists() else []
+    preload()
+    totals, left = [0, 0, 0], []
+    print("| file | mutants | noticed | change nothing | not noticed |\n|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__"))
+        for file, tests in TESTS.items():
+            if not file.startswith(options.only):
+                continue
+            if not passes(tree, tests):
+                raise SystemExit(f"the tests of {file} fail without a mutant")
+            tried, alive = survivors(tree, file, tests, options.each, options.seed)
+            same = [mutant for mutant in alive if mutant.key in equivalent]
+            left += [mutant for mutant in alive if mutant not in same]
+            row = (tried, tried - len(alive), len(same))
+            totals = [total + value for total, value in zip(totals, row, strict=True)]
+            print(f"| {file} | {tried} | {row[1]} | {row[2]} | {tried - row[1] - row[2]} |", flush=True)
+            kept = [{name: value for name, value in asdict(m).items() if name != "source"} for m in left]
+            options.out.write_text(json.dumps(kept, indent=1))
+    tried, caught, same_count = totals
+    share = 100 * caught / max(1, tried - same_count)
+    print(f"\n{tried} mutants, {same_count} of them change nothing; {caught} noticed: {share:.1f} % of the others")
+
+
+if __name__ == "__main__":
+    main()
