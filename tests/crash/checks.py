@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,15 +15,17 @@ from pathlib import Path
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.writer import PARTIAL, write_view
 from flm_megatron.config.budget import stage_budgets
+from flm_megatron.config.loader import load_run
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.errors import FlmError
+from flm_megatron.training.metrics import MetricsLog
 from flm_megatron.training.start import Start, checkpoint_store, find_start
 from tests.crash.events import Event, Rename, SyncEnds
 from tests.crash.file_system import FileSystem, Folder, files_in
 
-CHECKPOINT = re.compile(r"checkpoints/([^/]+)/step_(\d{8,})")
-Place = tuple[int, int]
-"""Number of a stage in its run, and step."""
+CHECKPOINT = re.compile(r"(?:.*/)?checkpoints/([^/]+)/step_(\d{8,})(?:\.(\d+))?")
+Place = tuple[int, int, int]
+"""Number of a stage in its run, step, and how often that was saved before."""
 
 
 @contextmanager
@@ -51,10 +54,18 @@ class RunHistory:
     saved: list[tuple[int, Place]] = field(default_factory=list)
     _renamed: set[Place] = field(default_factory=set)
 
+    def begin(self, output: Path, damaged: str | None = None) -> None:
+        """Checkpoints that are there before the recording begins, but for the one called `damaged`."""
+        for path in output.glob("checkpoints/*/step_*"):
+            place = self.place(f"checkpoints/{path.parent.name}/{path.name}")
+            if place is not None and path.name != damaged:
+                self.whole[place] = digests(path)
+                self.saved.append((0, place))
+
     def place(self, path: str) -> Place | None:
         """Of which stage and step the checkpoint folder `path` is; none if it is not one."""
         match = CHECKPOINT.fullmatch(path)
-        return (self.stages.index(match[1]), int(match[2])) if match else None
+        return (self.stages.index(match[1]), int(match[2]), int(match[3] or 0)) if match else None
 
     def watch(self, number: int, event: Event, system: FileSystem) -> None:
         """Note a checkpoint that got its final name, and, with the next sync, that its save is over."""
@@ -87,63 +98,72 @@ def check_run(folder: Path, run: RunConfig, history: RunHistory, event: int, goe
     except FlmError as error:
         assert not found, f"{sorted(found)} are whole, but: {error}"
         return None
-    assert _place_of(start, run) == max(found, default=None), f"{start}, but {sorted(found)} are whole"
-    if not found:
+    newest = max(found, default=None)
+    assert _reached(start, run) == (newest[:2] if newest else None), f"{start}, but {sorted(found)} are whole"
+    if newest is None:
         return None
-    source = folder / "checkpoints" / run.stages[max(found)[0]].name / f"step_{max(found)[1]:08d}"
-    assert start is None or start.source == source
-    view = open_checkpoint(source)
+    assert start is None or start.source == found[newest]
+    view = open_checkpoint(found[newest])
     for name in view.tensors:
         view.read(name)
     if goes_on:
-        _check_goes_on(run, max(found))
-    return max(found)
+        _check_goes_on(run, found[newest])
+    return newest
 
 
-def _whole_checkpoints(folder: Path, history: RunHistory) -> set[Place]:
+def _whole_checkpoints(folder: Path, history: RunHistory) -> dict[Place, Path]:
     """Checkpoints under their final names whose bytes are all those that were saved."""
-    paths = {
-        place: path
-        for path in folder.glob("checkpoints/*/step_*")
-        if (place := history.place(path.relative_to(folder).as_posix())) is not None
-    }
-    return {place for place, path in paths.items() if digests(path) == history.whole.get(place)}
+    paths = {history.place(path.as_posix()): path for path in folder.glob("checkpoints/*/step_*")}
+    return {p: path for p, path in paths.items() if p is not None and digests(path) == history.whole.get(p)}
 
 
-def _place_of(start: Start | None, run: RunConfig) -> Place | None:
-    """The checkpoint that a start goes on from; the end of the run if nothing is left to do."""
+def _reached(start: Start | None, run: RunConfig) -> tuple[int, int] | None:
+    """Stage and step that a start goes on from; the end of the run if nothing is left to do; none for a beginning."""
     if start is None:
         return len(run.stages) - 1, stage_budgets(run)[-1].steps
     if start.source is None:
         return None
-    match = re.fullmatch(r"step_(\d+)", start.source.name)
+    match = CHECKPOINT.fullmatch(start.source.as_posix())
     assert match is not None
-    return [stage.name for stage in run.stages].index(start.source.parent.name), int(match[1])
+    return [stage.name for stage in run.stages].index(match[1]), int(match[2])
 
 
-def _check_goes_on(run: RunConfig, place: Place) -> None:
+def _check_goes_on(run: RunConfig, path: Path) -> None:
     """Clean, save the next step, prune: the new checkpoint is found, and nothing else is lost on the way."""
     store, names = checkpoint_store(run), [stage.name for stage in run.stages]
     store.clean(names)
-    stage, step = names[place[0]], place[1] + 1
-    source = open_checkpoint(store.path(stage, place[1]))
-    write_view(source, store.path(stage, step), {**source.manifest, "step": step})
+    source = open_checkpoint(path)
+    stage, step = source.manifest["stage"], source.manifest["step"] + 1
+    new = store.new_path(stage, step, {entry.name for entry in path.parent.iterdir()})
+    write_view(source, new, {**source.manifest, "step": step})
     store.prune(stage, keep_last=2)
-    assert store.latest(names) == store.path(stage, step)
-    assert store.path(stage, place[1]).is_dir(), "the checkpoint before the newest was pruned"
+    assert store.latest(names) == new
+    assert path.is_dir(), "the checkpoint before the newest was pruned"
     assert not list(store.root.glob(f"*/*{PARTIAL}")), "something half-written was left behind"
 
 
-def check_folder(folder: Path, wanted: dict[str, str], finished: bool, again: Callable[[Path], None]) -> bool:
-    """A new folder is there with all of its bytes, or not at all, and then the same command makes it.
+def check_log(folder: Path, run: RunConfig, place: Place | None, wanted: list[str]) -> None:
+    """Metrics of all steps up to the checkpoint at `place` are there, and the rest is as good as new.
 
-    `wanted` are `digests` of what the command writes (those of files that differ from time to time left out);
-    `again` runs it. Returns whether the folder was there.
+    `wanted` are the lines that an undisturbed run leaves. Sample indices are whole where they are marked so, and the
+    run file is whole or absent.
     """
-    there = folder.exists()
-    assert there or not finished, "the command had ended, but what it wrote is gone"
-    if not there:
-        again(folder)
-    found = digests(folder)
-    assert {name: found.get(name) for name in wanted} == wanted, "under its final name, but not whole"
-    return there
+    names = [stage.name for stage in run.stages]
+    if place is not None:
+        MetricsLog(folder, False, names, names[place[0]], place[1]).close()
+        kept = (folder / "metrics.jsonl").read_text().splitlines()
+        known = [(line, json.loads(line)) for line in wanted]
+        owed = [line for line, v in known if "loss" in v and (names.index(v["stage"]), v["step"]) <= place[:2]]
+        assert set(owed) <= set(kept), f"{len(set(owed) - set(kept))} of {len(owed)} steps are gone from the metrics"
+    if (folder / "run.yaml").exists():
+        assert load_run(folder / "run.yaml").stages == run.stages
+
+
+def check_folder(folder: Path, wanted: dict[str, str], finished: bool) -> bool:
+    """A new folder is there with all of its bytes, or not at all; after the command's end it is there.
+
+    `wanted` are the `digests` of what the command writes. Returns whether the folder was there.
+    """
+    assert folder.exists() or not finished, "the command had ended, but what it wrote is gone"
+    assert not folder.exists() or digests(folder) == wanted, "under its final name, but not whole"
+    return folder.exists()

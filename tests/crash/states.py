@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -67,11 +67,12 @@ class Tree:
 
 @dataclass(frozen=True)
 class State:
-    """What is left on the disk, and the number of events that had happened."""
+    """What is left on the disk after a number of events; `finished` if these were all."""
 
     tree: Tree
     event: int
     power_cut: bool
+    finished: bool
 
 
 @dataclass
@@ -92,12 +93,18 @@ class Explorer:
     moments: int = 0
     sampled_moments: int = 0
     enumerated: int = 0
-    _seen: set[tuple[bytes, Hashable]] = field(default_factory=set)
+    _seen: set[tuple[bytes, Hashable, bool]] = field(default_factory=set)
     _trees: dict[tuple[int, int], Blob] = field(default_factory=dict)
 
-    def states(self, events: Iterable[Event]) -> Iterator[State]:
+    @property
+    def different(self) -> int:
+        """How many states were made, each counted once."""
+        return len(self._seen)
+
+    def states(self, events: Sequence[Event]) -> Iterator[State]:
         """All states, each once, in the order in which they first become possible."""
         system, number = FileSystem(self.folder), 0
+        self._last = len(events)
         for number, event in enumerate(events, 1):
             if isinstance(event, SyncEnds):
                 yield from self._power_cuts(system, number - 1)
@@ -110,10 +117,10 @@ class Explorer:
     def _new(self, trees: Iterable[Tree], number: int, power_cut: bool) -> Iterator[State]:
         for tree in trees:
             self.enumerated += 1
-            key = (tree.digest, self.owed(number))
+            key = (tree.digest, self.owed(number), number == self._last)
             if key not in self._seen:
                 self._seen.add(key)
-                yield State(tree, number, power_cut)
+                yield State(tree, number, power_cut, number == self._last)
 
     def _power_cuts(self, system: FileSystem, number: int) -> Iterator[State]:
         yield from self._new(self.power_cuts(system), number, power_cut=True)
