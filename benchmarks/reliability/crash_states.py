@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.crash.checks import scratch
 from tests.crash.events import Event, SyncBegins, Write
-from tests.crash.operations import RERUN_EVERY, Operation, Workshop, flm, on_two
+from tests.crash.operations import RERUN_EVERY, Operation, Workshop, flm, on_two, without_leases
 from tests.crash.states import Explorer
 from tests.crash.strace_recorder import record
 
@@ -76,7 +76,8 @@ def recorded(operation: Operation) -> tuple[list[Event], Path]:
     """The events of a command, and a copy of the folder from before it."""
     before = operation.root.with_name(operation.root.name + "-before")
     shutil.copytree(operation.root, before)
-    return record(operation.command, operation.root), before
+    events = record(operation.command, operation.root)
+    return without_leases(events), before
 
 
 def operations(shop: Workshop) -> Iterator[list[Operation]]:

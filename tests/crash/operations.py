@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Hashable
@@ -19,7 +20,7 @@ from flm_megatron.data.description import read_description
 from flm_megatron.errors import FlmError
 from flm_megatron.training.preflight import resolve
 from tests.crash.checks import RunHistory, check_folder, check_log, check_run, digests
-from tests.crash.events import Event
+from tests.crash.events import Event, SyncBegins, SyncEnds
 from tests.crash.file_system import FileSystem
 from tests.crash.states import State
 from tests.distributed.runs import make_data
@@ -49,6 +50,7 @@ checkpoint: {{interval_steps: 2, keep_last: 2}}
 logging: {{tensorboard: false}}
 """
 STAGES = ["small", "big"]
+LEASE = re.compile(r"\.lease(\.[0-9a-f]+)?$")
 RERUN_EVERY = 50
 """Of the states in which a command's result is absent, one in so many is tried with the same command again."""
 
@@ -140,6 +142,15 @@ class Workshop:
         options = ("--tokenizer", self.data / "tokenizer.model", "--workers", "2", "--validation-share", "0.3")
         arguments = ("data", "build", text, *options, "--out", "OUT")
         return Operation("data build", flm(*placed(arguments, root / "out")), root, *dataset_checks())
+
+
+def without_leases(events: list[Event]) -> list[Event]:
+    """Without leases and claims on them, which mean nothing after a crash: their holder is gone."""
+    paths = [[getattr(event, name, "") for name in ("path", "source", "target")] for event in events]
+    left_out = [any(LEASE.search(path) for path in found) for found in paths]
+    numbers = {e.number for e, out in zip(events, left_out, strict=True) if out and isinstance(e, SyncBegins)}
+    ended = [isinstance(event, SyncEnds) and event.number in numbers for event in events]
+    return [e for e, out, end in zip(events, left_out, ended, strict=True) if not out and not end]
 
 
 def placed(arguments: tuple[object, ...], out: Path) -> list[object]:
