@@ -146,11 +146,12 @@ def killed_run(file: Path, output: Path, draw: random.Random, record: Callable[[
         attempt = start(file, output)
         phase, one_rank = draw.choice(PHASES), draw.random() < 0.4
         if wants_more and moment(attempt, phase, draw):
-            step = max((line["step"] for line in read_metrics(output)), default=0) if steps_done(output) else 0
+            lines = read_metrics(output) if steps_done(output) else []
+            reached = f"{lines[-1]['stage']} {lines[-1]['step']}" if lines else "nothing"
             half = is_saving(output)
             what = kill(attempt, one_rank, draw)
             status = attempt.process.returncode
-            entry = {"phase": phase, "killed": what, "status": status, "last_step": step, "half_written": half}
+            entry = {"phase": phase, "killed": what, "status": status, "reached": reached, "half_written": half}
             wants_more = record(entry)
             continue
         status = attempt.process.wait(PATIENCE_S)
