@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 # Controls, line ends of Unicode, and halves of surrogate pairs (bytes of a file name that are not UTF-8).
@@ -66,3 +66,17 @@ class ProgramError(FlmError):
 
 ERRORS = {kind.__name__: kind for kind in (FlmError, RequestError, DamagedError)}
 """Kinds of errors by name, for those that come from another process."""
+
+
+def refuse_together(checks: Iterable[Callable[[], object]]) -> None:
+    """Make all checks, then raise Mistakes with what each of them refuses, if any does."""
+    lines: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except Mistakes as error:
+            lines += error.lines
+        except RequestError as error:
+            lines.append(str(error))
+    if lines:
+        raise Mistakes(lines)

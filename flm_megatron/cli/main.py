@@ -8,10 +8,14 @@ import importlib
 import os
 import signal
 import sys
+import time
 
 from flm_megatron.cli.parser import Parser, UsageError
 from flm_megatron.errors import FlmError, one_line
+from flm_megatron.training.elastic import leave_word
+from flm_megatron.training.signals import STOPPED, StoppedBeforeTraining
 
+FIRST_RANK_SPEAKS_S = 5.0
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """What a write may meet at any time; the system does not say in which file."""
 COMMANDS = {
@@ -44,8 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except FlmError as error:
-        print(f"flm {args.command}: {error}", file=sys.stderr)
+        say_last(f"flm {args.command}: {error}", error.status)
         return error.status
+    except StoppedBeforeTraining:
+        say_last(f"flm {args.command}: stopped by a signal before training began", STOPPED)
+        return STOPPED
     except BrokenPipeError:  # what reads our output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
         return 0
@@ -57,6 +64,27 @@ def main(arguments: list[str] | None = None) -> int:
         return FlmError.status
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def say_last(line: str, status: int) -> None:
+    """Print what ended this process, and leave word for its launcher.
+
+    Of a launched world the first rank speaks of what is wrong before it is joined, for mostly the same is wrong with
+    all. The others wait: the launcher ends them then, unless they alone have something to say.
+    """
+    leave_word(line, status)
+    first = os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
+    if not first and not _has_joined():
+        if status == STOPPED:
+            return
+        time.sleep(FIRST_RANK_SPEAKS_S)
+    print(line, file=sys.stderr, flush=True)
+
+
+def _has_joined() -> bool:
+    """Whether this process has been part of a world; torch is not imported to find out."""
+    groups = sys.modules.get("flm_megatron.device.process_group")
+    return groups is not None and groups.joined
 
 
 def _parsed(arguments: list[str]) -> argparse.Namespace:

@@ -25,14 +25,26 @@ def run(args: argparse.Namespace) -> int:
     """Train what is left to do."""
     from flm_megatron.checkpoint.run_file import open_run
     from flm_megatron.config.loader import dump_run
+    from flm_megatron.training.signals import stop_before_training
 
-    config, lines = prepared(open_run(args.run_file, args.overrides))
-    if args.print_config:
-        print(dump_run(config), end="")
-        return 0
-    from flm_megatron.training.launch import train
+    with stop_before_training("stopped by a signal before training began"):
+        config = open_run(args.run_file, args.overrides)
+        if args.print_config:
+            print(dump_run(prepared(config)[0]), end="")
+            return 0
+        return _train(config)
+
+
+def _train(config: RunConfig) -> int:
+    """Check everything, then start."""
+    from flm_megatron.training.launch import check_local, train
     from flm_megatron.training.parallel import launched
+    from flm_megatron.training.preflight import require_places
 
+    require_places(config)
+    config, lines = prepared(config)
+    if not launched():
+        check_local(config)
     if not launched():
         print("\n".join(lines), flush=True)
     return train(config)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from flm_megatron.cli.parser import path
+
+if TYPE_CHECKING:
+    from flm_megatron.config.schema import RunConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,13 +30,27 @@ def run(args: argparse.Namespace) -> int:
     from flm_megatron.checkpoint.run_file import open_run
     from flm_megatron.config.loader import dump_run
     from flm_megatron.growth.foreseen import check_run_file
+    from flm_megatron.training.signals import stop_before_training
 
-    config = open_run(args.run_file, args.overrides)
-    if args.print_config:
-        check_run_file(config)
-        print(dump_run(config), end="")
-        return 0
-    from flm_megatron.training.launch import train
-    from flm_megatron.training.preflight import resolve
+    with stop_before_training("stopped by a signal before training began"):
+        config = open_run(args.run_file, args.overrides)
+        if args.print_config:
+            check_run_file(config)
+            print(dump_run(config), end="")
+            return 0
+        return _train(config, args.stage, args.start_anew)
 
-    return train(resolve(config, args.start_anew), args.stage, args.start_anew)
+
+def _train(config: RunConfig, only: str | None, anew: bool) -> int:
+    """Check everything, then start."""
+    from flm_megatron.training.launch import check_local, train
+    from flm_megatron.training.preflight import require_places, require_turn, resolve
+
+    require_places(config, only)
+    config = resolve(config, anew)
+    from flm_megatron.training.parallel import launched
+
+    if not launched():
+        check_local(config)
+    require_turn(config, only, anew)
+    return train(config, only, anew)

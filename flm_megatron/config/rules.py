@@ -42,12 +42,15 @@ def check(run: RunConfig, world_size: int | None = None, stages: Collection[str]
         raise Mistakes(broken)
 
 
-def violations(run: RunConfig, world_size: int | None = None, stages: Collection[str] | None = None) -> list[str]:
+def violations(
+    run: RunConfig, world_size: int | None = None, stages: Collection[str] | None = None, models: bool = True
+) -> list[str]:
     """One line for every broken rule: sizes that are no counts, rules on the run, then on each stage.
 
-    Rules that compute with sizes are left out where one of theirs is no count.
+    Rules that compute with sizes are left out where one of theirs is no count, or the `models` are not known yet.
     """
     unfit, lines = _sizes(run)
+    unfit = unfit if models else set(range(len(run.stages)))
     lines += _lines(rule(run) for rule in RUN_RULES)
     if not unfit:
         lines += _lines(rule(run) for rule in SHAPE_RULES)

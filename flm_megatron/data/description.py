@@ -8,13 +8,14 @@ import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
+from functools import partial
 from pathlib import Path
 
 import numpy
 
 from flm_megatron.config.schema import DataConfig, SourceConfig
 from flm_megatron.data.tokenizer import Tokenizer
-from flm_megatron.errors import DamagedError, RequestError
+from flm_megatron.errors import DamagedError, RequestError, refuse_together
 from flm_megatron.json_text import parse_json
 
 FORMAT = "flm_megatron indexed dataset"
@@ -146,24 +147,42 @@ def check_datasets(data: DataConfig, tokenizer: Tokenizer | None, vocab_size: in
     Needs no engine: it can run before any process is started.
 
     Raises:
-        RequestError: a dataset is missing, was made with another tokenizer than `tokenizer` (or than the other
-            datasets), or has ids that `vocab_size` does not hold.
+        Mistakes: datasets that are missing, are shorter than one sample, were made with another tokenizer than
+            `tokenizer` (or than the other datasets), or have ids that `vocab_size` does not hold.
         DamagedError: files do not agree with what was written.
     """
     sources = [*data.train, *data.validation]
-    descriptions = [read_description(source.path) for source in sources]
-    for source, description in zip(sources, descriptions, strict=True):
-        if tokenizer and description.tokenizer != tokenizer.fingerprint:
-            raise RequestError(
-                f"dataset {source.path} was made with another tokenizer (fingerprint {description.tokenizer[:12]}) than"
-                f" {tokenizer.path} (fingerprint {tokenizer.fingerprint[:12]}): give that tokenizer, or build it again"
-            )
-        if vocab_size is not None and description.vocab_size > vocab_size:
-            raise RequestError(
-                f"dataset {source.path} has ids up to {description.vocab_size - 1}, but the model's vocabulary is"
-                f" {vocab_size}: set model.vocab_size to {description.vocab_size} or more, or leave it out"
-            )
-    check_same_tokenizer(sources, descriptions)
+    refuse_together(partial(_check_dataset, source, data, tokenizer, vocab_size) for source in sources)
+    check_same_tokenizer(sources, [read_description(source.path) for source in sources])
+
+
+def _check_dataset(source: SourceConfig, data: DataConfig, tokenizer: Tokenizer | None, vocab_size: int | None) -> None:
+    """Check one dataset."""
+    description = read_description(source.path)
+    require_a_sample(source.path, description, data.sequence_length)
+    if tokenizer and description.tokenizer != tokenizer.fingerprint:
+        raise RequestError(
+            f"dataset {source.path} was made with another tokenizer (fingerprint {description.tokenizer[:12]}) than"
+            f" {tokenizer.path} (fingerprint {tokenizer.fingerprint[:12]}): give that tokenizer, or build it again"
+        )
+    if vocab_size is not None and description.vocab_size > vocab_size:
+        raise RequestError(
+            f"dataset {source.path} has ids up to {description.vocab_size - 1}, but the model's vocabulary is"
+            f" {vocab_size}: set model.vocab_size to {description.vocab_size} or more, or leave it out"
+        )
+
+
+def require_a_sample(path: str, description: Description, sequence_length: int) -> None:
+    """Check that a dataset has a sample of `sequence_length` tokens and the label after its last one.
+
+    Raises:
+        RequestError: it is shorter.
+    """
+    if description.tokens <= sequence_length:
+        raise RequestError(
+            f"dataset {path} has {description.tokens:,} tokens, too few for one sample of"
+            f" {sequence_length} (and one more for the last label): shorten data.sequence_length or add text"
+        )
 
 
 def check_same_tokenizer(sources: Sequence[SourceConfig], descriptions: Sequence[Description]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from flm_megatron.config.schema import SourceConfig
-from flm_megatron.data.description import Description, read_description, source_name
+from flm_megatron.data.description import Description, read_description, require_a_sample, source_name
 from flm_megatron.durable import make_folders, sync, sync_tree
 from flm_megatron.errors import DamagedError, RequestError
 
@@ -44,11 +44,7 @@ class Source:
         """
         self.name, self.sequence_length = source_name(config), sequence_length
         self.description = read_description(config.path)
-        if self.description.tokens <= sequence_length:
-            raise RequestError(
-                f"dataset {config.path} has {self.description.tokens:,} tokens, too few for one sample of"
-                f" {sequence_length} (and one more for the last label): shorten data.sequence_length or add text"
-            )
+        require_a_sample(config.path, self.description, sequence_length)
         self._dataset = _open(config.path, self.description, sequence_length, seed, cache)
 
     def __len__(self) -> int:

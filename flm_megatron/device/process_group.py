@@ -13,11 +13,16 @@ import torch.distributed as dist
 # thread can abort the process while the interpreter shuts down.
 import torch.distributed.nn.functional  # noqa: F401
 
+joined = False
+"""Whether this process has been part of a world: what fails from then on may be wrong with this rank alone."""
+
 
 @contextmanager
 def process_group(backend: str, **place: Any) -> Iterator[None]:
     """The world, from torch's `init_process_group` with these arguments until the block ends, well or not."""
+    global joined
     dist.init_process_group(backend, **place)
+    joined = True
     try:
         yield
     finally:

@@ -8,7 +8,8 @@ import warnings
 MESSAGES = (
     r"The \.grad attribute of a Tensor that is not a leaf",  # the engine probes its flat shards
     r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",  # called by the engine
-    r"When using sequence parallelism it is recommended to set .*CUDA_DEVICE_MAX_CONNECTIONS",  # the device sets it
+    # The device sets it where there is CUDA.
+    r"When using (sequence parallelism|async grad allreduce) it is recommended to set .*CUDA_DEVICE_MAX_CONNECTIONS",
 )
 
 

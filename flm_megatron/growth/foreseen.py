@@ -16,16 +16,18 @@ from flm_megatron.growth.rules import check_epsilons, check_mask_length, check_m
 def check_run_file(run: RunConfig, world_size: int | None = None, stages: Collection[str] | None = None) -> None:
     """Check the rules of the run file and those of every growth in it; what is on disk is not looked at.
 
-    `world_size` and `stages` are as in `config.rules.check`. A fine-tuning has no token budgets: they follow from its
-    epochs.
+    `world_size` and `stages` are as in `config.rules.check`. A fine-tuning has no token budgets, for they follow from
+    its epochs, and no models (nor rules on them) until its checkpoint is opened.
 
     Raises:
         Mistakes: one line for every rule that is broken.
     """
+    models = True
     if run.data.chat is not None:
         run = replace(run, stages=[replace(stage, tokens=LARGEST_TOKENS) for stage in run.stages])
-    broken = violations(run, world_size, stages)
-    if not shape_violations(run):
+        models = all(stage.model.vocab_size for stage in run.stages)
+    broken = violations(run, world_size, stages, models)
+    if models and not shape_violations(run):
         broken += _growth_mistakes(run)
     if broken:
         raise Mistakes(list(dict.fromkeys(broken)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,9 +12,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from flm_megatron.config.schema import LoraConfig, ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.device import current
-from flm_megatron.errors import RequestError
 from flm_megatron.kernels import fp8
 from flm_megatron.model.split import pipeline_split
+from flm_megatron.model.transformer_engine import require_transformer_engine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -51,8 +50,7 @@ def transformer_config(stage: StageConfig) -> EngineConfig:
         RequestError: the layers cannot be split over the pipeline as asked, or Transformer Engine or FP8 is asked
             for and not there.
     """
-    if stage.transformer_engine:
-        _check_transformer_engine(stage)
+    require_transformer_engine(stage)
     fp8.require(stage)
     options = {
         **_shape(stage.model),
@@ -129,15 +127,3 @@ def _recomputation(stage: StageConfig) -> dict[str, Any]:
     if stage.recompute == "selective" and stage.transformer_engine:
         return {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "mlp"]}
     return {"recompute_norms_and_mlp": stage.recompute == "selective"}
-
-
-def _check_transformer_engine(stage: StageConfig) -> None:
-    if find_spec("transformer_engine") is None:
-        raise RequestError(
-            f"stage {stage.name!r} asks for transformer_engine, which is not installed; "
-            "install flm_megatron[te] or set transformer_engine to false"
-        )
-    if stage.model.position == "xpos":
-        raise RequestError(
-            f"stage {stage.name!r}: transformer_engine has no xpos positions; set transformer_engine to false"
-        )

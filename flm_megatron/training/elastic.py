@@ -9,7 +9,10 @@ torch 2.13 and gloo): here every start has a store of its own.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -17,6 +20,8 @@ from pathlib import Path
 STOPPED = 3
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+UNSAID = "<N/A>"
+"""What torchrun has for the error file of a rank that wrote none."""
 
 
 def leave_word(text: str, status: int) -> None:
@@ -36,6 +41,7 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    _quiet_torchrun()
     args = torchrun.parse_args(arguments)
     if args.rdzv_backend != "static":
         os.environ.setdefault(OWN_STORE, "1")
@@ -45,13 +51,25 @@ def main(arguments: list[str]) -> int:
             torchrun.run(args)
         except ChildFailedError as error:
             # Of the first rank to fail: torchrun ends the others, each in its own way.
-            status = status_of({error.get_first_failure()[1].exitcode})
-            if status != STOPPED:
-                print(error, file=sys.stderr)
-            return status
+            rank, failure = error.get_first_failure()
+            if failure.error_file == UNSAID:
+                print(how_it_ended(rank, failure.exitcode), file=sys.stderr)
+            return status_of({failure.exitcode})
         except SignalException:
             return status_of(_last_words(Path(args.log_dir)))
     return 0
+
+
+def how_it_ended(rank: int, exit_code: int) -> str:
+    """One line on a rank that left no word."""
+    how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with status {exit_code}"
+    return f"flm: rank {rank} on host {socket.gethostname()} {how}"
+
+
+def _quiet_torchrun() -> None:
+    """What torchrun logs of ranks that fail is said by the ranks themselves, or by `main`, in one line."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # its own default, of which it warns
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
 
 
 def status_of(statuses: set[int]) -> int:

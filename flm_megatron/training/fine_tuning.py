@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flm_megatron import kernels
 from flm_megatron.checkpoint.run_file import stage_of_checkpoint
 from flm_megatron.config.loader import resolve_vocabulary
 from flm_megatron.config.rules import check
@@ -13,6 +12,8 @@ from flm_megatron.data.chat_stream import ChatStream
 from flm_megatron.data.streams import training_stream
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import RequestError
+from flm_megatron.growth.foreseen import check_run_file
+from flm_megatron.training.preflight import require_installed
 
 
 def fine_tuning_run(run: RunConfig, model: ModelConfig, tokenizer: str) -> tuple[RunConfig, list[str]]:
@@ -24,10 +25,10 @@ def fine_tuning_run(run: RunConfig, model: ModelConfig, tokenizer: str) -> tuple
             name is not there.
     """
     chat = run.data.chat or ChatConfig()
-    if chat.epochs < 1:
-        raise RequestError(f"data.chat.epochs is {chat.epochs}, give at least 1")
     stages = [_stage(stage, model, chat) for stage in run.stages]
     run = replace(run, tokenizer=tokenizer, data=replace(run.data, chat=chat), stages=stages)
+    check_run_file(run)
+    require_installed(run)
     lines = []
     for index in range(len(run.stages)):
         stream = training_stream(run, index)
@@ -37,7 +38,6 @@ def fine_tuning_run(run: RunConfig, model: ModelConfig, tokenizer: str) -> tuple
         run.stages[index] = replace(run.stages[index], tokens=stream.samples * run.data.sequence_length)
         lines.append(_line(run.stages[index].name, stream, chat))
     check(run)
-    kernels.choose(run.kernels)
     return resolve_vocabulary(run, Tokenizer(tokenizer).vocab_size), lines
 
 

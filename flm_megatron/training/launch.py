@@ -12,18 +12,28 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flm_megatron.config.loader import dump_run, run_from_dict, run_to_dict
 from flm_megatron.config.rules import check
 from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.durable import make_folders, replace_file
-from flm_megatron.errors import ERRORS, DamagedError, FlmError, RequestError
+from flm_megatron.errors import ERRORS, DamagedError, FlmError, Mistakes, ProgramError, RequestError, refuse_together
+from flm_megatron.training.signals import STOPPED, StoppedBeforeTraining, handling, stop_before_training
 
-FINISHED, STOPPED = 0, 3
+if TYPE_CHECKING:
+    from flm_megatron.training.start import Start
+
+FINISHED = 0
+MOST_PROCESSES, PROCESSES_PER_CORE = 64, 8
+"""Processes of one machine: for a layout tried out on few cores, and for one that uses them."""
 GRACE_S = 5.0
+RESEND_S = 1.0
+QUIET_TRACKER = "ignore:resource_tracker"
+"""After a rank was killed Python's resource tracker says that it cleans up; that must not hide who was killed."""
 
 
 def train(run: RunConfig, only: str | None = None, anew: bool = False) -> int:
@@ -51,62 +61,87 @@ def _train_locally(run: RunConfig, only: str | None, anew: bool) -> int:
     """Start fresh processes for one stage after another, as many as its layout needs."""
     from flm_megatron.training.memory_copies import NOT_USED
     from flm_megatron.training.run_lease import run_lease
-    from flm_megatron.training.start import set_aside
+    from flm_megatron.training.start import checked_start, set_aside
 
-    for stage in run.stages:
-        check(run, local_processes(run, stage), stages=[stage.name])
+    check_local(run)
     with run_lease(run):
         if anew:
             set_aside(run)
+        start = checked_start(run, only)
         write_run_file(run)
         if run.checkpoint.memory is not None:
             print(NOT_USED, flush=True)
-        return _train_what_is_left(run, only)
+        return _train_what_is_left(run, only, start)
 
 
-def _train_what_is_left(run: RunConfig, only: str | None) -> int:
+def _train_what_is_left(run: RunConfig, only: str | None, start: Start | None) -> int:
     """One stage after another, each in fresh processes; a checkpoint that turns out to be damaged is passed over."""
+    from flm_megatron.training.outcome import report_end
     from flm_megatron.training.start import find_start
 
-    while (start := find_start(run, only)) is not None:
+    while start is not None:
         size = local_processes(run, run.stages[start.stage])
         try:
             status = run_processes(size, _train_child, (run_to_dict(run), start), run.distributed.timeout_s)
         except DamagedError as error:
-            if find_start(run, only) == start:  # it is not of a checkpoint that can be passed over
+            damaged, start = start, find_start(run, only)
+            if start == damaged:  # it is not of a checkpoint that can be passed over
                 raise
             print(f"WARNING: {error}; trying an older checkpoint", file=sys.stderr, flush=True)
             continue
         if status != FINISHED:
+            report_end(run, status)
             return status
+        start = find_start(run, only)
+    report_end(run, FINISHED)
     return FINISHED
+
+
+def check_local(run: RunConfig) -> None:
+    """Check every stage on as many processes as it would have here.
+
+    Raises:
+        Mistakes: broken rules, or more processes than this machine can be meant to run.
+    """
+    refuse_together(partial(_check_local_stage, run, stage) for stage in run.stages)
+
+
+def _check_local_stage(run: RunConfig, stage: StageConfig) -> None:
+    size = local_processes(run, stage)
+    most = max(MOST_PROCESSES, PROCESSES_PER_CORE * (os.cpu_count() or 1))
+    if size > most:
+        raise RequestError(
+            f"stage {stage.name!r} needs {size:,} processes, and this machine is good for {most}: start it on a "
+            "cluster (`flm launch`), or give it a smaller layout"
+        )
+    check(run, size, stages=[stage.name])
 
 
 def _train_as_rank(run: RunConfig, only: str | None) -> int:
     """Train every stage in the world that torchrun made."""
-    import torch.distributed as dist
-
+    from flm_megatron.checkpoint.processes import Processes
     from flm_megatron.training.elastic import leave_word
     from flm_megatron.training.heartbeat import heartbeat
     from flm_megatron.training.memory_copies import memory_copies
+    from flm_megatron.training.outcome import report_end
     from flm_megatron.training.parallel import is_main_rank, world
     from flm_megatron.training.run_lease import run_lease
     from flm_megatron.training.stage import train_stage
-    from flm_megatron.training.start import find_start
+    from flm_megatron.training.start import checked_start, find_start
 
     check(run, int(os.environ["WORLD_SIZE"]), stages=[only] if only else None)
     with world(run.distributed), heartbeat(run.distributed.timeout_s), run_lease(run), memory_copies(run) as copies:
+        start = Processes().on_first(partial(checked_start, run, only))
         if is_main_rank():
             write_run_file(run)
-        while True:
-            agreed: list[Any] = [find_start(run, only) if is_main_rank() else None]
-            dist.broadcast_object_list(agreed)
-            if agreed[0] is None:
-                return FINISHED
-            start = copies.newer(agreed[0], only) if copies else agreed[0]
-            if not train_stage(run, start, copies):
-                leave_word("stopped by a signal after saving", STOPPED)
-                return STOPPED
+        while start is not None and train_stage(run, copies.newer(start, only) if copies else start, copies):
+            start = Processes().on_first(partial(find_start, run, only))
+        finished = start is None
+        if is_main_rank():
+            report_end(run, FINISHED if finished else STOPPED)
+    if not finished:
+        leave_word("stopped by a signal after saving", STOPPED)
+    return FINISHED if finished else STOPPED
 
 
 def local_processes(run: RunConfig, stage: StageConfig) -> int:
@@ -115,7 +150,7 @@ def local_processes(run: RunConfig, stage: StageConfig) -> int:
 
 
 def write_run_file(run: RunConfig) -> None:
-    """Put the resolved run file beside the run's results."""
+    """Put the resolved run file beside the run's results; it is there whole, or as it was."""
     folder = Path(run.output)
     make_folders(folder)
     replace_file(folder / "run.yaml", dump_run(run).encode())
@@ -139,7 +174,8 @@ class _World:
 def run_processes(size: int, function: Any, args: tuple[Any, ...], timeout_s: int = 600) -> int:
     """Run `function(*args) -> exit status` on `size` processes of this machine that share one world.
 
-    `function` and `args` are pickled. Signals to this process are passed on. Returns rank 0's status.
+    `function` and `args` are pickled. Signals to this process are passed on. Returns rank 0's status, or 3 where a
+    signal stopped a rank before it had begun.
 
     Raises:
         FlmError: a rank failed or was killed; the message names it and its error, the others are ended.
@@ -147,7 +183,7 @@ def run_processes(size: int, function: Any, args: tuple[Any, ...], timeout_s: in
     import torch.multiprocessing as multiprocessing
     from torch.multiprocessing.spawn import ProcessException
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _passing_signals() as passing:
         processes = multiprocessing.start_processes(
             _process_main,
             args=(_World(size, folder, timeout_s), function, args),
@@ -155,12 +191,14 @@ def run_processes(size: int, function: Any, args: tuple[Any, ...], timeout_s: in
             join=False,
             start_method=_start_method(),
         )
-        with _passing_signals(processes):
-            try:
-                while not processes.join(grace_period=GRACE_S):
-                    pass
-            except ProcessException as error:
-                raise _first_error(Path(folder), error) from None
+        passing.to(processes.processes)
+        try:
+            while not processes.join(timeout=RESEND_S, grace_period=GRACE_S):
+                passing.again()
+        except ProcessException as error:
+            if _stopped_early(processes.processes, error, passing.asked):
+                return STOPPED
+            raise _first_error(Path(folder), error) from None
         return int((Path(folder) / "status").read_text())
 
 
@@ -170,27 +208,53 @@ def _start_method() -> str:
 
     from flm_megatron.device import current
 
+    if QUIET_TRACKER not in sys.warnoptions:  # which Python hands on to its helper processes
+        sys.warnoptions.append(QUIET_TRACKER)
     if current().start_method == "forkserver":
         multiprocessing.get_context("forkserver").set_forkserver_preload(["flm_megatron.training.preload"])
     return current().start_method
 
 
-@contextmanager
-def _passing_signals(processes: Any) -> Iterator[None]:
-    """While the block runs, SIGTERM and SIGINT go to the processes, which stop after their step."""
+def _stopped_early(processes: list[Any], error: Any, asked: bool) -> bool:
+    """Whether a rank was stopped before it trained: it says so, or died of the signal before it could listen."""
+    died = asked and getattr(error, "signal_name", None) == signal.SIGTERM.name
+    return died or any(process.exitcode == STOPPED for process in processes)
 
-    def pass_on(number: int, frame: Any) -> None:
+
+class _Passing:
+    """Passes signals on to processes; one that comes while they are being started, when they are."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.processes: list[Any] = []
+
+    def again(self) -> None:
+        """Repeat a signal that has come, for a process that could not hear it yet."""
+        if self.asked:
+            self._send()
+
+    def to(self, processes: list[Any]) -> None:
+        """From now on signals go to `processes`."""
+        self.processes = processes
+        self.again()
+
+    def hear(self, number: int, frame: Any) -> None:
         """Signal handler."""
-        for process in processes.processes:
+        self.asked = True
+        self._send()
+
+    def _send(self) -> None:
+        for process in self.processes:
             if process.is_alive():
                 os.kill(process.pid, signal.SIGTERM)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+@contextmanager
+def _passing_signals() -> Iterator[_Passing]:
+    """While the block runs, SIGTERM and SIGINT go to the processes, which stop after their step."""
+    passing = _Passing()
+    with handling(passing.hear):
+        yield passing
 
 
 def _process_main(rank: int, world_info: _World, function: Any, args: tuple[Any, ...]) -> None:
@@ -202,15 +266,26 @@ def _process_main(rank: int, world_info: _World, function: Any, args: tuple[Any,
     _end_with_parent()
     os.environ["LOCAL_RANK"] = str(rank)
     config = DistributedConfig(timeout_s=world_info.timeout_s)
-    with world(config, rank, world_info.size, f"file://{folder}/store"):
+    with stop_before_training():
         try:
-            status = function(*args)
-        except BaseException as error:
-            # Before the world is left: the peers fail as soon as this rank closes its connections.
-            _leave_error(folder, rank, error)
-            os._exit(1)
+            with world(config, rank, world_info.size, f"file://{folder}/store"):
+                status = _in_world(folder, rank, function, args)
+        except StoppedBeforeTraining:
+            os._exit(STOPPED)
     if rank == 0:
         (folder / "status").write_text(str(status))
+
+
+def _in_world(folder: Path, rank: int, function: Any, args: tuple[Any, ...]) -> int:
+    """The status of `function(*args)`; where it fails, this process leaves word and ends."""
+    try:
+        return function(*args)
+    except StoppedBeforeTraining:
+        os._exit(STOPPED)
+    except BaseException as error:
+        # Before the world is left: the peers fail as soon as this rank closes its connections.
+        _leave_error(folder, rank, error)
+        os._exit(1)
 
 
 def _end_with_parent() -> None:
@@ -230,11 +305,18 @@ def _end_with_parent() -> None:
 
 def _leave_error(folder: Path, rank: int, error: BaseException) -> None:
     """The first rank to fail says why; later ones mostly fail because of it."""
-    status = error.status if isinstance(error, FlmError) else 1
-    text = str(error) if isinstance(error, FlmError) else traceback.format_exc()
+    known = isinstance(error, FlmError)
+    left = {
+        "rank": rank,
+        "status": error.status if isinstance(error, FlmError) else 1,
+        "text": str(error) if known else traceback.format_exc(),
+        "lines": error.lines if isinstance(error, Mistakes) else None,
+        "known": known,
+        "kind": type(error).__name__,
+    }
     try:
         with (folder / "error").open("x") as file:
-            json.dump({"rank": rank, "status": status, "text": text, "kind": type(error).__name__}, file)
+            json.dump(left, file)
     except FileExistsError:
         pass
 
@@ -247,5 +329,7 @@ def _first_error(folder: Path, error: Any) -> FlmError:
     if not (folder / "error").exists():
         return FlmError(f"rank {error.error_index} ended with status {getattr(error, 'exit_code', 1)} without a word")
     first = json.loads((folder / "error").read_text())
-    kind = ERRORS.get(first["kind"], FlmError)
+    if first["lines"]:
+        return Mistakes(first["lines"])
+    kind = ERRORS.get(first["kind"], FlmError if first["known"] else ProgramError)
     return kind(first["text"] if kind is RequestError else f"rank {first['rank']}: {first['text']}")

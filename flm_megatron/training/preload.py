@@ -3,10 +3,21 @@
 import atexit
 import gc
 import os
+import signal
 
+
+def _listen_again() -> None:
+    """What the server forks is not to ignore the signal as it does."""
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# A signal to all of a run's processes is for those that train: without the server it could not be told how they end.
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.register_at_fork(after_in_child=_listen_again)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from flm_megatron.device import current
+from flm_megatron.device import current  # noqa: E402
 
 current().prepare()
 

@@ -1,11 +1,27 @@
-"""SIGTERM and SIGINT ask for a stop after the step; what follows is saved."""
+"""SIGTERM and SIGINT ask for a stop: at once before training has begun, then after the step, saving what was done."""
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from flm_megatron.training.elastic import leave_word
+
+STOPPED = 3
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+UNWIND_S = 3.0
+"""For a process that is told to stop while it waits inside a library, which keeps Python from hearing of it."""
+
+
+class StoppedBeforeTraining(SystemExit):
+    """A signal came before this process took a step: it leaves what it was making, and ends with status 3."""
+
+    def __init__(self) -> None:
+        super().__init__(STOPPED)
 
 
 class StopRequest:
@@ -23,9 +39,70 @@ class StopRequest:
 def stop_on_signal() -> Iterator[StopRequest]:
     """Within the block SIGTERM and SIGINT set the request instead of ending the process."""
     request = StopRequest()
-    before = {number: signal.signal(number, request.ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with handling(request.ask):
         yield request
+
+
+@contextmanager
+def stop_before_training(last_words: str = "") -> Iterator[None]:
+    """Within the block SIGTERM and SIGINT end the process with status 3, but where `stop_on_signal` listens.
+
+    What is open is left in order (StoppedBeforeTraining is raised in the main thread), unless that waits for longer
+    than UNWIND_S inside a library: then the process ends at once. `last_words` go to a launcher.
+    """
+    guard = _Guard(last_words)
+    with handling(guard.stop):
+        guard.start()
+        try:
+            yield
+        finally:
+            guard.end()
+
+
+class _Guard:
+    """A thread that hears signals although the main thread may be stuck, through Python's wakeup descriptor."""
+
+    def __init__(self, last_words: str) -> None:
+        self.last_words = last_words
+        self.asked = False
+        self.over = threading.Event()
+        self.read, self.write = os.pipe()
+        os.set_blocking(self.write, False)
+        self.before = -1
+
+    def start(self) -> None:
+        """Listen. In the main thread only."""
+        self.before = signal.set_wakeup_fd(self.write, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+
+    def end(self) -> None:
+        """Listen no longer."""
+        self.over.set()
+        signal.set_wakeup_fd(self.before)
+        os.close(self.write)
+
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler: the first signal unwinds the main thread, later ones do not disturb that."""
+        if not self.asked:
+            self.asked = True
+            leave_word(self.last_words, STOPPED)
+            raise StoppedBeforeTraining
+
+    def _listen(self) -> None:
+        while heard := os.read(self.read, 1):
+            # Someone else may handle it by now: training, which stops after its step.
+            if heard[0] in SIGNALS and signal.getsignal(heard[0]) == self.stop and not self.over.wait(UNWIND_S):
+                leave_word(self.last_words, STOPPED)
+                os._exit(STOPPED)
+        os.close(self.read)
+
+
+@contextmanager
+def handling(handler: object) -> Iterator[None]:
+    """While the block runs, `handler` is called for SIGTERM and SIGINT."""
+    before = {number: signal.signal(number, handler) for number in SIGNALS}  # type: ignore[arg-type]
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -14,8 +15,8 @@ from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.history import History
 from flm_megatron.config.loader import run_from_dict
 from flm_megatron.config.schema import RunConfig, StageConfig
-from flm_megatron.errors import RequestError
-from flm_megatron.growth.boundary import grown_view, resumed_plan, saved_plan
+from flm_megatron.errors import DamagedError, RequestError
+from flm_megatron.growth.boundary import grown_view, resumed_plan, saved_plan, source_model
 from flm_megatron.growth.certificate import Certificate
 from flm_megatron.growth.forward import Layout
 from flm_megatron.growth.measure import boundary_certificate, boundary_distances
@@ -190,6 +191,38 @@ def check_masks_open_in_time(run: RunConfig, index: int, manifest: dict[str, Any
             f"{manifest['step']} are done, but with global_batch {run.stages[index].global_batch} and sequence_length "
             f"{run.data.sequence_length} it ends after {steps}: change them when the masks are open, or raise tokens"
         )
+
+
+def checked_start(run: RunConfig, only: str | None = None) -> Start | None:
+    """`find_start`, and what it gives held against the run file before anything of the run is written.
+
+    Raises:
+        RequestError, DamagedError: as `find_start`; or the checkpoint is of another model or growth.
+    """
+    start = find_start(run, only)
+    if start is not None:
+        with suppress(DamagedError):  # the ranks will meet it, and an older one is taken
+            check_start(run, start)
+    return start
+
+
+def check_start(run: RunConfig, start: Start) -> None:
+    """What `begin` refuses, as far as it can be told without a world: no tensor is read, no distance measured.
+
+    Raises:
+        RequestError: as `begin`.
+        DamagedError: the checkpoint cannot be opened.
+    """
+    stage = run.stages[start.stage]
+    if start.source is None or (start.stage == 0 and not start.resumes):
+        first_view(run, stage.model, start.source)
+        return
+    source = open_checkpoint(start.source)
+    if start.resumes:
+        _resumed_stage(stage, source.manifest, resumed_plan(run, start.stage, source.manifest))
+    elif run.data.chat is None:
+        unmeasured = [0.0] * source_model(source, run, start.stage).num_layers
+        grown_view(source, run, start.stage, unmeasured)
 
 
 def _resumed_stage(stage: StageConfig, saved: dict[str, Any], plan: GrowthPlan | None) -> StageConfig:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,11 +45,18 @@ def test_a_run_reports_every_step_and_validates(whole: Path) -> None:
     validation = [line for line in read_metrics(whole) if "val_loss" in line]
     assert [line["step"] for line in validation] == [4, 8]
     assert validation[1]["val_loss"] < validation[0]["val_loss"]
+    assert (whole / "run.yaml").exists()
     log = (whole / "log.txt").read_text()
-    assert (whole / "run.yaml").exists() and "small step 8/8" in log and "0 steps lost" in log
+    assert "small step 8/8" in log and "0 steps lost" in log
     metered = read_goodput(whole)
     assert metered is not None and 0 < metered.share < 1 and metered.stalls_s["save"] > 0
     assert metered.steps_s == pytest.approx(sum(x["step_time_s"] for x in read_metrics(whole) if "loss" in x))
+    assert log.splitlines()[-4:] == [
+        "test: trained to the end of its budget",
+        f"  checkpoint {whole}/checkpoints/small/step_00000008",
+        f"  metrics    {whole}/metrics.jsonl (log.txt and run.yaml beside it)",
+        f"  next       flm report {whole}",
+    ]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
@@ -89,6 +97,27 @@ def test_a_signal_saves_and_the_same_command_goes_on(data: Path, tmp_path: Path)
     again = flm("train", source, "--stages.0.tokens", str((step + 2) * 128))
     assert again.returncode == 0, again.stderr
     assert [line[1] for line in losses(tmp_path)] == list(range(1, step + 3))
+
+
+def _catches_sigterm(pid: int) -> bool:
+    """Whether a process has a handler for the signal, as Linux says in `SigCgt`."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(status["SigCgt"], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.parametrize("after_s", [0.0, 3.0, 6.0])
+def test_a_signal_before_training_leaves_nothing_half_made(data: Path, tmp_path: Path, after_s: float) -> None:
+    source, run = make_run(data, tmp_path, "--output", str(tmp_path / "run"))
+    process = start_flm("train", source)
+    while not _catches_sigterm(process.pid):
+        time.sleep(0.01)
+    time.sleep(after_s)  # importing, checking, starting ranks: whatever it is that the signal meets
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3, errors
+    assert errors in ("", "flm train: stopped by a signal before training began\n")
+    made = {path.relative_to(run.output).as_posix() for path in Path(run.output).rglob("*.partial")}
+    assert not made
 
 
 def test_a_killed_run_reaches_the_same_weights(data: Path, whole: Path, tmp_path: Path) -> None:
@@ -134,6 +163,11 @@ def test_another_model_shape_is_refused_on_resume(data: Path, whole: Path) -> No
         (["--data.train.0.path", "/nowhere/train"], "/nowhere/train"),
         (["--stages.0.global_batch", "5", "--stages.0.micro_batch", "2"], "global_batch"),
         (["--kernels.adamw", "te"], "kernels.adamw: te cannot run here"),
+        (["--stages.0.transformer_engine", "true"], "which is not installed"),
+        (["--checkpoint.initial", "/nowhere/checkpoint"], "/nowhere/checkpoint is not a checkpoint"),
+        (["--data.sequence_length", "9999", "--stages.0.tokens", "80000"], "too few for one sample of 9999"),
+        (["--stage", "large"], "no stage is named 'large'; the run has small"),
+        (["--output", "/proc/run"], "output /proc/run cannot be written"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_status_two(
