@@ -1,6 +1,6 @@
 """Seconds from the loss of a host to the next step, and steps lost: from the neighbours' memory, and from the disk.
 
-    OMP_NUM_THREADS=1 python benchmarks/reliability/recovery.py [--hidden 512] [--times 3]
+    OMP_NUM_THREADS=1 python benchmarks/reliability/recovery.py [--hidden 768] [--times 3]
 
 Needs root and iproute2: three hosts are network namespaces of this machine, with one rank each. All processes of the
 last one are killed and its cable is pulled; a fourth takes its place. Prints a Markdown table.
@@ -44,7 +44,6 @@ def options(hidden: int, memory: bool) -> list[str]:
         "hidden_size": hidden,
         "ffn_hidden_size": 3 * hidden,
         "num_attention_heads": 8,
-        "vocab_size": 16384,
     }
     values = {f"stages.0.model.{key}": value for key, value in model.items()}
     values |= {
@@ -113,7 +112,7 @@ def _wait_for_restart(folder: Path, process: object) -> int:
 def main() -> None:
     """Lose a host several times each way, in turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--times", type=int, default=3)
     options_ = parser.parse_args()
     found: dict[bool, list[Recovery]] = {True: [], False: []}

@@ -8,12 +8,14 @@ One rank with a real engine and optimizer (bf16 weights, fp32 masters and moment
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -27,6 +29,7 @@ from flm_megatron.checkpoint.memory.client import Endpoint, LocalAgent
 from flm_megatron.checkpoint.memory.peers import Peers
 from flm_megatron.checkpoint.memory.refresh import Refresher
 from flm_megatron.checkpoint.memory.starting import agent_name, start_agent
+from flm_megatron.checkpoint.snapshot import Stored
 from flm_megatron.config.schema import DistributedConfig, KernelsConfig, ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.training.parallel import layout, world
 
@@ -34,7 +37,10 @@ if TYPE_CHECKING:
     from flm_megatron.training.step import Engine
 
 GIB = 2**30
+COPIED = 2**29
 TIMES = 5
+STEPS_S = 10.0
+"""Before the first save of a run there are steps."""
 MANIFEST = {"stage": "small", "step": 1, "optimizer_step": 1}
 
 
@@ -52,18 +58,29 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def plain_copy_s(nbytes: int) -> float:
-    """Seconds for a copy of so many bytes into memory that was written before: 1 GiB again and again."""
-    source, target = (torch.ones(GIB, dtype=torch.uint8) for _ in range(2))
-    return median(timed(lambda: target.copy_(source)) for _ in range(TIMES)) * nbytes / GIB
+class Plain:
+    """Plain copies of so many bytes into memory that was written before, of COPIED bytes at a time."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.source, self.target = (torch.ones(COPIED, dtype=torch.uint8) for _ in range(2))
+        self.times = nbytes / COPIED
+        self.seconds: list[float] = []
+
+    def again(self) -> None:
+        """Take the time once more."""
+        self.seconds.append(self.times * median(timed(lambda: self.target.copy_(self.source)) for _ in range(3)))
+
+    @property
+    def median_s(self) -> float:
+        """Seconds for all bytes."""
+        return median(self.seconds)
 
 
-def report(name: str, seconds: list[float], plain_s: float) -> None:
+def report(name: str, seconds: list[float], plain: Plain) -> None:
     """The first time, and the median of the later ones."""
-    later = median(seconds[1:])
-    print(
-        f"| {name} | {seconds[0]:.2f} | {later:.2f} | {seconds[0] / plain_s:.2f} | {later / plain_s:.2f} |", flush=True
-    )
+    later, plain_s = median(seconds[1:]), plain.median_s
+    times = f"{seconds[0]:.2f} | {later:.2f} | {plain_s:.2f} | {seconds[0] / plain_s:.2f} | {later / plain_s:.2f}"
+    print(f"| {name} | {times} |", flush=True)
 
 
 class WithNeighbour(Peers):
@@ -93,30 +110,40 @@ def measure(layers: int, only: str | None, folder: Path) -> None:
     with engine_of(layers) as engine:
         parts = stored_state(engine.chunks, engine.optimizer)[1]
         nbytes = sum(tensor.nbytes for _, _, tensor in parts)
-        plain_s = plain_copy_s(nbytes)
-        print(f"state {nbytes / GIB:.2f} GiB in {len(parts)} regions; a plain copy of it takes {plain_s:.2f} s")
-        print("| | first, s | later, s | first / plain | later / plain |\n|---|---|---|---|---|")
-        fresh = [timed(lambda: [t.detach().to("cpu", copy=True) for _, _, t in parts]) for _ in range(TIMES)]
-        report("copy into new memory each time", fresh, plain_s)
+        print(f"state {nbytes / GIB:.2f} GiB in {len(parts)} regions")
+        print("| | first, s | later, s | plain copy, s | first / plain | later / plain |\n|---|---|---|---|---|---|")
+        new_memory(parts, Plain(nbytes))
         if only != "save":
-            memory_stall(engine, plain_s, nbytes)
+            memory_stall(engine, Plain(nbytes), nbytes)
         if only != "memory":
-            save_stall(engine, plain_s, folder)
+            save_stall(engine, Plain(nbytes), folder)
 
 
-def save_stall(engine: Engine, plain_s: float, folder: Path) -> None:
+def new_memory(parts: list[Stored], plain: Plain) -> None:
+    """What a copy takes into memory that is asked for anew each time."""
+    seconds = []
+    for _ in range(TIMES):
+        plain.again()
+        seconds.append(timed(lambda: [tensor.detach().to("cpu", copy=True) for _, _, tensor in parts]))
+    report("copy into new memory each time", seconds, plain)
+
+
+def save_stall(engine: Engine, plain: Plain, folder: Path) -> None:
     """Saves to disk in the background, each waited for before the next."""
     prepare_asynchronous_save(engine.chunks, engine.optimizer)  # as at the start of a stage
+    time.sleep(STEPS_S)
     seconds = []
     for number in range(TIMES):
+        plain.again()
         began = time.perf_counter()
         handle = save_state(folder / str(number), engine.chunks, engine.optimizer, MANIFEST, asynchronous=True)
         seconds.append(time.perf_counter() - began)
         handle.wait()
-    report("asynchronous save", seconds, plain_s)
+        shutil.rmtree(folder / str(number))
+    report("asynchronous save", seconds, plain)
 
 
-def memory_stall(engine: Engine, plain_s: float, nbytes: int) -> None:
+def memory_stall(engine: Engine, plain: Plain, nbytes: int) -> None:
     """Copies into the host agent's memory, passed on to a neighbour's; each is waited for before the next."""
     with ExitStack() as stack:
         other = stack.enter_context(subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE))
@@ -130,12 +157,13 @@ def memory_stall(engine: Engine, plain_s: float, nbytes: int) -> None:
         reserved_s = timed(lambda: refresher.reserve(engine.chunks, engine.optimizer, None))
         seconds, passing = [], []
         for step in range(1, TIMES + 1):
-            manifest = MANIFEST | {"step": step}
-            seconds.append(timed(lambda: refresher.refresh(engine.chunks, engine.optimizer, manifest)))  # noqa: B023
+            plain.again()
+            refresh = partial(refresher.refresh, engine.chunks, engine.optimizer, MANIFEST | {"step": step})
+            seconds.append(timed(refresh))
             passing.append(timed(lambda: wait_whole(peers.local)))
         peers.stop()
         neighbour.stop()
-    report("copy into the agent's memory", seconds, plain_s)
+    report("copy into the agent's memory", seconds, plain)
     print(
         f"memory set aside in {reserved_s:.1f} s; checked and passed on in {median(passing):.1f} s a copy", flush=True
     )

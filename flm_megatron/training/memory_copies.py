@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,21 +16,26 @@ if TYPE_CHECKING:
     from flm_megatron.checkpoint.memory.view import MemoryCheckpoint
     from flm_megatron.training.start import Start
 
-NOT_USED = (
-    "checkpoint.memory is not used: it is for runs under torchrun, which starts ranks again; flm train alone does not"
-)
+NOT_USED = "checkpoint.memory is not used: it is for runs under torchrun, which starts ranks again that were lost"
+ELASTIC = "TORCHELASTIC_RUN_ID"
+"""What torchrun sets in the environment of its ranks."""
 
 
 @contextmanager
 def memory_copies(run: RunConfig) -> Iterator[MemoryCopies | None]:
     """While the block runs the hosts of the world keep copies; they let go when it ends without an error. None where
-    the run file does not ask for it. All ranks of a launched world must call.
+    the run file does not ask for it, or the launcher does not start ranks again. All ranks of a world must call.
 
     Raises:
         RequestError: the system cannot.
         FlmError: the agent of a host cannot be started.
     """
     if run.checkpoint.memory is None:
+        yield None
+        return
+    if ELASTIC not in os.environ:
+        if is_main_rank():
+            print(NOT_USED, flush=True)
         yield None
         return
     from flm_megatron.checkpoint.memory.starting import obstacle
@@ -54,6 +60,8 @@ class MemoryCopies:
         self.refresher: Refresher | None = None
         self.view: MemoryCheckpoint | None = None
         """What this start goes on from, until newer copies take its place."""
+        self.line = ""
+        """What was found in memory, in words; empty if there was nothing that is newer than the disk."""
 
     @property
     def interval_steps(self) -> int:
@@ -69,7 +77,7 @@ class MemoryCopies:
         from flm_megatron.training.continuation import continued, past_history
 
         if self.refresher is not None:
-            self.view = None
+            self.view, self.line = None, ""
             return start
         names = [stage.name for stage in self.run.stages]
 
@@ -79,9 +87,9 @@ class MemoryCopies:
 
         search, self.view = self.peers.search(wanted)
         self.refresher = Refresher(self.peers, search.newest, search.generation)
-        if search.line and is_main_rank():
-            print(search.line if self.view else f"{search.line}: going on from the disk", flush=True)
+        self.line = search.line
         if self.view is None:
+            self.line += ": going on from the disk" if search.line else ""
             return start
         manifest = self.view.manifest
         stage, where = names.index(manifest["stage"]), "the copies in memory"

@@ -152,6 +152,8 @@ class StageTrainer:
         if self.start.history[1:] or self.start.resumes:
             changes = find_changes(self.run, self.start, self.view.manifest, self.data_size)
             announce(log, changes, self.stage.name, self.step, self.budget.tokens_at(self.step))
+        if self.copies and self.copies.line:
+            log.say(self.copies.line)
         for reason in self.start.passed_over:
             log.say(f"WARNING: going on from {self.start.source}, for a newer checkpoint is damaged: {reason}")
         log.say(kernels.current().describe())

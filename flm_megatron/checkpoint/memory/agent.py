@@ -100,8 +100,8 @@ class Agent:
                 with RemoteAgent(peer) as remote:
                     remote.store(blob, keep)
             outcome = "whole"
-        except (FlmError, OSError) as error:
-            outcome = f"{peer.host if peer else 'this host'}: {error}"
+        except Exception as error:  # whatever it is, training has to hear of it
+            outcome = f"{peer.host if peer else 'this host'}: {error or type(error).__name__}"
         self.copying[blob.rank] = outcome
 
 

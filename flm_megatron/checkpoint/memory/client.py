@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ class Endpoint:
     host: str
     address: str
     port: int
-    token: str
+    token: str = field(repr=False)
 
     def to_json(self) -> list[str | int]:
         """As plain data."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -42,7 +43,11 @@ class Refresher:
 
     def reserve(self, chunks: list[Any], optimizer: Any, budget_gib: float | None) -> None:
         """Have the memory for the copies of a stage's state; raises as `Peers.reserve`."""
-        self.peers.reserve(placed(stored_state(chunks, optimizer)[1])[1], budget_gib)
+        nbytes = placed(stored_state(chunks, optimizer)[1])[1]
+        self.peers.reserve(nbytes, budget_gib)
+        with suppress(FlmError, OSError):  # `refresh` will say what is wrong
+            for _ in range(2):  # both are mapped now, not while training waits for the first copies
+                self._buffer(nbytes)
 
     def refresh(self, chunks: list[Any], optimizer: Any, manifest: Mapping[str, Any]) -> str | None:
         """Copy the state that `manifest` describes; returns a line where this or the last copy is not as it should be.
