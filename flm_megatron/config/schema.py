@@ -353,7 +353,7 @@ class DataConfig:
     """Data of a run: one stream of samples for all stages."""
 
     sequence_length: int = 128
-    """Tokens in a sample, the same in every stage so that stages go on along one stream."""
+    """Tokens in a sample of every stage. It may change where a run goes on: what is left is then cut anew."""
     train: list[SourceConfig] = field(default_factory=list)
     """Training sources, blended."""
     validation: list[SourceConfig] = field(default_factory=list)

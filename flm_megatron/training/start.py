@@ -131,7 +131,7 @@ def _after(run: RunConfig, path: Path | None) -> Start:
     stage = stage_of(run, manifest, past, str(path))
     if not is_finished(run, stage, manifest, past):
         history = continued(run, stage, manifest, past, str(path))
-        check_masks_open_in_time(run, stage, manifest, history)
+        check_masks_open_in_time(run, stage, manifest["step"], saved_plan(manifest), history)
         return Start(stage, manifest["step"], path, resumes=True, history=history)
     if stage + 1 == len(run.stages):
         return Start(stage + 1, 0, path, resumes=False)
@@ -178,17 +178,17 @@ def _saved(start: Start) -> Path:
     return start.source
 
 
-def check_masks_open_in_time(run: RunConfig, index: int, manifest: dict[str, Any], history: History) -> None:
+def check_masks_open_in_time(run: RunConfig, index: int, step: int, plan: GrowthPlan | None, history: History) -> None:
     """Masks open by steps, of whatever batch: a stage that is to end in fewer would end with them half open.
 
     Raises:
         RequestError: it would.
     """
-    plan, steps = saved_plan(manifest), stage_budgets(run, history)[index].steps
-    if plan is not None and plan.masked and manifest["step"] < plan.mask_steps and steps < plan.mask_steps:
+    steps = stage_budgets(run, history)[index].steps
+    if plan is not None and plan.masked and step < plan.mask_steps and steps < plan.mask_steps:
         raise RequestError(
             f"stage {run.stages[index].name!r}: growth masks open over {plan.mask_steps} steps, of which "
-            f"{manifest['step']} are done, but with global_batch {run.stages[index].global_batch} and sequence_length "
+            f"{step} are done, but with global_batch {run.stages[index].global_batch} and sequence_length "
             f"{run.data.sequence_length} it ends after {steps}: change them when the masks are open, or raise tokens"
         )
 

@@ -59,6 +59,8 @@ def make_run(folder: Path, name: str = "a run <&>") -> Path:
     lines = [step("small", i, i, 5 - i / 10) for i in range(1, 21)]
     lines.insert(8, {"stage": "small", "step": 8, "tokens": 8 * 64, "val_loss": 4.4, "val_loss/web": 4.5})
     lines.insert(9, {"stage": "small", "step": 8, "tokens": 8 * 64, "restart": True})
+    changed = {"what": "global_batch", "before": 4, "now": 8}
+    lines.insert(10, {"stage": "small", "step": 8, "tokens": 8 * 64, "changed": changed})
     lines += [{"stage": "grown", "step": 0, "tokens": 20 * 64, "certificate": CERTIFICATE}]
     lines += [step("grown", i, 20 + i, 3 - i / 20 if i != 5 else math.nan) for i in range(1, 11)]
     refused = {"refused": "loss is 9 sigma above", "policy": "skip", "samples": ["x"]}
@@ -97,7 +99,13 @@ def test_costs_add_up_over_stages(run_folder: Path) -> None:
 def test_the_page_says_what_happened_and_needs_nothing_else(page: Path) -> None:
     text = page.read_text()
     assert "a run &lt;&amp;&gt;" in text and "<&>" not in text
-    for expected in ("1.00e-06", "3.000000 → 3.000003", "refused (skip): loss is 9 sigma above", "restarted"):
+    for expected in (
+        "1.00e-06",
+        "3.000000 → 3.000003",
+        "refused (skip): loss is 9 sigma above",
+        "restarted",
+        "global_batch was 4, is 8",
+    ):
         assert expected in text, expected
     for title in ("Loss", "Validation loss by set", "Learning rate", "Gradient norm", "Throughput", "Memory"):
         assert f"<h3>{title}</h3>" in text

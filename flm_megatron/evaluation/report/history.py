@@ -18,6 +18,8 @@ from flm_megatron.training.goodput import Goodput, read_goodput
 from flm_megatron.training.plot import read_metrics
 
 Line = dict[str, Any]
+EVENTS = {"restart", "changed", "refused"}
+"""Keys of the lines that say what happened."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class History:
     steps: list[tuple[Position, Line]]
     validations: list[tuple[Position, Line]]
     events: list[tuple[Position, Line]]
-    """Restarts and refused steps."""
+    """Restarts, changes and refused steps."""
     certificates: dict[str, Line]
     """By the stage grown into."""
     boundaries: list[tuple[Position, str]]
@@ -83,7 +85,7 @@ def read_history(folder: Path) -> History:
         run=run,
         steps=steps,
         validations=[(at, line) for at, line in placed if "val_loss" in line],
-        events=[(at, line) for at, line in placed if "restart" in line or "refused" in line],
+        events=[(at, line) for at, line in placed if EVENTS & line.keys()],
         certificates=_certificates(run, folder, lines),
         boundaries=_boundaries(steps),
         goodput=read_goodput(folder),

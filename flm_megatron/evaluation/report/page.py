@@ -52,7 +52,7 @@ def page(histories: Sequence[History]) -> str:
         _titled("Course of training", _charts(detail_charts(histories))),
         _titled("Stages", stages_table(histories)),
         _titled("Where the time went", goodput_table(histories) or "<p>Not metered.</p>"),
-        _titled("Restarts and refused steps", events_table(histories) or "<p>None.</p>"),
+        _titled("Restarts, changes and refused steps", events_table(histories) or "<p>None.</p>"),
         _titled("Run files", "".join(_run_file(history) for history in histories)),
     ]
     style, script = (HERE / "page.css").read_text(), (HERE / "page.js").read_text()

@@ -114,13 +114,22 @@ def _comparison(values: Line) -> list[str]:
 
 
 def events_table(histories: Sequence[History]) -> str:
-    """Restarts and refused steps in order."""
+    """Restarts, changes and refused steps in order."""
     rows = []
     for history in histories:
         for at, line in history.events:
-            what = f"refused ({line['policy']}): {line['refused']}" if "refused" in line else "restarted"
-            rows.append([history.name, line["stage"], line["step"], short(at.tokens), what])
+            rows.append([history.name, line["stage"], line["step"], short(at.tokens), _event(line)])
     return table(["run", "stage", "step", "at tokens", "what happened"], rows) if rows else ""
+
+
+def _event(line: Line) -> str:
+    """What happened, in words."""
+    if "refused" in line:
+        return f"refused ({line['policy']}): {line['refused']}"
+    if "changed" in line:
+        change = line["changed"]
+        return f"{change['what']} was {change['before']}, is {change['now']}"
+    return "restarted"
 
 
 def number(value: float | None) -> str:
