@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from flm_megatron.cli import data_screen
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     _add_build(commands.add_parser("build", help="encode text into an indexed dataset", allow_abbrev=False))
     _add_tokenizer(commands.add_parser("tokenizer", help="train a SentencePiece tokenizer", allow_abbrev=False))
+    _add_verify(commands.add_parser("verify", help="check a dataset against what was written", allow_abbrev=False))
     _add_show(commands.add_parser("show", help="the text of a training sample", allow_abbrev=False))
     screen = commands.add_parser("screen", help="choose few good conversations out of many", allow_abbrev=False)
     data_screen.add_arguments(screen)
@@ -74,6 +76,11 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run_data=_tokenizer)
 
 
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prefixes", nargs="+", type=path, metavar="PREFIX", help="as given to `flm data build --out`")
+    parser.set_defaults(run_data=_verify)
+
+
 def _add_show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_file", type=path, help="run file (YAML)")
     parser.add_argument(
@@ -127,6 +134,19 @@ def _tokenizer(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     print(f"{args.out}: {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint}")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    """Read every dataset, and say of each that it is whole; the first that is not ends the command."""
+    from tqdm import tqdm
+
+    from flm_megatron.data.verification import verify_dataset
+
+    for prefix in args.prefixes:
+        with tqdm(unit="B", unit_scale=True, desc="verify", disable=not sys.stderr.isatty()) as bar:
+            description = verify_dataset(prefix, bar.update)
+        print(f"nothing wrong: {_line(str(prefix), description)}")
     return 0
 
 

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
 from functools import partial
 from pathlib import Path
 
-import numpy
-
 from flm_megatron.config.schema import DataConfig, SourceConfig
+from flm_megatron.data.index_file import open_index
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import DamagedError, RequestError, refuse_together
 from flm_megatron.json_text import parse_json
 
 FORMAT = "flm_megatron indexed dataset"
 VERSION = 1
-# Layout of megatron-core's .idx: magic, version, code of the type of ids, sequences, documents + 1; then lengths
-# (int32), offsets in bytes (int64) and the document ends (int64).
-IDX_HEADER = struct.Struct("<9sQBQQ")
-IDX_MAGIC = b"MMIDIDX\x00\x00"
-ID_BYTES = {4: 4, 8: 2}
 LARGEST_COUNT = 2**31 - 1
 """Documents of a dataset, and ids of a document: megatron-core counts both in 32 bits, and takes larger numbers of
 documents modulo 2**32 without a word."""
@@ -59,7 +52,7 @@ class Description:
 
     def write(self, path: Path) -> None:
         """Write as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
 def file_of(prefix: str | os.PathLike[str], suffix: str) -> Path:
@@ -100,19 +93,10 @@ def refuse_too_many(documents: int, prefix: str | os.PathLike[str]) -> None:
 
 def _check_index(prefix: str | os.PathLike[str], description: Description) -> None:
     """Check that the index has the described documents and that the last one ends where the .bin does."""
-    path, documents = file_of(prefix, "idx"), description.documents
-    data = numpy.memmap(path, mode="r")
-    magic, version, code, sequences, _ = IDX_HEADER.unpack(data[: IDX_HEADER.size].tobytes())
-    if (magic, version) != (IDX_MAGIC, 1) or code not in ID_BYTES:
-        raise DamagedError(f"{path} is not the index of a dataset: build it again")
-    end = -1
-    if sequences == documents:
-        lengths = data[IDX_HEADER.size :][: 4 * documents].view("<i4")
-        offsets = data[IDX_HEADER.size + 4 * documents :][: 8 * documents].view("<i8")
-        end = int(offsets[-1]) + int(lengths[-1]) * ID_BYTES[code]
-    if end != description.bin_bytes:
+    index = open_index(file_of(prefix, "idx"), description.documents)
+    if index.end != description.bin_bytes:
         raise DamagedError(
-            f"{path} does not fit {file_of(prefix, 'bin')}, which has {documents:,} documents in"
+            f"{index.path} does not fit {file_of(prefix, 'bin')}, which has {description.documents:,} documents in"
             f" {description.bin_bytes:,} bytes: one of them is of another dataset; build it again"
         )
 

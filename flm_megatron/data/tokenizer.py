@@ -40,7 +40,7 @@ class Tokenizer:
         self._data = Path(model).read_bytes()
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=self._data)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise DamagedError(f"{model} is not a SentencePiece model: {error}") from None
         if self._model.eos_id() < 0:
             raise RequestError(f"tokenizer {model} has no end-of-sequence id, which ends every document")

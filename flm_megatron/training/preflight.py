@@ -3,6 +3,7 @@ tokenizer and data, and where training begins. What needs no torch comes first, 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ def resolve(run: RunConfig, start_anew: bool = False) -> RunConfig:
         Mistakes: broken rules; or no tokenizer, no data, data made with another tokenizer, shorter than a sample or
             than the budgets; or kernels, FP8 or Transformer Engine that are asked for by name and not there.
         RequestError: the first stage is of another model than `checkpoint.initial`.
-        DamagedError: `checkpoint.initial` cannot be read.
+        DamagedError: `checkpoint.initial` cannot be read, or a dataset is damaged.
     """
     from flm_megatron.data.description import check_datasets
     from flm_megatron.data.tokenizer import Tokenizer
@@ -35,6 +36,7 @@ def resolve(run: RunConfig, start_anew: bool = False) -> RunConfig:
     _require_data(run)
     tokenizer = Tokenizer(str(run.tokenizer))
     check_datasets(run.data, tokenizer)
+    _check_indices(run)
     run = resolve_vocabulary(run, tokenizer.vocab_size)
     check_run_file(run)
     require_installed(run)
@@ -124,6 +126,14 @@ def _require_beginning(run: RunConfig, start_anew: bool) -> None:
     if start_anew or not has_checkpoints(run):
         check_epochs(run)
         check_initial(run)
+
+
+def _check_indices(run: RunConfig) -> None:
+    """Every entry of the datasets' indices; the first of a launcher's processes does it for all, for they are large."""
+    from flm_megatron.data.verification import check_indices
+
+    if os.environ.get("RANK", "0") == "0":
+        check_indices([*run.data.train, *run.data.validation])
 
 
 def _require_data(run: RunConfig) -> None:

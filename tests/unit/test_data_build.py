@@ -15,7 +15,8 @@ from flm_megatron.cli.main import main
 from flm_megatron.config.schema import DataConfig, SourceConfig
 from flm_megatron.data import description
 from flm_megatron.data.build import build_dataset
-from flm_megatron.data.description import IDX_HEADER, Description, check_datasets, file_of, read_description
+from flm_megatron.data.description import Description, check_datasets, file_of, read_description
+from flm_megatron.data.index_file import IDX_HEADER
 from flm_megatron.data.statistics import unigram_entropy
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import DamagedError, FlmError, RequestError

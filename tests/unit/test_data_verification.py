@@ -1,0 +1,74 @@
+"""Damage in a dataset is found: in its index before a run starts, in its ids by `flm data verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flm_megatron.cli.main import main
+from flm_megatron.config.schema import SourceConfig
+from flm_megatron.data import index_file
+from flm_megatron.data.verification import check_indices, verify_dataset, verify_index
+from flm_megatron.errors import FlmError
+from flm_megatron.training.preflight import resolve
+from tests.distributed.runs import make_data, make_run
+from tests.unit import data_cases
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of seven documents."""
+    folder = tmp_path_factory.mktemp("data")
+    data_cases.datasets(folder, {"a": 7})
+    return folder / "a"
+
+
+def flipped(data: bytes, bit: int) -> bytes:
+    """With one bit changed."""
+    out = bytearray(data)
+    out[bit // 8] ^= 1 << bit % 8
+    return bytes(out)
+
+
+def test_every_flipped_bit_of_an_index_is_found(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_file, "CHECKED_AT_ONCE", 3)
+    file = prefix.with_suffix(".idx")
+    whole, missed = file.read_bytes(), []
+    for bit in range(8 * len(whole)):
+        file.write_bytes(flipped(whole, bit))
+        try:
+            verify_index(prefix)
+            missed.append(bit)
+        except FlmError as error:
+            assert str(file) in str(error)
+    file.write_bytes(whole)
+    assert not missed
+    assert verify_dataset(prefix).documents == 7
+    check_indices([SourceConfig(path=str(prefix))])
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_the_command_names_the_damaged_file(prefix: Path, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = prefix.with_suffix(suffix)
+    whole = file.read_bytes()
+    assert main(["data", "verify", str(prefix)]) == 0
+    assert f"nothing wrong: {prefix}: " in capsys.readouterr().out
+    file.write_bytes(flipped(whole, 8 * len(whole) // 2))
+    try:
+        assert main(["data", "verify", str(prefix)]) == 1
+    finally:
+        file.write_bytes(whole)
+    error = capsys.readouterr().err
+    assert str(file) in error and error.count("\n") == 1
+
+
+def test_a_run_does_not_start_on_a_damaged_index(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    data = make_data(tmp_path / "data")
+    _, run = make_run(data, tmp_path / "run")
+    resolve(run)
+    file = data / "validation.idx"
+    file.write_bytes(flipped(file.read_bytes(), 8 * 40))
+    with pytest.raises(FlmError, match=r"validation\.idx"):
+        resolve(run)
