@@ -248,12 +248,15 @@ class StabilityConfig:
     """Such a step is never applied. `skip` leaves its samples out; `rollback` goes back to the weights and the
     optimizer of the last checkpoint too, leaving out all samples since; `stop` ends the run."""
     sigmas: float = 6.0
-    """Standard deviations above the mean of the window from which on a loss or gradient norm is an outlier; 0 looks
-    for values that are not finite only."""
+    """Standard deviations above the mean of the window from which on a loss, or the logarithm of a gradient norm, is
+    an outlier; 0 looks for values that are not finite only."""
     window_steps: int = 128
     """Applied steps whose loss and gradient norm are remembered; outliers are looked for once half as many are."""
     max_in_a_row: int = 3
     """Steps in a row that may be refused; the last of them ends the run."""
+    new_level_steps: int = 3
+    """Outliers in a row (`max_in_a_row` if that is less) that, where they agree with each other, are no spike but a new
+    level: the last of them is applied. Less than 2 never takes one; `stop` neither."""
     checksum_interval_steps: int = 0
     """Steps between comparisons of replicated weights over all ranks, which find silent corruption; 0 never does."""
     embedding_gradient_shrink: float = 1.0

@@ -19,6 +19,7 @@ def watching_is_bounded(stability: StabilityConfig) -> list[str]:
     counts = {
         "stability.window_steps": (stability.window_steps, 4, LARGEST_WINDOW),
         "stability.max_in_a_row": (stability.max_in_a_row, 1, LARGEST_COUNT),
+        "stability.new_level_steps": (stability.new_level_steps, 0, LARGEST_COUNT),
         "stability.checksum_interval_steps": (stability.checksum_interval_steps, 0, LARGEST_COUNT),
     }
     return negative + out_of_range(counts)

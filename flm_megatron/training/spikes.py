@@ -1,18 +1,31 @@
-"""Steps that must not be applied: loss or gradient norm not finite, or far above those of the steps before."""
+"""Steps that must not be applied: loss or gradient norm not finite, or far above those of the steps before.
+
+What stays high is no spike. Outliers in a row that agree with each other, or come down, are a new level, such as that
+of other data: the last of them is applied, and the window moves to it with its spread. Levels that follow each other
+too fast are a divergence.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
-from statistics import fmean, pstdev
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from flm_megatron.config.schema import StabilityConfig
 from flm_megatron.errors import FlmError
 
-# A window of nearly equal values has nearly no spread; less than this share of the mean is noise.
 SMALLEST_SPREAD = 1e-3
+"""A window of nearly equal values has nearly no spread; less than this share of the mean is noise."""
+AGREEMENT = 0.1
+"""Outliers agree if none is above one before it by more than this share, or by `sigmas` of the window's spread."""
+MOST_LEVELS = 4
+"""New levels within a window's length; one more is a divergence."""
+MOST_RISE = 0.25
+"""So is a loss that, within a window's length of a new level, lies higher above it than this share of it."""
+Values = Mapping[str, float]
 
 
 class SpikeWatch:
@@ -22,10 +35,17 @@ class SpikeWatch:
     """
 
     def __init__(self, config: StabilityConfig, saved: dict[str, Any] | None = None) -> None:
+        """Start from nothing, or from what `to_json` gave; an earlier version saved no refused values."""
         self.config = config
         saved = saved or {}
-        self._seen = {name: deque[float](saved.get(name, []), config.window_steps) for name in ("loss", "grad_norm")}
-        self.in_a_row: list[str] = list(saved.get("in_a_row", []))
+        self._windows = {
+            name: Window(deque(saved.get(name, []), config.window_steps), logarithmic)
+            for name, logarithmic in (("loss", False), ("grad_norm", True))
+        }
+        self._refused: list[dict[str, float] | None] = list(saved.get("refused", []))
+        self.in_a_row: list[str] = list(saved.get("in_a_row", [])) if "refused" in saved else []
+        # Steps applied since each new level, as long as they are fewer than a window holds, and the loss if it has one.
+        self._levels: list[tuple[int, float | None]] = [(age, level) for age, level in saved.get("levels", [])]
         self.skipped: int = saved.get("skipped", 0)
 
     def reason(self, loss: float, grad_norm: float) -> str | None:
@@ -34,45 +54,168 @@ class SpikeWatch:
         for name, value in values.items():
             if not math.isfinite(value):
                 return f"{name} is {value}"
+        if self._diverges(values):
+            age, level = self._loss_levels()[0]
+            return (
+                f"loss {loss:.6g} is {100 * (loss / level - 1):.0f} % above {level:.6g}, a new level {age} steps before"
+            )
+        outliers = self._outliers(values)
+        if not outliers or self._new_level(values):
+            return None
+        name = outliers[0]
+        window = self._windows[name]
+        mean = "geometric mean" if window.logarithmic else "mean"
+        return (
+            f"{name} {values[name]:.6g} is {window.sigmas(values[name]):.1f} sigma above {window.mean:.6g}, the {mean} "
+            f"of {len(window.values)} steps"
+        )
+
+    def _diverges(self, values: Values) -> bool:
+        """Whether the loss goes on rising from a new level."""
+        return any(values["loss"] > (1 + MOST_RISE) * level for _, level in self._loss_levels()[:1])
+
+    def _loss_levels(self) -> list[tuple[int, float]]:
+        return [(age, level) for age, level in self._levels if level is not None]
+
+    def _outliers(self, values: Values) -> list[str]:
+        """Names of the values that lie too far above what was seen; none before there is enough of it."""
+        limit = self.config.sigmas
+        if not limit:
+            return []
+        enough = self.config.window_steps // 2
+        windows = {name: window for name, window in self._windows.items() if len(window.values) >= enough}
+        return [name for name, window in windows.items() if window.sigmas(values[name]) > limit]
+
+    def _new_level(self, values: Values) -> list[str]:
+        """Names of what has a new level with this step: enough outliers in a row, all finite, agree."""
+        recent = self._recent(values)
+        if not recent or len(self._levels) >= MOST_LEVELS or self.config.policy == "stop":
+            return []
+        names = [name for name in values if any(name in self._outliers(seen) for seen in recent)]
+        agree = all(self._windows[name].agree([seen[name] for seen in recent], self.config.sigmas) for name in names)
+        return names if agree else []
+
+    def _recent(self, values: Values) -> list[Values]:
+        """The steps that would make a level with this one, and this one; none if there are too few yet."""
+        needed = min(self.config.new_level_steps, self.config.max_in_a_row)
+        before = [seen for seen in self._refused[-(needed - 1) :] if seen is not None]
+        return [*before, values] if len(before) == needed - 1 > 0 else []
+
+    def applied(self, loss: float, grad_norm: float) -> str | None:
+        """Remember a step that was applied; returns what to say if it has begun a new level."""
+        values = {"loss": loss, "grad_norm": grad_norm}
+        moved = self._new_level(values) if self._outliers(values) else []
+        told = [self._move(name, values[name]) for name in moved]
+        self._levels = [(age + 1, level) for age, level in self._levels if age + 1 < self.config.window_steps]
+        self._levels += [(0, loss if "loss" in moved else None)] * bool(moved)
         for name, value in values.items():
-            away = self._sigmas(self._seen[name], value)
-            if self.config.sigmas and away > self.config.sigmas:
-                seen = self._seen[name]
-                return f"{name} {value:.6g} is {away:.1f} sigma above {fmean(seen):.6g}, the mean of {len(seen)} steps"
-        return None
+            self._windows[name].append(value)
+        count, self.in_a_row, self._refused = len(self.in_a_row), [], []
+        return f"{', '.join(told)}; {_steps(count)} refused before it" if told else None
 
-    def _sigmas(self, seen: deque[float], value: float) -> float:
-        """Standard deviations that `value` lies above the mean of what was seen; 0 before there is enough of it."""
-        if len(seen) < self.config.window_steps // 2:
-            return 0.0
-        mean = fmean(seen)
-        return (value - mean) / max(pstdev(seen, mean), SMALLEST_SPREAD * abs(mean), 1e-30)
+    def _move(self, name: str, level: float) -> str:
+        """Take the window of `name` to a level."""
+        window = self._windows[name]
+        before = window.mean
+        window.move(level)
+        return f"new level of {name}: {window.mean:.6g} after {before:.6g}"
 
-    def applied(self, loss: float, grad_norm: float) -> None:
-        """Remember a step that was applied."""
-        self._seen["loss"].append(loss)
-        self._seen["grad_norm"].append(grad_norm)
-        self.in_a_row = []
-
-    def refused(self, step: int, reason: str, samples: str) -> None:
+    def refused(self, step: int, reason: str, samples: str, loss: float, grad_norm: float) -> None:
         """Remember a step that was not applied.
 
         Raises:
-            FlmError: it was the last that the policy allows; says what was seen.
+            FlmError: it was the last that the policy allows; says what was seen, and what to do.
         """
         self.skipped += 1
         self.in_a_row.append(f"step {step} ({samples}): {reason}")
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        self._refused.append({"loss": loss, "grad_norm": grad_norm} if finite else None)
         allowed = 1 if self.config.policy == "stop" else self.config.max_in_a_row
         if len(self.in_a_row) >= allowed:
             raise FlmError(
                 f"{_steps(allowed)} refused, none of them was applied: {'; '.join(self.in_a_row)}; the last checkpoint "
-                "is untouched: look at the samples with `flm data show`, lower the learning rate, or set stability"
+                f"is untouched. {self._advice()}"
             )
+
+    def _advice(self) -> str:
+        """What to do about the refused steps: the same command meets the same samples again."""
+        if None in self._refused:
+            return (
+                "Look at the samples with `flm data show`; values that are not finite come from a learning rate that "
+                "is too high, from damaged data or from a faulty device (stability.checksum_interval_steps finds one)"
+            )
+        look = "Look at the samples with `flm data show`. If they are fit to be trained on, "
+        if self.config.policy == "stop":
+            return (
+                f"{look}set stability.policy to skip, which leaves them out and takes a lasting change as a new level"
+            )
+        if self._levels:
+            return (
+                "It goes on rising from a new level: the run diverges, or the data change all the time. Lower the "
+                "learning rate and go on from an earlier checkpoint, or raise stability.sigmas to let them through"
+            )
+        return (
+            f"{look}raise stability.max_in_a_row to pass a longer burst, or stability.sigmas to let them through; if "
+            "the values keep rising, lower the learning rate and go on from an earlier checkpoint"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """What `saved` takes."""
-        seen = {name: list(values) for name, values in self._seen.items()}
-        return {**seen, "in_a_row": self.in_a_row, "skipped": self.skipped}
+        seen = {name: list(window.values) for name, window in self._windows.items()}
+        return {
+            **seen,
+            "in_a_row": self.in_a_row,
+            "refused": self._refused,
+            "levels": [list(level) for level in self._levels],
+            "skipped": self.skipped,
+        }
+
+
+@dataclass
+class Window:
+    """The last values of one kind. Gradient norms are about log-normal: their logarithms are judged."""
+
+    values: deque[float]
+    logarithmic: bool
+
+    @property
+    def mean(self) -> float:
+        """The mean, geometric if logarithms are judged."""
+        return self._unscaled(fmean(self._scaled(self.values)))
+
+    def sigmas(self, value: float) -> float:
+        """Standard deviations that `value` lies above the mean."""
+        seen = self._scaled(self.values)
+        return (self._scaled([value])[0] - fmean(seen)) / self._spread(seen)
+
+    def agree(self, values: Sequence[float], sigmas: float) -> bool:
+        """Whether values, in their order, rise no further than those of one level do."""
+        scaled = self._scaled(values)
+        rise = max(later - before for at, later in enumerate(scaled) for before in scaled[: at + 1])
+        share = AGREEMENT if self.logarithmic else AGREEMENT * abs(scaled[-1])
+        return rise <= max(share, sigmas * self._spread(self._scaled(self.values)))
+
+    def append(self, value: float) -> None:
+        """Remember a value; a norm of zero has no logarithm and is not remembered."""
+        if value > 0 or not self.logarithmic:
+            self.values.append(value)
+
+    def move(self, level: float) -> None:
+        """Shift all values so that their mean is `level`; the spread stays."""
+        seen = self._scaled(self.values)
+        shift = self._scaled([level])[0] - fmean(seen)
+        self.values = deque((self._unscaled(value + shift) for value in seen), self.values.maxlen)
+
+    def _spread(self, seen: Sequence[float]) -> float:
+        mean = fmean(seen)
+        deviation = math.sqrt(fmean((value - mean) ** 2 for value in seen))
+        return max(deviation, SMALLEST_SPREAD if self.logarithmic else SMALLEST_SPREAD * abs(mean), 1e-30)
+
+    def _scaled(self, values: Iterable[float]) -> list[float]:
+        return [math.log(max(value, 1e-30)) for value in values] if self.logarithmic else list(values)
+
+    def _unscaled(self, value: float) -> float:
+        return math.exp(value) if self.logarithmic else value
 
 
 def _steps(count: int) -> str:

@@ -178,17 +178,21 @@ class StageTrainer:
         self.times.append(time.perf_counter() - began)
         self.meter.step(self.step, self.times[-1], waited_s, result.refused is None)
         if result.refused:
-            self._refuse(result.refused)
+            self._refuse(result, result.refused)
             return result.stop
-        self.watch.applied(result.loss, result.grad_norm)
+        level = self.watch.applied(result.loss, result.grad_norm)
         norms = layer_norms(self.engine) if self.run.logging.layer_norms else {}
         if self.log:
             interval = self.run.logging.interval_steps
             speak = self.step % interval == 0 or self.step == self.budget.steps
             self.log.step(self._metrics(result, lr), self.budget.steps, speak, norms)
+            if level:
+                values = {"stage": self.stage.name, "step": self.step, "tokens": self.budget.tokens_at(self.step)}
+                self.log.record({**values, "new_level": level})
+                self.log.say(f"{self.stage.name} step {self.step} | {level}")
         return result.stop
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, result: StepResult, reason: str) -> None:
         """Say which samples a step that was not applied had, and do what the policy asks for."""
         samples = range(self.budget.sample_at(self.step - 1), self.budget.sample_at(self.step))
         policy = self.stage.stability.policy
@@ -199,7 +203,8 @@ class StageTrainer:
                 {**values, "refused": reason, "policy": policy, "samples": names},
                 f"{self.stage.name} step {self.step} refused ({policy}): {reason}; samples {joined(names)}",
             )
-        self.watch.refused(self.step, reason, f"samples {samples.start} to {samples.stop - 1}")
+        named = f"samples {samples.start} to {samples.stop - 1}"
+        self.watch.refused(self.step, reason, named, result.loss, result.grad_norm)
         if policy == "rollback":
             self._finish_save()
             self._load(open_checkpoint(self.saved_path) if self.saved_path else self.view)

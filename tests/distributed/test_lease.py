@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flm_megatron.checkpoint.lease import SILENT_RENEWALS
@@ -47,12 +48,17 @@ def test_a_second_run_on_an_output_leaves_the_first_alone(data: Path, whole: Pat
     source, _ = make_run(data, tmp_path, *LONG)
     first = start_flm("train", source)
     wait_for_step(tmp_path, 2, first)
+    everyone = [psutil.Process(first.pid), *psutil.Process(first.pid).children(recursive=True)]
+    for process in everyone:  # so that it is not done before the second comes
+        process.suspend()
     (tmp_path.parent / "link").symlink_to(tmp_path)
     began = time.monotonic()
     second = flm("train", source, "--output", str(tmp_path.parent / "link"), "--seed", "7")
     assert second.returncode == 2 and time.monotonic() - began < 30
     assert second.stderr.count("\n") == 1 and f"is in use by process {first.pid} on host" in second.stderr
     assert "seed: 7" not in (tmp_path / "run.yaml").read_text() and first.poll() is None
+    for process in everyone:
+        process.resume()
     os.kill(first.pid, signal.SIGKILL)
     first.communicate(timeout=60)
     assert (tmp_path / LEASE).exists()

@@ -56,25 +56,25 @@ def test_equal_losses_do_not_make_the_next_one_an_outlier() -> None:
 def test_refused_steps_in_a_row_end_the_run_with_what_was_seen() -> None:
     watch = watched(8)
     for step in (9, 10):
-        watch.refused(step, "loss is nan", "samples 1 to 2")
+        watch.refused(step, "loss is nan", "samples 1 to 2", math.nan, 1.0)
     watch.applied(2.0, 1.0)
-    watch.refused(12, "loss is nan", "samples 5 to 6")
-    watch.refused(13, "loss is inf", "samples 7 to 8")
+    watch.refused(12, "loss is nan", "samples 5 to 6", math.nan, 1.0)
+    watch.refused(13, "loss is inf", "samples 7 to 8", math.inf, 1.0)
     with pytest.raises(
         FlmError, match=r"3 steps in a row.*step 12 \(samples 5 to 6\).*step 14.*grad_norm is nan"
     ) as error:
-        watch.refused(14, "grad_norm is nan", "samples 9 to 10")
+        watch.refused(14, "grad_norm is nan", "samples 9 to 10", 2.0, math.nan)
     assert error.value.status == 1 and watch.skipped == 5
 
 
 def test_policy_stop_ends_at_the_first() -> None:
     with pytest.raises(FlmError, match="a step was refused"):
-        SpikeWatch(replace(CONFIG, policy="stop")).refused(3, "loss is nan", "samples 1 to 2")
+        SpikeWatch(replace(CONFIG, policy="stop")).refused(3, "loss is nan", "samples 1 to 2", math.nan, 1.0)
 
 
 def test_a_watch_goes_on_from_its_saved_state() -> None:
     watch = watched(12)
-    watch.refused(13, "loss is nan", "samples 1 to 2")
+    watch.refused(13, "loss is nan", "samples 1 to 2", math.nan, 1.0)
     again = SpikeWatch(CONFIG, json.loads(json.dumps(watch.to_json())))
     assert again.to_json() == watch.to_json()
     assert again.reason(3.0, 1.0) == watch.reason(3.0, 1.0) is not None
