@@ -30,6 +30,7 @@ class Mixture:
     """Sources blended from sample `first_sample` of the run on; with epochs their weights are counts of samples."""
 
     first_sample: int
+    first_token: int
     sources: tuple[MixedSource, ...]
 
     @property
@@ -87,28 +88,44 @@ def _mixture(segment: Segment, state: Mapping[str, _State]) -> Mixture:
     for source in segment.sources:
         stands = state.get(source.name, fresh)
         place = stands.place.cut_at(length)
-        weight = _weight(source, length, stands.taken)
+        cuts = (*stands.cuts, place.cut)
+        weight = _weight(source, place, cuts, stands.taken)
         if weight > 0:
-            mixed.append(MixedSource(source, weight, place, (*stands.cuts, place.cut)))
+            mixed.append(MixedSource(source, weight, place, cuts))
     if segment.sources and not mixed:
         raise RequestError("every source was taken as often as data.train says: raise epochs, or add a source")
-    return Mixture(segment.first_sample, tuple(mixed))
+    return Mixture(segment.first_sample, segment.first_token, tuple(mixed))
 
 
-def _weight(source: SegmentSource, length: int, taken: int) -> float:
-    """Weight in the blend: as given, or the samples to be taken from it, less those that were already."""
+def _weight(source: SegmentSource, place: Place, cuts: Sequence[Cut], taken: int) -> float:
+    """Weight in the blend: as given, or the samples to be taken from it, less the `taken` ones if these count."""
     if source.weight is not None:
         return source.weight
-    size = Cut(0, length).samples(source_tokens(source))
+    size = Cut(0, place.cut.length).samples(source_tokens(source))
     if source.epochs is None:
         return max(1, size)
-    left = max(1, round(source.epochs * size)) - taken
+    left = _samples_left(source, source.epochs, size, place, cuts, taken)
     if left < 0:
         raise RequestError(
-            f"source {source.name!r}: {source.epochs:g} epochs are asked for, but {taken / size:.4g} were taken "
-            "already: give at least so many, or leave it out"
+            f"source {source.name!r}: {source.epochs:g} epochs are asked for, but more was taken already (pass "
+            f"{place.cut.epoch + 1} is under way): give at least so many, or leave it out"
         )
     return left
+
+
+def _samples_left(
+    source: SegmentSource, epochs: float, size: int, place: Place, cuts: Sequence[Cut], taken: int
+) -> int:
+    """Samples until so many passes over a source, of `size` samples each, are done; below 0 if more are."""
+    if epochs == int(epochs):
+        rest = place.cut.samples(source_tokens(source)) - place.taken
+        return rest + (int(epochs) - place.cut.epoch - 1) * size
+    if any(cut.length != place.cut.length for cut in cuts):
+        raise RequestError(
+            f"source {source.name!r}: {epochs:g} epochs end within a pass, which cannot be counted in samples of more "
+            "than one sequence length: give a whole number"
+        )
+    return max(1, round(epochs * size)) - taken
 
 
 def source_tokens(source: SegmentSource) -> int:

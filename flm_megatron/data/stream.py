@@ -50,9 +50,10 @@ class SampleStream:
             DamagedError: the files of a dataset do not agree with what was written.
         """
         configs = data.train if split == "train" else data.validation
-        _check_sources(configs, split)
+        check_sources(configs, split)
         mixture = mixture or _from_the_beginning(configs, data.sequence_length)
-        self.sequence_length, self.first_sample = data.sequence_length, mixture.first_sample
+        self.sequence_length = data.sequence_length
+        self.first_sample, self._first_token = mixture.first_sample, mixture.first_token
         by_name = {source_name(config): config for config in configs}
         configs = [by_name[mixed.source.name] for mixed in mixture.sources]
         self._lines = [
@@ -122,7 +123,10 @@ class SampleStream:
             RequestError: it ends before; says how many tokens there are.
         """
         if self.limit_samples is not None and samples > self.limit_samples:
-            have, want = (count * self.sequence_length for count in (self.limit_samples, samples))
+            have, want = (
+                self._first_token + (count - self.first_sample) * self.sequence_length
+                for count in (self.limit_samples, samples)
+            )
             raise RequestError(
                 f"the data ends after {have:,} tokens ({self.limit_samples:,} samples of {self.sequence_length}), but"
                 f" {want:,} are asked for ({samples:,} samples): shorten the budget, raise epochs, or give weights"
@@ -152,7 +156,8 @@ def validation_streams(data: DataConfig, seed: int) -> dict[str, SampleStream]:
     return dict(zip(names, streams, strict=True))
 
 
-def _check_sources(configs: list[SourceConfig], split: str) -> None:
+def check_sources(configs: list[SourceConfig], split: str) -> None:
+    """Raise RequestError if there are no sources, two of one name, or weights and epochs that do not go together."""
     if not configs:
         raise RequestError(f"data.{split} has no sources: give each a path")
     for field in ("weight", "epochs"):
@@ -164,6 +169,7 @@ def _check_sources(configs: list[SourceConfig], split: str) -> None:
                 raise RequestError(f"data.{split}: {field} is {given}: each has to be above 0")
     if configs[0].weight is not None and configs[0].epochs is not None:
         raise RequestError(f"data.{split} has both weight and epochs: give one of the two")
+    check_names([source_name(config) for config in configs])
 
 
 def check_names(names: list[str]) -> None:
@@ -174,5 +180,4 @@ def check_names(names: list[str]) -> None:
 
 
 def _from_the_beginning(configs: Sequence[SourceConfig], length: int) -> Mixture:
-    check_names([source_name(config) for config in configs])
     return mixture_at_end([Segment("", 0, 0, 0, 1, length, segment_sources(configs))])

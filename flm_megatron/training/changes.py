@@ -9,12 +9,13 @@ from typing import Any
 from flm_megatron.config.history import History, Segment
 from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import RunConfig
+from flm_megatron.data.description import read_description, source_name
 from flm_megatron.training.metrics import MetricsLog
 from flm_megatron.training.start import Start
 
 SILENT = ("name", "output", "checkpoint", "logging", "distributed")
 """Sections of the run file that do not touch what is trained, or are compared elsewhere."""
-LONGEST = 200
+LONGEST, SHOWN = 200, 12
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,22 @@ def find_changes(run: RunConfig, start: Start, manifest: Mapping[str, Any], data
         before = layout["world"] // (layout["tensor"] * layout["pipeline"])
         if before != data_size:
             found.append(Change("data-parallel size", before, data_size))
+    found += _validation_changes(manifest.get("validation_sha256") or {}, validation_hashes(run))
     return [*found, *_field_changes(manifest.get("run") or {}, run_to_dict(run), start.stage, resumes)]
+
+
+def validation_hashes(run: RunConfig) -> dict[str, str]:
+    """The hash of each validation set's dataset, by name; none of conversations."""
+    if run.data.chat is not None:
+        return {}
+    return {source_name(source): read_description(source.path).sha256 for source in run.data.validation}
+
+
+def _validation_changes(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Change]:
+    """Sets whose text is another under the same name: their losses are no longer the same measure."""
+    for name, hashed in now.items():
+        if before.get(name, hashed) != hashed:
+            yield Change(f"text of validation set {name!r}", before[name][:SHOWN], hashed[:SHOWN])
 
 
 def segment_begins(start: Start) -> bool:

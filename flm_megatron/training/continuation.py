@@ -16,6 +16,7 @@ from flm_megatron.config.loader import run_from_dict
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.data.description import source_name
 from flm_megatron.data.mixture import mixture_at_end, segment_sources
+from flm_megatron.data.stream import check_sources
 from flm_megatron.data.streams import chat_passes
 from flm_megatron.data.tokenizer import file_fingerprint
 from flm_megatron.errors import Mistakes, RequestError
@@ -112,6 +113,7 @@ def _segment(run: RunConfig, index: int, step: int, sample: int, token: int) -> 
 
 def _present_sources(run: RunConfig) -> tuple[SegmentSource, ...]:
     if run.data.chat is None:
+        check_sources(run.data.train, "train")
         return segment_sources(run.data.train)
     return tuple(
         SegmentSource(source_name(source), source.path, sha256=file_fingerprint(source.path))
@@ -175,17 +177,12 @@ def _dataset_reasons(past: History, now: Segment) -> Iterator[str]:
 
 
 def _mixture_reasons(last: Segment, now: Segment) -> Iterator[str]:
-    """Passes are counted in samples of one length, and shares are not counted at all."""
+    """Passes are counted, and shares are not."""
     were, are = (any(source.epochs is not None for source in segment.sources) for segment in (last, now))
     if were != are:
         yield (
             f"data.train gave {'epochs' if were else 'weights or nothing'} and now gives "
             f"{'epochs' if are else 'weights or nothing'}: neither can take over from the other; keep to what it was"
-        )
-    elif are and last.sequence_length != now.sequence_length:
-        yield (
-            f"data.sequence_length was {last.sequence_length} and is {now.sequence_length}: with epochs, which count "
-            "samples, it has to stay; only under weights it may change"
         )
 
 

@@ -30,7 +30,7 @@ from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.growth.schedule import mask_plan, mask_value
 from flm_megatron.kernels import fp8
 from flm_megatron.optim.learning_rate import learning_rate, set_learning_rates
-from flm_megatron.training.changes import announce, find_changes, segment_begins
+from flm_megatron.training.changes import announce, find_changes, segment_begins, validation_hashes
 from flm_megatron.training.flops import training_flops_per_token
 from flm_megatron.training.goodput import Meter, read_goodput
 from flm_megatron.training.layer_norms import layer_norms
@@ -109,6 +109,7 @@ class StageTrainer:
             copies.reserve(self.engine.chunks, self.engine.optimizer)
         self.stream = training_stream(run, self.index, start.history)
         self.validation = validation_streams_of(run) if self.stage.validation.samples else {}
+        self.validation_sha256 = validation_hashes(run)
 
     def train(self, stop: StopRequest) -> bool:
         """Train to the end of the budget, or to a stop request; saves before it returns."""
@@ -319,6 +320,7 @@ class StageTrainer:
         return {
             **stage_manifest(self.run, self.index, self.stage.model, position, self.growth),
             "history": history_to_json(self.start.history),
+            "validation_sha256": self.validation_sha256,
             "stability": self.watch.to_json(),
             "layout": asdict(self.stage.parallel) | {"world": dist.get_world_size()},
         }

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.history import History, Segment, history_to_json
 from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import (
@@ -23,7 +26,7 @@ from flm_megatron.config.schema import (
 )
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.plan import make_plan
-from flm_megatron.training.changes import find_changes
+from flm_megatron.training.changes import find_changes, validation_hashes
 from flm_megatron.training.continuation import (
     continued,
     first_history,
@@ -111,6 +114,41 @@ def test_each_change_begins_a_segment_where_the_run_stands(folder: Path) -> None
     assert places == [(0, 0, 0, 4, 16), (5, 20, 320, 6, 16), (8, 38, 608, 6, 32)]
     assert [segment.sources[1].weight for segment in history] == [1.0, 1.0, 7.0]
     assert [source.tokens and source.sha256 is not None for source in history[2].sources] == [True, True]
+
+
+Done = tuple[int, int, int, float]
+"""Steps, batch, length, weight of `web`."""
+CHANGES = st.lists(
+    st.tuples(st.integers(1, 9), st.integers(1, 6), st.sampled_from([8, 16]), st.sampled_from([1.0, 2.0])),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@given(changes=CHANGES)
+def test_any_resumes_make_the_history_of_what_was_done(folder: Path, changes: list[Done]) -> None:
+    """Through a manifest each time: a segment for each thing done otherwise than before, at its own place, and budgets
+    that count the same samples and tokens."""
+    run = run_of(folder)
+    run.stages[0].tokens = 10**6
+    manifest, expected, before = None, [], None
+    step = sample = token = 0
+    for steps, batch, length, weight in changes:
+        run.stages[0].global_batch, run.data.sequence_length, run.data.train[0].weight = batch, length, weight
+        history = go_on(run, manifest) if manifest else first_history(run)
+        if before != (batch, length, weight):
+            expected.append((step, sample, token, batch, length, weight))
+        before = batch, length, weight
+        step, sample, token = step + steps, sample + steps * batch, token + steps * batch * length
+        manifest = manifest_of(run, history, step)
+    found = [
+        (s.first_step, s.first_sample, s.first_token, s.global_batch, s.sequence_length, s.sources[0].weight)
+        for s in history
+    ]
+    budget = stage_budgets(run, history)[0]
+    assert found == expected
+    assert (budget.sample_at(step), budget.tokens_at(step)) == (sample, token)
 
 
 def test_the_next_stage_begins_with_its_own_batch_where_the_last_ended(folder: Path) -> None:
@@ -246,17 +284,19 @@ def test_a_source_that_comes_back_is_known_again(folder: Path) -> None:
 
 
 def test_epochs_may_change_to_what_was_not_taken_yet(folder: Path) -> None:
-    """Fewer than were taken are refused with their number; so are none left, and another sequence length."""
+    """Fewer than were taken are refused, and parts of a pass that was taken in samples of two lengths."""
     run = run_of(folder, "epochs")
     manifest = saved_by(run, 22)
     run.data.train[0].epochs = 5.0
     assert len(go_on(run, manifest)) == 2
     run.data.train[0].epochs = 0.1
-    with pytest.raises(RequestError, match=r"source 'web': 0\.1 epochs are asked for, but \d\.\d+ were taken already"):
+    with pytest.raises(RequestError, match=r"source 'web': 0\.1 epochs are asked for, but more was taken already"):
         go_on(run, manifest)
     run = run_of(folder, "epochs")
     run.data.sequence_length = 32
-    with pytest.raises(RequestError, match="was 16 and is 32: with epochs, which count samples, it has to stay"):
+    assert go_on(run, manifest)[-1].sequence_length == 32
+    run.data.train[0].epochs = 2.5
+    with pytest.raises(RequestError, match=r"source 'web': 2\.5 epochs end within a pass"):
         go_on(run, manifest)
 
 
@@ -286,6 +326,19 @@ def test_what_changed_is_said_once_each(folder: Path) -> None:
     start = Start(1, 0, None, False, history=go_on(run, finished))
     said = [change.line() for change in find_changes(run, start, finished, 1)]
     assert said == ["stages.a.tokens was 1600, is 7; it is over and stays as it was"]
+
+
+def test_another_validation_text_under_a_name_is_said(folder: Path) -> None:
+    """Its loss is another measure from there on."""
+    run = run_of(folder)
+    run.data.validation = [SourceConfig(str(folder / "books"), name="held-out")]
+    manifest = saved_by(run) | {"validation_sha256": validation_hashes(run)}
+    run.data.validation[0].path = str(folder / "web")
+    said = [
+        change.line()
+        for change in find_changes(run, Start(0, 5, None, True, history=go_on(run, manifest)), manifest, 2)
+    ]
+    assert said[0].startswith("text of validation set 'held-out' was ") and "data.validation" in said[1]
 
 
 def chat_run(folder: Path) -> RunConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from flm_megatron.config.schema import DataConfig, SourceConfig
 from flm_megatron.data.mixture import mixture_at_end, segment_sources
 from flm_megatron.data.remaining import Remaining
 from flm_megatron.data.stream import SampleStream
+from flm_megatron.errors import RequestError
 from tests.unit import data_cases
 
 SEED = 5
@@ -210,6 +211,26 @@ def test_epochs_count_what_was_taken_already(folder: Path) -> None:
     assert len(web) == len(set(web)) == 3 * size["web"]
     assert sum(name.startswith("books/") for name in names) == round(0.5 * size["books"])
     assert stream.limit_samples == len(names)
+
+
+def test_whole_epochs_are_exact_over_lengths_too(folder: Path, lines: Lines) -> None:
+    """Three passes over one source and one over another, with the length changed twice: then the stream ends."""
+    parts = {"web": 3.0, "code": 1.0}
+    changes = [(7, 4, 16, parts), (5, 2, 32, parts), (1, 1, 12, parts)]
+    last = streams(folder, changes, "epochs")[-1]
+    assert last.limit_samples is not None
+    samples = taken(folder, changes[:2], "epochs")
+    samples += [(last, index) for index in range(38, last.limit_samples)]
+    check_each_token_once(samples, lines)
+    trained = Counter[str]()
+    for stream, index in samples:
+        name, spans = stream.spans(index)
+        trained[name] += sum(stop - start for start, stop in spans)
+    for name, passes in parts.items():
+        size = len(lines[name]) - 1
+        assert passes * (size - 32) < trained[name] <= passes * size
+    with pytest.raises(RequestError, match="the data ends after"):
+        last[last.limit_samples]
 
 
 @settings(max_examples=30, deadline=None)
