@@ -12,7 +12,7 @@ from typing import Any
 
 from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.history import History, Segment, SegmentSource, history_from_json
-from flm_megatron.config.loader import run_from_dict
+from flm_megatron.config.loader import run_from_dict, run_to_dict
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.data.description import source_name
 from flm_megatron.data.mixture import mixture_at_end, segment_sources
@@ -29,23 +29,27 @@ def first_history(run: RunConfig) -> History:
     return (_segment(run, 0, 0, 0, 0),)
 
 
-def past_history(manifest: Mapping[str, Any], where: str) -> History:
+def past_history(run: RunConfig, manifest: Mapping[str, Any], where: str) -> History:
     """The history that a checkpoint has; of one that was saved before there were any, what its run file says.
 
     Raises:
         DamagedError: it cannot be read.
+        RequestError: the checkpoint is of a stage that neither its run file nor this one has.
     """
     if "history" in manifest:
         return history_from_json(manifest["history"], where)
-    saved = run_from_dict(manifest["run"], where)
+    saved = run_from_dict(manifest["run"], where) if "run" in manifest else run
     sources = tuple(SegmentSource(source_name(s), s.path, s.weight, s.epochs) for s in saved.data.train)
-    last = [stage.name for stage in saved.stages].index(manifest["stage"])
+    names = [stage.name for stage in saved.stages]
+    if manifest["stage"] not in names:
+        raise RequestError(f"{where} is of stage {manifest['stage']!r}, its run file has {', '.join(map(repr, names))}")
+    last = names.index(manifest["stage"])
     return tuple(replace(budget.segments[0], sources=sources) for budget in stage_budgets(saved)[: last + 1])
 
 
 def known_history(run: RunConfig, manifest: Mapping[str, Any], where: str) -> History:
     """The history that a checkpoint has, with the datasets that the run file names. Raises as `past_history`."""
-    return _with_datasets(past_history(manifest, where), _segment(run, 0, 0, 0, 0))
+    return _with_datasets(past_history(run, manifest, where), _segment(run, 0, 0, 0, 0))
 
 
 def is_finished(run: RunConfig, index: int, manifest: Mapping[str, Any], past: History) -> bool:
@@ -113,7 +117,8 @@ def _segment(run: RunConfig, index: int, step: int, sample: int, token: int) -> 
 
 def _present_sources(run: RunConfig) -> tuple[SegmentSource, ...]:
     if run.data.chat is None:
-        check_sources(run.data.train, "train")
+        if run.data.train:
+            check_sources(run.data.train, "train")
         return segment_sources(run.data.train)
     return tuple(
         SegmentSource(source_name(source), source.path, sha256=file_fingerprint(source.path))
@@ -137,13 +142,13 @@ def _with_datasets(past: History, now: Segment) -> History:
 
 def _reasons(run: RunConfig, index: int, manifest: Mapping[str, Any], past: History, now: Segment) -> Iterator[str]:
     """Why the run cannot go on as its run file now asks."""
-    saved = manifest["run"]
+    saved = manifest.get("run") or {}
     if saved.get("seed", run.seed) != run.seed:
         yield f"seed was {saved['seed']} and is {run.seed}: it orders the samples of the whole run; {BACK}"
     before, present = manifest.get("tokenizer_sha256"), file_fingerprint(run.tokenizer) if run.tokenizer else None
     if before and present and before != present:
         yield f"tokenizer {run.tokenizer} is another one than the run was trained with: {BACK}"
-    chat = (saved.get("data") or {}).get("chat")
+    chat = (saved.get("data") or run_to_dict(run)["data"]).get("chat")
     if (chat is None) != (run.data.chat is None):
         yield f"data.chat was {'not ' if chat is None else ''}given, and now it is the other way round: {BACK}"
     elif run.data.chat is not None:

@@ -93,7 +93,7 @@ class MemoryCopies:
             return start
         manifest = self.view.manifest
         stage, where = names.index(manifest["stage"]), "the copies in memory"
-        history = continued(self.run, stage, manifest, past_history(manifest, where), where)
+        history = continued(self.run, stage, manifest, past_history(self.run, manifest, where), where)
         found = {"stage": stage, "step": manifest["step"], "history": history}
         return replace(start, **found, source=None, resumes=True, passed_over=())
 

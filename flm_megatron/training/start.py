@@ -127,7 +127,7 @@ def _after(run: RunConfig, path: Path | None) -> Start:
         initial = run.checkpoint.initial
         return Start(0, 0, Path(initial) if initial else None, resumes=False, history=first_history(run))
     manifest = open_checkpoint(path).manifest
-    past = past_history(manifest, str(path))
+    past = past_history(run, manifest, str(path))
     stage = stage_of(run, manifest, past, str(path))
     if not is_finished(run, stage, manifest, past):
         history = continued(run, stage, manifest, past, str(path))

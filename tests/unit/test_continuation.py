@@ -83,7 +83,7 @@ def saved_by(run: RunConfig, step: int = 5) -> dict[str, Any]:
 
 def go_on(run: RunConfig, manifest: dict[str, Any]) -> History:
     """The history of the run that goes on from there, in whichever stage it does."""
-    past = past_history(manifest, WHERE)
+    past = past_history(run, manifest, WHERE)
     index = stage_of(run, manifest, past, WHERE)
     index += is_finished(run, index, manifest, past)
     return continued(run, index, manifest, past, WHERE)
@@ -179,7 +179,7 @@ def test_a_checkpoint_without_a_history_has_that_of_its_run_file(folder: Path) -
     del manifest["history"]
     assert go_on(run, manifest) == first_history(run)
     manifest["stage"] = "b"
-    past = past_history(manifest, WHERE)
+    past = past_history(run, manifest, WHERE)
     assert [(s.stage, s.first_sample) for s in past] == [("a", 0), ("b", 100)]
     assert [source.sha256 for source in past[0].sources] == [None, None]
     run.data.train = run.data.train[:1]
