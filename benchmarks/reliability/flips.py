@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 from flm_megatron.cli.main import main as flm_main
+from flm_megatron.config.loader import dump_run
 from flm_megatron.config.schema import DistributedConfig, ParallelConfig, RunConfig
 from flm_megatron.data.source import Source
 from flm_megatron.errors import DamagedError, FlmError
@@ -41,6 +42,10 @@ from tests.crash.operations import flm, make_run
 from tests.distributed.runs import make_data
 
 NEWEST, BEFORE = "step_00000004", "step_00000002"
+# Each process's file has several blocks of a MiB, so that a reader need not meet every one.
+SIZES = ["0.model.hidden_size 128", "0.model.ffn_hidden_size 256", "1.model.hidden_size 192"]
+SIZES += ["1.model.ffn_hidden_size 320", "1.model.num_attention_heads 6"]
+SETTINGS = [word for size in SIZES for word in f"--stages.{size}".split()] + ["--checkpoint.keep_last", "9"]
 FOUND, FELL_BACK, SAME = "refused by name", "went on from the one before", "bit not used, same result"
 ALLOWED = (FOUND, FELL_BACK, SAME)
 
@@ -72,9 +77,8 @@ class Case:
 
     def __init__(self, folder: Path) -> None:
         self.data = make_data(_made(folder / "data"))
-        file, _ = make_run(self.data, folder / "whole", 6, "--checkpoint.keep_last", "9")
-        shorter = ("--checkpoint.keep_last", "9", "--stage", "small")
-        subprocess.run(flm("train", file, *shorter), check=True, capture_output=True)
+        file, _ = make_run(self.data, folder / "whole", 6, *SETTINGS)
+        subprocess.run(flm("train", file, *SETTINGS, "--stage", "small"), check=True, capture_output=True)
         self.whole, self.folder = folder / "whole", folder
         self.text = folder / "text.txt"
         self.text.write_text("A tensor is cut along its rows. " * 20)
@@ -99,11 +103,10 @@ class Case:
 
     def run(self, output: Path) -> tuple[Path, RunConfig]:
         """Its run file, on one process."""
-        file, run = make_run(
-            self.data, output, 6, "--checkpoint.keep_last", "9", "--data.cache", str(self.folder / "c")
-        )
-        stages = [replace(stage, parallel=ParallelConfig()) for stage in run.stages]
-        return file, replace(run, stages=stages)
+        file, run = make_run(self.data, output, 6, *SETTINGS, "--data.cache", str(self.folder / "cache"))
+        run = replace(run, stages=[replace(stage, parallel=ParallelConfig()) for stage in run.stages])
+        file.write_text(dump_run(run))
+        return file, run
 
     def resume(self, output: Path) -> str:
         """What a run that goes on has in its memory, found and loaded as `flm train` does; and from which step."""
