@@ -134,9 +134,21 @@ def _scores(args: argparse.Namespace, indices: list[int]) -> dict[int, Score]:
 
 
 def _write(folder: Path, screening: Screening, scores: Mapping[int, Score], groups: Mapping[int, int]) -> None:
+    """Make the folder, whole or not at all, and say what is in it."""
+    from flm_megatron.checkpoint.destination import destination, write_errors
+    from flm_megatron.checkpoint.processes import Processes
+
+    with destination(folder, Processes(), 0) as partial, write_errors(folder):
+        _write_files(partial, screening, scores, groups)
+    report = screening.report()
+    for name, number in report["dropped"].items():
+        print(f"dropped {number:,}: {name}")
+    print(f"kept {report['kept']:,} of {report['pool']:,} in {folder / 'kept.jsonl'}")
+
+
+def _write_files(folder: Path, screening: Screening, scores: Mapping[int, Score], groups: Mapping[int, int]) -> None:
     import json
 
-    folder.mkdir(parents=True)
     with (folder / "kept.jsonl").open("w", encoding="utf-8") as kept:
         for index in screening.left:
             print(json.dumps(screening.pool[index].record, ensure_ascii=False), file=kept)
@@ -149,8 +161,4 @@ def _write(folder: Path, screening: Screening, scores: Mapping[int, Score], grou
             where = {"path": screening.pool[index].path, "line": screening.pool[index].line}
             values = {"loss": score.loss, "difficulty": score.difficulty, "cluster": groups.get(index)}
             print(json.dumps({**where, **values}), file=written)
-    report = screening.report()
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    for name, number in report["dropped"].items():
-        print(f"dropped {number:,}: {name}")
-    print(f"kept {report['kept']:,} of {report['pool']:,} in {folder / 'kept.jsonl'}")
+    (folder / "report.json").write_text(json.dumps(screening.report(), indent=1) + "\n")

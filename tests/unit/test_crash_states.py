@@ -15,6 +15,8 @@ import torch
 
 from flm_megatron.checkpoint.store import CheckpointStore
 from flm_megatron.checkpoint.writer import write_view
+from flm_megatron.cli.main import main
+from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import DataConfig, ModelConfig, RunConfig, StageConfig
 from flm_megatron.data.build import build_dataset
 from flm_megatron.data.description import read_description
@@ -101,7 +103,7 @@ def save_and_prune(root: Path) -> None:
     """Two saves of which the last is kept."""
     store, view = CheckpointStore(root / "checkpoints"), Memory({"a": torch.ones(3, 2), "b": torch.zeros(5)})
     for step in (1, 2):
-        write_view(view, store.path("s", step), {"step": step, "stage": "s"})
+        write_view(view, store.path("s", step), {"run": run_to_dict(RUN), "step": step, "stage": "s"})
         store.prune("s", keep_last=1)
 
 
@@ -232,3 +234,15 @@ def test_a_dataset_is_whole_or_refused(tmp_path: Path, folder: Path) -> None:
             assert digests(state).items() >= digests(root).items()
             found.add("whole")
     assert found == {"refused", "whole"}
+
+
+def test_chosen_conversations_are_all_there_or_none(tmp_path: Path, folder: Path) -> None:
+    root, pool = tmp_path / "root", tmp_path / "pool.jsonl"
+    root.mkdir()
+    asked = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Forty-two."}]
+    pool.write_text(json.dumps({"messages": asked}) + "\n")
+    command, there = ["data", "screen", str(pool), "--out", str(root / "out")], set()
+    for state in end_states(root, lambda root: main(command) and None, folder):
+        there.add((state / "out").exists())
+        assert not (state / "out").exists() or digests(state / "out") == digests(root / "out")
+    assert there == {False, True} and len(digests(root / "out")) == 4
