@@ -115,3 +115,24 @@ def test_losses_that_do_not_fall_are_refused() -> None:
         fit_law(range(1, 50), range(1, 50))
     with pytest.raises(RequestError, match="too few"):
         fit_law([1, 2], [2, 1])
+
+
+def test_a_law_fitted_to_a_grown_stage_counts_tokens_from_its_beginning(tmp_path: Path) -> None:
+    """The metrics count the run's tokens; the law is of the stage's own."""
+    law, before, step = LossLaw(1.5, 40.0, 0.2), 5e9, 1e7
+    lines = [{"stage": "small", "step": n, "tokens": before * n / 5, "loss": 9.0} for n in range(1, 6)]
+    own = [step * n for n in range(1, 301)]
+    lines += [
+        {"stage": "large", "step": n, "tokens": before + tokens, "loss": float(law.loss(tokens))}
+        for n, tokens in enumerate(own, 1)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "laws.yaml").write_text("large: metrics.jsonl")
+    found = read_laws(tmp_path / "laws.yaml", ["small", "large"])["large"]
+    assert (found.floor, found.scale, found.exponent) == pytest.approx((1.5, 40.0, 0.2), rel=1e-6)
+
+
+def test_a_law_without_a_floor_is_found() -> None:
+    tokens = np.geomspace(1e8, 1e11, 200)
+    found = fit_law(list(tokens), list(LossLaw(0.0, 30.0, 0.1).loss(tokens)))
+    assert found.exponent == pytest.approx(0.1) and found.floor == pytest.approx(0.0, abs=1e-6)
