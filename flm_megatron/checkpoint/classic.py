@@ -23,7 +23,8 @@ from flm_megatron.model.split import padded_vocab_size
 LATEST = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"
 RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
-LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+LAYER = re.compile(r"decoder\.layers\.(\d{1,6})\.")
+CHUNK = re.compile(r"model\d{0,4}")
 SEPARATE_NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
@@ -145,8 +146,8 @@ def latest_folder(path: Path) -> Path:
     latest = path / LATEST
     if not latest.is_file():
         return path
-    step = latest.read_text().strip()
-    return path / (f"iter_{int(step):07d}" if step.isdigit() else "release")
+    step = latest.read_text(encoding="ascii", errors="replace").strip()
+    return path / (f"iter_{int(step):07d}" if re.fullmatch("[0-9]{1,18}", step) else "release")
 
 
 def _rank_files(path: Path) -> tuple[dict[tuple[int, int], Path], tuple[int, int]]:
@@ -168,7 +169,11 @@ def _saved(file: Path) -> dict[str, Any]:
     saved = read_torch_file(file)
     if not isinstance(saved, dict):
         raise RequestError(f"{file}: not a checkpoint of Megatron-LM")
-    return saved
+    named = {key: part for key, part in saved.items() if isinstance(key, str)}
+    for key, part in named.items():
+        if CHUNK.fullmatch(key) and not (isinstance(part, dict) and all(isinstance(name, str) for name in part)):
+            raise DamagedError(f"{file}: {key} is not a table of tensors by name")
+    return named
 
 
 def _chunk_names(saved: Mapping[str, Any], file: Path) -> list[str]:
@@ -176,7 +181,7 @@ def _chunk_names(saved: Mapping[str, Any], file: Path) -> list[str]:
     chunks = (
         ["model"]
         if "model" in saved
-        else sorted((key for key in saved if re.fullmatch(r"model\d+", key)), key=lambda key: int(key[5:]))
+        else sorted((key for key in saved if CHUNK.fullmatch(key)), key=lambda key: int(key[5:]))
     )
     if not chunks:
         raise RequestError(f"{file}: it holds no model")
@@ -190,7 +195,7 @@ def _chunk_names(saved: Mapping[str, Any], file: Path) -> list[str]:
 def _embedding_rows(tensors: Mapping[str, Any], path: Path) -> int:
     """Rows of the padded vocabulary on one rank."""
     embedding = tensors.get(EMBEDDING)
-    if not isinstance(embedding, StoredArray):
+    if not isinstance(embedding, StoredArray) or not embedding.shape:
         raise DamagedError(f"{path}: tensor {EMBEDDING} is missing from a rank's file")
     return embedding.shape[0]
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import reprlib
 from typing import Any
 
+from flm_megatron.checkpoint.pickle_records import SCALARS
 from flm_megatron.config.schema import ModelConfig, MupConfig, ParallelConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.model.limits import check_limits
@@ -18,10 +20,11 @@ def model_from_arguments(arguments: Any, where: str, vocab_size: int | None = No
     Raises RequestError for arguments that are missing or that ask for a block this program does not have.
     """
     given = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
-    known = {name: value for name, value in given.items() if value is None or isinstance(value, int | float | str)}
+    # What is neither a number nor text is shown, in short, and equal to nothing that is supported.
+    known = {name: value if type(value) in SCALARS else reprlib.repr(value) for name, value in given.items()}
     if "num_layers" not in known:
         raise RequestError(f"{where}: it does not hold the arguments of its run, so its model is not known")
-    _refuse(given, where)
+    _refuse(known, where)
     true_vocab = _recorded_vocabulary(known) or vocab_size
     if not true_vocab:
         raise RequestError(

@@ -30,7 +30,8 @@ def recorded_model(view: LogicalCheckpoint, vocab_size: int | None = None) -> Mo
     if isinstance(config := getattr(view, "config", None), ModelConfig):
         return config
     if isinstance(view, TorchDistCheckpoint) and (view.path / COMMON).exists():
-        arguments = read_torch_file(view.path / COMMON).get("args")
+        common = read_torch_file(view.path / COMMON)
+        arguments = common.get("args") if isinstance(common, dict) else None
         return None if arguments is None else model_from_arguments(arguments, str(view.path), vocab_size)
     return None
 

@@ -139,14 +139,14 @@ def _changed_part(value: Any, draw: random.Random) -> Any:
 
 def changed_object(value: Any, draw: random.Random, depth: int = 0) -> Any:
     """A tree of lists, dictionaries and objects with one of its parts, or one of their fields, replaced."""
-    places: list[Any] = [(None, None)]
+    places: list[Any] = []
     if isinstance(value, dict):
         places = list(value)
     elif isinstance(value, list):
         places = list(range(len(value)))
-    elif hasattr(value, "__dict__") and vars(value):
+    elif hasattr(value, "__dict__"):
         places = list(vars(value))
-    if depth > 5 or places in ([], [(None, None)]) or draw.random() < 0.05:
+    if depth > 5 or not places or draw.random() < 0.05:
         return _strange_object(value, draw)
     place = draw.choice(places)
     inside = value if isinstance(value, dict | list) else vars(value)
@@ -155,7 +155,7 @@ def changed_object(value: Any, draw: random.Random, depth: int = 0) -> Any:
 
 
 def _strange_object(value: Any, draw: random.Random) -> Any:
-    if isinstance(value, tuple) and value and draw.random() < 0.7:
+    if isinstance(value, torch.Size) and value and draw.random() < 0.7:
         numbers = list(value)
         numbers[draw.randrange(len(numbers))] = draw.choice((0, 1, -1, 3, 10**6, 2**40, 2**61))
         return torch.Size(numbers)

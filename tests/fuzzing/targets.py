@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import pathlib
 import pickle
@@ -17,7 +18,10 @@ from typing import Any
 import torch
 
 from flm_megatron.checkpoint import shard_file, torch_file, writer
+from flm_megatron.checkpoint.classic import ClassicCheckpoint
+from flm_megatron.checkpoint.described import recorded_model
 from flm_megatron.checkpoint.hugging_face import HuggingFaceCheckpoint
+from flm_megatron.checkpoint.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import Region, TensorInfo
 from flm_megatron.checkpoint.manifest import read_manifest
 from flm_megatron.checkpoint.pickle_records import Name, Record
@@ -27,6 +31,7 @@ from flm_megatron.checkpoint.stored_array import StoredArray
 from flm_megatron.checkpoint.torch_dist import TorchDistCheckpoint
 from flm_megatron.checkpoint.torch_metadata import parse_metadata
 from flm_megatron.checkpoint.unpickle import Foreign, StoredTensor, load_pickle, load_records, read_torch_file
+from flm_megatron.checkpoint.writer import write_view
 from flm_megatron.model.parameters import parameter_specs
 from tests.fuzzing.mutations import changed_bytes, changed_json, changed_object, opcodes, said
 from tests.fuzzing.watch import Violation
@@ -149,6 +154,35 @@ class Metadata(FileTarget):
             view.read(name)
 
 
+class TrainingStates(FileTarget):
+    """Files of torch.save that are whole, with other fields in them than Megatron-LM writes."""
+
+    def input(self, draw: random.Random) -> bytes:
+        """Fields changed."""
+        found = torch.load(io.BytesIO(self.seed), weights_only=False)
+        for _ in range(draw.choice((1, 1, 2, 5))):
+            found = changed_object(found, draw)
+        buffer = io.BytesIO()
+        torch.save(found, buffer)
+        return buffer.getvalue()
+
+
+class CommonStates(TrainingStates):
+    """`common.pt` beside Megatron-LM's `torch_dist` files."""
+
+    def read(self, data: bytes) -> None:
+        """What it says of position and model."""
+        recorded_model(TorchDistCheckpoint(self.file.parent), 331)
+
+
+class Ranks(TrainingStates):
+    """The file of a rank in Megatron-LM's classic layout."""
+
+    def read(self, data: bytes) -> None:
+        """Open the folder and read a norm."""
+        ClassicCheckpoint(self.file.parents[1], 331).read("decoder.final_layernorm.weight")
+
+
 class JsonTarget(FileTarget):
     """A JSON file, changed by its structure or by its bytes."""
 
@@ -166,7 +200,7 @@ class Manifests(JsonTarget):
         """As of JSON, then a checksum that is right if it still can be."""
         data = super().input(draw)
         try:
-            value = json.loads(data)
+            value = json.loads(data.decode("utf-8"))
             rest = {key: part for key, part in value.items() if key != "crc32"}
         except (ValueError, AttributeError, RecursionError):
             return data
@@ -220,10 +254,10 @@ class SafetensorsHeaders(FileTarget):
 
 def all_targets(folder: Path) -> dict[str, Target]:
     """Every target; `folder` is empty and holds the files that they read."""
-    from tests.unit.checkpoint_cases import flm_checkpoint, write_small
+    from tests.unit.checkpoint_cases import MODEL, flm_checkpoint, write_small
 
     write_small(folder / "ours")
-    shutil.copytree(folder / "ours", folder / "foreign")
+    write_view(InitialCheckpoint(MODEL, 1), folder / "foreign", {"step": 1})  # few regions, so that opening it is fast
     for name in ("manifest.json", "common.pt"):
         (folder / "foreign" / name).unlink()
     assert flm_checkpoint("export-hf", folder / "ours", folder / "hf", "--shard-size", "100KB") == 0
@@ -231,10 +265,17 @@ def all_targets(folder: Path) -> dict[str, Target]:
     copies |= {name: shutil.copytree(folder / "foreign", folder / name) for name in ("metadata", "format")}
     shard = sorted(copies["safetensors"].glob("*.safetensors"))[0].name
     torch.save(training_state(), folder / "state.pt")
+    assert flm_checkpoint("reshard", folder / "ours", folder / "classic", "--format", "classic", "--tensor", 1) == 0
+    rank = next((folder / "classic").rglob("*.pt"))
+    copies["common"] = shutil.copytree(folder / "foreign", folder / "common")
+    arguments = torch.load(rank, weights_only=False)["args"]
+    torch.save({"iteration": 5, "args": arguments, **optimizer_state()}, copies["common"] / "common.pt")
     return {
         "pickle": Pickles(),
         "torch file": TorchFiles(folder, "state.pt"),
         ".metadata": Metadata(copies["metadata"], ".metadata"),
+        "common.pt": CommonStates(copies["common"], "common.pt"),
+        "mp_rank file": Ranks(folder, str(rank.relative_to(folder))),
         "metadata.json": Formats(copies["format"], "metadata.json"),
         "manifest.json": Manifests(folder / "ours", "manifest.json"),
         "config.json": HuggingFace(copies["config"], "config.json"),
@@ -249,8 +290,13 @@ def training_state() -> dict[str, Any]:
         "iteration": 5,
         "args": argparse.Namespace(num_layers=2, params_dtype=torch.bfloat16, save=pathlib.PurePosixPath("/x")),
         "model": {"weight": torch.arange(6.0).reshape(2, 3), "view": torch.arange(4).bfloat16()},
-        "optimizer": {"param_groups": [{"step": 3, "lr": 1e-3, "betas": (0.9, 0.95)}]},
+        **optimizer_state(),
     }
+
+
+def optimizer_state() -> dict[str, Any]:
+    """The parameter groups among it."""
+    return {"optimizer": {"param_groups": [{"step": 3, "lr": 1e-3, "betas": (0.9, 0.95)}]}}
 
 
 def write_corpus() -> None:

@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from flm_megatron.checkpoint.classic import ClassicCheckpoint
 from flm_megatron.checkpoint.hugging_face import HuggingFaceCheckpoint
 from flm_megatron.checkpoint.hugging_face_config import model_from_config
 from flm_megatron.checkpoint.manifest import MANIFEST, read_manifest
+from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.safetensors_file import arrays_in
 from flm_megatron.checkpoint.stage_manifest import manifest_model
 from flm_megatron.checkpoint.torch_dist import TorchDistCheckpoint
@@ -306,3 +308,59 @@ def test_a_format_file_that_is_no_such_thing_is_damage(exported: Path, tmp_path:
     (tmp_path / "a" / "metadata.json").write_text(text)
     with pytest.raises(DamagedError, match=r"metadata\.json"):
         TorchDistCheckpoint(tmp_path / "a")
+
+
+def classic(exported: Path, tmp_path: Path, **change: Any) -> Path:
+    """A checkpoint in Megatron-LM's classic layout, with other fields in the file of its rank."""
+    command = ("reshard", exported / "ours", tmp_path / "classic", "--format", "classic", "--tensor", 1)
+    assert flm_checkpoint(*command) == 0
+    file = next((tmp_path / "classic").rglob("*.pt"))
+    saved = torch.load(file, weights_only=False)
+    for name, value in change.pop("args", {}).items():
+        setattr(saved["args"], name, value)
+    torch.save(saved | change, file)
+    return tmp_path / "classic"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": []}, "model is not a table of tensors by name"),
+        ({"model": {5: torch.ones(1)}}, "model is not a table of tensors by name"),
+        (
+            {"model": {"embedding.word_embeddings.weight": torch.tensor(1.0)}},
+            "embedding.word_embeddings.weight is missing",
+        ),
+        ({"args": {"num_layers": 10**12}}, "num_layers is 1,000,000,000,000: it has to lie between 1 and 10,000"),
+        ({"args": {"num_attention_heads": 0}}, "do not describe a decoder|num_attention_heads is 0"),
+        ({"args": {"num_layers": [1]}}, "do not describe a decoder"),
+        ({"args": {"num_layers": True}}, "do not describe a decoder"),
+        ({"args": {"norm_epsilon": -1.0}}, "norm_epsilon is -1.0"),
+        ({"args": {"window_size": (128, 0)}}, r"window_size = \(128, 0\)"),
+        ({"args": {"no_rope_freq": [0, 1, 1]}}, r"no_rope_freq = \[0, 1, 1\]"),
+    ],
+)
+def test_a_rank_file_of_other_fields_is_refused(exported: Path, tmp_path: Path, change: Any, message: str) -> None:
+    path = classic(exported, tmp_path, **change)
+    began = time.monotonic()
+    with pytest.raises(FlmError, match=message):
+        ClassicCheckpoint(path)
+    assert time.monotonic() - began < 5
+
+
+def test_an_argument_of_shared_parts_is_shown_in_short(exported: Path, tmp_path: Path) -> None:
+    """2^60 elements, which neither comparing nor writing the message may visit."""
+    deep: Any = []
+    for _ in range(60):
+        deep = [deep, deep]
+    path = classic(exported, tmp_path, args={"no_rope_freq": deep})
+    with pytest.raises(RequestError, match="no_rope_freq = ") as refused:
+        ClassicCheckpoint(path)
+    assert len(str(refused.value)) < 2000
+
+
+@pytest.mark.parametrize("latest", ["²", "9" * 5000, "release", "\udc80"])
+def test_a_strange_latest_iteration_is_refused(latest: str, tmp_path: Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(latest, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(RequestError, match="has no mp_rank folders"):
+        open_checkpoint(tmp_path)
