@@ -136,3 +136,9 @@ def test_a_law_without_a_floor_is_found() -> None:
     tokens = np.geomspace(1e8, 1e11, 200)
     found = fit_law(list(tokens), list(LossLaw(0.0, 30.0, 0.1).loss(tokens)))
     assert found.exponent == pytest.approx(0.1) and found.floor == pytest.approx(0.0, abs=1e-6)
+
+
+def test_losses_that_fall_on_and_on_get_no_floor_below_zero() -> None:
+    """A straight line over log tokens is fitted best by a small exponent and a floor far below zero."""
+    tokens = np.geomspace(1e8, 1e12, 200)
+    assert fit_law(list(tokens), list(12 - np.log(tokens / 1e8))).floor >= 0
