@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 RENEW_S = 5.0
 SILENT_RENEWALS = 6
 LOOK_S = 0.2
+END_S = 10.0
 ROUND_S = 1.0
 """For so long the first process looks before the others, who wait in a collective with a timeout, hear of it."""
 
@@ -57,8 +58,7 @@ def lease(
             renewal.start()
         yield
     finally:
-        renewal.end()
-        if attempt.held:
+        if renewal.end() and attempt.held:
             with suppress(OSError):  # what stays is seen to be dead by the next one
                 lease_file.give_up(file, attempt.line)
 
@@ -72,7 +72,7 @@ class Attempt:
         self.line = self.holder.to_bytes()
         self.held = False
         self._began = time.monotonic()
-        self._watches = {"lease": Watch(), "claim": Watch()}
+        self._watches: dict[Path, Watch] = {}
 
     def round(self, seconds: float) -> bool:
         """Try for at least `seconds` seconds; returns whether the lease is held.
@@ -86,6 +86,9 @@ class Attempt:
                 time.sleep(LOOK_S)
         except OSError as error:
             raise RequestError(f"{self.file}: cannot be written: {error.strerror or error}") from error
+        if self.held:
+            with suppress(OSError):
+                lease_file.sweep(self.file, self.line)
         return self.held
 
     def _try(self) -> bool:
@@ -94,23 +97,23 @@ class Attempt:
             self.held = True
             return True
         content = lease_file.read(self.file)
-        if content is not None and self._is_dead("lease", content) and self._claim(content):
+        if content is not None and self._is_dead(self.file, content) and self._claim(self.file, content):
             self.held = lease_file.take_over(self.file, content, self.line)
         return self.held
 
-    def _claim(self, content: bytes) -> bool:
-        """Make the claim on the lease `content`; a claim that its maker has left behind is removed."""
-        claim = lease_file.claim_of(self.file, lease_file.holder_line(content))
+    def _claim(self, file: Path, content: bytes) -> bool:
+        """Make the claim on a dead lease, or on a claim that its maker left behind: only who has it may end that."""
+        claim = lease_file.claim_of(file, lease_file.holder_line(content))
         if lease_file.create(claim, self.line):
             return True
         other = lease_file.read(claim)
-        if other is not None and self._is_dead("claim", other):
-            claim.unlink(missing_ok=True)
+        if other is not None and self._is_dead(claim, other) and self._claim(claim, other):
+            lease_file.remove_claim(claim, other)
         return False
 
-    def _is_dead(self, name: str, content: bytes) -> bool:
+    def _is_dead(self, file: Path, content: bytes) -> bool:
         """Whether a lease or claim is dead, as far as is known yet; raises RequestError if it is alive."""
-        watch = self._watches[name]
+        watch = self._watches.setdefault(file, Watch())
         new = watch.look(content)
         alive = watch.alive()
         waits = watch.holder is not None and watch.holder.precedes(self.holder)
@@ -131,6 +134,7 @@ class Watch:
         self._line = self._content = b""
         self._since = 0.0
         self._renewed = False
+        self._ended: bool | None = None
 
     def look(self, content: bytes) -> bool:
         """Note what the file holds now; returns whether it is another lease than at the last look."""
@@ -142,20 +146,18 @@ class Watch:
             self.silence_s = SILENT_RENEWALS * (self.holder.renew_s if self.holder else RENEW_S)
         if content != self._content:
             self._line, self._content, self._since = line, content, now
+        self._ended = self.holder.has_ended() if self.holder else None
         return not known
 
     def alive(self) -> str:
         """The sign of life that was seen, in words; empty without one."""
-        if self._ended() is False:
+        if self._ended is False:
             return "is running"
         return "has renewed its lease while it was watched" if self._renewed and not self.is_dead() else ""
 
     def is_dead(self) -> bool:
         """Whether the process is gone, or was silent for too long."""
-        return self._ended() or (self._ended() is None and time.monotonic() - self._since >= self.silence_s)
-
-    def _ended(self) -> bool | None:
-        return self.holder.has_ended() if self.holder else None
+        return self._ended or (self._ended is None and time.monotonic() - self._since >= self.silence_s)
 
 
 class Renewal(threading.Thread):
@@ -165,24 +167,29 @@ class Renewal(threading.Thread):
         super().__init__(name="lease", daemon=True)
         self.attempt, self.lost = attempt, lost
         self.over = threading.Event()
+        self.renewing = threading.Lock()
 
     def run(self) -> None:
         """Renew until the block ends."""
         count = 0
         while not self.over.wait(self.attempt.holder.renew_s):
             count += 1
-            try:
-                other = lease_file.renew(self.attempt.file, self.attempt.line, count)
-            except OSError:  # if that lasts, another may take the lease, and that is seen when the disk is back
-                continue
-            if other is not None and not self.over.is_set():
-                self._end(other)
+            with self.renewing:
+                if not self.over.is_set():
+                    self._renew(count)
 
-    def end(self) -> None:
-        """Renew no more."""
+    def _renew(self, count: int) -> None:
+        try:
+            other = lease_file.renew(self.attempt.file, self.attempt.line, count)
+        except OSError:  # if that lasts, another may take the lease, and that is seen when the disk is back
+            return
+        if other is not None:
+            self._end(other)
+
+    def end(self) -> bool:
+        """Renew no more; false if a renewal hangs on the disk, and may yet come."""
         self.over.set()
-        if self.is_alive():
-            self.join(self.attempt.holder.renew_s)  # not for ever: the disk may hang
+        return self.renewing.acquire(timeout=END_S)
 
     def _end(self, other: bytes) -> None:
         text = (

@@ -3,7 +3,8 @@
 The first line says who holds the lease, the second counts its renewals. The file appears by an exclusive creation and
 is renewed in place, so that a holder whose file was replaced can never write into its successor's. Who wants to end a
 lease, its holder or one who takes it over, first creates its *claim*, a file named after the lease's first line, and
-only one can. A taker then looks once more, and renames the claim, which holds its own first line, to the lease.
+only one can. A taker then looks once more, and renames the claim, which holds its own first line, to the lease. A claim
+whose maker was killed is ended in the same way, by a claim on it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
 LONGEST = 2**16
 COUNT_DIGITS = 12
+CLAIM_BYTES = 8
 
 
 def create(file: Path, holder: bytes) -> bool:
@@ -59,7 +62,7 @@ def holds(file: Path, holder: bytes) -> bool:
 
 def claim_of(file: Path, holder: bytes) -> Path:
     """The claim on the lease with this first line."""
-    return file.with_name(f"{file.name}.{hashlib.blake2b(holder, digest_size=8).hexdigest()}")
+    return file.with_name(f"{file.name}.{hashlib.blake2b(holder, digest_size=CLAIM_BYTES).hexdigest()}")
 
 
 def renew(file: Path, holder: bytes, count: int) -> bytes | None:
@@ -97,6 +100,24 @@ def take_over(file: Path, judged: bytes, holder: bytes) -> bool:
         if holds(claim, holder):
             claim.unlink(missing_ok=True)
     return holds(file, holder)
+
+
+def remove_claim(claim: Path, judged: bytes) -> None:
+    """Remove a claim that was judged to be dead with the content `judged`; the caller has made the claim on it."""
+    try:
+        if read(claim) == judged:
+            claim.unlink()
+    finally:
+        claim_of(claim, holder_line(judged)).unlink(missing_ok=True)
+
+
+def sweep(file: Path, holder: bytes) -> None:
+    """Remove claims on earlier leases, which were left by processes that were killed; `holder` holds the lease."""
+    claims = re.compile(re.escape(file.name) + rf"(\.[0-9a-f]{{{2 * CLAIM_BYTES}}})+")
+    own = claim_of(file, holder).name
+    for entry in file.parent.iterdir():
+        if claims.fullmatch(entry.name) and not entry.name.startswith(own):
+            entry.unlink(missing_ok=True)
 
 
 def give_up(file: Path, holder: bytes) -> None:

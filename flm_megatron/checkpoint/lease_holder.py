@@ -54,14 +54,9 @@ class Holder:
         place = (self.host, self.boot, self.pid_namespace)
         if not self.boot or not self.pid_namespace or place != _place():
             return None
-        try:
-            os.kill(self.pid, 0)
-        except (ProcessLookupError, OverflowError):
-            return True
-        except PermissionError:  # another user's
-            pass
-        ticks = start_ticks(self.pid)
-        return ticks is not None and ticks != self.start_ticks
+        ticks = start_ticks(self.pid) if _is_listed(self.pid) else 0
+        # Not to be seen: it is another user's, where these are hidden, or was about to go.
+        return not _is_listed(self.pid) if ticks is None else ticks != self.start_ticks
 
     def precedes(self, other: Holder) -> bool:
         """Whether this is an earlier start of the same job as `other`, which is about to end or has been lost."""
@@ -100,7 +95,20 @@ def start_ticks(pid: int) -> int | None:
     except OSError:
         return None
     after_name = text.rpartition(")")[2].split()  # the name may hold blanks and brackets
-    return 0 if after_name[0] in "ZX" else int(after_name[19])
+    state, threads, ticks = after_name[0], int(after_name[17]), int(after_name[19])
+    # The first thread is listed as ended while another of the process still finishes what it was writing.
+    return 0 if state in "ZX" and threads <= 1 else ticks
+
+
+def _is_listed(pid: int) -> bool:
+    """Whether there is a process of this number, running or ended."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:  # another user's
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def job_of(environment: Mapping[str, str]) -> tuple[str, str]:

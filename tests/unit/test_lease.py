@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
@@ -236,6 +239,41 @@ def test_of_many_that_come_at_once_one_wins(file: Path, tmp_path: Path, before: 
     losers = [path.read_text() for path in results.glob("lost-*")]
     assert len(losers) == 7 and all(f"in use by process {winner} on" in text for text in losers)
     assert list(tmp_path.iterdir()) == [results]
+
+
+def come_and_go(file: Path) -> None:
+    """Take the lease again and again; three times in ten be killed while holding it. `flock` is the witness."""
+    draw = random.Random(os.getpid())
+    while True:
+        with suppress(RequestError), held(file), (file.parent / "witness").open("a") as witness:
+            try:
+                fcntl.flock(witness, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                (file.parent / f"two-held-{os.getpid()}").touch()
+            witness.write("x")
+            witness.flush()
+            if draw.random() < 0.3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.004 * draw.random())
+        time.sleep(0.003 * draw.random())
+
+
+def test_two_never_hold_it_however_many_come_go_and_are_killed(file: Path) -> None:
+    processes: list[BaseProcess] = []
+    deadline, witness = time.monotonic() + 20, file.parent / "witness"
+    witness.touch()
+    while witness.stat().st_size < 40 and time.monotonic() < deadline:
+        processes = [process for process in processes if process.is_alive()]
+        while len(processes) < 6:
+            processes.append(CONTEXT.Process(target=come_and_go, args=(file,)))
+            processes[-1].start()
+        time.sleep(0.005)
+    for process in processes:
+        process.kill()
+        process.join()
+    assert not list(file.parent.glob("two-held-*")) and witness.stat().st_size > 1
+    with held(file):
+        assert sorted(entry.name for entry in file.parent.iterdir()) == [file.name, "witness"]
 
 
 def hold_for_ever(file: Path, words: Path) -> None:
