@@ -1,22 +1,19 @@
-"""A save under way: at once, or in a thread of its own over processes' own group."""
+"""A save under way: at once, or in a thread of its own."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
+from flm_megatron.checkpoint.channels import world_channel
 from flm_megatron.checkpoint.logical import TensorInfo
+from flm_megatron.checkpoint.processes import Processes
 from flm_megatron.checkpoint.shard_file import Rectangle
 from flm_megatron.checkpoint.writer import write_checkpoint
-
-SLOWEST_WRITE = timedelta(hours=6)
-_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
 
 class SaveHandle:
@@ -29,7 +26,7 @@ class SaveHandle:
         tensors: Mapping[str, TensorInfo],
         shards: Mapping[str, list[Rectangle]],
         manifest: dict[str, Any],
-        group: dist.ProcessGroup | None,
+        processes: Processes,
         written: Callable[[], None] | None = None,
     ) -> None:
         self.path = path
@@ -37,9 +34,12 @@ class SaveHandle:
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
 
-        arguments = (path, tensors, shards, manifest, group)
+        arguments = (path, tensors, shards, manifest, processes)
         if written is not None:
-            self._thread = threading.Thread(target=self._write, args=(written, *arguments), name=f"save {path.name}")
+            # A daemon: one that waits for ranks that are gone must not keep the process.
+            self._thread = threading.Thread(
+                target=self._write, args=(written, *arguments), name=f"save {path.name}", daemon=True
+            )
             self._thread.start()
         else:
             self._manifest = write_checkpoint(*arguments)
@@ -49,13 +49,21 @@ class SaveHandle:
         """Whether writing is over, well or not."""
         return self._thread is None or not self._thread.is_alive()
 
-    def wait(self) -> dict[str, Any]:
-        """Wait until the checkpoint is whole on all ranks; returns its manifest.
+    @property
+    def failed(self) -> bool:
+        """Whether this process knows by now that the save has failed; the others will know too."""
+        return self._error is not None
 
-        Raises what `write_checkpoint` raises, on every rank, if the save failed on any.
+    def wait(self, timeout_s: float | None = None) -> dict[str, Any]:
+        """Wait until the checkpoint is whole on all ranks; returns its manifest, as `write_checkpoint` does.
+
+        Raises what `write_checkpoint` raises, on every rank, if the save failed on any, and TimeoutError after
+        `timeout_s` seconds.
         """
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                raise TimeoutError(f"{self.path} is not whole after {timeout_s:g} s")
         if self._error is not None:
             raise self._error
         assert self._manifest is not None, "a save that did not fail has a manifest"
@@ -70,15 +78,9 @@ class SaveHandle:
             written()
 
 
-def writing_group() -> dist.ProcessGroup | None:
-    """A gloo group of all processes for saving alone, made once; none without torch.distributed.
+def writing_processes() -> Processes:
+    """All processes, for saving alone; this one without torch.distributed. All ranks must call, in the main thread.
 
-    Saving in the background must not share a group with training: their messages would cross. All ranks must call.
+    Saving in the background must not share a communicator with training: their messages would cross.
     """
-    if not dist.is_initialized():
-        return None
-    world = dist.group.WORLD
-    assert world is not None
-    if world not in _groups:
-        _groups[world] = dist.new_group(backend="gloo", timeout=SLOWEST_WRITE)
-    return _groups[world]
+    return Processes(world_channel("saving") if dist.is_initialized() else None)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from flm_megatron.checkpoint.asynchronous import SaveHandle, writing_group
+from flm_megatron.checkpoint.asynchronous import SaveHandle, writing_processes
 from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER, LogicalCheckpoint, Region, TensorInfo
 from flm_megatron.checkpoint.optimizer_state import (
     initialise_state,
@@ -94,15 +94,14 @@ def save_state(
     Raises:
         RequestError: (without `asynchronous`) the destination exists or cannot be written.
     """
-    group = writing_group()
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    processes = writing_processes()
     tensors, stored = stored_state(chunks, optimizer)
     buffer = take_buffer(placed(stored)[1]) if asynchronous else None
     if buffer is not None:
         stored = snapshot(stored, buffer)
     found = [Rectangle(name, region, _getter(region, tensor)) for name, region, tensor in stored]
-    shards = {f"__{rank}_0.distcp": found}
-    return SaveHandle(Path(path), tensors, shards, manifest, group, partial(give_back, buffer) if buffer else None)
+    shards = {f"__{processes.rank}_0.distcp": found}
+    return SaveHandle(Path(path), tensors, shards, manifest, processes, partial(give_back, buffer) if buffer else None)
 
 
 def stored_state(chunks: list[torch.nn.Module], optimizer: Any) -> tuple[dict[str, TensorInfo], list[Stored]]:

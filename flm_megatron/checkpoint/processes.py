@@ -7,19 +7,20 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from flm_megatron.checkpoint.channels import Channel, GroupChannel
 from flm_megatron.errors import ERRORS, FlmError
 
 T = TypeVar("T")
 
 
 class Processes:
-    """The processes of `group` (of all, if torch.distributed runs; else this one alone)."""
+    """The processes of `channel` (of all, if torch.distributed runs; else this one alone)."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group
-        self.distributed = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank(group) if self.distributed else 0
-        self.size = dist.get_world_size(group) if self.distributed else 1
+    def __init__(self, channel: Channel | None = None) -> None:
+        if channel is None and dist.is_available() and dist.is_initialized():
+            channel = GroupChannel()
+        self._channel = channel
+        self.rank, self.size = (channel.rank, channel.size) if channel is not None else (0, 1)
 
     def together(self, work: Callable[[], T]) -> list[T]:
         """Do `work` everywhere; the results of all ranks on rank 0, this rank's own in the others' stead elsewhere.
@@ -33,7 +34,11 @@ class Processes:
             result = work()
         except Exception as caught:
             error = caught
-        outcomes = self._gather((result, None if error is None else describe(error)))
+        try:
+            outcomes = self._gather((result, None if error is None else describe(error)))
+        except FlmError as lost:  # only rank 0 finds out who did not answer
+            self._broadcast([(0, describe(lost))])
+            raise error or lost from None
         failures = [(rank, failure) for rank, (_, failure) in enumerate(outcomes) if failure] if outcomes else []
         failures = self._broadcast(failures)
         if error is not None:
@@ -58,21 +63,10 @@ class Processes:
         return result
 
     def _gather(self, value: Any) -> list[Any]:
-        if self.size == 1:
-            return [value]
-        values: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(value, values, dst=self._first(), group=self.group)
-        return values or []
+        return [value] if self._channel is None or self.size == 1 else self._channel.gather(value)
 
     def _broadcast(self, value: Any) -> Any:
-        if self.size == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, src=self._first(), group=self.group)
-        return values[0]
-
-    def _first(self) -> int:
-        return 0 if self.group is None else dist.get_global_rank(self.group, 0)
+        return value if self._channel is None or self.size == 1 else self._channel.broadcast(value)
 
 
 def describe(error: BaseException) -> tuple[str, str]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -53,24 +52,24 @@ def write_view(
     view: LogicalCheckpoint,
     path: str | Path,
     manifest: dict[str, Any] | None = None,
-    group: dist.ProcessGroup | None = None,
+    processes: Processes | None = None,
     progress: Callable[[int], None] | None = None,
     chunk_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """Copy a view into a new checkpoint folder; its tensors are shared out over the processes of `group`.
+    """Copy a view into a new checkpoint folder; its tensors are shared out over `processes` (all, if not given).
 
     `manifest` is the view's own if not given. Tensors are cut into chunks of at most `chunk_bytes` (`chunk_size`'s
     if not given), which are streamed. `progress` is called with the bytes done since its last call.
     Returns the manifest that was written. Raises as `write_checkpoint`, and whatever reading the view raises.
     """
-    processes = Processes(group)
+    processes = processes or Processes()
     files = plan_files(view.tensors, processes.rank, processes.size, chunk_bytes)
     shards = {
         name: [Rectangle(tensor, region, partial(view.read, tensor)) for tensor, region in parts]
         for name, parts in files.items()
     }
     manifest = dict(view.manifest if manifest is None else manifest)
-    return write_checkpoint(path, view.tensors, shards, manifest, group, progress)
+    return write_checkpoint(path, view.tensors, shards, manifest, processes, progress)
 
 
 def plan_files(
@@ -100,25 +99,34 @@ def write_checkpoint(
     tensors: Mapping[str, TensorInfo],
     shards: Mapping[str, Iterable[Rectangle]],
     manifest: dict[str, Any],
-    group: dist.ProcessGroup | None = None,
+    processes: Processes | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Write a checkpoint folder together with the other processes of `group`.
+    """Write a checkpoint folder together with the others of `processes` (of all, if not given).
 
     `tensors` are at least those in `shards`, which are this process's files by name (unique over all processes), each
     with its rectangles; together the rectangles of all processes cover every tensor once. Everything is written
-    under a temporary name, synchronised to the disk, and renamed when it is whole. Returns the manifest.
+    under a temporary name, synchronised to the disk, and renamed when it is whole. Returns the manifest; all but the
+    first process get it without its `files`, of which a large run has tens of thousands.
 
     Raises:
         RequestError: the destination exists or cannot be written (disk full, no permission).
         FlmError: another process failed, or the rectangles do not cover a tensor. Nothing is left at the destination.
     """
-    path, processes = Path(path), Processes(group)
+    path, processes = Path(path), processes or Processes()
     folder = path.with_name(path.name + PARTIAL)
     processes.on_first(lambda: _start(path, folder))
     try:
         results = processes.together(lambda: _write_shards(folder, shards, tensors, progress))
-        return processes.on_first(lambda: _finish(folder, path, results, manifest))
+        whole: dict[str, Any] = {}
+
+        def finish() -> dict[str, Any]:
+            """What every process hears."""
+            whole.update(_finish(folder, path, results, manifest))
+            return {**whole, "files": {}}
+
+        told = processes.on_first(finish)
+        return whole or told
     except BaseException:
         if processes.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)

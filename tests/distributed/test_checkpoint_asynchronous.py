@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _world
 
-from flm_megatron.checkpoint import shard_file
+from flm_megatron.checkpoint import channels, shard_file
 from flm_megatron.checkpoint.engine import save_state
 from flm_megatron.checkpoint.logical import STATE_PREFIXES
 from flm_megatron.checkpoint.logical_hash import tensor_hashes
@@ -102,3 +105,52 @@ def exists_already(folder: str) -> str:
 def test_an_existing_checkpoint_is_not_overwritten(pool: Pool, tmp_path: Path) -> None:
     assert all("exists already" in message for message in pool.run(2, exists_already, str(tmp_path)))
     open_checkpoint(tmp_path / "a")
+
+
+def connections_of_saves(folder: str) -> list[tuple[int, int]]:
+    """Process groups and open files before the first save, after it and after the second."""
+    with engine_under(LAYOUT, _stage()) as engine:
+        take_steps(engine, range(1))
+        found = []
+        for name in ("a", "b", None):
+            dist.barrier()
+            found.append((len(_world.pg_map), psutil.Process().num_fds()))
+            dist.barrier()
+            if name:
+                save_state(f"{folder}/{name}", engine.chunks, engine.optimizer, {}, asynchronous=True).wait()
+        return found
+
+
+def test_saving_makes_no_connection(pool: Pool, tmp_path: Path) -> None:
+    for first, *others in pool.run(4, connections_of_saves, str(tmp_path)):
+        assert all(groups == first[0] and files <= first[1] for groups, files in others), (first, others)
+
+
+def stop_in_a_save(folder: str) -> str:
+    """Rank 1 stops in the middle of a save, as one does that is frozen or gone; what the others are told."""
+    channels.SLOWEST_WORK = timedelta(seconds=2)
+    with engine_under(LAYOUT, _stage()) as engine:
+        if dist.get_rank() == 1:
+
+            def stop(*_: Any) -> Any:
+                time.sleep(3600)
+
+            shard_file.encode = stop
+        handle = save_state(f"{folder}/a", engine.chunks, engine.optimizer, {}, asynchronous=True)
+        total = torch.ones(1)
+        dist.all_reduce(total)  # training goes on meanwhile
+        if dist.get_rank() == 1:
+            with pytest.raises(TimeoutError, match=r"a is not whole after 0\.5 s"):
+                handle.wait(0.5)
+            return str(handle.failed)
+        with pytest.raises(FlmError) as caught:
+            handle.wait()
+        assert handle.failed and total == 4
+        return str(caught.value)
+
+
+def test_a_rank_that_stops_in_a_save_is_named_in_time(pool: Pool, tmp_path: Path) -> None:
+    messages = pool.run(4, stop_in_a_save, str(tmp_path))
+    assert messages[1] == "False"
+    assert all("nothing came from rank 1 for 2 s" in messages[rank] for rank in (0, 2, 3)), messages
+    assert not (tmp_path / "a").exists()

@@ -37,13 +37,13 @@ WRITTEN = {"files", "tensors", "logical_hash", "weights_hash", "optimizer", "ver
 
 def manifest_in_a_run(run_file: str, source: str) -> dict[str, Any]:
     """The manifest of stage `big` at step 0, of a run that grows into it from `source`."""
-    from flm_megatron.training.parallel import layout
+    from flm_megatron.training.parallel import Layouts, layout
     from flm_megatron.training.stage import StageTrainer
     from flm_megatron.training.start import Start, begin
 
     run = resolve(load_run(run_file))
     start = Start(1, 0, Path(source), resumes=False)
-    beginning = begin(run, start)
+    beginning = begin(run, start, Layouts(60))
     with layout(beginning.stage.parallel, 60):
         trainer = StageTrainer(run, start, beginning)
         try:
