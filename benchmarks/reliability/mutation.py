@@ -61,6 +61,8 @@ TESTS = {
     "data/stream": ["data_stream", "data_history"],
     "data/mixture": ["data_history", "data_stream"],
     "data/cuts": ["data_history"],
+    "data/remaining": ["data_history"],
+    "data/source_line": ["data_history", "data_stream"],
     "data/loader": ["data_loader"],
     "data/packing": ["sft_data"],
     "data/chat_stream": ["sft_data"],
@@ -83,6 +85,8 @@ TESTS = {
     "growth/births": ["growth_birth"],
     "growth/folding": ["checkpoint_tools_folding"],
     "growth/schedule": ["growth_plan", "growth_birth"],
+    "training/continuation": ["continuation"],
+    "training/changes": ["continuation"],
     "training/spikes": ["stability", "spike_replay"],
 }
 """Source files, below `flm_megatron/`, and the unit tests that are theirs."""

@@ -195,7 +195,7 @@ def _chat_reasons(
     run: RunConfig, index: int, manifest: Mapping[str, Any], past: History, now: Segment
 ) -> Iterator[str]:
     """In the middle of a stage its conversations stay: they are packed into samples all at once."""
-    if past[-1].stage != now.stage or now.first_step == 0:
+    if past[-1].stage != now.stage or now.first_step == 0 or "run" not in manifest:
         return
     saved = run_from_dict(manifest["run"])
     for field, was, value in (

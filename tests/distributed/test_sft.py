@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,20 @@ def test_a_run_learns_half_of_the_weights_and_resumes_in_mid_epoch(folder: Path,
             index = slice(None) if not name.startswith("decoder.layers.") else layer
             same = torch.equal(before.read(name)[index], after.read(name)[index])
             assert same == ((name, layer) in frozen), (name, layer)
+
+
+def test_a_fine_tuning_goes_on_with_another_batch(folder: Path, tmp_path: Path) -> None:
+    """From the next sample on; what the samples are made of has to stay within the stage."""
+    path = run_file(folder, tmp_path)
+    run, _ = prepared(load_run(path))
+    assert train(replace(run, stages=[replace(run.stages[0], tokens=2 * 4 * LENGTH)])) == 0
+    assert flm(["sft", str(path), "--data.chat.packing", "false"]) == 2
+    assert flm(["sft", str(path), "--stages.0.global_batch", "6"]) == 0
+    manifest, chat = open_checkpoint(last(tmp_path)).manifest, training_stream(run, 0)
+    assert isinstance(chat, ChatStream)
+    steps = 2 + math.ceil((chat.samples - 8) / 6)
+    assert (manifest["step"], manifest["samples"]) == (steps, 8 + 6 * (steps - 2))
+    assert [segment["first_sample"] for segment in manifest["history"]] == [0, 8]
 
 
 def last(output: Path) -> Path:
