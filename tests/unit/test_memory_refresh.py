@@ -18,8 +18,12 @@ from flm_megatron.checkpoint.memory.client import Endpoint
 from flm_megatron.checkpoint.memory.peers import Peers
 from flm_megatron.checkpoint.memory.refresh import Refresher
 from flm_megatron.checkpoint.memory.starting import obstacle
+from flm_megatron.config.loader import run_to_dict
+from flm_megatron.config.schema import CheckpointConfig, MemoryConfig, RunConfig, StageConfig
 from flm_megatron.device.process_group import process_group
 from flm_megatron.errors import RequestError
+from flm_megatron.training.memory_copies import NOT_USED, memory_copies
+from flm_megatron.training.start import Start
 from tests.unit.memory_cases import agents, overwrite, wait_until
 
 pytestmark = pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
@@ -58,9 +62,9 @@ def started(peers: Peers, newest: Generation, kept: Generation | None) -> Refres
     return refresher
 
 
-def refresh(refresher: Refresher, step: int) -> str | None:
+def refresh(refresher: Refresher, step: int, **more: Any) -> str | None:
     STATE.fill_(step)
-    manifest: dict[str, Any] = {"stage": "small", "step": step}
+    manifest: dict[str, Any] = {"stage": "small", "step": step, **more}
     return refresher.refresh([], None, manifest)
 
 
@@ -173,3 +177,42 @@ def test_a_budget_that_is_too_small_is_refused(peers: OneHost) -> None:
     refresher = Refresher(peers, NONE, None)
     with pytest.raises(RequestError, match=r"but checkpoint\.memory\.budget_gib is 1e-06"):
         refresher.reserve([], None, budget_gib=1e-6)
+
+
+def test_where_nobody_starts_ranks_again_copies_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1):
+        for memory, said in ((None, ""), (MemoryConfig(), f"{NOT_USED}\n")):
+            with memory_copies(RunConfig(checkpoint=CheckpointConfig(memory=memory))) as copies:
+                assert copies is None
+            assert capsys.readouterr().out == said
+
+
+def test_a_run_whose_ranks_are_lost_goes_on_from_memory_if_that_is_further_than_the_disk(
+    peers: OneHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    stages = [StageConfig(name=name, tokens=10**6) for name in ("tiny", "small")]
+    run = RunConfig(stages=stages, checkpoint=CheckpointConfig(memory=MemoryConfig()))
+    refresh(started(peers, NONE, None), 10, run=run_to_dict(run))
+    settle(peers)
+    saved = Path("checkpoints/small/step_00000004")
+    for start, only, step in (
+        (Start(1, 4, saved, resumes=True, taken=("step_00000004",)), None, 10),
+        (Start(1, 0, saved, resumes=False), "small", 10),
+        (Start(0, 99, saved, resumes=True), None, 10),
+        (Start(0, 99, saved, resumes=True), "tiny", 99),
+        (Start(1, 10, saved, resumes=True), None, 10),
+        (Start(1, 12, saved, resumes=True), None, 12),
+    ):
+        with memory_copies(run) as copies:
+            assert copies is not None
+            copies.peers.stop = lambda: None  # type: ignore[method-assign]
+            found = copies.newer(start, only)
+            assert found.step == step and found.taken == start.taken
+            assert (copies.view is not None) == (found != start) == (found.source is None)
+            if copies.view is not None:
+                assert found.resumes and found.stage == 1 and "small goes on from step 10" in copies.line
+            assert copies.newer(start, only) == start and copies.view is None  # only the first stage of a start
