@@ -10,17 +10,21 @@ from flm_megatron.config.schema import ModelConfig, MupConfig
 from flm_megatron.errors import DamagedError, RequestError
 from flm_megatron.json_text import parse_json
 
+LARGEST_JSON = 64 * 2**20
 Flavour = Literal["teleflm", "llama"]
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises RequestError if the file is missing, DamagedError if it is not JSON."""
     try:
-        text = path.read_bytes()
+        with path.open("rb") as file:
+            text = file.read(LARGEST_JSON + 1)
     except FileNotFoundError:
         raise RequestError(f"{path.parent} is not a Hugging Face checkpoint: it has no {path.name}") from None
     except OSError as error:
         raise DamagedError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if len(text) > LARGEST_JSON:
+        raise DamagedError(f"{path}: more than {LARGEST_JSON:,} bytes, which is no file of a model's settings")
     value = parse_json(text, str(path), DamagedError, strict=True, name="a JSON file")
     if not isinstance(value, dict):
         raise DamagedError(f"{path}: a JSON object was expected, not a {type(value).__name__}")

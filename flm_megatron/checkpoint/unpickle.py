@@ -56,8 +56,8 @@ CLASSES = {
 """Names that a checkpoint has a use for, besides torch's dtypes, layouts and storages. None is ever looked up."""
 FOREIGN = ("megatron", "transformer_engine", "signal")
 """Packages whose classes lie among Megatron-LM's arguments."""
-LARGEST_PICKLE = 512 * 2**20
-"""Bytes. The metadata of a 1T model's checkpoint has 38 MB at 245,000 regions."""
+LARGEST_PICKLE = 256 * 2**20
+"""Bytes. The metadata of a 1T model's checkpoint has 38 MB at 245,000 regions, and takes 20 times that in memory."""
 SMALL_PICKLE = 2**16  # bytes, below which the collector of cyclic garbage makes no difference
 MAX_DIMENSIONS = 64
 ZIP_ERRORS = (zipfile.BadZipFile, struct.error, KeyError, ValueError, OverflowError, EOFError, RuntimeError)
@@ -120,27 +120,25 @@ def load_pickle(
         raise DamagedError(f"{source}: cannot be unpickled: {error}") from error
 
 
-def read_pickle(path: Path) -> Any:
-    """The object in a pickle file. Raises DamagedError when it is missing, broken or names a forbidden global."""
-    try:
-        return load_pickle(path.read_bytes(), str(path))
-    except OSError as error:
-        raise DamagedError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
 def read_torch_file(path: Path) -> Any:
-    """The object in a file of `torch.save`, with its tensors. Raises DamagedError as `read_pickle`."""
+    """The object in a file of `torch.save`, with its tensors; those of one storage share it.
+
+    Raises DamagedError when the file is missing or damaged, or as `load_pickle`.
+    """
+    storages: dict[str, bytearray] = {}
     try:
         with zipfile.ZipFile(path) as archive:
             pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             if len(pickles) != 1:
                 raise DamagedError(f"{path}: not a file of torch.save")
             root = pickles[0].removesuffix("data.pkl")
-            return load_pickle(
-                read_stored(archive, pickles[0]),
-                str(path),
-                tensor=lambda stored: _materialise(stored, read_stored(archive, f"{root}data/{stored.key}")),
-            )
+
+            def tensor(stored: StoredTensor) -> torch.Tensor:
+                if stored.key not in storages:
+                    storages[stored.key] = bytearray(read_stored(archive, f"{root}data/{stored.key}"))
+                return _materialise(stored, storages[stored.key])
+
+            return load_pickle(read_stored(archive, pickles[0]), str(path), tensor=tensor)
     except OSError as error:
         raise DamagedError(f"{path}: cannot be read: {error.strerror or error}") from error
     except ZIP_ERRORS as error:
@@ -276,8 +274,8 @@ def _storage(said: Any) -> tuple[torch.dtype, str, int]:
     raise PickleError("it does not describe its tensors as torch.save does")
 
 
-def _materialise(stored: StoredTensor, data: bytes) -> torch.Tensor:
-    flat = torch.frombuffer(bytearray(data), dtype=stored.dtype) if data else torch.empty(0, dtype=stored.dtype)
+def _materialise(stored: StoredTensor, data: bytearray) -> torch.Tensor:
+    flat = torch.frombuffer(data, dtype=stored.dtype) if data else torch.empty(0, dtype=stored.dtype)
     return flat.as_strided(stored.size, stored.stride, stored.offset)
 
 

@@ -19,7 +19,7 @@ from flm_megatron.checkpoint.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical_hash import tensor_hashes
 from flm_megatron.checkpoint.manifest import MANIFEST
 from flm_megatron.checkpoint.opening import open_checkpoint
-from flm_megatron.checkpoint.unpickle import Foreign, load_pickle, read_pickle, read_torch_file
+from flm_megatron.checkpoint.unpickle import Foreign, load_pickle, read_torch_file
 from flm_megatron.checkpoint.writer import write_view
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import DamagedError
@@ -148,11 +148,20 @@ def test_classes_of_megatron_become_inert_records() -> None:
 def test_broken_pickles(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(data)
     with pytest.raises(DamagedError, match=str(tmp_path / "x")):
-        read_pickle(tmp_path / "x")
+        load_pickle(data, str(tmp_path / "x"))
     with pytest.raises(DamagedError, match=r"torch\.save"):
         read_torch_file(tmp_path / "x")
 
 
 def test_a_missing_pickle(tmp_path: Path) -> None:
     with pytest.raises(DamagedError, match="No such file"):
-        read_pickle(tmp_path / "x")
+        read_torch_file(tmp_path / "x")
+
+
+def test_tensors_of_one_storage_share_it(tmp_path: Path) -> None:
+    """A file of a few kilobytes may name one large storage very often."""
+    whole = torch.arange(1000)
+    torch.save([whole, *(whole[i:] for i in range(100))], tmp_path / "x.pt")
+    first, *views = read_torch_file(tmp_path / "x.pt")
+    first[999] = -1
+    assert all(view[-1] == -1 for view in views)
