@@ -11,13 +11,32 @@ from typing import Any
 
 import torch
 
-from flm_megatron.checkpoint.logical import Region
+from flm_megatron.checkpoint.logical import EXP_AVG, LogicalCheckpoint, Region
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.operators import Old, Operators
 from flm_megatron.growth.plan import GrowthPlan
 
 Provenance = Mapping[str, Any]
 """The `growth` entry of a manifest (`view.provenance`)."""
+
+
+def growth_behind(manifest: Mapping[str, Any]) -> Provenance | None:
+    """The last growth behind a checkpoint: that of its stage, or of the checkpoint that its run started from."""
+    return manifest.get("growth") or manifest.get("earlier_growth")
+
+
+def has_moments(view: LogicalCheckpoint) -> bool:
+    """Whether a checkpoint has Adam's moments; without, its entries are all born anew."""
+    return any(name.startswith(EXP_AVG) for name in view.tensors)
+
+
+def earlier_growth(view: LogicalCheckpoint, grows: bool) -> dict[str, Any]:
+    """What a stage that starts from or resumes `view` keeps of it in its manifests, unless the stage `grows` itself:
+    the growth that its births follow from, where there are some."""
+    growth = growth_behind(view.manifest)
+    if grows or not has_moments(view) or not counts_births(growth):
+        return {}
+    return {"earlier_growth": growth}
 
 
 def counts_births(growth: Provenance | None) -> bool:
@@ -28,10 +47,11 @@ def counts_births(growth: Provenance | None) -> bool:
 def births(growth: Provenance | None, name: str, region: Region) -> torch.Tensor:
     """Adam's step at the birth of each entry of a region of parameter `name` (int32, of shape `region.sizes`).
 
-    It is 0 for entries of the first stage, and for those of growths that `keep` the step.
+    It is 0 for entries of the first stage, for those of growths that `keep` the step, and for all where a growth had
+    no moments to start from.
     """
     out = torch.zeros(region.sizes, dtype=torch.int32)
-    if growth is None:
+    if growth is None or not growth.get("moments", True):
         return out
     plan = GrowthPlan.from_json(growth["plan"])
     born = growth["optimizer_step"] if plan.optimizer_step == "birth" else 0
@@ -42,10 +62,10 @@ def births(growth: Provenance | None, name: str, region: Region) -> torch.Tensor
     return out
 
 
-def load_births(manifest: Mapping[str, Any], chunks: list[torch.nn.Module], optimizer: Any) -> None:
+def load_births(view: LogicalCheckpoint, chunks: list[torch.nn.Module], optimizer: Any) -> None:
     """Give a loaded optimizer the births that its AdamW counts bias correction from; nothing where all are 0.
 
-    Call it after `load_state`, with the manifest of the same view.
+    Call it after `load_state`, with the same view. One without moments starts Adam anew, births and all.
 
     Raises:
         RequestError: births are asked for, but the optimizer is Transformer Engine's or Apex's.
@@ -54,8 +74,8 @@ def load_births(manifest: Mapping[str, Any], chunks: list[torch.nn.Module], opti
     from flm_megatron.checkpoint.placement import placements
     from flm_megatron.optim.adamw import AdamW
 
-    growth = manifest.get("growth")
-    if not counts_births(growth):
+    growth = growth_behind(view.manifest)
+    if not has_moments(view) or not counts_births(growth):
         return
     by_parameter = placements_by_parameter(placements(chunks))
     for part in unchained(optimizer):

@@ -15,6 +15,7 @@ from flm_megatron.config.loader import resolve_vocabulary
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import RequestError
+from flm_megatron.growth.births import has_moments
 from flm_megatron.growth.foreseen import check_boundary, unmeasured_plan
 from flm_megatron.growth.plan import GrowthPlan, check_same_plan, make_plan, stage_growth
 from flm_megatron.growth.rules import check_source_stage
@@ -123,7 +124,8 @@ def check_same_tokenizer(manifest: Mapping[str, Any], run: RunConfig, model: Mod
 def _manifest(source: LogicalCheckpoint, run: RunConfig, stage_index: int, plan: GrowthPlan) -> dict[str, Any]:
     """The grown stage's at step 0; where its run stands is carried over."""
     known = source.manifest
-    position = StagePosition(0, known.get("samples"), known.get("tokens"), known.get("optimizer_step"))
+    adam_step = known.get("optimizer_step") if has_moments(source) else 0
+    position = StagePosition(0, known.get("samples"), known.get("tokens"), adam_step)
     run = resolve_vocabulary(run, int(plan.new.vocab_size or 0))
     manifest = stage_manifest(run, stage_index, plan.new, position)
     return {**{key: known[key] for key in ("tokenizer_sha256", "history") if key in known}, **manifest}

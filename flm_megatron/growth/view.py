@@ -12,6 +12,7 @@ from flm_megatron import __version__
 from flm_megatron.checkpoint.generator import truncated_normal
 from flm_megatron.checkpoint.logical import EXP_AVG, MASTER, STATE_PREFIXES, LogicalCheckpoint, Region, TensorInfo
 from flm_megatron.errors import RequestError
+from flm_megatron.growth.births import growth_behind, has_moments
 from flm_megatron.growth.operators import Constant, Fresh, Mean, Old, Operators, Piece
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.model.parameters import parameter_specs
@@ -104,7 +105,8 @@ def axis_mean(values: torch.Tensor, axis: int) -> torch.Tensor:
 def provenance(source: LogicalCheckpoint, plan: GrowthPlan) -> dict[str, Any]:
     """Where a grown checkpoint comes from: the plan, the source's checksum, the code's version.
 
-    `optimizer_step` is Adam's step at the growth, `before` the provenance of the source where it was grown too.
+    `optimizer_step` is Adam's step at the growth, `moments` whether the source had Adam's moments, `before` the
+    provenance of the source where it was grown too.
     """
     text = json.dumps(source.manifest, sort_keys=True, default=str)
     return {
@@ -113,9 +115,10 @@ def provenance(source: LogicalCheckpoint, plan: GrowthPlan) -> dict[str, Any]:
         "source_manifest_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "source_stage": source.manifest.get("stage"),
         "source_step": source.manifest.get("step"),
-        "optimizer_step": int(source.manifest.get("optimizer_step") or 0),
+        "optimizer_step": int(source.manifest.get("optimizer_step") or 0) if has_moments(source) else 0,
+        "moments": has_moments(source),
         "code_version": __version__,
-        "before": source.manifest.get("growth"),
+        "before": growth_behind(source.manifest),
     }
 
 

@@ -24,7 +24,7 @@ from flm_megatron.data.streams import Stream, training_stream, validation_stream
 from flm_megatron.device import current
 from flm_megatron.device.hardware import find_hardware
 from flm_megatron.errors import DamagedError
-from flm_megatron.growth.births import load_births
+from flm_megatron.growth.births import earlier_growth, load_births
 from flm_megatron.growth.certificate import Certificate, certified
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.growth.schedule import mask_plan, mask_value
@@ -89,6 +89,7 @@ class StageTrainer:
         self._load(self.view)
         self.watch = SpikeWatch(self.stage.stability, _watched(start, self.view.manifest))
         self.growth = _growth_record(beginning)
+        self.earlier = earlier_growth(self.view, grows=self.growth is not None)
         self.masks = _masks(self.engine, self.plan, self.step)
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.data_size = parallel_state.get_data_parallel_world_size()
@@ -213,7 +214,7 @@ class StageTrainer:
     def _load(self, view: LogicalCheckpoint) -> None:
         """Weights and optimizer of a checkpoint."""
         load_state(view, self.engine.chunks, self.engine.optimizer)
-        load_births(view.manifest, self.engine.chunks, self.engine.optimizer)
+        load_births(view, self.engine.chunks, self.engine.optimizer)
 
     def _open_masks(self) -> None:
         """Set the growth masks to this step's value; at 1 they come off."""
@@ -321,6 +322,7 @@ class StageTrainer:
             **stage_manifest(self.run, self.index, self.stage.model, position, self.growth),
             "history": history_to_json(self.start.history),
             "validation_sha256": self.validation_sha256,
+            **self.earlier,
             "stability": self.watch.to_json(),
             "layout": asdict(self.stage.parallel) | {"world": dist.get_world_size()},
         }

@@ -94,7 +94,7 @@ def birth_run(path: Path, parallel: ParallelConfig, first: int, last: int, birth
     with layout(parallel, timeout_s=120):
         engine = Engine(stage_of(view, parallel), SEQUENCE)
         load_state(checkpoint, engine.chunks, engine.optimizer)
-        load_births(checkpoint.manifest, engine.chunks, engine.optimizer)
+        load_births(checkpoint, engine.chunks, engine.optimizer)
         losses = take_steps(engine, range(first, last))
         growth = checkpoint.manifest["growth"]
         manifest = {**MANIFEST, "step": last, "optimizer_step": 40 + last, "growth": growth}

@@ -152,7 +152,7 @@ def small_run(**growth_changes: Any) -> RunConfig:
 
 
 def test_boundary_carries_the_position_on() -> None:
-    source = trained(old_model())
+    source = trained(old_model(), optimizer=True)
     source.manifest |= {"tokens": 640, "samples": 40, "optimizer_step": 12}
     view, plan = grown_view(source, small_run(), 1)
     assert plan.stage == "big" and plan.new.vocab_size == 37

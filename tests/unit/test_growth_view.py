@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER, Region
 from flm_megatron.errors import RequestError
-from flm_megatron.growth.births import births, counts_births
+from flm_megatron.growth.births import births, counts_births, earlier_growth, growth_behind
 from flm_megatron.growth.plan import GrowthPlan, make_plan
 from flm_megatron.growth.view import GrownCheckpoint, axis_mean
 from flm_megatron.model import parameters as p
@@ -132,7 +132,8 @@ def test_births() -> None:
     name, whole = f"{p.FC2}.weight", Region.whole((3, 24, 87))
     born = births(once, name, whole)
     assert (born[:, :, 50:] == 40).all() and (born[:, :, :50] == 0).all()
-    held = MemoryCheckpoint(trained(plan.new).values, {"optimizer_step": 70, "growth": once})
+    values = trained(plan.new, torch.float32, optimizer=True).values
+    held = MemoryCheckpoint(values, {"optimizer_step": 70, "growth": once})
     deeper = plan_for("layers", "zero", plan.new, {"optimizer_step": "birth"})
     twice = GrownCheckpoint(held, deeper).manifest["growth"]
     born = births(twice, name, Region((1, 2, 48), (3, 4, 5)))
@@ -142,6 +143,31 @@ def test_births() -> None:
     kept = GrownCheckpoint(held, plan_for("layers", "zero", plan.new)).manifest["growth"]
     assert counts_births(twice) and counts_births(kept) and births(kept, name, whole).unique().tolist() == [0, 40]
     assert not counts_births(GrownCheckpoint(trained(plan.old), plan_for("ffn", "zero", plan.old)).manifest["growth"])
+
+
+def test_without_moments_every_entry_is_born_anew() -> None:
+    plan = plan_for("ffn", "zero", old_model(), {"optimizer_step": "birth"})
+    source = trained(plan.old, torch.float32)  # at Adam's step 40, as a copy without optimizer state still says
+    bare = GrownCheckpoint(source, plan).manifest["growth"]
+    assert bare["optimizer_step"] == 0
+    held = MemoryCheckpoint(trained(plan.new).values, {"optimizer_step": 70, "growth": bare})
+    twice = GrownCheckpoint(held, plan_for("layers", "zero", plan.new, {"optimizer_step": "birth"})).manifest["growth"]
+    for entry, layers in ((bare, 3), (twice, 5)):
+        assert not births(entry, f"{p.FC2}.weight", Region.whole((layers, 24, 87))).any()
+    written_before = {key: value for key, value in bare.items() if key != "moments"} | {"optimizer_step": 40}
+    assert births(written_before, f"{p.FC2}.weight", Region.whole((3, 24, 87))).any()
+
+
+def test_births_outlive_the_start_of_a_new_run() -> None:
+    plan = plan_for("ffn", "zero", old_model(), {"optimizer_step": "birth"})
+    view = GrownCheckpoint(trained(plan.old, torch.float32, optimizer=True), plan)
+    kept = earlier_growth(view, grows=False)
+    assert growth_behind(kept) == view.manifest["growth"] and earlier_growth(view, grows=True) == {}
+    resumed = MemoryCheckpoint(trained(plan.new, torch.float32, optimizer=True).values, kept | {"optimizer_step": 50})
+    assert earlier_growth(resumed, grows=False) == kept
+    assert earlier_growth(MemoryCheckpoint(trained(plan.new).values, kept), grows=False) == {}
+    deeper = GrownCheckpoint(resumed, plan_for("layers", "zero", plan.new)).manifest["growth"]
+    assert births(deeper, f"{p.FC2}.weight", Region.whole((5, 24, 87))).unique().tolist() == [0, 40]
 
 
 def test_provenance_and_wrong_source() -> None:
