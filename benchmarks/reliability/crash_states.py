@@ -56,13 +56,14 @@ class Row:
 def explore(operation: Operation, events: list[Event], before: Path, after: Path, limit: int) -> Row:
     """Check every state of a recording that began with the folder `before` and ended with `after`."""
     row, began = Row(operation.name, events), time.monotonic()
-    operation.finish(after)
-    explorer = Explorer(before, operation.varied, limit, operation.watch, operation.owed)
+    checks = operation.checks
+    checks.finish(after)
+    explorer = Explorer(before, checks.varied, limit, checks.watch, checks.owed)
     with scratch() as folder:
         for number, state in enumerate(explorer.states(events)):
             state.tree.write(folder / "state")
             try:
-                operation.check(folder / "state", state, number % RERUN_EVERY == 0)
+                checks.check(folder / "state", state, number % RERUN_EVERY == 0)
             except Exception as error:
                 row.wrong.append(f"after event {state.event}: {type(error).__name__}: {error}")
             shutil.rmtree(folder / "state")

@@ -33,8 +33,10 @@ from flm_megatron.cli.main import main as flm_main
 from flm_megatron.config.loader import dump_run
 from flm_megatron.config.schema import DistributedConfig, ParallelConfig, RunConfig
 from flm_megatron.data.source import Source
+from flm_megatron.data.verification import verify_dataset
 from flm_megatron.errors import DamagedError, FlmError
 from flm_megatron.training.parallel import world
+from flm_megatron.training.signals import StopRequest
 from flm_megatron.training.stage import StageTrainer, train_stage
 from flm_megatron.training.start import find_start
 from tests.crash.checks import digests, scratch
@@ -82,7 +84,6 @@ class Case:
         self.whole, self.folder = folder / "whole", folder
         self.text = folder / "text.txt"
         self.text.write_text("A tensor is cut along its rows. " * 20)
-        self.loaded: list[str] = []
         self.readers: dict[str, Callable[[Path], str]] = {
             "resume": self.resume,
             "growth": lambda output: self.tool(output, "grow", "NEWEST", "RUN", "--stage", "big", "--out", "OUT"),
@@ -117,7 +118,7 @@ class Case:
             try:
                 with world(DistributedConfig(), 0, 1, f"file://{tempfile.mktemp(dir=self.folder)}"):
                     train_stage(run, start)
-                return f"{start.step} {self.loaded.pop()}"
+                return f"{start.step} {LOADED.pop()}"
             except DamagedError:
                 if find_start(run) == start:
                     raise
@@ -151,7 +152,7 @@ class Case:
 
     def prepare(self) -> None:
         """What each reader gives without a flip; twice, so that what differs by itself is seen."""
-        StageTrainer.train = lambda trainer, stop: bool(self.loaded.append(state_digest(trainer)))  # type: ignore[method-assign]
+        StageTrainer.train = only_load  # type: ignore[assignment, method-assign]
         for reader, read in self.readers.items():
             results = [read(self.copy()) for _ in range(2)]
             assert results[0] == results[1], f"{reader} differs by itself"
@@ -164,6 +165,16 @@ class Case:
 def _made(folder: Path) -> Path:
     folder.mkdir()
     return folder
+
+
+LOADED: list[str] = []
+"""What stages have begun with."""
+
+
+def only_load(trainer: StageTrainer, stop: StopRequest) -> bool:
+    """In the place of a stage's steps: note what it begins with."""
+    LOADED.append(state_digest(trainer))
+    return True
 
 
 def state_digest(trainer: Any) -> str:
@@ -241,14 +252,26 @@ def flip_datasets(case: Case, count: int, draw: random.Random) -> str:
                 outcome = f"refused with status {error.status}"
             except Exception as error:
                 outcome = f"{type(error).__name__}"
-        table.setdefault(flip.file, Counter())[outcome] += 1
+            table.setdefault(flip.file, Counter())[outcome] += 1
+            table[flip.file]["found by `flm data verify`"] += is_found(folder / "data" / "train")
     outcomes = sorted({outcome for counts in table.values() for outcome in counts})
     head = "| file | flips | " + " | ".join(outcomes) + " |\n" + "|---" * (len(outcomes) + 2) + "|\n"
     lines = [
-        f"| `{name}` | {counts.total()} | " + " | ".join(str(counts[outcome]) for outcome in outcomes) + " |\n"
+        f"| `{name}` | {counts.total() - counts['found by `flm data verify`']} | "
+        + " | ".join(str(counts[outcome]) for outcome in outcomes)
+        + " |\n"
         for name, counts in table.items()
     ]
     return head + "".join(lines)
+
+
+def is_found(prefix: Path) -> bool:
+    """Whether `flm data verify` refuses a dataset."""
+    try:
+        verify_dataset(prefix)
+    except FlmError:
+        return True
+    return False
 
 
 def samples(case: Case, data: Path) -> str:
@@ -269,7 +292,8 @@ def samples(case: Case, data: Path) -> str:
 def main() -> int:
     """Print both tables; returns 1 if a reader of a checkpoint did what it must not."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--flips", type=int, default=200, help="of checkpoints; and half as many of a dataset")
+    parser.add_argument("--flips", type=int, default=200, help="of a checkpoint (0: leave that out)")
+    parser.add_argument("--dataset-flips", type=int, default=100, help="of a dataset and its tokenizer")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="page to put the tables into, behind its marks")
     args = parser.parse_args()
@@ -277,14 +301,15 @@ def main() -> int:
     draw = random.Random(args.seed)
     with scratch() as folder:
         case = Case(folder)
-        checkpoints, wrong = flip_checkpoints(case, args.flips, draw)
-        datasets = flip_datasets(case, args.flips // 2, draw)
+        checkpoints, wrong = flip_checkpoints(case, args.flips, draw) if args.flips else ("", [])
+        datasets = flip_datasets(case, args.dataset_flips, draw)
     print(checkpoints, datasets, f"{len(wrong)} wrong", sep="\n")
     if args.out:
         text = args.out.read_text()
         for mark, table in (("checkpoint", checkpoints), ("dataset", datasets)):
-            begin, end = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
-            text = text[: text.index(begin)] + begin + table + text[text.index(end) :]
+            if table:
+                begin, end = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
+                text = text[: text.index(begin)] + begin + table + text[text.index(end) :]
         args.out.write_text(text)
     return int(bool(wrong))
 

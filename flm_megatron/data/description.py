@@ -149,11 +149,21 @@ def _check_dataset(source: SourceConfig, data: DataConfig, tokenizer: Tokenizer 
             f"dataset {source.path} was made with another tokenizer (fingerprint {description.tokenizer[:12]}) than"
             f" {tokenizer.path} (fingerprint {tokenizer.fingerprint[:12]}): give that tokenizer, or build it again"
         )
+    if tokenizer and (description.vocab_size, description.eod, description.pad) != _ids_of(tokenizer):
+        raise DamagedError(
+            f"{file_of(source.path, 'json')} says {description.vocab_size} ids, end {description.eod} and padding"
+            f" {description.pad}, but of its tokenizer these are {_ids_of(tokenizer)}: damaged; build it again"
+        )
     if vocab_size is not None and description.vocab_size > vocab_size:
         raise RequestError(
             f"dataset {source.path} has ids up to {description.vocab_size - 1}, but the model's vocabulary is"
             f" {vocab_size}: set model.vocab_size to {description.vocab_size} or more, or leave it out"
         )
+
+
+def _ids_of(tokenizer: Tokenizer) -> tuple[int, int, int]:
+    """Number of ids, and those that end a document and pad."""
+    return tokenizer.vocab_size, tokenizer.eod, tokenizer.pad
 
 
 def require_a_sample(path: str, description: Description, sequence_length: int) -> None:

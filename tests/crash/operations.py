@@ -56,21 +56,27 @@ RERUN_EVERY = 50
 
 
 @dataclass
-class Operation:
-    """A command to be recorded: `check` is called in each state, with the real folder that it is in.
+class Checks:
+    """What must hold in each state: `check` is called with the real folder that it is in, and whether it is sampled.
 
-    `root` is the folder that is recorded; `prepared` was copied before. For `varied`, `watch` and `owed` see
-    `Explorer`; `finish` is called once, with what the command left.
+    For `varied`, `watch` and `owed` see `Explorer`; `finish` is called once, with the folder that the command left.
     """
 
-    name: str
-    command: list[str]
-    root: Path
     check: Callable[[Path, State, bool], None]
     varied: Callable[[str], bool] = lambda path: True
     watch: Callable[[int, Event, FileSystem], None] | None = None
     owed: Callable[[int], Hashable] = lambda event: None
     finish: Callable[[Path], None] = lambda root: None
+
+
+@dataclass
+class Operation:
+    """A command to be recorded; `root` is the folder whose files are."""
+
+    name: str
+    command: list[str]
+    root: Path
+    checks: Checks
 
 
 def flm(*arguments: object) -> list[str]:
@@ -110,7 +116,7 @@ class Workshop:
         file, run = make_run(self.data, root / "out", 4, *overrides)
         parts = [run_checks(root / "out", run), log_checks(root / "out", run)]
         return [
-            Operation(f"{name}: {what}", flm("train", file, *overrides), root, *checks)
+            Operation(f"{name}: {what}", flm("train", file, *overrides), root, checks)
             for what, checks in zip(("checkpoints", "everything else"), parts, strict=True)
         ]
 
@@ -127,13 +133,13 @@ class Workshop:
             "train again, a newest checkpoint damaged: checkpoints",
             flm("train", file),
             root,
-            *run_checks(root / "out", run, damaged="step_00000004"),
+            run_checks(root / "out", run, damaged="step_00000004"),
         )
 
     def new_folder(self, name: str, command: Callable[..., list[str]], *arguments: object) -> Operation:
         """A command that writes the folder `out`; its name stands as OUT in the arguments."""
         root = self.root(name.replace(" ", "-"))
-        return Operation(name, command(*placed(arguments, root / "out")), root, *folder_checks(arguments))
+        return Operation(name, command(*placed(arguments, root / "out")), root, folder_checks(arguments))
 
     def dataset(self) -> Operation:
         """`flm data build` with a validation share."""
@@ -141,7 +147,7 @@ class Workshop:
         text.write_text("".join(f'{{"text": "{" ".join(document.split())}"}}\n' for document in prose(20)))
         options = ("--tokenizer", self.data / "tokenizer.model", "--workers", "2", "--validation-share", "0.3")
         arguments = ("data", "build", text, *options, "--out", "OUT")
-        return Operation("data build", flm(*placed(arguments, root / "out")), root, *dataset_checks())
+        return Operation("data build", flm(*placed(arguments, root / "out")), root, dataset_checks())
 
 
 def without_leases(events: list[Event]) -> list[Event]:
@@ -158,8 +164,8 @@ def placed(arguments: tuple[object, ...], out: Path) -> list[object]:
     return [out if argument == "OUT" else argument for argument in arguments]
 
 
-def run_checks(output: Path, run: RunConfig, damaged: str | None = None) -> tuple:
-    """`check`, `varied`, `watch` and `owed` of a run's checkpoints."""
+def run_checks(output: Path, run: RunConfig, damaged: str | None = None) -> Checks:
+    """Those of a run's checkpoints; `damaged` is the name of one that cannot be loaded."""
     history = RunHistory(STAGES)
     history.begin(output, damaged)
     name = output.name
@@ -170,11 +176,11 @@ def run_checks(output: Path, run: RunConfig, damaged: str | None = None) -> tupl
     def varied(path: str) -> bool:
         return path in ("", name) or path.startswith(f"{name}/checkpoints")
 
-    return check, varied, history.watch, history.saved_by
+    return Checks(check, varied, history.watch, history.saved_by)
 
 
-def log_checks(output: Path, run: RunConfig) -> tuple:
-    """The same of what else a run writes; what must be there follows from its newest checkpoint."""
+def log_checks(output: Path, run: RunConfig) -> Checks:
+    """Those of what else a run writes; what must be there follows from its newest checkpoint."""
     history, name, finished = RunHistory(STAGES), output.name, Finished()
 
     def check(folder: Path, state: State, sampled: bool) -> None:
@@ -188,7 +194,7 @@ def log_checks(output: Path, run: RunConfig) -> tuple:
     def varied(path: str) -> bool:
         return not path.startswith(f"{name}/checkpoints")
 
-    return check, varied, history.watch, history.saved_by, finished.note
+    return Checks(check, varied, history.watch, history.saved_by, finished.note)
 
 
 class Finished:
@@ -201,8 +207,8 @@ class Finished:
         self.root = root
 
 
-def folder_checks(arguments: tuple[object, ...]) -> tuple:
-    """`check` and the rest of a command that writes the folder `out`."""
+def folder_checks(arguments: tuple[object, ...]) -> Checks:
+    """Those of a command that writes the folder `out`."""
     finished = Finished()
 
     def check(folder: Path, state: State, sampled: bool) -> None:
@@ -211,10 +217,10 @@ def folder_checks(arguments: tuple[object, ...]) -> tuple:
             again(placed(arguments, out))
             assert out.is_dir() and not out.with_name(out.name + PARTIAL).exists()
 
-    return check, lambda path: True, None, lambda event: None, finished.note
+    return Checks(check, finish=finished.note)
 
 
-def dataset_checks() -> tuple:
+def dataset_checks() -> Checks:
     """A dataset is whole, or refused before anything is read of it."""
     finished = Finished()
 
@@ -229,7 +235,7 @@ def dataset_checks() -> tuple:
             found = digests(folder)
             assert all(found[f"{prefix}.{s}"] == wanted[f"{prefix}.{s}"] for s in ("bin", "idx", "json"))
 
-    return check, lambda path: True, None, lambda event: None, finished.note
+    return Checks(check, finish=finished.note)
 
 
 def again(arguments: list[object]) -> None:

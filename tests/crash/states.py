@@ -159,14 +159,14 @@ class Explorer:
         ]
         return list({tree.digest: tree for tree in self._products(options)}.values())
 
-    def _node_trees(self, node: File | Folder, path: str) -> list[Blob] | list[Tree]:
+    def _node_trees(self, node: File | Folder, path: str) -> list[Blob | Tree]:
         if isinstance(node, Folder):
-            return self._folder_trees(node, path)
+            return list(self._folder_trees(node, path))
         if not node.pending or not self.varied(path):
             return [self._blob(node)]
         return [Blob(data) for data in variants(node.durable, [change for _, change in node.pending])]
 
-    def _products(self, options: list[dict[str, list[Blob] | list[Tree]]]) -> Iterator[Tree]:
+    def _products(self, options: list[dict[str, list[Blob | Tree]]]) -> Iterator[Tree]:
         """Every combination of what the entries may be; a sample, with both ends of each list, if they are many."""
         counts = [_count(choice) for choice in options]
         if sum(counts) <= self.limit:
@@ -194,7 +194,7 @@ class Explorer:
         return list({tuple(sorted((name, id(node)) for name, node in each.items())): each for each in found}.values())
 
 
-def _count(choice: dict[str, list[Blob] | list[Tree]]) -> int:
+def _count(choice: dict[str, list[Blob | Tree]]) -> int:
     total = 1
     for nodes in choice.values():
         total *= len(nodes)

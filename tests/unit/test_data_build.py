@@ -220,6 +220,17 @@ def test_the_tokenizer_and_the_vocabulary_have_to_fit(tmp_path: Path) -> None:
     check_datasets(data_cases.config(tmp_path, {"a": 1}), model, 320)
 
 
+@pytest.mark.parametrize("change", [{"eod": 3}, {"pad": 2}, {"vocab_size": 319}])
+def test_ids_that_are_not_the_tokenizers_are_damage(tmp_path: Path, change: dict[str, int]) -> None:
+    """The description names its tokenizer, and what it says of its ids follows from that."""
+    model = data_cases.datasets(tmp_path, {"a": 4})
+    config = data_cases.config(tmp_path, {"a": 1})
+    check_datasets(config, model)
+    replace(read_description(tmp_path / "a"), **change).write(tmp_path / "a.json")
+    with pytest.raises(DamagedError, match=r"a\.json says .*, but of its tokenizer"):
+        check_datasets(config, model)
+
+
 def test_unigram_entropy_equals_its_definition(tmp_path: Path) -> None:
     """Against plain Python over the ids, in nats per token and bits per byte."""
     model = data_cases.datasets(tmp_path, {"train": 30, "validation": 5})
