@@ -131,7 +131,8 @@ class Watch:
     def __init__(self) -> None:
         self.holder: Holder | None = None
         self.silence_s = 0.0
-        self._line = self._content = b""
+        self._line: bytes | None = None
+        self._content: bytes | None = None  # an empty file is one that its maker has not written yet
         self._since = 0.0
         self._renewed = False
         self._ended: bool | None = None

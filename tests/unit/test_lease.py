@@ -146,7 +146,7 @@ def test_a_holder_elsewhere_that_renews_is_respected(file: Path) -> None:
         assert lease_file.holds(file, ELSEWHERE.to_bytes())
 
 
-@pytest.mark.parametrize("left", [ELSEWHERE.to_bytes() + b"000000000007\n", ELSEWHERE.to_bytes()[:-9]])
+@pytest.mark.parametrize("left", [ELSEWHERE.to_bytes() + b"000000000007\n", ELSEWHERE.to_bytes()[:-9], b""])
 def test_a_silent_holder_elsewhere_is_followed_after_it_was_watched(
     file: Path, left: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
