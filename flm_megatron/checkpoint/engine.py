@@ -12,7 +12,15 @@ import torch
 import torch.distributed as dist
 
 from flm_megatron.checkpoint.asynchronous import SaveHandle, writing_processes
-from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER, LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.logical import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    MASTER,
+    LogicalCheckpoint,
+    Region,
+    TensorInfo,
+    adam_step,
+)
 from flm_megatron.checkpoint.optimizer_state import (
     initialise_state,
     placements_by_parameter,
@@ -139,7 +147,7 @@ def _optimizer_pieces(optimizer: Any, parts: list[Placement], view: LogicalCheck
     """Pieces of masters and moments; with a view to be loaded, the state is made ready for that first."""
     initialise_state(optimizer)
     if view is not None:
-        step = _optimizer_step(view)
+        step = adam_step(view)
         for part in unchained(optimizer):
             for group in part.optimizer.param_groups:
                 group["step"] = step
@@ -158,18 +166,6 @@ def _optimizer_pieces(optimizer: Any, parts: list[Placement], view: LogicalCheck
                 values = rectangle.values(flat)
                 name = prefix + placement.name
                 yield Piece(name, info, rectangle.region, values, placement.main, not state.sharded)
-
-
-def _optimizer_step(view: LogicalCheckpoint) -> int:
-    """Adam's step; 0 for a view without moments."""
-    if not view.has_optimizer():
-        return 0
-    if "optimizer_step" not in view.manifest:
-        raise RequestError(
-            "the checkpoint has Adam's moments but does not say after how many steps, which their bias correction"
-            " needs: give `optimizer_step` in its manifest, or use its weights alone"
-        )
-    return int(view.manifest["optimizer_step"])
 
 
 def _fill(piece: Piece, view: LogicalCheckpoint) -> None:

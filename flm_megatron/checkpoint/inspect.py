@@ -96,5 +96,6 @@ def _statistics(view: LogicalCheckpoint, name: str, moved: Callable[[int], None]
 
 
 def _plain(model: ModelConfig) -> dict[str, Any]:
-    plain = {key: value for key, value in vars(model).items() if key != "mup" and not key.startswith("_")}
+    left_out = ("mup", "from_checkpoint")
+    plain = {key: value for key, value in vars(model).items() if key not in left_out and not key.startswith("_")}
     return {**plain, "mup": model.mup.enabled, "base_hidden_size": model.mup.base_hidden_size}

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from flm_megatron.errors import RequestError
+
 MASTER = "optimizer.state.param."
 EXP_AVG = "optimizer.state.exp_avg."
 EXP_AVG_SQ = "optimizer.state.exp_avg_sq."
@@ -83,3 +85,19 @@ class LogicalCheckpoint(ABC):
     def has_optimizer(self) -> bool:
         """Whether masters and moments are there."""
         return any(name.startswith(EXP_AVG) for name in self.tensors)
+
+
+def adam_step(view: LogicalCheckpoint) -> int:
+    """Adam's step, from which the moments of a checkpoint go on; 0 where it has none.
+
+    Raises:
+        RequestError: it has moments and does not say after how many steps; or raised by `has_optimizer`.
+    """
+    if not view.has_optimizer():
+        return 0
+    if "optimizer_step" not in view.manifest:
+        raise RequestError(
+            "the checkpoint has Adam's moments but does not say after how many steps, which their bias correction"
+            " needs: copy its weights alone with `flm checkpoint reshard --no-optimizer`, and start from these"
+        )
+    return int(view.manifest["optimizer_step"])

@@ -12,7 +12,7 @@ from typing import Any
 from flm_megatron.checkpoint.adapters import WithNewAdapters
 from flm_megatron.checkpoint.described import recorded_model, without_padding
 from flm_megatron.checkpoint.initial import InitialCheckpoint
-from flm_megatron.checkpoint.logical import LogicalCheckpoint
+from flm_megatron.checkpoint.logical import LogicalCheckpoint, adam_step
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.own_tokenizer import check_tokenizer
 from flm_megatron.config.same_model import differences
@@ -44,13 +44,14 @@ def check_initial(run: RunConfig) -> None:
     its model, another muP) is logged.
 
     Raises:
-        RequestError: as `first_view`, or it was trained with another tokenizer.
+        RequestError: as `first_view`, it was trained with another tokenizer, or its moments cannot be gone on from.
         DamagedError: it cannot be read.
     """
     if run.checkpoint.initial is None or int(os.environ.get("RANK", 0)) > 0:
         return
     source, model = Path(run.checkpoint.initial), run.stages[0].model
     view, found = _loaded(run, model, source)
+    adam_step(view)
     if run.tokenizer is not None:
         check_tokenizer(Tokenizer(run.tokenizer), model, str(source), view.manifest, source)
     for line in _remarks(found, model):

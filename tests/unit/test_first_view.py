@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from flm_megatron.checkpoint.described import recorded_model
+from flm_megatron.checkpoint.logical import EXP_AVG
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.run_file import open_run
 from flm_megatron.checkpoint.torch_dist import COMMON
@@ -165,6 +166,18 @@ def test_of_a_checkpoint_that_says_nothing_shapes_are_all_there_is(
     )
     taking = run_file(folder, tmp_path / "b", str(tmp_path / "bare"), "from_checkpoint")
     assert "does not say what model it is of: state it in the run file" in refusal(capsys, taking)
+
+
+def test_moments_that_cannot_be_gone_on_from_are_refused_before_anything_starts(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = random_tensors(MODEL)
+    stateless = {key: value for key, value in manifest_of(MODEL).items() if key != "optimizer_step"}
+    write_view(Memory(values | {EXP_AVG + name: value for name, value in values.items()}), tmp_path / "a", stateless)
+    path = run_file(folder, tmp_path / "b", str(tmp_path / "a"), STATED)
+    assert "has Adam's moments but does not say after how many steps" in refusal(capsys, path)
+    assert flm_checkpoint("reshard", tmp_path / "a", tmp_path / "weights", "--no-optimizer") == 0
+    resolve(open_run(path, ["--checkpoint.initial", str(tmp_path / "weights")]))
 
 
 def test_tensors_of_another_kind_of_block_are_not_left_out(tmp_path: Path) -> None:
