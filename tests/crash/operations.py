@@ -60,6 +60,7 @@ class Checks:
     """What must hold in each state: `check` is called with the real folder that it is in, and whether it is sampled.
 
     For `varied`, `watch` and `owed` see `Explorer`; `finish` is called once, with the folder that the command left.
+    `quick` says that a state takes a millisecond, so that many can be checked.
     """
 
     check: Callable[[Path, State, bool], None]
@@ -67,6 +68,7 @@ class Checks:
     watch: Callable[[int, Event, FileSystem], None] | None = None
     owed: Callable[[int], Hashable] = lambda event: None
     finish: Callable[[Path], None] = lambda root: None
+    quick: bool = False
 
 
 @dataclass
@@ -217,7 +219,7 @@ def folder_checks(arguments: tuple[object, ...]) -> Checks:
             again(placed(arguments, out))
             assert out.is_dir() and not out.with_name(out.name + PARTIAL).exists()
 
-    return Checks(check, finish=finished.note)
+    return Checks(check, finish=finished.note, quick=True)
 
 
 def dataset_checks() -> Checks:
@@ -235,7 +237,7 @@ def dataset_checks() -> Checks:
             found = digests(folder)
             assert all(found[f"{prefix}.{s}"] == wanted[f"{prefix}.{s}"] for s in ("bin", "idx", "json"))
 
-    return Checks(check, finish=finished.note)
+    return Checks(check, finish=finished.note, quick=True)
 
 
 def again(arguments: list[object]) -> None:
