@@ -141,9 +141,11 @@ def test_from_every_crash_of_saving_and_pruning_a_run_goes_on(saving: list[Event
     assert sum(isinstance(event, Rename) for event in saving) == 3  # two saves and one removal
 
 
-@pytest.mark.parametrize(
-    "left_out", ["common.pt", "__0_0.distcp", "manifest.json", "step_00000001.partial", "checkpoints/s", "checkpoints"]
-)
+SYNCED = [".distcp", ".distcp.crc32", "/.metadata", "/metadata.json", "/common.pt", "/manifest.json"]
+SYNCED += ["/step_00000001.partial", "checkpoints/s", "checkpoints"]
+
+
+@pytest.mark.parametrize("left_out", SYNCED)
 def test_without_any_one_of_its_syncs_something_is_lost(saving: list[Event], folder: Path, left_out: str) -> None:
     """So that the test above can fail."""
     numbers = {e.number for e in saving if isinstance(e, SyncBegins) and e.path.endswith(left_out)}
