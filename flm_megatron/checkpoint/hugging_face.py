@@ -12,7 +12,9 @@ from flm_megatron.checkpoint.file_name import is_file_name
 from flm_megatron.checkpoint.hugging_face_config import model_from_config, read_json
 from flm_megatron.checkpoint.hugging_face_names import bands_of, pieces, target_tensors
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.safetensors_file import arrays_in
+from flm_megatron.checkpoint.shard_file import PIECE_BYTES
 from flm_megatron.checkpoint.stored_array import StoredArray
 from flm_megatron.checkpoint.torch_file import read_torch_file
 from flm_megatron.errors import DamagedError, RequestError
@@ -43,8 +45,8 @@ class HuggingFaceCheckpoint(LogicalCheckpoint):
         self.manifest: dict[str, Any] = {}
         self._arrays = stored_arrays(self.path)
         self._set_vocabulary(vocab_size)
-        if self.settings.get("tie_word_embeddings"):  # then a head that is stored as well is not what is computed
-            self._arrays["lm_head.weight"] = self._array("model.embed_tokens.weight")
+        if self.settings.get("tie_word_embeddings"):
+            self._tie_head()
         self._check_shapes()
         self._bands = bands_of(self.config)
         self._specs = parameter_specs(self.config)
@@ -63,6 +65,19 @@ class HuggingFaceCheckpoint(LogicalCheckpoint):
             values = self._array(piece.target).read(piece.target_region)
             out[piece.region.within(region).slices] = values.view(piece.region.sizes)
         return out
+
+    def _tie_head(self) -> None:
+        """Take the embedding for the head. Raises RequestError if another head is stored as well.
+
+        Of such files transformers 4 computes with the embedding, transformers 5 with the head.
+        """
+        embedding = self._array("model.embed_tokens.weight")
+        head = self._arrays.setdefault("lm_head.weight", embedding)
+        if head is not embedding and not _same_values(head, embedding):
+            raise RequestError(
+                f"{self.path}: config.json has tie_word_embeddings True, and an lm_head.weight is stored that is not "
+                "the embedding: set it to false if that is the head, or take the tensor out of the files"
+            )
 
     def _dtype(self, name: str) -> torch.dtype:
         """dtype of a logical tensor: that of its parts, the wider one if they differ."""
@@ -102,6 +117,14 @@ class HuggingFaceCheckpoint(LogicalCheckpoint):
         strange = [name for name in self._arrays if name not in wanted and not name.endswith(IGNORED)]
         if strange:
             raise RequestError(f"{self.path}: tensor {strange[0]} is not one of the configured model")
+
+
+def _same_values(one: StoredArray, other: StoredArray) -> bool:
+    """Whether two arrays hold the same, read in pieces."""
+    if one.shape != other.shape:
+        return False
+    regions = split_region(Region.whole(one.shape), PIECE_BYTES // one.dtype.itemsize)
+    return all(torch.equal(one.read(region), other.read(region)) for region in regions)
 
 
 def stored_arrays(path: Path) -> dict[str, StoredArray]:

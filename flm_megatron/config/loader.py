@@ -15,7 +15,7 @@ from flm_megatron.config.messages import explain
 from flm_megatron.config.overrides import apply_overrides, stage_name
 from flm_megatron.config.presets import load_preset
 from flm_megatron.config.schema import RunConfig, StageConfig
-from flm_megatron.config.yaml_text import format_yaml, parse_yaml
+from flm_megatron.config.yaml_text import format_yaml, parse_yaml, read_yaml
 from flm_megatron.errors import Mistakes, RequestError
 
 _RUN = TypeAdapter(RunConfig)
@@ -49,7 +49,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def _read(source: str) -> str:
     try:
-        return Path(source).expanduser().read_text(encoding="utf-8")
+        return read_yaml(source)
     except UnicodeDecodeError:
         raise RequestError(f"{source}: not UTF-8 text, so not a run file") from None
     except (OSError, ValueError, RuntimeError) as error:  # ValueError: a NUL, RuntimeError: the home of nobody

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -36,6 +37,12 @@ RunFileLoader.add_implicit_resolver(
 )
 
 
+def read_yaml(path: str | Path) -> str:
+    """The text of a YAML file, no more of it than `parse_yaml` takes. Raises OSError and UnicodeDecodeError."""
+    with Path(path).expanduser().open(encoding="utf-8") as file:
+        return file.read(LONGEST + 1)
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """Plain data of a YAML document; `source` names it in errors.
 
@@ -43,7 +50,7 @@ def parse_yaml(text: str, source: str) -> Any:
         RequestError: not YAML, or a repeated key, with line and column; too long, too deep or too often repeated.
     """
     if len(text) > LONGEST:
-        raise RequestError(f"{source}: {len(text):,} characters, more than the {LONGEST:,} that are read of YAML")
+        raise RequestError(f"{source}: has more than {LONGEST:,} characters, which is no such file")
     try:
         loader = RunFileLoader(text)
         root = loader.get_single_node()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flm_megatron.config.yaml_text import parse_yaml
+from flm_megatron.config.yaml_text import parse_yaml, read_yaml
 from flm_megatron.errors import RequestError
 
 EXPONENTS = np.linspace(0.02, 1.0, 197)
@@ -92,7 +92,7 @@ def read_laws(path: Path, stages: Sequence[str]) -> dict[str, LossLaw]:
         RequestError: the file cannot be read, or names an unknown stage.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_yaml(path)
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"cannot read laws {path}: {' '.join(str(error).split())}") from None
     values = parse_yaml(text, f"cannot read laws {path}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flm_megatron.config.yaml_text import parse_yaml
+from flm_megatron.config.yaml_text import parse_yaml, read_yaml
 from flm_megatron.device.hardware import Hardware, find_hardware, known_hardware
 from flm_megatron.errors import RequestError
 from flm_megatron.planner.layout import CUDA, Implementation
@@ -173,7 +173,7 @@ def override(machine: Machine, path: Path) -> Machine:
         RequestError: the file cannot be read, or has an unknown field or a value of the wrong kind.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_yaml(path)
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"cannot read hardware file {path}: {' '.join(str(error).split())}") from None
     values = parse_yaml(text, f"cannot read hardware file {path}")

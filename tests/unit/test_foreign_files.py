@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from flm_megatron.checkpoint.classic import ClassicCheckpoint
 from flm_megatron.checkpoint.hugging_face import HuggingFaceCheckpoint
@@ -140,13 +141,26 @@ def test_an_index_that_names_a_tensor_twice_is_refused(exported: Path, tmp_path:
         HuggingFaceCheckpoint(tmp_path / "hf")
 
 
-def test_a_tied_head_is_the_embedding_also_where_another_is_stored(exported: Path, tmp_path: Path) -> None:
-    """transformers computes so; the stored one is not used."""
+def test_a_tied_model_with_another_head_is_refused(exported: Path, tmp_path: Path) -> None:
+    """transformers 4 computes such files with the embedding, transformers 5 with the head."""
     shutil.copytree(exported / "hf", tmp_path / "hf")
     config = json.loads((tmp_path / "hf/config.json").read_text())
     (tmp_path / "hf/config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    view = HuggingFaceCheckpoint(tmp_path / "hf")
-    assert torch.equal(view.read("output_layer.weight"), view.read("embedding.word_embeddings.weight"))
+    with pytest.raises(RequestError, match=r"an lm_head\.weight is stored that is not the embedding"):
+        HuggingFaceCheckpoint(tmp_path / "hf")
+
+
+def test_a_tied_model_may_store_its_head_once_more(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
+    )
+    model = LlamaForCausalLM(config)
+    model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.detach().clone())
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"tie_word_embeddings": True}))
+    view = HuggingFaceCheckpoint(tmp_path)
+    assert torch.equal(view.read("output_layer.weight"), model.model.embed_tokens.weight)
 
 
 LLAMA = {

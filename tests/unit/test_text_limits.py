@@ -70,6 +70,11 @@ def test_the_command_says_it_and_ends_with_status_two(
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_a_file_without_end_is_no_run_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "/dev/zero"]) == 2
+    assert "/dev/zero" in capsys.readouterr().err
+
+
 def test_files_of_laws_are_read_in_the_same_way(tmp_path: Path) -> None:
     (tmp_path / "laws.yaml").write_text(YAML["brackets"])
     with pytest.raises(RequestError, match=r"cannot read laws .*nested"):
