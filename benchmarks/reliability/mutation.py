@@ -47,7 +47,7 @@ TESTS = {
     "optim/birth": ["optim_adamw", "growth_birth"],
     "optim/learning_rate": ["optim_learning_rate"],
     "optim/groups": ["optim_build"],
-    "optim/clipping": ["optim_build", "optim_adamw"],
+    "optim/clipping": ["optim_clipping"],
     "config/budget": ["optim_learning_rate", "history", "config_rules"],
     "config/history": ["history", "data_history"],
     "config/rules": ["config_rules", "config_loader"],
