@@ -4,9 +4,10 @@
     python -m benchmarks.reliability.mutation --each 12 --out survivors.json [--only planner] [--seed 1]
 
 For each file of `TESTS` a few of cosmic-ray's mutants are drawn (an operator, a comparison, a constant, a condition
-changed; those inside annotations, asserts and the like left out, for they change nothing) and put into a copy of the tree, one at a time.
-The file's own tests run in a process that is forked from one that has torch loaded. Prints Markdown; survivors go to
-`--out`. Mutants in `mutation_equivalent.json` change nothing that a test could see, each for the reason given there.
+changed; those inside annotations, asserts and the like left out, for they change nothing) and put into a copy of the
+tree, one at a time. The file's own tests run in a process that is forked from one that has torch loaded. Prints
+Markdown; survivors go to `--out`. Mutants in `mutation_equivalent.json` change nothing that a test could see, each for
+the reason given there.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flm_megatron.config.budget import schedule_tokens, stage_budgets
+from flm_megatron.config.budget import schedule_tokens, stage_budgets, stage_steps
 from flm_megatron.config.history import History, Segment, SegmentSource, history_from_json, history_to_json
 from flm_megatron.config.schema import DataConfig, OptimizerConfig, RunConfig, ScheduleConfig, StageConfig
 from flm_megatron.errors import DamagedError
@@ -115,3 +115,8 @@ def test_a_history_is_read_back_as_it_was_written() -> None:
     for bad in ({"stage": "a"}, [{"stage": "a"}], [history_to_json(history)[0] | {"step": "x"}], None):
         with pytest.raises(DamagedError, match=r"manifest\.json: its history cannot be read"):
             history_from_json(bad, "manifest.json")
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (64, 1), (65, 2), (128, 2), (6400, 100)])
+def test_a_stage_has_whole_steps(tokens: int, steps: int) -> None:
+    assert stage_steps(StageConfig(tokens=tokens, global_batch=4), 16) == steps
