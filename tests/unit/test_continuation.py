@@ -179,8 +179,13 @@ def test_a_checkpoint_without_a_history_has_that_of_its_run_file(folder: Path) -
     del manifest["history"]
     assert go_on(run, manifest) == first_history(run)
     manifest["stage"] = "b"
+    run.stages[0].tokens //= 2
     past = past_history(run, manifest, WHERE)
     assert [(s.stage, s.first_sample) for s in past] == [("a", 0), ("b", 100)]
+    nameless = {key: value for key, value in manifest.items() if key != "run"}
+    assert [s.first_sample for s in past_history(run, nameless, WHERE)] == [0, 52]
+    with pytest.raises(RequestError, match="is of stage 'c', its run file has 'a', 'b'"):
+        past_history(run, nameless | {"stage": "c"}, WHERE)
     assert [source.sha256 for source in past[0].sources] == [None, None]
     run.data.train = run.data.train[:1]
     assert go_on(run, manifest)[-1].sources[0].sha256
@@ -363,7 +368,12 @@ def test_conversations_stay_within_a_stage(folder: Path, tmp_path: Path) -> None
     for name in ("data.sequence_length was 16 and is 64", "data.chat.packing was True and is False"):
         assert name in text
     assert "data.chat.mix was [1.0] and is [0.5]" in text and "data.train was ['chat (" in text
-    assert [segment.stage for segment in go_on(run, finished)] == ["a", "b"]
+    history = go_on(run, finished)
+    assert [segment.stage for segment in history] == ["a", "b"]
+    within = manifest_of(run, history, 3, "b")
+    run.data.chat.packing = True
+    with pytest.raises(RequestError, match=r"data\.chat\.packing was False and is True"):
+        go_on(run, within)
 
 
 def test_masks_have_to_open_within_the_steps_that_are_left(folder: Path) -> None:
