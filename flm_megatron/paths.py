@@ -9,8 +9,8 @@ from pathlib import Path
 
 from flm_megatron.errors import RequestError
 
-LONGEST_NAME = 255
-"""Bytes of one name on the usual file systems; asked of the file system itself where it can say."""
+PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg")
+"""What plots can be written as, by the end of their name."""
 
 
 def expanded(path: str, what: str) -> str:
@@ -62,6 +62,13 @@ def require_file(path: str | os.PathLike[str], what: str) -> None:
             raise RequestError(f"{what} {path} cannot be written: {error.strerror}") from None
     if kind is None:
         _require_room_below(path, _nearest(path, what), what)
+
+
+def require_picture(path: str | os.PathLike[str], what: str) -> None:
+    """Check that a plot can be written as the file `path`. Raises RequestError as `require_file`, or if not as that."""
+    if Path(path).suffix.lower() not in PICTURES:
+        raise RequestError(f"{what} {path} is no picture: give a name that ends in {', '.join(PICTURES)}")
+    require_file(path, what)
 
 
 def _kind(path: Path, what: str) -> int | None:

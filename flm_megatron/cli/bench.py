@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from flm_megatron.cli.chosen_stages import only_stage, with_vocabulary
 from flm_megatron.cli.parser import count, path, positive, processes
 from flm_megatron.errors import RequestError
+from flm_megatron.paths import require_file, require_folder
 
 if TYPE_CHECKING:
     from flm_megatron.benchmarking.request import Request
@@ -50,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError("give a run file to measure a stage of, or --calibrate OUT.yaml")
     from flm_megatron.benchmarking.run import Wanted, benchmark
 
+    if args.out is not None:
+        require_folder(args.out, "--out")
     config = _config(args)
     wanted = Wanted(list(dict.fromkeys(args.layouts or [])), args.compare.split(",") if args.compare else None)
     report = benchmark(_request(config, args), wanted)
@@ -117,5 +120,6 @@ def _calibrate(args: argparse.Namespace) -> int:
             raise RequestError(f"--calibrate measures this device alone: leave out {shown}")
     if args.overrides:
         raise RequestError(f"--calibrate has no run file to override: leave out {' '.join(args.overrides)}")
+    require_file(args.calibrate, "--calibrate")
     print(calibrate(args.calibrate))
     return 0

@@ -32,8 +32,9 @@ def run(args: argparse.Namespace) -> int:
     from flm_megatron.checkpoint.hugging_face_writer import ExportOptions, folding_note, write_hugging_face
     from flm_megatron.checkpoint.launched import launched_processes
     from flm_megatron.checkpoint.own_tokenizer import tokenizer_to_export
-    from flm_megatron.cli.checkpoint_options import open_with_model, torch_dtype, without_mask
+    from flm_megatron.cli.checkpoint_options import open_with_model, require_new, torch_dtype, without_mask
 
+    require_new(args.destination)
     with launched_processes() as processes:
         source, model = open_with_model(args.source, args.vocab_size)
         source = without_mask(source, model, args.fold_mask)

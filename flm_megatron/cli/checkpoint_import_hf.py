@@ -27,8 +27,9 @@ def run(args: argparse.Namespace) -> int:
     from flm_megatron.checkpoint.imported import manifest_for
     from flm_megatron.checkpoint.launched import launched_processes
     from flm_megatron.checkpoint.reshard import reshard
-    from flm_megatron.cli.checkpoint_options import torch_dtype
+    from flm_megatron.cli.checkpoint_options import require_new, torch_dtype
 
+    require_new(args.destination)
     with launched_processes() as processes:
         source = HuggingFaceCheckpoint(args.source, args.vocab_size)
         model = required_model(source, str(args.source), args.vocab_size)

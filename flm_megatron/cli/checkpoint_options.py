@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flm_megatron.cli.parser import vocabulary
+from flm_megatron.paths import require_folder
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +54,15 @@ def open_with_model(path: Path, vocab_size: int | None) -> tuple[LogicalCheckpoi
     view = without_padding(view, model)
     check_structure(view.tensors, model, str(path))
     return view, model
+
+
+def require_new(path: Path) -> None:
+    """Check that a folder could be made at `path`, before anything is read; what is there already is refused later.
+
+    Raises RequestError if it cannot.
+    """
+    if not os.path.lexists(path):
+        require_folder(path, "destination")
 
 
 def without_mask(source: LogicalCheckpoint, model: ModelConfig, fold: bool) -> LogicalCheckpoint:

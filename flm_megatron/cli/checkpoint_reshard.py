@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from flm_megatron.cli.checkpoint_options import add_dtype, add_vocab_size
 from flm_megatron.cli.parser import path, positive
+from flm_megatron.errors import RequestError
 
 if TYPE_CHECKING:
     from flm_megatron.checkpoint.converted import ConvertedCheckpoint
@@ -39,9 +40,12 @@ def run(args: argparse.Namespace) -> int:
     from flm_megatron.checkpoint.adapters import merged
     from flm_megatron.checkpoint.converted import ConvertedCheckpoint
     from flm_megatron.checkpoint.launched import launched_processes
-    from flm_megatron.cli.checkpoint_options import open_with_model, torch_dtype, without_mask
+    from flm_megatron.cli.checkpoint_options import open_with_model, require_new, torch_dtype, without_mask
     from flm_megatron.config.schema import ParallelConfig
 
+    if args.virtual_pipeline > 1 and (args.pipeline or 1) < 2:
+        raise RequestError(f"--virtual-pipeline {args.virtual_pipeline} needs a --pipeline of at least 2")
+    require_new(args.destination)
     with launched_processes() as processes:
         source, model = open_with_model(args.source, args.vocab_size)
         if args.format == "classic":

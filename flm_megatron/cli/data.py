@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from flm_megatron.cli import data_screen
-from flm_megatron.cli.parser import path, positive, processes, real, seed, vocabulary
+from flm_megatron.cli.parser import path, positive, real, seed, vocabulary, whole
 
 if TYPE_CHECKING:
     from flm_megatron.data.corpus import Corpus
@@ -51,7 +51,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, type=path, metavar="PREFIX", help="write PREFIX.bin, PREFIX.idx and PREFIX.json"
     )
     parser.add_argument(
-        "--workers", type=processes, default=os.cpu_count() or 1, help="processes (default: one per core)"
+        "--workers", type=whole(1, 1024), default=os.cpu_count() or 1, help="processes (default: one per core)"
     )
     parser.add_argument(
         "--validation-share",
@@ -92,8 +92,8 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
 def _add_stdlib(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=path, metavar="FOLDER", help="folder to write")
     parser.add_argument("--vocab-size", type=vocabulary, default=4096, help="number of ids (default: 4096)")
-    parser.add_argument("--max-bytes", type=positive, default=8_000_000, help="bytes of text (default: 8000000)")
-    parser.add_argument("--workers", type=processes, default=1, help="processes (default: 1)")
+    parser.add_argument("--max-bytes", type=whole(100_000), default=8_000_000, help="bytes of text (default: 8000000)")
+    parser.add_argument("--workers", type=whole(1, 1024), default=1, help="processes (default: 1)")
     parser.set_defaults(run_data=_stdlib)
 
 
@@ -153,9 +153,11 @@ def _verify(args: argparse.Namespace) -> int:
 def _show(args: argparse.Namespace) -> int:
     from flm_megatron.checkpoint.run_file import open_run
     from flm_megatron.data.show import sample_text
+    from flm_megatron.growth.foreseen import check_run_file
     from flm_megatron.training.start import run_history
 
     config = open_run(args.run_file, args.overrides)
+    check_run_file(config)
     print(sample_text(config, args.sample, run_history(config)))
     return 0
 

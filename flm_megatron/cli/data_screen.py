@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from flm_megatron.cli.parser import count, path, positive, real, seed, template
 from flm_megatron.errors import RequestError
+from flm_megatron.paths import require_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,6 +61,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.out.exists():
         raise RequestError(f"{args.out} exists: choose another folder, or remove it first")
+    require_folder(args.out, "--out")
+    if args.checkpoint:
+        _check_checkpoint(args)
     limits, quotas = _limits(args), _quotas(args.quota)
     screening = Screening([c for path in args.pool for c in read_conversations(path)], args.seed)
     screening.filter_texts(limits)
@@ -81,6 +85,8 @@ def _limits(args: argparse.Namespace) -> Limits:
     if (asked or args.min_loss) and not args.checkpoint:
         name = (asked or ["min_loss"])[0].replace("_", "-")
         raise RequestError(f"--{name} needs a model to measure by: give --checkpoint")
+    if args.max_characters is not None and args.min_characters > args.max_characters:
+        raise RequestError(f"--min-characters {args.min_characters} is above --max-characters {args.max_characters}")
     return Limits(
         similarity=args.similarity,
         min_characters=args.min_characters,
@@ -98,10 +104,26 @@ def _quotas(given: list[str]) -> dict[str, float]:
     for text in given:
         name, _, share = text.rpartition("=")
         try:
-            quotas[name] = float(share)
-        except ValueError:
-            raise RequestError(f"--quota {text!r} is not of the form CATEGORY=SHARE, such as maths=0.4") from None
+            quotas[name] = real(0.0, 1.0)(share)
+        except argparse.ArgumentTypeError as error:
+            form = "is not of the form CATEGORY=SHARE, such as maths=0.4"
+            raise RequestError(f"--quota {text!r} {form}: {error}") from None
     return quotas
+
+
+def _check_checkpoint(args: argparse.Namespace) -> None:
+    """Open what scores need, before the pool is read. Raises RequestError or DamagedError if it cannot be had."""
+    from flm_megatron.checkpoint.layout import check_layout
+    from flm_megatron.cli.model_options import layout_of
+    from flm_megatron.data.chat_template import ChatTemplate
+    from flm_megatron.evaluation.subject import open_subject
+
+    parallel = layout_of(args)
+    if (parallel.data or 1) > 1:
+        raise RequestError(f"--data is {parallel.data}: screening runs on one copy of the model, leave it out")
+    subject = open_subject(args.checkpoint, args.tokenizer, args.vocab_size)
+    check_layout(subject.model, parallel)
+    ChatTemplate(args.template, subject.tokenizer)
 
 
 def _scores(args: argparse.Namespace, indices: list[int]) -> dict[int, Score]:
@@ -113,8 +135,6 @@ def _scores(args: argparse.Namespace, indices: list[int]) -> dict[int, Score]:
     from flm_megatron.evaluation.processes import run_under
 
     parallel = layout_of(args)
-    if (parallel.data or 1) > 1:
-        raise RequestError(f"--data is {parallel.data}: screening runs on one copy of the model, leave it out")
     with tempfile.TemporaryDirectory() as folder:
         request = ScoreRequest(
             pool=args.pool,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-from flm_megatron.cli.parser import path, positive
+from flm_megatron.cli.parser import path, whole
+from flm_megatron.paths import require_file, require_picture
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", type=path, metavar="FILE", help="text file to measure on (default: the run's validation data)"
     )
-    parser.add_argument("--samples", type=positive, default=8, help="samples to measure on (default: 8)")
+    parser.add_argument("--samples", type=whole(1, 100_000), default=8, help="samples to measure on (default: 8)")
     parser.add_argument(
         "--out", type=path, metavar="FILE", help="write the distances as JSON, for `flm grow --distances`"
     )
@@ -33,12 +34,18 @@ def run(args: argparse.Namespace) -> int:
     from flm_megatron.checkpoint.opening import open_checkpoint
     from flm_megatron.checkpoint.run_file import open_run
     from flm_megatron.growth.distance import distance_table, layer_distances, plot_distances, write_distances
+    from flm_megatron.growth.foreseen import check_run_file
     from flm_megatron.growth.offline import stage_index
     from flm_megatron.growth.text import file_tokens, run_tokens
     from flm_megatron.training.parallel import layout
     from flm_megatron.training.tool_world import tool_world
 
+    if args.out:
+        require_file(args.out, "--out")
+    if args.plot:
+        require_picture(args.plot, "--plot")
     config = open_run(args.run_file, args.overrides)
+    check_run_file(config)
     view = open_checkpoint(args.checkpoint)
     stage = config.stages[stage_index(config, view.manifest.get("stage") or config.stages[0].name)]
     tokens = file_tokens(args.text, config, args.samples) if args.text else run_tokens(config, args.samples)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from flm_megatron.cli.model_options import add_model_options, checkpoints_of, layout_of
 from flm_megatron.cli.parser import path, positive, real
 from flm_megatron.errors import RequestError
+from flm_megatron.paths import require_file
 
 if TYPE_CHECKING:
     from flm_megatron.evaluation.bits_per_byte_run import BitsPerByteRequest
@@ -52,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
     from flm_megatron.evaluation.bits_per_byte_run import check_request, evaluate
     from flm_megatron.evaluation.processes import run_under
 
+    if args.json and args.json != Path("-"):
+        require_file(args.json, "--json")
     request = _request(args)
     check_request(request)
     return run_under(request.parallel, evaluate, request)

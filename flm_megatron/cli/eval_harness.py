@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from flm_megatron.cli.model_options import add_model_options, checkpoints_of, layout_of
 from flm_megatron.cli.parser import count, path, positive, template
+from flm_megatron.errors import RequestError
+from flm_megatron.paths import require_file
 
 if TYPE_CHECKING:
     from flm_megatron.evaluation.harness_run import HarnessRequest
@@ -41,6 +43,11 @@ def run(args: argparse.Namespace) -> int:
     from flm_megatron.evaluation.harness_run import check_request, evaluate
     from flm_megatron.evaluation.processes import run_under
 
+    for option, file in (("--json", args.json), ("--samples", args.samples)):
+        if file and file != Path("-"):
+            require_file(file, option)
+    if args.include_path is not None and not args.include_path.is_dir():
+        raise RequestError(f"--include-path {args.include_path} is not a folder: give the one with the task files")
     request = _request(args)
     check_request(request)
     return run_under(request.parallel, evaluate, request)

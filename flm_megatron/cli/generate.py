@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flm_megatron.cli.model_options import add_model_options, layout_of
-from flm_megatron.cli.parser import count, path, positive, real, seed, template
+from flm_megatron.cli.parser import count, path, positive, real, seed, template, whole
 from flm_megatron.errors import RequestError
+from flm_megatron.paths import require_file
 
 if TYPE_CHECKING:
     from flm_megatron.evaluation.generate_run import GenerateRequest
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--template", type=template, default="tele-flm", help="chat: tele-flm (default), or a Jinja file"
     )
-    parser.add_argument("--max-new-tokens", type=positive, default=256, help="longest completion (default 256)")
+    parser.add_argument("--max-new-tokens", type=whole(1, 10**9), default=256, help="longest completion (default 256)")
     parser.add_argument("--temperature", type=real(0.0), default=0.0, help="0 is greedy (default)")
     parser.add_argument(
         "--top-k", type=count, default=0, help="sample from the k likeliest tokens; 0 from all (default)"
@@ -59,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     from flm_megatron.evaluation.terminal import relayed_lines
     from flm_megatron.training.parallel import launched
 
+    if args.out:
+        require_file(args.out, "--out")
     request = _request(args)
     subject = open_subject(args.checkpoint, args.tokenizer, args.vocab_size)
     check_layout(subject.model, request.parallel)

@@ -42,9 +42,13 @@ def run(args: argparse.Namespace) -> int:
     from flm_megatron.checkpoint.processes import Processes
     from flm_megatron.checkpoint.run_file import open_run
     from flm_megatron.growth.boundary import grown_view, needs_distances
+    from flm_megatron.growth.foreseen import check_run_file
     from flm_megatron.growth.offline import stage_index, write_grown
+    from flm_megatron.paths import require_folder
 
+    require_folder(args.out, "--out")
     config = open_run(args.run_file, args.overrides)
+    check_run_file(config)
     index = stage_index(config, args.stage)
     source = open_checkpoint(args.source)
     measures_distances = needs_distances(config, index) and not args.distances

@@ -40,10 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the script, or start it in place of this process."""
     from flm_megatron.checkpoint.run_file import open_run
+    from flm_megatron.paths import require_folder
     from flm_megatron.training.cluster.job import plan_job
     from flm_megatron.training.cluster.script import Site, render
 
     config = open_run(args.run_file, args.overrides)
+    if not args.dry_run:
+        require_folder(config.output, "output")
     job = plan_job(
         config,
         args.run_file,

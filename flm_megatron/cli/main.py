@@ -102,7 +102,7 @@ def _parser(wanted: str | None) -> Parser:
     """The parser, with the arguments of the wanted command only, so that help starts fast."""
     from flm_megatron import __version__
 
-    parser = Parser(prog="flm", description="Train very large language models in stages.")
+    parser = Parser(prog="flm", description="Train very large language models in stages.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"flm_megatron {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():

@@ -71,7 +71,9 @@ def _check(args: argparse.Namespace) -> int:
     """Print the tables, draw the plot; 1 if muP is broken."""
     from flm_megatron.evaluation.coordinate_check import CheckSettings, coordinate_check
     from flm_megatron.evaluation.coordinate_report import plot, table
+    from flm_megatron.paths import require_picture
 
+    require_picture(args.plot, "--plot")
     settings = CheckSettings(_model(args), tuple(args.widths), args.steps, args.seeds, args.lr)
     results = {}
     for name, mup in (("muP", True), ("standard parametrization", False)):
@@ -92,8 +94,11 @@ def _search(args: argparse.Namespace) -> int:
     """Print each trial and the values of the best; 1 if none is stable."""
     from flm_megatron.checkpoint.run_file import open_run
     from flm_megatron.evaluation.hyperparameter_search import MODEL_VALUES, SearchSettings, best, search
+    from flm_megatron.paths import require_file
     from flm_megatron.training.preflight import resolve
 
+    if args.out:
+        require_file(args.out, "--out")
     run_config = resolve(open_run(args.run_file))
     settings = SearchSettings(
         args.trials, args.steps, args.width, args.layers, args.global_batch, args.spread, args.seed

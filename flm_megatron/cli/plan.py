@@ -55,12 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the plan."""
     from flm_megatron.checkpoint.run_file import open_run
+    from flm_megatron.paths import require_picture
     from flm_megatron.planner.layout import as_chosen
     from flm_megatron.planner.machine import find_machine
 
     config = with_vocabulary(only_stage(open_run(args.run_file, args.overrides), args.stage))
     machine = find_machine(args.gpu, args.nodes_of, args.hardware)
     machine = replace(machine, software=as_chosen(machine.software, config.kernels))
+    if args.plot is not None:
+        require_picture(args.plot, "--plot")
     if args.search:
         text, data = _search(config, machine, args)
     elif args.budget is not None:

@@ -16,8 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the page and say where it is; returns 0."""
     from flm_megatron.evaluation.report.page import write_report
+    from flm_megatron.paths import require_file
 
     out = args.out or args.runs[0] / "report.html"
+    if args.out:
+        require_file(out, "--out")
     write_report(args.runs, out)
     print(f"report: {out}")
     return 0

@@ -23,9 +23,11 @@ from flm_megatron.data.description import LARGEST_COUNT, Description, file_of, r
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.durable import make_folders, sync, sync_tree
 from flm_megatron.errors import FlmError, RequestError
+from flm_megatron.paths import require_file
 
 SUFFIXES = ("bin", "idx", "json")
 BATCH_CHARACTERS = 500_000
+MOST_WORKERS = 1024
 # Batches in flight for each worker, so that reading neither waits for encoding nor runs away from it.
 WINDOW = 4
 VALIDATION = "_validation"
@@ -63,9 +65,11 @@ def build_dataset(
     """
     if not 0 <= validation_share < 1:
         raise RequestError(f"the validation share is {validation_share}, but has to be at least 0 and below 1")
-    if workers < 1:
-        raise RequestError(f"workers is {workers}, but has to be 1 or more")
+    if not 1 <= workers <= MOST_WORKERS:
+        raise RequestError(f"workers is {workers}, but has to be from 1 to {MOST_WORKERS}")
     prefixes = [Path(out), Path(f"{os.fspath(out)}{VALIDATION}")][: 2 if validation_share else 1]
+    for prefix in prefixes:
+        require_file(file_of(prefix, "json"), "dataset")
     _refuse_existing(prefixes)
     with _temporary_folder(Path(out)) as folder, _progress(total_bytes) as progress:
         writers = [Writer(folder / prefix.name, tokenizer) for prefix in prefixes]

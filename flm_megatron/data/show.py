@@ -9,6 +9,9 @@ from flm_megatron.data.streams import training_stream
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import RequestError
 
+LARGEST_SAMPLE = 10**12
+"""More samples than any run takes; places beyond it cannot be computed exactly."""
+
 
 def sample_text(run: RunConfig, sample: str, history: History = ()) -> str:
     """A line that names the sample, and its text; several of them where conversations are packed.
@@ -23,21 +26,31 @@ def sample_text(run: RunConfig, sample: str, history: History = ()) -> str:
     if run.tokenizer is None:
         raise RequestError("tokenizer is not set: give the SentencePiece model the data was made with")
     tokenizer = Tokenizer(run.tokenizer)
-    stage = 0
-    if sample.isdigit():
-        stage = max(i for i, budget in enumerate(stage_budgets(run, history)) if budget.first_sample <= int(sample))
+    number, stage = _number(sample), 0
+    if number is not None:
+        stage = max(i for i, budget in enumerate(stage_budgets(run, history)) if budget.first_sample <= number)
     stream = training_stream(run, stage, _up_to(sample, history))
-    names = stream.names(int(sample)) if sample.isdigit() else [sample]
+    names = [sample] if number is None else stream.names(number)
     if not names:
         raise RequestError(f"there is no sample {sample}: the last epoch ends before it")
     parts = [(name, stream.ids(name)) for name in names]
     return "\n".join(f"{name}: {len(ids)} tokens\n{tokenizer.decode(ids)}" for name, ids in parts)
 
 
+def _number(sample: str) -> int | None:
+    """The number of a sample; none if it is a name. Raises RequestError for one that no run gets to."""
+    if not (sample.isascii() and sample.isdigit()):
+        return None
+    if len(sample) > len(str(LARGEST_SAMPLE)) or int(sample) > LARGEST_SAMPLE:
+        raise RequestError(f"there is no sample {sample[:40]}: give a number up to {LARGEST_SAMPLE}")
+    return int(sample)
+
+
 def _up_to(sample: str, history: History) -> History:
     """The history up to the segment that a sample belongs to: by its number, or the last one that has its source."""
-    if sample.isdigit():
-        return tuple(segment for segment in history if segment.first_sample <= int(sample))
+    number = _number(sample)
+    if number is not None:
+        return tuple(segment for segment in history if segment.first_sample <= number)
     name = sample.rsplit("/", 2)[0]
     having = [number for number, segment in enumerate(history, 1) if name in (s.name for s in segment.sources)]
     return history[: having[-1]] if having else history

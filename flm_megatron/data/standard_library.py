@@ -13,9 +13,10 @@ from pathlib import Path
 from flm_megatron.data.build import build_dataset
 from flm_megatron.data.description import Description, read_description
 from flm_megatron.data.statistics import UnigramEntropy, unigram_entropy
-from flm_megatron.data.tokenizer import train_tokenizer
+from flm_megatron.data.tokenizer import FIXED_IDS, train_tokenizer
 from flm_megatron.durable import make_folders, sync
 from flm_megatron.errors import RequestError
+from flm_megatron.paths import require_folder
 
 # Tests repeat themselves, encodings are tables, and the rest is not the standard library.
 LEFT_OUT = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
@@ -87,6 +88,9 @@ def build_standard_library(
     out = Path(out)
     if out.exists():
         raise RequestError(f"{out} exists: choose another folder, or remove it first")
+    require_folder(out, "folder")
+    if vocab_size <= FIXED_IDS:
+        raise RequestError(f"a vocabulary of {vocab_size} ids is too small: give more than {FIXED_IDS}")
     parts = dict(zip(("train", "validation"), standard_library_documents(max_bytes), strict=True))
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     make_folders(partial)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import random
+import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +16,10 @@ import sentencepiece
 
 from flm_megatron.durable import make_folders, replace_file
 from flm_megatron.errors import DamagedError, RequestError
+from flm_megatron.paths import require_file
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = range(4)
+FIXED_IDS = 260
 # SentencePiece writes a space as this character, so the character itself has to go through its bytes.
 SPACE_SYMBOL = "\u2581"
 # Pieces of a text are found within chunks of about this many characters, which bounds time and memory.
@@ -39,9 +42,9 @@ class Tokenizer:
             raise RequestError(f"tokenizer {model} is not there: train one with `flm data tokenizer`")
         self._data = Path(model).read_bytes()
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=self._data)
-        except (RuntimeError, ValueError) as error:
-            raise DamagedError(f"{model} is not a SentencePiece model: {error}") from None
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=self._data or b"empty")
+        except (RuntimeError, ValueError):  # its words are of its own source code
+            raise DamagedError(f"{model} is not a SentencePiece model ({len(self._data):,} bytes)") from None
         if self._model.eos_id() < 0:
             raise RequestError(f"tokenizer {model} has no end-of-sequence id, which ends every document")
 
@@ -132,6 +135,11 @@ def train_tokenizer(
     out = Path(out)
     if out.exists():
         raise RequestError(f"{out} exists: choose another name, or remove it first")
+    require_file(out, "tokenizer")
+    if vocab_size <= FIXED_IDS:
+        raise RequestError(
+            f"a vocabulary of {vocab_size} ids is too small: {FIXED_IDS} are control ids and bytes, before any piece"
+        )
     share = min(1.0, max_bytes / text_bytes) if text_bytes else 1.0
     data = _train(_sample(texts, share, max_bytes, random.Random(seed)), vocab_size)
     make_folders(out.parent)
@@ -158,9 +166,18 @@ def _train(chunks: Iterator[str], vocab_size: int) -> bytes:
             sentence_iterator=_all_of(first, chunks), model_writer=model, vocab_size=vocab_size, **_SETTINGS
         )
     except RuntimeError as error:
-        message = " ".join(str(error).split())
-        raise RequestError(f"cannot train a tokenizer of {vocab_size} ids on this text: {message}") from None
+        raise RequestError(_unfit_vocabulary(str(error), vocab_size)) from None
     return model.getvalue()
+
+
+def _unfit_vocabulary(error: str, vocab_size: int) -> str:
+    """What SentencePiece says of a vocabulary, without the lines of its source code."""
+    most, least = re.search(r"value <= (\d+)", error), re.search(r"required_chars\. \d+ vs (\d+)", error)
+    if most:
+        return f"a vocabulary of {vocab_size} ids is too large for this text: give at most {most[1]}, or more text"
+    if least:
+        return f"a vocabulary of {vocab_size} ids is too small for this text's characters: give at least {least[1]}"
+    return f"SentencePiece cannot make a vocabulary of {vocab_size} ids of this text: {error.split('] ')[-1]}"
 
 
 def _all_of(first: str, rest: Iterator[str]) -> Iterator[str]:

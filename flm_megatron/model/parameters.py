@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from flm_megatron.config.schema import LoraConfig, ModelConfig
+from flm_megatron.errors import RequestError
 
 Kind = Literal["embedding", "head", "matrix", "norm", "bias"]
 
@@ -63,7 +64,7 @@ def parameter_specs(model: ModelConfig) -> dict[str, ParameterSpec]:
         ValueError: the vocabulary size is not known yet.
     """
     if not model.vocab_size:
-        raise ValueError("model.vocab_size is not set: give it, or give a tokenizer to take it from")
+        raise RequestError("model.vocab_size is not set: give it, or give a tokenizer to take it from")
     specs = {spec.name: spec for spec in _specs(model, model.vocab_size)}
     if model.lora is None:
         return specs

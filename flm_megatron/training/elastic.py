@@ -20,8 +20,8 @@ from pathlib import Path
 STOPPED = 3
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-UNSAID = "<N/A>"
-"""What torchrun has for the error file of a rank that wrote none."""
+SPOKEN = (1, 2, STOPPED)
+"""Statuses of ranks that have said why they end."""
 
 
 def leave_word(text: str, status: int) -> None:
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
         except ChildFailedError as error:
             # Of the first rank to fail: torchrun ends the others, each in its own way.
             rank, failure = error.get_first_failure()
-            if failure.error_file == UNSAID:
+            if failure.exitcode not in SPOKEN:
                 print(how_it_ended(rank, failure.exitcode), file=sys.stderr)
             return status_of({failure.exitcode})
         except SignalException:

@@ -108,13 +108,18 @@ def check_local(run: RunConfig) -> None:
 
 def _check_local_stage(run: RunConfig, stage: StageConfig) -> None:
     size = local_processes(run, stage)
+    require_processes(size, f"stage {stage.name!r}")
+    check(run, size, stages=[stage.name])
+
+
+def require_processes(size: int, what: str) -> None:
+    """Check that this machine may be asked to start `size` processes. Raises RequestError, naming `what` needs them."""
     most = max(MOST_PROCESSES, PROCESSES_PER_CORE * (os.cpu_count() or 1))
     if size > most:
         raise RequestError(
-            f"stage {stage.name!r} needs {size:,} processes, and this machine is good for {most}: start it on a "
-            "cluster (`flm launch`), or give it a smaller layout"
+            f"{what} needs {size:,} processes, and this machine is good for {most}: start it on a cluster (`flm "
+            "launch`, torchrun), or give it a smaller layout"
         )
-    check(run, size, stages=[stage.name])
 
 
 def _train_as_rank(run: RunConfig, only: str | None) -> int:
@@ -183,6 +188,7 @@ def run_processes(size: int, function: Any, args: tuple[Any, ...], timeout_s: in
     import torch.multiprocessing as multiprocessing
     from torch.multiprocessing.spawn import ProcessException
 
+    require_processes(size, "this layout")
     with tempfile.TemporaryDirectory() as folder, _passing_signals() as passing:
         processes = multiprocessing.start_processes(
             _process_main,

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from importlib.resources import files
 
-from flm_megatron.errors import RequestError
+from flm_megatron.errors import RequestError, one_line
 from flm_megatron.training.cluster.environment import Variable, as_shell, as_yaml, environment, shutdown_timeout
 from flm_megatron.training.cluster.job import Job
 
@@ -17,6 +17,7 @@ ELASTIC = (
     "# A failure starts the ranks of all nodes again from the last checkpoint; a node that comes back joins again."
 )
 STATIC = "# A failure ends the script on every node; started again on all, it goes on from the last checkpoint."
+WORD = re.compile(r"[\w.:/@,+=\[\]-]+")
 SPARE_S = 30
 """Of the grace period, for the container or the job to end after its ranks."""
 
@@ -46,7 +47,18 @@ def render(job: Job, launcher: str, site: Site) -> str:
     Raises:
         RequestError: an option of the site does not fit.
     """
+    _check_words(job, site)
     return {"torchrun": _torchrun, "slurm": _slurm, "kubernetes": _kubernetes}[launcher](job, site)
+
+
+def _check_words(job: Job, site: Site) -> None:
+    """What is put into scripts and manifests as it is must be a word: no spaces, quotes or line ends."""
+    for name in ("interface", "endpoint", "time", "partition", "image", "claim"):
+        value = getattr(site, name)
+        if value is not None and not WORD.fullmatch(value):
+            raise RequestError(f"--{name} {value!r} is no single word: use letters, digits and . : / @ _ , + = [ ] -")
+    if one_line(job.run_file) != job.run_file:
+        raise RequestError(f"run file {job.run_file!r} has a control character in its name: rename it")
 
 
 def _torchrun(job: Job, site: Site) -> str:
