@@ -14,7 +14,7 @@ import torch
 from flm_megatron.checkpoint.logical import Region, TensorInfo
 from flm_megatron.checkpoint.memory import refresh as refresh_module
 from flm_megatron.checkpoint.memory.blobs import NONE, Generation
-from flm_megatron.checkpoint.memory.client import Endpoint
+from flm_megatron.checkpoint.memory.client import Endpoint, RemoteAgent
 from flm_megatron.checkpoint.memory.peers import Peers
 from flm_megatron.checkpoint.memory.refresh import Refresher
 from flm_megatron.checkpoint.memory.starting import obstacle
@@ -24,7 +24,7 @@ from flm_megatron.device.process_group import process_group
 from flm_megatron.errors import RequestError
 from flm_megatron.training.memory_copies import NOT_USED, memory_copies
 from flm_megatron.training.start import Start
-from tests.unit.memory_cases import agents, overwrite, wait_until
+from tests.unit.memory_cases import agents, fill, overwrite, wait_until
 
 pytestmark = pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
 SHAPE = (300, 70)
@@ -171,6 +171,17 @@ def test_a_damaged_copy_is_passed_over_for_an_older_one_then_for_the_disk(peers:
     search, view = peers.search(always)
     assert view is None
     assert search.line == ("step 10 of small was kept in memory, but of 1 of 1 ranks (0) no copy is left or right")
+
+
+@pytest.mark.parametrize("change", [{"manifest": None}, {"parts": []}, {"tensors": "all"}])
+def test_a_description_that_makes_no_sense_is_passed_over_for_the_disk(peers: OneHost, change: dict[str, Any]) -> None:
+    refresh(started(peers, NONE, None), 10)
+    settle(peers)
+    with RemoteAgent(peers.endpoints[0]) as agent:
+        ((_, header),) = agent.ask("describe", generation=Generation(1, 1))["headers"]
+    fill(peers.local, Generation(1, 2), NONE, bytes(4 * STATE.numel()), header=header | {"step": 20} | change)
+    search, view = peers.search(always)
+    assert view is None and search.generation is None and search.line
 
 
 def test_a_budget_that_is_too_small_is_refused(peers: OneHost) -> None:

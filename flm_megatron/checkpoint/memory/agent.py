@@ -36,6 +36,8 @@ from flm_megatron.errors import FlmError
 
 IDLE_S = 2 * 3600.0
 TICK_S = 0.1
+GREETING_S = 10.0
+"""How long a stranger may take for each word."""
 CONNECTIONS = 1024
 """At the same time; more are closed at once."""
 Message = dict[str, Any]
@@ -116,7 +118,7 @@ class _Conversation:
     def run(self) -> None:
         """Until the connection ends; what is not understood ends it."""
         with suppress(OSError, FlmError):
-            self.connection.settimeout(SILENCE_S)
+            self.connection.settimeout(GREETING_S)
             self.greet()
             while True:
                 self.connection.settimeout(None)  # until the next refresh

@@ -43,6 +43,14 @@ def header_of(
     }
 
 
+def manifest_of(header: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest in a header. Raises DamagedError where there is none."""
+    manifest = header.get("manifest")
+    if not isinstance(manifest, dict) or not {"stage", "step"} <= set(manifest):
+        raise DamagedError("the description of a copy in memory is not understood: it has no manifest")
+    return manifest
+
+
 def tensors_of(header: Mapping[str, Any]) -> dict[str, TensorInfo]:
     """The tensors that a header names. Raises DamagedError where it is not one."""
     try:

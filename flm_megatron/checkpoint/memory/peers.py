@@ -20,7 +20,7 @@ from flm_megatron.checkpoint.memory.host_memory import available_bytes
 from flm_megatron.checkpoint.memory.starting import agent_name, own_address, start_agent
 from flm_megatron.checkpoint.memory.view import Held, MemoryCheckpoint
 from flm_megatron.checkpoint.processes import describe
-from flm_megatron.errors import ERRORS, FlmError, RequestError
+from flm_megatron.errors import ERRORS, DamagedError, FlmError, RequestError
 
 GIB = 2**30
 FREE = 0.1
@@ -123,6 +123,10 @@ class Peers:
         if len(headers) < entry.world:
             return Search(newest, None, {}, _lost(entry, None))
         blobs = {rank: Held(headers[rank], tuple(entry.holders[rank])) for rank in range(entry.world)}
+        try:
+            MemoryCheckpoint(entry.generation, blobs, self.endpoints, self.local, self.host)
+        except DamagedError as error:
+            return Search(newest, None, {}, str(error))
         names = sorted({self.endpoints[host].host for holders in entry.holders.values() for host in holders})
         line = f"{entry.stage} goes on from step {entry.step}, kept in the memory of {', '.join(names)}"
         return Search(newest, entry.generation, blobs, line)

@@ -14,7 +14,7 @@ from flm_megatron.checkpoint.chunk_index import ChunkIndex, StoredChunk
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
 from flm_megatron.checkpoint.memory.blobs import Generation
 from flm_megatron.checkpoint.memory.client import Endpoint, LocalAgent, RemoteAgent
-from flm_megatron.checkpoint.memory.contents import parts_of, tensors_of
+from flm_megatron.checkpoint.memory.contents import manifest_of, parts_of, tensors_of
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.shard_file import Record
 from flm_megatron.checkpoint.stored_array import StoredArray, as_bytes, is_contiguous, out_of_run, span
@@ -45,7 +45,7 @@ class MemoryCheckpoint(LogicalCheckpoint):
         """`blobs` by rank; `host` is the number of this host among `endpoints`, and `local` its agent."""
         self.generation, self.blobs, self.endpoints = generation, blobs, endpoints
         self.local, self.host = local, host
-        self.manifest: dict[str, Any] = {**blobs[0].header["manifest"], "optimizer": "logical"}
+        self.manifest: dict[str, Any] = {**manifest_of(blobs[0].header), "optimizer": "logical"}
         self.tensors: dict[str, TensorInfo] = {}
         self.chunks: dict[str, list[StoredChunk]] = {}
         for rank, blob in blobs.items():
