@@ -84,7 +84,7 @@ def test_no_text_is_refused(tmp_path: Path, texts: list[str]) -> None:
 
 def test_a_vocabulary_too_large_for_the_text_is_refused(tmp_path: Path) -> None:
     """The message names the size; no file is left."""
-    with pytest.raises(RequestError, match="cannot train a tokenizer of 4000 ids"):
+    with pytest.raises(RequestError, match="a vocabulary of 4000 ids is too large for this text: give at most"):
         train_tokenizer(data_cases.texts(2), tmp_path / "t.model", 4000)
     assert not list(tmp_path.iterdir())
 
