@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import shutil
 import sys
 import tempfile
@@ -103,6 +104,15 @@ def operations(shop: Workshop) -> Iterator[list[Operation]]:
     yield [shop.dataset()]
 
 
+def with_rows(page: str, rows: list[Row]) -> str:
+    """The page with these rows of its table made new."""
+    begin = page.index(HEADER) + len(HEADER)
+    end = page.index("\n\n", begin)
+    lines = {line.split("|")[1].strip(): line for line in page[begin:end].splitlines()}
+    lines |= {row.name: row.line() for row in rows}
+    return page[:begin] + "\n".join(lines.values()) + page[end:]
+
+
 def main() -> int:
     """Print the table as it comes; write the page if asked to. Returns 1 if anything was wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -112,8 +122,8 @@ def main() -> int:
         default=2000,
         help=f"most states of one moment of a power cut; {QUICK} times as many of tools",
     )
-    parser.add_argument("--only", default="", help="operations whose name has this")
-    parser.add_argument("--out", type=Path, help="page to put the table into, in the place of the old one")
+    parser.add_argument("--only", default="", help="operations whose name matches this pattern")
+    parser.add_argument("--out", type=Path, help="page whose table gets the rows")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     rows = []
@@ -122,15 +132,13 @@ def main() -> int:
         for group in operations(Workshop(Path(folder))):
             events, before = recorded(group[0])
             for operation in group:
-                if args.only in operation.name:
+                if re.search(args.only, operation.name):
                     rows.append(explore(operation, events, before, operation.root, args.limit))
                     print(rows[-1].line(), flush=True)
                     for line in rows[-1].wrong[:5]:
                         print("   ", line, flush=True)
     if args.out:
-        before, _, after = args.out.read_text().partition(HEADER)
-        rest = after[after.find("\n\n") :]
-        args.out.write_text(before + HEADER + "\n".join(row.line() for row in rows) + rest)
+        args.out.write_text(with_rows(args.out.read_text(), rows))
     return int(any(row.wrong for row in rows))
 
 
