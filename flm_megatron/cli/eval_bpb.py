@@ -88,6 +88,8 @@ def _unique(pairs: list[tuple[str, Value]], option: str) -> Mapping[str, Value]:
 
 def _named_path(text: str) -> tuple[str, Path]:
     name, given, file = text.partition("=")
+    if given and not name:
+        raise argparse.ArgumentTypeError(f"{text!r} has no name before the =")
     return (name, path(file)) if given else (Path(text).stem, path(text))
 
 

@@ -75,6 +75,8 @@ def _request(args: argparse.Namespace) -> GenerateRequest:
     from flm_megatron.evaluation.generate_run import GenerateRequest, read_prompts
     from flm_megatron.evaluation.sampling import SamplingSettings
 
+    if "" in args.stop:
+        raise RequestError("--stop has an empty text, which every completion begins with: leave it out")
     if args.system is not None and not args.chat:
         raise RequestError("--system is for --chat")
     prompts = read_prompts(args.prompts) if args.prompts else [args.prompt] * (args.prompt is not None)

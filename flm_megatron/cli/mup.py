@@ -137,7 +137,7 @@ def _stage(run_config: RunConfig, args: argparse.Namespace) -> StageConfig:
     stages = {stage.name: stage for stage in run_config.stages}
     if not stages:
         raise RequestError(f"{args.run_file} has no stages")
-    name = args.stage or next(iter(stages))
+    name = next(iter(stages)) if args.stage is None else args.stage
     if name not in stages:
         raise RequestError(f"{args.run_file} has no stage {name!r}; it has {', '.join(stages)}")
     return stages[name]

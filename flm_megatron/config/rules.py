@@ -171,6 +171,16 @@ def validation_has_sources(run: RunConfig) -> list[str]:
     ]
 
 
+def source_names_are_words(run: RunConfig) -> list[str]:
+    """Logs call samples by the names of their sources."""
+    return [
+        f"data.{split}.{index}.name is {source.name!r}, give a name of letters, digits and the like, or leave it out"
+        for split in ("train", "validation")
+        for index, source in enumerate(getattr(run.data, split))
+        if source.name is not None and not (source.name.strip() and source.name.isprintable())
+    ]
+
+
 def validation_names_are_unique(run: RunConfig) -> str | None:
     """Each validation source is reported by its name."""
     names = [source.name or source.path.rstrip("/").split("/")[-1] for source in run.data.validation]
@@ -257,6 +267,7 @@ RUN_RULES = (
     first_stage_does_not_grow,
     shares_are_all_or_none,
     validation_has_sources,
+    source_names_are_words,
     validation_names_are_unique,
     z_loss_has_logits,
     intervals_are_counts,

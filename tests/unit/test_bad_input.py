@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from flm_megatron.cli.main import main
-from tests.unit.bad_input import checkpoints, data, models, options, run_files
+from tests.unit.bad_input import checkpoints, data, models, more, options, run_files
 from tests.unit.bad_input.row import Row, tree
 from tests.unit.bad_input.scene import make_scene
 
-ROWS: list[Row] = [*options.ROWS, *run_files.ROWS, *data.ROWS, *checkpoints.ROWS, *models.ROWS]
+ROWS: list[Row] = [*options.ROWS, *run_files.ROWS, *data.ROWS, *checkpoints.ROWS, *models.ROWS, *more.ROWS]
 LONGEST_S = 3.0
 """Of computing; of waiting, on a machine that others use too, five times as long."""
 IN_PROCESSES = (

@@ -62,6 +62,7 @@ REFUSED: list[tuple[str, int | None, str]] = [
     ("data.chat.epochs=1000000", None, "data.chat.epochs is 1000000, give at most 1000"),
     ("data.chat.mix=[{stage: one, source: a, passes: -1}]", None, "data.chat.mix.0.passes is -1.0, give 0 to 1000"),
     ("data.train.0.epochs=1e9", None, "data.train.0.epochs is 1000000000.0, give at most 10000"),
+    ("data.train.0.name=''", None, "data.train.0.name is '', give a name"),
     ("checkpoint.keep_last=0", None, "checkpoint.keep_last is 0, give at least 1"),
     ("checkpoint.memory.interval_steps=0", None, "checkpoint.memory.interval_steps is 0, give at least 1"),
     ("checkpoint.memory.budget_gib=0", None, "checkpoint.memory.budget_gib is 0, give a number above 0"),

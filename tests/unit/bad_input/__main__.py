@@ -6,7 +6,7 @@ from collections import Counter
 
 from flm_megatron.cli import checkpoint, eval
 from flm_megatron.cli.main import COMMANDS
-from tests.unit.bad_input import checkpoints, data, models, options, run_files
+from tests.unit.bad_input import checkpoints, data, models, more, options, run_files
 
 GROUPS = ("checkpoint", "data", "eval", "mup")
 ACTIONS = {
@@ -32,7 +32,7 @@ def command_of(arguments: str) -> str:
 
 
 if __name__ == "__main__":
-    rows = [row for module in (options, run_files, data, checkpoints, models) for row in module.ROWS]
+    rows = [row for module in (options, run_files, data, checkpoints, models, more) for row in module.ROWS]
     counts = Counter(command_of(row.arguments) for row in rows)
     print("| command | bad inputs |\n|---|---:|")
     for command, count in sorted(counts.items()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from flm_megatron.checkpoint.hugging_face_writer import ExportOptions, write_hugging_face
@@ -43,6 +44,14 @@ MODEL = ModelConfig(
     num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, vocab_size=500, matrix_init_std=0.1
 )
 STEP = {"stage": "small", "step": 1, "tokens": 128, "loss": 6.2, "grad_norm": 1.0, "lr": 1e-3, "step_time_s": 0.1}
+HUGGING_FACE: dict[str, dict[str, object]] = {
+    "hf-bad": {"hidden_size": "32"},
+    "hf-huge": {"num_hidden_layers": 10**12},
+    "hf-zero": {"num_attention_heads": 0},
+    "hf-bias": {"attention_bias": True},
+    "hf-short": {},
+}
+ALIASES = "\n".join(["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))])
 TURNS = [{"role": "user", "content": "what is one and one?"}, {"role": "assistant", "content": "two"}]
 
 
@@ -103,13 +112,56 @@ def _make_wrong_things(folder: Path) -> None:
     (folder / "endless.jinja").write_text(
         "{% for i in range(10**9) %}{% for j in range(10**9) %}{% endfor %}{% endfor %}"
     )
+    _make_wrong_yaml(folder)
+    _make_wrong_data(folder)
+    _make_wrong_checkpoints(folder)
     (folder / "damaged").mkdir()
     (folder / "damaged" / ".metadata").write_bytes(b"\x80\x04garbage")
     (folder / "config-only").mkdir()
     (folder / "config-only" / "config.json").write_text("{}")
-    (folder / "runs").mkdir()
+    (folder / "runs").mkdir(exist_ok=True)
     for name, metrics in (("nothing-yet", None), ("broken", "garbage\n"), ("done", json.dumps(STEP) + "\n")):
         (folder / "runs" / name).mkdir()
         (folder / "runs" / name / "run.yaml").write_text(RUN.replace("{num_layers", "{vocab_size: 500, num_layers"))
         if metrics is not None:
             (folder / "runs" / name / "metrics.jsonl").write_text(metrics)
+
+
+def _make_wrong_yaml(folder: Path) -> None:
+    (folder / "deep.yaml").write_text("a: " + "[" * 10_000)
+    (folder / "alias.yaml").write_text(ALIASES)
+    (folder / "huge-int.yaml").write_text("seed: " + "9" * 10_000)
+    (folder / "twice.yaml").write_text("seed: 1\nseed: 2\n")
+    (folder / "tagged.yaml").write_text("name: !!python/object/apply:os.system [ls]\n")
+    (folder / "list.yaml").write_text("- 1\n- 2\n")
+    (folder / "nan.yaml").write_text("small: {floor: .nan, scale: .inf, exponent: -1}\nefficiency: {matmul: .nan}\n")
+    (folder / "nul.yaml").write_bytes(b"name: a\x00b\n")
+
+
+def _make_wrong_data(folder: Path) -> None:
+    """Datasets that are damaged, and conversations that are none."""
+    for name in ("broken-data", "cut-data"):
+        for suffix in ("bin", "idx", "json"):
+            shutil.copy(folder / f"train.{suffix}", folder / f"{name}.{suffix}")
+    (folder / "broken-data.json").write_text("{")
+    (folder / "cut-data.bin").write_bytes((folder / "train.bin").read_bytes()[:100])
+    (folder / "turns.jsonl").write_text(json.dumps({"messages": list(reversed(TURNS))}) + "\n")
+    (folder / "roles.jsonl").write_text(json.dumps({"messages": [{"role": "king", "content": 5}]}) + "\n")
+    for name, text in (("broken-run", "stages: ["), ("list", "- 1")):
+        (folder / "runs" / name).mkdir(parents=True)
+        (folder / "runs" / name / "run.yaml").write_text(text)
+
+
+def _make_wrong_checkpoints(folder: Path) -> None:
+    """Copies of the checkpoint and of its Hugging Face form with something wrong."""
+    for name in ("weird", "cut"):
+        shutil.copytree(folder / "ours", folder / name)
+    (folder / "weird" / "manifest.json").write_text("[]")
+    data = next((folder / "cut").glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:1000])
+    for name, change in HUGGING_FACE.items():
+        shutil.copytree(folder / "hf", folder / name)
+        config = json.loads((folder / name / "config.json").read_text())
+        (folder / name / "config.json").write_text(json.dumps(config | change))
+    weights = folder / "hf-short" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
