@@ -41,7 +41,8 @@ from flm_megatron.training.replicas import check_replicas
 from flm_megatron.training.signals import StopRequest, stop_on_signal
 from flm_megatron.training.spikes import SpikeWatch, joined
 from flm_megatron.training.start import Beginning, Start, begin, checkpoint_store
-from flm_megatron.training.step import Batch, Engine, StepResult
+from flm_megatron.training.step import Batch, Engine, StepResult, Told
+from flm_megatron.training.unfinished_save import bring_to_end
 
 RECENT_STEPS = 20
 
@@ -66,6 +67,9 @@ def train_stage(run: RunConfig, start: Start, copies: MemoryCopies | None = None
                 trainer = StageTrainer(run, start, beginning, copies)
                 try:
                     return trainer.train(stop)
+                except BaseException as error:
+                    bring_to_end(trainer.pending, error, run.distributed.timeout_s)
+                    raise
                 finally:
                     trainer.close()
     except DamagedError as error:
@@ -175,13 +179,16 @@ class StageTrainer:
         lr = learning_rate(self.budget.tokens_at(self.step + 1), self.run, self.index, self.budgets)
         set_learning_rates(self.engine.optimizer, self.stage, lr)
         self._open_masks()
-        result = self.engine.train_step(group, stop.asked, self.watch.reason)
+        save_failed = self.pending is not None and self.pending.failed
+        result = self.engine.train_step(group, Told(stop.asked, save_failed), self.watch.reason)
         self.step += 1
         self.times.append(time.perf_counter() - began)
         self.meter.step(self.step, self.times[-1], waited_s, result.refused is None)
+        if result.heard.save_failed:
+            self._finish_save()  # raises why, on every rank
         if result.refused:
             self._refuse(result, result.refused)
-            return result.stop
+            return result.heard.stop
         level = self.watch.applied(result.loss, result.grad_norm)
         norms = layer_norms(self.engine) if self.run.logging.layer_norms else {}
         if self.log:
@@ -192,7 +199,7 @@ class StageTrainer:
                 values = {"stage": self.stage.name, "step": self.step, "tokens": self.budget.tokens_at(self.step)}
                 self.log.record({**values, "new_level": level})
                 self.log.say(f"{self.stage.name} step {self.step} | {level}")
-        return result.stop
+        return result.heard.stop
 
     def _refuse(self, result: StepResult, reason: str) -> None:
         """Say which samples a step that was not applied had, and do what the policy asks for."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,15 +21,27 @@ OPTIMIZER = "optimizer"
 """Name that a profiler shows for clearing gradients, their norm and clipping, and the update."""
 
 
+class Told(NamedTuple):
+    """What any rank may tell all others along with a step's losses."""
+
+    stop: bool = False
+    """It was asked to stop."""
+    save_failed: bool = False
+    """It knows that the save under way has failed."""
+
+
+NOTHING = Told()
+
+
 @dataclass(frozen=True)
 class StepResult:
-    """What a step measured, the same on every rank. `stop` says that some rank was asked to stop, `refused` why the
-    weights were left as they were."""
+    """What a step measured, the same on every rank. `heard` says what some rank told, `refused` why the weights were
+    left as they were."""
 
     loss: float
     tokens: int
     grad_norm: float
-    stop: bool
+    heard: Told
     refused: str | None = None
 
 
@@ -61,7 +73,7 @@ class Engine:
             freeze(self.chunks, frozen)
 
     def train_step(
-        self, batches: list[Batch], stop: bool = False, judge: Callable[[float, float], str | None] = accept_all
+        self, batches: list[Batch], told: Told = NOTHING, judge: Callable[[float, float], str | None] = accept_all
     ) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one optimizer step.
 
@@ -74,11 +86,11 @@ class Engine:
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-        loss, tokens, stopped = self._losses(batches, forward_only=False, stop=stop)
+        loss, tokens, heard = self._losses(batches, forward_only=False, told=told)
         loss /= max(tokens, 1)
         with record_function(OPTIMIZER):
             grad_norm, refused = guarded_step(self.optimizer, lambda norm: judge(loss, norm))
-        return StepResult(loss, tokens, grad_norm, stopped, refused)
+        return StepResult(loss, tokens, grad_norm, heard, refused)
 
     def validation_loss(self, batches: Iterator[list[Batch]]) -> float:
         """Mean loss over all unmasked tokens of the batches, in nats; the same on every rank."""
@@ -91,8 +103,8 @@ class Engine:
         _set_training(self.chunks, True)
         return total / max(count, 1)
 
-    def _losses(self, batches: list[Batch], forward_only: bool, stop: bool = False) -> tuple[float, int, bool]:
-        """Sum of losses and number of tokens over all ranks, and whether any rank was asked to stop."""
+    def _losses(self, batches: list[Batch], forward_only: bool, told: Told = NOTHING) -> tuple[float, int, Told]:
+        """Sum of losses and number of tokens over all ranks, and what any of them told."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         iterators = [iter(batches) for _ in self.chunks]
@@ -105,7 +117,7 @@ class Engine:
             micro_batch_size=self.stage.micro_batch,
             forward_only=forward_only,
         )
-        return _reduce(outputs, stop)
+        return _reduce(outputs, told)
 
 
 def forward_step(data_iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
@@ -169,18 +181,18 @@ def _with_tokens(mask: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor,
     return total, tokens.to(torch.int), torch.stack([total.detach().double(), tokens.double()])
 
 
-def _reduce(outputs: list[torch.Tensor], stop: bool) -> tuple[float, int, bool]:
+def _reduce(outputs: list[torch.Tensor], told: Told) -> tuple[float, int, Told]:
     """Add up over the world; only one tensor rank of each last pipeline part puts its losses in."""
     from megatron.core import parallel_state
 
     counted = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
-    sums = torch.zeros(3, dtype=torch.float64, device=current().torch_device)
+    sums = torch.zeros(2 + len(told), dtype=torch.float64, device=current().torch_device)
     if counted and outputs:
         sums[:2] = torch.stack(outputs).sum(0)
-    sums[2] = float(stop)
+    sums[2:] = torch.tensor(told, dtype=torch.float64)
     dist.all_reduce(sums)
-    loss, tokens, stopped = sums.tolist()
-    return loss, int(tokens), stopped > 0
+    loss, tokens, *heard = sums.tolist()
+    return loss, int(tokens), Told(*(count > 0 for count in heard))
 
 
 def _set_training(chunks: list[Any], training: bool) -> None:

@@ -22,6 +22,7 @@ from flm_megatron.training.replicas import check_replicas
 from flm_megatron.training.signals import stop_on_signal
 from flm_megatron.training.stage import StageTrainer
 from flm_megatron.training.start import begin, checkpoint_store, find_start
+from flm_megatron.training.step import Told
 from tests.distributed.layouts import STAGE, engine_under, relative_difference, synthetic_batch, take_steps
 from tests.distributed.pool import Pool, RankFailed
 from tests.distributed.runs import make_data, make_run
@@ -43,12 +44,12 @@ class FaultyTrainer(StageTrainer):
         """Put the faults in, by the number of the step."""
         honest = self.engine._losses
 
-        def faulty(*args: Any, **kwargs: Any) -> tuple[float, int, bool]:
-            loss, tokens, stop = honest(*args, **kwargs)
+        def faulty(*args: Any, **kwargs: Any) -> tuple[float, int, Told]:
+            loss, tokens, heard = honest(*args, **kwargs)
             fault = None if kwargs.get("forward_only") else faults.get(self.step + 1)
             if fault == "gradient" and torch.distributed.get_rank() == 1:
                 next(iter(self.engine.chunks[0].parameters())).main_grad.view(-1)[0] = math.nan
-            return (loss * 50 if fault == "loss" else loss), tokens, stop
+            return (loss * 50 if fault == "loss" else loss), tokens, heard
 
         self.engine._losses = faulty  # type: ignore[method-assign]
 
