@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.errors import FlmError
-from flm_megatron.growth.forward import Layout, forward, loaded_model
+from flm_megatron.growth.forward import Layout, forward, on_one_replica, patient_processes
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.growth.schedule import mask_plan
 
@@ -87,15 +88,15 @@ def certify(
 ) -> Certificate:
     """Compare the old model with the grown one on `tokens` [samples, sequence + 1], in fp32 and in training precision.
 
-    Runs on all processes of the world, outside any layout: both models are built under the stage's (the old one under
-    the nearest that fits it). The same certificate is returned on every rank.
+    Runs on all processes of the world, outside any layout: both models are built on one replica, under the stage's
+    layout (the old one under the nearest that fits it). The same certificate is returned on every rank.
     """
     comparisons = []
     for precision in dict.fromkeys(("fp32", stage.precision)):
         at = StageConfig(**{**_fields(stage), "precision": precision})
         before = _evaluate(source, plan.old, at, tokens, layout, None)
         after = _evaluate(grown, plan.new, at, tokens, layout, plan)
-        comparisons.append(_agreed(before, after, precision))
+        comparisons.append(patient_processes().on_first(partial(_compare, before, after, precision)))
     return Certificate(stage.name, plan.preserving, len(tokens), tokens.shape[1] - 1, tuple(comparisons))
 
 
@@ -132,57 +133,64 @@ def _evaluate(
     plan: GrowthPlan | None,
 ) -> tuple[float, torch.Tensor] | None:
     """Loss and logits at POSITIONS of each sample, on rank 0; none elsewhere. A plan's masks are closed."""
+
+    def evaluate(chunks: list[Any]) -> tuple[float, torch.Tensor] | None:
+        """Do so on the ranks of one replica."""
+        if plan is not None and plan.masked:
+            from flm_megatron.model.masks import GrowthMasks
+
+            GrowthMasks(chunks, model, mask_plan(plan))
+        return _logits(chunks, model.vocab_size, tokens)
+
+    return on_one_replica(view, model, stage, layout, evaluate)
+
+
+def _logits(chunks: list[Any], vocab_size: int | None, tokens: torch.Tensor) -> tuple[float, torch.Tensor] | None:
+    """Mean loss, and logits at POSITIONS of each sample, on rank 0."""
     losses: list[float] = []
     kept: list[torch.Tensor] = []
     spread = torch.linspace(0, tokens.shape[1] - 2, min(POSITIONS, tokens.shape[1] - 1)).long()
 
     def keep(sample: int, logits: torch.Tensor) -> None:
         """Take the loss and the wanted logits of a sample."""
-        true = logits[:, : model.vocab_size].float()
+        true = logits[:, :vocab_size].float()
         labels = tokens[sample, 1:].to(true.device)
         losses.append(F.cross_entropy(true.double(), labels).item())
         kept.append(true[spread.to(true.device)].cpu())
 
-    with loaded_model(view, model, stage, layout) as chunks:
-        if plan is not None and plan.masked:
-            from flm_megatron.model.masks import GrowthMasks
-
-            GrowthMasks(chunks, model, mask_plan(plan))
-        forward(chunks, tokens[:, :-1], keep)
-        return _to_first(losses, kept)
+    forward(chunks, tokens[:, :-1], keep)
+    return _to_first(losses, kept)
 
 
 def _to_first(losses: list[float], logits: list[torch.Tensor]) -> tuple[float, torch.Tensor] | None:
-    """Bring the results from a rank that has them to rank 0."""
+    """Bring the results from a rank of the first replica that has them to rank 0, which is of it too."""
+    from megatron.core import parallel_state
+
+    group, device = parallel_state.get_model_parallel_group(), current().torch_device
     has, rank = bool(losses), dist.get_rank()
-    device = current().torch_device
     holder = torch.tensor(rank if has else dist.get_world_size(), device=device)
-    dist.all_reduce(holder, op=dist.ReduceOp.MIN)
+    dist.all_reduce(holder, op=dist.ReduceOp.MIN, group=group)
     first = int(holder)
     if first != 0 and rank == first:
-        dist.send_object_list([sum(losses) / len(losses), torch.stack(logits)], dst=0, device=device)
+        dist.send_object_list([sum(losses) / len(losses), torch.stack(logits)], dst=0, group=group, device=device)
     if rank != 0:
         return None
     if first == 0:
         return sum(losses) / len(losses), torch.stack(logits)
     received: list[Any] = [None, None]
-    dist.recv_object_list(received, src=first, device=device)
+    dist.recv_object_list(received, src=first, group=group, device=device)
     return received[0], received[1]
 
 
-def _agreed(before: Any, after: Any, precision: str) -> Comparison:
-    """The comparison that rank 0 makes, on every rank."""
-    result: list[Any] = [None]
-    if dist.get_rank() == 0:
-        (loss_before, old), (loss_after, new) = before, after
-        difference = (new - old).double()
-        result[0] = Comparison(
-            precision=precision,
-            max_difference=difference.abs().max().item(),
-            rms_difference=difference.square().mean().sqrt().item(),
-            logit_std=old.double().std().item(),
-            loss_before=loss_before,
-            loss_after=loss_after,
-        )
-    dist.broadcast_object_list(result, src=0)
-    return result[0]
+def _compare(before: Any, after: Any, precision: str) -> Comparison:
+    """The comparison, on rank 0."""
+    (loss_before, old), (loss_after, new) = before, after
+    difference = (new - old).double()
+    return Comparison(
+        precision=precision,
+        max_difference=difference.abs().max().item(),
+        rms_difference=difference.square().mean().sqrt().item(),
+        logit_std=old.double().std().item(),
+        loss_before=loss_before,
+        loss_after=loss_after,
+    )

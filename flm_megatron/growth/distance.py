@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.config.schema import ModelConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.errors import RequestError
-from flm_megatron.growth.forward import Layout, forward, loaded_model
+from flm_megatron.growth.forward import Layout, forward, on_one_replica, patient_processes
 from flm_megatron.json_text import parse_json
 
 
@@ -32,16 +33,23 @@ def layer_distances(
 ) -> list[LayerDistance]:
     """Distance of each layer of `model`, first to last, on `tokens` [samples, sequence]; the same on every rank.
 
-    Runs on all processes of the world, under the stage's layout and in its precision.
+    Runs on all processes of the world, on one replica under the stage's layout and in its precision.
     """
-    with loaded_model(view, model, stage, layout) as chunks:
-        sums = torch.zeros(model.num_layers, 3, dtype=torch.float64, device=current().torch_device)
-        handles = [hook for chunk in chunks for hook in _watch(chunk, sums)]
-        forward(chunks, tokens, lambda sample, logits: None)
-        for handle in handles:
-            handle.remove()
+    found = on_one_replica(view, model, stage, layout, partial(_distances, model.num_layers, tokens))
+    return patient_processes().on_first(lambda: found) or []
+
+
+def _distances(num_layers: int, tokens: torch.Tensor, chunks: list[Any]) -> list[LayerDistance]:
+    """The distances, on every rank of one replica."""
+    from megatron.core import parallel_state
+
+    sums = torch.zeros(num_layers, 3, dtype=torch.float64, device=current().torch_device)
+    handles = [hook for chunk in chunks for hook in _watch(chunk, sums)]
+    forward(chunks, tokens, lambda sample, logits: None)
+    for handle in handles:
+        handle.remove()
     # A token that several ranks hold is counted by each of them, in the sum and in the count.
-    dist.all_reduce(sums)
+    dist.all_reduce(sums, group=parallel_state.get_model_parallel_group())
     means = sums[:, :2] / sums[:, 2:]
     return [LayerDistance(cosine, l2) for cosine, l2 in means.tolist()]
 

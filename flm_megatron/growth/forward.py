@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from flm_megatron.checkpoint.channels import world_channel
 from flm_megatron.checkpoint.engine import load_state
 from flm_megatron.checkpoint.layout import check_layout
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
+from flm_megatron.checkpoint.processes import Processes
 from flm_megatron.config.pipeline import divisors
 from flm_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.errors import RequestError
 
+T = TypeVar("T")
 Layout = Callable[[ParallelConfig], AbstractContextManager[None]]
 """Makes megatron-core's groups for a layout over all processes of the world, and takes them down again."""
 
@@ -48,28 +51,51 @@ def _fits(model: ModelConfig, parallel: ParallelConfig, world: int) -> bool:
     return world % parallel.model_size == 0
 
 
-@contextmanager
-def loaded_model(
-    view: LogicalCheckpoint, model: ModelConfig, stage: StageConfig, layout: Layout
-) -> Iterator[list[Any]]:
-    """Chunks of `model` with a view's weights, ready to evaluate, under the stage's layout or one that fits.
+def on_one_replica(
+    view: LogicalCheckpoint, model: ModelConfig, stage: StageConfig, layout: Layout, measure: Callable[[list[Any]], T]
+) -> T | None:
+    """What `measure(chunks)` gives on the ranks of the first data-parallel replica; none on the others, which wait.
 
-    fp32 weights come from the view's masters where it has them. Products are not in FP8: its noise would hide what
-    is measured, and the sizes of the model that grows may not fit it.
+    The chunks are of `model` with a view's weights, ready to evaluate, under the stage's layout or one that fits. Other
+    replicas would read the same weights once more for the same numbers. They wait at the world's store, without a
+    collective that could time out. fp32 weights come from the view's masters where it has them. Products are not in
+    FP8: its noise would hide what is measured, and the sizes of the model that grows may not fit it.
+
+    Raises:
+        DamagedError: (on every rank) the view cannot be read.
     """
-    from flm_megatron.model.build import build_model
+    from megatron.core import parallel_state
 
     parallel = fitting_layout(model, stage.parallel, dist.get_world_size())
     stage = replace(stage, model=model, parallel=parallel, micro_batch=1, recompute="none", fp8="none")
+    processes = patient_processes()
     with layout(stage.parallel), torch.no_grad():
-        chunks = [chunk.to(current().torch_device).eval() for chunk in build_model(model, stage)]
-        load_state(view, chunks)
-        yield chunks
+        first = parallel_state.get_data_parallel_rank() == 0
+        chunks: list[Any] = []
+        processes.together(lambda: chunks.extend(_loaded(view, model, stage)) if first else None)
+        # Not together: a rank that fails in a collective has to end, or the rest of its replica would wait there.
+        found = measure(chunks) if first else None
+        processes.on_first(lambda: None)
+        return found
+
+
+def patient_processes() -> Processes:
+    """All processes of the world, which may wait for hours for each other."""
+    return Processes(world_channel("measuring"))
+
+
+def _loaded(view: LogicalCheckpoint, model: ModelConfig, stage: StageConfig) -> list[Any]:
+    """A view's model on this replica alone."""
+    from flm_megatron.model.build import build_model
+
+    chunks = [chunk.to(current().torch_device).eval() for chunk in build_model(model, stage)]
+    load_state(view, chunks, alone=True)
+    return chunks
 
 
 @torch.no_grad()
 def forward(chunks: list[Any], tokens: torch.Tensor, on_logits: Callable[[int, torch.Tensor], None]) -> None:
-    """Run `tokens` [samples, sequence] through the pipeline, one sample at a time, on every data-parallel rank.
+    """Run `tokens` [samples, sequence] through the pipeline of one replica, one sample at a time.
 
     On the last pipeline part `on_logits(sample, logits)` is called, with logits [sequence, padded vocabulary] gathered
     over tensor-parallel ranks.

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from flm_megatron.checkpoint.logical import Region
 from flm_megatron.config.schema import ModelConfig, MupConfig, ParallelConfig, StageConfig
-from flm_megatron.errors import FlmError
+from flm_megatron.errors import DamagedError, FlmError
 from flm_megatron.growth.certificate import Certificate, Comparison, certify, check_certificate
 from flm_megatron.growth.plan import GrowthPlan, make_plan
 from flm_megatron.growth.view import GrownCheckpoint
+from flm_megatron.training.launch import run_processes
 from tests.distributed.pool import Pool
-from tests.unit.growth_cases import growth, trained, weights
+from tests.unit.growth_cases import MemoryCheckpoint, growth, trained, weights
 from tests.unit.growth_oracle import attention, feed_forward, norm, open_masks
 
 OLD = ModelConfig(
@@ -71,6 +77,69 @@ def test_growth_preserves_in_fp32(pool: Pool, name: str) -> None:
         assert measured.max_difference <= 1e-4 * measured.logit_std
         assert measured.loss_change <= 1e-6
         assert measured.loss_before == pytest.approx(reference_loss(), rel=1e-5)
+
+
+class Counted(MemoryCheckpoint):
+    """A checkpoint that counts what is read of it; the first time takes 7 s."""
+
+    reads = 0
+
+    def read(self, name: str, region: Region | None = None) -> torch.Tensor:
+        """As any checkpoint."""
+        if not self.reads:
+            time.sleep(7)
+        self.reads += 1
+        return super().read(name, region)
+
+
+def certify_slowly(folder: str) -> int:
+    """Certificate, distances and reads of this rank, where reading takes longer than a collective may."""
+    from flm_megatron.growth.distance import layer_distances
+    from flm_megatron.training.parallel import Layouts
+
+    source = Counted(trained(OLD, torch.float32, optimizer=True).values)
+    stage = StageConfig(name="big", model=NEW, parallel=ParallelConfig())
+    plan = plan_of("zero")
+    with Layouts(timeout_s=5) as under:
+        certificate = certify(source, GrownCheckpoint(source, plan), plan, stage, TOKENS, under)
+        found = layer_distances(source, OLD, stage, TOKENS[:, :-1], under)
+    distances = [(layer.cosine, layer.l2) for layer in found]
+    result = {"certificate": certificate.to_json(), "distances": distances, "reads": source.reads}
+    (Path(folder) / str(torch.distributed.get_rank())).write_text(json.dumps(result))
+    return 0
+
+
+def test_one_replica_reads_and_the_others_wait_as_long_as_it_takes(pool: Pool, tmp_path: Path) -> None:
+    run_processes(2, certify_slowly, (str(tmp_path),), timeout_s=5)
+    first, second = (json.loads((tmp_path / str(rank)).read_text()) for rank in range(2))
+    assert first.pop("reads") > 0 == second.pop("reads")
+    assert first == second
+    alone = pool.run(1, certificates, ParallelConfig())[0][0]
+    assert Certificate.from_json(first["certificate"]) == alone
+
+
+def unreadable() -> str:
+    """The error of this rank where rank 1's share of the source is damaged."""
+    from flm_megatron.device import current
+    from flm_megatron.training.parallel import Layouts
+
+    current().prepare()
+    source = trained(OLD, torch.float32, optimizer=True)
+    if torch.distributed.get_rank() == 1:
+
+        def damaged(*_: Any) -> torch.Tensor:
+            raise DamagedError("a flipped bit")
+
+        source.read = damaged  # type: ignore[method-assign]
+    stage = StageConfig(name="big", model=NEW, parallel=ParallelConfig(tensor=2))
+    with pytest.raises(DamagedError) as caught:
+        certify(source, GrownCheckpoint(source, plan_of("zero")), plan_of("zero"), stage, TOKENS, Layouts(60))
+    return str(caught.value)
+
+
+def test_damage_that_one_rank_reads_is_heard_on_all(pool: Pool) -> None:
+    messages = pool.run(4, unreadable)
+    assert messages == ["rank 1: a flipped bit", "a flipped bit", "rank 1: a flipped bit", "rank 1: a flipped bit"]
 
 
 def reference_loss() -> float:
