@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -42,6 +43,7 @@ def layout(parallel: ParallelConfig, timeout_s: int) -> Iterator[None]:
     """
     from megatron.core import parallel_state
 
+    gc.collect()  # the model before lies in cycles, and its memory is wanted for the next
     groups = LayoutGroups(timedelta(seconds=timeout_s))
     with groups.installed():
         parallel_state.initialize_model_parallel(
