@@ -77,5 +77,5 @@ def test_a_save_that_failed_ends_the_run_at_once_and_not_at_the_next_save(data: 
     run = asynchronous_run(data, tmp_path, 4)
     with pytest.raises(RequestError, match="No space left"):
         train_to_an_error(run, "saving")
-    assert 4 < max(line["step"] for line in read_metrics(tmp_path)) < 8
+    assert max(line["step"] for line in read_metrics(tmp_path)) < 8
     assert checkpoint_store(run).latest(["small"]) is None
