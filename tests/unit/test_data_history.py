@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from flm_megatron.config.history import History, Segment
 from flm_megatron.config.schema import DataConfig, SourceConfig
+from flm_megatron.data.cuts import Cut, Place
 from flm_megatron.data.mixture import mixture_at_end, segment_sources
 from flm_megatron.data.remaining import Remaining
 from flm_megatron.data.stream import SampleStream
@@ -211,6 +212,27 @@ def test_epochs_count_what_was_taken_already(folder: Path) -> None:
     assert len(web) == len(set(web)) == 3 * size["web"]
     assert sum(name.startswith("books/") for name in names) == round(0.5 * size["books"])
     assert stream.limit_samples == len(names)
+
+
+def test_part_of_an_epoch_counts_what_was_taken_already(folder: Path) -> None:
+    """One and a half passes in all, though another source changes on the way."""
+    then: list[Change] = [(5, 4, 16, {"web": 1.5, "code": 1.0}), (3, 4, 16, {"web": 1.5, "books": 0.5})]
+    first, last = streams(folder, then, "epochs")
+    assert last.limit_samples is not None
+    names = [first.names(index)[0] for index in range(20)]
+    names += [last.names(index)[0] for index in range(20, last.limit_samples)]
+    assert sum(name.startswith("web/") for name in names) == round(1.5 * len(first.sources[0]))
+
+
+@given(total=st.integers(2, 60), length=st.integers(1, 9), epoch=st.integers(0, 5), steps=st.integers(0, 50))
+def test_places_go_from_pass_to_pass(total: int, length: int, epoch: int, steps: int) -> None:
+    """Counted one by one; the last id of a source is only a label."""
+    samples = len(range(length, total, length))
+    assert Cut(epoch, length).samples(total) == samples
+    if samples:
+        place = Place(Cut(epoch, length)).after(steps, total)
+        assert (place.cut.epoch, place.taken) == (epoch + steps // samples, steps % samples)
+        assert place.after(7, total) == Place(Cut(epoch, length)).after(steps + 7, total)
 
 
 def test_whole_epochs_are_exact_over_lengths_too(folder: Path, lines: Lines) -> None:
