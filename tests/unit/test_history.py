@@ -41,6 +41,18 @@ def test_finished_stages_stand_as_the_history_says() -> None:
     assert (second.first_sample, second.steps, second.end_token) == (26, 2, 360)
 
 
+def test_planned_stages_follow_one_another() -> None:
+    """Three of them, each rounded up to its own whole steps."""
+    run = run_of(*(StageConfig(name, tokens=100, global_batch=batch) for name, batch in (("a", 3), ("b", 7), ("c", 2))))
+    budgets = stage_budgets(run)
+    assert [(b.steps, b.first_sample, b.first_token, b.end_token) for b in budgets] == [
+        (4, 0, 0, 120),
+        (2, 12, 120, 260),
+        (5, 26, 260, 360),
+    ]
+    assert [stage_steps(stage, 10) for stage in run.stages] == [4, 2, 5]
+
+
 def test_a_budget_that_is_spent_has_no_steps_left() -> None:
     """A stage made shorter than it is long already ends where it stands."""
     run = run_of(StageConfig("a", tokens=50, global_batch=5))
