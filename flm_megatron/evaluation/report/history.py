@@ -11,13 +11,15 @@ from typing import Any
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.store import CheckpointStore
 from flm_megatron.config.schema import RunConfig, StageConfig
-from flm_megatron.errors import FlmError, RequestError
+from flm_megatron.errors import DamagedError, FlmError, RequestError
 from flm_megatron.evaluation.stages import run_of
 from flm_megatron.training.flops import training_flops_per_token
 from flm_megatron.training.goodput import Goodput, read_goodput
 from flm_megatron.training.plot import read_metrics
 
 Line = dict[str, Any]
+PLACE = ("stage", "step", "tokens")
+OF_A_STEP = ("step_time_s", "tokens_per_s_per_device")
 EVENTS = {"restart", "changed", "refused"}
 """Keys of the lines that say what happened."""
 
@@ -72,11 +74,13 @@ def read_history(folder: Path) -> History:
 
     Raises:
         RequestError: it is no run's folder, or no step was taken yet.
+        DamagedError: its metrics are not those of a run.
     """
     run = run_of(folder)
     lines = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
     if not any("loss" in line for line in lines):
         raise RequestError(f"{folder} has no step in its metrics.jsonl yet")
+    _check_lines(folder, lines)
     placed = list(_placed(run, lines))
     steps = [(at, line) for at, line in placed if "loss" in line]
     return History(
@@ -90,6 +94,14 @@ def read_history(folder: Path) -> History:
         boundaries=_boundaries(steps),
         goodput=read_goodput(folder),
     )
+
+
+def _check_lines(folder: Path, lines: list[Line]) -> None:
+    """Raise DamagedError if a line lacks what every line of its kind has."""
+    for number, line in enumerate(lines, 1):
+        wanted = (*PLACE, *OF_A_STEP) if "loss" in line else PLACE
+        if missing := [name for name in wanted if name not in line]:
+            raise DamagedError(f"{folder / 'metrics.jsonl'}: object {number} has no {' and no '.join(missing)}")
 
 
 def _placed(run: RunConfig, lines: list[Line]) -> Iterator[tuple[Position, Line]]:

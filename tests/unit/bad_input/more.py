@@ -86,6 +86,7 @@ ROWS = [
     Row("launch run.yaml --on torchrun --processes-per-node 1 --nodes 2 --dry-run --endpoint 'a;b:1'", "--endpoint"),
     Row("launch run.yaml --on torchrun --processes-per-node 1048577 --dry-run", "is above 1048576"),
     Row("report runs/broken-run", "runs/broken-run"),
+    Row("report runs/lacking", "metrics.jsonl: object 1 has no stage", status=1),
     Row("report runs/list", "runs/list"),
     Row("report runs/done --out x.html/y --out text.txt/y", "text.txt is not a folder"),
     Row("checkpoint inspect weird", "weird", status=1),

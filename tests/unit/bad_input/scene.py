@@ -43,7 +43,20 @@ stages: [{name: tune, global_batch: 2}]
 MODEL = ModelConfig(
     num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, vocab_size=500, matrix_init_std=0.1
 )
-STEP = {"stage": "small", "step": 1, "tokens": 128, "loss": 6.2, "grad_norm": 1.0, "lr": 1e-3, "step_time_s": 0.1}
+STEP = {
+    "stage": "small",
+    "step": 1,
+    "tokens": 128,
+    "loss": 6.2,
+    "grad_norm": 1.0,
+    "lr": 1e-3,
+    "step_time_s": 0.1,
+    "tokens_per_s_per_device": 1280.0,
+    "tflops_per_device": 0.1,
+    "mfu": None,
+    "peak_memory_gib": 1.0,
+    "eta_s": 0.0,
+}
 HUGGING_FACE: dict[str, dict[str, object]] = {
     "hf-bad": {"hidden_size": "32"},
     "hf-huge": {"num_hidden_layers": 10**12},
@@ -120,7 +133,12 @@ def _make_wrong_things(folder: Path) -> None:
     (folder / "config-only").mkdir()
     (folder / "config-only" / "config.json").write_text("{}")
     (folder / "runs").mkdir(exist_ok=True)
-    for name, metrics in (("nothing-yet", None), ("broken", "garbage\n"), ("done", json.dumps(STEP) + "\n")):
+    for name, metrics in (
+        ("nothing-yet", None),
+        ("broken", "garbage\n"),
+        ("done", json.dumps(STEP) + "\n"),
+        ("lacking", '{"loss": 1}\n'),
+    ):
         (folder / "runs" / name).mkdir()
         (folder / "runs" / name / "run.yaml").write_text(RUN.replace("{num_layers", "{vocab_size: 500, num_layers"))
         if metrics is not None:
