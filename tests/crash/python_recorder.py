@@ -20,6 +20,7 @@ from unittest import mock
 from tests.crash.events import Event, MakeFolder, Open, Remove, Rename, Resize, SyncBegins, SyncEnds, Write
 
 WRITING = os.O_WRONLY | os.O_RDWR
+TMPFILE = getattr(os, "O_TMPFILE", -1)
 
 
 class PythonRecorder:
@@ -69,7 +70,8 @@ class PythonRecorder:
             self.events.append(event)
 
     def _open(self, original: Any, path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
-        found = self.inside(path, dir_fd) if flags & WRITING else None
+        nameless = flags & TMPFILE == TMPFILE  # nothing of it can stay
+        found = self.inside(path, dir_fd) if flags & WRITING and not nameless else None
         descriptor = original(path, flags, mode, dir_fd=dir_fd)
         if found is not None:
             self.add(Open(found, bool(flags & os.O_TRUNC)))
@@ -142,7 +144,8 @@ class PythonRecorder:
 
     def _open_file(self, file: Any, mode: str = "r", buffering: int = -1, *args: Any, **kwargs: Any) -> IO[Any]:
         """In the place of `open`."""
-        if not set(mode) & set("wax+") or isinstance(file, int) or self.inside(file) is None:
+        known = isinstance(file, int) or kwargs.get("opener") is not None  # `os.open` has seen it
+        if known or not set(mode) & set("wax+") or self.inside(file) is None:
             return _OPEN(file, mode, buffering, *args, **kwargs)
         raw = _RecordedFile(self, file, mode.replace("b", "").replace("t", ""))
         if "b" in mode and buffering == 0:
