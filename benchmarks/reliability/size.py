@@ -150,7 +150,7 @@ def replicas() -> int:
     new = ModelConfig(num_layers=6, hidden_size=256, ffn_hidden_size=768, num_attention_heads=8, vocab_size=1000)
     stage = StageConfig(name="big", model=new, parallel=ParallelConfig(tensor=2), precision="bf16")
     source, tokens = Counted(old), torch.arange(4 * 65).view(4, 65)
-    plan = make_plan(old, new, GrowthConfig(), seed=1, stage="big")
+    plan = make_plan(old, new, GrowthConfig(mask_steps=10, layer_selection="interleave"), seed=1, stage="big")
     with Layouts(600) as under:
         certify(source, GrownCheckpoint(source, plan), plan, stage, tokens, under)
     everyone: list[Any] = [None] * dist.get_world_size()
