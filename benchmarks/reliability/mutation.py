@@ -117,7 +117,7 @@ def mutants(file: str) -> Iterator[Mutant]:
     from cosmic_ray.plugins import get_operator, operator_names
 
     source = (ROOT / "flm_megatron" / f"{file}.py").read_text()
-    passive = annotated_lines(source)
+    meaning = behaviour(source)
     for name in operator_names():
         if "Decorator" in name or "Variable" in name:  # without `dataclass` a module does not load; needs a name
             continue
@@ -126,21 +126,34 @@ def mutants(file: str) -> Iterator[Mutant]:
             occurrence += 1
             pairs = zip(source.splitlines(), changed.splitlines(), strict=False)
             line, (before, after) = next((n, pair) for n, pair in enumerate(pairs, 1) if pair[0] != pair[1])
-            if line not in passive and after not in {before.replace(name, other) for name, other in GUARDS}:
+            guard = after in {before.replace(name, other) for name, other in GUARDS}
+            if not guard and behaviour(changed) != meaning:
                 yield Mutant(file, line, before, after, changed)
 
 
-def annotated_lines(source: str) -> set[int]:
-    """Lines of signatures and annotated fields whose changes are no changes: annotations are never evaluated."""
-    lines: set[int] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef):
-            lines |= set(range(node.lineno, node.body[0].lineno))
-        elif isinstance(node, ast.AnnAssign) and node.value is None:
-            lines.add(node.lineno)
-        elif isinstance(node, ast.Assert):  # asserts state what holds; they are no behaviour
-            lines |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-    return lines
+def behaviour(source: str) -> str:
+    """A module without its annotations, which are never evaluated, and its asserts, which are no behaviour."""
+    return ast.dump(_Behaviour().visit(ast.parse(source)))
+
+
+class _Behaviour(ast.NodeTransformer):
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        """An argument without its annotation."""
+        return ast.arg(node.arg)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        """A function without what it returns."""
+        node.returns = None
+        return self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        """A value without its annotation."""
+        node.annotation = ast.Constant(None)
+        return self.generic_visit(node)
+
+    def visit_Assert(self, node: ast.Assert) -> ast.AST:
+        """Nothing."""
+        return ast.Pass()
 
 
 def noticed(tree: Path, mutant: Mutant, tests: list[str]) -> bool:
@@ -204,13 +217,29 @@ def survivors(tree: Path, file: str, tests: list[str], each: int, seed: int) -> 
     return len(drawn), [mutant for mutant in drawn if not noticed(tree, mutant, tests)]
 
 
+def again(tree: Path, file: Path) -> None:
+    """Try the survivors of an earlier run once more, and say which are noticed by now."""
+    wanted = [Mutant(**entry, source="") for entry in json.loads(file.read_text())]
+    caught = 0
+    for old in wanted:
+        found = [mutant for mutant in mutants(old.file) if mutant.key == old.key]
+        seen = bool(found) and noticed(tree, found[0], TESTS[old.file])
+        caught += seen
+        print(
+            f"{'noticed' if seen else 'not noticed' if found else 'gone':12} {old.file}: {old.after.strip()}",
+            flush=True,
+        )
+    print(f"{caught} of {len(wanted)} are noticed now")
+
+
 def main() -> None:
     """Try the files, and print a row for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--each", type=int, default=12, help="mutants of each file")
     parser.add_argument("--only", default="", help="files that begin with this")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file for the survivors")
+    parser.add_argument("--out", type=Path, default=Path("survivors.json"), help="JSON file for the survivors")
+    parser.add_argument("--again", type=Path, help="try the survivors in this file once more, and nothing else")
     options = parser.parse_args()
     equivalent = [entry["key"] for entry in json.loads(EQUIVALENT.read_text())] if EQUIVALENT.exists() else []
     preload()
@@ -219,6 +248,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__"))
+        if options.again:
+            return again(tree, options.again)
         for file, tests in TESTS.items():
             if not file.startswith(options.only):
                 continue
