@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import signal
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from flm_megatron.checkpoint import torch_file
 from flm_megatron.checkpoint.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical_hash import tensor_hashes
 from flm_megatron.checkpoint.manifest import MANIFEST
@@ -165,3 +167,17 @@ def test_tensors_of_one_storage_share_it(tmp_path: Path) -> None:
     first, *views = read_torch_file(tmp_path / "x.pt")
     first[999] = -1
     assert all(view[-1] == -1 for view in views)
+
+
+@pytest.mark.parametrize("size", [1000, 10**9])
+def test_an_archive_that_announces_more_than_it_has_is_damage(size: int, tmp_path: Path) -> None:
+    """zipfile raises an EOFError for some of these."""
+    path = tmp_path / "x.pt"
+    torch.save({"step": 1}, path)
+    data = bytearray(path.read_bytes())
+    entry = data.index(b"PK\1\2", data.index(b"data.pkl"))
+    data[entry + 20 : entry + 28] = 2 * struct.pack("<I", size)
+    path.write_bytes(data)
+    for read in (read_torch_file, torch_file.read_torch_file):
+        with pytest.raises(DamagedError, match=r"x\.pt"):
+            read(path)
