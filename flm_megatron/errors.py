@@ -56,6 +56,17 @@ class DamagedError(FlmError):
         self.checkpoint = checkpoint
 
 
+def read_error(path: Path, error: OSError) -> FlmError:
+    """What it means that the file at `path`, which belongs to stored data, could not be read.
+
+    One that is not there is damage; whatever else the system answers (no permission, too many open files, a disk that
+    fails) says nothing about the data: RequestError.
+    """
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return DamagedError(f"{path} is missing")
+    return RequestError(f"{path}: cannot be read ({error.strerror or error}): see to its disk first")
+
+
 class ProgramError(FlmError):
     """A process failed in a way that nobody foresaw: the message carries its traceback, lines and all."""
 

@@ -10,7 +10,7 @@ from typing import Any
 from isal.isal_zlib import crc32
 
 from flm_megatron.checkpoint.manifest_fields import check_manifest
-from flm_megatron.errors import DamagedError, RequestError
+from flm_megatron.errors import DamagedError, RequestError, read_error
 from flm_megatron.json_text import parse_json
 
 MANIFEST = "manifest.json"
@@ -82,7 +82,7 @@ def _size(file: Path) -> int | None:
     try:
         return file.stat().st_size if file.is_file() else None
     except OSError as error:
-        raise RequestError(f"{file}: cannot be read ({error.strerror or error}): see to its disk first") from error
+        raise read_error(file, error) from error
 
 
 def entry(crc: int, size: int) -> dict[str, int | str]:
@@ -119,7 +119,7 @@ def _read(file: Path) -> bytes:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(str(error)) from error
     except OSError as error:
-        raise RequestError(f"{file}: cannot be read ({error.strerror or error}): see to its disk first") from error
+        raise read_error(file, error) from error
 
 
 def file_checksum(file: Path, progress: Callable[[int], None] | None = None) -> str:

@@ -13,7 +13,7 @@ import torch
 from flm_megatron.checkpoint.block_checksums import CheckedFile, CheckedRun, read_fully
 from flm_megatron.checkpoint.direct_file import write_at
 from flm_megatron.checkpoint.logical import Region
-from flm_megatron.errors import DamagedError
+from flm_megatron.errors import DamagedError, read_error
 
 DENSE = 4
 """Values read for each value wanted, up to which reading a region in one run is faster than page by page."""
@@ -40,7 +40,8 @@ class StoredArray:
     def read(self, region: Region | None = None) -> torch.Tensor:
         """A copy of `region`, of shape `region.sizes`; only its bytes are read and nothing stays mapped.
 
-        Raises DamagedError when the file is missing or ends before the array does, or its bytes have changed.
+        Raises DamagedError when the file is missing or ends before the array does, or its bytes have changed;
+        RequestError when its disk does not answer.
         """
         region = region or Region.whole(self.shape)
         out = torch.empty(region.sizes, dtype=self.dtype)
@@ -55,7 +56,7 @@ class StoredArray:
                 else:
                     out = self._read_strided(file.fileno(), region)
         except OSError as error:
-            raise DamagedError(f"{self.path}: cannot be read: {error.strerror or error}") from error
+            raise read_error(self.path, error) from error
         return out
 
     def write(self, fd: int, values: torch.Tensor, region: Region) -> None:

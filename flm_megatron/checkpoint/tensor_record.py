@@ -17,7 +17,7 @@ from isal.isal_zlib import crc32
 from flm_megatron.checkpoint.block_checksums import CheckedFile, CheckedRun, read_fully
 from flm_megatron.checkpoint.stored_array import StoredArray
 from flm_megatron.checkpoint.unpickle import ZIP_ERRORS, StoredTensor, load_pickle, read_stored
-from flm_megatron.errors import DamagedError
+from flm_megatron.errors import DamagedError, read_error
 
 ALIGNMENT = 64
 LARGEST = 2**31  # bytes: above it an archive would need 64-bit entries
@@ -54,7 +54,8 @@ def locate(
     With `checked`, the checksums of the file's blocks, what is read is held against them, now and later; without
     them the values are held against the record's own checksum when some are asked for.
 
-    Raises DamagedError when the file is missing, truncated, changed, or holds something else there.
+    Raises DamagedError when the file is missing, truncated, changed, or holds something else there; RequestError when
+    its disk does not answer.
     """
     try:
         with path.open("rb", buffering=0) as file, zipfile.ZipFile(_Window(file, offset, length, checked)) as archive:
@@ -76,7 +77,10 @@ def locate(
             data = start + LOCAL_HEADER.size + header[-2] + header[-1]
             own = checked or CheckedRun(path, data, info.file_size, info.CRC)
     except (OSError, *ZIP_ERRORS) as error:
-        raise DamagedError(f"{path}: cannot be read at byte {offset} (missing or truncated?): {error}") from error
+        answer = error if isinstance(error, OSError) else error.__context__  # zipfile hides what a read raises
+        if isinstance(answer, OSError):
+            raise read_error(path, answer) from error
+        raise DamagedError(f"{path}: cannot be read at byte {offset} (truncated?): {error}") from error
     return StoredArray(path, data, (tensor.storage_numel,), tensor.dtype, own), tensor
 
 

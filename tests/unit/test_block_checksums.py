@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from flm_megatron.checkpoint.manifest import manifest_text, verify
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.torch_file import read_torch_file
 from flm_megatron.checkpoint.writer import write_view
-from flm_megatron.errors import DamagedError
+from flm_megatron.errors import DamagedError, RequestError
 from tests.unit.checkpoint_cases import Memory, flip
 
 VALUES = {
@@ -102,6 +103,29 @@ def test_a_checkpoint_without_block_checksums_is_held_against_its_records(whole:
     flip(old / chunk.file, chunk.offset + chunk.length // 2)
     with pytest.raises(DamagedError, match=r"decoder\.layers\.a: .*have changed since"):
         view.read("decoder.layers.a", Region((0, 0, 0), (1, 1, 1)))
+
+
+@pytest.mark.parametrize("at", ["first record", "values"])
+def test_a_disk_that_does_not_answer_is_no_damage(whole: Path, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one start without permission, or with a failing mount, would have every checkpoint noted as damaged."""
+    view = open_checkpoint(whole)
+    if at == "values":
+        view.read("decoder.layers.a", Region((0, 0, 0), (1, 1, 1)))
+
+    def fail(*arguments: object) -> int:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(RequestError, match=r"distcp: cannot be read \(Stale file handle\): see to its disk first"):
+        view.read("decoder.layers.a")
+
+
+def test_a_shard_that_is_gone_is_damage(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "copy")
+    view = open_checkpoint(tmp_path / "copy")
+    (tmp_path / "copy" / "__0_0.distcp").unlink()
+    with pytest.raises(DamagedError, match=r"b: .*__0_0\.distcp is missing"):
+        view.read("b")
 
 
 def test_checksums_of_another_file_are_refused(tmp_path: Path) -> None:
