@@ -42,6 +42,12 @@ class CheckpointStore:
         names = (first.name if not again else f"{first.name}.{again}" for again in count())
         return first.with_name(next(name for name in names if name not in taken))
 
+    def taken(self, stage: str) -> tuple[str, ...]:
+        """Names that no new checkpoint of a stage can have: those of its checkpoints, whole or not, and of notes whose
+        checkpoint was removed by hand, which would speak of another one then."""
+        names = {path.name.removesuffix(NOTE) for path in self._entries(stage)}
+        return tuple(sorted(name for name in names if STEP.fullmatch(name)))
+
     def steps(self, stage: str) -> list[int]:
         """Steps of a stage that have a checkpoint under its final name, oldest first."""
         return sorted({_place(path)[0] for path in self._paths(stage)})
@@ -116,7 +122,10 @@ class CheckpointStore:
         path = error.checkpoint
         if path is None or path.parent.parent.resolve() != self.root.resolve() or not STEP.fullmatch(path.name):
             return
-        write_file(self._note(path), json.dumps({"damage": str(error)}).encode())
+        try:
+            write_file(self._note(path), json.dumps({"damage": str(error)}).encode())
+        except OSError as problem:  # the damage itself has to be heard of
+            logger.warning("%s: cannot be written: %s", self._note(path), problem.strerror or problem)
 
     def _check(self, path: Path) -> None:
         """Raises as `verify`; DamagedError too for one that has a note, or no manifest."""

@@ -94,8 +94,16 @@ class MemoryCopies:
         manifest = self.view.manifest
         stage, where = names.index(manifest["stage"]), "the copies in memory"
         history = continued(self.run, stage, manifest, past_history(self.run, manifest, where), where)
-        found = {"stage": stage, "step": manifest["step"], "history": history}
+        taken = start.taken if stage == start.stage else self._taken(manifest["stage"])
+        found = {"stage": stage, "step": manifest["step"], "history": history, "taken": taken}
         return replace(start, **found, source=None, resumes=True, passed_over=())
+
+    def _taken(self, stage: str) -> tuple[str, ...]:
+        """Names of the checkpoints on disk of a stage that is not the one that the disk goes on with."""
+        from flm_megatron.checkpoint.processes import Processes
+        from flm_megatron.training.start import checkpoint_store
+
+        return Processes().on_first(lambda: checkpoint_store(self.run).taken(stage))
 
     def reserve(self, chunks: list[Any], optimizer: Any) -> None:
         """Have the hosts set memory aside for a stage. Raises RequestError where the budget or a host is too small."""

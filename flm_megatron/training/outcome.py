@@ -35,6 +35,6 @@ def _newest(run: RunConfig) -> Path | None:
     """The newest checkpoint by name; it is not opened."""
     store = checkpoint_store(run)
     for stage in reversed(run.stages):
-        if steps := store.steps(stage.name):
-            return store.path(stage.name, steps[-1])
+        if found := store.newest(stage.name):
+            return found[0]
     return None

@@ -90,8 +90,7 @@ def find_start(run: RunConfig, only: str | None = None) -> Start | None:
     start = _after(run, path)
     if start.stage >= len(wanted):
         return None
-    taken = tuple(each.name for each in store.newest(names[start.stage]))
-    start = replace(start, passed_over=tuple(map(str, damaged)), taken=taken)
+    start = replace(start, passed_over=tuple(map(str, damaged)), taken=store.taken(names[start.stage]))
     if only and names[start.stage] != only:
         missing = names[start.stage]
         raise RequestError(f"stage {only!r} needs stage {missing!r} to be finished: train it first")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,6 +131,26 @@ def test_a_checkpoint_that_was_found_changed_is_passed_over_until_its_note_is_re
     (note,) = (store.root / "s").glob("*.json")
     note.unlink()
     assert store.latest(["s"]) == newest
+
+
+def test_a_note_whose_checkpoint_was_removed_does_not_speak_of_the_next_one(store: CheckpointStore) -> None:
+    save(store, "s", 1, 2)
+    store.note_damage(DamagedError("changed", store.path("s", 2)))
+    shutil.rmtree(store.path("s", 2))
+    again = store.new_path("s", 2, store.taken("s"))
+    assert again.name == "step_00000002.1"
+    write_view(VIEW, again, {"step": 2, "stage": "s"})
+    assert store.latest(["s"]) == again
+    assert store.taken("s") == ("step_00000001", "step_00000002", "step_00000002.1") and store.taken("t") == ()
+
+
+def test_a_note_that_cannot_be_written_does_not_hide_the_damage(
+    store: CheckpointStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(store, "s", 1)
+    (store.root / "s" / "step_00000001.damage.json").mkdir()
+    store.note_damage(DamagedError("changed", store.path("s", 1)))
+    assert "step_00000001.damage.json: cannot be written: Is a directory" in caplog.text
 
 
 def test_damage_elsewhere_is_not_noted(store: CheckpointStore, tmp_path: Path) -> None:

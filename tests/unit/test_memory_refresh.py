@@ -202,18 +202,19 @@ def test_where_nobody_starts_ranks_again_copies_are_not_used(
 
 
 def test_a_run_whose_ranks_are_lost_goes_on_from_memory_if_that_is_further_than_the_disk(
-    peers: OneHost, monkeypatch: pytest.MonkeyPatch
+    peers: OneHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    (tmp_path / "checkpoints/small/step_00000012").mkdir(parents=True)
     stages = [StageConfig(name=name, tokens=10**6) for name in ("tiny", "small")]
-    run = RunConfig(stages=stages, checkpoint=CheckpointConfig(memory=MemoryConfig()))
+    run = RunConfig(stages=stages, checkpoint=CheckpointConfig(memory=MemoryConfig()), output=str(tmp_path))
     refresh(started(peers, NONE, None), 10, run=run_to_dict(run))
     settle(peers)
     saved = Path("checkpoints/small/step_00000004")
     for start, only, step in (
         (Start(1, 4, saved, resumes=True, taken=("step_00000004",)), None, 10),
         (Start(1, 0, saved, resumes=False), "small", 10),
-        (Start(0, 99, saved, resumes=True), None, 10),
+        (Start(0, 99, saved, resumes=True, taken=("step_00000099",)), None, 10),
         (Start(0, 99, saved, resumes=True), "tiny", 99),
         (Start(1, 10, saved, resumes=True), None, 10),
         (Start(1, 12, saved, resumes=True), None, 12),
@@ -222,7 +223,8 @@ def test_a_run_whose_ranks_are_lost_goes_on_from_memory_if_that_is_further_than_
             assert copies is not None
             copies.peers.stop = lambda: None  # type: ignore[method-assign]
             found = copies.newer(start, only)
-            assert found.step == step and found.taken == start.taken
+            assert found.step == step
+            assert found.taken == (start.taken if found.stage == start.stage else ("step_00000012",))
             assert (copies.view is not None) == (found != start) == (found.source is None)
             if copies.view is not None:
                 assert found.resumes and found.stage == 1 and "small goes on from step 10" in copies.line

@@ -128,8 +128,8 @@ def _certificates(run: RunConfig, folder: Path, lines: list[Line]) -> dict[str, 
     for stage in run.stages[1:]:
         if stage.name in found:
             continue
-        for step in reversed(store.steps(stage.name)):
-            certificate = _saved_certificate(store.path(stage.name, step))
+        for path in store.newest(stage.name):
+            certificate = _saved_certificate(path)
             if certificate:
                 found[stage.name] = certificate
                 break
