@@ -30,7 +30,7 @@ class Meter:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self._file: TextIO | None = None if folder is None else (folder / FILE).open("a", encoding="utf-8")
+        self._file: TextIO | None = None if folder is None else _opened(folder / FILE)
 
     def begin(self, index: int, stage: str, step: int) -> None:
         """This process has begun to train stage number `index` after `step` steps of it."""
@@ -152,6 +152,17 @@ def _lose(total: Goodput, done: dict[tuple[int, int], float], place: tuple[int, 
     for step in [step for step in done if step > place]:
         total.lost_s += done.pop(step)
         total.lost_steps += 1
+
+
+def _opened(path: Path) -> TextIO:
+    """The file, to be added to; a last line in whose middle the process died does not swallow the next one."""
+    file = path.open("a+", encoding="utf-8")
+    if file.tell() > 0:
+        with path.open("rb") as end:
+            end.seek(-1, os.SEEK_END)
+            if end.read(1) != b"\n":
+                file.write("\n")
+    return file
 
 
 def _parsed(row: str) -> Line | None:

@@ -62,7 +62,7 @@ def test_the_file_is_added_to_and_a_torn_line_is_passed_over(tmp_path: Path) -> 
             raise ValueError
         meter.close()
         with (tmp_path / FILE).open("a") as file:
-            file.write('{"what": "st\n')
+            file.write('{"what": "st')
     total = read_goodput(tmp_path)
     assert total is not None and total.starts == 2 and total.lost_steps == 1 and "save" in total.stalls_s
 
