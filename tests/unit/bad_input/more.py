@@ -55,6 +55,8 @@ ROWS = [
     Row("train run.yaml --checkpoint.initial ours --stages.0.model.position xpos", "position"),
     Row("sft sft.yaml --data.train []", "data.train has no sources"),
     Row("sft sft.yaml --data.train.0.weight 2", "are for text"),
+    Row("sft sft.yaml --data.chat.template endless.jinja", "endless.jinja"),
+    Row("sft sft.yaml --data.chat.template giant.jinja", "giant.jinja"),
     Row("sft sft.yaml --stages []", "stages is empty"),
     Row("sft sft.yaml --stages.0.global_batch 0", "global_batch is 0"),
     Row("sft sft.yaml --stages.0.parallel.tensor 3", "do not divide by parallel.tensor 3"),

@@ -122,6 +122,7 @@ def _make_wrong_things(folder: Path) -> None:
     (folder / "dangling").symlink_to("nowhere")
     (folder / "template.jinja").write_text("{% for message in messages %}{{ message.content }}")
     (folder / "deep.jsonl").write_text("[" * 100_000 + "\n")
+    (folder / "giant.jinja").write_text("{{ range(10**9) | list }}")
     (folder / "endless.jinja").write_text(
         "{% for i in range(10**9) %}{% for j in range(10**9) %}{% endfor %}{% endfor %}"
     )
