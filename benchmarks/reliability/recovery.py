@@ -20,6 +20,7 @@ from statistics import median
 from tests.distributed.hosts import hosts, start_agent, start_job, wait_all
 from tests.distributed.runs import make_data, make_run, wait_for_step
 from tests.distributed.test_nodes import ranks_on
+from tests.distributed.test_nodes_memory import lose
 
 LIMIT_S = 240
 LOST_AT, INTERVAL, SAVED = 18, 2, 10
@@ -68,8 +69,7 @@ def lose_a_host(data: Path, folder: Path, hidden: int, memory: bool) -> Recovery
         used, spare = machines[:3], machines[3]
         job = start_job(used, command, folder, restarts=3)
         wait_for_step(folder, LOST_AT, job[0], LIMIT_S)
-        used[2].kill()
-        used[2].cut_off()
+        lose(used[2])
         began, reached, before = time.monotonic(), _steps(folder)[-1], ranks_on(used[0])
         if not memory:
             forget(folder)

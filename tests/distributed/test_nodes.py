@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -76,8 +77,13 @@ def agent_on(host: Host) -> int:
 
 def ranks_on(host: Host) -> list[int]:
     """Process ids of the ranks on a host: those that torchrun started."""
-    found = [psutil.Process(pid) for pid in host.pids()]
-    return [process.pid for process in found if "RANK" in process.environ() and "train" in process.cmdline()]
+    found = []
+    for pid in host.pids():
+        with suppress(psutil.NoSuchProcess):  # it may just have ended
+            process = psutil.Process(pid)
+            if "RANK" in process.environ() and "train" in process.cmdline():
+                found.append(pid)
+    return found
 
 
 @pytest.fixture(scope="module")
