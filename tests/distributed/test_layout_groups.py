@@ -14,21 +14,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
-from flm_megatron.config.schema import (
-    DataConfig,
-    DistributedConfig,
-    ModelConfig,
-    ParallelConfig,
-    RunConfig,
-    SourceConfig,
-    StageConfig,
-)
+from flm_megatron.config.schema import ParallelConfig
 from flm_megatron.errors import FlmError
 from flm_megatron.training import launch
 from flm_megatron.training.launch import run_processes
 from flm_megatron.training.parallel import Layouts, layout
+from flm_megatron.training.preflight import resolve
 from tests.distributed.layouts import all_layouts, engine_under, take_steps
 from tests.distributed.pool import Pool
+from tests.distributed.runs import make_data, make_run
 
 
 def held() -> tuple[int, int, int, int]:
@@ -112,9 +106,7 @@ def test_a_local_run_has_the_run_files_timeout(tmp_path: Path, monkeypatch: pyte
         return 3
 
     monkeypatch.setattr(launch, "run_processes", instead)
-    model = ModelConfig(num_layers=1, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2, vocab_size=64)
-    data = DataConfig(sequence_length=8, train=[SourceConfig(path="unused")])
-    stage = StageConfig(name="small", model=model, global_batch=2, tokens=64)
-    run = RunConfig(output=str(tmp_path), data=data, distributed=DistributedConfig(timeout_s=95), stages=[stage])
+    options = ("--distributed.timeout_s", "95")
+    run = resolve(make_run(make_data(tmp_path), tmp_path / "run", *options)[1])
     assert launch.train(run) == 3
     assert given[0][3] == 95
