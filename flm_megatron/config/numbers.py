@@ -6,14 +6,12 @@ integer and number of the schema has a check in front of it. How large numbers m
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import pydantic.dataclasses
 from pydantic import BeforeValidator, ConfigDict
-from typing_extensions import dataclass_transform
 
 T = TypeVar("T")
 
@@ -39,13 +37,18 @@ def checked(annotation: Any) -> Any:
     return annotation
 
 
-@dataclass_transform(field_specifiers=(dataclasses.field,))
-def dataclass(*, config: ConfigDict) -> Callable[[type[T]], type[T]]:
+def number_checked(*, config: ConfigDict) -> Callable[[type[T]], type[Any]]:
     """pydantic's `dataclass`, with numbers that are `checked`."""
 
-    def decorate(cls: type[T]) -> type[T]:
+    def decorate(cls: type[T]) -> type[Any]:
         hints = get_type_hints(cls, include_extras=True)
         cls.__annotations__ = {name: checked(hints[name]) for name in cls.__annotations__}
-        return pydantic.dataclasses.dataclass(config=config)(cls)  # type: ignore[return-value]
+        return pydantic.dataclasses.dataclass(config=config)(cls)
 
     return decorate
+
+
+if TYPE_CHECKING:  # whose fields a type checker knows how to read
+    from pydantic.dataclasses import dataclass as dataclass
+else:
+    dataclass = number_checked
