@@ -258,7 +258,8 @@ class StabilityConfig:
     """Outliers in a row (`max_in_a_row` if that is less) that, where they agree with each other, are no spike but a new
     level: the last of them is applied. Less than 2 never takes one; `stop` neither."""
     checksum_interval_steps: int = 0
-    """Steps between comparisons of replicated weights over all ranks, which find silent corruption; 0 never does."""
+    """Steps between comparisons of replicated weights over all ranks, which find silent corruption; they are compared
+    before each checkpoint is written too; 0 never does."""
     embedding_gradient_shrink: float = 1.0
     """Factor on the gradient of the embedding (GLM-130B: 0.1); 1 leaves it as it is."""
     z_loss: float = 0.0

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flm_megatron.config.schema import MemoryConfig, RunConfig
-from flm_megatron.errors import RequestError
+from flm_megatron.errors import FlmError, RequestError
 from flm_megatron.training.parallel import is_main_rank
 
 if TYPE_CHECKING:
@@ -46,6 +46,18 @@ def memory_copies(run: RunConfig) -> Iterator[MemoryCopies | None]:
     copies = MemoryCopies(run, run.checkpoint.memory)
     yield copies
     copies.peers.stop()
+
+
+@contextmanager
+def forgotten_on_error(copies: MemoryCopies | None) -> Iterator[None]:
+    """All ranks enter. An FlmError in the block, which all of them raise, ends the agents with what they keep: it says
+    that the state may be wrong, and the next start must not go on from a copy of that."""
+    try:
+        yield
+    except FlmError:
+        if copies is not None:
+            copies.peers.stop()
+        raise
 
 
 class MemoryCopies:

@@ -34,7 +34,7 @@ from flm_megatron.training.changes import announce, find_changes, segment_begins
 from flm_megatron.training.flops import training_flops_per_token
 from flm_megatron.training.goodput import Meter, read_goodput
 from flm_megatron.training.layer_norms import layer_norms
-from flm_megatron.training.memory_copies import MemoryCopies
+from flm_megatron.training.memory_copies import MemoryCopies, forgotten_on_error
 from flm_megatron.training.metrics import MetricsLog, StepMetrics
 from flm_megatron.training.parallel import Layouts, is_main_rank
 from flm_megatron.training.replicas import check_replicas
@@ -107,6 +107,7 @@ class StageTrainer:
         self.times: deque[float] = deque(maxlen=RECENT_STEPS)
         self.saved_step = start.step if start.step and start.source else -1
         self.saved_path = start.source if start.resumes else None
+        self.compared_step = -1
         self.copies = copies
         if run.checkpoint.asynchronous:
             prepare_asynchronous_save(self.engine.chunks, self.engine.optimizer)
@@ -254,14 +255,20 @@ class StageTrainer:
 
     def _at_intervals(self) -> None:
         if self._due(self.stage.stability.checksum_interval_steps):
-            with self.meter.stall("replicas"):
-                check_replicas(self.engine.chunks, self.step)
+            self._compare_replicas()
         if self._due(self.stage.validation.interval_steps) and self.validation:
             self._validate()
         if self._due(self.run.checkpoint.interval_steps) and self.step < self.budget.steps:
             self._save()
         if self.copies and self._due(self.copies.interval_steps) and self.step < self.budget.steps:
             self._copy(self.copies)
+
+    def _compare_replicas(self) -> None:
+        """Once in a step; where they differ, copies in memory that were made since the last time are worth nothing."""
+        if self.compared_step != self.step:
+            with self.meter.stall("replicas"), forgotten_on_error(self.copies):
+                check_replicas(self.engine.chunks, self.step)
+            self.compared_step = self.step
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.step % interval == 0
@@ -288,6 +295,8 @@ class StageTrainer:
         if self.saved_step == self.step:
             return
         self._finish_save()
+        if self.stage.stability.checksum_interval_steps:
+            self._compare_replicas()
         if self.log:
             self.log.sync()
         self.saved_path = self.store.new_path(self.stage.name, self.step, self.start.taken)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -14,15 +15,15 @@ import torch
 from flm_megatron.checkpoint.logical import Region, TensorInfo
 from flm_megatron.checkpoint.memory import refresh as refresh_module
 from flm_megatron.checkpoint.memory.blobs import NONE, Generation
-from flm_megatron.checkpoint.memory.client import Endpoint, RemoteAgent
+from flm_megatron.checkpoint.memory.client import Endpoint, LocalAgent, RemoteAgent
 from flm_megatron.checkpoint.memory.peers import Peers
 from flm_megatron.checkpoint.memory.refresh import Refresher
-from flm_megatron.checkpoint.memory.starting import obstacle
+from flm_megatron.checkpoint.memory.starting import agent_name, obstacle
 from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import CheckpointConfig, MemoryConfig, RunConfig, StageConfig
 from flm_megatron.device.process_group import process_group
-from flm_megatron.errors import RequestError
-from flm_megatron.training.memory_copies import NOT_USED, memory_copies
+from flm_megatron.errors import FlmError, RequestError
+from flm_megatron.training.memory_copies import NOT_USED, MemoryCopies, forgotten_on_error, memory_copies
 from flm_megatron.training.start import Start
 from tests.unit.memory_cases import agents, fill, overwrite, wait_until
 
@@ -229,3 +230,28 @@ def test_a_run_whose_ranks_are_lost_goes_on_from_memory_if_that_is_further_than_
             if copies.view is not None:
                 assert found.resumes and found.stage == 1 and "small goes on from step 10" in copies.line
             assert copies.newer(start, only) == start and copies.view is None  # only the first stage of a start
+
+
+def test_copies_of_a_state_that_may_be_wrong_are_forgotten(peers: OneHost) -> None:
+    """As where replicas of weights differ: the next start goes on from the disk."""
+    copies = MemoryCopies(RunConfig(), MemoryConfig())
+    with forgotten_on_error(copies):
+        pass
+    refresh(started(peers, NONE, None), 10)
+    settle(peers)
+    assert kept(peers) == [10]
+    for kept_by in (None, copies):
+        with pytest.raises(FlmError, match="differ"), forgotten_on_error(kept_by):
+            raise FlmError("copies of weights differ")
+        if kept_by is None:
+            assert kept(peers) == [10]
+    wait_until(is_gone)
+
+
+def is_gone() -> bool:
+    """Whether this host has no agent."""
+    try:
+        LocalAgent(agent_name(os.getppid())).close()
+    except OSError:
+        return True
+    return False
