@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from benchmarks.reliability.recovery import forget
-from benchmarks.reliability.stall import GIB, MANIFEST, engine_of, timed, wait_whole
+from benchmarks.reliability.stall import GIB, MANIFEST, engine_of, wait_whole
+from benchmarks.reliability.timing import forget, timed
 from flm_megatron.checkpoint.engine import load_state, save_state, stored_state
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.memory.blobs import NONE

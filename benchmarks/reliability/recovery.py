@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
 
+from benchmarks.reliability.timing import forget
 from tests.distributed.hosts import hosts, start_agent, start_job, wait_all
 from tests.distributed.runs import make_data, make_run, wait_for_step
 from tests.distributed.test_nodes import ranks_on
@@ -83,13 +83,6 @@ def lose_a_host(data: Path, folder: Path, hidden: int, memory: bool) -> Recovery
         back_s = time.monotonic() - began
         assert wait_all(job, LIMIT_S) == [0, 0, 0]
     return Recovery(reached - first, started_s, next_s, back_s)
-
-
-def forget(folder: Path) -> None:
-    """Have the disk read for what was written: its pages leave the cache."""
-    for file in folder.rglob("*.distcp"):
-        with file.open("rb") as stream:
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _steps(folder: Path) -> list[int]:

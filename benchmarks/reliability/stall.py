@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.reliability.timing import timed
 from flm_megatron import kernels
 from flm_megatron.checkpoint.engine import prepare_asynchronous_save, save_state, stored_state
 from flm_megatron.checkpoint.memory.blobs import NONE
@@ -49,13 +50,6 @@ def model(layers: int) -> ModelConfig:
     return ModelConfig(
         num_layers=layers, hidden_size=2048, ffn_hidden_size=5632, num_attention_heads=16, vocab_size=8192
     )
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Seconds that a call takes."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 class Plain:

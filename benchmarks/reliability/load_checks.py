@@ -1,6 +1,6 @@
 """What checking every byte costs when a run resumes: `load_state` with block checksums and without any.
 
-    python -m benchmarks.reliability.load --folder /tmp/load --millions 300 --repeats 7
+    python -m benchmarks.reliability.load_checks --folder /tmp/load --millions 300 --repeats 7
 
 Prints Markdown. A model with its optimizer on one process is loaded again and again, in turn with and without checks,
 from the disk (the checkpoint's pages are dropped before) and from the page cache. The folder is removed at the end.
@@ -9,24 +9,14 @@ from the disk (the checkpoint's pages are dropped before) and from the page cach
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.checkpoint.measure import make
-
-
-def drop(checkpoint: Path) -> None:
-    """Have the checkpoint's pages leave the page cache."""
-    for file in checkpoint.iterdir():
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
+from benchmarks.reliability.timing import forget, timed
 
 
 def loaders(checkpoint: Path, trainer: Any) -> dict[bool, Any]:
@@ -45,13 +35,6 @@ def loaders(checkpoint: Path, trainer: Any) -> dict[bool, Any]:
     return {checked: (lambda checked=checked: load(checked)) for checked in (True, False)}
 
 
-def timed(work: Any) -> float:
-    """Seconds that `work` takes."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
 def measure(checkpoint: Path, repeats: int) -> None:
     """Load under a world of this process, and print a row for each state of the page cache."""
     from flm_megatron.checkpoint.described import required_model
@@ -68,7 +51,7 @@ def measure(checkpoint: Path, repeats: int) -> None:
     ):
         model = required_model(open_checkpoint(checkpoint), str(checkpoint))
         load = loaders(checkpoint, Engine(StageConfig(model=model, precision="bf16"), 128))
-        for name, prepare in (("disk", lambda: drop(checkpoint)), ("page cache", lambda: None)):
+        for name, prepare in (("disk", lambda: forget(checkpoint)), ("page cache", lambda: None)):
             times: dict[bool, list[float]] = {True: [], False: []}
             for _ in range(repeats):
                 for checked, seconds in times.items():
