@@ -116,6 +116,7 @@ def _long_put(state: PickleState, position: int) -> int:
 
 def _constant(value: Any) -> Handler:
     def handler(state: PickleState, position: int) -> int:
+        """Push the value."""
         state.stack.append(value)
         return position
 
@@ -124,6 +125,7 @@ def _constant(value: Any) -> Handler:
 
 def _new(kind: type) -> Handler:
     def handler(state: PickleState, position: int) -> int:
+        """Push an empty container."""
         state.stack.append(kind())
         return position
 
@@ -159,6 +161,7 @@ def _sized(width: int, decode: Callable[[bytes], Any]) -> Handler:
     """Text or bytes behind a length of `width` bytes."""
 
     def handler(state: PickleState, position: int) -> int:
+        """Push what it says."""
         size = int.from_bytes(state.take(position, width), "little")
         state.stack.append(decode(state.take(position + width, size)))
         return position + width + size
@@ -176,6 +179,7 @@ def _old_text(data: bytes) -> str:
 
 def _tuple_of(size: int) -> Handler:
     def handler(state: PickleState, position: int) -> int:
+        """Make a tuple of the top of the stack."""
         stack = state.stack
         if len(stack) < size:
             raise PickleError("it takes more than it put")

@@ -94,18 +94,27 @@ class CheckpointStore:
 
         Kept are the newest `keep_last` that are whole (at least one: the last of a stage is never dropped), those at
         multiples of `keep_every_steps`, and whatever is newer. Left-overs of earlier saves go too. Only manifests of
-        those that are kept for being new are read.
+        those that are kept for being new are read. A disk that does not let go of one is no reason to end a run: it is
+        logged, and the next call tries again.
         """
+        removed: list[Path] = []
+        try:
+            for path in self._superfluous(stage, keep_last, keep_every_steps):
+                _remove(path)
+                self._note(path).unlink(missing_ok=True)
+                removed.append(path)
+        except (RequestError, OSError) as error:
+            logger.warning("old checkpoints of stage %r are not all removed: %s", stage, error)
+        return removed
+
+    def _superfluous(self, stage: str, keep_last: int, keep_every_steps: int) -> list[Path]:
+        """What `prune` removes."""
         whole = list(islice(self._whole(stage), max(1, keep_last)))
         if not whole:
             return []
         # A newer temporary folder may be one that is being written in the background.
         older = [path for path in (*self._paths(stage), *self._stale(stage)) if _place(path) < _place(whole[0])]
-        removed = [path for path in older if path not in whole and not _is_multiple(path, keep_every_steps)]
-        for path in removed:
-            _remove(path)
-            self._note(path).unlink(missing_ok=True)
-        return removed
+        return [path for path in older if path not in whole and not _is_multiple(path, keep_every_steps)]
 
     def clean(self, stages: list[str]) -> list[Path]:
         """Remove what interrupted saving left behind; returns it. Call it while nothing is being saved."""

@@ -88,6 +88,7 @@ def load_records(data: bytes, source: str, foreign: tuple[str, ...] = FOREIGN) -
     """What a pickle says, as plain data, `Name`s and `Record`s. Raises DamagedError as `load_pickle`."""
 
     def policy(module: str, name: str) -> None:
+        """Raise DamagedError for a name that is not known."""
         if name in CLASSES.get(module, ()) or (module == "torch" and name in _KINDS):
             return
         if module.partition(".")[0] not in foreign or "." in name:
@@ -134,6 +135,7 @@ def read_torch_file(path: Path) -> Any:
             root = pickles[0].removesuffix("data.pkl")
 
             def tensor(stored: StoredTensor) -> torch.Tensor:
+                """Its values."""
                 if stored.key not in storages:
                     storages[stored.key] = bytearray(read_stored(archive, f"{root}data/{stored.key}"))
                 return _materialise(stored, storages[stored.key])

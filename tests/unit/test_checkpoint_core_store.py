@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -158,6 +159,22 @@ def test_damage_elsewhere_is_not_noted(store: CheckpointStore, tmp_path: Path) -
     for error in (DamagedError("data"), DamagedError("other", tmp_path / "s"), DamagedError("x", tmp_path / "a/b/c")):
         store.note_damage(error)
     assert [path.name for path in (store.root / "s").iterdir()] == ["step_00000001"]
+
+
+def test_what_cannot_be_removed_does_not_end_a_run(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(store, "s", 1, 2, 3)
+
+    def refuse(path: Path, target: Path) -> Path:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", refuse)
+        assert store.prune("s", keep_last=1) == []
+    assert "old checkpoints of stage 's' are not all removed" in caplog.text and "step_00000001" in caplog.text
+    assert store.steps("s") == [1, 2, 3]
+    assert len(store.prune("s", keep_last=1)) == 2
 
 
 def test_pruning_reads_only_the_manifests_of_what_it_keeps_for_being_new(

@@ -135,6 +135,7 @@ class Peers:
         """Every host's answer; none from one that does not answer, which is as if it held nothing."""
 
         def ask(endpoint: Endpoint) -> dict[str, Any] | None:
+            """One host's answer."""
             try:
                 with RemoteAgent(endpoint) as agent:
                     return agent.ask(do, **values)
