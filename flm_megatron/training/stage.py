@@ -313,8 +313,10 @@ class StageTrainer:
             self._finish_save()
 
     def _copy(self, copies: MemoryCopies) -> None:
-        """Keep this step in memory."""
+        """Keep this step in memory, and its metrics on the disk, which may outlive this host."""
         with self.meter.stall("copy"):
+            if self.log:
+                self.log.sync()
             line = copies.refresh(self.engine.chunks, self.engine.optimizer, self._manifest())
         if line and self.log:
             self.log.say(line)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
+from flm_megatron.checkpoint.manifest import read_manifest
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.store import CheckpointStore
 from flm_megatron.config.budget import stage_budgets
@@ -100,7 +101,14 @@ def find_start(run: RunConfig, only: str | None = None) -> Start | None:
 def run_history(run: RunConfig) -> History:
     """The history of a run by its newest checkpoint; none if it has none. Raises as `find_start`."""
     path = checkpoint_store(run).latest([stage.name for stage in run.stages])
-    return known_history(run, open_checkpoint(path).manifest, str(path)) if path else ()
+    return known_history(run, _manifest(path), str(path)) if path else ()
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint of the run; its metadata, which may take seconds to read, is not looked at."""
+    manifest = read_manifest(path)
+    assert manifest is not None, "the search passes over what has none"
+    return manifest
 
 
 def _refuse_other_stages(run: RunConfig) -> None:
@@ -125,7 +133,7 @@ def _after(run: RunConfig, path: Path | None) -> Start:
         _refuse_other_stages(run)
         initial = run.checkpoint.initial
         return Start(0, 0, Path(initial) if initial else None, resumes=False, history=first_history(run))
-    manifest = open_checkpoint(path).manifest
+    manifest = _manifest(path)
     past = past_history(run, manifest, str(path))
     stage = stage_of(run, manifest, past, str(path))
     if not is_finished(run, stage, manifest, past):
