@@ -70,9 +70,11 @@ class Processes:
 
 
 def describe(error: BaseException) -> tuple[str, str]:
-    """Kind and message of an error, to be sent to other ranks."""
-    message = str(error)
-    return type(error).__name__, message if type(error).__name__ in ERRORS else f"{type(error).__name__}: {message}"
+    """Kind and message of an error, to be sent to other ranks: the nearest kind that they know, for it has a status."""
+    known = next((kind.__name__ for kind in type(error).__mro__ if kind.__name__ in ERRORS), None)
+    if known is None:
+        return type(error).__name__, f"{type(error).__name__}: {error}"
+    return known, "; ".join(line.strip() for line in str(error).split("\n"))  # of Mistakes each has a line
 
 
 def _error_of(rank: int, kind: str, message: str) -> FlmError:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from flm_megatron.checkpoint.channels import VALUE_BYTES, WINDOW, StoreChannel
 from flm_megatron.checkpoint.processes import Processes
-from flm_megatron.errors import DamagedError, FlmError
+from flm_megatron.errors import DamagedError, FlmError, Mistakes
 
 
 def store_of(kind: str) -> dist.Store:
@@ -84,6 +84,15 @@ def test_a_failure_on_one_rank_is_one_on_all_and_they_stay_in_step() -> None:
         "rank 3: a flipped bit"
     ] * 2
     assert all(after == 42 for _, after in found)
+
+
+def test_several_mistakes_that_the_first_rank_finds_are_a_wrong_request_on_all() -> None:
+    def refuse() -> None:
+        raise Mistakes(["seed was 1", "data was 2"], "cannot go on")
+
+    found = on_ranks(store_of("hash"), 2, lambda processes: processes.on_first(refuse))
+    assert [error.status for error in found] == [2, 2]
+    assert str(found[1]) == "rank 0: cannot go on: 2 mistakes; seed was 1; data was 2"
 
 
 def test_a_rank_that_is_gone_is_named_on_all_others_in_time() -> None:
