@@ -21,7 +21,7 @@ from flm_megatron.errors import DamagedError
 BLOCK = 2**20
 SUFFIX = ".crc32"
 KEPT_BLOCKS = 4  # of each file, for reads that begin in the block where the last one ended
-CHECK_BYTES = 8 * 2**20
+CHECK_BYTES = 2**20
 LARGEST_READ = 2**30  # not every system takes more at once
 
 Fragment = tuple[int, int]

@@ -44,6 +44,8 @@ CLASSES: tuple[Any, ...] = (
     pickle_records.Name,
     pickle_records.Record,
 )
+RUNNERS = ("hypothesis", "_pytest")
+"""Packages that keep accounts of their own while tests run: hypothesis counts garbage collections."""
 _events: list[str] = []
 _watching: list[str] = []  # prefix of the paths that may be opened, while an input is read
 
@@ -61,9 +63,11 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def snapshot() -> dict[str, dict[str, int]]:
-    """Identity of every attribute of every module and of every class that any of them has."""
+    """Identity of every attribute of every module and of every class that any of them has, but for RUNNERS."""
     found = {}
     for name, module in list(sys.modules.items()):
+        if name.split(".")[0] in RUNNERS:
+            continue
         attributes = dict(getattr(module, "__dict__", {}))
         found[name] = {key: id(value) for key, value in attributes.items()}
         for value in attributes.values():

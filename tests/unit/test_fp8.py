@@ -18,7 +18,7 @@ from flm_megatron.growth.plan import make_plan
 from flm_megatron.growth.schedule import mask_plan
 from flm_megatron.kernels import fp8
 from flm_megatron.model.masks import GrowthMasks
-from flm_megatron.training.preflight import resolve
+from flm_megatron.training.preflight import require_installed
 from tests.engine import filled_model, gradients, one_process, seeded_batch
 from tests.reference import random_tensors
 from tests.unit.fp8_oracle import FORMATS, dequantized, linear, rounded
@@ -221,7 +221,7 @@ def test_they_are_refused_before_processes_start(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(device, "fp8_obstacle", lambda: "it is old")
     stages = [StageConfig(tokens=1024), StageConfig(name="x", tokens=1024, precision="bf16", fp8="tensorwise")]
     with pytest.raises(RequestError, match=r"^stage 'x': fp8 tensorwise cannot run here: it is old; set fp8 to none$"):
-        resolve(RunConfig(stages=stages))
+        require_installed(RunConfig(stages=stages))
 
 
 def test_the_log_says_where_there_is_no_gain() -> None:
