@@ -27,7 +27,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-GUARDS = (("strict=True", "strict=False"), ("frozen=True", "frozen=False"), ("exist_ok=True", "exist_ok=False"))
+GUARDS = (
+    ("if TYPE_CHECKING", "if not TYPE_CHECKING"),
+    ("strict=True", "strict=False"),
+    ("frozen=True", "frozen=False"),
+    ("exist_ok=True", "exist_ok=False"),
+)
 """Changes that only a fault elsewhere would show, as with asserts."""
 EQUIVALENT = Path(__file__).with_name("mutation_equivalent.json")
 SLOWEST_S = 120

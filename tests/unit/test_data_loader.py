@@ -133,3 +133,14 @@ def test_validation_counts_each_sample_once_under_every_layout(stream: SampleStr
     assert mask[:13].min() == 1 and mask[13:].max() == 0 and len(mask) == 16
     with pytest.raises(RequestError, match="global batch 8 is not divisible"):
         next(validation_batches(stream, 13, GLOBAL, 3, 0, size))
+
+
+def test_a_reader_that_is_slower_than_the_thread_gets_every_step(stream: SampleStream) -> None:
+    """The thread tries for a tenth of a second to give a step away, again and again."""
+    feed = batches(stream, 0, GLOBAL, GLOBAL, 0, 1, prefetch=1)
+    next(feed)
+    time.sleep(0.35)
+    found = [next(feed)[0]["tokens"] for _ in range(3)]
+    feed.close()
+    for step, tokens in enumerate(found, 1):
+        assert torch.equal(tokens, torch.stack([stream[step * GLOBAL + i]["tokens"] for i in range(GLOBAL)]))

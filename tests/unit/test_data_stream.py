@@ -76,6 +76,19 @@ def test_a_sample_knows_its_text(folder: Path) -> None:
         assert " ".join(map(str, stream[index]["tokens"].tolist())) in joined
 
 
+def test_a_sample_is_found_by_its_name(folder: Path) -> None:
+    data = data_cases.config(folder, {"web": 1.0})
+    data.train[0].name = "crawl/web"  # names may have slashes
+    stream = SampleStream(data, seed=3)
+    (name,) = stream.names(5)
+    item = stream[5]
+    assert name.startswith("crawl/web/0/")
+    assert stream.ids(name) == [*item["tokens"].tolist(), int(item["labels"][-1])]
+    for wrong in ("nonsense", "crawl/web", "crawl/web/0/x", "crawl/web/0/99999", "other/0/1", ""):
+        with pytest.raises(RequestError, match="there is no sample"):
+            stream.ids(wrong)
+
+
 def test_each_pass_takes_every_sample_once_in_another_order(folder: Path) -> None:
     """Three passes of one source, and no two alike."""
     stream = SampleStream(data_cases.config(folder, {"web": 3}, epochs=True), seed=1)

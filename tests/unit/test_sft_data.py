@@ -162,6 +162,17 @@ def test_packing_takes_each_once_and_overfills_nothing(lengths: list[int]) -> No
     assert all(a + b > 50 for k, a in enumerate(filled) for b in filled[k + 1 :] if len(samples) <= 32)
 
 
+def test_a_conversation_goes_where_it_just_fits() -> None:
+    assert pack([30, 40, 20, 10, 5], 50) == [[0, 2], [1, 3], [4]]
+
+
+def test_the_oldest_of_32_open_samples_closes() -> None:
+    """The first has most room; after 32 others it takes nothing more."""
+    lengths = [10, *[45] * 31, 45, 40]
+    assert pack(lengths, 50) == [*[[n] for n in range(33)], [33]]
+    assert pack([*lengths[:32], 40], 50)[0] == [0, 32]
+
+
 def test_a_packed_sample_restarts_positions_and_trains_answers_only(model: Tokenizer, tmp_path: Path) -> None:
     path = write(tmp_path / "chat.jsonl", [conversation(i, turns=1) for i in range(12)])
     packed = stream([source(path, model)], [1.0])
