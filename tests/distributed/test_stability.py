@@ -52,6 +52,13 @@ class FaultyTrainer(StageTrainer):
             return (loss * 50 if fault == "loss" else loss), tokens, heard
 
         self.engine._losses = faulty  # type: ignore[method-assign]
+        self.faults = faults
+
+    def _at_intervals(self) -> None:
+        """What is done between steps, after a bit of a weight has flipped on one rank."""
+        if self.faults.get(self.step) == "weight" and torch.distributed.get_rank() == 1:
+            next(iter(self.engine.chunks[0].parameters())).data.view(-1).view(torch.int32)[5] ^= 1
+        super()._at_intervals()
 
 
 def train_with_faults(run: RunConfig, faults: dict[int, str]) -> list[float]:
@@ -117,6 +124,15 @@ def test_spikes_in_a_row_end_the_run(pool: Pool, data: Path, tmp_path: Path) -> 
     with pytest.raises(RankFailed, match=r"FlmError: 3 steps in a row were refused.*samples 8 to 11"):
         pool.run(2, train_with_faults, run, dict.fromkeys(range(3, 9), "gradient"))
     assert checkpoint_store(run).steps("small")[-1] == 4  # saved without any of the refused steps
+
+
+def test_replicas_that_differ_are_not_saved(pool: Pool, data: Path, tmp_path: Path) -> None:
+    """The weights are compared before each save, however long the interval is."""
+    overrides = ("--checkpoint.interval_steps", "2", "--stages.0.stability", "{checksum_interval_steps: 1000}")
+    run = resolve(make_run(data, tmp_path, "--stages.0.parallel.tensor", "1", *overrides)[1])
+    with pytest.raises(RankFailed, match="after step 4 copies of weights that must be equal differ"):
+        pool.run(2, train_with_faults, run, {4: "weight"})
+    assert checkpoint_store(run).steps("small") == [2]
 
 
 def corrupted(rank: int, name: str, parallel: ParallelConfig) -> str:

@@ -287,6 +287,7 @@ def test_a_holder_that_was_stopped_and_replaced_ends_at_once(file: Path, tmp_pat
     process = CONTEXT.Process(target=hold_for_ever, args=(file, words))
     process.start()
     while lease_file.read(file) is None:
+        assert process.is_alive()
         time.sleep(0.01)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGSTOP)
