@@ -191,7 +191,7 @@ def run_processes(size: int, function: Any, args: tuple[Any, ...], timeout_s: in
 
     require_processes(size, "this layout")
     # It says of every rank that it ends the others; who failed, and of what, is said once, below.
-    logging.getLogger(multiprocessing.spawn.__name__).setLevel(logging.ERROR)
+    logging.getLogger(ProcessException.__module__).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder, _passing_signals() as passing:
         processes = multiprocessing.start_processes(
             _process_main,

@@ -67,7 +67,7 @@ def test_a_pool_is_screened_by_a_checkpoint(folder: Path, tmp_path: Path, capsys
     [
         (["--max-loss", "3"], "--max-loss needs a model to measure by"),
         (["--quota", "odd"], "not of the form CATEGORY=SHARE"),
-        (["--similarity", "3"], "similarity of 3.0"),
+        (["--similarity", "3"], "--similarity: 3 is above 1"),
         (["--checkpoint", "/nowhere"], "/nowhere is not a checkpoint"),
     ],
 )

@@ -107,7 +107,8 @@ def _catches_sigterm(pid: int) -> bool:
 
 @pytest.mark.parametrize("after_s", [0.0, 3.0, 6.0])
 def test_a_signal_before_training_leaves_nothing_half_made(data: Path, tmp_path: Path, after_s: float) -> None:
-    source, run = make_run(data, tmp_path, "--output", str(tmp_path / "run"))
+    long = ("--stages.0.tokens", "1280000")  # 10,000 steps: a quick machine may have begun, none has ended
+    source, run = make_run(data, tmp_path, "--output", str(tmp_path / "run"), *long)
     process = start_flm("train", source)
     while not _catches_sigterm(process.pid):
         time.sleep(0.01)
