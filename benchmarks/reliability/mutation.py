@@ -36,7 +36,14 @@ GUARDS = (
 """Changes that only a fault elsewhere would show, as with asserts."""
 EQUIVALENT = Path(__file__).with_name("mutation_equivalent.json")
 SLOWEST_S = 120
-PLANNER = ["planner_memory", "planner_time", "planner_run", "planner_search", "planner_communication"]
+PLANNER = [
+    "planner_memory",
+    "planner_time",
+    "planner_run",
+    "planner_search",
+    "planner_communication",
+    "planner_arithmetic",
+]
 TESTS = {
     "planner/communication": PLANNER,
     "planner/memory": PLANNER,
@@ -46,7 +53,7 @@ TESTS = {
     "planner/matmul": PLANNER,
     "planner/layout": PLANNER,
     "planner/in_flight": PLANNER,
-    "planner/goodput": ["planner_goodput"],
+    "planner/goodput": ["planner_goodput", "planner_arithmetic"],
     "planner/loss_law": ["planner_growth"],
     "planner/growth_schedule": ["planner_growth"],
     "optim/adamw": ["optim_adamw", "growth_birth"],
@@ -57,11 +64,11 @@ TESTS = {
     "config/budget": ["optim_learning_rate", "history", "config_rules"],
     "config/history": ["history", "data_history"],
     "config/rules": ["config_rules", "config_loader"],
-    "config/layout_rules": ["config_rules"],
-    "config/model_rules": ["config_rules"],
-    "config/schedule_rules": ["config_rules", "optim_learning_rate"],
-    "config/stability_rules": ["config_rules", "stability"],
-    "config/pipeline": ["model_split", "config_rules"],
+    "config/layout_rules": ["config_rules", "config_bounds"],
+    "config/model_rules": ["config_rules", "config_bounds"],
+    "config/schedule_rules": ["config_rules", "optim_learning_rate", "config_bounds"],
+    "config/stability_rules": ["config_rules", "stability", "config_bounds"],
+    "config/pipeline": ["model_split", "config_rules", "config_bounds"],
     "config/overrides": ["config_loader"],
     "config/loader": ["config_loader", "config_presets"],
     "data/blend": ["data_blend", "data_stream"],
@@ -76,7 +83,7 @@ TESTS = {
     "data/chat_stream": ["sft_data"],
     "checkpoint/regions": ["checkpoint_core_format", "checkpoint_tools_regions"],
     "checkpoint/chunk_index": ["checkpoint_core_format"],
-    "checkpoint/layout": ["checkpoint_tools_regions", "checkpoint_tools"],
+    "checkpoint/layout": ["checkpoint_tools_regions", "rank_regions"],
     "checkpoint/logical": ["checkpoint_core_format"],
     "checkpoint/logical_hash": ["checkpoint_core_format"],
     "checkpoint/stored_array": ["checkpoint_core_format", "block_checksums"],
@@ -95,7 +102,7 @@ TESTS = {
     "growth/schedule": ["growth_plan", "growth_birth"],
     "training/continuation": ["continuation"],
     "training/changes": ["continuation"],
-    "training/spikes": ["stability", "spike_replay"],
+    "training/spikes": ["stability", "spikes"],
 }
 """Source files, below `flm_megatron/`, and the unit tests that are theirs."""
 
