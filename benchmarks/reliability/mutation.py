@@ -139,13 +139,17 @@ def mutants(file: str) -> Iterator[Mutant]:
             pairs = zip(source.splitlines(), changed.splitlines(), strict=False)
             line, (before, after) = next((n, pair) for n, pair in enumerate(pairs, 1) if pair[0] != pair[1])
             guard = after in {before.replace(name, other) for name, other in GUARDS}
-            if not guard and behaviour(changed) != meaning:
+            if not guard and behaviour(changed) not in (meaning, None):
                 yield Mutant(file, line, before, after, changed)
 
 
-def behaviour(source: str) -> str:
-    """A module without its annotations, which are never evaluated, and its asserts, which are no behaviour."""
-    return ast.dump(_Behaviour().visit(ast.parse(source)))
+def behaviour(source: str) -> str | None:
+    """A module without its annotations, which are never evaluated, and its asserts, which are no behaviour; none where
+    it is no Python."""
+    try:
+        return ast.dump(_Behaviour().visit(ast.parse(source)))
+    except SyntaxError:
+        return None
 
 
 class _Behaviour(ast.NodeTransformer):

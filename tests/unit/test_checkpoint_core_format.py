@@ -311,3 +311,11 @@ def test_a_full_disk_is_a_request_error(tmp_path: Path, source: InitialCheckpoin
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_hash_of_rows_wider_than_a_block_is_that_of_their_parts() -> None:
+    values = torch.randn(2, 70_000, generator=torch.Generator().manual_seed(4))
+    shape = tuple(values.shape)
+    parts = [Region((0, start), (2, size)) for start, size in ((0, 40_000), (40_000, 30_000))]
+    shares = [partial_hash(shape, part, values[part.slices]) for part in parts]
+    assert sum(shares) % 2**64 == partial_hash(shape, Region.whole(shape), values)

@@ -97,12 +97,13 @@ def test_overlap_hides_gradients_behind_the_backward_pass_of_the_longest_rank() 
     layout: dict[str, Any] = {"pipeline": 3, "pipeline_layers": [1, 5, 2]}
     plain = workload(data=8, **layout)
     hidden = workload(data=8, overlap_grad_reduce=True, **layout)
-    slow = replace(A800, inter_gb_per_s=1e-2)
+    slow = replace(A800, inter_gb_per_s=1e-2, intra_gb_per_s=1e-2)
     parameters = max(plain.rank_parameters(rank) for rank in range(3))
     reduce = data_time(plain, slow, 4.0 * parameters)
     backward = part_passes(plain, slow).layer.backward.total
     # The first or the last rank is looked at, for those hold embedding and head.
-    assert step_time(plain, slow).data - step_time(hidden, slow).data == pytest.approx(min(reduce, 2 * backward))
+    assert reduce > 5 * backward
+    assert step_time(plain, slow).data - step_time(hidden, slow).data == pytest.approx(2 * backward)
 
 
 def stage_plan(gpus: int) -> StagePlan:
