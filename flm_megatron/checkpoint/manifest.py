@@ -67,14 +67,24 @@ def verify(path: str | Path, quick: bool = False, progress: Callable[[int], None
         raise DamagedError(f"{path}: has no {MANIFEST}, which is written last: it is incomplete or was changed")
     for name, wanted in manifest["files"].items():
         file = path / name
-        size = _size(file)
-        if size is None:
-            raise DamagedError(f"{file} is missing")
-        if size != wanted["size"]:
-            raise DamagedError(f"{file} has {size} bytes instead of {wanted['size']}: truncated or overwritten")
+        if problem := size_problem(file, wanted):
+            raise DamagedError(problem)
         if not quick and (checksum := file_checksum(file, progress)) != wanted["crc32"]:
             raise DamagedError(f"{file}: checksum is {checksum} instead of {wanted['crc32']}: its bytes have changed")
     return manifest
+
+
+def size_problem(file: Path, wanted: dict[str, Any]) -> str | None:
+    """What is wrong with the size of a file that a manifest lists so; none if it is right.
+
+    Raises RequestError when the disk does not answer.
+    """
+    size = _size(file)
+    if size is None:
+        return f"{file} is missing"
+    if size != wanted["size"]:
+        return f"{file} has {size} bytes instead of {wanted['size']}: truncated or overwritten"
+    return None
 
 
 def _size(file: Path) -> int | None:

@@ -10,7 +10,7 @@ from typing import Any
 from flm_megatron.checkpoint.described import check_structure, model_of, without_padding
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region
 from flm_megatron.checkpoint.logical_hash import tensor_hashes
-from flm_megatron.checkpoint.manifest import file_checksum, read_manifest
+from flm_megatron.checkpoint.manifest import file_checksum, read_manifest, size_problem
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.processes import Processes
 from flm_megatron.checkpoint.regions import split_region
@@ -33,8 +33,8 @@ def verify_checkpoint(
 ) -> Verification:
     """Check sizes, checksums (unless `quick`) and the structure of a checkpoint of any format.
 
-    Formats without checksums (Hugging Face, Megatron-LM's) are read through instead, which finds missing, truncated
-    and unreadable data but no changed bytes; the result says so.
+    Formats without a manifest (Hugging Face, Megatron-LM's) are read through instead, which finds missing, truncated
+    and unreadable data, and changed bytes only where a record has a checksum of its own; the result says so.
     """
     manifest = read_manifest(path)
     if manifest is None:
@@ -69,10 +69,8 @@ def _file_problems(
     """One line for each bad file among this process's share."""
     for name in list(manifest["files"])[processes.rank :: processes.size]:
         wanted, file = manifest["files"][name], path / name
-        if not file.is_file():
-            yield f"{file} is missing"
-        elif (size := file.stat().st_size) != wanted["size"]:
-            yield f"{file} has {size} bytes instead of {wanted['size']}: truncated or overwritten"
+        if problem := size_problem(file, wanted):
+            yield problem
         elif not quick and file_checksum(file, moved) != wanted["crc32"]:
             yield f"{file}: its bytes have changed ({_changed_tensors(path, name, manifest)})"
 
