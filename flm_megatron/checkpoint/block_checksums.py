@@ -20,7 +20,7 @@ from flm_megatron.errors import DamagedError
 
 BLOCK = 2**20
 SUFFIX = ".crc32"
-KEPT_BLOCKS = 4  # of each file, for reads that begin in the block where the last one ended
+KEPT_BLOCKS = 32  # of all files, for reads that begin in a block where an earlier one ended
 CHECK_BYTES = 2**20
 LARGEST_READ = 2**30  # not every system takes more at once
 
@@ -78,19 +78,41 @@ class BlockSums:
         self._open, self._filled = [], 0
 
 
+class KeptBlocks:
+    """Checked blocks of which only parts were wanted: those used last, for any number of threads."""
+
+    def __init__(self) -> None:
+        self._blocks: OrderedDict[tuple[Path, int], np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, path: Path, block: int) -> np.ndarray | None:
+        """A block of a file, if it is kept."""
+        with self._lock:
+            if (path, block) in self._blocks:
+                self._blocks.move_to_end((path, block))
+            return self._blocks.get((path, block))
+
+    def keep(self, path: Path, block: int, data: np.ndarray) -> None:
+        """Keep a block, in place of the one that was not used for longest."""
+        with self._lock:
+            self._blocks[path, block] = data
+            if len(self._blocks) > KEPT_BLOCKS:
+                self._blocks.popitem(last=False)
+
+
 class CheckedFile:
     """A file of `size` bytes with the checksums of its blocks. Threads may read at the same time.
 
-    Raises DamagedError if `sums`, the content of its checksum file, is not for that many blocks.
+    Files that are read together share their `kept` blocks. Raises DamagedError if `sums`, the content of its checksum
+    file, is not for that many blocks.
     """
 
-    def __init__(self, path: Path, size: int, sums: bytes) -> None:
+    def __init__(self, path: Path, size: int, sums: bytes, kept: KeptBlocks | None = None) -> None:
         if len(sums) != 4 * -(-size // BLOCK):
             raise DamagedError(f"{path}{SUFFIX}: holds {len(sums) // 4} checksums for a file of {size} bytes")
         self.path, self.size = path, size
         self._sums = np.frombuffer(sums, "<u4")
-        self._kept: OrderedDict[int, memoryview] = OrderedDict()
-        self._lock = threading.Lock()
+        self._kept = kept or KeptBlocks()
 
     def read_into(self, fd: int, out: memoryview, position: int) -> None:
         """Fill `out` with the bytes from `position` on, through the open descriptor `fd`.
@@ -108,17 +130,12 @@ class CheckedFile:
 
     def _part_of(self, fd: int, block: int, length: int) -> memoryview:
         """A checked block of which only a part is wanted, kept for the read that goes on there."""
-        with self._lock:
-            if block in self._kept:
-                self._kept.move_to_end(block)
-                return self._kept[block]
-        data = memoryview(bytearray(length))
-        self._read_block(fd, block, data)
-        with self._lock:
-            self._kept[block] = data
-            if len(self._kept) > KEPT_BLOCKS:
-                self._kept.popitem(last=False)
-        return data
+        data = self._kept.get(self.path, block)
+        if data is None:
+            data = np.empty(length, np.uint8)
+            self._read_block(fd, block, data.data)
+            self._kept.keep(self.path, block, data)
+        return data.data
 
     def _read_block(self, fd: int, block: int, out: memoryview) -> None:
         read_fully(fd, out, block * BLOCK, self.path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from flm_megatron.checkpoint.asynchronous import SaveHandle, writing_processes
+from flm_megatron.checkpoint.in_order import WORKERS, in_order
 from flm_megatron.checkpoint.logical import (
     EXP_AVG,
     EXP_AVG_SQ,
@@ -79,10 +81,11 @@ def load_state(
     pieces = [*_weight_pieces(parts), *state]
     group = None if alone else _peers()
     if group is not None:
-        fill_shared((part for piece in pieces if piece.shared for part in _shared_parts(piece, view)), group)
-    for piece in pieces:
-        if group is None or not piece.shared:
-            _fill(piece, view)
+        fill_shared((part for piece in pieces if piece.shared for part in _parts(piece, view, PART_BYTES)), group)
+    own = (part for piece in pieces if group is None or not piece.shared for part in _parts(piece, view, PIECE_BYTES))
+    with ThreadPoolExecutor(WORKERS, "reading") as executor:
+        for _ in in_order(executor, _fill, own):
+            pass
 
 
 def save_state(
@@ -168,14 +171,6 @@ def _optimizer_pieces(optimizer: Any, parts: list[Placement], view: LogicalCheck
                 yield Piece(name, info, rectangle.region, values, placement.main, not state.sharded)
 
 
-def _fill(piece: Piece, view: LogicalCheckpoint) -> None:
-    name = _source(piece, view)
-    if name is None:
-        return
-    for region in split_region(piece.region, PIECE_BYTES // piece.tensor.element_size()):
-        piece.tensor[region.within(piece.region).slices].copy_(view.read(name, region))
-
-
 def _peers() -> dist.ProcessGroup | None:
     """The ranks that hold the same weights as this one; none where it is the only one."""
     from megatron.core import parallel_state
@@ -184,12 +179,18 @@ def _peers() -> dist.ProcessGroup | None:
     return group if dist.get_world_size(group) > 1 else None
 
 
-def _shared_parts(piece: Piece, view: LogicalCheckpoint) -> Iterator[Part]:
+def _parts(piece: Piece, view: LogicalCheckpoint, largest: int) -> Iterator[Part]:
+    """A piece in parts of at most `largest` bytes; none where it stays zero."""
     name = _source(piece, view)
     if name is None:
         return
-    for region in split_region(piece.region, PART_BYTES // piece.tensor.element_size()):
+    for region in split_region(piece.region, largest // piece.tensor.element_size()):
         yield Part(piece.tensor[region.within(piece.region).slices], partial(view.read, name, region))
+
+
+@torch.no_grad()  # of each thread
+def _fill(part: Part) -> None:
+    part.tensor.copy_(part.read())
 
 
 def _source(piece: Piece, view: LogicalCheckpoint) -> str | None:

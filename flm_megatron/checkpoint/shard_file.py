@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from flm_megatron.checkpoint.block_checksums import SUFFIX, BlockSums, Fragment, combined, fragments
 from flm_megatron.checkpoint.direct_file import DirectFile
+from flm_megatron.checkpoint.in_order import WORKERS, in_order
 from flm_megatron.checkpoint.logical import Region, TensorInfo
 from flm_megatron.checkpoint.logical_hash import MODULUS, partial_hash
 from flm_megatron.checkpoint.manifest import entry, file_entry
@@ -25,8 +24,6 @@ from flm_megatron.durable import write_file
 from flm_megatron.errors import RequestError
 
 PIECE_BYTES = 8 * 2**20
-WORKERS = 2  # threads: while one waits for the disk the other computes
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ def write_shard(
     sums, whole = BlockSums(), (0, 0)
     with _disk_errors(path), DirectFile(path) as file, ThreadPoolExecutor(WORKERS) as executor:
         share, data = 0, list[Fragment]()
-        done = _in_order(executor, partial(_write_part, file), _parts(rectangles, tensors))
+        done = in_order(executor, partial(_write_part, file), _parts(rectangles, tensors))
         for part, (part_share, part_data) in done:
             share = (share + part_share) % MODULUS
             data += part_data
@@ -149,20 +146,6 @@ def _end_record(file: DirectFile, part: _Part, data: list[Fragment]) -> list[Fra
     file.write(memoryview(head), part.record)
     file.write(memoryview(tail), after)
     return [*fragments(memoryview(head), part.record), *data, *fragments(memoryview(tail), after)]
-
-
-def _in_order(
-    executor: ThreadPoolExecutor, work: Callable[[_Part], T], parts: Iterable[_Part]
-) -> Iterator[tuple[_Part, T]]:
-    """Parts and what `work` makes of them, in order; one more than the executor has workers is under way at a time."""
-    pending: deque[tuple[_Part, Future[T]]] = deque()
-    for part in parts:
-        pending.append((part, executor.submit(work, part)))
-        if len(pending) > WORKERS:
-            first, future = pending.popleft()
-            yield first, future.result()
-    for part, future in pending:
-        yield part, future.result()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flm_megatron.checkpoint.block_checksums import SUFFIX, CheckedFile
+from flm_megatron.checkpoint.block_checksums import SUFFIX, CheckedFile, KeptBlocks
 from flm_megatron.checkpoint.chunk_index import ChunkIndex, StoredChunk
 from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER, LogicalCheckpoint, Region, TensorInfo
 from flm_megatron.checkpoint.manifest import MANIFEST, read_listed, read_manifest
@@ -57,6 +57,7 @@ class TorchDistCheckpoint(LogicalCheckpoint):
         self.nameless_optimizer = any(NAMELESS.match(name) for name in metadata.entries)
         self._files: dict[str, dict[str, Any]] = manifest["files"] if manifest else {}
         self._checked: dict[str, CheckedFile | None] = {}
+        self._kept = KeptBlocks()
         if COMMON in self._files:
             read_listed(self.path, COMMON, manifest)
         self.manifest: dict[str, Any] = manifest or _foreign_manifest(self.path)
@@ -132,7 +133,7 @@ class TorchDistCheckpoint(LogicalCheckpoint):
             known = self._blocks and sums in self._files
             data = read_listed(self.path, sums, self.manifest) if known else b""
             size = int(self._files[name]["size"]) if known else 0
-            self._checked[name] = CheckedFile(self.path / name, size, data) if known else None
+            self._checked[name] = CheckedFile(self.path / name, size, data, self._kept) if known else None
         return self._checked[name]
 
     def _read_tensors(self, metadata: StoredMetadata) -> dict[str, TensorInfo]:
