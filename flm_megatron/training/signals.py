@@ -17,6 +17,14 @@ UNWIND_S = 3.0
 """For a process that is told to stop while it waits inside a library, which keeps Python from hearing of it."""
 
 
+_told = threading.Event()
+
+
+def told_to_stop() -> bool:
+    """Whether SIGTERM or SIGINT has come within `stop_before_training`, even if the main thread cannot hear it yet."""
+    return _told.is_set()
+
+
 class StoppedBeforeTraining(SystemExit):
     """A signal came before this process took a step: it leaves what it was making, and ends with status 3."""
 
@@ -72,6 +80,7 @@ class _Guard:
 
     def start(self) -> None:
         """Listen. In the main thread only."""
+        _told.clear()
         self.before = signal.set_wakeup_fd(self.write, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
@@ -90,6 +99,8 @@ class _Guard:
 
     def _listen(self) -> None:
         while heard := os.read(self.read, 1):
+            if heard[0] in SIGNALS:
+                _told.set()
             # Someone else may handle it by now: training, which stops after its step.
             if heard[0] in SIGNALS and signal.getsignal(heard[0]) == self.stop and not self.over.wait(UNWIND_S):
                 leave_word(self.last_words, STOPPED)

@@ -123,6 +123,25 @@ def test_a_host_cut_off_from_the_network_is_named_in_time(data: Path, tmp_path: 
     assert f"rank 1: host {name} has not reached the first rank's host ({reached}:" in far
 
 
+def test_who_waits_for_a_lost_host_and_is_told_to_stop_ends_soon(data: Path, tmp_path: Path) -> None:
+    source, _ = make_run(data, tmp_path, *ENDLESS)
+    with hosts(2) as machines:
+        job = start_job(machines, ["train", str(source)], tmp_path)
+        wait_for_step(tmp_path, 3, job[0], LIMIT_S)
+        machines[1].cut_off()  # first, so that no connection is seen to end
+        machines[1].kill()
+        (waits,) = ranks_on(machines[0])
+        began = time.monotonic()
+        os.kill(waits, signal.SIGTERM)
+        (ended,) = end_times([waits], LIMIT_S)
+        name = machines[1].name
+    assert ended - began < 10
+    assert (
+        f"rank 0: told to stop, and rank 1 on host {name} is gone: "
+        in (tmp_path / f"{machines[0].name}.log").read_text()
+    )
+
+
 @pytest.mark.slow
 def test_a_host_that_is_replaced_joins_again(data: Path, whole: Path, tmp_path: Path) -> None:
     source, _ = make_run(data, tmp_path, *OPTIONS)

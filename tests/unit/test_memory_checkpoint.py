@@ -18,12 +18,13 @@ from flm_megatron.checkpoint.memory.contents import header_of, parts_of, tensors
 from flm_megatron.checkpoint.memory.generations import found, required
 from flm_megatron.checkpoint.memory.host_memory import available_bytes
 from flm_megatron.checkpoint.memory.peers import _check_budget
-from flm_megatron.checkpoint.memory.starting import obstacle, own_address
+from flm_megatron.checkpoint.memory.starting import obstacle
 from flm_megatron.checkpoint.memory.view import Held, MemoryCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.snapshot import HostBuffer, give_back, placed, prepare_buffer, snapshot, take_buffer
 from flm_megatron.checkpoint.stored_array import as_bytes
 from flm_megatron.checkpoint.writer import plan_files
+from flm_megatron.distributed.addresses import own_address
 from flm_megatron.errors import DamagedError, FlmError, RequestError
 from tests.unit.checkpoint_cases import write_small
 from tests.unit.memory_cases import agents, fill, overwrite

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.device import current
+from flm_megatron.distributed.addresses import own_address
 from flm_megatron.training.doctor.findings import Finding, status_of
 
 CONNECT_S = 5.0
@@ -129,13 +130,6 @@ class Listener:
                 self.socket.accept()[0].close()
             except OSError:
                 return
-
-
-def own_address() -> str:
-    """Address of the card that leads to MASTER_ADDR."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((os.environ["MASTER_ADDR"], 1))  # sends nothing
-        return str(probe.getsockname()[0])
 
 
 def _unreachable(addresses: dict[Any, list[Any]], own: int) -> list[int]:

@@ -1,0 +1,1 @@
+"""Processes of one world: under which addresses they reach each other."""
