@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from flm_megatron.checkpoint.fence import check_fences, discard
 from flm_megatron.checkpoint.lease import lease
 from flm_megatron.checkpoint.processes import Processes
 from flm_megatron.checkpoint.writer import PARTIAL
@@ -31,7 +32,7 @@ def destination(path: Path, processes: Processes, nbytes: int) -> Iterator[Path]
             processes.on_first(lambda: _publish(path, partial))
         except BaseException:
             if processes.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
+                discard(partial)
             raise
 
 
@@ -96,6 +97,7 @@ def _make_room(path: Path, nbytes: int) -> None:
     """Remove what an interrupted run left; look again whether `path` can be written."""
     with write_errors(path):
         if _partial(path).exists():
+            check_fences()
             shutil.rmtree(_partial(path))
     refuse_without_room(path, nbytes)
 
@@ -109,5 +111,6 @@ def _publish(path: Path, partial: Path) -> None:
         sync_tree(partial)
         if path.exists():
             raise RequestError(f"{path} has appeared meanwhile: choose another destination or remove it")
+        check_fences()
         partial.rename(path)
         sync(path.parent)

@@ -2,14 +2,13 @@
 
 A lease is dead when its process is gone, which is known at once on its own host, or when it was not renewed for
 `SILENT_RENEWALS` intervals by the clock of the process that watches it: clocks of two hosts are never compared.
-A holder that finds its lease taken over, because it was stopped or cut off from the disk, ends at once.
+A holder that finds its lease taken over, because it was stopped or cut off from the disk, ends at once: its renewal
+looks at every interval, its fence (`fence`) before each step that renames or removes anything.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from flm_megatron.checkpoint import lease_file
+from flm_megatron.checkpoint.fence import Fence, fenced
 from flm_megatron.checkpoint.lease_holder import Holder, this_process
 from flm_megatron.checkpoint.processes import Processes
 from flm_megatron.errors import RequestError
@@ -50,13 +50,15 @@ def lease(
         RequestError: another process holds it and is alive (the message says who), or the file cannot be written.
     """
     attempt = Attempt(file, subject, advice, patience_s, renew_s)
-    renewal = Renewal(attempt, lost)
+    fence = Fence(file, attempt.line, subject, lost)
+    renewal = Renewal(fence, renew_s)
     try:
         while not processes.on_first(lambda: attempt.round(ROUND_S)):
             pass
         if attempt.held:
             renewal.start()
-        yield
+        with fenced([fence] if attempt.held else []):
+            yield
     finally:
         if renewal.end() and attempt.held:
             with suppress(OSError):  # what stays is seen to be dead by the next one
@@ -164,16 +166,16 @@ class Watch:
 class Renewal(threading.Thread):
     """Renews a lease from a thread of its own; ends the process when the lease is another's."""
 
-    def __init__(self, attempt: Attempt, lost: Callable[[str], None] | None) -> None:
+    def __init__(self, fence: Fence, renew_s: float) -> None:
         super().__init__(name="lease", daemon=True)
-        self.attempt, self.lost = attempt, lost
+        self.fence, self.renew_s = fence, renew_s
         self.over = threading.Event()
         self.renewing = threading.Lock()
 
     def run(self) -> None:
         """Renew until the block ends."""
         count = 0
-        while not self.over.wait(self.attempt.holder.renew_s):
+        while not self.over.wait(self.renew_s):
             count += 1
             with self.renewing:
                 if not self.over.is_set():
@@ -181,23 +183,13 @@ class Renewal(threading.Thread):
 
     def _renew(self, count: int) -> None:
         try:
-            other = lease_file.renew(self.attempt.file, self.attempt.line, count)
+            other = lease_file.renew(self.fence.file, self.fence.line, count)
         except OSError:  # if that lasts, another may take the lease, and that is seen when the disk is back
             return
         if other is not None:
-            self._end(other)
+            self.fence.end(other)
 
     def end(self) -> bool:
         """Renew no more; false if a renewal hangs on the disk, and may yet come."""
         self.over.set()
         return self.renewing.acquire(timeout=END_S)
-
-    def _end(self, other: bytes) -> None:
-        text = (
-            f"{self.attempt.subject} has been taken over by {Holder.from_bytes(other) or 'another process'}, which saw "
-            "no sign of life of this one: it ends at once and saves nothing"
-        )
-        print(f"flm: {text}", file=sys.stderr, flush=True)
-        if self.lost is not None:
-            self.lost(text)
-        os._exit(1)

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator
 from itertools import count, islice
 from pathlib import Path
 
+from flm_megatron.checkpoint.fence import check_fences
 from flm_megatron.checkpoint.manifest import verify
 from flm_megatron.checkpoint.torch_dist import TorchDistCheckpoint
 from flm_megatron.checkpoint.writer import PARTIAL
@@ -198,6 +199,7 @@ def _remove(path: Path) -> None:
 
     The disk must hold the new name before a file goes, or a power cut could leave the old name on what is left.
     """
+    check_fences()
     if not path.name.endswith(PARTIAL):
         path = path.rename(path.with_name(path.name + PARTIAL))
         sync(path.parent)

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from flm_megatron.checkpoint.fence import check_fences, discard
 from flm_megatron.checkpoint.logical import EXP_AVG, STATE_PREFIXES, LogicalCheckpoint, Region, TensorInfo
 from flm_megatron.checkpoint.logical_hash import combine_hashes, tensor_hash
 from flm_megatron.checkpoint.manifest import MANIFEST, VERSION, file_entry, manifest_text
@@ -129,7 +130,7 @@ def write_checkpoint(
         return whole or told
     except BaseException:
         if processes.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder)
         raise
 
 
@@ -137,6 +138,7 @@ def _start(path: Path, folder: Path) -> None:
     if path.exists():
         raise RequestError(f"{path} exists already: choose another destination or remove it")
     try:
+        check_fences()
         if folder.exists():
             shutil.rmtree(folder)
         make_folders(folder)
@@ -167,6 +169,7 @@ def _finish(folder: Path, path: Path, results: list[Written], manifest: dict[str
             manifest["files"][name] = file_entry(data)
         write_file(folder / MANIFEST, manifest_text(manifest).encode())
         sync(folder)
+        check_fences()
         folder.rename(path)
         sync(path.parent)
     except OSError as error:

@@ -18,6 +18,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flm_megatron.checkpoint.fence import Fence, check_fences, fenced, standing_fences
 from flm_megatron.config.loader import dump_run, run_from_dict, run_to_dict
 from flm_megatron.config.rules import check
 from flm_megatron.config.schema import RunConfig, StageConfig
@@ -159,6 +160,7 @@ def write_run_file(run: RunConfig) -> None:
     """Put the resolved run file beside the run's results; it is there whole, or as it was."""
     folder = Path(run.output)
     make_folders(folder)
+    check_fences()
     replace_file(folder / "run.yaml", dump_run(run).encode())
 
 
@@ -175,6 +177,7 @@ class _World:
     size: int
     folder: str
     timeout_s: int
+    fences: tuple[Fence, ...]
 
 
 def run_processes(size: int, function: Any, args: tuple[Any, ...], timeout_s: int = 600) -> int:
@@ -195,7 +198,7 @@ def run_processes(size: int, function: Any, args: tuple[Any, ...], timeout_s: in
     with tempfile.TemporaryDirectory() as folder, _passing_signals() as passing:
         processes = multiprocessing.start_processes(
             _process_main,
-            args=(_World(size, folder, timeout_s), function, args),
+            args=(_World(size, folder, timeout_s, standing_fences()), function, args),
             nprocs=size,
             join=False,
             start_method=_start_method(),
@@ -275,7 +278,7 @@ def _process_main(rank: int, world_info: _World, function: Any, args: tuple[Any,
     _end_with_parent()
     os.environ["LOCAL_RANK"] = str(rank)
     config = DistributedConfig(timeout_s=world_info.timeout_s)
-    with stop_before_training():
+    with stop_before_training(), fenced(world_info.fences):
         try:
             with world(config, rank, world_info.size, f"file://{folder}/store"):
                 status = _in_world(folder, rank, function, args)

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from flm_megatron.checkpoint.fence import check_fences
 from flm_megatron.durable import make_folders, replace_file
 
 
@@ -129,6 +130,7 @@ def _reopen(path: Path, stages: list[str], stage: str, step: int) -> TextIO:
     """Open for appending, keeping only what happened up to `step` of `stage`."""
     if path.exists():
         kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _is_before(line, stages, stage, step)]
+        check_fences()
         replace_file(path, "".join(line + "\n" for line in kept).encode())
     return path.open("a", encoding="utf-8")
 

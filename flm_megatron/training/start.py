@@ -8,6 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from flm_megatron.checkpoint.fence import check_fences
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.manifest import read_manifest
 from flm_megatron.checkpoint.opening import open_checkpoint
@@ -16,6 +17,7 @@ from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.history import History
 from flm_megatron.config.loader import run_from_dict
 from flm_megatron.config.schema import RunConfig, StageConfig
+from flm_megatron.durable import sync
 from flm_megatron.errors import DamagedError, RequestError
 from flm_megatron.growth.boundary import grown_view, resumed_plan, saved_plan, source_model
 from flm_megatron.growth.certificate import Certificate
@@ -71,7 +73,11 @@ def set_aside(run: RunConfig) -> list[Path]:
     output = Path(run.output)
     made = [path for name in MADE if (path := output / name).exists()]
     number = next(n for n in count(1) if not any(path.with_name(f"{path.name}.before-{n}").exists() for path in made))
-    return [path.rename(path.with_name(f"{path.name}.before-{number}")) for path in made]
+    check_fences()
+    renamed = [path.rename(path.with_name(f"{path.name}.before-{number}")) for path in made]
+    if renamed:  # the disk must hold the new names before the new run makes the old ones again
+        sync(output)
+    return renamed
 
 
 def find_start(run: RunConfig, only: str | None = None) -> Start | None:

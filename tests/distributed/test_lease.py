@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flm_megatron.checkpoint import lease_file
 from flm_megatron.checkpoint.lease import SILENT_RENEWALS
 from flm_megatron.checkpoint.lease_holder import this_process
 from flm_megatron.training.launch import train
@@ -90,3 +91,28 @@ def test_ranks_that_a_launcher_started_share_the_lease_of_their_first(whole: Pat
     again = flm(*arguments, **world)
     assert again.returncode == 0, again.stderr
     assert not (whole / LEASE).exists()
+
+
+def test_ranks_that_slept_while_their_lease_was_taken_over_save_nothing(data: Path, tmp_path: Path) -> None:
+    source, _ = make_run(data, tmp_path, *LONG)
+    parent = start_flm("train", source)
+    wait_for_step(tmp_path, 1, parent)
+    ranks = psutil.Process(parent.pid).children(recursive=True)
+    for process in (psutil.Process(parent.pid), *ranks):
+        process.suspend()
+    saved = sorted(path.name for path in (tmp_path / "checkpoints").glob("*/step_*"))
+    file = tmp_path / LEASE
+    judged = file.read_bytes()
+    assert lease_file.create(lease_file.claim_of(file, lease_file.holder_line(judged)), ELSEWHERE.to_bytes())
+    assert lease_file.take_over(file, judged, ELSEWHERE.to_bytes())
+    for process in ranks:  # the holder, which started them, sleeps on
+        process.resume()
+    deadline = time.monotonic() + 60
+    while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in ranks):
+        assert time.monotonic() < deadline, "no rank has ended"
+        time.sleep(0.05)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("*/step_*") if path.is_dir()) == saved
+    parent.send_signal(signal.SIGCONT)
+    _, errors = parent.communicate(timeout=60)
+    assert parent.returncode == 1 and "taken over by process 77 on host node007" in errors, errors
+    assert lease_file.holds(file, ELSEWHERE.to_bytes())
