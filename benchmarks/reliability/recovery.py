@@ -1,6 +1,6 @@
 """Seconds from the loss of a host to the next step, and steps lost: from the neighbours' memory, and from the disk.
 
-    OMP_NUM_THREADS=1 python benchmarks/reliability/recovery.py [--hidden 768] [--times 3]
+    OMP_NUM_THREADS=1 python -m benchmarks.reliability.recovery [--hidden 768] [--times 3]
 
 Needs root and iproute2: three hosts are network namespaces of this machine, with one rank each. All processes of the
 last one are killed and its cable is pulled; a fourth takes its place. Prints a Markdown table.

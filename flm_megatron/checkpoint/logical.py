@@ -78,8 +78,8 @@ class LogicalCheckpoint(ABC):
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:
         """Values of `region` (all of the tensor without one) of shape `region.sizes`, in the stored dtype.
 
-        Only that region is read or computed. Raises RequestError for a tensor that is not
-        there and DamagedError for one that cannot be read, naming it.
+        Only that region is read or computed. Several threads may read at once. Raises RequestError for a tensor
+        that is not there and DamagedError for one that cannot be read, naming it.
         """
 
     def has_optimizer(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,6 +112,13 @@ def test_every_region_is_that_of_the_disk(cluster: Cluster, lost: tuple[int, ...
     view.close()
     with pytest.raises(FlmError, match="no longer in memory"):
         view.read(next(iter(view.tensors)))
+
+
+def test_several_threads_read_at_once(cluster: Cluster) -> None:
+    view = cluster.view(0, host=1)
+    with ThreadPoolExecutor(4) as executor:
+        for done in [executor.submit(assert_same, view, cluster.disk) for _ in range(8)]:
+            done.result()
 
 
 def test_wide_regions_are_fetched_in_pieces(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

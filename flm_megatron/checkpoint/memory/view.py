@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class MemoryCheckpoint(LogicalCheckpoint):
         self._indices: dict[str, ChunkIndex] = {}
         self._files: dict[int, int] = {}
         self._connections: dict[int, RemoteAgent] = {}
+        self._asking = Lock()  # a connection takes one question at a time
         self._closed = False
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:
@@ -104,7 +106,6 @@ class MemoryCheckpoint(LogicalCheckpoint):
                 return self._fetch(host, rank, name, chunk, region)
             except (FlmError, OSError) as error:
                 failures.append(str(error))
-                self._connections.pop(host, None)  # nobody knows what is still under way on it
         raise DamagedError(
             f"{name}: the copy of rank {rank} at step {self.manifest['step']} cannot be read from memory "
             f"({'; '.join(failures)}); start again to go on from another one or from the disk"
@@ -112,15 +113,14 @@ class MemoryCheckpoint(LogicalCheckpoint):
 
     def _array(self, rank: int, name: str, chunk: StoredChunk) -> StoredArray:
         """A chunk in this host's memory."""
-        if rank not in self._files:
-            self._files[rank] = self.local.open(self.generation, rank)
+        with self._asking:
+            if rank not in self._files:
+                self._files[rank] = self.local.open(self.generation, rank)
         path = Path(f"/proc/self/fd/{self._files[rank]}")
         return StoredArray(path, chunk.offset, chunk.region.sizes, self.tensors[name].dtype)
 
     def _fetch(self, host: int, rank: int, name: str, chunk: StoredChunk, region: Region) -> torch.Tensor:
         """A region of a chunk from another host, in pieces whose span is not too large."""
-        if host not in self._connections:
-            self._connections[host] = RemoteAgent(self.endpoints[host])
         dtype, shape = self.tensors[name].dtype, chunk.region.sizes
         if is_contiguous(region, shape):
             return self._fetch_run(host, rank, chunk, region, dtype).view(region.sizes)
@@ -135,7 +135,14 @@ class MemoryCheckpoint(LogicalCheckpoint):
         first, last = span(region, chunk.region.sizes)
         run = torch.empty(last - first, dtype=dtype)
         start = chunk.offset + first * dtype.itemsize
-        self._connections[host].read(self.generation, rank, start, as_bytes(run))
+        with self._asking:
+            if host not in self._connections:
+                self._connections[host] = RemoteAgent(self.endpoints[host])
+            try:
+                self._connections[host].read(self.generation, rank, start, as_bytes(run))
+            except (FlmError, OSError):
+                del self._connections[host]  # nobody knows what is still under way on it
+                raise
         return run
 
 
