@@ -91,20 +91,28 @@ TESTS = {
     "checkpoint/store": ["checkpoint_core_store"],
     "checkpoint/manifest": ["checkpoint_core_format", "checkpoint_core_store"],
     "checkpoint/generator": ["checkpoint_core_generator"],
+    "checkpoint/in_order": ["in_order"],
+    "checkpoint/engine": ["distributed/checkpoint_oracle", "distributed/checkpoint_layouts"],
     "growth/operators": ["growth_view", "growth_plan", "growth_preserves"],
     "growth/axes": ["growth_view", "growth_plan", "growth_preserves"],
     "growth/view": ["growth_view", "growth_preserves", "growth_birth"],
     "growth/plan": ["growth_plan", "growth_preserves"],
     "growth/layers": ["growth_plan"],
     "growth/rules": ["growth_plan"],
-    "growth/births": ["growth_birth"],
+    "growth/births": ["growth_view", "distributed/growth_training"],
     "growth/folding": ["checkpoint_tools_folding"],
-    "growth/schedule": ["growth_plan", "growth_birth"],
+    "growth/schedule": ["growth_plan"],
+    "growth/boundary": ["growth_plan", "growth_manifest"],
+    "growth/foreseen": ["growth_plan", "config_command", "sft_data"],
+    "growth/text": ["growth_text"],
+    "growth/certificate": ["distributed/growth_engine"],
+    "growth/distance": ["text_limits", "distributed/growth_engine"],
+    "growth/forward": ["distributed/growth_engine"],
     "training/continuation": ["continuation"],
     "training/changes": ["continuation"],
     "training/spikes": ["stability", "spikes"],
 }
-"""Source files, below `flm_megatron/`, and the unit tests that are theirs."""
+"""Source files, below `flm_megatron/`, and their tests: unit tests, distributed ones where one process cannot tell."""
 
 
 @dataclass(frozen=True)
@@ -209,8 +217,14 @@ def run_tests(tree: Path, tests: list[str]) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    files = [f"tests/unit/test_{name}.py" for name in tests if (tree / f"tests/unit/test_{name}.py").exists()]
-    os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *files])))
+    os.environ["PYTHONPATH"] = str(tree)  # for the processes that tests start
+    os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *map(test_file, tests)])))
+
+
+def test_file(name: str) -> str:
+    """Where tests lie that are named `x` (a unit test) or `distributed/x`."""
+    folder, _, name = name.rpartition("/")
+    return f"tests/{folder or 'unit'}/test_{name}.py"
 
 
 def preload() -> None:

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import shutil
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flm_megatron.checkpoint.block_checksums import BLOCK, SUFFIX, BlockSums, CheckedFile, fragments
+from flm_megatron.checkpoint.block_checksums import (
+    BLOCK,
+    KEPT_BLOCKS,
+    SUFFIX,
+    BlockSums,
+    CheckedFile,
+    KeptBlocks,
+    fragments,
+)
 from flm_megatron.checkpoint.logical import Region
 from flm_megatron.checkpoint.manifest import manifest_text, verify
 from flm_megatron.checkpoint.opening import open_checkpoint
+from flm_megatron.checkpoint.stored_array import StoredArray
 from flm_megatron.checkpoint.torch_file import read_torch_file
 from flm_megatron.checkpoint.writer import write_view
 from flm_megatron.errors import DamagedError, RequestError
@@ -155,3 +166,51 @@ def test_a_file_of_torch_save_is_held_against_its_own_checksums(tmp_path: Path) 
     for region in (Region((0, 0), (1, 1)), Region((0, 3), (64, 1))):  # read in one run, and mapped
         with pytest.raises(DamagedError, match=r"x\.pt: .*have changed since"):
             array.read(region)
+
+
+def test_reads_that_go_on_in_a_block_read_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two files in turn, in pieces that end inside of blocks; what is read whole is not kept."""
+    content = {name: os.urandom(3 * BLOCK + 100) for name in "ab"}
+    asked, kept = list[tuple[int, int]](), KeptBlocks()
+    preadv = os.preadv
+
+    def note(fd: int, buffers: list[memoryview], position: int) -> int:
+        asked.append((fd, position))
+        return preadv(fd, buffers, position)
+
+    files = {}
+    for name, data in content.items():
+        (tmp_path / name).write_bytes(data)
+        sums = b"".join(crc.to_bytes(4, "little") for crc in block_crcs(data))
+        fd = os.open(tmp_path / name, os.O_RDONLY)
+        files[name] = fd, CheckedFile(tmp_path / name, len(data), sums, kept)
+    monkeypatch.setattr(os, "preadv", note)
+    piece = BLOCK // 2 + 7
+    for start in range(0, 3 * BLOCK + 100, piece):
+        for name, (fd, file) in files.items():
+            out = bytearray(min(piece, 3 * BLOCK + 100 - start))
+            file.read_into(fd, memoryview(out), start)
+            assert out == content[name][start : start + piece]
+    assert sorted(asked) == sorted((fd, block * BLOCK) for fd, _ in files.values() for block in range(4))
+    for fd, _ in files.values():
+        os.close(fd)
+
+
+def test_the_block_that_was_not_used_for_longest_gives_way() -> None:
+    kept, data = KeptBlocks(), np.zeros(1, np.uint8)
+    for block in range(KEPT_BLOCKS):
+        kept.keep(Path("x"), block, data)
+    assert kept.get(Path("x"), 0) is data
+    kept.keep(Path("y"), 0, data)
+    held = [block for block in range(KEPT_BLOCKS) if kept.get(Path("x"), block) is not None]
+    assert held == [0, *range(2, KEPT_BLOCKS)] and kept.get(Path("y"), 0) is data
+
+
+@pytest.mark.parametrize("offset", [0, 8, 3 * mmap.ALLOCATIONGRANULARITY + 8, 5 * mmap.ALLOCATIONGRANULARITY])
+def test_few_values_of_many_are_right_wherever_the_array_lies(tmp_path: Path, offset: int) -> None:
+    """A mapping begins at a page; the array does not."""
+    values = torch.arange(64 * 200, dtype=torch.int32).view(64, 200)
+    (tmp_path / "x").write_bytes(bytes(range(256)) * (offset // 256) + bytes(offset % 256) + values.numpy().tobytes())
+    array = StoredArray(tmp_path / "x", offset, (64, 200), torch.int32)
+    for region in (Region((0, 3), (64, 2)), Region((60, 199), (4, 1)), Region((1, 0), (63, 1))):
+        assert torch.equal(array.read(region), values[region.slices])

@@ -21,7 +21,7 @@ from flm_megatron.checkpoint.chunk_index import ChunkIndex, StoredChunk
 from flm_megatron.checkpoint.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
 from flm_megatron.checkpoint.logical_hash import logical_hash, partial_hash, tensor_hashes
-from flm_megatron.checkpoint.manifest import MANIFEST, manifest_text, read_manifest, verify
+from flm_megatron.checkpoint.manifest import MANIFEST, file_checksum, manifest_text, read_manifest, verify
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.regions import flat_rectangles, split_region
 from flm_megatron.checkpoint.shard_file import Rectangle
@@ -204,6 +204,14 @@ def test_verify_names_a_changed_a_truncated_and_a_missing_file(checkpoint: Path,
     file.unlink()
     with pytest.raises(DamagedError, match=f"{name} is missing"):
         verify(checkpoint, quick=True)
+
+
+def test_a_file_is_read_in_large_blocks_and_each_is_told(tmp_path: Path) -> None:
+    data = os.urandom(20 * 2**20 + 5)
+    (tmp_path / "x").write_bytes(data)
+    told = list[int]()
+    assert file_checksum(tmp_path / "x", told.append) == f"{zlib.crc32(data):08x}"
+    assert sum(told) == len(data) and len(told) <= 20
 
 
 def test_a_changed_manifest(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

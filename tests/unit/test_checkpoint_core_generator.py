@@ -61,6 +61,17 @@ def test_values_are_quantiles_of_the_truncated_normal_distribution_at_the_global
     assert ((x.double() - 1) / 2 - wanted).abs().max() < 5e-6
 
 
+def test_every_bit_of_a_value_is_the_generators() -> None:
+    """Just above the median a line begins at 0, so the 24 bits that choose a point on it are all seen."""
+    numel = 3_000_000
+    above = uniform(3, "w", np.arange(numel, dtype=np.uint64)) * 2.0**40 - 2.0**39
+    near = (above >= 0) & (above < 2**24)
+    assert near.sum() > 20
+    x = truncated_normal(3, "w", (numel,), Region.whole((numel,)), std=1.0, bound=3.0).double().numpy()
+    slope = math.sqrt(2 * math.pi) * math.erf(3 / math.sqrt(2))  # of the quantile function at the median
+    np.testing.assert_allclose(x[near], above[near] * 2.0**-40 * slope, rtol=3e-7)
+
+
 def test_normal_moments_and_range() -> None:
     x = truncated_normal(1, "a", WHOLE, Region.whole(WHOLE), std=2.0, mean=1.0, bound=3.0)
     z = ((x - 1) / 2).double()

@@ -154,11 +154,17 @@ def test_a_note_that_cannot_be_written_does_not_hide_the_damage(
     assert "step_00000001.damage.json: cannot be written: Is a directory" in caplog.text
 
 
-def test_damage_elsewhere_is_not_noted(store: CheckpointStore, tmp_path: Path) -> None:
-    save(store, "s", 1)
-    for error in (DamagedError("data"), DamagedError("other", tmp_path / "s"), DamagedError("x", tmp_path / "a/b/c")):
-        store.note_damage(error)
-    assert [path.name for path in (store.root / "s").iterdir()] == ["step_00000001"]
+def test_damage_elsewhere_is_not_noted(tmp_path: Path) -> None:
+    others = [CheckpointStore(tmp_path / name) for name in ("before", "within/t")]
+    own = CheckpointStore(tmp_path / "within")
+    for each in (own, *others):
+        save(each, "s", 1)
+    paths = [tmp_path / "within/s", tmp_path / "within/a/b", *(other.path("s", 1) for other in others)]
+    for error in (DamagedError("data"), *(DamagedError("elsewhere", path) for path in paths)):
+        own.note_damage(error)
+    assert list(tmp_path.rglob("*.damage.json")) == []
+    own.note_damage(DamagedError("here", own.path("s", 1)))
+    assert [path.parent for path in tmp_path.rglob("*.damage.json")] == [own.root / "s"]
 
 
 def test_what_cannot_be_removed_does_not_end_a_run(

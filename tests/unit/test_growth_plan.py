@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from flm_megatron.checkpoint.stage_manifest import manifest_model
-from flm_megatron.config.schema import DataConfig, MupConfig, RunConfig, StageConfig
+from flm_megatron.config.schema import ChatConfig, DataConfig, MupConfig, RunConfig, StageConfig
 from flm_megatron.data.tokenizer import train_tokenizer
-from flm_megatron.errors import RequestError
+from flm_megatron.errors import Mistakes, RequestError
 from flm_megatron.growth.boundary import (
     check_boundary,
     check_masks_open,
@@ -22,13 +22,16 @@ from flm_megatron.growth.boundary import (
     resumed_plan,
     saved_mask_value,
     saved_plan,
+    source_model,
 )
+from flm_megatron.growth.foreseen import check_run_file
 from flm_megatron.growth.layers import select_layers
 from flm_megatron.growth.plan import GrowthPlan, check_same_plan, grown_model, make_plan
 from flm_megatron.growth.rules import check_epsilons, check_mask_length, check_source_stage
-from flm_megatron.growth.schedule import mask_value
+from flm_megatron.growth.schedule import mask_plan, mask_value
+from flm_megatron.model.mask_plan import MaskPlan
 from tests.prose import prose
-from tests.unit.growth_cases import GROWN, growth, old_model, plan_for, trained
+from tests.unit.growth_cases import GROWN, MemoryCheckpoint, growth, old_model, plan_for, trained
 
 
 def sources(old: int, new: int, selection: str, **changes: Any) -> list[str]:
@@ -94,6 +97,12 @@ def test_what_cannot_grow(changes: dict[str, Any], message: str) -> None:
 def test_plain_copies_stand_alone() -> None:
     with pytest.raises(RequestError, match="grow depth alone"):
         plan_for("all", "zero", old_model(), {"layers": "copy"})
+
+
+def test_equal_constants_that_were_read_twice_are_the_same() -> None:
+    old, new = (replace(model, **json.loads('{"rope_theta": 54321.5}')) for model in (old_model(), old_model()))
+    assert old.rope_theta is not new.rope_theta
+    assert make_plan(old, new, growth("zero"), seed=1).new.rope_theta == 54321.5
 
 
 def test_plan_round_trip_and_resume() -> None:
@@ -189,6 +198,61 @@ def test_a_stage_made_longer_keeps_the_masks_that_it_began_with() -> None:
         resumed_plan(asked, 1, view.manifest)
 
 
+def test_a_resumed_stage_copies_the_layers_that_it_began_with() -> None:
+    """Chosen by distance they are those of the boundary; another way to choose them is another growth."""
+    run = small_run(layer_selection="distance")
+    view, plan = grown_view(trained(old_model()), run, 1, distances=[0.1, 0.3, 0.2])
+    assert [layer.source for layer in plan.layer_sources] == [0, 0, 1, 2, 2]
+    assert resumed_plan(run, 1, view.manifest) == plan
+    view, _ = grown_view(trained(old_model()), small_run(), 1)
+    with pytest.raises(RequestError, match="'big' was grown with layer_sources = "):
+        resumed_plan(small_run(layer_selection="stack"), 1, view.manifest)
+
+
+def deeper_and_deeper(*layers: int) -> RunConfig:
+    """Stages a, b, c, ... of so many layers, each grown out of the one before by measured distances."""
+    grows = growth("mask", layer_selection="distance")
+    stages = [
+        StageConfig(name, tokens=16 * 8 * 10, model=old_model(num_layers=count), growth=grows if index else None)
+        for index, (name, count) in enumerate(zip("abcd", layers, strict=False))
+    ]
+    return run_of(*stages)
+
+
+def test_a_stage_grows_out_of_the_one_before_it() -> None:
+    run = deeper_and_deeper(2, 3, 4, 4)
+    assert [needs_distances(run, stage) for stage in (1, 2, 3)] == [True, True, False]
+    nothing_said = MemoryCheckpoint({})
+    assert [source_model(nothing_said, run, stage).num_layers for stage in (1, 2, 3)] == [2, 3, 4]
+    run.stages[2].model.vocab_size = None
+    with pytest.raises(RequestError, match=r"stage 'c': model\.vocab_size is not known"):
+        source_model(nothing_said, run, 3)
+
+
+def test_every_growth_of_a_run_file_is_looked_at_before_anything_starts() -> None:
+    check_run_file(deeper_and_deeper(2, 3, 4, 4))
+    with pytest.raises(Mistakes) as caught:
+        check_run_file(deeper_and_deeper(4, 3, 5, 2))
+    assert [line.split(":")[0] for line in caught.value.lines] == [
+        "num_layers shrinks from 4 to 3",
+        "num_layers shrinks from 5 to 2",
+    ]
+    check_boundary(deeper_and_deeper(2, 3), 0)  # the first stage grows out of nothing
+
+
+def test_a_fine_tuning_has_no_tokens_and_at_first_no_model() -> None:
+    run = run_of(StageConfig("a", model=old_model()))
+    with pytest.raises(Mistakes, match="tokens is 0"):
+        check_run_file(run)
+    run.data.chat = ChatConfig()
+    check_run_file(run)
+    run.stages[0].model.num_attention_heads = 3
+    with pytest.raises(Mistakes, match="3 is not a multiple of num_query_groups 2"):
+        check_run_file(run)
+    run.stages[0].model.vocab_size = None  # what is there is a placeholder
+    check_run_file(run)
+
+
 def test_all_dimensions_grow_by_masks_unless_told() -> None:
     run = small_run()
     run.stages[1].growth = None
@@ -202,6 +266,18 @@ def test_masks_are_a_function_of_the_step() -> None:
     )
     assert [mask_value(linear, s) for s in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
     assert [mask_value(cosine, s) for s in range(6)] == pytest.approx([0, 0.1464466, 0.5, 0.8535534, 1, 1])
+    saved = GrowthPlan.from_json(json.loads(json.dumps(linear.to_json())))
+    assert mask_value(saved, 1) == 0.25 and mask_value(linear, -1) == 0
+
+
+def test_the_model_is_told_what_is_old_in_it() -> None:
+    """Old channels and units, old query groups with the old queries of each, and the layers that are copies."""
+    plan = plan_for("all", "mask", old_model())
+    assert [source.copy for source in plan.layer_sources] == [False, False, True, False, True]
+    assert mask_plan(plan) == MaskPlan(hidden=24, ffn=50, heads=(2, 2), layers=(2, 4))
+    assert mask_plan(plan_for("all", "zero", old_model())) == MaskPlan(None, None, None, ())
+    multi_head = plan_for("heads_per_group", "mask", old_model(num_query_groups=1))
+    assert mask_plan(multi_head) == MaskPlan(None, None, (1, 4), ())
 
 
 def test_masks_on_the_hidden_size_are_refused_with_transformer_engine() -> None:

@@ -42,6 +42,31 @@ def test_any_region_is_a_slice_of_the_whole(data: st.DataObject) -> None:
     assert torch.equal(VIEWS[index].read(name, region), WHOLE[index][name][region.slices])
 
 
+@pytest.mark.parametrize(
+    ("case", "selection", "name", "reads"),
+    [
+        ("layers", "stack", f"{p.QKV}.weight", 2),  # three old layers in one, two copies in another
+        ("layers", "interleave", f"{p.QKV}.weight", 4),  # 0 and 1, 1 again, 2, 2 again
+        ("groups", "stack", f"{p.QKV}.weight", 1),  # old groups lie together, as they did
+        ("heads_per_group", "stack", f"{p.QKV}.weight", 3),  # queries; keys, values and the next queries; keys, values
+    ],
+)
+def test_what_lies_together_is_read_at_once(case: str, selection: str, name: str, reads: int) -> None:
+    """Each read of a checkpoint opens its file and checks whole blocks of it."""
+    plan = plan_for(case, "zero", old_model(), {"layer_selection": selection})
+    asked = list[Region | None]()
+
+    class Counting(MemoryCheckpoint):
+        """Notes what is read."""
+
+        def read(self, name: str, region: Region | None = None) -> torch.Tensor:
+            asked.append(region)
+            return super().read(name, region)
+
+    GrownCheckpoint(Counting(trained(plan.old, torch.float32).values), plan).read(name)
+    assert len(asked) == reads
+
+
 def test_mean_is_the_same_however_it_is_cut() -> None:
     values = torch.randn(101, 64)
     assert torch.equal(axis_mean(values, 0)[:, 7:9], axis_mean(values[:, 7:9], 0))

@@ -12,7 +12,7 @@ import pytest
 
 from flm_megatron.config.schema import StabilityConfig
 from flm_megatron.errors import FlmError
-from flm_megatron.training.spikes import MOST_LEVELS, SpikeWatch
+from flm_megatron.training.spikes import MOST_LEVELS, SpikeWatch, joined
 from tests.unit.spike_curves import CURVES, Curve, replay, replays, shift
 
 PAGE = Path(__file__).parents[2] / "benchmarks" / "reliability" / "spikes.md"
@@ -153,3 +153,10 @@ def test_two_shifts_in_a_row_are_two_levels() -> None:
     curve.losses[600:] = second.losses[600:]
     outcome = replay(curve)
     assert outcome.levels == 2 and outcome.ended is None
+
+
+def test_samples_of_a_large_step_are_named_in_a_short_line() -> None:
+    names = [f"web {i}" for i in range(11)]
+    assert joined(names) == "web 0, web 1, web 2, web 3, web 4, web 5, web 6, web 7 and 3 more"
+    assert joined(iter(names[:8])) == "web 0, web 1, web 2, web 3, web 4, web 5, web 6, web 7"
+    assert joined(names[:4], most=3) == "web 0, web 1, web 2 and 1 more" and joined([]) == ""
