@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from flm_megatron.checkpoint.hugging_face_schema import ModelFields, read_fields
 from flm_megatron.config.schema import ModelConfig, MupConfig
-from flm_megatron.errors import DamagedError, RequestError
+from flm_megatron.errors import DamagedError, RequestError, read_error
 from flm_megatron.json_text import parse_json
 
 LARGEST_JSON = 64 * 2**20
@@ -22,7 +22,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise RequestError(f"{path.parent} is not a Hugging Face checkpoint: it has no {path.name}") from None
     except OSError as error:
-        raise DamagedError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise read_error(path, error) from error
     if len(text) > LARGEST_JSON:
         raise DamagedError(f"{path}: more than {LARGEST_JSON:,} bytes, which is no file of a model's settings")
     value = parse_json(text, str(path), DamagedError, strict=True, name="a JSON file")

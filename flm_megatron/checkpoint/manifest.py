@@ -133,7 +133,7 @@ def _read(file: Path) -> bytes:
 
 
 def file_checksum(file: Path, progress: Callable[[int], None] | None = None) -> str:
-    """CRC-32 of a file as 8 hex digits. Raises DamagedError when it cannot be read."""
+    """CRC-32 of a file as 8 hex digits. Raises as `errors.read_error` when it cannot be read."""
     crc, block = 0, bytearray(BLOCK)
     try:
         with file.open("rb", buffering=0) as stream:
@@ -142,7 +142,7 @@ def file_checksum(file: Path, progress: Callable[[int], None] | None = None) -> 
                 if progress:
                     progress(count)
     except OSError as error:
-        raise DamagedError(f"{file}: cannot be read: {error.strerror or error}") from error
+        raise read_error(file, error) from error
     return f"{crc:08x}"
 
 

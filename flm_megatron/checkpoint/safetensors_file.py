@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from flm_megatron.checkpoint.logical import TensorInfo
 from flm_megatron.checkpoint.stored_array import StoredArray
-from flm_megatron.errors import DamagedError
+from flm_megatron.errors import DamagedError, read_error
 from flm_megatron.json_text import parse_json
 
 DTYPES = {
@@ -41,15 +41,18 @@ def arrays_in(path: Path) -> dict[str, StoredArray]:
 
     The library checks the header, without loading values: its length and form, that each tensor has the bytes of its
     shape and dtype, and that one begins where the other ends, from the header's end to the file's. Keys that stand
-    twice, of which it takes one, are refused here. Raises DamagedError, also for a dtype that is not known.
+    twice, of which it takes one, are refused here. Raises DamagedError, also for a dtype that is not known;
+    RequestError when its disk does not answer.
     """
     try:
-        with safe_open(path, "pt"):
-            pass
-        with path.open("rb") as file:
+        with path.open("rb") as file:  # first: the library says of whatever it cannot open that it is missing
+            with safe_open(path, "pt"):
+                pass
             (length,) = struct.unpack("<Q", file.read(8))
             text = file.read(length)
-    except (OSError, SafetensorError, struct.error, MemoryError) as error:
+    except OSError as error:
+        raise read_error(path, error) from error
+    except (SafetensorError, struct.error, MemoryError) as error:
         raise DamagedError(f"{path}: not a whole safetensors file: {error}") from error
     header = parse_json(text, str(path), DamagedError, strict=True, name="a whole safetensors file")
     return {name: _array(path, 8 + length, name, entry) for name, entry in header.items() if name != "__metadata__"}

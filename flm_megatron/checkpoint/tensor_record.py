@@ -16,8 +16,8 @@ from isal.isal_zlib import crc32
 
 from flm_megatron.checkpoint.block_checksums import CheckedFile, CheckedRun, read_fully
 from flm_megatron.checkpoint.stored_array import StoredArray
-from flm_megatron.checkpoint.unpickle import ZIP_ERRORS, StoredTensor, load_pickle, read_stored
-from flm_megatron.errors import DamagedError, read_error
+from flm_megatron.checkpoint.unpickle import ZIP_ERRORS, StoredTensor, archive_error, load_pickle, read_stored
+from flm_megatron.errors import DamagedError
 
 ALIGNMENT = 64
 LARGEST = 2**31  # bytes: above it an archive would need 64-bit entries
@@ -77,10 +77,7 @@ def locate(
             data = start + LOCAL_HEADER.size + header[-2] + header[-1]
             own = checked or CheckedRun(path, data, info.file_size, info.CRC)
     except (OSError, *ZIP_ERRORS) as error:
-        answer = error if isinstance(error, OSError) else error.__context__  # zipfile hides what a read raises
-        if isinstance(answer, OSError):
-            raise read_error(path, answer) from error
-        raise DamagedError(f"{path}: cannot be read at byte {offset} (truncated?): {error}") from error
+        raise archive_error(path, error, f"cannot be read at byte {offset} (truncated?)") from error
     return StoredArray(path, data, (tensor.storage_numel,), tensor.dtype, own), tensor
 
 

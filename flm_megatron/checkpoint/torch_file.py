@@ -13,7 +13,7 @@ from typing import Any
 
 from flm_megatron.checkpoint.block_checksums import CheckedRun
 from flm_megatron.checkpoint.stored_array import StoredArray
-from flm_megatron.checkpoint.unpickle import FOREIGN, ZIP_ERRORS, StoredTensor, load_pickle, read_stored
+from flm_megatron.checkpoint.unpickle import FOREIGN, ZIP_ERRORS, StoredTensor, archive_error, load_pickle, read_stored
 from flm_megatron.errors import DamagedError
 
 FOREIGN_PACKAGES = (*FOREIGN, "numpy", "torch")
@@ -24,7 +24,8 @@ LOCAL_HEADER = struct.Struct("<26xHH")
 def read_torch_file(path: Path) -> Any:
     """The saved object, with every tensor replaced by a `StoredArray`, which knows its checksum where there is one.
 
-    Raises DamagedError for a damaged file, another format, or a pickle with names that could run code.
+    Raises DamagedError for a damaged file, another format, or a pickle with names that could run code; RequestError
+    when its disk does not answer.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -33,10 +34,8 @@ def read_torch_file(path: Path) -> Any:
         return load_pickle(
             text, str(path), FOREIGN_PACKAGES, lambda tensor: _array(tensor, path, entries[f"data/{tensor.key}"])
         )
-    except OSError as error:
-        raise DamagedError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ZIP_ERRORS as error:
-        raise DamagedError(f"{path}: not a whole file of torch.save in its zip format: {error!r:.200}") from error
+    except (OSError, *ZIP_ERRORS) as error:
+        raise archive_error(path, error, "not a whole file of torch.save in its zip format") from error
 
 
 def _array(tensor: StoredTensor, path: Path, entry: zipfile.ZipInfo) -> StoredArray:

@@ -8,6 +8,7 @@ that Megatron-LM stores beside them stay inert records (`Foreign`); a name of an
 from __future__ import annotations
 
 import argparse
+import errno
 import gc
 import pathlib
 import struct
@@ -22,7 +23,7 @@ import torch
 
 from flm_megatron.checkpoint.pickle_machine import run_pickle
 from flm_megatron.checkpoint.pickle_records import SCALARS, STORAGE, Name, PickleError, Record
-from flm_megatron.errors import DamagedError
+from flm_megatron.errors import DamagedError, FlmError, read_error
 
 CLASSES = {
     "torch.distributed.checkpoint.metadata": (
@@ -124,7 +125,8 @@ def load_pickle(
 def read_torch_file(path: Path) -> Any:
     """The object in a file of `torch.save`, with its tensors; those of one storage share it.
 
-    Raises DamagedError when the file is missing or damaged, or as `load_pickle`.
+    Raises DamagedError when the file is missing or damaged, or as `load_pickle`; RequestError when its disk does not
+    answer.
     """
     storages: dict[str, bytearray] = {}
     try:
@@ -141,10 +143,17 @@ def read_torch_file(path: Path) -> Any:
                 return _materialise(stored, storages[stored.key])
 
             return load_pickle(read_stored(archive, pickles[0]), str(path), tensor=tensor)
-    except OSError as error:
-        raise DamagedError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ZIP_ERRORS as error:
-        raise DamagedError(f"{path}: not a whole file of torch.save: {error!r:.200}") from error
+    except (OSError, *ZIP_ERRORS) as error:
+        raise archive_error(path, error, "not a whole file of torch.save") from error
+
+
+def archive_error(path: Path, error: Exception, damaged: str) -> FlmError:
+    """What an `error` of ZIP_ERRORS, or OSError, says about the zip archive at `path`: that it is damaged, in the
+    words `damaged`, or that its disk does not answer."""
+    answer = error if isinstance(error, OSError) else error.__context__  # zipfile hides what a read raises
+    if isinstance(answer, OSError) and answer.errno != errno.EINVAL:  # which is a place before the file's beginning
+        return read_error(path, answer)
+    return DamagedError(f"{path}: {damaged}: {error!r:.200}")
 
 
 def read_stored(archive: zipfile.ZipFile, name: str) -> bytes:

@@ -13,7 +13,7 @@ from pathlib import Path
 from flm_megatron.config.schema import DataConfig, SourceConfig
 from flm_megatron.data.index_file import open_index
 from flm_megatron.data.tokenizer import Tokenizer
-from flm_megatron.errors import DamagedError, RequestError, refuse_together
+from flm_megatron.errors import DamagedError, RequestError, read_error, refuse_together
 from flm_megatron.json_text import parse_json
 
 FORMAT = "flm_megatron indexed dataset"
@@ -64,7 +64,8 @@ def read_description(prefix: str | os.PathLike[str]) -> Description:
     """Read PREFIX.json and check that the .bin and .idx beside it are as they were written, and fit each other.
 
     Raises:
-        RequestError: a file is missing, or it is of another version, or has more documents than can be numbered.
+        RequestError: a file is missing, or it is of another version, or has more documents than can be numbered; or
+            its disk does not answer.
         DamagedError: PREFIX.json cannot be read, a file has another size, or the index is not the .bin's.
     """
     for suffix in ("json", "bin", "idx"):
@@ -105,6 +106,8 @@ def _parse(path: Path) -> Description:
     try:
         fields = parse_json(path.read_bytes(), "it", strict=True)
         version = (fields["format"], fields["version"])
+    except OSError as error:
+        raise read_error(path, error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{path} does not describe a dataset ({error}): build the dataset again") from None
     if version != (FORMAT, VERSION):

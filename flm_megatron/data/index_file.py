@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy
 
-from flm_megatron.errors import DamagedError
+from flm_megatron.errors import DamagedError, read_error
 
 IDX_HEADER = struct.Struct("<9sQBQQ")
 IDX_MAGIC = b"MMIDIDX\x00\x00"
@@ -57,8 +57,12 @@ class Index:
 
 
 def open_index(path: Path, documents: int) -> Index:
-    """The index of a dataset of so many documents. Raises DamagedError if the file is not that."""
-    data = numpy.memmap(path, mode="r")
+    """The index of a dataset of so many documents. Raises DamagedError if the file is not that, RequestError when its
+    disk does not answer."""
+    try:
+        data = numpy.memmap(path, mode="r")
+    except OSError as error:
+        raise read_error(path, error) from error
     if len(data) != IDX_HEADER.size + 20 * documents + 8:
         raise _damaged(path, f"has {len(data):,} bytes, which is not the index of {documents:,} documents")
     magic, version, code, sequences, numbers = IDX_HEADER.unpack(data[: IDX_HEADER.size].tobytes())

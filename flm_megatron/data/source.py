@@ -16,7 +16,7 @@ import numpy
 from flm_megatron.config.schema import SourceConfig
 from flm_megatron.data.description import Description, read_description, require_a_sample, source_name
 from flm_megatron.durable import make_folders, sync, sync_tree
-from flm_megatron.errors import DamagedError, RequestError
+from flm_megatron.errors import DamagedError, RequestError, read_error
 
 if TYPE_CHECKING:
     import torch
@@ -110,10 +110,12 @@ def _load(indexed: Any, description: Description, length: int, seed: int, folder
                 if file.read(len(NPY_MAGIC)) != NPY_MAGIC:
                     raise ValueError(f"{path.name} is not an array")
         return _gpt_dataset(indexed, description, length, seed, str(folder))
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise DamagedError(
             f"sample index {folder} cannot be read ({error}): remove that folder, and it is built again"
         ) from None
+    except OSError as error:
+        raise read_error(folder, error) from error
 
 
 def _cache_root(prefix: str, cache: str | None) -> Path:

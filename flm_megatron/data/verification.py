@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from flm_megatron.config.schema import SourceConfig
 from flm_megatron.data.description import Description, file_of, read_description
 from flm_megatron.data.index_file import open_index
-from flm_megatron.errors import DamagedError
+from flm_megatron.errors import DamagedError, read_error
 
 BLOCK = 8 * 2**20
 
@@ -41,7 +41,8 @@ def verify_index(prefix: str | os.PathLike[str]) -> Description:
 def verify_dataset(prefix: str | os.PathLike[str], progress: Callable[[int], object] | None = None) -> Description:
     """Check a dataset as `verify_index` and by the hash of all its ids; returns its description.
 
-    `progress` is called with the bytes read since its last call. Raises as `verify_index`.
+    `progress` is called with the bytes read since its last call. Raises as `verify_index`; RequestError too when the
+    disk does not answer.
     """
     description = verify_index(prefix)
     path, found = file_of(prefix, "bin"), hashlib.sha256()
@@ -52,7 +53,7 @@ def verify_dataset(prefix: str | os.PathLike[str], progress: Callable[[int], obj
                 if progress:
                     progress(len(data))
     except OSError as error:
-        raise DamagedError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise read_error(path, error) from error
     if found.hexdigest() != description.sha256:
         raise DamagedError(f"{path}: its ids are not those that were written: bring it back, or build it again")
     return description
