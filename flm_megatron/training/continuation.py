@@ -34,8 +34,13 @@ def past_history(run: RunConfig, manifest: Mapping[str, Any], where: str) -> His
 
     Raises:
         DamagedError: it cannot be read.
-        RequestError: the checkpoint is of a stage that neither its run file nor this one has.
+        RequestError: the checkpoint is not one of a run, or of a stage that neither its run file nor this one has.
     """
+    if unknown := [field for field in ("stage", "step") if manifest.get(field) is None]:
+        raise RequestError(
+            f"{where}: its manifest.json names no {' and no '.join(unknown)}, as those that no run has saved: move it "
+            "out of the run's folder (another run can start from it with checkpoint.initial)"
+        )
     if "history" in manifest:
         return history_from_json(manifest["history"], where)
     saved = run_from_dict(manifest["run"], where) if "run" in manifest else run

@@ -24,12 +24,13 @@ from flm_megatron.config.rules import check
 from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.durable import make_folders, replace_file
 from flm_megatron.errors import ERRORS, DamagedError, FlmError, Mistakes, ProgramError, RequestError, refuse_together
-from flm_megatron.training.signals import STOPPED, StoppedBeforeTraining, handling, stop_before_training
+from flm_megatron.training.signals import STOPPED, StoppedBeforeTraining, handling, stop_before_training, training_ended
 
 if TYPE_CHECKING:
     from flm_megatron.training.start import Start
 
 FINISHED = 0
+SAVED = "stopped by a signal after saving"
 MOST_PROCESSES, PROCESSES_PER_CORE = 64, 8
 """Processes of one machine: for a layout tried out on few cores, and for one that uses them."""
 GRACE_S = 5.0
@@ -92,9 +93,11 @@ def _train_what_is_left(run: RunConfig, only: str | None, start: Start | None) -
             print(f"WARNING: {error}; trying an older checkpoint", file=sys.stderr, flush=True)
             continue
         if status != FINISHED:
+            training_ended(status)
             report_end(run, status)
             return status
         start = find_start(run, only)
+    training_ended(FINISHED)
     report_end(run, FINISHED)
     return FINISHED
 
@@ -144,10 +147,11 @@ def _train_as_rank(run: RunConfig, only: str | None) -> int:
         while start is not None and train_stage(run, copies.newer(start, only) if copies else start, copies):
             start = Processes().on_first(partial(find_start, run, only))
         finished = start is None
+        training_ended(*((FINISHED, "") if finished else (STOPPED, SAVED)))
         if is_main_rank():
             report_end(run, FINISHED if finished else STOPPED)
     if not finished:
-        leave_word("stopped by a signal after saving", STOPPED)
+        leave_word(SAVED, STOPPED)
     return FINISHED if finished else STOPPED
 
 
@@ -282,10 +286,11 @@ def _process_main(rank: int, world_info: _World, function: Any, args: tuple[Any,
         try:
             with world(config, rank, world_info.size, f"file://{folder}/store"):
                 status = _in_world(folder, rank, function, args)
+                training_ended(status)
+                if rank == 0:
+                    (folder / "status").write_text(str(status))
         except StoppedBeforeTraining:
             os._exit(STOPPED)
-    if rank == 0:
-        (folder / "status").write_text(str(status))
 
 
 def _in_world(folder: Path, rank: int, function: Any, args: tuple[Any, ...]) -> int:
@@ -322,7 +327,7 @@ def _leave_error(folder: Path, rank: int, error: BaseException) -> None:
         "rank": rank,
         "status": error.status if isinstance(error, FlmError) else 1,
         "text": str(error) if known else traceback.format_exc(),
-        "lines": error.lines if isinstance(error, Mistakes) else None,
+        "mistakes": (error.lines, error.where) if isinstance(error, Mistakes) else None,
         "known": known,
         "kind": type(error).__name__,
     }
@@ -341,7 +346,7 @@ def _first_error(folder: Path, error: Any) -> FlmError:
     if not (folder / "error").exists():
         return FlmError(f"rank {error.error_index} ended with status {getattr(error, 'exit_code', 1)} without a word")
     first = json.loads((folder / "error").read_text())
-    if first["lines"]:
-        return Mistakes(first["lines"])
+    if first["mistakes"]:
+        return Mistakes(*first["mistakes"])
     kind = ERRORS.get(first["kind"], FlmError if first["known"] else ProgramError)
     return kind(first["text"] if kind is RequestError else f"rank {first['rank']}: {first['text']}")

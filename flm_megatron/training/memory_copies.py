@@ -89,7 +89,8 @@ class MemoryCopies:
         from flm_megatron.training.continuation import continued, past_history
 
         if self.refresher is not None:
-            self.view, self.line = None, ""
+            self._let_go()
+            self.line = ""
             return start
         names = [stage.name for stage in self.run.stages]
 
@@ -127,6 +128,11 @@ class MemoryCopies:
         assert self.refresher is not None, "`newer` comes first"
         line = self.refresher.refresh(chunks, optimizer, manifest)
         if self.view is not None and self.refresher.kept != self.view.generation:
+            self._let_go()
+        return line
+
+    def _let_go(self) -> None:
+        """Give back the memory and the connections of what this start went on from."""
+        if self.view is not None:
             self.view.close()
             self.view = None
-        return line

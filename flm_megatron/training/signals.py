@@ -16,13 +16,21 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 UNWIND_S = 3.0
 """For a process that is told to stop while it waits inside a library, which keeps Python from hearing of it."""
 
-
 _told = threading.Event()
+_end: tuple[int, str] | None = None
+"""Status and last words of a process whose training is over."""
 
 
 def told_to_stop() -> bool:
     """Whether SIGTERM or SIGINT has come within `stop_before_training`, even if the main thread cannot hear it yet."""
     return _told.is_set()
+
+
+def training_ended(status: int, last_words: str = "") -> None:
+    """Training is over, and this process about to end with `status`, within `stop_before_training`: a signal does not
+    disturb that any more, and changes neither it nor the `last_words`."""
+    global _end
+    _end = status, last_words
 
 
 class StoppedBeforeTraining(SystemExit):
@@ -80,6 +88,8 @@ class _Guard:
 
     def start(self) -> None:
         """Listen. In the main thread only."""
+        global _end
+        _end = None
         _told.clear()
         self.before = signal.set_wakeup_fd(self.write, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
@@ -92,7 +102,7 @@ class _Guard:
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         """Signal handler: the first signal unwinds the main thread, later ones do not disturb that."""
-        if not self.asked:
+        if not self.asked and _end is None:
             self.asked = True
             leave_word(self.last_words, STOPPED)
             raise StoppedBeforeTraining
@@ -103,8 +113,10 @@ class _Guard:
                 _told.set()
             # Someone else may handle it by now: training, which stops after its step.
             if heard[0] in SIGNALS and signal.getsignal(heard[0]) == self.stop and not self.over.wait(UNWIND_S):
-                leave_word(self.last_words, STOPPED)
-                os._exit(STOPPED)
+                status, words = _end or (STOPPED, self.last_words)
+                if words:
+                    leave_word(words, status)
+                os._exit(status)
         os.close(self.read)
 
 

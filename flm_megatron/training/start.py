@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from flm_megatron.checkpoint.fence import check_fences
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.manifest import read_manifest
 from flm_megatron.checkpoint.opening import open_checkpoint
+from flm_megatron.checkpoint.stage_manifest import manifest_model
 from flm_megatron.checkpoint.store import CheckpointStore
 from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.history import History
-from flm_megatron.config.loader import run_from_dict
+from flm_megatron.config.same_model import differences
 from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.durable import sync
 from flm_megatron.errors import DamagedError, RequestError
@@ -178,7 +179,7 @@ def begin(run: RunConfig, start: Start, under: Layout, in_memory: LogicalCheckpo
     source = in_memory or open_checkpoint(_saved(start))
     if start.resumes:
         plan = resumed_plan(run, start.stage, source.manifest)
-        return Beginning(_resumed_stage(stage, source.manifest, plan), source, plan)
+        return Beginning(_resumed_stage(stage, source.manifest, plan, _where(start)), source, plan)
     if run.data.chat is not None:  # stages of a fine-tuning share one model
         return Beginning(stage, source)
     view, plan = grown_view(source, run, start.stage, boundary_distances(source, run, start.stage, under))
@@ -232,21 +233,31 @@ def check_start(run: RunConfig, start: Start) -> None:
         return
     source = open_checkpoint(start.source)
     if start.resumes:
-        _resumed_stage(stage, source.manifest, resumed_plan(run, start.stage, source.manifest))
+        _resumed_stage(stage, source.manifest, resumed_plan(run, start.stage, source.manifest), _where(start))
     elif run.data.chat is None:
         unmeasured = [0.0] * source_model(source, run, start.stage).num_layers
         grown_view(source, run, start.stage, unmeasured)
 
 
-def _resumed_stage(stage: StageConfig, saved: dict[str, Any], plan: GrowthPlan | None) -> StageConfig:
+def _where(start: Start) -> str:
+    return str(start.source or "the copies in memory")
+
+
+def _resumed_stage(stage: StageConfig, saved: dict[str, Any], plan: GrowthPlan | None, where: str) -> StageConfig:
     """The stage with the model of its own checkpoint, and everything that may change from the run file."""
     if plan is not None:
         return replace(stage, model=plan.new)
-    model = next(s.model for s in run_from_dict(saved["run"]).stages if s.name == saved["stage"])
-    differing = [
-        f"{name} was {before!r} and is {now!r}"
-        for (name, before), now in zip(asdict(model).items(), asdict(stage.model).values(), strict=True)
-        if before != now
+    model = manifest_model(saved, where)
+    if model is None:
+        raise RequestError(
+            f"{where}: its manifest.json does not say which model it is of, so that no run can go on from it: move it "
+            "out of the run's folder (another run can start from it with checkpoint.initial)"
+        )
+    differing = differences(stage.model, model)
+    differing += [  # which change how it is trained, or what is
+        f"model.{name} is {now!r} in the run file and {before!r} in the checkpoint"
+        for name, now, before in (("mup", stage.model.mup, model.mup), ("lora", stage.model.lora, model.lora))
+        if now != before and not any(line.startswith(f"model.{name} ") for line in differing)
     ]
     if differing:
         raise RequestError(

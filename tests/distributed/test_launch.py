@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flm_megatron.errors import FlmError, RequestError
+from flm_megatron.errors import FlmError, Mistakes, RequestError
 from flm_megatron.training.launch import run_processes
 
 
@@ -30,6 +30,8 @@ def fail_on_one(kind: str) -> int:
         time.sleep(0.2)
         if kind == "request":
             raise RequestError("the batch of 7 is odd: make it even")
+        if kind == "mistakes":
+            raise Mistakes(["the batch is odd", "the width is even"], "run.yaml")
         if kind == "crash":
             raise ZeroDivisionError("planted")
         os.kill(os.getpid(), signal.SIGKILL)
@@ -48,6 +50,7 @@ def test_processes_share_a_world_and_end(tmp_path: Path) -> None:
     ("kind", "error", "words"),
     [
         ("request", RequestError, "the batch of 7 is odd"),
+        ("mistakes", Mistakes, "^run.yaml: 2 mistakes\n  the batch is odd\n  the width is even$"),
         ("crash", FlmError, "rank 1: Traceback.*ZeroDivisionError: planted"),
         ("kill", FlmError, "rank 1 was killed by SIGKILL"),
     ],

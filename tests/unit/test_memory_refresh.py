@@ -229,7 +229,11 @@ def test_a_run_whose_ranks_are_lost_goes_on_from_memory_if_that_is_further_than_
             assert (copies.view is not None) == (found != start) == (found.source is None)
             if copies.view is not None:
                 assert found.resumes and found.stage == 1 and "small goes on from step 10" in copies.line
+            view = copies.view
             assert copies.newer(start, only) == start and copies.view is None  # only the first stage of a start
+            if view is not None:
+                with pytest.raises(FlmError, match="no longer in memory"):
+                    view.read(next(iter(view.tensors)))
 
 
 def test_copies_of_a_state_that_may_be_wrong_are_forgotten(peers: OneHost) -> None:

@@ -48,6 +48,20 @@ with signals.stop_before_training():
         signal.raise_signal(signal.SIGTERM)
         print("left in order", flush=True)
 """
+ENDED = """
+with signals.stop_before_training("stopped early"):
+    signals.training_ended(0)
+    ready()
+    while not signals.told_to_stop():
+        time.sleep(0.01)
+    print("left in order", flush=True)
+"""
+ENDED_STUCK = """
+with signals.stop_before_training("stopped early"):
+    signals.training_ended(3, "saved")
+    ready()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+"""
 
 
 def signalled(script: str, number: int, folder: Path) -> tuple[int, str, str]:
@@ -82,3 +96,12 @@ def test_a_process_stuck_in_a_library_ends_all_the_same_and_leaves_word(tmp_path
 
 def test_in_training_a_signal_is_noted_and_ends_nothing(tmp_path: Path) -> None:
     assert signalled(TRAINS, signal.SIGTERM, tmp_path) == (0, "saved\n", "")
+
+
+def test_after_training_a_signal_changes_neither_status_nor_words(tmp_path: Path) -> None:
+    """A scheduler sends its signal again to a run that has saved because of the first."""
+    assert signalled(ENDED, signal.SIGTERM, tmp_path) == (0, "left in order\n", "")
+    assert not (tmp_path / "word.json").exists()
+    assert signalled(ENDED_STUCK, signal.SIGTERM, tmp_path) == (3, "", "")
+    message = json.loads((tmp_path / "word.json").read_text())["message"]
+    assert (message["message"], message["errorCode"]) == ("saved", 3)
