@@ -10,9 +10,11 @@ import numpy
 
 from flm_megatron.config.schema import SourceConfig
 from flm_megatron.data.cuts import Cut, Place
+from flm_megatron.data.description import file_of
 from flm_megatron.data.permutation import Permutation
 from flm_megatron.data.remaining import Remaining
 from flm_megatron.data.source import Source
+from flm_megatron.errors import DamagedError
 
 if TYPE_CHECKING:
     import torch
@@ -55,9 +57,26 @@ class SourceLine:
         """Sample `sample` of a cut: `tokens`, `labels`, `position_ids` int64 and `loss_mask` fp32, [sequence].
 
         What a shorter last one lacks is id 0 and trains nothing.
+
+        Raises:
+            DamagedError: it holds ids that its vocabulary does not have.
         """
-        if cut.parent is None:
-            return self._source_at(cut.length).read(sample)
+        item = self._joined(cut, sample) if cut.parent else self._source_at(cut.length).read(sample)
+        for ids in (item["tokens"], item["labels"]):
+            lowest, highest = map(int, ids.aminmax())
+            if lowest < 0 or highest >= self.source.description.vocab_size:
+                raise self._damaged(cut, sample, lowest if lowest < 0 else highest)
+        return item
+
+    def _damaged(self, cut: Cut, sample: int, found: int) -> DamagedError:
+        path, known = self._config.path, self.source.description.vocab_size
+        return DamagedError(
+            f"{file_of(path, 'bin')}: sample {self.name}/{cut.label}/{sample} holds the id {found}, and its tokenizer "
+            f"has {known}: damaged; bring it back, or build it again (`flm data verify {path}` reads all of it)"
+        )
+
+    def _joined(self, cut: Cut, sample: int) -> dict[str, torch.Tensor]:
+        """A sample of what earlier cuts have left, from stretches of the source's line."""
         import torch
 
         ids = [self.source.text(start, stop - start + 1) for start, stop in self.spans(cut, sample)]

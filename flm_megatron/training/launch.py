@@ -88,7 +88,7 @@ def _train_what_is_left(run: RunConfig, only: str | None, start: Start | None) -
             status = run_processes(size, _train_child, (run_to_dict(run), start), run.distributed.timeout_s)
         except DamagedError as error:
             damaged, start = start, find_start(run, only)
-            if start == damaged:  # it is not of a checkpoint that can be passed over
+            if start is None or start.passed_over == damaged.passed_over:  # it is not of one that can be passed over
                 raise
             print(f"WARNING: {error}; trying an older checkpoint", file=sys.stderr, flush=True)
             continue

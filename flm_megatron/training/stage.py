@@ -267,7 +267,8 @@ class StageTrainer:
         """Once in a step; where they differ, copies in memory that were made since the last time are worth nothing."""
         if self.compared_step != self.step:
             with self.meter.stall("replicas"), forgotten_on_error(self.copies):
-                check_replicas(self.engine.chunks, self.step)
+                equal_step = max(self.compared_step, self.start.step)  # they are loaded from one place
+                check_replicas(self.engine.chunks, self.step, equal_step)
             self.compared_step = self.step
 
     def _due(self, interval: int) -> bool:

@@ -130,7 +130,7 @@ def test_replicas_that_differ_are_not_saved(pool: Pool, data: Path, tmp_path: Pa
     """The weights are compared before each save, however long the interval is."""
     overrides = ("--checkpoint.interval_steps", "2", "--stages.0.stability", "{checksum_interval_steps: 1000}")
     run = resolve(make_run(data, tmp_path, "--stages.0.parallel.tensor", "1", *overrides)[1])
-    with pytest.raises(RankFailed, match="after step 4 copies of weights that must be equal differ"):
+    with pytest.raises(RankFailed, match=r"after step 4 copies .* differ.* after step 2: take"):
         pool.run(2, train_with_faults, run, {4: "weight"})
     assert checkpoint_store(run).steps("small") == [2]
 
@@ -139,12 +139,14 @@ def corrupted(rank: int, name: str, parallel: ParallelConfig) -> str:
     """Flip one bit of a weight on one rank after a step; what the comparison says before and after."""
     with engine_under(parallel, replace(STAGE, model=replace(STAGE.model, num_layers=2))) as engine:
         take_steps(engine, range(1))
-        check_replicas(engine.chunks, 1)
+        with pytest.MonkeyPatch.context() as patch:  # objects of thousands of ranks are a gigabyte
+            patch.delattr(torch.distributed, "all_gather_object")
+            check_replicas(engine.chunks, 1, 0)
         if torch.distributed.get_rank() == rank:
             weight = dict(engine.chunks[0].module.named_parameters())[name]
             weight.data.view(-1).view(torch.int32)[5] ^= 1
         try:
-            check_replicas(engine.chunks, 1)
+            check_replicas(engine.chunks, 1, 0)
         except FlmError as error:
             return str(error)
     return ""
@@ -160,7 +162,8 @@ def corrupted(rank: int, name: str, parallel: ParallelConfig) -> str:
 )
 def test_silent_corruption_names_the_rank(pool: Pool, name: str, parallel: ParallelConfig) -> None:
     for message in pool.run(4, corrupted, 2, name, parallel):
-        assert "after step 1" in message and "rank 2 on" in message and "of layer 1" in message
+        assert "after step 1 copies" in message and "for the last time after step 0:" in message
+        assert "rank 2 on" in message and "of layer 1" in message
         assert all(f"rank {other} on" not in message for other in (0, 1, 3))
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy
 import pytest
+import torch
 
 from flm_megatron.cli.main import main
 from flm_megatron.config.schema import SourceConfig
 from flm_megatron.data import index_file
+from flm_megatron.data.cuts import Cut, Place
+from flm_megatron.data.description import read_description
+from flm_megatron.data.source_line import SourceLine
 from flm_megatron.data.verification import check_indices, verify_dataset, verify_index
-from flm_megatron.errors import FlmError
+from flm_megatron.errors import DamagedError, FlmError
 from flm_megatron.training.preflight import resolve
 from tests.distributed.runs import make_data, make_run
 from tests.unit import data_cases
@@ -72,3 +77,29 @@ def test_a_run_does_not_start_on_a_damaged_index(tmp_path: Path) -> None:
     file.write_bytes(flipped(file.read_bytes(), 8 * 40))
     with pytest.raises(FlmError, match=r"validation\.idx"):
         resolve(run)
+
+
+@pytest.mark.parametrize("cut", [Cut(0, 32), Cut(0, 16, Cut(0, 32), 2)], ids=["a pass", "what was left of one"])
+def test_an_id_that_the_vocabulary_does_not_have_is_met_by_name(tmp_path: Path, cut: Cut) -> None:
+    """While it is read for training: a run does not hash its datasets, which may be terabytes."""
+    model = data_cases.datasets(tmp_path, {"a": 12})
+    config = SourceConfig(path=str(tmp_path / "a"))
+    total = read_description(tmp_path / "a").tokens
+    whole = SourceLine(config, Place(cut), [cut], 5, None)
+    samples = range(cut.samples(total))
+    before = [whole.read(cut, sample) for sample in samples]
+    ids = numpy.memmap(tmp_path / "a.bin", dtype=numpy.uint16, mode="r+")
+    ids[total // 2] = model.vocab_size - 1
+    ids.flush()
+    allowed = [whole.read(cut, sample) for sample in samples]
+    ids[total // 2] = model.vocab_size
+    ids.flush()
+    wrong = [n for n in samples if any((allowed[n][f] != before[n][f]).any() for f in ("tokens", "labels"))]
+    assert wrong
+    for sample in samples:
+        if sample not in wrong:
+            assert torch.equal(whole.read(cut, sample)["tokens"], before[sample]["tokens"])
+            continue
+        words = rf"a\.bin: sample a/{cut.label}/{sample} holds the id 320, and its tokenizer has 320"
+        with pytest.raises(DamagedError, match=words):
+            whole.read(cut, sample)
