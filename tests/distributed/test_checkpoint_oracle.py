@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch.distributed as dist
 
 from flm_megatron.checkpoint.engine import load_state, save_state
 from flm_megatron.checkpoint.initial import InitialCheckpoint
-from flm_megatron.checkpoint.logical import EXP_AVG, MASTER, Region
+from flm_megatron.checkpoint.logical import EXP_AVG, MASTER, STATE_PREFIXES, Region
 from flm_megatron.checkpoint.logical_hash import tensor_hashes
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.placement import unwrap
+from flm_megatron.checkpoint.torch_dist import TorchDistCheckpoint
 from flm_megatron.checkpoint.writer import write_view
 from flm_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.errors import RequestError
@@ -118,6 +120,46 @@ def test_nameless_buckets_are_refused_but_the_weights_are_read(saved: Path, pool
     with pytest.raises(RequestError, match="dp_reshardable"):
         theirs.read(MASTER + weight)
     pool.run(1, load_foreign, str(saved / "dp_reshardable"))
+
+
+def save_in_small_chunks(path: str) -> None:
+    """As `ours`, with weights in chunks as those of a large model are."""
+    from flm_megatron.checkpoint import writer
+
+    writer.SMALLEST_CHUNK = 4096
+    with engine_under(LAYOUT, _stage()) as engine:
+        take_steps(engine, range(2))
+        save_state(path, engine.chunks, engine.optimizer, {"step": 3, "optimizer_step": 2}).wait()
+
+
+def test_chunks_of_a_weight_are_shared_out_among_its_replicas(saved: Path, pool: Pool, tmp_path: Path) -> None:
+    pool.run(2, save_in_small_chunks, str(tmp_path / "small"))
+    ours, small = open_checkpoint(saved / "ours"), open_checkpoint(tmp_path / "small")
+    assert tensor_hashes(small) == tensor_hashes(ours)
+    assert isinstance(small, TorchDistCheckpoint)
+    written: dict[str, int] = {}
+    for name in (name for name in small.chunks if not name.startswith(STATE_PREFIXES)):
+        for chunk in small.chunks[name]:
+            nbytes = 2 * chunk.region.numel
+            assert nbytes <= 4096
+            written[chunk.file] = written.get(chunk.file, 0) + nbytes
+    first, second = written.values()
+    assert abs(first - second) <= 4096
+
+
+def load_other_vocabularies() -> None:
+    """One that is too small, and one with rows of padding, as Megatron-LM's have."""
+    with engine_under(ParallelConfig(data=1), _stage(), seed=99) as engine:
+        with pytest.raises(RequestError, match=r"embeddings\.weight has shape \(255, 32\) .* and \(256, 32\)"):
+            load_state(InitialCheckpoint(replace(MODEL, vocab_size=255), seed=3), engine.chunks)
+        padded = InitialCheckpoint(replace(MODEL, vocab_size=384), seed=3)
+        load_state(padded, engine.chunks)
+        weight = unwrap(engine.chunks[0]).embedding.word_embeddings.weight[:256]
+        assert torch.equal(weight, padded.read("embedding.word_embeddings.weight")[:256].bfloat16())
+
+
+def test_a_smaller_vocabulary_is_refused_and_padding_is_left_out(pool: Pool) -> None:
+    pool.run(1, load_other_vocabularies)
 
 
 def test_plain_torch_loads_a_written_view(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def test_growth_preserves_in_fp32(pool: Pool, name: str) -> None:
     ranks = pool.run(LAYOUTS[name].model_size, certificates, LAYOUTS[name])
     assert all(rank == ranks[0] for rank in ranks)
     for certificate in ranks[0]:
+        assert (certificate.stage, certificate.samples, certificate.sequence_length) == ("big", 6, 80)
         (measured,) = certificate.comparisons
         assert 0 < measured.rms_difference <= 5e-6 * measured.logit_std
         assert measured.max_difference <= 1e-4 * measured.logit_std

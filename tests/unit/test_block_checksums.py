@@ -214,3 +214,9 @@ def test_few_values_of_many_are_right_wherever_the_array_lies(tmp_path: Path, of
     array = StoredArray(tmp_path / "x", offset, (64, 200), torch.int32)
     for region in (Region((0, 3), (64, 2)), Region((60, 199), (4, 1)), Region((1, 0), (63, 1))):
         assert torch.equal(array.read(region), values[region.slices])
+
+
+def test_a_disk_that_gives_less_than_was_asked_for_is_asked_again(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, position: preadv(fd, [buffers[0][:300_000]], position))
+    assert torch.equal(open_checkpoint(whole).read("decoder.layers.a"), VALUES["decoder.layers.a"])

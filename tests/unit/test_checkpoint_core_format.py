@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -203,6 +204,19 @@ def test_verify_names_a_changed_a_truncated_and_a_missing_file(checkpoint: Path,
         verify(checkpoint, quick=True)
     file.unlink()
     with pytest.raises(DamagedError, match=f"{name} is missing"):
+        verify(checkpoint, quick=True)
+
+
+def test_a_disk_that_does_not_tell_a_size_is_no_damage(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stat = Path.stat
+
+    def stale(path: Path, **options: Any) -> os.stat_result:
+        if path.suffix == ".distcp":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stale)
+    with pytest.raises(RequestError, match=r"distcp: cannot be read \(Stale file handle\): see to its disk first"):
         verify(checkpoint, quick=True)
 
 

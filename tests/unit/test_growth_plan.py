@@ -224,6 +224,8 @@ def test_a_stage_grows_out_of_the_one_before_it() -> None:
     assert [needs_distances(run, stage) for stage in (1, 2, 3)] == [True, True, False]
     nothing_said = MemoryCheckpoint({})
     assert [source_model(nothing_said, run, stage).num_layers for stage in (1, 2, 3)] == [2, 3, 4]
+    for stage, before in ((1, "a"), (2, "b"), (3, "c")):
+        check_source_stage(run, stage, before)
     run.stages[2].model.vocab_size = None
     with pytest.raises(RequestError, match=r"stage 'c': model\.vocab_size is not known"):
         source_model(nothing_said, run, 3)
@@ -288,6 +290,22 @@ def test_masks_on_the_hidden_size_are_refused_with_transformer_engine() -> None:
     run = small_run(hidden="zero")
     run.stages[1].transformer_engine = True
     check_boundary(run, 1)
+
+
+@pytest.mark.parametrize(
+    ("case", "masked"),
+    [
+        ("hidden", ("hidden",)),
+        ("ffn", ("ffn",)),
+        ("groups", ("heads",)),
+        ("heads_per_group", ("heads",)),
+        ("layers", ("layers",)),
+        ("all", ("hidden", "ffn", "heads", "layers")),
+    ],
+)
+def test_only_what_grows_is_masked(case: str, masked: tuple[str, ...]) -> None:
+    assert plan_for(case, "mask", old_model()).masked == masked
+    assert plan_for(case, "zero", old_model()).masked == ()
 
 
 def test_growing_in_the_middle_of_a_mask() -> None:
