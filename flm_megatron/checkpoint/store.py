@@ -32,6 +32,7 @@ class CheckpointStore:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
+        self._seen_whole: set[Path] = set()
 
     def path(self, stage: str, step: int) -> Path:
         """Where the first checkpoint of a step lies, whether it is there or not."""
@@ -95,8 +96,8 @@ class CheckpointStore:
 
         Kept are the newest `keep_last` that are whole (at least one: the last of a stage is never dropped), those at
         multiples of `keep_every_steps`, and whatever is newer. Left-overs of earlier saves go too. Only manifests of
-        those that are kept for being new are read. A disk that does not let go of one is no reason to end a run: it is
-        logged, and the next call tries again.
+        those that are kept for being new are read, each once, and none while no more than `keep_last` are there. A disk
+        that does not let go of one is no reason to end a run: it is logged, and the next call tries again.
         """
         removed: list[Path] = []
         try:
@@ -110,11 +111,14 @@ class CheckpointStore:
 
     def _superfluous(self, stage: str, keep_last: int, keep_every_steps: int) -> list[Path]:
         """What `prune` removes."""
-        whole = list(islice(self._whole(stage), max(1, keep_last)))
+        keep, paths, stale = max(1, keep_last), self._paths(stage), self._stale(stage)
+        if len(paths) <= keep:
+            paths = []  # none is too many, and none needs to be looked at
+        whole = list(islice(self._whole(stage), keep if paths else 1)) if paths or stale else []
         if not whole:
             return []
         # A newer temporary folder may be one that is being written in the background.
-        older = [path for path in (*self._paths(stage), *self._stale(stage)) if _place(path) < _place(whole[0])]
+        older = [path for path in (*paths, *stale) if _place(path) < _place(whole[0])]
         return [path for path in older if path not in whole and not _is_multiple(path, keep_every_steps)]
 
     def clean(self, stages: list[str]) -> list[Path]:
@@ -147,11 +151,14 @@ class CheckpointStore:
         verify(path, quick=True)
 
     def _whole(self, stage: str) -> Iterator[Path]:
+        """Newest first. One that was whole is not looked at again, but for a note: it may have ten thousand files."""
         for path in self.newest(stage):
-            try:
-                self._check(path)
-            except DamagedError:
-                continue
+            if path not in self._seen_whole or self._note(path).exists():
+                try:
+                    self._check(path)
+                except DamagedError:
+                    continue
+                self._seen_whole.add(path)
             yield path
 
     def _paths(self, stage: str) -> list[Path]:

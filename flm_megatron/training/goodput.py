@@ -21,7 +21,7 @@ import psutil
 from flm_megatron.training.metrics import duration
 
 FILE = "goodput.jsonl"
-Stall = Literal["save", "copy", "validation", "replicas"]
+Stall = Literal["save", "copy", "validation", "replicas", "rollback"]
 Line = dict[str, Any]
 
 
@@ -41,13 +41,13 @@ class Meter:
         self._write("step" if applied else "refused", step=step, seconds=seconds, data_s=data_s)
 
     @contextmanager
-    def stall(self, kind: Stall) -> Iterator[None]:
-        """Training stands still while the block runs."""
+    def stall(self, kind: Stall, **values: Any) -> Iterator[None]:
+        """Training stands still while the block runs. A rollback has the `step` whose state it goes back to."""
         began = time.perf_counter()
         try:
             yield
         finally:
-            self._write(kind, seconds=time.perf_counter() - began)
+            self._write(kind, seconds=time.perf_counter() - began, **values)
 
     def close(self) -> None:
         """Close the file."""
@@ -63,7 +63,8 @@ class Meter:
 @dataclass
 class Goodput:
     """Seconds of a run by what they went into. `steps_s` holds all applied steps, `lost_s` those of them whose result
-    was lost, `start_s` from the start of a process to its first step, `down_s` when no process was there."""
+    was lost, `start_s` from the start of a process, or the end of the stage before in it, to the first step, `down_s`
+    when no process was there. `starts` are those of processes: under a launcher one goes from stage to stage."""
 
     wall_s: float = 0.0
     steps_s: float = 0.0
@@ -92,6 +93,7 @@ class Goodput:
             "copying to memory": self.stalls_s["copy"],
             "validation": self.stalls_s["validation"],
             "comparing replicas": self.stalls_s["replicas"],
+            "rolling back": self.stalls_s["rollback"],
             "starting": self.start_s,
             "not running": self.down_s,
         }
@@ -121,12 +123,13 @@ def add_up(lines: Iterator[Line]) -> Goodput:
     """The account of a run's lines, in the order in which they were written."""
     total = Goodput()
     done: dict[tuple[int, int], float] = {}  # seconds of each step that counts, by stage and step
-    stage, first, last, began, starting = 0, None, 0.0, 0.0, False
+    stage, first, last, began, starting, process = 0, None, 0.0, 0.0, False, None
     for line in lines:
         if line["what"] == "begin":
             stage, starting = line["index"], True
             _lose(total, done, (stage, line["step"]))
-            total.starts += 1
+            total.starts += line["started"] != process
+            process = line["started"]
             total.down_s += 0.0 if first is None else max(0.0, line["started"] - last)
             first = line["started"] if first is None else first
             began = max(line["started"], last)
@@ -140,6 +143,8 @@ def add_up(lines: Iterator[Line]) -> Goodput:
         elif line["what"] == "refused":
             total.refused_s += line["seconds"]
         elif line["what"] != "begin":
+            if line["what"] == "rollback":
+                _lose(total, done, (stage, line["step"]))
             total.stalls_s[line["what"]] += line["seconds"]
         total.data_s += line.get("data_s", 0.0)
         last = line["time"]
@@ -148,7 +153,7 @@ def add_up(lines: Iterator[Line]) -> Goodput:
 
 
 def _lose(total: Goodput, done: dict[tuple[int, int], float], place: tuple[int, int]) -> None:
-    """A run goes on from `place`: what was done beyond it is lost."""
+    """A run goes on from the state at `place`: what was done beyond it is lost."""
     for step in [step for step in done if step > place]:
         total.lost_s += done.pop(step)
         total.lost_steps += 1

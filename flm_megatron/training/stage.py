@@ -217,7 +217,8 @@ class StageTrainer:
         self.watch.refused(self.step, reason, named, result.loss, result.grad_norm)
         if policy == "rollback":
             self._finish_save()
-            self._load(open_checkpoint(self.saved_path) if self.saved_path else self.view)
+            with self.meter.stall("rollback", step=self.saved_step if self.saved_path else self.start.step):
+                self._load(open_checkpoint(self.saved_path) if self.saved_path else self.view)
 
     def _load(self, view: LogicalCheckpoint) -> None:
         """Weights and optimizer of a checkpoint."""

@@ -15,6 +15,7 @@ from flm_megatron.cli.main import main as flm
 from flm_megatron.config.schema import ParallelConfig, RunConfig, StabilityConfig
 from flm_megatron.errors import FlmError
 from flm_megatron.model.parameters import EMBEDDING
+from flm_megatron.training.goodput import read_goodput
 from flm_megatron.training.parallel import Layouts, layout
 from flm_megatron.training.plot import read_metrics
 from flm_megatron.training.preflight import resolve
@@ -116,6 +117,8 @@ def test_rollback_returns_to_the_last_checkpoint(pool: Pool, data: Path, tmp_pat
     run = faulty_run(data, tmp_path, "rollback")
     sums = pool.run(2, train_with_faults, run, {4: "gradient"})[0]
     assert sums[3] == sums[1] != sums[2]
+    goodput = read_goodput(tmp_path)
+    assert goodput is not None and goodput.lost_steps == 1 and "rollback" in goodput.stalls_s
     assert checkpoint_store(run).steps("small")[-1] == 8
 
 

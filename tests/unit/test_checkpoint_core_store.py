@@ -193,9 +193,15 @@ def test_pruning_reads_only_the_manifests_of_what_it_keeps_for_being_new(
     assert len(store.prune("s", keep_last=2, keep_every_steps=1)) == 0
     assert read == ["step_00000030/manifest.json", "step_00000029/manifest.json"]
     read.clear()
+    save(store, "s", 31)
+    read.clear()
+    assert len(store.prune("s", keep_last=2, keep_every_steps=1)) == 0
+    assert read == ["step_00000031/manifest.json"]  # the one before was whole
+    read.clear()
+    assert CheckpointStore(store.root).prune("s", keep_last=31) == [] and read == []  # there are no more
     assert store.clean(["s"]) == [] and read == []
     store.latest(["s"])
-    assert {name.split("/")[0] for name in read} == {"step_00000030"}
+    assert {name.split("/")[0] for name in read} == {"step_00000031"}
 
 
 def recorder(seen: list[str], function: Callable[[Path], bytes]) -> Callable[[Path], bytes]:

@@ -52,6 +52,24 @@ def test_refused_steps_and_two_crashes_at_the_same_step() -> None:
     assert "2 steps lost" in total.text() and "3 starts" in total.text()
 
 
+def test_stages_of_one_process_are_one_start() -> None:
+    """Under a launcher; what lies between two stages is the time to start the second one."""
+    lines = [begin(3, 0, 0), step(5, 1), step(7, 2), begin(11, 0, 0, index=1), step(14, 1), begin(30, 29, 1, index=1)]
+    total = add_up(iter([*lines, step(33, 2)]))
+    assert total.starts == 2 and total.lost_steps == 0
+    assert total.start_s == 3 + 5 + 2 and total.down_s == 15
+
+
+def test_steps_that_a_rollback_takes_back_are_lost() -> None:
+    """Their numbers are not given out again: the next step trains the next samples, from the state that was saved."""
+    lines = [begin(1, 0, 0), *(step(1 + 2 * n, n) for n in (1, 2, 3, 4)), step(11, 5, what="refused")]
+    back = {**stall(12, "rollback", 1), "step": 2}
+    total = add_up(iter([*lines, back, step(14, 6), step(16, 7, what="refused"), {**back, "time": 17}, step(19, 8)]))
+    assert (total.lost_steps, total.lost_s, total.refused_s) == (3, 6.0, 4.0)
+    assert total.parts["rolling back"] == 2 and total.steps_s - total.lost_s == 6
+    assert "rolling back" in total.text()
+
+
 def test_the_file_is_added_to_and_a_torn_line_is_passed_over(tmp_path: Path) -> None:
     assert read_goodput(tmp_path) is None
     for _ in range(2):
@@ -64,7 +82,7 @@ def test_the_file_is_added_to_and_a_torn_line_is_passed_over(tmp_path: Path) -> 
         with (tmp_path / FILE).open("a") as file:
             file.write('{"what": "st')
     total = read_goodput(tmp_path)
-    assert total is not None and total.starts == 2 and total.lost_steps == 1 and "save" in total.stalls_s
+    assert total is not None and total.starts == 1 and total.lost_steps == 1 and "save" in total.stalls_s
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
