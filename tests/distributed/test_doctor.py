@@ -16,15 +16,9 @@ from flm_megatron.training.doctor.findings import Finding, render, status_of
 from flm_megatron.training.doctor.peers import clocks, different_facts
 from flm_megatron.training.launch import train
 from flm_megatron.training.preflight import resolve
-from tests.distributed.runs import make_data, make_run
+from tests.distributed.runs import make_run
 
 Usage = namedtuple("Usage", "total used free")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokenizer and datasets."""
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def doctor(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[str]]:

@@ -7,17 +7,11 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.hosts import Host, hosts, obstacle, start_job, wait_all
-from tests.distributed.runs import make_data, make_run
+from tests.distributed.runs import make_run
 
 REASON = obstacle()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 LIMIT_S = 120
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokenizer and datasets."""
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def examine(machines: list[Host], source: Path, folder: Path, *options: str) -> tuple[list[int], str]:

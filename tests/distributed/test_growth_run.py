@@ -17,7 +17,7 @@ from flm_megatron.training.launch import train
 from flm_megatron.training.plot import read_metrics
 from flm_megatron.training.preflight import resolve
 from flm_megatron.training.start import checkpoint_store
-from tests.distributed.runs import losses, make_data
+from tests.distributed.runs import losses
 
 RUN = """
 output: {output}
@@ -42,12 +42,6 @@ stages:
               optimizer_step: birth}}
 checkpoint: {{interval_steps: 3, keep_last: 9}}
 """
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokenizer and datasets."""
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def make_run(data: Path, output: Path, *overrides: str) -> RunConfig:

@@ -17,17 +17,11 @@ from flm_megatron.checkpoint.lease_holder import this_process
 from flm_megatron.training.launch import train
 from flm_megatron.training.preflight import resolve
 from flm_megatron.training.run_lease import LEASE
-from tests.distributed.runs import final_hash, flm, losses, make_data, make_run, start_flm, wait_for_step
+from tests.distributed.runs import final_hash, flm, losses, make_run, start_flm, wait_for_step
 from tests.unit.test_lease import renewing
 
 LONG = ("--stages.0.tokens", "3072", "--checkpoint.interval_steps", "4")  # 24 steps
 ELSEWHERE = replace(this_process(0.2), host="node007", pid=77, token="other")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokenizer and datasets."""
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from flm_megatron.training.launch import train
 from flm_megatron.training.preflight import resolve
 from tests.distributed.hosts import Host, hosts, obstacle, start_agent, start_job, wait_all
 from tests.distributed.layouts import relative_difference
-from tests.distributed.runs import losses, make_data, make_run, wait_for_step
+from tests.distributed.runs import losses, make_run, wait_for_step
 
 REASON = obstacle()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -35,12 +35,6 @@ LAYOUT = (
     "--stages.0.parallel.sequence",
     "true",
 )
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokenizer and datasets."""
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def logs(folder: Path) -> str:

@@ -14,7 +14,7 @@ from flm_megatron.training.plot import read_metrics
 from flm_megatron.training.preflight import resolve
 from tests.distributed.hosts import Host, hosts, obstacle, start_agent, start_job, wait_all
 from tests.distributed.layouts import relative_difference
-from tests.distributed.runs import losses, make_data, make_run, wait_for_step
+from tests.distributed.runs import losses, make_run, wait_for_step
 from tests.distributed.test_nodes import logs, ranks_on, runs
 
 REASON = obstacle()
@@ -30,12 +30,6 @@ OPTIONS = (
 )
 SAVED = ("--checkpoint.interval_steps", "2")
 GOES_ON = re.compile(r"small goes on from step (\d+), kept in the memory of (.*)")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokenizer and datasets."""
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,10 @@ from pathlib import Path
 import pytest
 
 from flm_megatron.checkpoint.store import CheckpointStore
-from tests.distributed.runs import flm, losses, make_data, make_run
+from tests.distributed.runs import flm, losses, make_run
 from tests.unit.checkpoint_cases import flip
 
 HALF = ("--checkpoint.interval_steps", "2", "--checkpoint.keep_last", "9")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokenizer and datasets."""
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

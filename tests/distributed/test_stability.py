@@ -26,16 +26,10 @@ from flm_megatron.training.start import begin, checkpoint_store, find_start
 from flm_megatron.training.step import Told
 from tests.distributed.layouts import STAGE, engine_under, relative_difference, synthetic_batch, take_steps
 from tests.distributed.pool import Pool, RankFailed
-from tests.distributed.runs import make_data, make_run
+from tests.distributed.runs import make_run
 from tests.reference import reference_logits
 
 OPTIONS = replace(STAGE, stability=StabilityConfig(z_loss=0.1, embedding_gradient_shrink=0.1))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokenizer and datasets."""
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 class FaultyTrainer(StageTrainer):

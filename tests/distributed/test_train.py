@@ -20,15 +20,9 @@ from flm_megatron.training.plot import read_metrics
 from flm_megatron.training.preflight import resolve
 from flm_megatron.training.start import checkpoint_store
 from tests.distributed.layouts import relative_difference
-from tests.distributed.runs import final_hash, flm, losses, make_data, make_run, start_flm, wait_for_step
+from tests.distributed.runs import final_hash, flm, losses, make_run, start_flm, wait_for_step
 
 STEPS = 8
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokenizer and datasets."""
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,7 @@ from flm_megatron.training.plot import read_metrics
 from flm_megatron.training.preflight import resolve
 from flm_megatron.training.stage import StageTrainer, train_stage
 from flm_megatron.training.start import checkpoint_store, find_start
-from tests.distributed.runs import make_data, make_run
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokenizer and datasets."""
-    return make_data(tmp_path_factory.mktemp("data"))
+from tests.distributed.runs import make_run
 
 
 def asynchronous_run(data: Path, output: Path, interval: int) -> RunConfig:
