@@ -97,6 +97,18 @@ def test_the_last_two_copies_are_kept_and_the_newest_is_found(peers: OneHost) ->
     assert peers.local.ask("list")["held"] == held  # the same memory all the time
 
 
+def test_an_older_copy_takes_the_place_of_one_that_makes_no_sense(peers: OneHost) -> None:
+    refresh(started(peers, NONE, None), 10)
+    settle(peers)
+    fill(peers.local, Generation(1, 2), Generation(1, 1), b"x", header={"world": 1, "stage": "small", "step": 20})
+    assert kept(peers) == [10, 20]
+    search, view = peers.search(always)
+    assert view is not None and search.generation == Generation(1, 1) and view.manifest["step"] == 10
+    view.close()
+    search, view = peers.search(lambda stage, step: step > 10)
+    assert view is None and "is not understood" in search.line
+
+
 def test_what_a_start_goes_on_from_is_kept_until_its_own_copy_is_whole(peers: OneHost) -> None:
     assert refresh(started(peers, NONE, None), 10) is None
     settle(peers)

@@ -110,14 +110,20 @@ class Peers:
         if not offered:
             return Search(newest, None, {}, "")
         checked = {entry.generation: entry for entry in _found(self._ask_all("list", check=True))}
+        reasons: list[str] = []
         for entry in offered:
             right = checked.get(entry.generation)
-            if right is not None and not right.missing:
-                return self._described(newest, right)
-        return Search(newest, None, {}, _lost(offered[0], checked.get(offered[0].generation)))
+            if right is None or right.missing:
+                reasons.append(_lost(entry, right))
+                continue
+            result = self._described(newest, right)
+            if result.generation is not None:
+                return result
+            reasons.append(result.line)
+        return Search(newest, None, {}, reasons[0])
 
     def _described(self, newest: Generation, entry: Found) -> Search:
-        """The search's result for a generation that is whole."""
+        """The search's result for a generation that is whole; none, and why, if its description makes no sense."""
         headers: dict[int, dict[str, Any]] = {}
         for answer in self._ask_all("describe", generation=entry.generation):
             headers.update((answer or {}).get("headers", []))
