@@ -8,9 +8,7 @@ setup(
     description="Train very large language models in stages, with function-preserving growth, on megatron-core",
     license="Apache-2.0",
     packages=find_packages(include=["flm_megatron*"]),
-    package_data={
-        "flm_megatron": ["config/presets/*.yaml", "training/cluster/templates/*", "evaluation/report/page.*"]
-    },
+    package_data={"flm_megatron": ["config/presets/*.yaml", "launch/cluster/templates/*", "evaluation/report/page.*"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",

@@ -29,8 +29,8 @@ def main() -> int:
 
 def summarize() -> int:
     """Print the last validation loss beside the unigram entropy; fails if the model has not learnt more than that."""
-    from flm_megatron.data.statistics import unigram_entropy
-    from flm_megatron.training.plot import plot_loss, read_metrics
+    from flm_megatron.data.corpus.statistics import unigram_entropy
+    from flm_megatron.training.metrics.plot import plot_loss, read_metrics
 
     unigram = unigram_entropy(DATA / "train", DATA / "validation").nats_per_token
     losses = [line["val_loss"] for line in read_metrics(RUN) if "val_loss" in line]

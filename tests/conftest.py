@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from hypothesis import settings
 
-from tests.distributed.pool import Pool
+from tests.support.pool import Pool
 
 # A busy machine must not fail a property, and two runs of the tests must try the same cases.
 settings.register_profile("repeatable", deadline=None, derandomize=True)

@@ -62,9 +62,9 @@ def make(folder: Path, millions: int) -> Path:
     """A checkpoint of about so many million parameters with optimizer, at most 14 bytes each."""
     import torch
 
-    from flm_megatron.checkpoint.initial import InitialCheckpoint
+    from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
     from flm_megatron.checkpoint.logical import Region
-    from flm_megatron.checkpoint.writer import write_view
+    from flm_megatron.checkpoint.torch_dist.writer import write_view
     from flm_megatron.config.schema import ModelConfig, RunConfig, StageConfig
     from flm_megatron.model.parameters import parameter_count
 
@@ -179,10 +179,10 @@ def trillion(args: argparse.Namespace) -> None:
     """One rank's whole shard of tensor 32 x pipeline 28 at the shapes of 1T, streamed out of an initial view."""
     import torch
 
-    from flm_megatron.checkpoint.initial import InitialCheckpoint
-    from flm_megatron.checkpoint.layout import rank_regions
-    from flm_megatron.checkpoint.logical_hash import partial_hash
+    from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
     from flm_megatron.checkpoint.regions import split_region
+    from flm_megatron.checkpoint.sharding.layout import rank_regions
+    from flm_megatron.checkpoint.torch_dist.logical_hash import partial_hash
     from flm_megatron.config.presets import load_preset
     from flm_megatron.config.schema import ModelConfig, ParallelConfig
 

@@ -22,16 +22,16 @@ from pathlib import Path
 
 import torch
 
-from flm_megatron.checkpoint.initial import InitialCheckpoint
-from flm_megatron.checkpoint.launched import launched_processes
+from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
-from flm_megatron.checkpoint.processes import Processes
-from flm_megatron.checkpoint.reshard import stored_bytes
-from flm_megatron.checkpoint.writer import write_view
+from flm_megatron.checkpoint.tools.reshard import stored_bytes
+from flm_megatron.checkpoint.torch_dist.writer import write_view
 from flm_megatron.config.schema import GrowthConfig, ModelConfig
+from flm_megatron.distributed.launched import launched_processes
+from flm_megatron.distributed.processes import Processes
+from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 from flm_megatron.growth.offline import write_grown
 from flm_megatron.growth.plan import make_plan
-from flm_megatron.growth.view import GrownCheckpoint
 from flm_megatron.model.parameters import parameter_count
 
 

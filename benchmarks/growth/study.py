@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flm_megatron.training.flops import training_flops_per_token
-from flm_megatron.training.plot import read_metrics
+from flm_megatron.training.metrics.flops import training_flops_per_token
+from flm_megatron.training.metrics.plot import read_metrics
 
 SEQUENCE, BATCH = 128, 16
 HEAD_DIM = 16

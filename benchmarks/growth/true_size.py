@@ -15,16 +15,16 @@ import time
 
 import torch
 
-from flm_megatron.checkpoint.initial import InitialCheckpoint
-from flm_megatron.checkpoint.layout import rank_regions
+from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import STATE_PREFIXES, LogicalCheckpoint, Region
 from flm_megatron.checkpoint.regions import split_region
-from flm_megatron.checkpoint.shard_file import PIECE_BYTES
+from flm_megatron.checkpoint.sharding.layout import rank_regions
+from flm_megatron.checkpoint.torch_dist.shard_file import PIECE_BYTES
 from flm_megatron.config.loader import load_run
 from flm_megatron.config.schema import GrowthConfig, ParallelConfig
-from flm_megatron.growth.operators import Old
+from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
+from flm_megatron.growth.grown.operators import Old
 from flm_megatron.growth.plan import make_plan
-from flm_megatron.growth.view import GrownCheckpoint
 
 RUN_FILE = "examples/tele-flm.yaml"
 PARALLEL = ParallelConfig(tensor=32, pipeline=28)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from statistics import median
 
 from benchmarks.planner.rows import MemoryRow, Role, Row, memory_rows, published_seconds, time_rows
+from flm_megatron.planner.cost.memory import GIB, all_rank_memory
+from flm_megatron.planner.cost.throughput import step_time
 from flm_megatron.planner.machine import find_machine
-from flm_megatron.planner.memory import GIB, all_rank_memory
-from flm_megatron.planner.throughput import step_time
 
 FLM_DAYS = {"FLM 16B": (245.37e9, 9.63), "FLM 51B": (39.64e9, 5.37), "FLM 101B": (26.54e9, 6.54)}
 FLM_DAYS_FROM_SCRATCH = 76.74

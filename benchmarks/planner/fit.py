@@ -10,8 +10,8 @@ import sys
 from dataclasses import replace
 
 from benchmarks.planner.rows import Row, published_seconds, time_rows
+from flm_megatron.planner.cost.throughput import step_time
 from flm_megatron.planner.machine import find_machine
-from flm_megatron.planner.throughput import step_time
 
 
 def log_error(row: Row, matmul: float, tile_overhead: float) -> float:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
-from flm_megatron.planner.activations import layer_activations
+from flm_megatron.planner.cost.activations import layer_activations
+from flm_megatron.planner.cost.memory import GIB, rank_memory
 from flm_megatron.planner.layout import NEVER, Implementation, Recompute, Workload
-from flm_megatron.planner.memory import GIB, rank_memory
-from flm_megatron.training.flops import training_flops_per_token
+from flm_megatron.training.metrics.flops import training_flops_per_token
 
 Role = Literal["sets", "checks", "indicative"]
 

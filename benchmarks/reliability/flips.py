@@ -32,16 +32,16 @@ import torch
 from flm_megatron.cli.main import main as flm_main
 from flm_megatron.config.loader import dump_run
 from flm_megatron.config.schema import DistributedConfig, ParallelConfig, RunConfig
-from flm_megatron.data.source import Source
-from flm_megatron.data.verification import verify_dataset
+from flm_megatron.data.corpus.source import Source
+from flm_megatron.data.corpus.verify import verify_dataset
+from flm_megatron.distributed.world import world
 from flm_megatron.errors import DamagedError, FlmError
-from flm_megatron.training.parallel import world
+from flm_megatron.training.resume.start import find_start
 from flm_megatron.training.signals import StopRequest
 from flm_megatron.training.stage import StageTrainer, train_stage
-from flm_megatron.training.start import find_start
 from tests.crash.checks import digests, scratch
 from tests.crash.operations import flm, make_run
-from tests.distributed.runs import make_data
+from tests.support.runs import make_data
 
 NEWEST, BEFORE = "step_00000004", "step_00000002"
 # Each process's file has several blocks of a MiB, so that a reader need not meet every one.
@@ -276,7 +276,7 @@ def is_found(prefix: Path) -> bool:
 
 def samples(case: Case, data: Path) -> str:
     """A hash of every sample of a training set, after the checks that a run makes first."""
-    from flm_megatron.data.description import check_datasets
+    from flm_megatron.data.corpus.description import check_datasets
     from flm_megatron.data.tokenizer import Tokenizer
 
     _, run = make_run(data, data.parent / "run", 6)

@@ -30,9 +30,9 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from flm_megatron.checkpoint.opening import open_checkpoint
-from flm_megatron.training.plot import read_metrics
+from flm_megatron.training.metrics.plot import read_metrics
 from tests.crash.operations import flm, make_run
-from tests.distributed.runs import losses, make_data
+from tests.support.runs import losses, make_data
 
 STEPS = 6
 PATIENCE_S = 240.0

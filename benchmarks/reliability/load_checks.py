@@ -21,9 +21,9 @@ from benchmarks.reliability.timing import forget, timed
 
 def loaders(checkpoint: Path, trainer: Any) -> dict[bool, Any]:
     """Functions that load the checkpoint, with checks (True) and without."""
-    from flm_megatron.checkpoint.block_checksums import CheckedRun
-    from flm_megatron.checkpoint.engine import load_state
-    from flm_megatron.checkpoint.torch_dist import TorchDistCheckpoint
+    from flm_megatron.checkpoint.files.block_checksums import CheckedRun
+    from flm_megatron.checkpoint.sharding.model_state import load_state
+    from flm_megatron.checkpoint.torch_dist.reader import TorchDistCheckpoint
 
     check = CheckedRun.check
 
@@ -40,7 +40,7 @@ def measure(checkpoint: Path, repeats: int) -> None:
     from flm_megatron.checkpoint.described import required_model
     from flm_megatron.checkpoint.opening import open_checkpoint
     from flm_megatron.config.schema import DistributedConfig, ParallelConfig, StageConfig
-    from flm_megatron.training.parallel import layout, world
+    from flm_megatron.distributed.world import layout, world
     from flm_megatron.training.step import Engine
 
     size = sum(file.stat().st_size for file in checkpoint.iterdir())

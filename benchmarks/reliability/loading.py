@@ -16,15 +16,15 @@ from statistics import median
 
 from benchmarks.reliability.stall import GIB, MANIFEST, engine_of, wait_whole
 from benchmarks.reliability.timing import forget, timed
-from flm_megatron.checkpoint.engine import load_state, save_state, stored_state
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.memory.blobs import NONE
 from flm_megatron.checkpoint.memory.peers import Peers
 from flm_megatron.checkpoint.memory.refresh import Refresher
 from flm_megatron.checkpoint.memory.view import MemoryCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
+from flm_megatron.checkpoint.sharding.model_state import load_state, save_state, stored_state
 from flm_megatron.config.schema import DistributedConfig
-from flm_megatron.training.parallel import world
+from flm_megatron.distributed.world import world
 
 TIMES = 3
 

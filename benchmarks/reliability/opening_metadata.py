@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from flm_megatron.checkpoint.logical import Region, TensorInfo
-from flm_megatron.checkpoint.shard_file import Record
-from flm_megatron.checkpoint.torch_dist import TorchDistCheckpoint
-from flm_megatron.checkpoint.torch_metadata import parse_metadata
-from flm_megatron.checkpoint.writer import _metadata
+from flm_megatron.checkpoint.torch_dist.metadata import parse_metadata
+from flm_megatron.checkpoint.torch_dist.reader import TorchDistCheckpoint
+from flm_megatron.checkpoint.torch_dist.shard_file import Record
+from flm_megatron.checkpoint.torch_dist.writer import _metadata
 
 TENSORS = 27  # of a decoder with masters and one moment
 FILES = 896

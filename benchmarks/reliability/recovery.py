@@ -17,10 +17,10 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.reliability.timing import forget
-from tests.distributed.hosts import hosts, start_agent, start_job, wait_all
-from tests.distributed.runs import make_data, make_run, wait_for_step
-from tests.distributed.test_nodes import ranks_on
-from tests.distributed.test_nodes_memory import lose
+from tests.distributed.launch.test_nodes import ranks_on
+from tests.distributed.launch.test_nodes_memory import lose
+from tests.support.hosts import hosts, start_agent, start_job, wait_all
+from tests.support.runs import make_data, make_run, wait_for_step
 
 LIMIT_S = 240
 LOST_AT, INTERVAL, SAVED = 18, 2, 10

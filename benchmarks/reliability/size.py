@@ -23,13 +23,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
-from flm_megatron.checkpoint.channels import StoreChannel
 from flm_megatron.checkpoint.logical import MASTER, LogicalCheckpoint, Region, TensorInfo
-from flm_megatron.checkpoint.processes import Processes
-from flm_megatron.checkpoint.shard_file import Record, Written
+from flm_megatron.checkpoint.torch_dist.shard_file import Record, Written
 from flm_megatron.config.schema import DistributedConfig, ModelConfig, ParallelConfig, StageConfig
+from flm_megatron.distributed.channels import StoreChannel
+from flm_megatron.distributed.processes import Processes
+from flm_megatron.launch.run import run_processes
 from flm_megatron.optim import birth
-from flm_megatron.training.launch import run_processes
 
 MIB = 2**20
 CONNECTIONS = 40
@@ -47,7 +47,7 @@ def held() -> str:
 
 def six_layouts(bare: bool) -> int:
     """Six layouts one after the other; rank 0 prints what is held after each."""
-    from flm_megatron.training.parallel import layout
+    from flm_megatron.distributed.world import layout
 
     world = dist.get_world_size()
     kinds = [ParallelConfig(tensor=world), ParallelConfig(pipeline=world), ParallelConfig(tensor=2)]
@@ -141,10 +141,10 @@ class Counted(LogicalCheckpoint):
 def replicas() -> int:
     """Certify a growth under tensor 2 x data 2; rank 0 prints what each rank read."""
     from flm_megatron.config.schema import GrowthConfig
-    from flm_megatron.growth.certificate import certify
+    from flm_megatron.distributed.world import Layouts
+    from flm_megatron.growth.certificate.certificate import certify
+    from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
     from flm_megatron.growth.plan import make_plan
-    from flm_megatron.growth.view import GrownCheckpoint
-    from flm_megatron.training.parallel import Layouts
 
     old = ModelConfig(num_layers=4, hidden_size=256, ffn_hidden_size=512, num_attention_heads=8, vocab_size=1000)
     new = ModelConfig(num_layers=6, hidden_size=256, ffn_hidden_size=768, num_attention_heads=8, vocab_size=1000)

@@ -24,15 +24,15 @@ import torch
 
 from benchmarks.reliability.timing import timed
 from flm_megatron import kernels
-from flm_megatron.checkpoint.engine import prepare_asynchronous_save, save_state, stored_state
 from flm_megatron.checkpoint.memory.blobs import NONE
 from flm_megatron.checkpoint.memory.client import Endpoint, LocalAgent
 from flm_megatron.checkpoint.memory.peers import Peers
 from flm_megatron.checkpoint.memory.refresh import Refresher
 from flm_megatron.checkpoint.memory.starting import agent_name, start_agent
-from flm_megatron.checkpoint.snapshot import Stored
+from flm_megatron.checkpoint.sharding.model_state import prepare_asynchronous_save, save_state, stored_state
+from flm_megatron.checkpoint.sharding.snapshot import Stored
 from flm_megatron.config.schema import DistributedConfig, KernelsConfig, ModelConfig, ParallelConfig, StageConfig
-from flm_megatron.training.parallel import layout, world
+from flm_megatron.distributed.world import layout, world
 
 if TYPE_CHECKING:
     from flm_megatron.training.step import Engine

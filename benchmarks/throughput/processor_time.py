@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from flm_megatron.benchmarking.measure import engine_step, on_ranks
-from flm_megatron.benchmarking.peers import transformers_step
+from flm_megatron.benchmarking.peers.peer import transformers_step
 from flm_megatron.benchmarking.steps import slowest, synthetic_batches
 from flm_megatron.config.loader import load_run
 from flm_megatron.config.schema import ParallelConfig, StageConfig

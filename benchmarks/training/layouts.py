@@ -2,14 +2,14 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.training.layouts
 
-The stage, the batches and the layouts are those of `tests/distributed/test_layouts.py`. Prints a Markdown table.
+Stage, batches and layouts are those of `tests/distributed/training/test_layouts.py`. Prints a Markdown table.
 """
 
 from __future__ import annotations
 
 from flm_megatron.config.schema import ParallelConfig
-from tests.distributed.layouts import all_layouts, relative_difference, train_under
-from tests.distributed.pool import Pool
+from tests.support.layouts import all_layouts, relative_difference, train_under
+from tests.support.pool import Pool
 
 COLUMNS = "| tensor | sequence | pipeline | virtual | data | loss | gradient norm |"
 

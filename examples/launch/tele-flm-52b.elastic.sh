@@ -40,7 +40,7 @@ export GLOO_SOCKET_IFNAME=eth0
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120
 
 # This is torchrun, but for its exit status: that of its ranks.
-exec python -m flm_megatron.training.elastic \
+exec python -m flm_megatron.launch.elastic \
     --nnodes 112 --nproc-per-node 8 --max-restarts 10 \
     --rdzv-backend c10d --rdzv-endpoint "${HEAD_NODE:?set it to the name or address of the first node}:29400" \
     --rdzv-id tele-flm-52b --rdzv-conf join_timeout=1800 \

@@ -35,7 +35,7 @@ export GLOO_SOCKET_IFNAME=eth0
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120
 
 # This is torchrun, but for its exit status: that of its ranks.
-exec python -m flm_megatron.training.elastic \
+exec python -m flm_megatron.launch.elastic \
     --nnodes 112 --nproc-per-node 8 --max-restarts 0 \
     --node-rank "${NODE_RANK:?set it to 0 on the first node, 1 on the next, and so on}" \
     --master-addr "${HEAD_NODE:?set it to the name or address of the first node}" --master-port 29400 \

@@ -13,7 +13,7 @@ export OMP_NUM_THREADS=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120
 
 # This is torchrun, but for its exit status: that of its ranks.
-exec python -m flm_megatron.training.elastic \
+exec python -m flm_megatron.launch.elastic \
     --nnodes 1 --nproc-per-node 4 --max-restarts 10 \
     --standalone \
     -m flm_megatron.cli.main train examples/tiny.yaml

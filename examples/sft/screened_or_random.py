@@ -22,7 +22,7 @@ from typing import Any
 
 from flm_megatron.checkpoint.store import CheckpointStore
 from flm_megatron.cli.main import main as flm
-from flm_megatron.data.standard_library import standard_library_documents
+from flm_megatron.data.corpus.standard_library import standard_library_documents
 
 RUN_FILE = "examples/sft/docstrings.yaml"
 EPOCHS = 2
@@ -109,9 +109,9 @@ def judge(checkpoint: Path, folder: Path) -> dict[str, float]:
 
 def _judge(checkpoint: Path, file: Path, out: Path) -> int:
     from flm_megatron.config.schema import ParallelConfig
-    from flm_megatron.data.chat_template import ChatTemplate
-    from flm_megatron.data.conversations import read_conversations
-    from flm_megatron.evaluation.scoring import ScoringRequest
+    from flm_megatron.data.conversations.conversation import read_conversations
+    from flm_megatron.data.conversations.template import ChatTemplate
+    from flm_megatron.evaluation.perplexity.scoring import ScoringRequest
     from flm_megatron.evaluation.session import Session
     from flm_megatron.evaluation.subject import open_subject
 

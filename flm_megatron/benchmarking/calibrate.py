@@ -23,10 +23,10 @@ from flm_megatron.device import current
 from flm_megatron.device.hardware import Hardware, find_hardware
 from flm_megatron.errors import RequestError
 from flm_megatron.planner.calibration import TimedProduct, fit_products, write_efficiency
-from flm_megatron.planner.compute import FLASH_BACKWARD
+from flm_megatron.planner.cost.compute import FLASH_BACKWARD
+from flm_megatron.planner.cost.matmul import peak_flops
 from flm_megatron.planner.layout import CPU
 from flm_megatron.planner.machine import Machine, find_machine
-from flm_megatron.planner.matmul import peak_flops
 
 Precision = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

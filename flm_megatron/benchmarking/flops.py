@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flm_megatron.config.schema import ModelConfig, StageConfig
 from flm_megatron.model.parameters import FC1, FC2, HEAD, parameter_specs
-from flm_megatron.training.flops import CONVENTION, forward_flops_per_token, training_flops_per_token
+from flm_megatron.training.metrics.flops import CONVENTION, forward_flops_per_token, training_flops_per_token
 
 __all__ = ["NOTE", "hardware_flops_per_token", "training_flops_per_token"]
 

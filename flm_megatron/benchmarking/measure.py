@@ -21,8 +21,8 @@ from flm_megatron.benchmarking.workload import describe, processes
 from flm_megatron.config.schema import DistributedConfig, ParallelConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.device.hardware import find_hardware
+from flm_megatron.planner.cost.memory import GIB, all_rank_memory
 from flm_megatron.planner.layout import CPU, CUDA, as_chosen, stage_workload
-from flm_megatron.planner.memory import GIB, all_rank_memory
 from flm_megatron.training.step import Engine
 
 PROGRAM = "flm_megatron"
@@ -38,9 +38,9 @@ def on_ranks(parallel: ParallelConfig, timeout_s: int, function: Any, *args: Any
     Raises:
         FlmError: a process failed.
     """
-    from flm_megatron.training.launch import run_processes
-    from flm_megatron.training.parallel import launched
-    from flm_megatron.training.tool_world import tool_world
+    from flm_megatron.distributed.tool_world import tool_world
+    from flm_megatron.distributed.world import launched
+    from flm_megatron.launch.run import run_processes
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
@@ -54,7 +54,7 @@ def on_ranks(parallel: ParallelConfig, timeout_s: int, function: Any, *args: Any
 
 def under_layout(parallel: ParallelConfig, timeout_s: int, path: Path, function: Any, args: tuple[Any, ...]) -> int:
     """In a world: call `function(*args)` inside the groups of `parallel`; rank 0 writes the result to `path`."""
-    from flm_megatron.training.parallel import is_main_rank, layout
+    from flm_megatron.distributed.world import is_main_rank, layout
 
     # What the engine asks for (with a warning) where tensor-parallel ranks talk while they compute.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

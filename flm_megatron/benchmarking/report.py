@@ -11,7 +11,7 @@ from flm_megatron.benchmarking.flops import NOTE
 from flm_megatron.benchmarking.result import Measurement
 from flm_megatron.config.schema import StageConfig
 from flm_megatron.errors import RequestError
-from flm_megatron.training.metrics import short
+from flm_megatron.training.metrics.log import short
 
 MEMORY_NOTE = (
     "Memory is the largest that one process held for the model: on a GPU tensors, on a CPU the growth of the process, "

@@ -30,7 +30,7 @@ def benchmark(request: Request, wanted: Wanted) -> Report | None:
         RequestError: what is wanted does not go together, or no layout, program or kernel can run.
         FlmError: a process failed.
     """
-    from flm_megatron.training.parallel import launched
+    from flm_megatron.distributed.world import launched
 
     if launched() and (wanted.sizes or wanted.peers is not None):
         raise RequestError("--layouts and --compare start their own processes: leave the launcher out")
@@ -69,8 +69,8 @@ def _sweep(request: Request, sizes: list[int]) -> tuple[list[Measurement], list[
 
 
 def _side_by_side(request: Request, peers: list[str], here: dict[str, str]) -> Report | None:
-    from flm_megatron.benchmarking.compare import measure_side_by_side, ratios
-    from flm_megatron.benchmarking.peers import check_peers, missing_peers
+    from flm_megatron.benchmarking.peers.compare import measure_side_by_side, ratios
+    from flm_megatron.benchmarking.peers.peer import check_peers, missing_peers
 
     check_peers(peers, request.stage)
     missing = missing_peers(peers)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from flm_megatron.config.layout_rules import LAYOUT_RULES
-from flm_megatron.config.pipeline import divisors
+from flm_megatron.config.rules.layout import LAYOUT_RULES
+from flm_megatron.config.rules.pipeline import divisors
 from flm_megatron.config.schema import ParallelConfig, StageConfig
 from flm_megatron.errors import RequestError
 

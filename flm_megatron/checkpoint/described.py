@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from flm_megatron.checkpoint.classic_arguments import model_from_arguments
+from flm_megatron.checkpoint.files.pickle.reader import read_torch_file
 from flm_megatron.checkpoint.logical import STATE_PREFIXES, LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.megatron_legacy.arguments import model_from_arguments
 from flm_megatron.checkpoint.own_tokenizer import tokenizer_files
 from flm_megatron.checkpoint.stage_manifest import manifest_model
-from flm_megatron.checkpoint.torch_dist import COMMON, TorchDistCheckpoint
-from flm_megatron.checkpoint.unpickle import read_torch_file
+from flm_megatron.checkpoint.torch_dist.reader import COMMON, TorchDistCheckpoint
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import RequestError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
-from flm_megatron.checkpoint.torch_dist import METADATA, TorchDistCheckpoint
+from flm_megatron.checkpoint.torch_dist.reader import METADATA, TorchDistCheckpoint
 from flm_megatron.errors import RequestError
 
 
@@ -22,13 +22,13 @@ def open_checkpoint(path: str | Path, vocab_size: int | None = None) -> LogicalC
     if (path / METADATA).exists() or (path / "metadata.json").exists():
         return TorchDistCheckpoint(path)
     if (path / "config.json").exists():
-        from flm_megatron.checkpoint.hugging_face import HuggingFaceCheckpoint
+        from flm_megatron.checkpoint.hugging_face.reader import HuggingFaceCheckpoint
 
         return HuggingFaceCheckpoint(path, vocab_size)
     if not path.is_dir():
         raise RequestError(f"{path} is not a checkpoint: there is no such folder")
     if (path / "latest_checkpointed_iteration.txt").exists() or next(path.glob("mp_rank_*"), None):
-        from flm_megatron.checkpoint.classic import ClassicCheckpoint, latest_folder
+        from flm_megatron.checkpoint.megatron_legacy.reader import ClassicCheckpoint, latest_folder
 
         folder = latest_folder(path)
         return TorchDistCheckpoint(folder) if (folder / METADATA).exists() else ClassicCheckpoint(folder, vocab_size)

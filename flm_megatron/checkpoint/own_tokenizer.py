@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flm_megatron.config.schema import ModelConfig
-from flm_megatron.data.description import read_description
+from flm_megatron.data.corpus.description import read_description
 from flm_megatron.data.tokenizer import Tokenizer, file_fingerprint
 from flm_megatron.errors import FlmError, RequestError
 

@@ -7,8 +7,8 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from flm_megatron.cli.chosen_stages import only_stage, with_vocabulary
-from flm_megatron.cli.parser import count, path, positive, processes
+from flm_megatron.cli.options.chosen_stages import only_stage, with_vocabulary
+from flm_megatron.cli.options.parser import count, path, positive, processes
 from flm_megatron.errors import RequestError
 from flm_megatron.paths import require_file, require_folder
 
@@ -87,7 +87,7 @@ def _on_its_processes(config: RunConfig) -> RunConfig:
         RequestError: a rule of the run file is broken.
     """
     from flm_megatron.config.rules import check
-    from flm_megatron.training.launch import local_processes
+    from flm_megatron.launch.run import local_processes
 
     stage = config.stages[0]
     size = int(os.environ.get("WORLD_SIZE", 0)) or local_processes(config, stage)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-from flm_megatron.cli.parser import path, whole
+from flm_megatron.cli.options.parser import path, whole
 from flm_megatron.paths import require_file, require_picture
 
 
@@ -33,12 +33,12 @@ def run(args: argparse.Namespace) -> int:
     from flm_megatron.checkpoint.described import recorded_model
     from flm_megatron.checkpoint.opening import open_checkpoint
     from flm_megatron.checkpoint.run_file import open_run
+    from flm_megatron.distributed.tool_world import tool_world
+    from flm_megatron.distributed.world import layout
     from flm_megatron.growth.distance import distance_table, layer_distances, plot_distances, write_distances
     from flm_megatron.growth.foreseen import check_run_file
     from flm_megatron.growth.offline import stage_index
     from flm_megatron.growth.text import file_tokens, run_tokens
-    from flm_megatron.training.parallel import layout
-    from flm_megatron.training.tool_world import tool_world
 
     if args.out:
         require_file(args.out, "--out")

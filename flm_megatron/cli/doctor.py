@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from flm_megatron.cli.parser import path, real, whole
+from flm_megatron.cli.options.parser import path, real, whole
 
 if TYPE_CHECKING:
     from flm_megatron.config.schema import RunConfig
@@ -29,10 +29,10 @@ def run(args: argparse.Namespace) -> int:
     import os
 
     from flm_megatron.checkpoint.run_file import open_run
-    from flm_megatron.training.doctor.findings import render, status_of
-    from flm_megatron.training.doctor.host import Place, examine_host, facts
-    from flm_megatron.training.launch import local_processes
-    from flm_megatron.training.parallel import launched
+    from flm_megatron.distributed.world import launched
+    from flm_megatron.launch.doctor.findings import render, status_of
+    from flm_megatron.launch.doctor.host import Place, examine_host, facts
+    from flm_megatron.launch.run import local_processes
 
     config = open_run(args.run_file, args.overrides)
     size = largest_checkpoint(config)
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         findings = examine_host(config, Place(here, None, args.port, size))
         print(render(findings))
         return status_of(findings)
-    from flm_megatron.training.doctor.peers import examine_together
+    from flm_megatron.launch.doctor.peers import examine_together
 
     world = int(os.environ["WORLD_SIZE"])
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))

@@ -7,13 +7,13 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from flm_megatron.cli.model_options import add_model_options, layout_of
-from flm_megatron.cli.parser import count, path, positive, real, seed, template, whole
+from flm_megatron.cli.options.model import add_model_options, layout_of
+from flm_megatron.cli.options.parser import count, path, positive, real, seed, template, whole
 from flm_megatron.errors import RequestError
 from flm_megatron.paths import require_file
 
 if TYPE_CHECKING:
-    from flm_megatron.evaluation.generate_run import GenerateRequest
+    from flm_megatron.evaluation.generation.run import GenerateRequest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,13 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the request, then generate on every process; returns 0."""
-    from flm_megatron.checkpoint.layout import check_layout
-    from flm_megatron.data.chat_template import ChatTemplate
-    from flm_megatron.evaluation.generate_run import run_generation
+    from flm_megatron.checkpoint.sharding.layout import check_layout
+    from flm_megatron.data.conversations.template import ChatTemplate
+    from flm_megatron.distributed.world import launched
+    from flm_megatron.evaluation.generation.run import run_generation
+    from flm_megatron.evaluation.generation.terminal import relayed_lines
     from flm_megatron.evaluation.processes import run_under
     from flm_megatron.evaluation.subject import open_subject
-    from flm_megatron.evaluation.terminal import relayed_lines
-    from flm_megatron.training.parallel import launched
 
     if args.out:
         require_file(args.out, "--out")
@@ -72,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _request(args: argparse.Namespace) -> GenerateRequest:
-    from flm_megatron.evaluation.generate_run import GenerateRequest, read_prompts
-    from flm_megatron.evaluation.sampling import SamplingSettings
+    from flm_megatron.evaluation.generation.run import GenerateRequest, read_prompts
+    from flm_megatron.evaluation.generation.sampling import SamplingSettings
 
     if "" in args.stop:
         raise RequestError("--stop has an empty text, which every completion begins with: leave it out")

@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flm_megatron.cli.parser import path
+from flm_megatron.cli.options.parser import path
 
 if TYPE_CHECKING:
     from flm_megatron.checkpoint.logical import LogicalCheckpoint
     from flm_megatron.config.schema import RunConfig
-    from flm_megatron.growth.forward import Layout
+    from flm_megatron.growth.certificate.forward import Layout
 
 EPILOG = """\
 Without --certify, and unless layers are chosen by distance, no model is built: torchrun or srun may start any number
@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure what is asked for, then write."""
     from flm_megatron.checkpoint.opening import open_checkpoint
-    from flm_megatron.checkpoint.processes import Processes
     from flm_megatron.checkpoint.run_file import open_run
+    from flm_megatron.distributed.processes import Processes
     from flm_megatron.growth.boundary import grown_view, needs_distances
     from flm_megatron.growth.foreseen import check_run_file
     from flm_megatron.growth.offline import stage_index, write_grown
@@ -66,14 +66,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _world(config: RunConfig, runs_a_model: bool) -> AbstractContextManager[Any]:
-    from flm_megatron.checkpoint.launched import launched_processes
-    from flm_megatron.training.tool_world import tool_world
+    from flm_megatron.distributed.launched import launched_processes
+    from flm_megatron.distributed.tool_world import tool_world
 
     return tool_world(config.distributed) if runs_a_model else launched_processes()
 
 
 def _layouts(config: RunConfig) -> AbstractContextManager[Any]:
-    from flm_megatron.training.parallel import Layouts
+    from flm_megatron.distributed.world import Layouts
 
     return Layouts(config.distributed.timeout_s)
 
@@ -82,8 +82,8 @@ def _distances(
     args: argparse.Namespace, config: RunConfig, index: int, source: LogicalCheckpoint, under: Layout
 ) -> Any:
     """Read from a file, or measured on the run's validation text."""
+    from flm_megatron.growth.certificate.measure import boundary_distances
     from flm_megatron.growth.distance import read_distances
-    from flm_megatron.growth.measure import boundary_distances
 
     growth = config.stages[index].growth
     if args.distances:
@@ -94,7 +94,7 @@ def _distances(
 def _certificate(args: argparse.Namespace, config: RunConfig, index: int, view: Any, under: Layout) -> Any:
     import torch.distributed as dist
 
-    from flm_megatron.growth.measure import boundary_certificate
+    from flm_megatron.growth.certificate.measure import boundary_certificate
     from flm_megatron.growth.text import file_tokens
 
     growth = config.stages[index].growth

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from flm_megatron.cli.parser import count, path, processes, whole
+from flm_megatron.cli.options.parser import count, path, processes, whole
 
 TOOLS = {"torchrun": "bash", "slurm": "sbatch", "kubernetes": "kubectl"}
 
@@ -40,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the script, or start it in place of this process."""
     from flm_megatron.checkpoint.run_file import open_run
+    from flm_megatron.launch.cluster.job import plan_job
+    from flm_megatron.launch.cluster.script import Site, render
     from flm_megatron.paths import require_folder
-    from flm_megatron.training.cluster.job import plan_job
-    from flm_megatron.training.cluster.script import Site, render
 
     config = open_run(args.run_file, args.overrides)
     if not args.dry_run:

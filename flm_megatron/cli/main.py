@@ -11,9 +11,9 @@ import signal
 import sys
 import time
 
-from flm_megatron.cli.parser import Parser, UsageError
+from flm_megatron.cli.options.parser import Parser, UsageError
 from flm_megatron.errors import FlmError, one_line
-from flm_megatron.training.elastic import leave_word
+from flm_megatron.launch.elastic import leave_word
 from flm_megatron.training.signals import STOPPED, StoppedBeforeTraining
 
 FIRST_RANK_SPEAKS_S = 5.0
@@ -86,7 +86,7 @@ def say_last(line: str, status: int) -> None:
 
 def _has_joined() -> bool:
     """Whether this process has been part of a world; torch is not imported to find out."""
-    groups = sys.modules.get("flm_megatron.device.process_group")
+    groups = sys.modules.get("flm_megatron.distributed.process_group")
     return groups is not None and groups.joined
 
 

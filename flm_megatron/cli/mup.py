@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flm_megatron.cli.parser import layers, path, positive, real, seed, width
+from flm_megatron.cli.options.parser import layers, path, positive, real, seed, width
 
 if TYPE_CHECKING:
     from flm_megatron.config.schema import ModelConfig, RunConfig, StageConfig
@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     """Print the tables, draw the plot; 1 if muP is broken."""
-    from flm_megatron.evaluation.coordinate_check import CheckSettings, coordinate_check
-    from flm_megatron.evaluation.coordinate_report import plot, table
+    from flm_megatron.hyperparameters.coordinate_check import CheckSettings, coordinate_check
+    from flm_megatron.hyperparameters.coordinate_report import plot, table
     from flm_megatron.paths import require_picture
 
     require_picture(args.plot, "--plot")
@@ -93,9 +93,9 @@ def _check(args: argparse.Namespace) -> int:
 def _search(args: argparse.Namespace) -> int:
     """Print each trial and the values of the best; 1 if none is stable."""
     from flm_megatron.checkpoint.run_file import open_run
-    from flm_megatron.evaluation.hyperparameter_search import MODEL_VALUES, SearchSettings, best, search
+    from flm_megatron.hyperparameters.search import MODEL_VALUES, SearchSettings, best, search
+    from flm_megatron.launch.preflight import resolve
     from flm_megatron.paths import require_file
-    from flm_megatron.training.preflight import resolve
 
     if args.out:
         require_file(args.out, "--out")
@@ -146,7 +146,7 @@ def _stage(run_config: RunConfig, args: argparse.Namespace) -> StageConfig:
 def _model(args: argparse.Namespace) -> ModelConfig:
     """The model of the run file's stage, or the check's own; a small vocabulary does, since no width enters it."""
     from flm_megatron.checkpoint.run_file import open_run
-    from flm_megatron.evaluation.coordinate_check import DEFAULT_MODEL
+    from flm_megatron.hyperparameters.coordinate_check import DEFAULT_MODEL
 
     if args.run_file is None:
         return replace(DEFAULT_MODEL, num_layers=args.layers or DEFAULT_MODEL.num_layers)

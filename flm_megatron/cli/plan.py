@@ -7,8 +7,8 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from flm_megatron.cli.chosen_stages import only_stage, with_vocabulary
-from flm_megatron.cli.parser import path, positive, processes, real
+from flm_megatron.cli.options.chosen_stages import only_stage, with_vocabulary
+from flm_megatron.cli.options.parser import path, positive, processes, real
 
 if TYPE_CHECKING:
     from flm_megatron.config.schema import RunConfig
@@ -78,8 +78,8 @@ def _plan(config: RunConfig, machine: Machine, args: argparse.Namespace) -> tupl
     from flm_megatron.planner.feasibility import require_fit
     from flm_megatron.planner.goodput import plan_goodput
     from flm_megatron.planner.plan import plan_run
-    from flm_megatron.planner.plot import plot_memory
-    from flm_megatron.planner.report import goodput_data, goodput_text, run_data, run_text
+    from flm_megatron.planner.report.plot import plot_memory
+    from flm_megatron.planner.report.text import goodput_data, goodput_text, run_data, run_text
 
     _check(config, args.gpus)
     plan = plan_run(config, machine, args.gpus)
@@ -95,7 +95,7 @@ def _plan(config: RunConfig, machine: Machine, args: argparse.Namespace) -> tupl
 
 def _search(config: RunConfig, machine: Machine, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from flm_megatron.planner.feasibility import require_candidates
-    from flm_megatron.planner.report import NOTE, assumptions, search_data, search_text
+    from flm_megatron.planner.report.text import NOTE, assumptions, search_data, search_text
     from flm_megatron.planner.search import search
 
     _check_shapes(config)
@@ -112,7 +112,7 @@ def _budget(config: RunConfig, machine: Machine, args: argparse.Namespace) -> tu
     from flm_megatron.planner.growth_schedule import best_schedule
     from flm_megatron.planner.loss_law import chinchilla_law, read_laws
     from flm_megatron.planner.plan import HOUR, plan_run
-    from flm_megatron.planner.report import schedule_text
+    from flm_megatron.planner.report.text import schedule_text
 
     _check(config, args.gpus)
     stages = plan_run(config, machine, args.gpus).stages

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from flm_megatron.cli.parser import path
+from flm_megatron.cli.options.parser import path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

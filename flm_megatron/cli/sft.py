@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from flm_megatron.cli.parser import path
+from flm_megatron.cli.options.parser import path
 
 if TYPE_CHECKING:
     from flm_megatron.config.schema import RunConfig
@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(config: RunConfig) -> int:
     """Check everything, then start."""
-    from flm_megatron.training.launch import check_local, train
-    from flm_megatron.training.parallel import launched
-    from flm_megatron.training.preflight import require_places
+    from flm_megatron.distributed.world import launched
+    from flm_megatron.launch.preflight import require_places
+    from flm_megatron.launch.run import check_local, train
 
     require_places(config)
     config, lines = prepared(config)
@@ -58,8 +58,8 @@ def prepared(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """
     from flm_megatron.errors import RequestError
     from flm_megatron.evaluation.subject import open_subject
-    from flm_megatron.training.fine_tuning import fine_tuning_run
-    from flm_megatron.training.first_view import check_no_mask
+    from flm_megatron.training.fine_tuning.run import fine_tuning_run
+    from flm_megatron.training.resume.first_view import check_no_mask
 
     if config.checkpoint.initial is None:
         raise RequestError("checkpoint.initial is not set: name the checkpoint to fine-tune")

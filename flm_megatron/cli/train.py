@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from flm_megatron.cli.parser import path
+from flm_megatron.cli.options.parser import path
 
 if TYPE_CHECKING:
     from flm_megatron.config.schema import RunConfig
@@ -43,12 +43,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(config: RunConfig, only: str | None, anew: bool) -> int:
     """Check everything, then start."""
-    from flm_megatron.training.launch import check_local, train
-    from flm_megatron.training.preflight import require_places, require_turn, resolve
+    from flm_megatron.launch.preflight import require_places, require_turn, resolve
+    from flm_megatron.launch.run import check_local, train
 
     require_places(config, only)
     config = resolve(config, anew)
-    from flm_megatron.training.parallel import launched
+    from flm_megatron.distributed.world import launched
 
     if not launched():
         check_local(config)

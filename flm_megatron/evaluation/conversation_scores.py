@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from flm_megatron.config.schema import ParallelConfig
-from flm_megatron.data.chat_source import fitting
-from flm_megatron.data.chat_template import ChatTemplate, Piece
-from flm_megatron.data.conversations import read_conversations
-from flm_megatron.data.screening import Score
+from flm_megatron.data.conversations.conversation import read_conversations
+from flm_megatron.data.conversations.screening import Score
+from flm_megatron.data.conversations.source import fitting
+from flm_megatron.data.conversations.template import ChatTemplate, Piece
 from flm_megatron.evaluation.model import Batch, forward, load_model, speaks
 from flm_megatron.evaluation.subject import open_subject
 

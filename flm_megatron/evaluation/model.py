@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from flm_megatron.checkpoint.engine import load_state
-from flm_megatron.checkpoint.layout import check_layout
+from flm_megatron.checkpoint.sharding.layout import check_layout
+from flm_megatron.checkpoint.sharding.model_state import load_state
 from flm_megatron.config.schema import ParallelConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.evaluation.subject import Subject

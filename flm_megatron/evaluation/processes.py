@@ -22,9 +22,9 @@ def run_under(parallel: ParallelConfig, function: Any, *args: Any) -> int:
         RequestError: the launcher's processes do not fit the layout.
         FlmError: whatever the function raised.
     """
-    from flm_megatron.training.launch import run_processes
-    from flm_megatron.training.parallel import launched
-    from flm_megatron.training.tool_world import tool_world
+    from flm_megatron.distributed.tool_world import tool_world
+    from flm_megatron.distributed.world import launched
+    from flm_megatron.launch.run import run_processes
 
     size = parallel.model_size * (parallel.data or 1)
     if launched():
@@ -37,7 +37,7 @@ def run_under(parallel: ParallelConfig, function: Any, *args: Any) -> int:
 
 def under_layout(parallel: ParallelConfig, function: Any, args: tuple[Any, ...]) -> int:
     """In a world: call `function(*args)` inside the groups of `parallel`."""
-    from flm_megatron.training.parallel import layout
+    from flm_megatron.distributed.world import layout
 
     # What the engine asks for (with a warning) where tensor-parallel ranks talk while they compute.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

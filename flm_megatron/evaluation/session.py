@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from flm_megatron.config.schema import ParallelConfig
-from flm_megatron.evaluation.generation import Completion, GenerationRequest, OnText, generate
+from flm_megatron.evaluation.generation.generate import Completion, GenerationRequest, OnText, generate
 from flm_megatron.evaluation.model import load_model, speaks
-from flm_megatron.evaluation.scoring import Likelihood, ScoringRequest, score
+from flm_megatron.evaluation.perplexity.scoring import Likelihood, ScoringRequest, score
 from flm_megatron.evaluation.subject import Subject
 
 Request = TypeVar("Request", GenerationRequest, ScoringRequest)

@@ -15,12 +15,12 @@ from flm_megatron.config.loader import resolve_vocabulary
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import RequestError
-from flm_megatron.growth.births import has_moments
 from flm_megatron.growth.foreseen import check_boundary, unmeasured_plan
+from flm_megatron.growth.grown.births import has_moments
+from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 from flm_megatron.growth.plan import GrowthPlan, check_same_plan, make_plan, stage_growth
 from flm_megatron.growth.rules import check_source_stage
 from flm_megatron.growth.schedule import mask_value
-from flm_megatron.growth.view import GrownCheckpoint
 
 
 def grown_view(

@@ -16,7 +16,7 @@ from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.config.schema import ModelConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.errors import RequestError
-from flm_megatron.growth.forward import Layout, forward, on_one_replica, patient_processes
+from flm_megatron.growth.certificate.forward import Layout, forward, on_one_replica, patient_processes
 from flm_megatron.json_text import parse_json
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flm_megatron.checkpoint.destination import reserved
-from flm_megatron.checkpoint.processes import Processes
-from flm_megatron.checkpoint.progress import progress_bar
-from flm_megatron.checkpoint.reshard import stored_bytes
-from flm_megatron.checkpoint.writer import write_view
+from flm_megatron.checkpoint.files.destination import reserved
+from flm_megatron.checkpoint.tools.reshard import stored_bytes
+from flm_megatron.checkpoint.torch_dist.writer import write_view
 from flm_megatron.config.schema import RunConfig
+from flm_megatron.distributed.processes import Processes
+from flm_megatron.distributed.progress import progress_bar
 from flm_megatron.errors import RequestError
-from flm_megatron.growth.certificate import Certificate, certified
-from flm_megatron.growth.view import GrownCheckpoint
+from flm_megatron.growth.certificate.certificate import Certificate, certified
+from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 
 
 def write_grown(

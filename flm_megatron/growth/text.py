@@ -12,7 +12,7 @@ from flm_megatron.errors import RequestError
 
 def run_tokens(run: RunConfig, samples: int) -> torch.Tensor:
     """The run's first validation samples (training ones where it has no validation data), [samples, sequence + 1]."""
-    from flm_megatron.data.stream import SampleStream
+    from flm_megatron.data.streams.stream import SampleStream
 
     stream = SampleStream(run.data, run.seed, "validation" if run.data.validation else "train")
     if stream.limit_samples is not None:

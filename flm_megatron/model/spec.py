@@ -11,14 +11,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from flm_megatron.model.attention import CoreAttention
+from flm_megatron.model.attention.core import CoreAttention
+from flm_megatron.model.attention.self_attention import PackedSelfAttention
 from flm_megatron.model.engine_config import EngineConfig
 from flm_megatron.model.fp8_linear import in_fp8
 from flm_megatron.model.gated_mlp import GatedMLP
 from flm_megatron.model.layer import TeleFLMLayer
 from flm_megatron.model.lora import linear
 from flm_megatron.model.norms import LayerNorm, RMSNorm
-from flm_megatron.model.self_attention import PackedSelfAttention
 
 # Checkpoints name norms after the linear layer that reads them, as Transformer Engine's fused layers do.
 NORM_NAMES = {

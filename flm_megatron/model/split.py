@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flm_megatron.config.pipeline import pipeline_split
+from flm_megatron.config.rules.pipeline import pipeline_split
 
 __all__ = ["VOCABULARY_MULTIPLE", "padded_vocab_size", "pipeline_split"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flm_megatron import kernels
 from flm_megatron.config.schema import ModelConfig
-from flm_megatron.model.cache import KeyValueCache
+from flm_megatron.model.attention.cache import KeyValueCache
 from flm_megatron.model.engine_config import EngineConfig
 from flm_megatron.model.spec import block_spec
 from flm_megatron.model.z_loss import z_loss

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import yaml
 
+from flm_megatron.planner.cost.matmul import matmul_time
 from flm_megatron.planner.machine import Machine
-from flm_megatron.planner.matmul import matmul_time
 
 MATMUL = [share / 100 for share in range(20, 101)]
 TILE_OVERHEAD = [float(terms) for terms in range(0, 1025, 32)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from flm_megatron.config.pipeline import pipeline_split
+from flm_megatron.config.rules.pipeline import pipeline_split
 from flm_megatron.config.schema import KernelsConfig, ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.model.parameters import FC2, PROJECTION, parameter_specs
 from flm_megatron.model.split import padded_vocab_size

@@ -105,7 +105,7 @@ def read_laws(path: Path, stages: Sequence[str]) -> dict[str, LossLaw]:
 
 
 def _fit_metrics(path: Path, name: str) -> LossLaw:
-    from flm_megatron.training.plot import read_metrics
+    from flm_megatron.training.metrics.plot import read_metrics
 
     if not path.is_file():
         raise RequestError(f"law of {name!r}: no metrics file {path}")

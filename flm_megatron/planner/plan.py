@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from flm_megatron.config.budget import stage_steps
 from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.model.parameters import parameter_count
+from flm_megatron.planner.cost.matmul import peak_flops
+from flm_megatron.planner.cost.memory import GIB, RankMemory, all_rank_memory
+from flm_megatron.planner.cost.throughput import StepTime, step_time, tflops_per_device
 from flm_megatron.planner.layout import Workload, stage_workload
 from flm_megatron.planner.machine import Machine
-from flm_megatron.planner.matmul import peak_flops
-from flm_megatron.planner.memory import GIB, RankMemory, all_rank_memory
-from flm_megatron.planner.throughput import StepTime, step_time, tflops_per_device
 
 HOUR, DAY = 3600.0, 86400.0
 OPTIMIZER_BYTES = 12  # a checkpoint holds an fp32 master and two moments of each parameter besides its weight

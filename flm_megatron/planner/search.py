@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from flm_megatron.config.layout_rules import LAYOUT_RULES
+from flm_megatron.config.rules.layout import LAYOUT_RULES
 from flm_megatron.config.schema import ParallelConfig, StageConfig
+from flm_megatron.planner.cost.memory import GIB, worst_memory
+from flm_megatron.planner.cost.throughput import PartPasses, StepTime, part_passes, step_time
 from flm_megatron.planner.layout import Workload, stage_workload
 from flm_megatron.planner.machine import Machine
-from flm_megatron.planner.memory import GIB, worst_memory
-from flm_megatron.planner.throughput import PartPasses, StepTime, part_passes, step_time
 
 MICRO_BATCHES = (1, 2, 4, 8)
 RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from flm_megatron.training.elastic import leave_word
+from flm_megatron.launch.elastic import leave_word
 
 STOPPED = 3
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -12,37 +12,37 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from flm_megatron import kernels
-from flm_megatron.checkpoint.engine import SaveHandle, load_state, prepare_asynchronous_save, save_state
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
+from flm_megatron.checkpoint.sharding.model_state import SaveHandle, load_state, prepare_asynchronous_save, save_state
 from flm_megatron.checkpoint.stage_manifest import StagePosition, stage_manifest
 from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.history import history_to_json
 from flm_megatron.config.schema import RunConfig
-from flm_megatron.data.loader import batches, validation_batches
 from flm_megatron.data.streams import Stream, training_stream, validation_streams_of
+from flm_megatron.data.streams.loader import batches, validation_batches
 from flm_megatron.device import current
 from flm_megatron.device.hardware import find_hardware
+from flm_megatron.distributed.world import Layouts, is_main_rank
 from flm_megatron.errors import DamagedError
-from flm_megatron.growth.births import earlier_growth, load_births
-from flm_megatron.growth.certificate import Certificate, certified
+from flm_megatron.growth.certificate.certificate import Certificate, certified
+from flm_megatron.growth.grown.births import earlier_growth, load_births
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.growth.schedule import mask_plan, mask_value
 from flm_megatron.kernels import fp8
 from flm_megatron.optim.learning_rate import learning_rate, set_learning_rates
-from flm_megatron.training.changes import announce, find_changes, segment_begins, validation_hashes
-from flm_megatron.training.flops import training_flops_per_token
-from flm_megatron.training.goodput import Meter, read_goodput
-from flm_megatron.training.layer_norms import layer_norms
-from flm_megatron.training.memory_copies import MemoryCopies, forgotten_on_error
-from flm_megatron.training.metrics import MetricsLog, StepMetrics
-from flm_megatron.training.parallel import Layouts, is_main_rank
-from flm_megatron.training.replicas import check_replicas
+from flm_megatron.training.checks.layer_norms import layer_norms
+from flm_megatron.training.checks.replicas import check_replicas
+from flm_megatron.training.checks.spikes import SpikeWatch, joined
+from flm_megatron.training.metrics.flops import training_flops_per_token
+from flm_megatron.training.metrics.goodput import Meter, read_goodput
+from flm_megatron.training.metrics.log import MetricsLog, StepMetrics
+from flm_megatron.training.resume.changes import announce, find_changes, segment_begins, validation_hashes
+from flm_megatron.training.resume.memory_copies import MemoryCopies, forgotten_on_error
+from flm_megatron.training.resume.start import Beginning, Start, begin, checkpoint_store
+from flm_megatron.training.resume.unfinished_save import bring_to_end
 from flm_megatron.training.signals import StopRequest, stop_on_signal
-from flm_megatron.training.spikes import SpikeWatch, joined
-from flm_megatron.training.start import Beginning, Start, begin, checkpoint_store
 from flm_megatron.training.step import Batch, Engine, StepResult, Told
-from flm_megatron.training.unfinished_save import bring_to_end
 
 RECENT_STEPS = 20
 

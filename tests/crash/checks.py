@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flm_megatron.checkpoint.opening import open_checkpoint
-from flm_megatron.checkpoint.writer import PARTIAL, write_view
+from flm_megatron.checkpoint.torch_dist.writer import PARTIAL, write_view
 from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.loader import load_run
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.errors import FlmError
-from flm_megatron.training.metrics import MetricsLog
-from flm_megatron.training.start import Start, checkpoint_store, find_start
+from flm_megatron.training.metrics.log import MetricsLog
+from flm_megatron.training.resume.start import Start, checkpoint_store, find_start
 from tests.crash.events import Event, Rename, SyncEnds
 from tests.crash.file_system import FileSystem, Folder, files_in
 

@@ -12,19 +12,19 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flm_megatron.checkpoint.destination import PARTIAL
+from flm_megatron.checkpoint.files.destination import PARTIAL
 from flm_megatron.cli.main import main
 from flm_megatron.config.loader import load_run
 from flm_megatron.config.schema import RunConfig
-from flm_megatron.data.description import read_description
+from flm_megatron.data.corpus.description import read_description
 from flm_megatron.errors import FlmError
-from flm_megatron.training.preflight import resolve
+from flm_megatron.launch.preflight import resolve
 from tests.crash.checks import RunHistory, check_folder, check_log, check_run, digests
 from tests.crash.events import Event, SyncBegins, SyncEnds
 from tests.crash.file_system import FileSystem
 from tests.crash.states import State
-from tests.distributed.runs import make_data
-from tests.prose import prose
+from tests.support.prose import prose
+from tests.support.runs import make_data
 
 RUN = """
 output: {output}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.runs import make_data
+from tests.support.runs import make_data
 
 
 @pytest.fixture(scope="module")

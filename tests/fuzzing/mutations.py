@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flm_megatron.checkpoint.unpickle import CLASSES
+from flm_megatron.checkpoint.files.pickle.reader import CLASSES
 
 LENGTHS = (0, 1, 2, 7, 127, 128, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1)
 STRANGE: tuple[Any, ...] = (

@@ -17,21 +17,28 @@ from typing import Any
 
 import torch
 
-from flm_megatron.checkpoint import shard_file, torch_file, writer
-from flm_megatron.checkpoint.classic import ClassicCheckpoint
 from flm_megatron.checkpoint.described import recorded_model
-from flm_megatron.checkpoint.hugging_face import HuggingFaceCheckpoint
-from flm_megatron.checkpoint.initial import InitialCheckpoint
+from flm_megatron.checkpoint.files import torch_file
+from flm_megatron.checkpoint.files.manifest import read_manifest
+from flm_megatron.checkpoint.files.pickle.reader import (
+    Foreign,
+    StoredTensor,
+    load_pickle,
+    load_records,
+    read_torch_file,
+)
+from flm_megatron.checkpoint.files.pickle.records import Name, Record
+from flm_megatron.checkpoint.files.stored_array import StoredArray
+from flm_megatron.checkpoint.hugging_face.reader import HuggingFaceCheckpoint
+from flm_megatron.checkpoint.hugging_face.safetensors import arrays_in
+from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import Region, TensorInfo
-from flm_megatron.checkpoint.manifest import read_manifest
-from flm_megatron.checkpoint.pickle_records import Name, Record
-from flm_megatron.checkpoint.safetensors_file import arrays_in
+from flm_megatron.checkpoint.megatron_legacy.reader import ClassicCheckpoint
 from flm_megatron.checkpoint.stage_manifest import manifest_model
-from flm_megatron.checkpoint.stored_array import StoredArray
-from flm_megatron.checkpoint.torch_dist import TorchDistCheckpoint
-from flm_megatron.checkpoint.torch_metadata import parse_metadata
-from flm_megatron.checkpoint.unpickle import Foreign, StoredTensor, load_pickle, load_records, read_torch_file
-from flm_megatron.checkpoint.writer import write_view
+from flm_megatron.checkpoint.torch_dist import shard_file, writer
+from flm_megatron.checkpoint.torch_dist.metadata import parse_metadata
+from flm_megatron.checkpoint.torch_dist.reader import TorchDistCheckpoint
+from flm_megatron.checkpoint.torch_dist.writer import write_view
 from flm_megatron.model.parameters import parameter_specs
 from tests.fuzzing.mutations import changed_bytes, changed_json, changed_object, opcodes, said
 from tests.fuzzing.watch import Violation
@@ -254,7 +261,7 @@ class SafetensorsHeaders(FileTarget):
 
 def all_targets(folder: Path) -> dict[str, Target]:
     """Every target; `folder` is empty and holds the files that they read."""
-    from tests.unit.checkpoint_cases import MODEL, flm_checkpoint, write_small
+    from tests.support.checkpoint_cases import MODEL, flm_checkpoint, write_small
 
     write_small(folder / "ours")
     write_view(InitialCheckpoint(MODEL, 1), folder / "foreign", {"step": 1})  # few regions, so that opening it is fast

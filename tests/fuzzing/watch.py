@@ -17,7 +17,8 @@ import torch.distributed.checkpoint.filesystem
 import torch.distributed.checkpoint.metadata
 import torch.distributed.checkpoint.planner
 
-from flm_megatron.checkpoint import pickle_records, unpickle
+from flm_megatron.checkpoint.files.pickle import reader as unpickle
+from flm_megatron.checkpoint.files.pickle import records as pickle_records
 
 MOST_SECONDS = 2.0
 MOST_MEMORY = 2**30  # bytes above what the program had

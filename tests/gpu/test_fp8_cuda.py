@@ -17,8 +17,8 @@ from flm_megatron.device import current
 from flm_megatron.kernels import fp8
 from flm_megatron.optim.learning_rate import set_learning_rates
 from flm_megatron.training.step import Batch, Engine
-from tests.engine import one_process
-from tests.unit.fp8_oracle import linear
+from tests.support.engine import one_process
+from tests.support.fp8_oracle import linear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -69,8 +69,8 @@ def world() -> Iterator[None]:
 
 def curve(stage: StageConfig, steps: int) -> torch.Tensor:
     """Losses of training on the same two batches again and again."""
-    from flm_megatron.checkpoint.engine import load_state
-    from flm_megatron.checkpoint.initial import InitialCheckpoint
+    from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
+    from flm_megatron.checkpoint.sharding.model_state import load_state
 
     engine = Engine(stage, 512)
     load_state(InitialCheckpoint(stage.model, 7), engine.chunks, engine.optimizer)

@@ -9,7 +9,7 @@ import torch
 
 from flm_megatron import kernels
 from flm_megatron.device import current
-from tests.unit.kernel_cases import CASES, TOLERANCE, cast_errors, draw, growth_mask, run_case, use
+from tests.support.kernel_cases import CASES, TOLERANCE, cast_errors, draw, growth_mask, run_case, use
 
 pytestmark = [
     pytest.mark.gpu,

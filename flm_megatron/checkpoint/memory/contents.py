@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flm_megatron.checkpoint.logical import Region, TensorInfo
-from flm_megatron.checkpoint.snapshot import Stored, placed
+from flm_megatron.checkpoint.sharding.snapshot import Stored, placed
 from flm_megatron.errors import DamagedError
 
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}

@@ -19,8 +19,8 @@ from flm_megatron.checkpoint.memory.generations import Found, found, neighbour, 
 from flm_megatron.checkpoint.memory.host_memory import available_bytes
 from flm_megatron.checkpoint.memory.starting import agent_name, start_agent
 from flm_megatron.checkpoint.memory.view import Held, MemoryCheckpoint
-from flm_megatron.checkpoint.processes import describe
 from flm_megatron.distributed.addresses import own_address
+from flm_megatron.distributed.processes import describe
 from flm_megatron.errors import ERRORS, DamagedError, FlmError, RequestError
 
 GIB = 2**30

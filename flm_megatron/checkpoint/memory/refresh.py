@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from flm_megatron.checkpoint.engine import stored_state
 from flm_megatron.checkpoint.memory.blobs import NONE, Generation
 from flm_megatron.checkpoint.memory.contents import header_of
 from flm_megatron.checkpoint.memory.peers import Peers
-from flm_megatron.checkpoint.snapshot import HostBuffer, placed, snapshot
+from flm_megatron.checkpoint.sharding.model_state import stored_state
+from flm_megatron.checkpoint.sharding.snapshot import HostBuffer, placed, snapshot
 from flm_megatron.device import current
 from flm_megatron.errors import FlmError
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from flm_megatron.checkpoint.chunk_index import ChunkIndex, StoredChunk
+from flm_megatron.checkpoint.files.stored_array import StoredArray, as_bytes, is_contiguous, out_of_run, span
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
 from flm_megatron.checkpoint.memory.blobs import Generation
 from flm_megatron.checkpoint.memory.client import Endpoint, LocalAgent, RemoteAgent
 from flm_megatron.checkpoint.memory.contents import manifest_of, parts_of, tensors_of
 from flm_megatron.checkpoint.regions import split_region
-from flm_megatron.checkpoint.shard_file import Record
-from flm_megatron.checkpoint.stored_array import StoredArray, as_bytes, is_contiguous, out_of_run, span
-from flm_megatron.checkpoint.writer import check_cover
+from flm_megatron.checkpoint.torch_dist.chunk_index import ChunkIndex, StoredChunk
+from flm_megatron.checkpoint.torch_dist.shard_file import Record
+from flm_megatron.checkpoint.torch_dist.writer import check_cover
 from flm_megatron.errors import DamagedError, FlmError, RequestError
 
 LARGEST_READ = 64 * 2**20

@@ -13,9 +13,9 @@ from flm_megatron.checkpoint.store import CheckpointStore
 from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.errors import DamagedError, FlmError, RequestError
 from flm_megatron.evaluation.stages import run_of
-from flm_megatron.training.flops import training_flops_per_token
-from flm_megatron.training.goodput import Goodput, read_goodput
-from flm_megatron.training.plot import read_metrics
+from flm_megatron.training.metrics.flops import training_flops_per_token
+from flm_megatron.training.metrics.goodput import Goodput, read_goodput
+from flm_megatron.training.metrics.plot import read_metrics
 
 Line = dict[str, Any]
 PLACE = ("stage", "step", "tokens")

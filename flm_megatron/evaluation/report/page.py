@@ -13,7 +13,7 @@ from flm_megatron.evaluation.report.chart import Chart
 from flm_megatron.evaluation.report.curves import AXES, detail_charts, loss_charts
 from flm_megatron.evaluation.report.history import History, read_history
 from flm_megatron.evaluation.report.tables import events_table, goodput_table, growths_table, runs_table, stages_table
-from flm_megatron.training.flops import CONVENTION
+from flm_megatron.training.metrics.flops import CONVENTION
 
 HERE = Path(__file__).parent
 

@@ -11,8 +11,8 @@ from typing import Any
 from flm_megatron.config.schema import StageConfig
 from flm_megatron.evaluation.report.history import History, Line
 from flm_megatron.model.parameters import parameter_specs
-from flm_megatron.training.goodput import Goodput
-from flm_megatron.training.metrics import duration, short
+from flm_megatron.training.metrics.goodput import Goodput
+from flm_megatron.training.metrics.log import duration, short
 
 NONE = "-"
 

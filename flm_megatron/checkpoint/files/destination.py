@@ -1,0 +1,116 @@
+"""A folder that appears under its name only when it is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from flm_megatron.checkpoint.lease.fence import check_fences, discard
+from flm_megatron.checkpoint.lease.lease import lease
+from flm_megatron.checkpoint.torch_dist.writer import PARTIAL
+from flm_megatron.distributed.processes import Processes
+from flm_megatron.durable import make_folders, sync, sync_tree
+from flm_megatron.errors import RequestError
+
+
+@contextlib.contextmanager
+def destination(path: Path, processes: Processes, nbytes: int) -> Iterator[Path]:
+    """A fresh folder beside `path`, renamed to `path` at the end, removed after a failure; all processes enter.
+
+    Raises RequestError as `reserved`, and if the disk becomes full.
+    """
+    partial = _partial(path)
+    with reserved(path, processes, nbytes):
+        processes.on_first(write_errors(path)(lambda: make_folders(partial)))
+        try:
+            yield partial
+            processes.on_first(lambda: _publish(path, partial))
+        except BaseException:
+            if processes.rank == 0:
+                discard(partial)
+            raise
+
+
+@contextlib.contextmanager
+def reserved(path: Path, processes: Processes, nbytes: int) -> Iterator[None]:
+    """Until the block ends these processes alone write `path`, and nobody else removes their half-written folder.
+
+    What an interrupted run left beside `path` is removed first. Raises RequestError if `path` exists, if another
+    process is writing it, or if `nbytes` do not fit on its disk.
+    """
+    processes.on_first(lambda: _make_room_for_lease(path, nbytes))
+    advice = "wait until it has ended, or choose another destination"
+    file = path.with_name(f".{path.name}.lease")
+    with _sigterm_is_an_error(processes), lease(file, str(path), advice, processes):
+        processes.on_first(lambda: _make_room(path, nbytes))
+        yield
+
+
+@contextlib.contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turns what the disk refuses into a RequestError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def refuse_without_room(path: Path, nbytes: int) -> None:
+    """Raise RequestError if `path` exists or `nbytes` are more than its disk has free."""
+    if path.exists() or path.is_symlink():
+        raise RequestError(f"{path} exists already: choose another destination or remove it")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if nbytes > free:
+        raise RequestError(f"{path} needs {nbytes:,} bytes and its disk has {free:,} free: make room first")
+
+
+@contextlib.contextmanager
+def _sigterm_is_an_error(processes: Processes) -> Iterator[None]:
+    """Within the block SIGTERM unwinds a lone process that leaves it at its default, so that nothing half-written
+    stays. Among several it ends the process at once: the handler would wait for the collective that it came in."""
+    alone = processes.size == 1 and threading.current_thread() is threading.main_thread()
+    if not alone or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _make_room_for_lease(path: Path, nbytes: int) -> None:
+    """Make the folder above `path`, unless it is clear already that nothing can be written there."""
+    if not _partial(path).exists():
+        refuse_without_room(path, nbytes)
+    with write_errors(path):
+        make_folders(path.parent)
+
+
+def _make_room(path: Path, nbytes: int) -> None:
+    """Remove what an interrupted run left; look again whether `path` can be written."""
+    with write_errors(path):
+        if _partial(path).exists():
+            check_fences()
+            shutil.rmtree(_partial(path))
+    refuse_without_room(path, nbytes)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + PARTIAL)
+
+
+def _publish(path: Path, partial: Path) -> None:
+    with write_errors(path):
+        sync_tree(partial)
+        if path.exists():
+            raise RequestError(f"{path} has appeared meanwhile: choose another destination or remove it")
+        check_fences()
+        partial.rename(path)
+        sync(path.parent)

@@ -1,0 +1,151 @@
+"""`manifest.json`: what a checkpoint is, and the size and checksum of each of its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from isal.isal_zlib import crc32
+
+from flm_megatron.checkpoint.files.manifest_fields import check_manifest
+from flm_megatron.errors import DamagedError, RequestError, read_error
+from flm_megatron.json_text import parse_json
+
+MANIFEST = "manifest.json"
+VERSION = 1
+BLOCK = 8 * 2**20
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint folder; none if it has none.
+
+    Keys: `version`, `run`, `stage`, `step`, `tokens`, `samples`, `optimizer_step`, `layout`, `optimizer` (`logical`
+    or `none`), `files` ({name: {size, crc32}}), `tensors` ({name: hash}), `logical_hash`, `crc32` (of all the rest).
+
+    Raises:
+        RequestError: written by a newer version of this program, or its disk does not answer.
+        DamagedError: broken, or changed since it was written.
+    """
+    file = path / MANIFEST
+    try:
+        data = _read(file)
+    except FileNotFoundError:
+        return None
+    manifest = parse_json(data, str(file), DamagedError, name="a manifest")
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("version"), int):
+        raise DamagedError(f"{file}: is not a manifest")
+    if manifest["version"] > VERSION:
+        raise RequestError(
+            f"{path} is of format version {manifest['version']}, this program knows up to {VERSION}: update it"
+        )
+    if manifest.get("crc32") != _checksum(manifest):
+        raise DamagedError(f"{file}: was changed or damaged since it was written")
+    check_manifest(manifest, str(file))
+    return manifest
+
+
+def manifest_text(manifest: dict[str, Any]) -> str:
+    """The file's text, with version and checksum added."""
+    manifest = {**manifest, "version": VERSION}
+    return json.dumps({**manifest, "crc32": _checksum(manifest)}, indent=1)
+
+
+def verify(path: str | Path, quick: bool = False, progress: Callable[[int], None] | None = None) -> dict[str, Any]:
+    """Check the files of a checkpoint against its manifest: sizes, and checksums unless `quick`.
+
+    `progress` is called with the number of bytes read since its last call. Returns the manifest.
+
+    Raises:
+        RequestError: its disk does not answer, or it is of a newer version.
+        DamagedError: the manifest or a file is missing, of another size or changed; the message names it.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise DamagedError(f"{path}: has no {MANIFEST}, which is written last: it is incomplete or was changed")
+    for name, wanted in manifest["files"].items():
+        file = path / name
+        if problem := size_problem(file, wanted):
+            raise DamagedError(problem)
+        if not quick and (checksum := file_checksum(file, progress)) != wanted["crc32"]:
+            raise DamagedError(f"{file}: checksum is {checksum} instead of {wanted['crc32']}: its bytes have changed")
+    return manifest
+
+
+def size_problem(file: Path, wanted: dict[str, Any]) -> str | None:
+    """What is wrong with the size of a file that a manifest lists so; none if it is right.
+
+    Raises RequestError when the disk does not answer.
+    """
+    size = _size(file)
+    if size is None:
+        return f"{file} is missing"
+    if size != wanted["size"]:
+        return f"{file} has {size} bytes instead of {wanted['size']}: truncated or overwritten"
+    return None
+
+
+def _size(file: Path) -> int | None:
+    """Size in bytes; none where there is no such file. Raises RequestError when the disk does not answer."""
+    try:
+        return file.stat().st_size if file.is_file() else None
+    except OSError as error:
+        raise read_error(file, error) from error
+
+
+def entry(crc: int, size: int) -> dict[str, int | str]:
+    """What a manifest holds of a file with this CRC-32 and size in bytes."""
+    return {"size": size, "crc32": f"{crc:08x}"}
+
+
+def file_entry(data: bytes) -> dict[str, int | str]:
+    """What a manifest holds of a file with these bytes."""
+    return entry(crc32(data), len(data))
+
+
+def read_listed(path: Path, name: str, manifest: dict[str, Any] | None) -> bytes:
+    """The bytes of a small file of the checkpoint at `path`, as listed in its manifest (any bytes without one).
+
+    Raises DamagedError, naming the file, when it is missing or not as it was written; RequestError when its disk does
+    not answer.
+    """
+    file = path / name
+    try:
+        data = _read(file)
+    except FileNotFoundError as error:
+        raise DamagedError(f"{file} is missing") from error
+    wanted = manifest["files"].get(name) if manifest else None
+    if wanted is not None and file_entry(data) != wanted:
+        raise DamagedError(f"{file}: its {len(data)} bytes are not the {wanted['size']} that were written")
+    return data
+
+
+def _read(file: Path) -> bytes:
+    """All of a file. Raises FileNotFoundError, and RequestError for all else that a disk may say."""
+    try:
+        return file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(str(error)) from error
+    except OSError as error:
+        raise read_error(file, error) from error
+
+
+def file_checksum(file: Path, progress: Callable[[int], None] | None = None) -> str:
+    """CRC-32 of a file as 8 hex digits. Raises as `errors.read_error` when it cannot be read."""
+    crc, block = 0, bytearray(BLOCK)
+    try:
+        with file.open("rb", buffering=0) as stream:
+            while count := stream.readinto(block):
+                crc = crc32(memoryview(block)[:count], crc)
+                if progress:
+                    progress(count)
+    except OSError as error:
+        raise read_error(file, error) from error
+    return f"{crc:08x}"
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "crc32"}
+    return f"{crc32(json.dumps(rest, sort_keys=True).encode()):08x}"

@@ -1,0 +1,196 @@
+"""Any logical checkpoint written as a Hugging Face folder, streaming, by any number of processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flm_megatron.checkpoint.files.destination import destination, write_errors
+from flm_megatron.checkpoint.files.stored_array import StoredArray
+from flm_megatron.checkpoint.hugging_face.config import Flavour, config_of
+from flm_megatron.checkpoint.hugging_face.names import TargetTensor, target_tensors
+from flm_megatron.checkpoint.hugging_face.safetensors import arrays_in, lay_out
+from flm_megatron.checkpoint.hugging_face.tokenizer import SpecialIds, write_tokenizer
+from flm_megatron.checkpoint.lazy.converted import ConvertedCheckpoint, is_power_of_two
+from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.torch_dist.shard_file import PIECE_BYTES
+from flm_megatron.config.schema import ModelConfig
+from flm_megatron.distributed.processes import Processes
+from flm_megatron.distributed.progress import progress_bar
+from flm_megatron.errors import RequestError
+from flm_megatron.model.parameters import EMBEDDING, HEAD
+
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+PADDED = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What an export looks like.
+
+    `dtype` none keeps the stored one; `shard_bytes` is the size a shard file may reach (a larger tensor has a file of
+    its own); the vocabulary is padded to a multiple of `pad_vocab_to`; `tokenizer` is a SentencePiece model file.
+    """
+
+    flavour: Flavour = "teleflm"
+    dtype: torch.dtype | None = None
+    shard_bytes: int = 5 * 10**9
+    pad_vocab_to: int = 1
+    tokenizer: Path | None = None
+    sequence_length: int = 4096
+
+
+def folding(model: ModelConfig) -> dict[str, float]:
+    """Factors on the weights that make plain Llama compute what `model` does with its multipliers."""
+    return {EMBEDDING: model.input_mult, HEAD: model.logit_multiplier}
+
+
+def folding_note(model: ModelConfig) -> str:
+    """One line that says how the multipliers were folded and whether the logits are the same bit by bit."""
+    parts = [f"{name} x {factor:g}" for name, factor in folding(model).items()]
+    exact = all(is_power_of_two(factor) for factor in folding(model).values())
+    how = "bit-exact: powers of two" if exact else "rounded: not powers of two, logits agree to rounding"
+    return f"multipliers folded into the weights ({', '.join(parts)}); {how}"
+
+
+def write_hugging_face(
+    source: LogicalCheckpoint,
+    model: ModelConfig,
+    path: Path,
+    options: ExportOptions,
+    processes: Processes | None = None,
+) -> int:
+    """Write the weights of `source`, whose model is `model`, to the new folder `path`; returns the bytes of weights.
+
+    At most a chunk of PIECE_BYTES is in memory at a time. The folder appears under its name only when whole.
+    Raises RequestError if it exists, if the disk is too small or if the block has no Hugging Face form.
+    """
+    processes = processes or Processes()
+    factors = folding(model) if options.flavour == "llama" else None
+    view = ConvertedCheckpoint(source, options.dtype, factors, optimizer=False)
+    targets = target_tensors(model)
+    padded = -(-int(model.vocab_size or 0) // options.pad_vocab_to) * options.pad_vocab_to
+    infos = {name: _info(name, target, view, padded) for name, target in targets.items()}
+    shards = shard_names(infos, options.shard_bytes)
+    total = sum(_nbytes(info) for info in infos.values())
+    with destination(path, processes, total) as folder:
+        processes.on_first(write_errors(path)(lambda: _lay_out_all(folder, infos, shards)))
+        processes.together(write_errors(path)(lambda: _copy(view, targets, folder, shards, processes, total)))
+        processes.on_first(write_errors(path)(lambda: _describe(folder, model, view, shards, total, padded, options)))
+    return total
+
+
+def shard_names(infos: Mapping[str, TensorInfo], shard_bytes: int) -> dict[str, str]:
+    """The shard file of every tensor: in order, a new file whenever the next tensor would go beyond `shard_bytes`."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, info in infos.items():
+        if groups[-1] and filled + _nbytes(info) > shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += _nbytes(info)
+    if len(groups) == 1:
+        return dict.fromkeys(groups[0], "model.safetensors")
+    count = len(groups)
+    return {
+        name: f"model-{number:05d}-of-{count:05d}.safetensors"
+        for number, group in enumerate(groups, 1)
+        for name in group
+    }
+
+
+def _info(name: str, target: TargetTensor, view: LogicalCheckpoint, padded: int) -> TensorInfo:
+    if target.source not in view.tensors:
+        raise RequestError(f"the checkpoint has no tensor {target.source}, which {name} is made of")
+    shape = (padded, *target.shape[1:]) if name in PADDED else target.shape
+    return TensorInfo(shape, view.tensors[target.source].dtype)
+
+
+def _nbytes(info: TensorInfo) -> int:
+    return math.prod(info.shape) * info.dtype.itemsize
+
+
+def _lay_out_all(folder: Path, infos: Mapping[str, TensorInfo], shards: Mapping[str, str]) -> None:
+    for shard in dict.fromkeys(shards.values()):
+        lay_out(folder / shard, {name: info for name, info in infos.items() if shards[name] == shard})
+
+
+def _copy(
+    view: LogicalCheckpoint,
+    targets: Mapping[str, TargetTensor],
+    folder: Path,
+    shards: Mapping[str, str],
+    processes: Processes,
+    total: int,
+) -> None:
+    """Copy this process's share of chunks into the laid-out files. Padding rows stay the zeros they are."""
+    chunks = [(name, *rows) for name, target in targets.items() for rows in _row_chunks(target, view)]
+    arrays: dict[str, StoredArray] = {}
+    for shard in dict.fromkeys(shards.values()):
+        arrays |= arrays_in(folder / shard)
+    descriptors = {shard: os.open(folder / shard, os.O_WRONLY) for shard in dict.fromkeys(shards.values())}
+    try:
+        with progress_bar("export", total, processes) as moved:
+            for name, first, rows in chunks[processes.rank :: processes.size]:
+                moved(_copy_rows(view, targets[name], first, rows, arrays[name], descriptors[shards[name]]))
+        for descriptor in descriptors.values():
+            os.fsync(descriptor)
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+
+
+def _row_chunks(target: TargetTensor, view: LogicalCheckpoint) -> Iterator[tuple[int, int]]:
+    width = max(1, math.prod(target.shape[1:]) * view.tensors[target.source].dtype.itemsize)
+    rows = max(1, PIECE_BYTES // width)
+    for first in range(0, target.shape[0], rows):
+        yield first, min(rows, target.shape[0] - first)
+
+
+def _copy_rows(
+    view: LogicalCheckpoint, target: TargetTensor, first: int, rows: int, array: StoredArray, descriptor: int
+) -> int:
+    for start, region in target.sources(first, rows):
+        sizes = region.sizes if target.layer is None else region.sizes[1:]
+        values = view.read(target.source, region).view(sizes)
+        array.write(descriptor, values.contiguous(), Region((start, *(0 for _ in sizes[1:])), sizes))
+    return rows * math.prod(target.shape[1:]) * array.dtype.itemsize
+
+
+def _describe(
+    folder: Path,
+    model: ModelConfig,
+    view: LogicalCheckpoint,
+    shards: Mapping[str, str],
+    total: int,
+    padded: int,
+    options: ExportOptions,
+) -> None:
+    """Write everything but the weights: index, configuration, modelling files, tokenizer, generation settings."""
+    if len(set(shards.values())) > 1:
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": shards})
+    dtype = DTYPE_NAMES.get(view.tensors[HEAD].dtype, "float32")
+    config = config_of(model, options.flavour, padded, options.sequence_length, dtype)
+    special = write_tokenizer(folder, options.tokenizer, options.sequence_length) if options.tokenizer else SpecialIds()
+    _write_json(folder / "config.json", config | special.settings())
+    generation: dict[str, Any] = {"do_sample": False} | special.settings()
+    if padded > int(model.vocab_size or 0):
+        generation["suppress_tokens"] = list(range(int(model.vocab_size or 0), padded))
+    _write_json(folder / "generation_config.json", generation)
+    if options.flavour == "teleflm":
+        code = Path(__file__).parent / "released_form"
+        for name in ("configuration_teleflm.py", "modeling_teleflm.py"):
+            shutil.copyfile(code / name, folder / name)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,62 @@
+"""Adapters (LoRA) added to the checkpoint a fine-tuning starts from, and merged into the weights they adapt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
+from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.config.schema import ModelConfig
+from flm_megatron.model.parameters import parameter_specs
+
+
+class WithNewAdapters(LogicalCheckpoint):
+    """`source` with fresh adapters of `model`: B is zero, so the model says what it said before."""
+
+    def __init__(self, source: LogicalCheckpoint, model: ModelConfig, seed: int) -> None:
+        self.source, self._fresh = source, InitialCheckpoint(model, seed)
+        self.manifest: dict[str, Any] = source.manifest
+        missing = {name: info for name, info in self._fresh.tensors.items() if name not in source.tensors}
+        # What state the source has belongs to weights that do not learn here.
+        weights = {name: info for name, info in source.tensors.items() if not name.startswith("optimizer.")}
+        self.tensors: Mapping[str, TensorInfo] = {**weights, **missing}
+
+    def read(self, name: str, region: Region | None = None) -> torch.Tensor:
+        """Values of `region`; see `LogicalCheckpoint.read`."""
+        return (self.source if name in self.source.tensors else self._fresh).read(name, region)
+
+
+class MergedAdapters(LogicalCheckpoint):
+    """Weights of `source` with its adapters in them, W + alpha / rank x B A, computed in fp32, region by region."""
+
+    def __init__(self, source: LogicalCheckpoint, model: ModelConfig) -> None:
+        assert model.lora is not None
+        self.source, self._scale = source, model.lora.alpha / model.lora.rank
+        self.model = replace(model, lora=None)
+        self.manifest: dict[str, Any] = source.manifest
+        self.tensors: Mapping[str, TensorInfo] = {name: source.tensors[name] for name in parameter_specs(self.model)}
+
+    def read(self, name: str, region: Region | None = None) -> torch.Tensor:
+        """Values of `region`; see `LogicalCheckpoint.read`."""
+        region = region or Region.whole(self.tensors[name].shape)
+        values = self.source.read(name, region)
+        stem = name.removesuffix("weight")
+        if f"{stem}lora_a" not in self.source.tensors:
+            return values
+        (layer, row, column), (layers, rows, columns) = region.offsets, region.sizes
+        rank = self.source.tensors[f"{stem}lora_a"].shape[1]
+        a = self.source.read(f"{stem}lora_a", Region((layer, 0, column), (layers, rank, columns))).float()
+        b = self.source.read(f"{stem}lora_b", Region((layer, row, 0), (layers, rows, rank))).float()
+        return (values.float() + self._scale * b @ a).to(values.dtype)
+
+
+def merged(view: LogicalCheckpoint, model: ModelConfig) -> tuple[LogicalCheckpoint, ModelConfig]:
+    """The view and its model without adapters: merged where there are some, else as they are."""
+    if model.lora is None:
+        return view, model
+    view = MergedAdapters(view, model)
+    return view, view.model

@@ -1,0 +1,111 @@
+"""Any logical checkpoint's weights as a classic Megatron-LM checkpoint of a given tensor x pipeline size, streaming."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flm_megatron.checkpoint.files.destination import destination, write_errors
+from flm_megatron.checkpoint.files.stored_array import StoredArray
+from flm_megatron.checkpoint.files.torch_file import read_torch_file
+from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region
+from flm_megatron.checkpoint.megatron_legacy.arguments import arguments_of
+from flm_megatron.checkpoint.megatron_legacy.reader import FILE, LATEST, LocalTensor, local_tensors
+from flm_megatron.checkpoint.regions import split_region
+from flm_megatron.checkpoint.torch_dist.shard_file import PIECE_BYTES
+from flm_megatron.config.schema import ModelConfig, ParallelConfig
+from flm_megatron.distributed.processes import Processes
+from flm_megatron.distributed.progress import progress_bar
+from flm_megatron.errors import RequestError
+
+
+def write_classic(
+    view: LogicalCheckpoint,
+    path: Path,
+    target: tuple[ModelConfig, ParallelConfig],
+    processes: Processes,
+    sequence_length: int = 4096,
+) -> int:
+    """Write the weights of `view` to the new folder `path`, as Megatron-LM would find them there; returns their bytes.
+
+    Every process writes some ranks' files; in memory is one chunk. Padding rows of the vocabulary are zero.
+    Raises RequestError if `path` exists, does not fit on its disk, or if the model cannot be split so.
+    """
+    model, parallel = target
+    if parallel.virtual_pipeline > 1:
+        raise RequestError("the classic layout is written without a virtual pipeline: give tensor and pipeline sizes")
+    ranks = [(t, p) for p in range(parallel.pipeline) for t in range(parallel.tensor)]
+    plans = {rank: local_tensors(model, parallel, *rank) for rank in ranks}
+    nbytes = sum(_nbytes(view, tensors) for tensors in plans.values())
+    step = int(view.manifest.get("step") or 0)
+    arguments = arguments_of(model, parallel, sequence_length, int(view.manifest.get("samples") or 0))
+    with destination(path, processes, nbytes) as folder, progress_bar("write", nbytes, processes) as moved:
+
+        def write_share() -> None:
+            """This process's files."""
+            for rank in ranks[processes.rank :: processes.size]:
+                file = folder / _iteration(step) / _rank_folder(rank, parallel) / FILE
+                arrays = _lay_out(file, view, plans[rank], {"args": arguments, "iteration": step})
+                _fill(file, view, plans[rank], arrays, moved)
+
+        processes.together(write_errors(path)(write_share))
+        latest = str(step) if step else "release"
+        processes.on_first(write_errors(path)(lambda: (folder / LATEST).write_text(latest)))
+    return nbytes
+
+
+def _iteration(step: int) -> str:
+    return f"iter_{step:07d}" if step else "release"
+
+
+def _rank_folder(rank: tuple[int, int], parallel: ParallelConfig) -> str:
+    return f"mp_rank_{rank[0]:02d}" + (f"_{rank[1]:03d}" if parallel.pipeline > 1 else "")
+
+
+def _nbytes(view: LogicalCheckpoint, tensors: dict[str, LocalTensor]) -> int:
+    return sum(
+        Region.whole(local.shape).numel * view.tensors[local.parts[0].source].dtype.itemsize
+        for local in tensors.values()
+    )
+
+
+def _lay_out(
+    file: Path, view: LogicalCheckpoint, tensors: dict[str, LocalTensor], rest: dict[str, Any]
+) -> dict[str, StoredArray]:
+    """A file of torch.save with room for the values; says where each tensor's go."""
+    with FakeTensorMode():
+        model = {
+            name: torch.empty(local.shape, dtype=view.tensors[local.parts[0].source].dtype)
+            for name, local in tensors.items()
+        }
+    file.parent.mkdir(parents=True)
+    try:
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save({**rest, "checkpoint_version": 3.0, "model": model}, file)
+    except RuntimeError as error:  # what torch's own writer raises when the disk is full
+        raise RequestError(f"{file}: cannot be written, is the disk full? {str(error).splitlines()[0]}") from error
+    return read_torch_file(file)["model"]
+
+
+def _fill(
+    file: Path, view: LogicalCheckpoint, tensors: dict[str, LocalTensor], arrays: dict[str, StoredArray], moved: Any
+) -> None:
+    descriptor = os.open(file, os.O_WRONLY)
+    try:
+        for name, local in tensors.items():
+            array = arrays[name]
+            for part in local.parts:
+                for piece in split_region(part.region, PIECE_BYTES // array.dtype.itemsize):
+                    inside = piece.within(part.region)
+                    axes = len(array.shape)
+                    offsets, sizes = inside.offsets[-axes:], inside.sizes[-axes:]
+                    values = view.read(part.source, piece).reshape(sizes)
+                    array.write(descriptor, values, Region((offsets[0] + part.row, *offsets[1:]), sizes))
+                    moved(values.nbytes)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

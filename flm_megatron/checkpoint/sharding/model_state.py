@@ -1,0 +1,235 @@
+"""Between a running model with its optimizer and checkpoints: any view in, `torch_dist` folders out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from flm_megatron.checkpoint.files.in_order import WORKERS, in_order
+from flm_megatron.checkpoint.logical import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    MASTER,
+    LogicalCheckpoint,
+    Region,
+    TensorInfo,
+    adam_step,
+)
+from flm_megatron.checkpoint.regions import split_region
+from flm_megatron.checkpoint.sharding.asynchronous import SaveHandle, writing_processes
+from flm_megatron.checkpoint.sharding.optimizer_state import (
+    initialise_state,
+    placements_by_parameter,
+    rectangles,
+    state_slices,
+    unchained,
+)
+from flm_megatron.checkpoint.sharding.placement import Placement, placements
+from flm_megatron.checkpoint.sharding.shared_reading import PART_BYTES, Part, fill_shared
+from flm_megatron.checkpoint.sharding.snapshot import Stored, give_back, placed, prepare_buffer, snapshot, take_buffer
+from flm_megatron.checkpoint.torch_dist.shard_file import PIECE_BYTES, Rectangle
+from flm_megatron.checkpoint.torch_dist.writer import LARGEST_CHUNK, chunk_size
+from flm_megatron.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A region of a logical tensor and the memory of this process that holds it (a view of shape `region.sizes`).
+
+    `stored` says whether this process, or one of its data-parallel peers if `shared`, stores it.
+    """
+
+    name: str
+    info: TensorInfo
+    region: Region
+    tensor: torch.Tensor
+    stored: bool
+    shared: bool
+
+
+@torch.no_grad()
+def load_state(
+    view: LogicalCheckpoint, chunks: list[torch.nn.Module], optimizer: Any = None, alone: bool = False
+) -> None:
+    """Fill model chunks, and the optimizer's masters, moments and step, from a view.
+
+    Only the parts that this process holds are read; of what its data-parallel peers hold as well each reads a share,
+    so all of them have to call, unless this replica loads `alone`.
+
+    Where the view has no master, a master starts from the view's weights in the view's own precision; where it has
+    no moments they are zero, and so is the step. fp32 parameters are their own masters. Rows of padding ids are
+    zero. Learning rates and other settings of parameter groups are left alone.
+
+    Raises:
+        RequestError: a tensor is missing or of a shape that does not fit the model; moments without their step.
+        DamagedError: a tensor cannot be read.
+    """
+    parts = placements(chunks)
+    for placement in parts:
+        _check_shape(view, placement)
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.data.zero_()
+    state = list(_optimizer_pieces(optimizer, parts, view)) if optimizer is not None else []
+    pieces = [*_weight_pieces(parts), *state]
+    group = None if alone else _peers()
+    if group is not None:
+        fill_shared((part for piece in pieces if piece.shared for part in _parts(piece, view, PART_BYTES)), group)
+    own = (part for piece in pieces if group is None or not piece.shared for part in _parts(piece, view, PIECE_BYTES))
+    with ThreadPoolExecutor(WORKERS, "reading") as executor:
+        for _ in in_order(executor, _fill, own):
+            pass
+
+
+def save_state(
+    path: str | Path,
+    chunks: list[torch.nn.Module],
+    optimizer: Any,
+    manifest: dict[str, Any],
+    asynchronous: bool = False,
+) -> SaveHandle:
+    """Write a checkpoint of the model and (unless none) its optimizer; every process writes what it holds.
+
+    Nothing is gathered: replicas of weights are divided over the data-parallel ranks, optimizer state is written
+    by its owner. `manifest` holds `run`, `stage`, `step`, `tokens`, `samples`, `optimizer_step`, `layout`. With
+    `asynchronous` everything is copied to CPU memory before this returns and written in the background. Call
+    `wait()` on the result on every rank: it raises there if the save failed on any.
+
+    Raises:
+        RequestError: (without `asynchronous`) the destination exists or cannot be written.
+    """
+    processes = writing_processes()
+    tensors, stored = stored_state(chunks, optimizer)
+    buffer = take_buffer(placed(stored)[1]) if asynchronous else None
+    if buffer is not None:
+        stored = snapshot(stored, buffer)
+    found = [Rectangle(name, region, _getter(region, tensor)) for name, region, tensor in stored]
+    shards = {f"__{processes.rank}_0.distcp": found}
+    return SaveHandle(Path(path), tensors, shards, manifest, processes, partial(give_back, buffer) if buffer else None)
+
+
+def stored_state(chunks: list[torch.nn.Module], optimizer: Any) -> tuple[dict[str, TensorInfo], list[Stored]]:
+    """The tensors of a checkpoint of the model and (unless none) its optimizer that are held here at least in part, and
+    what of them this process stores: views of the training's own memory. All ranks must call."""
+    finish_gathering(chunks)
+    parts = placements(chunks)
+    pieces = [*_weight_pieces(parts), *(_optimizer_pieces(optimizer, parts) if optimizer is not None else ())]
+    return {piece.name: piece.info for piece in pieces}, list(_own_share(pieces))
+
+
+def prepare_asynchronous_save(chunks: list[torch.nn.Module], optimizer: Any) -> None:
+    """Get the memory for copies of the state ready in the background, before the first save. All ranks must call."""
+    prepare_buffer(placed(stored_state(chunks, optimizer)[1])[1])
+
+
+def finish_gathering(chunks: list[Any]) -> None:
+    """With overlapped gathering, weights of other ranks' ranges are updated only when the next step needs them."""
+    for chunk in chunks:
+        if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
+            chunk.start_param_sync(force_sync=True)
+
+
+def _getter(region: Region, tensor: torch.Tensor) -> Callable[[Region], torch.Tensor]:
+    return lambda part: tensor[part.within(region).slices]
+
+
+def _weight_pieces(parts: list[Placement]) -> Iterator[Piece]:
+    for placement in parts:
+        info = TensorInfo(placement.shape, placement.parameter.dtype)
+        yield Piece(placement.name, info, placement.region, placement.tensor, placement.main, True)
+
+
+def _optimizer_pieces(optimizer: Any, parts: list[Placement], view: LogicalCheckpoint | None = None) -> Iterator[Piece]:
+    """Pieces of masters and moments; with a view to be loaded, the state is made ready for that first."""
+    initialise_state(optimizer)
+    if view is not None:
+        step = adam_step(view)
+        for part in unchained(optimizer):
+            for group in part.optimizer.param_groups:
+                group["step"] = step
+    by_parameter = placements_by_parameter(parts)
+    for state in state_slices(optimizer):
+        tensors = {MASTER: state.master, EXP_AVG: state.exp_avg, EXP_AVG_SQ: state.exp_avg_sq}
+        if view is not None:
+            if state.parameter.dtype == torch.float32:
+                del tensors[MASTER]  # the parameter itself, filled as a weight
+            for tensor in tensors.values():
+                tensor.zero_()
+        for rectangle in rectangles(state, by_parameter):
+            placement = rectangle.placement
+            info = TensorInfo(placement.shape, torch.float32)
+            for prefix, flat in tensors.items():
+                values = rectangle.values(flat)
+                name = prefix + placement.name
+                yield Piece(name, info, rectangle.region, values, placement.main, not state.sharded)
+
+
+def _peers() -> dist.ProcessGroup | None:
+    """The ranks that hold the same weights as this one; none where it is the only one."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def _parts(piece: Piece, view: LogicalCheckpoint, largest: int) -> Iterator[Part]:
+    """A piece in parts of at most `largest` bytes; none where it stays zero."""
+    name = _source(piece, view)
+    if name is None:
+        return
+    for region in split_region(piece.region, largest // piece.tensor.element_size()):
+        yield Part(piece.tensor[region.within(piece.region).slices], partial(view.read, name, region))
+
+
+@torch.no_grad()  # of each thread
+def _fill(part: Part) -> None:
+    part.tensor.copy_(part.read())
+
+
+def _source(piece: Piece, view: LogicalCheckpoint) -> str | None:
+    """The tensor of the view that a piece is read from; none for moments that the view does not have."""
+    if piece.name.startswith((EXP_AVG, EXP_AVG_SQ)):
+        return piece.name if piece.name in view.tensors else None
+    weight = piece.name.removeprefix(MASTER)
+    # fp32 weights are their own masters: both must come from one source.
+    wants_master = piece.tensor.dtype == torch.float32
+    return MASTER + weight if wants_master and MASTER + weight in view.tensors else weight
+
+
+def _check_shape(view: LogicalCheckpoint, placement: Placement) -> None:
+    if placement.name not in view.tensors:
+        raise RequestError(f"the checkpoint has no tensor {placement.name}, which the model needs")
+    found = view.tensors[placement.name].shape
+    # Checkpoints of Megatron-LM keep their padding rows.
+    padded = len(found) == len(placement.shape) and found[1:] == placement.shape[1:] and found[0] > placement.shape[0]
+    if found != placement.shape and not (padded and placement.kept_padding):
+        raise RequestError(
+            f"{placement.name} has shape {found} in the checkpoint and {placement.shape} in the model: give the model"
+            " the checkpoint's shape, or grow the checkpoint"
+        )
+
+
+def _own_share(pieces: list[Piece]) -> Iterator[Stored]:
+    """What this process stores: its own pieces, and its part of those that its data-parallel peers hold as well."""
+    from megatron.core import parallel_state
+
+    rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    total = sum(piece.tensor.nbytes for piece in pieces if piece.stored and piece.shared)
+    position = 0
+    for piece in pieces:
+        if not piece.stored:
+            continue
+        limit = chunk_size(total, size) if piece.shared else LARGEST_CHUNK
+        for region in split_region(piece.region, limit // piece.tensor.element_size()):
+            part = piece.tensor[region.within(piece.region).slices]
+            if not piece.shared or position * size // max(total, 1) == rank:
+                yield piece.name, region, part
+            position += part.nbytes if piece.shared else 0

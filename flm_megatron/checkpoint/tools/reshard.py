@@ -1,0 +1,81 @@
+"""A checkpoint copied to other files: merged, or one set of files for each rank of a target layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flm_megatron.checkpoint.files.destination import reserved
+from flm_megatron.checkpoint.logical import STATE_PREFIXES, LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.regions import split_region
+from flm_megatron.checkpoint.sharding.layout import rank_regions
+from flm_megatron.checkpoint.torch_dist.shard_file import Rectangle
+from flm_megatron.checkpoint.torch_dist.writer import LARGEST_CHUNK, write_checkpoint, write_view
+from flm_megatron.config.schema import ModelConfig, ParallelConfig
+from flm_megatron.distributed.processes import Processes
+from flm_megatron.distributed.progress import progress_bar
+from flm_megatron.errors import RequestError
+
+
+def stored_bytes(tensors: Mapping[str, TensorInfo]) -> int:
+    """Bytes of all values."""
+    return sum(Region.whole(info.shape).numel * info.dtype.itemsize for info in tensors.values())
+
+
+def reshard(
+    view: LogicalCheckpoint,
+    path: Path,
+    processes: Processes,
+    manifest: dict[str, Any],
+    target: tuple[ModelConfig, ParallelConfig] | None = None,
+) -> dict[str, Any]:
+    """Copy `view` to the new `torch_dist` folder `path`; returns `manifest` as it was written, with what is in it.
+
+    Without `target` the tensors are spread evenly over one file for each process that works on it; with it, rank r of
+    the target's tensor x pipeline layout finds what it will load in the files `__r_*.distcp`.
+
+    Raises RequestError if `path` exists or is being written, if the disk is too small, or if the model cannot be
+    split so.
+    """
+    nbytes = stored_bytes(view.tensors)
+    with reserved(path, processes, nbytes), progress_bar("reshard", nbytes, processes) as moved:
+        if target is None:
+            return write_view(view, path, manifest, progress=moved)
+        shards = {
+            name: _rectangles(view, parts)
+            for number, (name, parts) in enumerate(_target_files(view, *target).items())
+            if number % processes.size == processes.rank
+        }
+        return write_checkpoint(path, view.tensors, shards, manifest, progress=moved)
+
+
+def _target_files(
+    view: LogicalCheckpoint, model: ModelConfig, parallel: ParallelConfig
+) -> dict[str, list[tuple[str, Region]]]:
+    """Regions that go into each file; a region that several ranks hold goes to the first of them."""
+    known = set()
+    files: dict[str, list[tuple[str, Region]]] = {}
+    for rank in range(parallel.model_size):
+        regions = rank_regions(model, parallel, rank % parallel.tensor, rank // parallel.tensor)
+        for name in view.tensors:
+            for region in regions.get(_parameter(name), []):
+                if region.numel and (name, region) not in known:
+                    known.add((name, region))
+                    files.setdefault(f"__{rank}_0.distcp", []).append((name, region))
+    missing = set(view.tensors) - {name for parts in files.values() for name, _ in parts}
+    if missing:
+        raise RequestError(f"{min(missing)} is not a tensor of the configured model, so it has no place in a layout")
+    return files
+
+
+def _rectangles(view: LogicalCheckpoint, parts: list[tuple[str, Region]]) -> Iterator[Rectangle]:
+    for name, region in parts:
+        for piece in split_region(region, LARGEST_CHUNK // view.tensors[name].dtype.itemsize):
+            yield Rectangle(name, piece, partial(view.read, name))
+
+
+def _parameter(name: str) -> str:
+    prefix = next((prefix for prefix in STATE_PREFIXES if name.startswith(prefix)), "")
+    return name[len(prefix) :]

@@ -1,0 +1,257 @@
+"""Reading megatron-core's `torch_dist` folders, ours and Megatron-LM's own, without a model or a process group."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flm_megatron.checkpoint.files.block_checksums import SUFFIX, CheckedFile, KeptBlocks
+from flm_megatron.checkpoint.files.manifest import MANIFEST, read_listed, read_manifest
+from flm_megatron.checkpoint.files.pickle.reader import Foreign, read_torch_file
+from flm_megatron.checkpoint.files.stored_array import StoredArray, is_contiguous
+from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER, LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.regions import slice_axis
+from flm_megatron.checkpoint.torch_dist.chunk_index import ChunkIndex, StoredChunk
+from flm_megatron.checkpoint.torch_dist.metadata import StoredMetadata, StoredPlace, parse_metadata
+from flm_megatron.checkpoint.torch_dist.tensor_record import locate
+from flm_megatron.errors import DamagedError, RequestError
+from flm_megatron.json_text import parse_json
+
+METADATA = ".metadata"
+FORMAT = "metadata.json"
+COMMON = "common.pt"
+OURS = "flm_megatron"  # key in common.pt that tells our folders from Megatron-LM's
+SPAN_BYTES = 16 * 2**20  # of a file that are read or mapped at a time
+# Megatron-LM's names of the same state, with the prefix it gives to one of several optimizers.
+STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(param|fp32_param|exp_avg|exp_avg_sq)\.(.+)")
+STATE_NAMES = {"param": MASTER, "fp32_param": MASTER, "exp_avg": EXP_AVG, "exp_avg_sq": EXP_AVG_SQ}
+NAMELESS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+\.")
+
+
+class TorchDistCheckpoint(LogicalCheckpoint):
+    """A `torch_dist` folder. `nameless_optimizer` says that it holds optimizer state in `dp_reshardable` buckets.
+
+    Whatever is read of it is checked while it is read: small files against the manifest, values against the checksums
+    of the blocks that they lie in. In folders of Megatron-LM, and of our versions before block checksums, a record is
+    read through and held against its own checksum when a part of it is asked for the first time.
+
+    Raises:
+        RequestError: the folder is of a version that is not known.
+        DamagedError: its metadata is missing, broken or changed, or names anything but data; or the folder is one of
+            ours and has no manifest, which is written last.
+    """
+
+    def __init__(self, path: str | Path, blocks: bool = True) -> None:
+        """Open a folder; without `blocks` the block checksums are passed over and records held against their own."""
+        self.path, self._blocks = Path(path), blocks
+        manifest = read_manifest(self.path)
+        metadata = _read_metadata(self.path, manifest)
+        self.chunks: dict[str, list[StoredChunk]] = {}
+        self._indices: dict[str, ChunkIndex] = {}
+        self._arrays: dict[StoredChunk, tuple[StoredArray, tuple[Any, ...] | None]] = {}
+        self.tensors: Mapping[str, TensorInfo] = self._read_tensors(metadata)
+        self.nameless_optimizer = any(NAMELESS.match(name) for name in metadata.entries)
+        self._files: dict[str, dict[str, Any]] = manifest["files"] if manifest else {}
+        self._checked: dict[str, CheckedFile | None] = {}
+        self._kept = KeptBlocks()
+        if COMMON in self._files:
+            read_listed(self.path, COMMON, manifest)
+        self.manifest: dict[str, Any] = manifest or _foreign_manifest(self.path)
+
+    def has_optimizer(self) -> bool:
+        """Whether moments are there by name. Raises RequestError for `dp_reshardable` optimizer state."""
+        if self.nameless_optimizer:
+            raise self._nameless()
+        return super().has_optimizer()
+
+    def read(self, name: str, region: Region | None = None) -> torch.Tensor:
+        """Values of a region; only its bytes (for bands of columns: the pages they lie in) are read."""
+        info = self._info(name)
+        region = region or Region.whole(info.shape)
+        if region.intersect(Region.whole(info.shape)) != region and region.numel:
+            raise RequestError(f"{name}: region {region} does not lie in its shape {info.shape}")
+        met = self._meeting(name, region)
+        if sum(part.numel for _, part in met) != region.numel:
+            raise DamagedError(f"{self.path}: {name} is not stored as a whole: part of {region} is missing", self.path)
+        if len(met) == 1:
+            return self._read_chunk(name, *met[0])
+        out = torch.empty(region.sizes, dtype=info.dtype)
+        for chunk, part in met:
+            out[part.within(region).slices] = self._read_chunk(name, chunk, part)
+        return out
+
+    def _meeting(self, name: str, region: Region) -> list[tuple[StoredChunk, Region]]:
+        if name not in self._indices:
+            self._indices[name] = ChunkIndex(self.tensors[name].shape, self.chunks[name])
+        return self._indices[name].meeting(region)
+
+    def _info(self, name: str) -> TensorInfo:
+        if name in self.tensors:
+            return self.tensors[name]
+        if self.nameless_optimizer and STATE.match(name):
+            raise self._nameless()
+        raise RequestError(f"{self.path} has no tensor {name}")
+
+    def _nameless(self) -> RequestError:
+        return RequestError(
+            f"{self.path} keeps its optimizer state in nameless buckets (dp_reshardable), which only the layout that"
+            " saved it can use: save it again as fully_reshardable, or use the weights alone"
+        )
+
+    def _read_chunk(self, name: str, chunk: StoredChunk, part: Region) -> torch.Tensor:
+        inside = part.within(chunk.region)
+        try:
+            values, whole = self._array(chunk)
+            if values.dtype != self.tensors[name].dtype:
+                raise DamagedError(f"{values.path}: stored as {values.dtype}, not {self.tensors[name].dtype}")
+            if whole is not None:
+                flat = values.read().as_strided(*whole).reshape(chunk.region.sizes)
+                return flat[inside.slices].clone()
+            bands = list(_bands(inside, values))
+            if len(bands) == 1:
+                return values.read(inside)
+            out = torch.empty(part.sizes, dtype=values.dtype)
+            for band in bands:
+                out[band.within(inside).slices] = values.read(band)
+            return out
+        except DamagedError as error:
+            raise DamagedError(f"{name}: {error}", self.path) from error
+
+    def _array(self, chunk: StoredChunk) -> tuple[StoredArray, tuple[Any, ...] | None]:
+        if chunk not in self._arrays:
+            self._arrays[chunk] = _array(self.path / chunk.file, chunk, self._checked_file(chunk.file))
+        return self._arrays[chunk]
+
+    def _checked_file(self, name: str) -> CheckedFile | None:
+        """A shard with the checksums of its blocks; none where they were not made."""
+        if name not in self._checked:
+            sums = name + SUFFIX
+            known = self._blocks and sums in self._files
+            data = read_listed(self.path, sums, self.manifest) if known else b""
+            size = int(self._files[name]["size"]) if known else 0
+            self._checked[name] = CheckedFile(self.path / name, size, data, self._kept) if known else None
+        return self._checked[name]
+
+    def _read_tensors(self, metadata: StoredMetadata) -> dict[str, TensorInfo]:
+        found: dict[str, TensorInfo] = {}
+        for stored, entry in metadata.entries.items():
+            if entry.dtype is None or NAMELESS.match(stored):
+                continue  # bytes, never read, and buckets, which are of no use here
+            match = STATE.fullmatch(stored)
+            name = STATE_NAMES[match[1]] + match[2] if match else stored
+            found[name] = TensorInfo(entry.size, entry.dtype)
+            self.chunks[name] = [self._chunk(stored, Region(*chunk), metadata.places) for chunk in entry.chunks]
+        return found
+
+    def _chunk(
+        self, stored: str, region: Region, places: Mapping[tuple[str, tuple[int, ...]], StoredPlace]
+    ) -> StoredChunk:
+        place = places.get((stored, region.offsets))
+        if place is None:
+            raise DamagedError(f"{self.path / METADATA}: no place is given for {stored} at {region.offsets}")
+        if place.transformed:
+            raise RequestError(f"{self.path}: {stored} is stored compressed or transformed, which cannot be read")
+        return StoredChunk(region, place.relative_path, place.offset, place.length)
+
+
+def _bands(inside: Region, values: StoredArray) -> Iterator[Region]:
+    """Parts of a region that each span few bytes of the file, so that memory does not grow with the chunk."""
+    if is_contiguous(inside, values.shape) or inside.numel == 0:
+        yield inside
+        return
+    axis = next(i for i, n in enumerate(inside.sizes) if n > 1)
+    row_bytes = values.nbytes // values.shape[axis]
+    for outer in values.shape[:axis]:
+        row_bytes //= outer
+    step = max(1, SPAN_BYTES // max(1, row_bytes))
+    for start in range(0, inside.sizes[axis], step):
+        part = slice_axis(inside, axis, start, min(step, inside.sizes[axis] - start))
+        if part.sizes[axis] == 1:
+            yield from _bands(part, values)
+        else:
+            yield part
+
+
+def _array(path: Path, chunk: StoredChunk, checked: CheckedFile | None) -> tuple[StoredArray, tuple[Any, ...] | None]:
+    """Where a chunk's values lie; for values that are not stored row-major also how to find them in the storage."""
+    storage, tensor = locate(path, chunk.offset, chunk.length, checked)
+    sizes = chunk.region.sizes
+    numel, contiguous = 1, True
+    for size, stride in zip(reversed(tensor.size), reversed(tensor.stride), strict=True):
+        contiguous = contiguous and (size == 1 or stride == numel)
+        numel *= size
+    reach = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.size, tensor.stride, strict=True)) + 1
+    if numel != chunk.region.numel or min(tensor.offset, *tensor.stride, 0) < 0 or reach > tensor.storage_numel:
+        raise DamagedError(f"{path}: holds a tensor of shape {tensor.size} where {sizes} is expected")
+    if not contiguous:
+        return storage, (tensor.size, tensor.stride, tensor.offset)
+    offset = storage.offset + tensor.offset * tensor.dtype.itemsize
+    return StoredArray(path, offset, sizes, tensor.dtype, storage.checked), None
+
+
+def _read_metadata(path: Path, manifest: dict[str, Any] | None) -> StoredMetadata:
+    kind: Any = {"sharded_backend": "torch_dist"}  # a plain folder of torch.distributed.checkpoint does not say it
+    if manifest or (path / FORMAT).exists():
+        kind = parse_json(read_listed(path, FORMAT, manifest), str(path / FORMAT), DamagedError, strict=True)
+    if not isinstance(kind, dict) or kind.get("sharded_backend") != "torch_dist":
+        raise RequestError(f"{path} is not in the torch_dist format: {kind!r:.200}")
+    if kind.get("sharded_backend_version", 1) != 1:
+        raise RequestError(f"{path} is of version {kind['sharded_backend_version']!r:.80} of torch_dist; known is 1")
+    return _parsed(read_listed(path, METADATA, manifest), path / METADATA, manifest)
+
+
+def _parsed(data: bytes, file: Path, manifest: dict[str, Any] | None) -> StoredMetadata:
+    """What a metadata file holds. Bytes that are as they were written are not damaged, whatever is in them."""
+    try:
+        return parse_metadata(data, str(file))
+    except DamagedError as error:
+        if manifest is None or METADATA not in manifest["files"]:
+            raise
+        raise RequestError(f"{error}; the file is as it was written, so this program is too old for it") from error
+
+
+def _foreign_manifest(path: Path) -> dict[str, Any]:
+    """What Megatron-LM's own checkpoint says about itself: `step` and `samples`; `optimizer_step` where it is known.
+
+    Raises DamagedError for one of ours, which never goes without its manifest.
+    """
+    if not (path / COMMON).exists():
+        return {}
+    common = read_torch_file(path / COMMON)
+    if not isinstance(common, dict):
+        return {}
+    if OURS in common or common.keys() == {"checkpoint_version", "iteration"}:
+        raise DamagedError(f"{path}: has no {MANIFEST}, which is written last: it is incomplete or was changed")
+    known: dict[str, Any] = {"step": common.get("iteration")}
+    arguments = common.get("args")
+    if arguments is not None and not isinstance(arguments, Foreign):
+        known["samples"] = getattr(arguments, "consumed_train_samples", None)
+    known["optimizer_step"] = _optimizer_step(common.get("optimizer"))
+    return {key: value for key, value in known.items() if isinstance(value, int)}
+
+
+def _optimizer_step(optimizer: Any) -> int | None:
+    """The one Adam step among the parameter groups, wherever they are nested; none when there is none."""
+    waiting, seen = [optimizer], set()
+    while waiting:
+        part = waiting.pop()
+        if not isinstance(part, dict | list) or id(part) in seen:
+            continue  # a part that stands in several places is looked at once: there may be very many of these
+        seen.add(id(part))
+        groups = part.get("param_groups") if isinstance(part, dict) else None
+        steps = [_step(group) for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []
+        if known := [step for step in steps if step is not None]:
+            return max(known)
+        waiting += reversed(list(part.values()) if isinstance(part, dict) else part)
+    return None
+
+
+def _step(group: dict[str, Any]) -> int | None:
+    step = group.get("step")
+    if isinstance(step, torch.Tensor) and step.numel() == 1:
+        step = step.item()
+    return int(step) if isinstance(step, int | float) and abs(step) < 2**62 else None

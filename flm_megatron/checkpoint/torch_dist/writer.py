@@ -1,0 +1,233 @@
+"""Writing `torch_dist` folders from any number of processes, in bounded memory, whole or not at all.
+
+The files are those that torch.distributed.checkpoint and megatron-core write and read. They are laid out here
+because their writers copy every tensor several times, check the plan in quadratic time and start a helper process.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from flm_megatron.checkpoint.files.manifest import MANIFEST, VERSION, file_entry, manifest_text
+from flm_megatron.checkpoint.lease.fence import check_fences, discard
+from flm_megatron.checkpoint.logical import EXP_AVG, STATE_PREFIXES, LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.regions import split_region
+from flm_megatron.checkpoint.torch_dist.logical_hash import combine_hashes, tensor_hash
+from flm_megatron.checkpoint.torch_dist.reader import COMMON, FORMAT, METADATA, OURS
+from flm_megatron.checkpoint.torch_dist.shard_file import Record, Rectangle, Written, write_shard
+from flm_megatron.distributed.processes import Processes
+from flm_megatron.durable import make_folders, sync, write_file
+from flm_megatron.errors import FlmError, RequestError
+
+PARTIAL = ".partial"
+KIND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+SMALLEST_CHUNK, LARGEST_CHUNK = 16 * 2**20, 2**30
+CHUNKS_PER_PROCESS = 16
+FILE_BYTES = 8 * 2**30
+
+
+def write_view(
+    view: LogicalCheckpoint,
+    path: str | Path,
+    manifest: dict[str, Any] | None = None,
+    processes: Processes | None = None,
+    progress: Callable[[int], None] | None = None,
+    chunk_bytes: int | None = None,
+) -> dict[str, Any]:
+    """Copy a view into a new checkpoint folder; its tensors are shared out over `processes` (all, if not given).
+
+    `manifest` is the view's own if not given. Tensors are cut into chunks of at most `chunk_bytes` (`chunk_size`'s
+    if not given), which are streamed. `progress` is called with the bytes done since its last call.
+    Returns the manifest that was written. Raises as `write_checkpoint`, and whatever reading the view raises.
+    """
+    processes = processes or Processes()
+    files = plan_files(view.tensors, processes.rank, processes.size, chunk_bytes)
+    shards = {
+        name: [Rectangle(tensor, region, partial(view.read, tensor)) for tensor, region in parts]
+        for name, parts in files.items()
+    }
+    manifest = dict(view.manifest if manifest is None else manifest)
+    return write_checkpoint(path, view.tensors, shards, manifest, processes, progress)
+
+
+def plan_files(
+    tensors: Mapping[str, TensorInfo], rank: int = 0, size: int = 1, chunk_bytes: int | None = None
+) -> dict[str, list[tuple[str, Region]]]:
+    """The files that `rank` of `size` processes writes, and the regions in each: about equal bytes for every rank."""
+    total = sum(Region.whole(i.shape).numel * i.dtype.itemsize for i in tensors.values())
+    chunk_bytes = chunk_bytes or chunk_size(total, size)
+    files: dict[str, list[tuple[str, Region]]] = {}
+    position = 0
+    for name, info in tensors.items():
+        for region in split_region(Region.whole(info.shape), chunk_bytes // info.dtype.itemsize):
+            if position * size // max(total, 1) == rank:
+                number = (position - rank * total // size) // FILE_BYTES
+                files.setdefault(f"__{rank}_{number}.distcp", []).append((name, region))
+            position += region.numel * info.dtype.itemsize
+    return files
+
+
+def chunk_size(total_bytes: int, processes: int) -> int:
+    """Bytes of a chunk: small enough to share out evenly, large enough for few entries in the metadata."""
+    return min(LARGEST_CHUNK, max(SMALLEST_CHUNK, total_bytes // (processes * CHUNKS_PER_PROCESS)))
+
+
+def write_checkpoint(
+    path: str | Path,
+    tensors: Mapping[str, TensorInfo],
+    shards: Mapping[str, Iterable[Rectangle]],
+    manifest: dict[str, Any],
+    processes: Processes | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Write a checkpoint folder together with the others of `processes` (of all, if not given).
+
+    `tensors` are at least those in `shards`, which are this process's files by name (unique over all processes), each
+    with its rectangles; together the rectangles of all processes cover every tensor once. Everything is written
+    under a temporary name, synchronised to the disk, and renamed when it is whole. Returns the manifest; all but the
+    first process get it without its `files`, of which a large run has tens of thousands.
+
+    Raises:
+        RequestError: the destination exists or cannot be written (disk full, no permission).
+        FlmError: another process failed, or the rectangles do not cover a tensor. Nothing is left at the destination.
+    """
+    path, processes = Path(path), processes or Processes()
+    folder = path.with_name(path.name + PARTIAL)
+    processes.on_first(lambda: _start(path, folder))
+    try:
+        results = processes.together(lambda: _write_shards(folder, shards, tensors, progress))
+        whole: dict[str, Any] = {}
+
+        def finish() -> dict[str, Any]:
+            """What every process hears."""
+            whole.update(_finish(folder, path, results, manifest))
+            return {**whole, "files": {}}
+
+        told = processes.on_first(finish)
+        return whole or told
+    except BaseException:
+        if processes.rank == 0:
+            discard(folder)
+        raise
+
+
+def _start(path: Path, folder: Path) -> None:
+    if path.exists():
+        raise RequestError(f"{path} exists already: choose another destination or remove it")
+    try:
+        check_fences()
+        if folder.exists():
+            shutil.rmtree(folder)
+        make_folders(folder)
+    except OSError as error:
+        raise RequestError(f"{folder}: cannot be made: {error.strerror or error}") from error
+
+
+def _write_shards(
+    folder: Path,
+    shards: Mapping[str, Iterable[Rectangle]],
+    tensors: Mapping[str, TensorInfo],
+    progress: Callable[[int], None] | None,
+) -> Written:
+    written = Written(dict(tensors))
+    for name, rectangles in shards.items():
+        write_shard(folder / name, rectangles, tensors, written, progress)
+    return written
+
+
+def _finish(folder: Path, path: Path, results: list[Written], manifest: dict[str, Any]) -> dict[str, Any]:
+    tensors = {name: info for result in results for name, info in result.tensors.items()}
+    records = [record for result in results for record in result.records]
+    check_cover(tensors, records)
+    manifest = {**manifest, **_contents(tensors, results)}
+    try:
+        for name, data in _small_files(tensors, records, int(manifest.get("step") or 0)).items():
+            write_file(folder / name, data)
+            manifest["files"][name] = file_entry(data)
+        write_file(folder / MANIFEST, manifest_text(manifest).encode())
+        sync(folder)
+        check_fences()
+        folder.rename(path)
+        sync(path.parent)
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
+    return json.loads(manifest_text(manifest))
+
+
+def _small_files(tensors: Mapping[str, TensorInfo], records: Iterable[Record], step: int) -> dict[str, bytes]:
+    """What stands beside the shards in every folder of this format."""
+    common = io.BytesIO()
+    torch.save({"checkpoint_version": 3.0, "iteration": step, OURS: VERSION}, common)
+    return {
+        METADATA: pickle.dumps(_metadata(tensors, records)),
+        FORMAT: json.dumps(KIND).encode(),
+        COMMON: common.getvalue(),
+    }
+
+
+def _contents(tensors: Mapping[str, TensorInfo], results: list[Written]) -> dict[str, Any]:
+    """The parts of the manifest that follow from what was written."""
+    totals = {name: sum(result.hashes.get(name, 0) for result in results) for name in tensors}
+    hashes = {name: tensor_hash(info, totals[name]) for name, info in tensors.items()}
+    return {
+        "optimizer": "logical" if any(name.startswith(EXP_AVG) for name in tensors) else "none",
+        "files": {name: entry for result in results for name, entry in result.files.items()},
+        "tensors": hashes,
+        "weights_hash": combine_hashes({n: h for n, h in hashes.items() if not n.startswith(STATE_PREFIXES)}),
+        "logical_hash": combine_hashes(hashes),
+    }
+
+
+def check_cover(tensors: Mapping[str, TensorInfo], records: Iterable[Record]) -> None:
+    """Raise FlmError unless the records lie in their tensors and hold as many values as these, each corner once."""
+    volumes, corners = dict.fromkeys(tensors, 0), set()
+    for record in records:
+        whole = Region.whole(tensors[record.name].shape)
+        corner = (record.name, record.region.offsets)
+        outside = whole.numel and record.region.intersect(whole) != record.region
+        if outside or corner in corners:
+            raise FlmError(f"{record.name}: rectangle {record.region} lies outside of it or is written twice")
+        volumes[record.name] += record.region.numel
+        corners.add(corner)
+    for name, info in tensors.items():
+        if volumes[name] != Region.whole(info.shape).numel:
+            raise FlmError(f"{name}: {volumes[name]} of its {Region.whole(info.shape).numel} values were given")
+
+
+def _metadata(tensors: Mapping[str, TensorInfo], records: Iterable[Record]) -> Metadata:
+    entries = {
+        name: TensorStorageMetadata(TensorProperties(dtype=info.dtype), torch.Size(info.shape), [])
+        for name, info in tensors.items()
+    }
+    storage = {}
+    for record in records:
+        offsets, sizes = torch.Size(record.region.offsets), torch.Size(record.region.sizes)
+        chunks = entries[record.name].chunks
+        storage[MetadataIndex(record.name, offsets, len(chunks))] = _StorageInfo(
+            record.file, record.offset, record.length
+        )
+        chunks.append(ChunkStorageMetadata(offsets, sizes))
+    return Metadata(dict(entries), planner_data={}, storage_data=storage, storage_meta=StorageMeta())

@@ -1,0 +1,59 @@
+"""Write a checkpoint as a Hugging Face folder, adapters merged into its weights.
+
+The `teleflm` flavour has the released form, with its multipliers in config.json and code that `transformers` loads
+with trust_remote_code. The `llama` flavour has the multipliers folded into embedding and head, so that plain Llama
+gives the same logits and every serving engine can load it.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from flm_megatron.cli.checkpoint.options import add_dtype, add_vocab_size
+from flm_megatron.cli.options.parser import byte_size, path, positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `flm checkpoint export-hf`."""
+    parser.add_argument("source", type=path, help="checkpoint of any format")
+    parser.add_argument("destination", type=path, help="new folder")
+    parser.add_argument("--flavour", choices=["teleflm", "llama"], default="teleflm", help="released form, or Llama's")
+    parser.add_argument("--shard-size", type=byte_size, default=5 * 10**9, help="largest shard, such as 5GB (default)")
+    parser.add_argument("--pad-vocab-to", type=positive, default=1, help="pad the vocabulary to a multiple of this")
+    parser.add_argument("--tokenizer", type=path, help="SentencePiece model; the run's if not given")
+    parser.add_argument("--fold-mask", action="store_true", help="fold a half-open growth mask in, where that is exact")
+    add_dtype(parser)
+    add_vocab_size(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export, and say how exact it is; returns 0."""
+    from flm_megatron.checkpoint.hugging_face.writer import ExportOptions, folding_note, write_hugging_face
+    from flm_megatron.checkpoint.lazy.adapters import merged
+    from flm_megatron.checkpoint.own_tokenizer import tokenizer_to_export
+    from flm_megatron.cli.checkpoint.options import open_with_model, require_new, torch_dtype, without_mask
+    from flm_megatron.distributed.launched import launched_processes
+
+    require_new(args.destination)
+    with launched_processes() as processes:
+        source, model = open_with_model(args.source, args.vocab_size)
+        source = without_mask(source, model, args.fold_mask)
+        source, model = merged(source, model)
+        run_file = source.manifest.get("run") or {}
+        tokenizer, missing = tokenizer_to_export(args.tokenizer, model, args.source, source.manifest)
+        options = ExportOptions(
+            flavour=args.flavour,
+            dtype=torch_dtype(args.dtype),
+            shard_bytes=args.shard_size,
+            pad_vocab_to=args.pad_vocab_to,
+            tokenizer=tokenizer,
+            sequence_length=run_file.get("data", {}).get("sequence_length", 4096),
+        )
+        nbytes = write_hugging_face(source, model, args.destination, options, processes)
+        if processes.rank == 0:
+            print(f"{args.destination}: {nbytes:,} bytes of weights")
+            if args.flavour == "llama":
+                print(folding_note(model))
+            if missing:
+                print(f"no tokenizer files were written: {missing}")
+    return 0

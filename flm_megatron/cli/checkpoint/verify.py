@@ -1,0 +1,40 @@
+"""Check a checkpoint: sizes and checksums of its files, shapes of its tensors. Exit status 1 if anything is wrong."""
+
+from __future__ import annotations
+
+import argparse
+
+from flm_megatron.cli.checkpoint.options import add_vocab_size
+from flm_megatron.cli.options.parser import path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `flm checkpoint verify`."""
+    parser.add_argument("path", type=path, help="checkpoint")
+    parser.add_argument("--quick", action="store_true", help="sizes and structure only, without reading values")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_vocab_size(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what is wrong; returns 1 if something is."""
+    import json
+    import sys
+
+    from flm_megatron.checkpoint.tools.verify import verify_checkpoint
+    from flm_megatron.distributed.launched import launched_processes
+    from flm_megatron.distributed.progress import progress_bar
+
+    with launched_processes() as processes:
+        files = args.path.rglob("*") if args.path.is_dir() else ()
+        nbytes = sum(file.stat().st_size for file in files if file.is_file())
+        with progress_bar("verify", 0 if args.quick else nbytes, processes) as moved:
+            result = verify_checkpoint(args.path, args.quick, processes, moved, args.vocab_size)
+        if processes.rank == 0 and args.json:
+            print(json.dumps({"path": str(args.path), "looked_at": result.looked_at, "problems": result.problems}))
+        elif processes.rank == 0:
+            for problem in result.problems:
+                print(f"flm checkpoint verify: {problem}", file=sys.stderr)
+            if not result.problems:
+                print(f"{args.path}: nothing wrong ({result.looked_at})")
+    return 1 if result.problems else 0

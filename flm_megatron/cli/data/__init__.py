@@ -1,0 +1,179 @@
+"""Make datasets and tokenizers from text."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from flm_megatron.cli.data import screen as data_screen
+from flm_megatron.cli.options.parser import path, positive, real, seed, vocabulary, whole
+
+if TYPE_CHECKING:
+    from flm_megatron.data.corpus.corpus import Corpus
+    from flm_megatron.data.corpus.description import Description
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommands."""
+    commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    _add_build(commands.add_parser("build", help="encode text into an indexed dataset", allow_abbrev=False))
+    _add_tokenizer(commands.add_parser("tokenizer", help="train a SentencePiece tokenizer", allow_abbrev=False))
+    _add_verify(commands.add_parser("verify", help="check a dataset against what was written", allow_abbrev=False))
+    _add_show(commands.add_parser("show", help="the text of a training sample", allow_abbrev=False))
+    screen = commands.add_parser("screen", help="choose few good conversations out of many", allow_abbrev=False)
+    data_screen.add_arguments(screen)
+    _add_stdlib(
+        commands.add_parser(
+            "stdlib", help="tokenizer and datasets from Python's own standard library", allow_abbrev=False
+        )
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the chosen subcommand."""
+    return args.run_data(args)
+
+
+def _add_corpus(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "inputs", type=path, nargs="+", metavar="INPUT", help="text file, .jsonl file, or folder of sources and prose"
+    )
+    parser.add_argument("--field", default="text", help="field of a JSON line that holds the text (default: text)")
+    parser.add_argument("--suffixes", nargs="+", metavar="SUFFIX", help="files to take from folders, e.g. .py .md")
+
+
+def _add_build(parser: argparse.ArgumentParser) -> None:
+    _add_corpus(parser)
+    parser.add_argument("--tokenizer", required=True, type=path, help="SentencePiece model file")
+    parser.add_argument(
+        "--out", required=True, type=path, metavar="PREFIX", help="write PREFIX.bin, PREFIX.idx and PREFIX.json"
+    )
+    parser.add_argument(
+        "--workers", type=whole(1, 1024), default=os.cpu_count() or 1, help="processes (default: one per core)"
+    )
+    parser.add_argument(
+        "--validation-share",
+        type=real(0.0, 1.0),
+        default=0.0,
+        help="share of documents for PREFIX_validation (default: 0)",
+    )
+    parser.set_defaults(run_data=_build)
+
+
+def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    _add_corpus(parser)
+    parser.add_argument("--out", required=True, type=path, help="model file to write")
+    parser.add_argument("--vocab-size", type=vocabulary, default=32000, help="number of ids (default: 32000)")
+    parser.add_argument(
+        "--max-bytes",
+        type=positive,
+        default=200_000_000,
+        help="bytes of text to learn from, sampled (default: 200000000)",
+    )
+    parser.add_argument("--seed", type=seed, default=1234, help="seed of the sampling (default: 1234)")
+    parser.set_defaults(run_data=_tokenizer)
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prefixes", nargs="+", type=path, metavar="PREFIX", help="as given to `flm data build --out`")
+    parser.set_defaults(run_data=_verify)
+
+
+def _add_show(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_file", type=path, help="run file (YAML)")
+    parser.add_argument(
+        "--sample", required=True, metavar="ID", help="SOURCE/EPOCH/SAMPLE as in the log, or its number in the run"
+    )
+    parser.set_defaults(run_data=_show, accepts_overrides=True)
+
+
+def _add_stdlib(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, type=path, metavar="FOLDER", help="folder to write")
+    parser.add_argument("--vocab-size", type=vocabulary, default=4096, help="number of ids (default: 4096)")
+    parser.add_argument("--max-bytes", type=whole(100_000), default=8_000_000, help="bytes of text (default: 8000000)")
+    parser.add_argument("--workers", type=whole(1, 1024), default=1, help="processes (default: 1)")
+    parser.set_defaults(run_data=_stdlib)
+
+
+def _corpus(args: argparse.Namespace) -> Corpus:
+    from flm_megatron.data.corpus.corpus import ALL_SUFFIXES, Corpus
+
+    return Corpus(args.inputs, args.field, args.suffixes or ALL_SUFFIXES)
+
+
+def _build(args: argparse.Namespace) -> int:
+    from flm_megatron.data.corpus.build import build_dataset
+    from flm_megatron.data.tokenizer import Tokenizer
+
+    corpus = _corpus(args)
+    written = build_dataset(
+        corpus.documents(),
+        Tokenizer(args.tokenizer),
+        args.out,
+        workers=args.workers,
+        validation_share=args.validation_share,
+        total_bytes=corpus.size_bytes(),
+    )
+    for prefix, description in written.items():
+        print(_line(prefix, description))
+    return 0
+
+
+def _tokenizer(args: argparse.Namespace) -> int:
+    from flm_megatron.data.tokenizer import train_tokenizer
+
+    corpus = _corpus(args)
+    tokenizer = train_tokenizer(
+        corpus.documents(),
+        args.out,
+        args.vocab_size,
+        text_bytes=corpus.size_bytes(),
+        max_bytes=args.max_bytes,
+        seed=args.seed,
+    )
+    print(f"{args.out}: {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint}")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    """Read every dataset, and say of each that it is whole; the first that is not ends the command."""
+    from tqdm import tqdm
+
+    from flm_megatron.data.corpus.verify import verify_dataset
+
+    for prefix in args.prefixes:
+        with tqdm(unit="B", unit_scale=True, desc="verify", disable=not sys.stderr.isatty()) as bar:
+            description = verify_dataset(prefix, bar.update)
+        print(f"nothing wrong: {_line(str(prefix), description)}")
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from flm_megatron.checkpoint.run_file import open_run
+    from flm_megatron.data.conversations.show import sample_text
+    from flm_megatron.growth.foreseen import check_run_file
+    from flm_megatron.training.resume.start import run_history
+
+    config = open_run(args.run_file, args.overrides)
+    check_run_file(config)
+    print(sample_text(config, args.sample, run_history(config)))
+    return 0
+
+
+def _stdlib(args: argparse.Namespace) -> int:
+    from flm_megatron.data.corpus.standard_library import build_standard_library
+
+    made = build_standard_library(args.out, vocab_size=args.vocab_size, max_bytes=args.max_bytes, workers=args.workers)
+    print(_line(os.path.join(args.out, "train"), made.train))
+    print(_line(os.path.join(args.out, "validation"), made.validation))
+    entropy = made.entropy
+    print(
+        f"unigram entropy of validation: {entropy.nats_per_token:.4f} nats/token, {entropy.bits_per_byte:.4f} bits/byte"
+    )
+    return 0
+
+
+def _line(prefix: str, made: Description) -> str:
+    return f"{prefix}: {made.tokens:,} tokens, {made.text_bytes:,} bytes, {made.documents:,} documents"

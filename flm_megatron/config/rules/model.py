@@ -1,0 +1,71 @@
+"""Rules on the shape of a model: each says in one line what does not fit, or gives None; one that
+looks at several fields gives a line for each."""
+
+from __future__ import annotations
+
+from flm_megatron.config.rules.ranges import LARGEST_MODEL, out_of_range
+from flm_megatron.config.schema import ModelConfig
+
+LARGEST_RANK = 2**16
+POSITIVE = (
+    "norm_epsilon",
+    "rope_theta",
+    "xpos_scale_base",
+    "input_mult",
+    "output_mult",
+    "matrix_init_std",
+    "vector_init_std",
+)
+
+
+def model_sizes_are_counts(model: ModelConfig) -> list[str]:
+    """Counts are at least 1, and not beyond reason."""
+    values = {f"model.{name}": (getattr(model, name), largest) for name, largest in LARGEST_MODEL.items()}
+    values["model.mup.base_hidden_size"] = (model.mup.base_hidden_size, LARGEST_MODEL["hidden_size"])
+    if model.lora is not None:
+        values["model.lora.rank"] = (model.lora.rank, LARGEST_RANK)
+    return out_of_range({name: (value, 1, largest) for name, (value, largest) in values.items()})
+
+
+def constants_are_positive(model: ModelConfig) -> list[str]:
+    """Standard deviations, multipliers and bases are above 0."""
+    values = {name: getattr(model, name) for name in POSITIVE}
+    return [f"model.{name} is {value}, give a number above 0" for name, value in values.items() if value <= 0]
+
+
+def heads_divide_hidden(model: ModelConfig) -> str | None:
+    """Without an explicit head_dim, the heads share out the hidden size."""
+    if model.head_dim is None and model.hidden_size % model.num_attention_heads:
+        return (
+            f"model.hidden_size {model.hidden_size} is not a multiple of num_attention_heads "
+            f"{model.num_attention_heads}: change one of them, or give head_dim"
+        )
+    return None
+
+
+def heads_divide_into_groups(model: ModelConfig) -> str | None:
+    """Every query group has the same number of query heads."""
+    if model.num_attention_heads % model.query_groups:
+        return (
+            f"model.num_attention_heads {model.num_attention_heads} is not a multiple of num_query_groups "
+            f"{model.query_groups}: every query group needs the same number of heads"
+        )
+    return None
+
+
+def head_dim_is_even(model: ModelConfig) -> str | None:
+    """Rotary positions turn pairs of channels."""
+    if model.kv_channels % 2:
+        return (
+            f"model.head_dim is {model.kv_channels} (hidden_size {model.hidden_size}, num_attention_heads "
+            f"{model.num_attention_heads}), rotary positions need an even number of channels in a head"
+        )
+    return None
+
+
+MODEL_RULES = (
+    constants_are_positive,
+    heads_divide_hidden,
+    heads_divide_into_groups,
+    head_dim_is_even,
+)

@@ -1,0 +1,187 @@
+"""One indexed dataset cut into samples by megatron-core; in which order they are taken is `source_line`'s."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from flm_megatron.config.schema import SourceConfig
+from flm_megatron.data.corpus.description import Description, read_description, require_a_sample, source_name
+from flm_megatron.durable import make_folders, sync, sync_tree
+from flm_megatron.errors import DamagedError, RequestError, read_error
+
+if TYPE_CHECKING:
+    import torch
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
+WHOLE = "whole"
+NPY_MAGIC = b"\x93NUMPY"
+FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+class Source:
+    """Samples of one dataset.
+
+    megatron-core's GPTDataset is built for exactly one pass, so that what a sample holds never depends on how many
+    are asked for: the documents are shuffled by `seed`, laid end to end, which is the same line of ids for every
+    length, and cut every `sequence_length` ids (what is over at the end is left out).
+    """
+
+    def __init__(self, config: SourceConfig, sequence_length: int, seed: int, cache: str | None) -> None:
+        """Open the dataset, building its sample index under `cache` (or beside it) if it is not there yet.
+
+        Raises:
+            RequestError: the dataset is missing or smaller than one sample, or the cache cannot be written.
+            DamagedError: its files do not agree with what was written.
+        """
+        self.name, self.sequence_length = source_name(config), sequence_length
+        self.description = read_description(config.path)
+        require_a_sample(config.path, self.description, sequence_length)
+        self._dataset = _open(config.path, self.description, sequence_length, seed, cache)
+
+    def __len__(self) -> int:
+        """Samples in one pass."""
+        return len(self._dataset)
+
+    def read(self, sample: int) -> dict[str, torch.Tensor]:
+        """Sample `sample` of a pass: `tokens`, `labels`, `position_ids` int64 and `loss_mask` fp32, [sequence]."""
+        item = self._dataset[sample]
+        return {field: item[field] for field in FIELDS}
+
+    def row(self, sample: int) -> int:
+        """Where sample `sample` stands on the line of documents: its ids begin at `row * sequence_length`."""
+        return int(self._dataset.shuffle_index[sample])
+
+    def rows(self, samples: numpy.ndarray) -> numpy.ndarray:
+        """The rows of many samples, [n]."""
+        return self._dataset.shuffle_index[samples]
+
+    def text(self, start: int, count: int) -> numpy.ndarray:
+        """`count` ids of the line of documents from place `start` on, int64 [count]; there have to be so many."""
+        parts = [self._dataset.dataset.get(*stretch) for stretch in self._stretches(start, count)]
+        return numpy.concatenate(parts).astype(numpy.int64)
+
+    def documents(self, start: int, count: int) -> list[int]:
+        """Numbers in the dataset of the documents that `count` ids from place `start` on are taken from, in order."""
+        return [document for document, _, _ in self._stretches(start, count)]
+
+    def _stretches(self, start: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """(document, first id in it, number of ids) of each stretch of the line that makes up what is asked for."""
+        row, skipped = divmod(start, self.sequence_length)
+        place, offset = map(int, self._dataset.sample_index[row])
+        offset += skipped
+        while count > 0:
+            document = int(self._dataset.document_index[place])
+            length = int(self._dataset.dataset.sequence_lengths[document])
+            if offset < length:
+                taken = min(count, length - offset)
+                yield document, offset, taken
+                count -= taken
+            place, offset = place + 1, max(0, offset - length)
+
+
+def _open(prefix: str, description: Description, length: int, seed: int, cache: str | None) -> GPTDataset:
+    from flm_megatron.device import current
+
+    current().prepare()
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    indexed = IndexedDataset(prefix)
+    key = f"{description.sha256}/{description.eod}/{description.pad}/{length}/{seed}"
+    folder = _cache_root(prefix, cache) / hashlib.sha256(key.encode()).hexdigest()[:24]
+    if not (folder / WHOLE).exists():
+        _build_index(indexed, description, length, seed, folder)
+    return _load(indexed, description, length, seed, folder)
+
+
+def _load(indexed: Any, description: Description, length: int, seed: int, folder: Path) -> GPTDataset:
+    """Open a built index. numpy would unpickle a file that is not an array, which can run code: only arrays pass."""
+    try:
+        for path in folder.glob("*.npy"):
+            with path.open("rb") as file:
+                if file.read(len(NPY_MAGIC)) != NPY_MAGIC:
+                    raise ValueError(f"{path.name} is not an array")
+        return _gpt_dataset(indexed, description, length, seed, str(folder))
+    except (FileNotFoundError, ValueError) as error:
+        raise DamagedError(
+            f"sample index {folder} cannot be read ({error}): remove that folder, and it is built again"
+        ) from None
+    except OSError as error:
+        raise read_error(folder, error) from error
+
+
+def _cache_root(prefix: str, cache: str | None) -> Path:
+    return Path(cache) if cache else Path(f"{prefix}_cache")
+
+
+def _build_index(indexed: Any, description: Description, length: int, seed: int, folder: Path) -> None:
+    """Build the index in a folder of our own, then rename it into place.
+
+    Processes that come at the same time on one machine wait for the first one; wherever locks do not reach (some
+    network disks), each builds and the first to finish stays. Both are safe: all of them build the same files.
+    """
+    from filelock import FileLock
+
+    partial = folder.with_name(f".{folder.name}.{os.uname().nodename}.{os.getpid()}.partial")
+    try:
+        make_folders(folder.parent)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if (folder / WHOLE).exists():
+                return
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            _save_index(_gpt_dataset(indexed, description, length, seed, ""), partial)
+            sync_tree(partial)
+            partial.rename(folder)
+            sync(folder.parent)
+    except OSError as error:
+        if not (folder / WHOLE).exists():
+            raise RequestError(
+                f"cannot write sample indices: {error}; set data.cache to a folder with room that can be written"
+            ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _save_index(dataset: GPTDataset, folder: Path) -> None:
+    """Write an index under the names that GPTDataset looks for.
+
+    Its own saving is left to the process of rank 0 of the run, which need not be on this machine.
+    """
+    base = f"{dataset.unique_description_hash}-{type(dataset).__name__}-{dataset.index_split.name}"
+    for affix in ("document_index", "sample_index", "shuffle_index"):
+        numpy.save(folder / f"{base}-{affix}.npy", getattr(dataset, affix))
+    (folder / f"{base}-description.txt").write_text(dataset.unique_description)
+    (folder / WHOLE).touch()
+
+
+def _gpt_dataset(indexed: Any, description: Description, length: int, seed: int, folder: str) -> GPTDataset:
+    """The dataset with the index in `folder`; without a folder its index is built in memory."""
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.utils import Split
+
+    ids = {"eod": description.eod, "pad": description.pad, "vocab_size": description.vocab_size}
+    config = GPTDatasetConfig(
+        random_seed=seed % 2**32,
+        sequence_length=length,
+        blend_per_split=[([description.sha256], None), None, None],
+        path_to_cache=folder,
+        tokenizer=SimpleNamespace(**ids, unique_identifiers=ids),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    # It warns that an index without a folder is not saved.
+    logging.getLogger(GPTDataset.__module__).setLevel(logging.ERROR)
+    documents = numpy.arange(len(indexed), dtype=numpy.int32)
+    # The hash stands for the path: a dataset that is moved keeps its indices.
+    return GPTDataset(indexed, description.sha256, documents, None, Split.train, config)

@@ -1,0 +1,56 @@
+"""Entropy of a dataset under unigram frequencies: the loss of a model that knows only how common each id is."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import numpy
+
+from flm_megatron.data.corpus.description import file_of, read_description
+from flm_megatron.errors import RequestError
+
+CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class UnigramEntropy:
+    """Cross entropy of validation ids under training frequencies."""
+
+    nats_per_token: float
+    bits_per_byte: float
+
+
+def unigram_entropy(train: str | os.PathLike[str], validation: str | os.PathLike[str]) -> UnigramEntropy:
+    """Mean -ln p(id) over the ids of the dataset `validation`, p being the frequencies in the dataset `train`.
+
+    One is added to every count, so that ids which training never saw have a probability. Bits per byte are
+    nats per token x tokens / (ln 2 x UTF-8 bytes); end-of-document ids count as tokens without bytes.
+
+    Raises:
+        RequestError: a dataset is missing, or the two were made with different tokenizers.
+        DamagedError: files do not agree with what was written.
+    """
+    descriptions = [read_description(prefix) for prefix in (train, validation)]
+    if descriptions[0].tokenizer != descriptions[1].tokenizer:
+        raise RequestError(f"datasets {train} and {validation} were made with different tokenizers")
+    counts = [_counts(prefix, descriptions[0].vocab_size) for prefix in (train, validation)]
+    smoothed = counts[0] + 1.0
+    nats = -float(numpy.dot(counts[1], numpy.log(smoothed / smoothed.sum())))
+    tokens, text_bytes = descriptions[1].tokens, descriptions[1].text_bytes
+    return UnigramEntropy(nats / tokens, nats / (math.log(2) * text_bytes))
+
+
+def _counts(prefix: str | os.PathLike[str], vocab_size: int) -> numpy.ndarray:
+    """How often each id stands in a dataset, int64 [vocab_size]."""
+    from flm_megatron.device import current
+
+    current().prepare()
+    from megatron.core.datasets.indexed_dataset import DType
+
+    ids = numpy.memmap(file_of(prefix, "bin"), dtype=DType.optimal_dtype(vocab_size), mode="r")
+    counts = numpy.zeros(vocab_size, dtype=numpy.int64)
+    for start in range(0, len(ids), CHUNK):
+        counts += numpy.bincount(ids[start : start + CHUNK], minlength=vocab_size)
+    return counts

@@ -1,0 +1,59 @@
+"""Whether a dataset holds what was written: its index in a moment, its ids by reading all of them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+
+from flm_megatron.config.schema import SourceConfig
+from flm_megatron.data.corpus.description import Description, file_of, read_description
+from flm_megatron.data.corpus.index_file import open_index
+from flm_megatron.errors import DamagedError, read_error
+
+BLOCK = 8 * 2**20
+
+
+def check_indices(sources: Sequence[SourceConfig]) -> None:
+    """Check every entry of every source's index. Raises as `verify_index`."""
+    for source in sources:
+        verify_index(source.path)
+
+
+def verify_index(prefix: str | os.PathLike[str]) -> Description:
+    """Check a dataset's description and every entry of its index; returns the description.
+
+    Raises:
+        RequestError: as `read_description`.
+        DamagedError: a file is not as it was written; the message names it.
+    """
+    description = read_description(prefix)
+    index = open_index(file_of(prefix, "idx"), description.documents)
+    index.check()
+    if description.tokens * index.id_bytes != description.bin_bytes:
+        raise DamagedError(
+            f"{file_of(prefix, 'json')} says {description.tokens:,} tokens of {index.id_bytes} bytes in"
+            f" {description.bin_bytes:,}: damaged; build the dataset again"
+        )
+    return description
+
+
+def verify_dataset(prefix: str | os.PathLike[str], progress: Callable[[int], object] | None = None) -> Description:
+    """Check a dataset as `verify_index` and by the hash of all its ids; returns its description.
+
+    `progress` is called with the bytes read since its last call. Raises as `verify_index`; RequestError too when the
+    disk does not answer.
+    """
+    description = verify_index(prefix)
+    path, found = file_of(prefix, "bin"), hashlib.sha256()
+    try:
+        with path.open("rb", buffering=0) as file:
+            while data := file.read(BLOCK):
+                found.update(data)
+                if progress:
+                    progress(len(data))
+    except OSError as error:
+        raise read_error(path, error) from error
+    if found.hexdigest() != description.sha256:
+        raise DamagedError(f"{path}: its ids are not those that were written: bring it back, or build it again")
+    return description

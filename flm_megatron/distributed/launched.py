@@ -1,0 +1,42 @@
+"""Tools that a launcher may start several times, to share one piece of work."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from flm_megatron.distributed.process_group import process_group
+from flm_megatron.distributed.processes import Processes
+from flm_megatron.errors import RequestError
+
+WAIT = datetime.timedelta(days=2)
+"""Longest that a process waits for another; copying a 1T checkpoint with one process can take many hours."""
+
+
+@contextmanager
+def launched_processes() -> Iterator[Processes]:
+    """The processes that `torchrun` or `srun` started for this program; this one alone without them.
+
+    They are recognised by the variables these set; `srun` needs MASTER_ADDR and MASTER_PORT beside them. A process
+    group that already runs is used as it is.
+    """
+    rank, size = _place()
+    if size == 1 or dist.is_initialized():
+        yield Processes()
+        return
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise RequestError(f"{size} processes were started, but {' and '.join(missing)} is not set")
+    with process_group("gloo", rank=rank, world_size=size, timeout=WAIT):
+        yield Processes()
+
+
+def _place() -> tuple[int, int]:
+    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in os.environ and size in os.environ:
+            return int(os.environ[rank]), int(os.environ[size])
+    return 0, 1

@@ -1,0 +1,28 @@
+"""A bar with bytes per second and time left, on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from flm_megatron.distributed.processes import Processes
+
+
+@contextmanager
+def progress_bar(label: str, nbytes: int, processes: Processes) -> Iterator[Callable[[int], None]]:
+    """A bar over `nbytes` bytes, an equal part for every process; gives a function to be told how many were moved.
+
+    Only the first process shows it, of its own part, on standard error, and only where that is a terminal.
+    """
+    hidden = True if processes.rank else None
+    with tqdm(
+        desc=label, total=nbytes // processes.size, unit="B", unit_scale=True, disable=hidden, leave=False
+    ) as bar:
+
+        def moved(count: int) -> None:
+            """Count bytes."""
+            bar.update(count)
+
+        yield moved

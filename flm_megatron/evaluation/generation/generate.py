@@ -1,0 +1,145 @@
+"""Text generation with a key-value cache, by all processes of one replica of the model together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flm_megatron.data.tokenizer import Tokenizer
+from flm_megatron.device import current
+from flm_megatron.errors import RequestError
+from flm_megatron.evaluation.generation.sampling import Sampler, SamplingSettings
+from flm_megatron.evaluation.model import Batch, forward, speaks
+from flm_megatron.evaluation.perplexity.text_stream import TextStream
+from flm_megatron.model.attention.cache import cached
+
+FinishReason = Literal["eod", "stop", "length"]
+OnText = Callable[[int, str], None]
+"""Called with a request's index and the text that came."""
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A prompt's ids (one at least) and how to go on; `index` tells requests apart and seeds their sampling."""
+
+    index: int
+    prompt: Sequence[int]
+    max_new_tokens: int = 256
+    stop: Sequence[str] = ()
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+
+    def __post_init__(self) -> None:
+        """Raise RequestError for a request that nothing can be made of."""
+        if not self.prompt or self.max_new_tokens < 1:
+            raise RequestError(f"a prompt of {len(self.prompt)} ids and {self.max_new_tokens} new: both are at least 1")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was generated: text, ids (without the end-of-document id), and why it ended."""
+
+    index: int
+    text: str
+    ids: list[int]
+    finish_reason: FinishReason
+
+
+def generate(
+    chunk: Any, tokenizer: Tokenizer, requests: Sequence[GenerationRequest], on_text: OnText | None = None
+) -> list[Completion]:
+    """Complete a batch of requests; the same result on every process of the replica.
+
+    Prompts of unequal length are padded on the left, where no position looks; rotary positions are relative, so the
+    padding does not change what a prompt means.
+    """
+    rows = [_Row(request, tokenizer) for request in requests]
+    longest = max(len(request.prompt) for request in requests)
+    padding = torch.tensor([longest - len(request.prompt) for request in requests])
+    tokens = torch.tensor([[tokenizer.eod] * (longest - len(r.prompt)) + list(r.prompt) for r in requests])
+    with cached(chunk, longest + max(request.max_new_tokens for request in requests)) as cache:
+        while True:
+            hidden = _hidden(padding, cache.length, tokens.shape[1])
+            outputs = forward(chunk, [Batch(tokens, hidden=hidden)], 1, _last_logits)
+            logits: Any = outputs[0] if speaks() else []
+            chosen = _agreed([row.choose(of_row) for row, of_row in zip(rows, logits, strict=False)], len(rows))
+            for row, token in zip(rows, chosen, strict=True):
+                row.take(token, on_text)
+            if all(row.reason for row in rows):
+                return [row.completion() for row in rows]
+            tokens = torch.tensor(chosen).unsqueeze(1)
+
+
+class _Row:
+    """One request under way."""
+
+    def __init__(self, request: GenerationRequest, tokenizer: Tokenizer) -> None:
+        self.request, self.eod = request, tokenizer.eod
+        self.ids: list[int] = []
+        self.reason: FinishReason | None = None
+        self._stream = TextStream(tokenizer, request.prompt, request.stop)
+        self._sampler = Sampler(request.sampling, request.index)
+
+    def choose(self, logits: Tensor) -> int:
+        """The next id from logits [vocabulary]; of a sequence that has ended, just any."""
+        if self.reason:
+            return self.eod
+        seen = torch.tensor([*self.request.prompt, *self.ids], device=logits.device)
+        return self._sampler.choose(logits, seen)
+
+    def take(self, token: int, on_text: OnText | None) -> None:
+        """Go on with an id, show what it says, and see whether that was the end."""
+        if self.reason:
+            return
+        text = ""
+        if token == self.eod:
+            self.reason = "eod"
+        else:
+            self.ids.append(token)
+            text = self._stream.feed(token)
+            if self._stream.stopped:
+                self.reason = "stop"
+            elif len(self.ids) == self.request.max_new_tokens:
+                self.reason = "length"
+        if self.reason:
+            text += self._stream.finish()
+        if text and on_text:
+            on_text(self.request.index, text)
+
+    def completion(self) -> Completion:
+        """The result."""
+        assert self.reason
+        return Completion(self.request.index, self._stream.text, self.ids, self.reason)
+
+
+def _last_logits(batch: Batch, logits: Tensor) -> Tensor:
+    return logits[:, -1].float()
+
+
+def _hidden(padding: Tensor, start: int, positions: int) -> Tensor | None:
+    """Mask [batch, 1, positions, start + positions] of the keys that are padding; none where there is none.
+
+    A padding position sees itself, for a row of scores without any has no softmax.
+    """
+    if not padding.any():
+        return None
+    keys = torch.arange(start + positions)
+    is_padding = keys < padding[:, None, None, None]
+    itself = keys == torch.arange(start, start + positions)[:, None]
+    return is_padding & ~itself
+
+
+def _agreed(chosen: list[int], count: int) -> list[int]:
+    """The `count` ids that the rank that speaks chose, on every process of the replica."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_model_parallel_group()
+    first_of_last_stage = dist.get_process_group_ranks(group)[-parallel_state.get_tensor_model_parallel_world_size()]
+    assert speaks() == (dist.get_rank() == first_of_last_stage)
+    values = torch.tensor(chosen or [0] * count, device=current().torch_device)
+    dist.broadcast(values, first_of_last_stage, group=group)
+    return values.tolist()

@@ -1,0 +1,152 @@
+"""Tasks of lm-evaluation-harness on one or more checkpoints, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flm_megatron.config.schema import ParallelConfig
+from flm_megatron.data.conversations.template import TELE_FLM, ChatTemplate
+from flm_megatron.evaluation.harness.tasks import load_tasks, task_files
+from flm_megatron.evaluation.session import Session, hold_session
+from flm_megatron.evaluation.subject import Subject, open_subject
+
+
+@dataclass(frozen=True)
+class HarnessRequest:
+    """Which tasks to run on which checkpoints; `tasks_folder` holds task YAML files of one's own.
+
+    A `context` of none is the checkpoint's sequence length.
+    """
+
+    checkpoints: Sequence[Path]
+    tasks: Sequence[str]
+    tasks_folder: Path | None = None
+    network: bool = False
+    fewshot: int | None = None
+    limit: int | None = None
+    template: str | None = None
+    """Chat template that questions are put into; none leaves them as they are."""
+    context: int | None = None
+    batch: int = 8
+    json: Path | None = None
+    samples: Path | None = None
+    tokenizer: Path | None = None
+    precision: str | None = None
+    vocab_size: int | None = None
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+def check_request(request: HarnessRequest) -> None:
+    """Open every checkpoint and build every task before any process is started.
+
+    Raises:
+        RequestError: a checkpoint, tokenizer, layout or task that cannot be had; lm_eval is not installed.
+    """
+    from flm_megatron.checkpoint.sharding.layout import check_layout
+
+    for checkpoint in request.checkpoints:
+        subject = open_subject(checkpoint, request.tokenizer, request.vocab_size)
+        check_layout(subject.model, request.parallel)
+        ChatTemplate(request.template or TELE_FLM, subject.tokenizer)
+    with task_files(request.tasks_folder, request.network):
+        load_tasks(request.tasks, request.tasks_folder)
+
+
+def evaluate(request: HarnessRequest) -> int:
+    """On every rank of the layout: evaluate all checkpoints; rank 0 shows the result. Returns 0."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for path in request.checkpoints:
+        subject = open_subject(path, request.tokenizer, request.vocab_size)
+
+        def lead(session: Session, subject: Subject = subject) -> int:
+            """On rank 0, with the session ready."""
+            name = subject.name if subject.name not in found else str(subject.path)
+            found[name] = _run(request, session, subject)
+            return 0
+
+        hold_session(subject, request.parallel, request.precision, request.batch, lead)
+    if found:
+        _show(request, found)
+    return 0
+
+
+def _run(request: HarnessRequest, session: Session, subject: Subject) -> Mapping[str, Any]:
+    """What lm-evaluation-harness makes of one checkpoint. On rank 0 only."""
+    from lm_eval.evaluator import simple_evaluate
+
+    from flm_megatron.evaluation.harness.model import HarnessModel
+
+    template = ChatTemplate(request.template or TELE_FLM, subject.tokenizer)
+    with task_files(request.tasks_folder, request.network):
+        result = simple_evaluate(
+            HarnessModel(session, request.context or subject.context, template),
+            tasks=list(request.tasks),
+            task_manager=load_tasks(request.tasks, request.tasks_folder),
+            num_fewshot=request.fewshot,
+            limit=request.limit,
+            apply_chat_template=request.template is not None,
+            log_samples=request.samples is not None,
+            bootstrap_iters=1000,
+        )
+    assert result is not None
+    return result
+
+
+def _show(request: HarnessRequest, found: Mapping[str, Mapping[str, Any]]) -> None:
+    scores = {name: result["results"] for name, result in found.items()}
+    text = json.dumps({"checkpoints": scores}, indent=2, default=str)
+    if request.samples:
+        _write_samples(request.samples, found)
+    if request.json == Path("-"):
+        print(text)
+        return
+    print("\n".join(table(scores)))
+    if request.json:
+        request.json.write_text(text + "\n", encoding="utf-8")
+
+
+def table(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """A row for each task's metric with its standard error, a column for each checkpoint."""
+    rows = dict.fromkeys(
+        (task, key)
+        for tasks in scores.values()
+        for task, metrics in tasks.items()
+        for key, value in metrics.items()
+        if isinstance(value, float) and "_stderr" not in key
+    )
+    width = max((len(task) + len(key) + 1 for task, key in rows), default=0)
+    columns = [max(18, len(name)) for name in scores]
+    lines = [f"{'task metric':{width}} " + " ".join(f"{n:>{c}}" for n, c in zip(scores, columns, strict=True))]
+    for task, key in rows:
+        cells = [_cell(tasks.get(task, {}), key) for tasks in scores.values()]
+        label = f"{task} {key.removesuffix(',none')}"
+        lines.append(f"{label:{width}} " + " ".join(f"{x:>{c}}" for x, c in zip(cells, columns, strict=True)))
+    return lines
+
+
+def _cell(metrics: Mapping[str, Any], key: str) -> str:
+    if key not in metrics:
+        return "-"
+    metric, _, variant = key.partition(",")
+    error = metrics.get(f"{metric}_stderr,{variant}")
+    return f"{metrics[key]:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else "")
+
+
+def _write_samples(path: Path, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Every question with its answers, a JSON object in each line: what a judge, man or model, reads."""
+    with path.open("w", encoding="utf-8") as out:
+        for name, result in found.items():
+            for task, samples in result["samples"].items():
+                for sample in samples:
+                    record = {
+                        "checkpoint": name,
+                        "task": task,
+                        "doc": sample["doc"],
+                        "target": sample["target"],
+                        "answers": sample["filtered_resps"],
+                    }
+                    print(json.dumps(record, ensure_ascii=False, default=str), file=out)

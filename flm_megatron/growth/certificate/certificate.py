@@ -1,0 +1,196 @@
+"""What a growth changed, measured: logits and loss before and after, on given text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from flm_megatron.checkpoint.logical import LogicalCheckpoint
+from flm_megatron.config.schema import GrowthConfig, ModelConfig, StageConfig
+from flm_megatron.device import current
+from flm_megatron.errors import FlmError
+from flm_megatron.growth.certificate.forward import Layout, forward, on_one_replica, patient_processes
+from flm_megatron.growth.plan import GrowthPlan
+from flm_megatron.growth.schedule import mask_plan
+
+POSITIONS = 256
+"""Positions of each sample whose logits are compared (evenly spaced); the loss is over all."""
+TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Before against after in one precision: differences of logits, their standard deviation before, losses in nats."""
+
+    precision: str
+    max_difference: float
+    rms_difference: float
+    logit_std: float
+    loss_before: float
+    loss_after: float
+
+    @property
+    def loss_change(self) -> float:
+        """Relative change of the loss."""
+        return abs(self.loss_after - self.loss_before) / self.loss_before
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The comparisons of one growth on `samples` x `sequence_length` tokens; the last is in the training precision."""
+
+    stage: str
+    preserving: bool
+    samples: int
+    sequence_length: int
+    comparisons: tuple[Comparison, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for a checkpoint's manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Certificate:
+        """The certificate that `to_json` gave."""
+        comparisons = tuple(Comparison(**values) for values in data["comparisons"])
+        return cls(**{**data, "comparisons": comparisons})
+
+    def table(self) -> str:
+        """The certificate as text."""
+        head = f"growth into {self.stage}, {self.samples} x {self.sequence_length} tokens"
+        rows = ["           max |d|/std   rms d/std   loss before    loss after   relative change"]
+        for c in self.comparisons:
+            rows.append(
+                f"{c.precision:9s}{c.max_difference / c.logit_std:13.2e}{c.rms_difference / c.logit_std:12.2e}"
+                f"{c.loss_before:14.6f}{c.loss_after:14.6f}{c.loss_change:18.2e}"
+            )
+        return "\n".join([head, *rows])
+
+
+def certified(provenance: Mapping[str, Any], certificate: Certificate | None) -> dict[str, Any]:
+    """The `growth` entry of a manifest, with the certificate where there is one."""
+    return {**provenance, **({"certificate": certificate.to_json()} if certificate else {})}
+
+
+def certify(
+    source: LogicalCheckpoint,
+    grown: LogicalCheckpoint,
+    plan: GrowthPlan,
+    stage: StageConfig,
+    tokens: torch.Tensor,
+    layout: Layout,
+) -> Certificate:
+    """Compare the old model with the grown one on `tokens` [samples, sequence + 1], in fp32 and in training precision.
+
+    Runs on all processes of the world, outside any layout: both models are built on one replica, under the stage's
+    layout (the old one under the nearest that fits it). The same certificate is returned on every rank.
+    """
+    comparisons = []
+    for precision in dict.fromkeys(("fp32", stage.precision)):
+        at = StageConfig(**{**_fields(stage), "precision": precision})
+        before = _evaluate(source, plan.old, at, tokens, layout, None)
+        after = _evaluate(grown, plan.new, at, tokens, layout, plan)
+        comparisons.append(patient_processes().on_first(partial(_compare, before, after, precision)))
+    return Certificate(stage.name, plan.preserving, len(tokens), tokens.shape[1] - 1, tuple(comparisons))
+
+
+def check_certificate(certificate: Certificate, growth: GrowthConfig, stage_index: int) -> None:
+    """Refuse a growth whose loss changed by more than its tolerance.
+
+    A plain copy of layers is not meant to preserve anything and is held only against an explicit tolerance.
+
+    Raises:
+        FlmError: the change is too large; the message says how to go on all the same.
+    """
+    measured = certificate.comparisons[-1]
+    limit = growth.loss_tolerance
+    if limit is None:
+        limit = TOLERANCE[measured.precision] if certificate.preserving else float("inf")
+    if not measured.loss_change <= limit:
+        raise FlmError(
+            f"growth into stage {certificate.stage!r} changes the loss from {measured.loss_before:.6f} to "
+            f"{measured.loss_after:.6f}, by {measured.loss_change:.1e} relative; the limit in {measured.precision} is "
+            f"{limit:.1e}. To go on, raise it: --stages.{stage_index}.growth.loss_tolerance {measured.loss_change:.1e}"
+        )
+
+
+def _fields(stage: StageConfig) -> dict[str, Any]:
+    return {name: getattr(stage, name) for name in stage.__dataclass_fields__}
+
+
+def _evaluate(
+    view: LogicalCheckpoint,
+    model: ModelConfig,
+    stage: StageConfig,
+    tokens: torch.Tensor,
+    layout: Layout,
+    plan: GrowthPlan | None,
+) -> tuple[float, torch.Tensor] | None:
+    """Loss and logits at POSITIONS of each sample, on rank 0; none elsewhere. A plan's masks are closed."""
+
+    def evaluate(chunks: list[Any]) -> tuple[float, torch.Tensor] | None:
+        """Do so on the ranks of one replica."""
+        if plan is not None and plan.masked:
+            from flm_megatron.model.masks import GrowthMasks
+
+            GrowthMasks(chunks, model, mask_plan(plan))
+        return _logits(chunks, model.vocab_size, tokens)
+
+    return on_one_replica(view, model, stage, layout, evaluate)
+
+
+def _logits(chunks: list[Any], vocab_size: int | None, tokens: torch.Tensor) -> tuple[float, torch.Tensor] | None:
+    """Mean loss, and logits at POSITIONS of each sample, on rank 0."""
+    losses: list[float] = []
+    kept: list[torch.Tensor] = []
+    spread = torch.linspace(0, tokens.shape[1] - 2, min(POSITIONS, tokens.shape[1] - 1)).long()
+
+    def keep(sample: int, logits: torch.Tensor) -> None:
+        """Take the loss and the wanted logits of a sample."""
+        true = logits[:, :vocab_size].float()
+        labels = tokens[sample, 1:].to(true.device)
+        losses.append(F.cross_entropy(true.double(), labels).item())
+        kept.append(true[spread.to(true.device)].cpu())
+
+    forward(chunks, tokens[:, :-1], keep)
+    return _to_first(losses, kept)
+
+
+def _to_first(losses: list[float], logits: list[torch.Tensor]) -> tuple[float, torch.Tensor] | None:
+    """Bring the results from a rank of the first replica that has them to rank 0, which is of it too."""
+    from megatron.core import parallel_state
+
+    group, device = parallel_state.get_model_parallel_group(), current().torch_device
+    has, rank = bool(losses), dist.get_rank()
+    holder = torch.tensor(rank if has else dist.get_world_size(), device=device)
+    dist.all_reduce(holder, op=dist.ReduceOp.MIN, group=group)
+    first = int(holder)
+    if first != 0 and rank == first:
+        dist.send_object_list([sum(losses) / len(losses), torch.stack(logits)], dst=0, group=group, device=device)
+    if rank != 0:
+        return None
+    if first == 0:
+        return sum(losses) / len(losses), torch.stack(logits)
+    received: list[Any] = [None, None]
+    dist.recv_object_list(received, src=first, group=group, device=device)
+    return received[0], received[1]
+
+
+def _compare(before: Any, after: Any, precision: str) -> Comparison:
+    """The comparison, on rank 0."""
+    (loss_before, old), (loss_after, new) = before, after
+    difference = (new - old).double()
+    return Comparison(
+        precision=precision,
+        max_difference=difference.abs().max().item(),
+        rms_difference=difference.square().mean().sqrt().item(),
+        logit_std=old.double().std().item(),
+        loss_before=loss_before,
+        loss_after=loss_after,
+    )

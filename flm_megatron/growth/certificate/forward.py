@@ -1,0 +1,126 @@
+"""Running a view's model over some text under a layout, for certificates and layer distances."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from flm_megatron.checkpoint.logical import LogicalCheckpoint
+from flm_megatron.checkpoint.sharding.layout import check_layout
+from flm_megatron.checkpoint.sharding.model_state import load_state
+from flm_megatron.config.rules.pipeline import divisors
+from flm_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
+from flm_megatron.device import current
+from flm_megatron.distributed.channels import world_channel
+from flm_megatron.distributed.processes import Processes
+from flm_megatron.errors import RequestError
+
+T = TypeVar("T")
+Layout = Callable[[ParallelConfig], AbstractContextManager[None]]
+"""Makes megatron-core's groups for a layout over all processes of the world, and takes them down again."""
+
+
+def fitting_layout(model: ModelConfig, parallel: ParallelConfig, world: int) -> ParallelConfig:
+    """`parallel` if `model` and the `world` processes fit it, else a smaller one; the rest is data parallel.
+
+    A stage's layout fits its own model, but the smaller model it grows from may have too few heads or layers for it,
+    and a tool may run on fewer processes than training. Virtual pipelines, which only hide waiting, are left out.
+    """
+    if parallel.virtual_pipeline > 1:
+        parallel = replace(parallel, virtual_pipeline=1, pipeline_layers=None)
+    if _fits(model, parallel, world):
+        return replace(parallel, data=None)
+    smaller = [
+        ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=parallel.sequence and tensor > 1)
+        for tensor in divisors(parallel.tensor)
+        for pipeline in divisors(parallel.pipeline)
+    ]
+    return max((p for p in smaller if _fits(model, p, world)), key=lambda p: (p.model_size, p.tensor))
+
+
+def _fits(model: ModelConfig, parallel: ParallelConfig, world: int) -> bool:
+    try:
+        check_layout(model, parallel)
+    except RequestError:
+        return False
+    return world % parallel.model_size == 0
+
+
+def on_one_replica(
+    view: LogicalCheckpoint, model: ModelConfig, stage: StageConfig, layout: Layout, measure: Callable[[list[Any]], T]
+) -> T | None:
+    """What `measure(chunks)` gives on the ranks of the first data-parallel replica; none on the others, which wait.
+
+    The chunks are of `model` with a view's weights, ready to evaluate, under the stage's layout or one that fits. Other
+    replicas would read the same weights once more for the same numbers. They wait at the world's store, without a
+    collective that could time out. fp32 weights come from the view's masters where it has them. Products are not in
+    FP8: its noise would hide what is measured, and the sizes of the model that grows may not fit it.
+
+    Raises:
+        DamagedError: (on every rank) the view cannot be read.
+    """
+    from megatron.core import parallel_state
+
+    parallel = fitting_layout(model, stage.parallel, dist.get_world_size())
+    stage = replace(stage, model=model, parallel=parallel, micro_batch=1, recompute="none", fp8="none")
+    processes = patient_processes()
+    with layout(stage.parallel), torch.no_grad():
+        first = parallel_state.get_data_parallel_rank() == 0
+        chunks: list[Any] = []
+        processes.together(lambda: chunks.extend(_loaded(view, model, stage)) if first else None)
+        # Not together: a rank that fails in a collective has to end, or the rest of its replica would wait there.
+        found = measure(chunks) if first else None
+        processes.on_first(lambda: None)
+        return found
+
+
+def patient_processes() -> Processes:
+    """All processes of the world, which may wait for hours for each other."""
+    return Processes(world_channel("measuring"))
+
+
+def _loaded(view: LogicalCheckpoint, model: ModelConfig, stage: StageConfig) -> list[Any]:
+    """A view's model on this replica alone."""
+    from flm_megatron.model.build import build_model
+
+    chunks = [chunk.to(current().torch_device).eval() for chunk in build_model(model, stage)]
+    load_state(view, chunks, alone=True)
+    return chunks
+
+
+@torch.no_grad()
+def forward(chunks: list[Any], tokens: torch.Tensor, on_logits: Callable[[int, torch.Tensor], None]) -> None:
+    """Run `tokens` [samples, sequence] through the pipeline of one replica, one sample at a time.
+
+    On the last pipeline part `on_logits(sample, logits)` is called, with logits [sequence, padded vocabulary] gathered
+    over tensor-parallel ranks.
+    """
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def step(data: Iterator[int], model: Any) -> tuple[torch.Tensor, Any]:
+        """megatron-core's forward step for one sample."""
+        sample = next(data)
+        batch = tokens[sample : sample + 1].to(current().torch_device)
+        output = model(batch, None, None, runtime_gather_output=True)
+
+        def finish(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+            """Hand over the logits; the schedule's loss is not used."""
+            on_logits(sample, logits[0])
+            return logits.new_zeros(()), torch.ones((), dtype=torch.int, device=logits.device), sample
+
+        return output, finish
+
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter(range(len(tokens))),
+        model=chunks[0],
+        num_microbatches=len(tokens),
+        seq_length=tokens.shape[1],
+        micro_batch_size=1,
+        forward_only=True,
+    )

@@ -1,0 +1,49 @@
+"""What is measured at a boundary before a stage starts: layer distances, and the growth's certificate."""
+
+from __future__ import annotations
+
+import torch
+
+from flm_megatron.checkpoint.logical import LogicalCheckpoint
+from flm_megatron.config.schema import GrowthConfig, RunConfig
+from flm_megatron.growth.boundary import needs_distances, source_model
+from flm_megatron.growth.certificate.certificate import Certificate, certify, check_certificate
+from flm_megatron.growth.certificate.forward import Layout
+from flm_megatron.growth.distance import distances_of, layer_distances
+from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
+from flm_megatron.growth.text import run_tokens
+
+
+def boundary_distances(
+    source: LogicalCheckpoint, run: RunConfig, stage_index: int, layout: Layout, tokens: torch.Tensor | None = None
+) -> list[float] | None:
+    """Distance of each old layer on `tokens` (the run's first validation samples without), where growth needs them.
+
+    Runs on all processes of the world, outside any layout. None where layers are not chosen by distance.
+    """
+    if not needs_distances(run, stage_index):
+        return None
+    growth = run.stages[stage_index].growth or GrowthConfig()
+    tokens = run_tokens(run, growth.distance_samples) if tokens is None else tokens
+    model = source_model(source, run, stage_index)
+    found = layer_distances(source, model, run.stages[stage_index], tokens[:, :-1], layout)
+    return distances_of(found, growth.distance_metric)
+
+
+def boundary_certificate(
+    view: GrownCheckpoint, run: RunConfig, stage_index: int, layout: Layout, tokens: torch.Tensor | None = None
+) -> Certificate | None:
+    """The certificate of a grown view on `tokens` (the run's first validation samples without); none with 0 samples.
+
+    Runs on all processes of the world, outside any layout.
+
+    Raises:
+        FlmError: the loss changes by more than the run file allows.
+    """
+    growth = run.stages[stage_index].growth or GrowthConfig()
+    if growth.certify_samples == 0 and tokens is None:
+        return None
+    tokens = run_tokens(run, growth.certify_samples) if tokens is None else tokens
+    certificate = certify(view.source, view, view.plan, run.stages[stage_index], tokens, layout)
+    check_certificate(certificate, growth, stage_index)
+    return certificate

@@ -1,0 +1,101 @@
+"""When each entry of a grown model was born, in Adam's steps: a function of the growths behind it.
+
+Births are not stored value by value: the plans in a checkpoint's manifest say which regions a growth added, so any
+layout computes its own part when it loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from flm_megatron.checkpoint.logical import EXP_AVG, LogicalCheckpoint, Region
+from flm_megatron.errors import RequestError
+from flm_megatron.growth.grown.operators import Old, Operators
+from flm_megatron.growth.plan import GrowthPlan
+
+Provenance = Mapping[str, Any]
+"""The `growth` entry of a manifest (`view.provenance`)."""
+
+
+def growth_behind(manifest: Mapping[str, Any]) -> Provenance | None:
+    """The last growth behind a checkpoint: that of its stage, or of the checkpoint that its run started from."""
+    return manifest.get("growth") or manifest.get("earlier_growth")
+
+
+def has_moments(view: LogicalCheckpoint) -> bool:
+    """Whether a checkpoint has Adam's moments; without, its entries are all born anew."""
+    return any(name.startswith(EXP_AVG) for name in view.tensors)
+
+
+def earlier_growth(view: LogicalCheckpoint, grows: bool) -> dict[str, Any]:
+    """What a stage that starts from or resumes `view` keeps of it in its manifests, unless the stage `grows` itself:
+    the growth that its births follow from, where there are some."""
+    growth = growth_behind(view.manifest)
+    if grows or not has_moments(view) or not counts_births(growth):
+        return {}
+    return {"earlier_growth": growth}
+
+
+def counts_births(growth: Provenance | None) -> bool:
+    """Whether any growth behind a checkpoint asked for births (`optimizer_step: birth`)."""
+    return growth is not None and (growth["plan"]["optimizer_step"] == "birth" or counts_births(growth["before"]))
+
+
+def births(growth: Provenance | None, name: str, region: Region) -> torch.Tensor:
+    """Adam's step at the birth of each entry of a region of parameter `name` (int32, of shape `region.sizes`).
+
+    It is 0 for entries of the first stage, for those of growths that `keep` the step, and for all where a growth had
+    no moments to start from.
+    """
+    out = torch.zeros(region.sizes, dtype=torch.int32)
+    if growth is None or not growth.get("moments", True):
+        return out
+    plan = GrowthPlan.from_json(growth["plan"])
+    born = growth["optimizer_step"] if plan.optimizer_step == "birth" else 0
+    for piece in Operators(plan).pieces(name, region):
+        old = isinstance(piece.content, Old) and not piece.content.copy
+        values = births(growth["before"], name, piece.content.region) if old else born  # type: ignore[union-attr]
+        out[piece.region.within(region).slices] = values
+    return out
+
+
+def load_births(view: LogicalCheckpoint, chunks: list[torch.nn.Module], optimizer: Any) -> None:
+    """Give a loaded optimizer the births that its AdamW counts bias correction from; nothing where all are 0.
+
+    Call it after `load_state`, with the same view. One without moments starts Adam anew, births and all.
+
+    Raises:
+        RequestError: births are asked for, but the optimizer is Transformer Engine's or Apex's.
+    """
+    from flm_megatron.checkpoint.sharding.optimizer_state import (
+        placements_by_parameter,
+        rectangles,
+        state_slices,
+        unchained,
+    )
+    from flm_megatron.checkpoint.sharding.placement import placements
+    from flm_megatron.optim.adamw import AdamW
+
+    growth = growth_behind(view.manifest)
+    if not has_moments(view) or not counts_births(growth):
+        return
+    by_parameter = placements_by_parameter(placements(chunks))
+    for part in unchained(optimizer):
+        inner = part.optimizer
+        if not isinstance(inner, AdamW):
+            kind = f"{type(inner).__module__}.{type(inner).__name__}"
+            raise RequestError(
+                f"growth.optimizer_step is `birth`, which {kind} cannot count: use `keep` with a re-warm-up, "
+                "or train without Transformer Engine and Apex"
+            )
+        masters = {p.data_ptr(): p for group in inner.param_groups for p in group["params"] if p.numel()}
+        for state in state_slices(part):
+            values = torch.zeros(state.master.shape, dtype=torch.int32)
+            for rectangle in rectangles(state, by_parameter):
+                rectangle.values(values).copy_(births(growth, rectangle.placement.name, rectangle.region))
+            if values.any():
+                master = masters[state.master.data_ptr()]
+                inner.state[master]["birth"] = values.view(master.shape).to(master.device)

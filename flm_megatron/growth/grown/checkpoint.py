@@ -1,0 +1,133 @@
+"""A grown checkpoint that is never written: each region is computed from the source when it is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+
+from flm_megatron import __version__
+from flm_megatron.checkpoint.lazy.generator import truncated_normal
+from flm_megatron.checkpoint.logical import EXP_AVG, MASTER, STATE_PREFIXES, LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.errors import RequestError
+from flm_megatron.growth.grown.births import growth_behind, has_moments
+from flm_megatron.growth.grown.operators import Constant, Fresh, Mean, Old, Operators, Piece
+from flm_megatron.growth.plan import GrowthPlan
+from flm_megatron.model.parameters import parameter_specs
+
+
+class GrownCheckpoint(LogicalCheckpoint):
+    """`source` grown by `plan`: weights, and masters and moments where the source has them.
+
+    Old values are scaled where the plan scales weights (first moments by 1/c, second by 1/c^2 for weights times c);
+    new entries have zero moments, and so do copied layers. New values depend on the plan's seed and stage, the
+    tensor's name and the global index only.
+
+    Raises:
+        RequestError: the source's tensors are not those of the plan's old model.
+    """
+
+    def __init__(self, source: LogicalCheckpoint, plan: GrowthPlan, manifest: dict[str, Any] | None = None) -> None:
+        self.source, self.plan = source, plan
+        self.operators = Operators(plan)
+        _check_source(source, plan)
+        self.tensors = {name: info for name in self.operators.specs for name, info in self._infos(name)}
+        self.manifest = {**(manifest or {}), "growth": provenance(source, plan)}
+
+    def read(self, name: str, region: Region | None = None) -> torch.Tensor:
+        """Values of `region` of `name`; only the old regions it is made of are read."""
+        if name not in self.tensors:
+            raise RequestError(f"the grown checkpoint has no tensor {name!r}")
+        info = self.tensors[name]
+        region = region or Region.whole(info.shape)
+        prefix, parameter = split_name(name)
+        out: torch.Tensor | None = None
+        for piece in self.operators.pieces(parameter, region):
+            weights = prefix in ("", MASTER)
+            values = (self._weights if weights else self._moments)(prefix, parameter, piece)
+            if isinstance(values, torch.Tensor) and values.shape == region.sizes and values.dtype == info.dtype:
+                return values  # one piece is all of it: no copy
+            out = torch.empty(region.sizes, dtype=info.dtype) if out is None else out
+            out[piece.region.within(region).slices] = values
+        return torch.empty(region.sizes, dtype=info.dtype) if out is None else out
+
+    def _infos(self, name: str) -> list[tuple[str, TensorInfo]]:
+        """The parameter and its optimizer state, as far as the source has them."""
+        shape = self.operators.specs[name].shape
+        prefixes = ("", *STATE_PREFIXES)
+        return [(p + name, TensorInfo(shape, i.dtype)) for p in prefixes if (i := self.source.tensors.get(p + name))]
+
+    def _weights(self, prefix: str, name: str, piece: Piece) -> torch.Tensor | float:
+        """Weights or masters of one piece. A rounded weight that changes is rounded from its fp32 master."""
+        content = piece.content
+        if isinstance(content, Constant):
+            return content.value
+        if isinstance(content, Fresh):
+            key, shape = f"growth:{self.plan.stage}:{name}", self.operators.specs[name].shape
+            dtype = self.tensors[prefix + name].dtype
+            return truncated_normal(self.plan.seed, key, shape, piece.region, content.std, dtype=dtype)
+        if isinstance(content, Old) and content.scale == 1.0:
+            return self.source.read(prefix + name, content.region)
+        exact = MASTER + name if MASTER + name in self.source.tensors else prefix + name
+        values = self.source.read(exact, content.region)
+        values = values if values.dtype == torch.float64 else values.float()
+        if isinstance(content, Mean):
+            values = axis_mean(values, content.axis)
+        return values * content.scale
+
+    def _moments(self, prefix: str, name: str, piece: Piece) -> torch.Tensor | float:
+        """Moments of one piece: they go the other way than the weights' scale, and start at zero where new."""
+        content = piece.content
+        if not isinstance(content, Old) or content.copy:
+            return 0.0
+        values = self.source.read(prefix + name, content.region)
+        return values if content.scale == 1.0 else values / content.scale ** (1 if prefix == EXP_AVG else 2)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A tensor's optimizer prefix (empty for a weight) and its parameter."""
+    prefix = next((p for p in STATE_PREFIXES if name.startswith(p)), "")
+    return prefix, name[len(prefix) :]
+
+
+def axis_mean(values: torch.Tensor, axis: int) -> torch.Tensor:
+    """Mean over `axis` (kept with size 1), summed in float64 by halves: the same bits however the rest is cut."""
+    size, total = values.shape[axis], values.double()
+    while (n := total.shape[axis]) > 1:
+        half = n // 2
+        paired = total.narrow(axis, 0, half) + total.narrow(axis, half, half)
+        total = torch.cat([paired, total.narrow(axis, n - 1, 1)], axis) if n % 2 else paired
+    return (total / size).to(values.dtype)
+
+
+def provenance(source: LogicalCheckpoint, plan: GrowthPlan) -> dict[str, Any]:
+    """Where a grown checkpoint comes from: the plan, the source's checksum, the code's version.
+
+    `optimizer_step` is Adam's step at the growth, `moments` whether the source had Adam's moments, `before` the
+    provenance of the source where it was grown too.
+    """
+    text = json.dumps(source.manifest, sort_keys=True, default=str)
+    return {
+        "plan": plan.to_json(),
+        "source_logical_hash": source.manifest.get("logical_hash"),
+        "source_manifest_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "source_stage": source.manifest.get("stage"),
+        "source_step": source.manifest.get("step"),
+        "optimizer_step": int(source.manifest.get("optimizer_step") or 0) if has_moments(source) else 0,
+        "moments": has_moments(source),
+        "code_version": __version__,
+        "before": growth_behind(source.manifest),
+    }
+
+
+def _check_source(source: LogicalCheckpoint, plan: GrowthPlan) -> None:
+    for name, spec in parameter_specs(plan.old).items():
+        found = source.tensors.get(name)
+        if found is None or tuple(found.shape) != spec.shape:
+            what = "is missing" if found is None else f"has shape {tuple(found.shape)}"
+            raise RequestError(
+                f"the source checkpoint does not fit the stage before: {name} {what}, the run file makes it "
+                f"{spec.shape}"
+            )

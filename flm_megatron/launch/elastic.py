@@ -1,0 +1,93 @@
+"""torchrun that ends with the status of its ranks: `python -m flm_megatron.launch.elastic TORCHRUN ARGUMENTS`.
+
+torchrun itself ends with 1 whenever it was stopped by a signal, although its ranks have saved and ended with 3, which
+is what a scheduler should see to queue the job again. And with the elastic rendezvous it keeps one store for all
+starts of the ranks, so a rank that is started again may find the addresses of those before it and hang (seen with
+torch 2.13 and gloo): here every start has a store of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+STOPPED = 3
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+SPOKEN = (1, 2, STOPPED)
+"""Statuses of ranks that have said why they end."""
+
+
+def leave_word(text: str, status: int) -> None:
+    """Tell the launcher how this rank ends, in the file and the form that torchrun has for it."""
+    path = os.environ.get(ERROR_FILE)
+    if path:
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        word = {"message": {"message": text, "errorCode": status, "extraInfo": extra}}
+        Path(path).write_text(json.dumps(word), encoding="utf-8")
+
+
+def main(arguments: list[str]) -> int:
+    """Run torchrun with `arguments` until its ranks end; returns their status (3: stopped after saving)."""
+    import tempfile
+
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    _quiet_torchrun()
+    args = torchrun.parse_args(arguments)
+    if args.rdzv_backend != "static":
+        os.environ.setdefault(OWN_STORE, "1")
+    with tempfile.TemporaryDirectory(prefix="flm-") as folder:
+        args.log_dir = args.log_dir or folder
+        try:
+            torchrun.run(args)
+        except ChildFailedError as error:
+            # Of the first rank to fail: torchrun ends the others, each in its own way.
+            rank, failure = error.get_first_failure()
+            if failure.exitcode not in SPOKEN:
+                print(how_it_ended(rank, failure.exitcode), file=sys.stderr)
+            return status_of({failure.exitcode})
+        except SignalException:
+            return status_of(_last_words(Path(args.log_dir)))
+    return 0
+
+
+def how_it_ended(rank: int, exit_code: int) -> str:
+    """One line on a rank that left no word."""
+    how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with status {exit_code}"
+    return f"flm: rank {rank} on host {socket.gethostname()} {how}"
+
+
+def _quiet_torchrun() -> None:
+    """What torchrun logs of ranks that fail is said by the ranks themselves, or by `main`, in one line."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # its own default, of which it warns
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+
+
+def status_of(statuses: set[int]) -> int:
+    """One status for all ranks: 3 or 2 if all that failed agree on it, else 1."""
+    return statuses.pop() if statuses in ({STOPPED}, {2}) else 1
+
+
+def _last_words(folder: Path) -> set[int]:
+    """Statuses that the ranks of the last start have left in torchrun's log folder."""
+    words = list(folder.glob("*/attempt_*/*/error.json"))
+    last = max((int(word.parts[-3].removeprefix("attempt_")) for word in words), default=0)
+    return {_status(word) for word in words if word.parts[-3] == f"attempt_{last}"}
+
+
+def _status(word: Path) -> int:
+    message = json.loads(word.read_text(encoding="utf-8"))["message"]
+    return int(message["errorCode"]) if isinstance(message, dict) and "errorCode" in message else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,149 @@
+"""What is checked and filled in before any process starts and anything is written: the rules of the run file, kernels,
+tokenizer and data, and where training begins. What needs no torch comes first, for its import takes seconds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from flm_megatron.config.loader import resolve_vocabulary
+from flm_megatron.config.schema import RunConfig
+from flm_megatron.errors import Mistakes, RequestError, refuse_together
+from flm_megatron.growth.foreseen import check_run_file
+from flm_megatron.paths import require_folder
+
+
+def resolve(run: RunConfig, start_anew: bool = False) -> RunConfig:
+    """The run with its vocabulary filled in from the tokenizer, its data found and fitting.
+
+    With `start_anew` it begins at `checkpoint.initial` even where it has checkpoints of its own.
+
+    Raises:
+        Mistakes: broken rules; or no tokenizer, no data, data made with another tokenizer, shorter than a sample or
+            than the budgets; or kernels, FP8 or Transformer Engine that are asked for by name and not there.
+        RequestError: the first stage is of another model than `checkpoint.initial`.
+        DamagedError: `checkpoint.initial` cannot be read, or a dataset is damaged.
+    """
+    from flm_megatron.data.corpus.description import check_datasets
+    from flm_megatron.data.tokenizer import Tokenizer
+
+    if run.data.chat is not None:
+        raise RequestError("data.chat makes this a fine-tuning: run it with `flm sft`")
+    run = _with_models(run)
+    check_run_file(run)
+    _require_data(run)
+    tokenizer = Tokenizer(str(run.tokenizer))
+    check_datasets(run.data, tokenizer)
+    _check_indices(run)
+    run = resolve_vocabulary(run, tokenizer.vocab_size)
+    check_run_file(run)
+    require_installed(run)
+    _require_beginning(run, start_anew)
+    return run
+
+
+def require_installed(run: RunConfig) -> None:
+    """Check that what the run file asks for by name can run here.
+
+    Raises:
+        Mistakes: a kernel, FP8 or Transformer Engine cannot.
+    """
+    from flm_megatron import kernels
+    from flm_megatron.kernels import fp8
+    from flm_megatron.model.transformer_engine import require_transformer_engine
+
+    checks: list[Callable[[], object]] = [partial(kernels.choose, run.kernels)]
+    for stage in run.stages:
+        checks += [partial(fp8.require, stage), partial(require_transformer_engine, stage)]
+    refuse_together(checks)
+
+
+def require_places(run: RunConfig, only: str | None = None) -> None:
+    """Check that `only` is a stage, and that the run can write where it is to.
+
+    Raises:
+        Mistakes: one of these does not hold.
+    """
+    checks: list[Callable[[], object]] = [
+        partial(check_stage_name, run, only),
+        partial(require_folder, run.output, "output"),
+    ]
+    if run.data.cache is not None:
+        checks.append(partial(require_folder, run.data.cache, "data.cache"))
+    refuse_together(checks)
+
+
+def check_stage_name(run: RunConfig, only: str | None) -> None:
+    """Check that `only`, if given, is a stage. Raises RequestError if not."""
+    names = [stage.name for stage in run.stages]
+    if only is not None and only not in names:
+        raise RequestError(f"no stage is named {only!r}; the run has {', '.join(names)}")
+
+
+def require_turn(run: RunConfig, only: str | None, start_anew: bool) -> None:
+    """Check that a run that begins is not asked for a later stage alone. Raises RequestError if it is."""
+    from flm_megatron.training.resume.start import has_checkpoints
+
+    first = run.stages[0].name
+    if only not in (None, first) and (start_anew or not has_checkpoints(run)):
+        raise RequestError(f"stage {only!r} needs stage {first!r} to be finished: train it first")
+
+
+def check_epochs(run: RunConfig) -> None:
+    """Check that sources with `epochs` last for all budgets. Raises RequestError if they do not."""
+    from flm_megatron.config.budget import stage_budgets
+    from flm_megatron.data.corpus.description import read_description
+
+    length, sources = run.data.sequence_length, run.data.train
+    if any(source.epochs is None for source in sources):
+        return
+    wanted = stage_budgets(run)[-1].end_sample
+    passes = {source.path: (read_description(source.path).tokens - 1) // length for source in sources}
+    there = sum(max(1, round(passes[source.path] * source.epochs)) for source in sources if source.epochs)
+    if wanted > there:
+        raise RequestError(
+            f"data.train ends after {there * length:,} tokens ({there:,} samples of {length}), but the stages ask for "
+            f"{wanted * length:,} ({wanted:,} samples): shorten the budgets, raise epochs, or give weights"
+        )
+
+
+def _with_models(run: RunConfig) -> RunConfig:
+    """The run with the models that it takes from a checkpoint; only then is torch needed to open one."""
+    if not any(stage.model.from_checkpoint for stage in run.stages):
+        return run
+    from flm_megatron.checkpoint.run_file import with_checkpoint_models
+
+    return with_checkpoint_models(run)
+
+
+def _require_beginning(run: RunConfig, start_anew: bool) -> None:
+    """Where the run begins, hold `checkpoint.initial` against its first stage, and its budgets against its data."""
+    from flm_megatron.training.resume.first_view import check_initial
+    from flm_megatron.training.resume.start import has_checkpoints
+
+    if start_anew or not has_checkpoints(run):
+        check_epochs(run)
+        check_initial(run)
+
+
+def _check_indices(run: RunConfig) -> None:
+    """Every entry of the datasets' indices; the first of a launcher's processes does it for all, for they are large."""
+    from flm_megatron.data.corpus.verify import check_indices
+
+    if os.environ.get("RANK", "0") == "0":
+        check_indices([*run.data.train, *run.data.validation])
+
+
+def _require_data(run: RunConfig) -> None:
+    """Check that the run names a tokenizer and data, and that the tokenizer is there."""
+    lines = []
+    if run.tokenizer is None:
+        lines.append("tokenizer is not set: give the SentencePiece model the data was made with")
+    elif not Path(run.tokenizer).is_file():
+        lines.append(f"tokenizer {run.tokenizer} is not there: train one with `flm data tokenizer`")
+    if not run.data.train:
+        lines.append("data.train has no sources: name at least one dataset made by `flm data build`")
+    if lines:
+        raise Mistakes(lines)

@@ -1,0 +1,78 @@
+"""Core attention over torch's scaled dot product, which never builds the matrix of scores where it can avoid it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flm_megatron.model.attention.cache import KeyValueCache
+from flm_megatron.model.attention.xpos import xpos_scales
+from flm_megatron.model.engine_config import EngineConfig
+
+
+class CoreAttention(nn.Module):
+    """Causal attention with grouped queries; takes the place of megatron-core's DotProductAttention.
+
+    The scale is 1/sqrt(channels) unless `softmax_scale` is given. Heads may be split over tensor-parallel ranks:
+    each rank calls this with its own.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale
+        self.layer_number = layer_number
+        self.cache: KeyValueCache | None = None
+        self.xpos_scale_base = config.xpos_scale_base
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """Attention output [sequence, batch, heads x channels].
+
+        `query` is [sequence, batch, heads, channels], `key` and `value` have query groups in place of heads.
+        Position i sees positions up to i; `attention_mask` [batch or 1, 1, sequence, keys] is true where it must
+        not look besides. With a cache the keys are those of all positions so far, the queries the last of them.
+        """
+        if self.cache is not None:
+            key, value = self.cache.append(self.layer_number, key, value)
+        queries, keys = query.size(0), key.size(0)
+        if self.xpos_scale_base is not None:
+            scales = xpos_scales(keys, query.size(-1), self.xpos_scale_base, query.device)
+            query = (query * scales[keys - queries :]).to(query.dtype)
+            key = (key / scales).to(key.dtype)
+        # torch's own causal mask counts from the first key, so it serves only where queries and keys are as many.
+        plain = attention_mask is None and queries == keys
+        output = F.scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            attn_mask=None if plain else _allowed(attention_mask, queries, keys, query.device),
+            is_causal=plain,
+            scale=self.softmax_scale,
+            enable_gqa=query.size(2) != key.size(2),
+        )
+        return output.permute(2, 0, 1, 3).flatten(2)
+
+
+def _allowed(attention_mask: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:
+    """True where a query, the last `queries` of `keys` positions, may look."""
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return causal if attention_mask is None else causal & ~attention_mask

@@ -1,0 +1,156 @@
+"""Memory of each pipeline rank at its peak."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flm_megatron.planner.cost.activations import (
+    feed_forward_values,
+    fuses_head,
+    head_activations,
+    layer_activations,
+    logits,
+    residual_bytes,
+    stream_bytes,
+)
+from flm_megatron.planner.cost.in_flight import peak_in_flight
+from flm_megatron.planner.layout import Workload
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on every tensor and data rank of one pipeline rank.
+
+    `activations` is what waits for its backward pass, `working` what one pass needs besides (gradients of
+    activations and weights, logits, recomputed activations), `buffers` what communication holds, `allowance` the
+    driver's share and fragmentation.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    working: float
+    buffers: float
+    allowance: float
+
+    @property
+    def total(self) -> float:
+        """All together."""
+        return sum(vars(self).values())
+
+
+def rank_memory(work: Workload, rank: int, context_gib: float = 0.0, fragmentation: float = 0.0) -> RankMemory:
+    """Peak memory of pipeline rank `rank`.
+
+    Gradients are fp32; Adam has two fp32 moments, and an fp32 master beside bf16 weights, split over data ranks by
+    the distributed optimizer. `fragmentation` is a share of activations and working memory.
+    """
+    parameters = work.rank_parameters(rank)
+    shards = work.data if work.parallel.distributed_optimizer else 1
+    optimizer = parameters * (8 if work.precision == "fp32" else 12) / shards
+    activations, working = _dynamic(work, rank)
+    copies = work.implementation.copies_gradients_to_reduce and work.data > 1
+    if copies and work.parallel.distributed_optimizer:
+        # The copy lives when no activation does.
+        working = max(working, 4.0 * parameters - activations)
+    return RankMemory(
+        weights=work.bytes * parameters,
+        gradients=4 * parameters,
+        optimizer=optimizer,
+        activations=activations,
+        working=working,
+        buffers=_buffers(work),
+        allowance=context_gib * GIB + fragmentation * (activations + working),
+    )
+
+
+def worst_memory(work: Workload, context_gib: float = 0.0, fragmentation: float = 0.0) -> RankMemory:
+    """Memory of the pipeline rank that needs most: the first (activations, embedding) or the last (head) where layers
+    are split evenly."""
+    pipeline = work.parallel.pipeline
+    ranks = range(pipeline) if work.parallel.pipeline_layers else {0, pipeline - 1}
+    memories = [rank_memory(work, rank, context_gib, fragmentation) for rank in ranks]
+    return max(memories, key=lambda memory: memory.total)
+
+
+def all_rank_memory(work: Workload, context_gib: float = 0.0, fragmentation: float = 0.0) -> list[RankMemory]:
+    """Peak memory of every pipeline rank."""
+    return [rank_memory(work, rank, context_gib, fragmentation) for rank in range(work.parallel.pipeline)]
+
+
+def chunk_activations(work: Workload, rank: int) -> list[float]:
+    """Bytes that one micro-batch keeps in each model chunk of a rank, without the head's."""
+    layer = layer_activations(work).kept
+    sent = 0.0 if work.implementation.frees_pipeline_outputs else residual_bytes(work)
+    kept = [layers * layer + sent for layers in work.chunks(rank)]
+    if rank == work.parallel.pipeline - 1:
+        kept[-1] -= sent  # the last part's output is the head's input
+    return kept
+
+
+def _dynamic(work: Workload, rank: int) -> tuple[float, float]:
+    """Activations in flight, and the most that any moment needs on top of them."""
+    pipeline = work.parallel.pipeline
+    chunks = chunk_activations(work, rank)
+    waiting = peak_in_flight(rank, pipeline, work.micro_batches, chunks)
+    moments = [_layer_backward(work)]
+    if rank == pipeline - 1:
+        moments.append(head_activations(work) + _head_working(work))
+    if rank == 0:
+        moments.append(_embedding_working(work) - chunks[0])
+    return waiting, max(moments)
+
+
+def _layer_backward(work: Workload) -> float:
+    """The larger of two moments of a feed-forward layer's backward pass: the gradients of the second matrix and of
+    what it reads, or those of both halves of a gated activation; with what was recomputed."""
+    hidden, tensor = work.model.hidden_size, work.parallel.tensor
+    stream = stream_bytes(work)
+    values = feed_forward_values(work) * work.bytes
+    matrix = 0.0
+    if _makes_weight_gradients(work):
+        matrix = hidden * work.model.ffn_hidden_size / tensor * work.bytes
+    halves = 2 * values if work.model.gated else values
+    return 2 * stream + max(values + matrix, halves) + layer_activations(work).remade
+
+
+def _head_working(work: Workload) -> float:
+    """On top of what the head keeps: the gradients of its weights and input, or before that what the loss makes of
+    the logits."""
+    implementation = work.implementation
+    stream = stream_bytes(work)
+    gradients = 2 * stream + (_embedding_bytes(work) if _makes_weight_gradients(work) else 0)
+    if fuses_head(work):
+        gradients -= 2 * stream + work.bytes * logits(work)  # the logits are gone, the stream's gradient was kept
+    if implementation.fused_loss:
+        widened = 4 if work.precision == "fp32" else 8  # without the largest, and in bf16 the logits themselves
+        return max(gradients, widened * min(logits(work), implementation.loss_values))
+    if work.precision == "fp32":
+        return gradients
+    return max(work.bytes * logits(work), gradients - (4 - work.bytes) * logits(work))
+
+
+def _makes_weight_gradients(work: Workload) -> bool:
+    """Whether there is a tensor for the gradient of a matrix, be it a placeholder."""
+    return work.implementation.gradient_placeholder or not work.implementation.fused_weight_gradient
+
+
+def _embedding_working(work: Workload) -> float:
+    """The gradient of the embedding, which is dense, and of its output."""
+    return _embedding_bytes(work) + stream_bytes(work)
+
+
+def _embedding_bytes(work: Workload) -> float:
+    return work.embedding_parameters * work.bytes
+
+
+def _buffers(work: Workload) -> float:
+    """The gathered sequence, which the engine keeps, and what is being sent and received."""
+    gathered = stream_bytes(work) if work.sequence_parallel > 1 else 0.0
+    transfers = 0.0
+    if work.parallel.pipeline > 1:
+        transfers = (4 if work.parallel.virtual_pipeline > 1 else 2) * residual_bytes(work)
+    return gathered + transfers

@@ -1,0 +1,67 @@
+"""Norms of weights and gradients of each layer, for `logging.layer_norms`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from flm_megatron.checkpoint.sharding.optimizer_state import placements_by_parameter, rectangles, state_slices
+from flm_megatron.checkpoint.sharding.placement import Placement, placements
+from flm_megatron.device import current
+from flm_megatron.model.parameters import parameter_specs
+from flm_megatron.training.step import Engine
+
+
+@torch.no_grad()
+def layer_norms(engine: Engine) -> dict[str, float]:
+    """2-norms after a step, over all ranks: `weight_norm/PART` and `grad_norm/PART` for every part of the model.
+
+    Parts are the layers (`layer_000` ...) and the logical tensors outside them. Weights are the fp32 masters,
+    gradients those that the optimizer took, after clipping. Each rank adds up what it owns; nothing is gathered.
+    """
+    parts = _parts(engine)
+    numbers = {part: index for index, part in enumerate(parts)}
+    sums = torch.zeros(len(parts), 2, dtype=torch.float64, device=current().torch_device)
+    for part, weight, gradient in _owned(engine):
+        sums[numbers[part], 0] += weight.double().square().sum()
+        sums[numbers[part], 1] += gradient.double().square().sum()
+    dist.all_reduce(sums)
+    norms = sums.sqrt().tolist()
+    kinds = ("weight_norm", "grad_norm")
+    return {f"{kind}/{part}": norms[numbers[part]][column] for column, kind in enumerate(kinds) for part in parts}
+
+
+def _parts(engine: Engine) -> list[str]:
+    model = engine.stage.model
+    outside = [spec.name for spec in parameter_specs(model).values() if not spec.stacked]
+    return [f"layer_{layer:03d}" for layer in range(model.num_layers)] + outside
+
+
+def _owned(engine: Engine) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Part, masters and gradients of every rectangle that this rank owns and that is to be counted here."""
+    from megatron.core import parallel_state
+
+    first_replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    by_parameter = placements_by_parameter(placements(engine.chunks))
+    gradients = _gradients(engine.optimizer)
+    for state in state_slices(engine.optimizer):
+        if not (state.sharded or first_replica):
+            continue
+        flat = gradients[state.master.data_ptr()].view(-1)
+        for rectangle in rectangles(state, by_parameter):
+            if rectangle.placement.main:
+                part = _part(rectangle.placement, rectangle.region.offsets[0])
+                yield part, rectangle.values(state.master), rectangle.values(flat)
+
+
+def _gradients(optimizer: Any) -> dict[int, torch.Tensor]:
+    """Gradients by the address of the masters that they belong to."""
+    masters = [master for group in optimizer.param_groups for master in group["params"]]
+    return {master.data_ptr(): master.grad for master in masters if master.grad is not None}
+
+
+def _part(placement: Placement, first_offset: int) -> str:
+    return f"layer_{first_offset:03d}" if placement.name.startswith("decoder.layers.") else placement.name

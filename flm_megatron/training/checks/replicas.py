@@ -1,0 +1,104 @@
+"""Finding silent corruption: weights that several ranks hold must be the same bits on all of them."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from collections import Counter
+from collections.abc import Hashable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from flm_megatron.checkpoint.sharding.model_state import finish_gathering
+from flm_megatron.checkpoint.sharding.placement import Placement, placements
+from flm_megatron.device import current
+from flm_megatron.errors import FlmError
+
+PIECE = 2**24
+KEY_BYTES = 8
+Key = TypeVar("Key", bound=Hashable)
+
+
+@torch.no_grad()
+def check_replicas(chunks: list[Any], step: int, equal_step: int) -> None:
+    """Compare the weights that several ranks hold, over the whole world.
+
+    Copies are held by data-parallel peers, and of norms and some biases by tensor-parallel peers too. They were equal
+    for the last time after `equal_step`, which is what a run can go on from.
+
+    Raises:
+        FlmError: (on every rank) copies differ; names the ranks that the majority disagrees with, and a tensor.
+    """
+    finish_gathering(chunks)
+    places = {_number(p): p for p in placements(chunks)}
+    odd = odd_copies(_gathered({number: checksum(place.tensor) for number, place in places.items()}))
+    if odd:
+        mine = odd.get(dist.get_rank())
+        raise FlmError(_difference(odd, places[mine] if mine else None, step, equal_step))
+
+
+def _number(place: Placement) -> int:
+    """A number, not 0, that stands for a part of a tensor on all ranks: names would be a hundred times as long."""
+    text = f"{place.name} {place.region.offsets}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=KEY_BYTES).digest(), "big", signed=True) or 1
+
+
+def _gathered(sums: dict[int, int]) -> list[dict[int, int]]:
+    """Every rank's checksums by the numbers of their tensors, through tensors of one size (16 bytes a checksum)."""
+    device = current().torch_device
+    count = torch.tensor([len(sums)], device=device)
+    dist.all_reduce(count, dist.ReduceOp.MAX)
+    mine = torch.zeros(int(count.item()), 2, dtype=torch.int64)
+    mine[: len(sums)] = torch.tensor(list(sums.items()), dtype=torch.int64).view(-1, 2)
+    everyone = torch.empty(dist.get_world_size() * mine.numel(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(everyone, mine.view(-1).to(device))
+    rows = everyone.view(dist.get_world_size(), -1, 2).tolist()
+    return [{number: value for number, value in row if number} for row in rows]
+
+
+def _difference(odd: dict[int, int], mine: Placement | None, step: int, equal_step: int) -> str:
+    """The message, once it is known on all ranks which of them are odd; `mine` is the part of this one, if it is."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (socket.gethostname(), (mine.name, mine.region.offsets[0]) if mine else None))
+    first = next(iter(odd))
+    name, layer = everyone[first][1]
+    where = f" of layer {layer}" if name.startswith("decoder.layers.") else ""
+    ranks = ", ".join(f"rank {rank} on {everyone[rank][0]}" for rank in odd)
+    return (
+        f"after step {step} copies of weights that must be equal differ: {ranks} (rank {first}: {name}{where}); they "
+        f"were equal for the last time after step {equal_step}: take the machine out of the run and go on from a "
+        "checkpoint of that step or an earlier one"
+    )
+
+
+def odd_copies(everyone: list[dict[Key, int]]) -> dict[int, Key]:
+    """Ranks whose checksum of a tensor is not the one that most of its copies have, each with such a tensor.
+
+    Where no value has a majority (two copies that differ), all ranks that hold the tensor are odd.
+    """
+    holders: dict[Key, dict[int, int]] = {}
+    for rank, sums in enumerate(everyone):
+        for key, value in sums.items():
+            holders.setdefault(key, {})[rank] = value
+    odd: dict[int, Key] = {}
+    for key, values in holders.items():
+        common, count = Counter(values.values()).most_common(1)[0]
+        majority = 2 * count > len(values)
+        for rank, value in values.items():
+            if not majority or value != common:
+                odd.setdefault(rank, key)
+    return dict(sorted(odd.items()))
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """A 64-bit number that changes with any bit of `tensor`, and with the order of its values."""
+    whole = tensor.contiguous().view(-1)
+    bits = whole.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[whole.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, bits.numel(), PIECE):
+        piece = bits[start : start + PIECE].to(torch.int64)
+        # Odd factors lose no bit; sums wrap around.
+        total += (piece * (2 * torch.arange(start, start + len(piece), device=tensor.device) + 1)).sum()
+    return int(total.item())

@@ -1,0 +1,56 @@
+"""Half fine-tuning: half of the parameters stay as they are, chosen by seed (arXiv 2404.18466)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from flm_megatron.checkpoint.sharding.placement import placements
+from flm_megatron.config.schema import ModelConfig, StageConfig
+from flm_megatron.data.streams.permutation import Permutation
+from flm_megatron.model.parameters import EMBEDDING, HEAD, parameter_specs
+
+Unit = tuple[str, int]
+"""Logical name and layer (0 outside the layers)."""
+
+
+def frozen_units(model: ModelConfig, seed: int) -> set[Unit]:
+    """What half fine-tuning leaves alone: of every tensor of the layers half of them, and embedding or head.
+
+    With an odd number of layers every second tensor has one more frozen than the other half.
+    """
+    units = {(EMBEDDING if Permutation(2, f"{seed}/vocabulary")[0] else HEAD, 0)}
+    stacked = [spec.name for spec in parameter_specs(model).values() if spec.stacked]
+    for number, name in enumerate(stacked):
+        order = Permutation(model.num_layers, f"{seed}/{name}")
+        count = (model.num_layers + number % 2) // 2
+        units |= {(name, order[place]) for place in range(count)}
+    return units
+
+
+def frozen_parameters(chunks: list[Any], stage: StageConfig) -> list[torch.nn.Parameter]:
+    """Parameters of this rank's chunks that a stage does not train."""
+    if stage.trainable == "all":
+        return []
+    units = frozen_units(stage.model, stage.trainable_seed)
+    found = {
+        id(part.parameter): part.parameter
+        for part in placements(chunks)
+        if (part.name, part.region.offsets[0] if part.name.startswith("decoder.layers.") else 0) in units
+    }
+    return list(found.values())
+
+
+def freeze(chunks: list[Any], frozen: list[torch.nn.Parameter]) -> None:
+    """Make the gradients of `frozen` zero once they are complete: they count in no norm and start no moment."""
+    config = chunks[0].config
+    finalize = config.finalize_model_grads_func
+
+    def finalize_and_freeze(*args: Any, **kwargs: Any) -> None:
+        """Finish the gradients, then clear those of frozen weights."""
+        finalize(*args, **kwargs)
+        for parameter in frozen:
+            parameter.main_grad.zero_()  # type: ignore[attr-defined]
+
+    config.finalize_model_grads_func = finalize_and_freeze

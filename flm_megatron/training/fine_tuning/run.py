@@ -1,0 +1,76 @@
+"""What makes a run a fine-tuning: the model comes from the checkpoint, the budget from epochs of conversations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from flm_megatron.checkpoint.run_file import stage_of_checkpoint
+from flm_megatron.config.loader import resolve_vocabulary
+from flm_megatron.config.rules import check
+from flm_megatron.config.schema import ChatConfig, LoraConfig, ModelConfig, RunConfig, StageConfig
+from flm_megatron.data.conversations.stream import ChatStream
+from flm_megatron.data.streams import training_stream
+from flm_megatron.data.tokenizer import Tokenizer
+from flm_megatron.errors import RequestError
+from flm_megatron.growth.foreseen import check_run_file
+from flm_megatron.launch.preflight import require_installed
+
+
+def fine_tuning_run(run: RunConfig, model: ModelConfig, tokenizer: str) -> tuple[RunConfig, list[str]]:
+    """The run with `model` in every stage and tokens for its epochs, and lines on what it will train on.
+
+    Raises:
+        RequestError: a stage describes another model or grows, packing meets Transformer Engine, conversations or
+            template are not fit, an epoch is empty, a rule on run files is broken, or a kernel that is asked for by
+            name is not there.
+    """
+    chat = run.data.chat or ChatConfig()
+    stages = [_stage(stage, model, chat) for stage in run.stages]
+    run = replace(run, tokenizer=tokenizer, data=replace(run.data, chat=chat), stages=stages)
+    check_run_file(run)
+    require_installed(run)
+    lines = []
+    for index in range(len(run.stages)):
+        stream = training_stream(run, index)
+        assert isinstance(stream, ChatStream)
+        if not stream.samples:
+            raise RequestError(f"stage {stages[index].name!r} takes no conversation: raise passes in data.chat.mix")
+        run.stages[index] = replace(run.stages[index], tokens=stream.samples * run.data.sequence_length)
+        lines.append(_line(run.stages[index].name, stream, chat))
+    check(run)
+    return resolve_vocabulary(run, Tokenizer(tokenizer).vocab_size), lines
+
+
+def _stage(stage: StageConfig, model: ModelConfig, chat: ChatConfig) -> StageConfig:
+    if stage.growth is not None:
+        raise RequestError(f"stage {stage.name!r} grows: grow the checkpoint first (`flm grow`), then fine-tune it")
+    if stage.transformer_engine and chat.packing:
+        raise RequestError(
+            f"stage {stage.name!r}: packing needs attention within conversations, which transformer_engine is not "
+            "asked for here: set one of transformer_engine and data.chat.packing to false"
+        )
+    stage = stage_of_checkpoint(stage, model)
+    if stage.model.lora is not None:
+        _check_adapters(stage, stage.model.lora)
+    return stage
+
+
+def _check_adapters(stage: StageConfig, lora: LoraConfig) -> None:
+    if lora.rank < 1 or not lora.targets:
+        raise RequestError(
+            f"stage {stage.name!r}: model.lora has rank {lora.rank} and targets {lora.targets}: give both"
+        )
+    if stage.trainable != "all" or stage.transformer_engine:
+        raise RequestError(
+            f"stage {stage.name!r}: model.lora goes with neither `trainable: half` nor transformer_engine: drop one"
+        )
+
+
+def _line(name: str, stream: ChatStream, chat: ChatConfig) -> str:
+    parts = [
+        f"{source.name} {len(source.conversations):,} conversations"
+        f" ({source.shortened:,} shortened, {source.dropped:,} dropped: too long)"
+        for source in stream.sources
+    ]
+    what = "packed" if chat.packing else "padded"
+    return f"{name}: {chat.epochs} epochs in {stream.samples:,} {what} samples; {', '.join(parts)}"

@@ -1,0 +1,179 @@
+"""Where a run's wall time went: steps that count, steps that were lost, stalls, starts, and times when nothing ran.
+
+The main rank adds a line to `goodput.jsonl` for every step and stall. Unlike `metrics.jsonl` the file is never cut
+back, so that what was trained and lost stays in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import psutil
+
+from flm_megatron.training.metrics.log import duration
+
+FILE = "goodput.jsonl"
+Stall = Literal["save", "copy", "validation", "replicas", "rollback"]
+Line = dict[str, Any]
+
+
+class Meter:
+    """Writes the file in `folder`; without a folder, as on all ranks but the main one, it does nothing."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._file: TextIO | None = None if folder is None else _opened(folder / FILE)
+
+    def begin(self, index: int, stage: str, step: int) -> None:
+        """This process has begun to train stage number `index` after `step` steps of it."""
+        self._write("begin", index=index, stage=stage, step=step, started=psutil.Process(os.getpid()).create_time())
+
+    def step(self, step: int, seconds: float, data_s: float, applied: bool) -> None:
+        """A step took `seconds`, after `data_s` of waiting for its samples."""
+        self._write("step" if applied else "refused", step=step, seconds=seconds, data_s=data_s)
+
+    @contextmanager
+    def stall(self, kind: Stall, **values: Any) -> Iterator[None]:
+        """Training stands still while the block runs. A rollback has the `step` whose state it goes back to."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._write(kind, seconds=time.perf_counter() - began, **values)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, what: str, **values: Any) -> None:
+        if self._file is not None:
+            print(json.dumps({"what": what, "time": time.time(), **values}), file=self._file, flush=True)
+
+
+@dataclass
+class Goodput:
+    """Seconds of a run by what they went into. `steps_s` holds all applied steps, `lost_s` those of them whose result
+    was lost, `start_s` from the start of a process, or the end of the stage before in it, to the first step, `down_s`
+    when no process was there. `starts` are those of processes: under a launcher one goes from stage to stage."""
+
+    wall_s: float = 0.0
+    steps_s: float = 0.0
+    lost_s: float = 0.0
+    refused_s: float = 0.0
+    data_s: float = 0.0
+    start_s: float = 0.0
+    down_s: float = 0.0
+    stalls_s: Counter[str] = field(default_factory=Counter)
+    lost_steps: int = 0
+    starts: int = 0
+
+    @property
+    def share(self) -> float:
+        """Goodput: share of the wall time that is steps which count."""
+        return (self.steps_s - self.lost_s) / self.wall_s if self.wall_s else 0.0
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Everything but the steps that count, in seconds, by name; what is over is `other`."""
+        known = {
+            "lost steps": self.lost_s,
+            "refused steps": self.refused_s,
+            "waiting for data": self.data_s,
+            "saving": self.stalls_s["save"],
+            "copying to memory": self.stalls_s["copy"],
+            "validation": self.stalls_s["validation"],
+            "comparing replicas": self.stalls_s["replicas"],
+            "rolling back": self.stalls_s["rollback"],
+            "starting": self.start_s,
+            "not running": self.down_s,
+        }
+        rest = self.wall_s - (self.steps_s - self.lost_s) - sum(known.values())
+        return {**known, "other": max(0.0, rest)}
+
+    def text(self) -> str:
+        """One line."""
+        spent = sorted(((s, name) for name, s in self.parts.items() if s >= 0.001 * self.wall_s), reverse=True)
+        rest = ", ".join(f"{name} {100 * seconds / self.wall_s:.1f}%" for seconds, name in spent)
+        return (
+            f"goodput {100 * self.share:.1f}% of {duration(self.wall_s)} over {self.starts} starts, "
+            f"{self.lost_steps} steps lost{f': {rest}' if rest else ''}"
+        )
+
+
+def read_goodput(folder: Path) -> Goodput | None:
+    """What the file in a run's output folder adds up to; none where there is none."""
+    try:
+        text = (folder / FILE).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    return add_up(line for row in text.splitlines() if (line := _parsed(row)))
+
+
+def add_up(lines: Iterator[Line]) -> Goodput:
+    """The account of a run's lines, in the order in which they were written."""
+    total = Goodput()
+    done: dict[tuple[int, int], float] = {}  # seconds of each step that counts, by stage and step
+    stage, first, last, began, starting, process = 0, None, 0.0, 0.0, False, None
+    for line in lines:
+        if line["what"] == "begin":
+            stage, starting = line["index"], True
+            _lose(total, done, (stage, line["step"]))
+            total.starts += line["started"] != process
+            process = line["started"]
+            total.down_s += 0.0 if first is None else max(0.0, line["started"] - last)
+            first = line["started"] if first is None else first
+            began = max(line["started"], last)
+        seconds = line.get("seconds", 0.0) + line.get("data_s", 0.0)
+        if starting and line["what"] != "begin":
+            total.start_s += max(0.0, line["time"] - seconds - began)
+            starting = False
+        if line["what"] == "step":
+            done[stage, line["step"]] = line["seconds"]
+            total.steps_s += line["seconds"]
+        elif line["what"] == "refused":
+            total.refused_s += line["seconds"]
+        elif line["what"] != "begin":
+            if line["what"] == "rollback":
+                _lose(total, done, (stage, line["step"]))
+            total.stalls_s[line["what"]] += line["seconds"]
+        total.data_s += line.get("data_s", 0.0)
+        last = line["time"]
+    total.wall_s = 0.0 if first is None else last - first
+    return total
+
+
+def _lose(total: Goodput, done: dict[tuple[int, int], float], place: tuple[int, int]) -> None:
+    """A run goes on from the state at `place`: what was done beyond it is lost."""
+    for step in [step for step in done if step > place]:
+        total.lost_s += done.pop(step)
+        total.lost_steps += 1
+
+
+def _opened(path: Path) -> TextIO:
+    """The file, to be added to; a last line in whose middle the process died does not swallow the next one."""
+    file = path.open("a+", encoding="utf-8")
+    if file.tell() > 0:
+        with path.open("rb") as end:
+            end.seek(-1, os.SEEK_END)
+            if end.read(1) != b"\n":
+                file.write("\n")
+    return file
+
+
+def _parsed(row: str) -> Line | None:
+    """A line; none for one in whose middle the process died."""
+    try:
+        line = json.loads(row)
+    except json.JSONDecodeError:
+        return None
+    return line if isinstance(line, dict) and "what" in line else None

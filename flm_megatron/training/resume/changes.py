@@ -1,0 +1,138 @@
+"""What a run goes on with otherwise than its checkpoint was trained, in words and as metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flm_megatron.config.history import History, Segment
+from flm_megatron.config.loader import run_to_dict
+from flm_megatron.config.schema import RunConfig
+from flm_megatron.data.corpus.description import read_description, source_name
+from flm_megatron.training.metrics.log import MetricsLog
+from flm_megatron.training.resume.start import Start
+
+SILENT = ("name", "output", "checkpoint", "logging", "distributed")
+"""Sections of the run file that do not touch what is trained, or are compared elsewhere."""
+LONGEST, SHOWN = 200, 12
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that was `before` and is `now`."""
+
+    what: str
+    before: Any
+    now: Any
+    note: str = ""
+
+    def line(self) -> str:
+        """For people."""
+        return f"{self.what} was {_text(self.before)}, is {_text(self.now)}{self.note}"
+
+
+def _text(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+
+
+def announce(log: MetricsLog, changes: list[Change], stage: str, step: int, tokens: int) -> None:
+    """A line in the log and a record in the metrics for each change."""
+    for change in changes:
+        record = {"what": change.what, "before": change.before, "now": change.now}
+        log.record({"stage": stage, "step": step, "tokens": tokens, "changed": record})
+        log.say(f"{stage} step {step}: {change.line()}")
+
+
+def find_changes(run: RunConfig, start: Start, manifest: Mapping[str, Any], data_size: int) -> list[Change]:
+    """What is another than in the checkpoint of `manifest`, with which a stage goes on or begins.
+
+    Batch, sequence length and mixture, if a segment of the history begins here; the data-parallel size; and every
+    other field of the run file that touches what is trained: of the stage itself if it resumes, of those before it
+    to say that they stay as they were.
+    """
+    resumes = start.resumes
+    found = list(_segment_changes(start.history[-2:], resumes)) if segment_begins(start) else []
+    layout = manifest.get("layout") or {}
+    if resumes and "world" in layout:
+        before = layout["world"] // (layout["tensor"] * layout["pipeline"])
+        if before != data_size:
+            found.append(Change("data-parallel size", before, data_size))
+    found += _validation_changes(manifest.get("validation_sha256") or {}, validation_hashes(run))
+    return [*found, *_field_changes(manifest.get("run") or {}, run_to_dict(run), start.stage, resumes)]
+
+
+def validation_hashes(run: RunConfig) -> dict[str, str]:
+    """The hash of each validation set's dataset, by name; none of conversations."""
+    if run.data.chat is not None:
+        return {}
+    return {source_name(source): read_description(source.path).sha256 for source in run.data.validation}
+
+
+def _validation_changes(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Change]:
+    """Sets whose text is another under the same name: their losses are no longer the same measure."""
+    for name, hashed in now.items():
+        if before.get(name, hashed) != hashed:
+            yield Change(f"text of validation set {name!r}", before[name][:SHOWN], hashed[:SHOWN])
+
+
+def segment_begins(start: Start) -> bool:
+    """Whether the run goes on in another way than before: a segment begins that is not the run's first."""
+    return len(start.history) > 1 and start.history[-1].first_step == start.step
+
+
+def _segment_changes(history: History, resumes: bool) -> Iterator[Change]:
+    last, now = history
+    note = f" from token {now.first_token:,} of the run on"
+    if resumes and last.global_batch != now.global_batch:
+        yield Change("global_batch", last.global_batch, now.global_batch, note)
+    if last.sequence_length != now.sequence_length:
+        yield Change("data.sequence_length", last.sequence_length, now.sequence_length, note)
+    before, after = _mixture(last), _mixture(now)
+    if before != after:
+        yield Change("data.train", _listed(before), _listed(after), note)
+
+
+def _mixture(segment: Segment) -> dict[str, str]:
+    """Each source's share, in words."""
+    return {
+        source.name: f"weight {source.weight:g}" if source.weight is not None
+        else f"{source.epochs:g} epochs" if source.epochs is not None else "by size"
+        for source in segment.sources
+    }  # fmt: skip
+
+
+def _listed(mixture: Mapping[str, str]) -> str:
+    return f"({', '.join(f'{name} {share}' for name, share in mixture.items())})"
+
+
+def _field_changes(before: Mapping[str, Any], now: Mapping[str, Any], index: int, resumes: bool) -> Iterator[Change]:
+    """Fields of two run files that differ, but for those of stages that are still to come."""
+    for key, value in now.items():
+        if key == "data":
+            yield from _leaves("data", _without(before.get(key, {}), "train"), _without(value, "train"), "")
+        elif key not in (*SILENT, "seed", "stages"):
+            yield from _leaves(key, before.get(key), value, "")
+    earlier = {stage["name"]: stage for stage in before.get("stages", [])}
+    for number, stage in enumerate(now["stages"][: index + resumes]):
+        if stage["name"] in earlier:
+            over = "; it is over and stays as it was" if number < index else ""
+            left_out = ("model", "global_batch") if number == index else ("model",)
+            was, is_now = (_without(each, *left_out) for each in (earlier[stage["name"]], stage))
+            yield from _leaves(f"stages.{stage['name']}", was, is_now, over)
+
+
+def _without(section: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """A section without what is compared elsewhere."""
+    return {key: value for key, value in section.items() if key not in (*names, "sequence_length", "cache")}
+
+
+def _leaves(name: str, before: Any, now: Any, note: str) -> Iterator[Change]:
+    """Values that differ, section by section; a field that was not there yet is none's business."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key, value in now.items():
+            if key in before:
+                yield from _leaves(f"{name}.{key}", before[key], value, note)
+    elif before != now:
+        yield Change(name, before, now, note)

@@ -1,0 +1,224 @@
+"""How a run goes on from a checkpoint: its history so far, and the segment that begins with what the run file asks for.
+
+Batch, sequence length and mixture may be others than they were: from the next token of the stream on, nothing is
+repeated and nothing left out. What cannot be continued so is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from flm_megatron.config.budget import stage_budgets
+from flm_megatron.config.history import History, Segment, SegmentSource, history_from_json
+from flm_megatron.config.loader import run_from_dict, run_to_dict
+from flm_megatron.config.schema import RunConfig
+from flm_megatron.data.corpus.description import source_name
+from flm_megatron.data.streams import chat_passes
+from flm_megatron.data.streams.mixture import mixture_at_end, segment_sources
+from flm_megatron.data.streams.stream import check_sources
+from flm_megatron.data.tokenizer import file_fingerprint
+from flm_megatron.errors import Mistakes, RequestError
+
+BACK = "put it back, or begin another run with another `output`"
+
+
+def first_history(run: RunConfig) -> History:
+    """The history of a run that begins."""
+    return (_segment(run, 0, 0, 0, 0),)
+
+
+def past_history(run: RunConfig, manifest: Mapping[str, Any], where: str) -> History:
+    """The history that a checkpoint has; of one that was saved before there were any, what its run file says.
+
+    Raises:
+        DamagedError: it cannot be read.
+        RequestError: the checkpoint is not one of a run, or of a stage that neither its run file nor this one has.
+    """
+    if unknown := [field for field in ("stage", "step") if manifest.get(field) is None]:
+        raise RequestError(
+            f"{where}: its manifest.json names no {' and no '.join(unknown)}, as those that no run has saved: move it "
+            "out of the run's folder (another run can start from it with checkpoint.initial)"
+        )
+    if "history" in manifest:
+        return history_from_json(manifest["history"], where)
+    saved = run_from_dict(manifest["run"], where) if "run" in manifest else run
+    sources = tuple(SegmentSource(source_name(s), s.path, s.weight, s.epochs) for s in saved.data.train)
+    names = [stage.name for stage in saved.stages]
+    if manifest["stage"] not in names:
+        raise RequestError(f"{where} is of stage {manifest['stage']!r}, its run file has {', '.join(map(repr, names))}")
+    last = names.index(manifest["stage"])
+    return tuple(replace(budget.segments[0], sources=sources) for budget in stage_budgets(saved)[: last + 1])
+
+
+def known_history(run: RunConfig, manifest: Mapping[str, Any], where: str) -> History:
+    """The history that a checkpoint has, with the datasets that the run file names. Raises as `past_history`."""
+    return _with_datasets(past_history(run, manifest, where), _segment(run, 0, 0, 0, 0))
+
+
+def is_finished(run: RunConfig, index: int, manifest: Mapping[str, Any], past: History) -> bool:
+    """Whether the checkpoint of stage `index` has all of the stage's tokens."""
+    segments = [segment for segment in past if segment.stage == run.stages[index].name]
+    if not segments:  # grown, and not trained yet
+        return False
+    return segments[-1].tokens_at(manifest["step"]) - segments[0].first_token >= run.stages[index].tokens
+
+
+def stage_of(run: RunConfig, manifest: Mapping[str, Any], past: History, where: str) -> int:
+    """Index in the run file of a checkpoint's stage.
+
+    Raises:
+        RequestError: the run file has no such stage, or others before it than those that were gone through.
+    """
+    names = [stage.name for stage in run.stages]
+    gone = list(dict.fromkeys([*(segment.stage for segment in past), manifest["stage"]]))
+    if names[: len(gone)] != gone:
+        raise RequestError(
+            f"{where}: the run went through stage {' and '.join(map(repr, gone))}, but the run file's stages are "
+            f"{', '.join(map(repr, names))}: those before and the one under way cannot be renamed, left out or added to"
+        )
+    return len(gone) - 1
+
+
+def continued(run: RunConfig, index: int, manifest: Mapping[str, Any], past: History, where: str) -> History:
+    """`past` with the segment that begins where the checkpoint stands, if stage `index` goes on otherwise than there.
+
+    Raises:
+        Mistakes: what the run file asks for cannot be continued; one line for each reason.
+        RequestError: as `mixture_at_end`.
+    """
+    last = past[-1]
+    step = manifest["step"] if run.stages[index].name == manifest["stage"] else 0
+    under_way = last.stage == manifest["stage"]
+    sample, token = (
+        (last.sample_at(manifest["step"]), last.tokens_at(manifest["step"]))
+        if under_way
+        else (manifest["samples"], manifest["tokens"])
+    )
+    now = _segment(run, index, step, sample, token)
+    past = _with_datasets(past, now)
+    if reasons := list(_reasons(run, index, manifest, past, now)):
+        raise Mistakes(reasons, f"cannot go on from {where}")
+    history = _joined(past, now)
+    if run.data.chat is None:
+        mixture_at_end(history)
+    return history
+
+
+def _joined(past: History, now: Segment) -> History:
+    last = past[-1]
+    if (last.stage, last.global_batch, last.mixture) == (now.stage, now.global_batch, now.mixture):
+        by_name = {source.name: source for source in now.sources}  # a dataset may have moved
+        return (*past[:-1], replace(last, sources=tuple(by_name[source.name] for source in last.sources)))
+    begun = (last.stage, last.first_step) == (now.stage, now.first_step)  # nothing was trained in it
+    return (*(past[:-1] if begun else past), now)
+
+
+def _segment(run: RunConfig, index: int, step: int, sample: int, token: int) -> Segment:
+    stage = run.stages[index]
+    return Segment(stage.name, step, sample, token, stage.global_batch, run.data.sequence_length, _present_sources(run))
+
+
+def _present_sources(run: RunConfig) -> tuple[SegmentSource, ...]:
+    if run.data.chat is None:
+        if run.data.train:
+            check_sources(run.data.train, "train")
+        return segment_sources(run.data.train)
+    return tuple(
+        SegmentSource(source_name(source), source.path, sha256=file_fingerprint(source.path))
+        for source in run.data.train
+    )
+
+
+def _with_datasets(past: History, now: Segment) -> History:
+    """What old segments do not know of their datasets, from the present ones of the same name."""
+    known = {source.name: source for segment in (now, *past) for source in segment.sources if source.sha256}
+
+    def filled(source: SegmentSource) -> SegmentSource:
+        """The source with its hash and its size."""
+        found = known.get(source.name)
+        if source.sha256 or found is None:
+            return source
+        return replace(source, sha256=found.sha256, tokens=found.tokens)
+
+    return tuple(replace(segment, sources=tuple(map(filled, segment.sources))) for segment in past)
+
+
+def _reasons(run: RunConfig, index: int, manifest: Mapping[str, Any], past: History, now: Segment) -> Iterator[str]:
+    """Why the run cannot go on as its run file now asks."""
+    saved = manifest.get("run") or {}
+    if saved.get("seed", run.seed) != run.seed:
+        yield f"seed was {saved['seed']} and is {run.seed}: it orders the samples of the whole run; {BACK}"
+    before, present = manifest.get("tokenizer_sha256"), file_fingerprint(run.tokenizer) if run.tokenizer else None
+    if before and present and before != present:
+        yield f"tokenizer {run.tokenizer} is another one than the run was trained with: {BACK}"
+    chat = (saved.get("data") or run_to_dict(run)["data"]).get("chat")
+    if (chat is None) != (run.data.chat is None):
+        yield f"data.chat was {'not ' if chat is None else ''}given, and now it is the other way round: {BACK}"
+    elif run.data.chat is not None:
+        yield from _chat_reasons(run, index, manifest, past, now)
+    else:
+        yield from _dataset_reasons(past, now)
+        yield from _mixture_reasons(past[-1], now)
+
+
+def _dataset_reasons(past: History, now: Segment) -> Iterator[str]:
+    """A name stands for one dataset, and a dataset that goes on for one name."""
+    earlier = {source.name: source for segment in past for source in segment.sources}
+    names = {source.name for source in now.sources}
+    stopped = {source.sha256: name for name, source in earlier.items() if name not in names and source.sha256}
+    for source in now.sources:
+        before = earlier.get(source.name)
+        if before is not None and before.sha256 not in (None, source.sha256):
+            yield (
+                f"source {source.name!r} ({source.path}) is another dataset than it was: give the new one a name of "
+                "its own, or put the old one back"
+            )
+        elif before is None and source.sha256 in stopped:
+            yield (
+                f"source {source.name!r} is the dataset that was {stopped[source.sha256]!r} so far: keep that name, "
+                "under which the run knows what it has taken from it"
+            )
+        if source.tokens is not None and source.tokens <= now.sequence_length:
+            yield (
+                f"source {source.name!r} has {source.tokens:,} tokens, too few for one sample of {now.sequence_length}"
+            )
+
+
+def _mixture_reasons(last: Segment, now: Segment) -> Iterator[str]:
+    """Passes are counted, and shares are not."""
+    were, are = (any(source.epochs is not None for source in segment.sources) for segment in (last, now))
+    if were != are:
+        yield (
+            f"data.train gave {'epochs' if were else 'weights or nothing'} and now gives "
+            f"{'epochs' if are else 'weights or nothing'}: neither can take over from the other; keep to what it was"
+        )
+
+
+def _chat_reasons(
+    run: RunConfig, index: int, manifest: Mapping[str, Any], past: History, now: Segment
+) -> Iterator[str]:
+    """In the middle of a stage its conversations stay: they are packed into samples all at once."""
+    if past[-1].stage != now.stage or now.first_step == 0 or "run" not in manifest:
+        return
+    saved = run_from_dict(manifest["run"])
+    for field, was, value in (
+        ("data.sequence_length", past[-1].sequence_length, now.sequence_length),
+        ("data.train", _identities(past[-1]), _identities(now)),
+        ("data.chat.template", saved.data.chat and saved.data.chat.template, run.data.chat and run.data.chat.template),
+        ("data.chat.packing", saved.data.chat and saved.data.chat.packing, run.data.chat and run.data.chat.packing),
+        ("data.chat.mix", _passes(saved, index), _passes(run, index)),
+    ):
+        if was != value:
+            yield f"{field} was {was} and is {value}: it can change between stages of a fine-tuning, not in one; {BACK}"
+
+
+def _identities(segment: Segment) -> list[str]:
+    """Conversations of a segment: the name of each source, and the beginning of its file's hash."""
+    return [f"{source.name} ({(source.sha256 or '')[:12]})" for source in segment.sources]
+
+
+def _passes(run: RunConfig, index: int) -> list[float]:
+    assert run.data.chat is not None
+    return chat_passes(run, run.data.chat, index, [source_name(source) for source in run.data.train])

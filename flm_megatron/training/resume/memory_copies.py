@@ -1,0 +1,138 @@
+"""Copies of the state in the memory of hosts, as a launched run keeps them, and looks for them when it starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from flm_megatron.config.schema import MemoryConfig, RunConfig
+from flm_megatron.distributed.world import is_main_rank
+from flm_megatron.errors import FlmError, RequestError
+
+if TYPE_CHECKING:
+    from flm_megatron.checkpoint.memory.view import MemoryCheckpoint
+    from flm_megatron.training.resume.start import Start
+
+NOT_USED = "checkpoint.memory is not used: it is for runs under torchrun, which starts ranks again that were lost"
+ELASTIC = "TORCHELASTIC_RUN_ID"
+"""What torchrun sets in the environment of its ranks."""
+
+
+@contextmanager
+def memory_copies(run: RunConfig) -> Iterator[MemoryCopies | None]:
+    """While the block runs the hosts of the world keep copies; they let go when it ends without an error. None where
+    the run file does not ask for it, or the launcher does not start ranks again. All ranks of a world must call.
+
+    Raises:
+        RequestError: the system cannot.
+        FlmError: the agent of a host cannot be started.
+    """
+    if run.checkpoint.memory is None:
+        yield None
+        return
+    if ELASTIC not in os.environ:
+        if is_main_rank():
+            print(NOT_USED, flush=True)
+        yield None
+        return
+    from flm_megatron.checkpoint.memory.starting import obstacle
+
+    reason = obstacle()
+    if reason:
+        raise RequestError(f"checkpoint.memory cannot be used here: {reason}")
+    copies = MemoryCopies(run, run.checkpoint.memory)
+    yield copies
+    copies.peers.stop()
+
+
+@contextmanager
+def forgotten_on_error(copies: MemoryCopies | None) -> Iterator[None]:
+    """All ranks enter. An FlmError in the block, which all of them raise, ends the agents with what they keep: it says
+    that the state may be wrong, and the next start must not go on from a copy of that."""
+    try:
+        yield
+    except FlmError:
+        if copies is not None:
+            copies.peers.stop()
+        raise
+
+
+class MemoryCopies:
+    """The copies of one start of the ranks. All ranks call its methods together."""
+
+    def __init__(self, run: RunConfig, config: MemoryConfig) -> None:
+        from flm_megatron.checkpoint.memory.peers import Peers
+        from flm_megatron.checkpoint.memory.refresh import Refresher
+
+        self.run, self.config = run, config
+        self.peers = Peers()
+        self.refresher: Refresher | None = None
+        self.view: MemoryCheckpoint | None = None
+        """What this start goes on from, until newer copies take its place."""
+        self.line = ""
+        """What was found in memory, in words; empty if there was nothing that is newer than the disk."""
+
+    @property
+    def interval_steps(self) -> int:
+        """Steps between copies."""
+        return self.config.interval_steps
+
+    def newer(self, start: Start, only: str | None) -> Start:
+        """`start`, or a later step of the run, of its stage `only` if given, that is whole in memory.
+
+        Only the first call looks: what a stage is left with is on the disk.
+        """
+        from flm_megatron.checkpoint.memory.refresh import Refresher
+        from flm_megatron.training.resume.continuation import continued, past_history
+
+        if self.refresher is not None:
+            self._let_go()
+            self.line = ""
+            return start
+        names = [stage.name for stage in self.run.stages]
+
+        def wanted(stage: str, step: int) -> bool:
+            """Whether it is of this run, and further than what the disk has."""
+            return stage in names and only in (None, stage) and (names.index(stage), step) > (start.stage, start.step)
+
+        search, self.view = self.peers.search(wanted)
+        self.refresher = Refresher(self.peers, search.newest, search.generation)
+        self.line = search.line
+        if self.view is None:
+            self.line += ": going on from the disk" if search.line else ""
+            return start
+        manifest = self.view.manifest
+        stage, where = names.index(manifest["stage"]), "the copies in memory"
+        history = continued(self.run, stage, manifest, past_history(self.run, manifest, where), where)
+        taken = start.taken if stage == start.stage else self._taken(manifest["stage"])
+        found = {"stage": stage, "step": manifest["step"], "history": history, "taken": taken}
+        return replace(start, **found, source=None, resumes=True, passed_over=())
+
+    def _taken(self, stage: str) -> tuple[str, ...]:
+        """Names of the checkpoints on disk of a stage that is not the one that the disk goes on with."""
+        from flm_megatron.distributed.processes import Processes
+        from flm_megatron.training.resume.start import checkpoint_store
+
+        return Processes().on_first(lambda: checkpoint_store(self.run).taken(stage))
+
+    def reserve(self, chunks: list[Any], optimizer: Any) -> None:
+        """Have the hosts set memory aside for a stage. Raises RequestError where the budget or a host is too small."""
+        assert self.refresher is not None, "`newer` comes first"
+        self.refresher.reserve(chunks, optimizer, self.config.budget_gib)
+
+    def refresh(self, chunks: list[Any], optimizer: Any, manifest: Mapping[str, Any]) -> str | None:
+        """Copy the state that `manifest` describes; returns a line for the log if something is not as it should be."""
+        assert self.refresher is not None, "`newer` comes first"
+        line = self.refresher.refresh(chunks, optimizer, manifest)
+        if self.view is not None and self.refresher.kept != self.view.generation:
+            self._let_go()
+        return line
+
+    def _let_go(self) -> None:
+        """Give back the memory and the connections of what this start went on from."""
+        if self.view is not None:
+            self.view.close()
+            self.view = None

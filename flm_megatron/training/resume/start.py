@@ -1,0 +1,267 @@
+"""Where a run goes on: which stage, which step, from which checkpoint, and with which model."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from flm_megatron.checkpoint.files.manifest import read_manifest
+from flm_megatron.checkpoint.lease.fence import check_fences
+from flm_megatron.checkpoint.logical import LogicalCheckpoint
+from flm_megatron.checkpoint.opening import open_checkpoint
+from flm_megatron.checkpoint.stage_manifest import manifest_model
+from flm_megatron.checkpoint.store import CheckpointStore
+from flm_megatron.config.budget import stage_budgets
+from flm_megatron.config.history import History
+from flm_megatron.config.same_model import differences
+from flm_megatron.config.schema import RunConfig, StageConfig
+from flm_megatron.durable import sync
+from flm_megatron.errors import DamagedError, RequestError
+from flm_megatron.growth.boundary import grown_view, resumed_plan, saved_plan, source_model
+from flm_megatron.growth.certificate.certificate import Certificate
+from flm_megatron.growth.certificate.forward import Layout
+from flm_megatron.growth.certificate.measure import boundary_certificate, boundary_distances
+from flm_megatron.growth.plan import GrowthPlan, grown_model
+from flm_megatron.training.resume.continuation import (
+    continued,
+    first_history,
+    is_finished,
+    known_history,
+    past_history,
+    stage_of,
+)
+from flm_megatron.training.resume.first_view import first_view
+
+MADE = ("checkpoints", "metrics.jsonl", "log.txt", "goodput.jsonl", "tensorboard")
+"""What a run makes in its output folder and goes on with."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The next stage to train, of which `step` steps are done. `source` is read first: the stage's own checkpoint if
+    it `resumes`, else the last of the stage before, or what the first stage starts from; none means fresh weights, or
+    copies in memory if it `resumes`. `passed_over` says why each newer checkpoint was not taken, `taken` which names
+    the stage's checkpoints bear, `history` how the run came here, with the segment that begins or goes on as its
+    last."""
+
+    stage: int
+    step: int
+    source: Path | None
+    resumes: bool
+    passed_over: tuple[str, ...] = ()
+    taken: tuple[str, ...] = ()
+    history: History = ()
+
+
+def checkpoint_store(run: RunConfig) -> CheckpointStore:
+    """The run's checkpoints."""
+    return CheckpointStore(Path(run.output) / "checkpoints")
+
+
+def has_checkpoints(run: RunConfig) -> bool:
+    """Whether the run has checkpoints, whole or not: it goes on from these and does not begin."""
+    return any(checkpoint_store(run).newest(stage.name) for stage in run.stages)
+
+
+def set_aside(run: RunConfig) -> list[Path]:
+    """Make room for a run that begins anew: what the one before has made gets `.before-N` behind its name.
+
+    Returns the new names; nothing is removed.
+    """
+    output = Path(run.output)
+    made = [path for name in MADE if (path := output / name).exists()]
+    number = next(n for n in count(1) if not any(path.with_name(f"{path.name}.before-{n}").exists() for path in made))
+    check_fences()
+    renamed = [path.rename(path.with_name(f"{path.name}.before-{number}")) for path in made]
+    if renamed:  # the disk must hold the new names before the new run makes the old ones again
+        sync(output)
+    return renamed
+
+
+def find_start(run: RunConfig, only: str | None = None) -> Start | None:
+    """What is left to do, from the newest whole checkpoint; none when every stage (or the one named `only`) is done.
+
+    Raises:
+        RequestError: `only` is not a stage, or the stage before it is not finished; or there are checkpoints that this
+            program cannot read.
+        DamagedError: there are checkpoints, and all of them are damaged.
+    """
+    names = [stage.name for stage in run.stages]
+    if only is not None and only not in names:
+        raise RequestError(f"no stage is named {only!r}; the run has {', '.join(names)}")
+    wanted = names[: names.index(only) + 1] if only else names
+    store = checkpoint_store(run)
+    path, damaged = store.search(wanted)
+    start = _after(run, path)
+    if start.stage >= len(wanted):
+        return None
+    start = replace(start, passed_over=tuple(map(str, damaged)), taken=store.taken(names[start.stage]))
+    if only and names[start.stage] != only:
+        missing = names[start.stage]
+        raise RequestError(f"stage {only!r} needs stage {missing!r} to be finished: train it first")
+    return start
+
+
+def run_history(run: RunConfig) -> History:
+    """The history of a run by its newest checkpoint; none if it has none. Raises as `find_start`."""
+    path = checkpoint_store(run).latest([stage.name for stage in run.stages])
+    return known_history(run, _manifest(path), str(path)) if path else ()
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint of the run; its metadata, which may take seconds to read, is not looked at."""
+    manifest = read_manifest(path)
+    assert manifest is not None, "the search passes over what has none"
+    return manifest
+
+
+def _refuse_other_stages(run: RunConfig) -> None:
+    """A run of which only stages of other names are saved was renamed, and must not begin anew unnoticed."""
+    store = checkpoint_store(run)
+    folders = sorted(folder.name for folder in store.root.iterdir()) if store.root.is_dir() else []
+    names = [stage.name for stage in run.stages]
+    if others := [name for name in folders if name not in names and store.steps(name)]:
+        raise RequestError(
+            f"{store.root} has checkpoints of stage {' and '.join(map(repr, others))}, but the run file's stages are "
+            f"{', '.join(map(repr, names))}: name them as they were, or choose another output"
+        )
+
+
+def _after(run: RunConfig, path: Path | None) -> Start:
+    """What follows the checkpoint at `path`.
+
+    Raises:
+        RequestError: the run file asks for what cannot be continued.
+    """
+    if path is None:
+        _refuse_other_stages(run)
+        initial = run.checkpoint.initial
+        return Start(0, 0, Path(initial) if initial else None, resumes=False, history=first_history(run))
+    manifest = _manifest(path)
+    past = past_history(run, manifest, str(path))
+    stage = stage_of(run, manifest, past, str(path))
+    if not is_finished(run, stage, manifest, past):
+        history = continued(run, stage, manifest, past, str(path))
+        check_masks_open_in_time(run, stage, manifest["step"], saved_plan(manifest), history)
+        return Start(stage, manifest["step"], path, resumes=True, history=history)
+    if stage + 1 == len(run.stages):
+        return Start(stage + 1, 0, path, resumes=False)
+    return Start(stage + 1, 0, path, resumes=False, history=continued(run, stage + 1, manifest, past, str(path)))
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """How a stage begins: as it is really trained (growth derives some of its model), the view that its state is
+    loaded from, the growth it began with, and what that growth changed, if it was measured now."""
+
+    stage: StageConfig
+    view: LogicalCheckpoint
+    plan: GrowthPlan | None = None
+    certificate: Certificate | None = None
+
+
+def begin(run: RunConfig, start: Start, under: Layout, in_memory: LogicalCheckpoint | None = None) -> Beginning:
+    """What `start` begins with (`in_memory` if given); where it grows, layer distances and the certificate are measured
+    first.
+
+    Runs on all processes of the world, outside any layout; `under` makes the layouts of what is measured.
+
+    Raises:
+        RequestError: the checkpoint is of another model or another growth than the run file asks for.
+        FlmError: the growth changes the loss by more than the run file allows.
+    """
+    stage = run.stages[start.stage]
+    if start.stage == 0 and not start.resumes:
+        return Beginning(stage, first_view(run, stage.model, start.source))
+    source = in_memory or open_checkpoint(_saved(start))
+    if start.resumes:
+        plan = resumed_plan(run, start.stage, source.manifest)
+        return Beginning(_resumed_stage(stage, source.manifest, plan, _where(start)), source, plan)
+    if run.data.chat is not None:  # stages of a fine-tuning share one model
+        return Beginning(stage, source)
+    view, plan = grown_view(source, run, start.stage, boundary_distances(source, run, start.stage, under))
+    certificate = boundary_certificate(view, run, start.stage, under)
+    return Beginning(replace(stage, model=grown_model(plan)), view, plan, certificate)
+
+
+def _saved(start: Start) -> Path:
+    assert start.source is not None, "only the first stage starts from nothing"
+    return start.source
+
+
+def check_masks_open_in_time(run: RunConfig, index: int, step: int, plan: GrowthPlan | None, history: History) -> None:
+    """Masks open by steps, of whatever batch: a stage that is to end in fewer would end with them half open.
+
+    Raises:
+        RequestError: it would.
+    """
+    steps = stage_budgets(run, history)[index].steps
+    if plan is not None and plan.masked and step < plan.mask_steps and steps < plan.mask_steps:
+        raise RequestError(
+            f"stage {run.stages[index].name!r}: growth masks open over {plan.mask_steps} steps, of which "
+            f"{step} are done, but with global_batch {run.stages[index].global_batch} and sequence_length "
+            f"{run.data.sequence_length} it ends after {steps}: change them when the masks are open, or raise tokens"
+        )
+
+
+def checked_start(run: RunConfig, only: str | None = None) -> Start | None:
+    """`find_start`, and what it gives held against the run file before anything of the run is written.
+
+    Raises:
+        RequestError, DamagedError: as `find_start`; or the checkpoint is of another model or growth.
+    """
+    start = find_start(run, only)
+    if start is not None:
+        with suppress(DamagedError):  # the ranks will meet it, and an older one is taken
+            check_start(run, start)
+    return start
+
+
+def check_start(run: RunConfig, start: Start) -> None:
+    """What `begin` refuses, as far as it can be told without a world: no tensor is read, no distance measured.
+
+    Raises:
+        RequestError: as `begin`.
+        DamagedError: the checkpoint cannot be opened.
+    """
+    stage = run.stages[start.stage]
+    if start.source is None or (start.stage == 0 and not start.resumes):
+        first_view(run, stage.model, start.source)
+        return
+    source = open_checkpoint(start.source)
+    if start.resumes:
+        _resumed_stage(stage, source.manifest, resumed_plan(run, start.stage, source.manifest), _where(start))
+    elif run.data.chat is None:
+        unmeasured = [0.0] * source_model(source, run, start.stage).num_layers
+        grown_view(source, run, start.stage, unmeasured)
+
+
+def _where(start: Start) -> str:
+    return str(start.source or "the copies in memory")
+
+
+def _resumed_stage(stage: StageConfig, saved: dict[str, Any], plan: GrowthPlan | None, where: str) -> StageConfig:
+    """The stage with the model of its own checkpoint, and everything that may change from the run file."""
+    if plan is not None:
+        return replace(stage, model=plan.new)
+    model = manifest_model(saved, where)
+    if model is None:
+        raise RequestError(
+            f"{where}: its manifest.json does not say which model it is of, so that no run can go on from it: move it "
+            "out of the run's folder (another run can start from it with checkpoint.initial)"
+        )
+    differing = differences(stage.model, model)
+    differing += [  # which change how it is trained, or what is
+        f"model.{name} is {now!r} in the run file and {before!r} in the checkpoint"
+        for name, now, before in (("mup", stage.model.mup, model.mup), ("lora", stage.model.lora, model.lora))
+        if now != before and not any(line.startswith(f"model.{name} ") for line in differing)
+    ]
+    if differing:
+        raise RequestError(
+            f"stage {stage.name!r} cannot go on with another model: {'; '.join(differing)}; "
+            "put the values back, or start a new run with another `output`"
+        )
+    return stage

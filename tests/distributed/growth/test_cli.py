@@ -1,0 +1,128 @@
+"""`flm grow` and `flm distance`: what they write and print, and the requests they refuse in one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
+from flm_megatron.checkpoint.opening import open_checkpoint
+from flm_megatron.checkpoint.torch_dist.writer import write_view
+from flm_megatron.cli.main import main
+from flm_megatron.config.loader import load_run, run_to_dict
+from flm_megatron.growth.boundary import saved_plan
+from tests.support.prose import prose
+from tests.support.runs import make_data
+
+RUN = """
+name: test
+output: {folder}/run
+tokenizer: {folder}/tokenizer.model
+data:
+  sequence_length: 32
+  train: [{{path: {folder}/train}}]
+  validation: [{{path: {folder}/validation}}]
+stages:
+  - name: small
+    model: {{num_layers: 2, hidden_size: 32, ffn_hidden_size: 48, num_attention_heads: 4, vocab_size: 500}}
+    tokens: 1024
+  - name: big
+    model: {{num_layers: 3, hidden_size: 48, ffn_hidden_size: 96, num_attention_heads: 6, vocab_size: 500}}
+    parallel: {{tensor: 2}}
+    tokens: 1024
+    growth: {{layer_selection: interleave, mask_steps: 4}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, a run file, a text, and a checkpoint of its first stage."""
+    folder = make_data(tmp_path_factory.mktemp("grow"))
+    (folder / "run.yaml").write_text(RUN.format(folder=folder))
+    (folder / "text.txt").write_text(prose(1)[0])
+    run = load_run(folder / "run.yaml")
+    manifest = {
+        "run": run_to_dict(run),
+        "stage": "small",
+        "step": 8,
+        "tokens": 1024,
+        "samples": 32,
+        "optimizer_step": 8,
+    }
+    write_view(InitialCheckpoint(run.stages[0].model, 3, optimizer=True), folder / "small", manifest)
+    return folder
+
+
+def grow(folder: Path, out: str, *arguments: str) -> int:
+    """`flm grow` in this process; returns its exit status."""
+    return main(["grow", str(folder / "small"), str(folder / "run.yaml"), "--out", str(folder / out), *arguments])
+
+
+def test_grow_writes_what_any_number_of_processes_writes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert grow(folder, "one", "--stage", "big") == 0
+    printed = capsys.readouterr().out
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "flm_megatron.cli.main", "grow", str(folder / "small"), str(folder / "run.yaml")]
+    command += ["--stage", "big", "--out", str(folder / "two")]
+    assert subprocess.run(command, capture_output=True, timeout=240, check=False).returncode == 0
+    one, two = (open_checkpoint(folder / name) for name in ("one", "two"))
+    assert one.manifest["logical_hash"] == two.manifest["logical_hash"]
+    assert one.manifest["logical_hash"] in printed and "layers from 0, 1, 1 (copy)" in printed
+    assert [one.manifest[k] for k in ("stage", "step", "tokens", "optimizer_step")] == ["big", 0, 1024, 8]
+    growth = one.manifest["growth"]
+    assert growth["source_logical_hash"] == open_checkpoint(folder / "small").manifest["logical_hash"]
+    assert saved_plan(one.manifest) is not None
+
+
+def test_distances_then_a_certified_growth(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    distances, plot = folder / "distances.json", folder / "distances.png"
+    where = ["--out", str(distances), "--plot", str(plot), "--text", str(folder / "text.txt")]
+    assert main(["distance", str(folder / "small"), str(folder / "run.yaml"), *where]) == 0
+    assert len(json.loads(distances.read_text())) == 2 and plot.stat().st_size > 1000
+    assert "cosine" in capsys.readouterr().out
+    chosen = ["--stages.1.growth.layer_selection", "distance", "--distances", str(distances)]
+    assert grow(folder, "certified", "--stage", "big", "--certify", str(folder / "text.txt"), *chosen) == 0
+    assert "relative change" in capsys.readouterr().out
+    certificate = open_checkpoint(folder / "certified").manifest["growth"]["certificate"]
+    assert [c["precision"] for c in certificate["comparisons"]] == ["fp32"]
+    measured = ["--stages.1.growth.layer_selection", "distance"]
+    assert grow(folder, "measured", "--stage", "big", *measured) == 0
+
+
+def test_a_growth_beyond_the_tolerance_is_not_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = ["--stages.1.growth.loss_tolerance", "1e-30", "--certify", str(folder / "text.txt")]
+    assert grow(folder, "refused", "--stage", "big", *wrong) == 1
+    assert "--stages.1.growth.loss_tolerance" in capsys.readouterr().err
+    assert not (folder / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--stage", "huge"], "no stage 'huge': it has small, big"),
+        (["--stage", "small"], "stage 'small' is the first"),
+        (["--stage", "big", "--stages.1.model.hidden_size", "24"], "shrinks from 32 to 24"),
+        (
+            ["--stage", "big", "--stages.1.growth.hidden", "mask", "--stages.1.growth.mask_steps", "9"],
+            "mask_steps is 9",
+        ),
+        (["--stage", "big", "--stages.0.model.ffn_hidden_size", "56", "--stages.0.name", "other"], "of stage 'small'"),
+        (["--stage", "big", "--certify", "/nowhere/text"], "/nowhere/text: cannot be read"),
+        (["--stage", "big", "--stages.1.growth.layer_selection", "distance", "--distances", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_wrong_requests(folder: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert grow(folder, "wrong", *arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error and len(error.strip().splitlines()) == 1
+    assert not (folder / "wrong").exists()
+
+
+def test_destinations_are_not_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "taken").mkdir()
+    assert grow(folder, "taken", "--stage", "big") == 2
+    assert "exists already" in capsys.readouterr().err

@@ -1,0 +1,106 @@
+"""A run that grows: it goes on exactly where it stopped inside a mask, and is refused when its plan or loss changes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flm_megatron.checkpoint.opening import open_checkpoint
+from flm_megatron.config.loader import load_run
+from flm_megatron.config.schema import RunConfig
+from flm_megatron.errors import FlmError
+from flm_megatron.growth.boundary import saved_mask_value, saved_plan
+from flm_megatron.launch.preflight import resolve
+from flm_megatron.launch.run import train
+from flm_megatron.optim.learning_rate import learning_rate
+from flm_megatron.training.metrics.plot import read_metrics
+from flm_megatron.training.resume.start import checkpoint_store
+from tests.support.runs import losses
+
+RUN = """
+output: {output}
+tokenizer: {data}/tokenizer.model
+data:
+  sequence_length: 32
+  train: [{{path: {data}/train}}]
+  validation: [{{path: {data}/validation}}]
+defaults:
+  global_batch: 4
+  optimizer: {{lr: 3.0e-3, min_lr: 1.0e-3}}
+stages:
+  - name: small
+    model: {{num_layers: 2, hidden_size: 32, ffn_hidden_size: 48, num_attention_heads: 4}}
+    tokens: 512
+  - name: big
+    model: {{num_layers: 3, hidden_size: 48, ffn_hidden_size: 96, num_attention_heads: 6}}
+    parallel: {{tensor: 2, sequence: true}}
+    tokens: 1024
+    schedule: {{kind: cosine, boundary: rewarm, warmup_samples: 8}}
+    growth: {{hidden: mask, ffn: zero, heads: mask, layers: mask, mask_steps: 5, layer_selection: distance,
+              optimizer_step: birth}}
+checkpoint: {{interval_steps: 3, keep_last: 9}}
+"""
+
+
+def make_run(data: Path, output: Path, *overrides: str) -> RunConfig:
+    """The run above, resolved."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "test.yaml").write_text(RUN.format(data=data, output=output))
+    return resolve(load_run(output / "test.yaml", overrides))
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunConfig]:
+    """Output and run file of both stages trained without a stop."""
+    output = tmp_path_factory.mktemp("whole")
+    run = make_run(data, output)
+    assert train(run) == 0
+    return output, run
+
+
+def test_the_boundary_is_certified_and_the_learning_rate_is_the_run_files(whole: tuple[Path, RunConfig]) -> None:
+    output, run = whole
+    big = [line for line in losses(output) if line[0] == "big"]
+    assert [line[1] for line in big] == list(range(1, 9))
+    assert big[0][4] == learning_rate((4 + 1) * 4 * 32, run, 1) < 3e-3 / 2
+    (growth,) = [line for line in read_metrics(output) if "certificate" in line]
+    (measured,) = growth["certificate"]["comparisons"]
+    assert abs(measured["loss_after"] - measured["loss_before"]) <= 1e-5 * measured["loss_before"]
+    manifest = open_checkpoint(checkpoint_store(run).path("big", 3)).manifest
+    assert saved_mask_value(manifest) == 0.6 and manifest["growth"]["certificate"] == growth["certificate"]
+
+
+def test_a_run_stopped_inside_a_mask_goes_on_with_the_same_bits(
+    data: Path, whole: tuple[Path, RunConfig], tmp_path: Path
+) -> None:
+    run = make_run(data, tmp_path)
+    _copy_until(whole[0] / "checkpoints", tmp_path / "checkpoints", "step_00000003")
+    assert train(run) == 0
+    ours, theirs = (open_checkpoint(checkpoint_store(r).path("big", 8)).manifest for r in (run, whole[1]))
+    assert ours["logical_hash"] == theirs["logical_hash"]
+    assert saved_plan(ours) == saved_plan(theirs)
+    expected = [line for line in losses(whole[0]) if line[0] == "big" and line[1] > 3]
+    assert losses(tmp_path) == expected
+
+
+def _copy_until(source: Path, target: Path, last: str) -> None:
+    """The checkpoints of a run that was killed right after `last` of its second stage."""
+    shutil.copytree(source / "small", target / "small")
+    shutil.copytree(source / "big" / last, target / "big" / last)
+
+
+def test_a_changed_plan_is_refused_on_resume(whole: tuple[Path, RunConfig], data: Path, tmp_path: Path) -> None:
+    run = make_run(data, tmp_path, "--stages.1.growth.ffn", "mask")
+    _copy_until(whole[0] / "checkpoints", tmp_path / "checkpoints", "step_00000003")
+    with pytest.raises(FlmError, match="was grown with ffn = 'zero', and the run file now gives 'mask'"):
+        train(run)
+
+
+def test_a_loss_beyond_the_tolerance_stops_the_run(whole: tuple[Path, RunConfig], data: Path, tmp_path: Path) -> None:
+    run = make_run(data, tmp_path, "--stages.1.growth.loss_tolerance", "1e-30")
+    shutil.copytree(whole[0] / "checkpoints" / "small", tmp_path / "checkpoints" / "small")
+    with pytest.raises(FlmError, match=r"--stages\.1\.growth\.loss_tolerance"):
+        train(run)
+    assert not (tmp_path / "checkpoints" / "big").exists()

@@ -1,0 +1,112 @@
+"""Training on from a growth: the view against the written checkpoint, births through a resume, many processes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flm_megatron.checkpoint.opening import open_checkpoint
+from flm_megatron.config.schema import ParallelConfig, StageConfig
+from flm_megatron.distributed.processes import Processes
+from flm_megatron.growth.boundary import saved_plan
+from flm_megatron.growth.grown.births import load_births
+from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
+from flm_megatron.growth.offline import write_grown
+from tests.distributed.growth.test_engine import OLD, plan_of
+from tests.support.growth_cases import trained
+from tests.support.layouts import SEQUENCE, STAGE, relative_difference, take_steps
+from tests.support.pool import Pool
+
+MANIFEST = {"stage": "big", "step": 0, "tokens": 0, "samples": 0, "optimizer_step": 40}
+BOTH = ParallelConfig(tensor=2, pipeline=2, sequence=True)
+
+
+def grown(operator: str = "zero", precision: str = "fp32", birth: bool = False) -> GrownCheckpoint:
+    """A source with moments, grown in every dimension."""
+    source = trained(OLD, torch.bfloat16 if precision == "bf16" else torch.float32, optimizer=True)
+    plan = replace(plan_of(operator), optimizer_step="birth" if birth else "keep")
+    return GrownCheckpoint(source, plan, MANIFEST)
+
+
+def stage_of(view: GrownCheckpoint, parallel: ParallelConfig, precision: str = "fp32") -> StageConfig:
+    """The stage that trains a grown view."""
+    return replace(STAGE, model=view.plan.new, parallel=parallel, precision=precision)
+
+
+def written_hash(path: Path, operator: str) -> str:
+    """Write a grown checkpoint on all processes of the world (of this one alone without a world)."""
+    return write_grown(grown(operator), path, Processes())["logical_hash"]
+
+
+@pytest.mark.parametrize("operator", ["zero", "mask"])
+def test_grown_checkpoints_are_the_same_bits_for_any_number_of_processes(
+    pool: Pool, tmp_path: Path, operator: str
+) -> None:
+    alone = written_hash(tmp_path / "1", operator)
+    for world in (2, 3):
+        assert pool.run(world, written_hash, tmp_path / str(world), operator) == [alone] * world
+    written, view = open_checkpoint(tmp_path / "3"), grown(operator)
+    assert dict(written.tensors) == dict(view.tensors)
+    assert all(torch.equal(written.read(name), view.read(name)) for name in view.tensors)
+    assert saved_plan(written.manifest) == view.plan
+
+
+def trained_both_ways(path: Path, parallel: ParallelConfig, precision: str) -> Any:
+    """Ten steps from the view and from the written checkpoint, and the hashes of what they end at."""
+    from flm_megatron.checkpoint.sharding.model_state import load_state, save_state
+    from flm_megatron.distributed.world import layout
+    from flm_megatron.training.step import Engine
+
+    view = grown("zero", precision)
+    write_grown(view, path / "grown", Processes())
+    results = []
+    for name, checkpoint in (("view", view), ("written", open_checkpoint(path / "grown"))):
+        with layout(parallel, timeout_s=120):
+            engine = Engine(stage_of(view, parallel, precision), SEQUENCE)
+            load_state(checkpoint, engine.chunks, engine.optimizer)
+            losses = take_steps(engine, range(10))
+            save_state(path / name, engine.chunks, engine.optimizer, {**MANIFEST, "step": 10}).wait()
+            results.append((losses, open_checkpoint(path / name).manifest["logical_hash"]))
+    return results
+
+
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
+def test_training_from_the_view_is_training_from_the_written_checkpoint(
+    pool: Pool, tmp_path: Path, precision: str
+) -> None:
+    for view, written in pool.run(BOTH.model_size, trained_both_ways, tmp_path, BOTH, precision):
+        assert view == written
+        assert len({loss for loss, _ in view[0]}) == 10
+
+
+def birth_run(path: Path, parallel: ParallelConfig, first: int, last: int, birth: bool = True) -> Any:
+    """Steps `first` to `last` from the growth, or from what was saved at `first`; saves at `last`."""
+    from flm_megatron.checkpoint.sharding.model_state import load_state, save_state
+    from flm_megatron.distributed.world import layout
+    from flm_megatron.training.step import Engine
+
+    view = grown(birth=birth)
+    checkpoint = open_checkpoint(path / str(first)) if first else view
+    with layout(parallel, timeout_s=120):
+        engine = Engine(stage_of(view, parallel), SEQUENCE)
+        load_state(checkpoint, engine.chunks, engine.optimizer)
+        load_births(checkpoint, engine.chunks, engine.optimizer)
+        losses = take_steps(engine, range(first, last))
+        growth = checkpoint.manifest["growth"]
+        manifest = {**MANIFEST, "step": last, "optimizer_step": 40 + last, "growth": growth}
+        save_state(path / str(last), engine.chunks, engine.optimizer, manifest).wait()
+    return losses
+
+
+def test_births_give_the_same_run_under_another_layout_and_after_a_resume(pool: Pool, tmp_path: Path) -> None:
+    whole, halves, kept = (tmp_path / name for name in ("whole", "halves", "kept"))
+    expected = pool.run(1, birth_run, whole, ParallelConfig(), 0, 8)[0]
+    first = pool.run(4, birth_run, halves, BOTH, 0, 4)[0]
+    second = pool.run(2, birth_run, halves, ParallelConfig(data=2), 4, 8)[0]
+    assert relative_difference(first + second, expected) <= 1e-5
+    without = pool.run(1, birth_run, kept, ParallelConfig(), 0, 8, False)[0]
+    assert relative_difference(without, expected) > 1e-4

@@ -1,0 +1,81 @@
+"""The same run under every layout: losses and gradient norms agree to 1e-5 over ten steps in fp32."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from flm_megatron.config.schema import ParallelConfig
+from tests.support.layouts import STAGE, all_layouts, name, relative_difference, train_under
+from tests.support.pool import Pool
+
+SMALL = [layout for world in (2, 4) for layout in all_layouts(world)]
+LARGE = list(all_layouts(8))
+PLAIN = [replace(layout, distributed_optimizer=False) for layout in SMALL if layout.data and layout.data > 1]
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def single(pool: Pool) -> list[tuple[float, float]]:
+    """The run on one process."""
+    return pool.run(1, train_under, ParallelConfig())[0]
+
+
+def check(pool: Pool, parallel: ParallelConfig, single: list[tuple[float, float]]) -> None:
+    """All ranks report the same numbers, and they are those of one process."""
+    world = parallel.model_size * (parallel.data or 1)
+    ranks = pool.run(world, train_under, parallel)
+    assert all(rank == ranks[0] for rank in ranks)
+    assert relative_difference(ranks[0], single) <= TOLERANCE
+
+
+def test_the_run_learns(single: list[tuple[float, float]]) -> None:
+    """Ten random batches are not learnt, but the steps are not all alike."""
+    assert len({loss for loss, _ in single}) == 10
+
+
+@pytest.mark.parametrize("parallel", SMALL + PLAIN, ids=name)
+def test_layouts_of_two_and_four_agree_with_one(
+    pool: Pool, single: list[tuple[float, float]], parallel: ParallelConfig
+) -> None:
+    check(pool, parallel, single)
+
+
+@pytest.mark.parametrize("parallel", LARGE[::3], ids=name)
+def test_a_third_of_the_layouts_of_eight_agree_with_one(
+    pool: Pool, single: list[tuple[float, float]], parallel: ParallelConfig
+) -> None:
+    check(pool, parallel, single)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [layout for i, layout in enumerate(LARGE) if i % 3], ids=name)
+def test_the_other_layouts_of_eight_agree_with_one(
+    pool: Pool, single: list[tuple[float, float]], parallel: ParallelConfig
+) -> None:
+    check(pool, parallel, single)
+
+
+def test_an_uneven_explicit_split_agrees_with_one(pool: Pool, single: list[tuple[float, float]]) -> None:
+    check(pool, ParallelConfig(pipeline=2, data=1, pipeline_layers=[5, 11]), single)
+
+
+def test_overlapped_communication_agrees_with_one(pool: Pool, single: list[tuple[float, float]]) -> None:
+    parallel = ParallelConfig(data=2, overlap_grad_reduce=True, overlap_param_gather=True)
+    check(pool, parallel, single)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_gives_the_losses_of_none(pool: Pool, single: list[tuple[float, float]], recompute: str) -> None:
+    stage = replace(STAGE, recompute=recompute)
+    for parallel in (ParallelConfig(), ParallelConfig(tensor=2, pipeline=2, sequence=True, data=1)):
+        result = pool.run(parallel.model_size, train_under, parallel, stage)[0]
+        assert relative_difference(result, single) <= TOLERANCE
+
+
+def test_bf16_trains_close_to_fp32(pool: Pool, single: list[tuple[float, float]]) -> None:
+    stage = replace(STAGE, precision="bf16")
+    parallel = ParallelConfig(tensor=2, data=2)
+    result = pool.run(4, train_under, parallel, stage)[0]
+    assert 1e-7 < relative_difference(result, single) < 0.05

@@ -1,0 +1,78 @@
+"""A tokenizer, conversations and a checkpoint to fine-tune, for tests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
+from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region
+from flm_megatron.checkpoint.sharding.model_state import load_state
+from flm_megatron.checkpoint.sharding.placement import placements
+from flm_megatron.checkpoint.torch_dist.writer import write_view
+from flm_megatron.config.loader import run_to_dict
+from flm_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, StageConfig
+from flm_megatron.distributed.world import layout
+from flm_megatron.training.step import Batch, Engine
+from tests.support.chat_cases import conversation, tokenizer, write
+from tests.support.layouts import micro_batches
+
+MODEL = ModelConfig(
+    num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, vocab_size=290
+)
+SEED = 5
+LENGTH = 160
+Gradients = dict[str, torch.Tensor]
+
+
+def chat_folder(folder: Path) -> Path:
+    """`tokenizer.model`, 24 conversations in `chat.jsonl`, and fresh weights of MODEL in `base`."""
+    model = tokenizer(folder)
+    write(folder / "chat.jsonl", [conversation(i) for i in range(24)])
+    stages = [StageConfig(name="base", model=MODEL, tokens=1)]
+    run = RunConfig(tokenizer=model.path, data=DataConfig(sequence_length=512), stages=stages)
+    known = dict.fromkeys(("step", "tokens", "samples", "optimizer_step"), 0)
+    view = InitialCheckpoint(MODEL, SEED)
+    write_view(view, folder / "base", {"run": run_to_dict(run), "stage": "base", **known})
+    return folder
+
+
+def gradients(parallel: ParallelConfig, model: ModelConfig, view: LogicalCheckpoint, batches: list[Batch]) -> list[Any]:
+    """With the weights of `view`, for each global batch: loss, trained tokens, this rank's parts of the gradient.
+
+    The loss is the mean over trained tokens, the gradient the loss's.
+    """
+    stage = StageConfig(model=model, micro_batch=2, parallel=replace(parallel, distributed_optimizer=False))
+    found = []
+    with layout(stage.parallel, 120):
+        engine = Engine(stage, LENGTH)
+        load_state(view, engine.chunks, engine.optimizer)
+        for batch in batches:
+            for chunk in engine.chunks:
+                chunk.zero_grad_buffer()
+            loss, tokens, _ = engine._losses(micro_batches(batch, 2), forward_only=False)
+            parts = [
+                (p.name, p.region, p.parameter.main_grad[p.local.slices].reshape(p.region.sizes).clone())  # type: ignore[attr-defined]
+                for p in placements(engine.chunks)
+                if p.parameter.requires_grad
+            ]
+            found.append((loss / tokens, tokens, parts))
+    return found
+
+
+def whole(ranks: list[Any], view: LogicalCheckpoint) -> Gradients:
+    """The logical gradient out of the parts of all ranks."""
+    result = {name: torch.zeros(info.shape) for name, info in view.tensors.items()}
+    for parts in ranks:
+        for name, region, values in parts:
+            assert isinstance(region, Region)
+            result[name][region.slices] = values
+    return result
+
+
+def furthest(found: Gradients, expected: Gradients) -> float:
+    """Largest difference of an entry, over the largest entry of its tensor."""
+    return max(float((found[k] - expected[k]).abs().max() / expected[k].abs().max()) for k in expected)

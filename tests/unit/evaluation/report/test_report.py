@@ -1,0 +1,216 @@
+"""The report's page: what is on it, that it needs nothing else, and that a browser shows it without a complaint."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flm_megatron.cli.main import main
+from flm_megatron.config.loader import dump_run
+from flm_megatron.config.schema import DataConfig, ModelConfig, RunConfig, StageConfig
+from flm_megatron.evaluation.report.chart import Chart, Series, thin
+from flm_megatron.evaluation.report.history import read_history
+from flm_megatron.evaluation.report.scale import label, scale_over
+
+BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
+CERTIFICATE = {
+    "stage": "grown",
+    "comparisons": [
+        {"precision": "fp32", "max_difference": 2e-6, "rms_difference": 1e-6, "logit_std": 2.0}
+        | {"loss_before": 3.0, "loss_after": 3.000003}
+    ],
+}
+STAGES = [
+    StageConfig(name="small", model=ModelConfig(vocab_size=300), tokens=20 * 64),
+    StageConfig(name="grown", model=ModelConfig(vocab_size=300, num_layers=6), tokens=10 * 64),
+]
+
+
+def step(stage: str, number: int, done: int, loss: float) -> dict[str, Any]:
+    """A line of metrics of step `number`, `done` steps into the run."""
+    return {
+        "stage": stage,
+        "step": number,
+        "tokens": done * 64,
+        "loss": loss,
+        "grad_norm": 0.5,
+        "lr": 1e-3,
+        "step_time_s": 0.5,
+        "tokens_per_s_per_device": 128.0,
+        "tflops_per_device": 0.01,
+        "mfu": None,
+        "peak_memory_gib": 1.0,
+        "eta_s": 1.0,
+    }
+
+
+def make_run(folder: Path, name: str = "a run <&>") -> Path:
+    """A run of two stages with a validation, a restart, a refused step, a loss that is not finite, a certificate."""
+    folder.mkdir()
+    run = RunConfig(name=name, output=str(folder), data=DataConfig(sequence_length=8), stages=STAGES)
+    (folder / "run.yaml").write_text(dump_run(run))
+    lines = [step("small", i, i, 5 - i / 10) for i in range(1, 21)]
+    lines.insert(8, {"stage": "small", "step": 8, "tokens": 8 * 64, "val_loss": 4.4, "val_loss/web": 4.5})
+    lines.insert(9, {"stage": "small", "step": 8, "tokens": 8 * 64, "restart": True})
+    changed = {"what": "global_batch", "before": 4, "now": 8}
+    lines.insert(10, {"stage": "small", "step": 8, "tokens": 8 * 64, "changed": changed})
+    lines += [{"stage": "grown", "step": 0, "tokens": 20 * 64, "certificate": CERTIFICATE}]
+    lines += [step("grown", i, 20 + i, 3 - i / 20 if i != 5 else math.nan) for i in range(1, 11)]
+    refused = {"refused": "loss is 9 sigma above", "policy": "skip", "samples": ["x"]}
+    lines += [{"stage": "grown", "step": 10, "tokens": 30 * 64, **refused}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's output folder."""
+    return make_run(tmp_path_factory.mktemp("report") / "one")
+
+
+@pytest.fixture(scope="module")
+def page(run_folder: Path) -> Path:
+    """The page over it."""
+    assert main(["report", str(run_folder)]) == 0
+    return run_folder / "report.html"
+
+
+def test_costs_add_up_over_stages(run_folder: Path) -> None:
+    from flm_megatron.training.metrics.flops import training_flops_per_token
+
+    history = read_history(run_folder)
+    at, _ = history.steps[-1]
+    small, grown = (training_flops_per_token(stage.model, 8) for stage in STAGES)
+    assert at.tokens == 30 * 64 and at.seconds == pytest.approx(15.0)
+    assert at.flops == pytest.approx(20 * 64 * small + 10 * 64 * grown)
+    (boundary, stage), *others = history.boundaries
+    assert (boundary.tokens, stage, others) == (20 * 64, "grown", [])
+    assert (history.restarts, history.refused_steps) == (1, 1)
+    assert history.certificates == {"grown": CERTIFICATE}
+
+
+def test_the_page_says_what_happened_and_needs_nothing_else(page: Path) -> None:
+    text = page.read_text()
+    assert "a run &lt;&amp;&gt;" in text and "<&>" not in text
+    for expected in (
+        "1.00e-06",
+        "3.000000 → 3.000003",
+        "refused (skip): loss is 9 sigma above",
+        "restarted",
+        "global_batch was 4, is 8",
+    ):
+        assert expected in text, expected
+    for title in ("Loss", "Validation loss by set", "Learning rate", "Gradient norm", "Throughput", "Memory"):
+        assert f"<h3>{title}</h3>" in text
+    assert "num_layers: 6" in text and "prefers-color-scheme: dark" in text
+    outside = [url for url in re.findall(r"(?:https?:)?//[\w./-]+", text) if url != "http://www.w3.org/2000/svg"]
+    assert [url for url in outside if "." in url] == []
+    assert not re.search(r"<(?:link|script|img)[^>]+(?:src|href)=\"(?!data:)", text)
+
+
+def test_runs_are_compared(run_folder: Path, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "two", name="another")
+    out = tmp_path / "both.html"
+    assert main(["report", str(run_folder), str(other), "--out", str(out)]) == 0
+    text = out.read_text()
+    assert "another, training" in text and "a run &lt;&amp;&gt;, training" in text
+    assert "→ grown (a run &lt;&amp;&gt;, another)" in text
+
+
+def shown(page: Path, *options: str) -> tuple[str, str]:
+    """The document as a browser has it after its scripts have run, and what it said."""
+    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", *options]
+    done = subprocess.run(
+        [*command, "--virtual-time-budget=2000", "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return done.stdout, done.stderr
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium or Chrome on this machine")
+def test_a_browser_shows_the_page_without_a_complaint(page: Path, tmp_path: Path) -> None:
+    probe = """<script>
+      const svg = document.querySelector("svg"), box = svg.getBoundingClientRect();
+      svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width / 2, clientY: box.top + 50}));
+      const loss = [...document.querySelectorAll(".by")].map((e) => getComputedStyle(e).display).join();
+      document.querySelector('input[value="flops"]').click();
+      const after = [...document.querySelectorAll(".by")].map((e) => getComputedStyle(e).display).join();
+      const outside = performance.getEntriesByType("resource").length;
+      const wide = document.documentElement.scrollWidth <= innerWidth;
+      document.body.dataset.probe = [loss, after, outside, wide, getComputedStyle(document.body).color].join(" ");
+    </script>"""
+    (copy := tmp_path / "probed.html").write_text(page.read_text().replace("</body>", probe + "</body>"))
+    text_colours = []
+    for scheme in (1, 0):
+        document, said = shown(copy, f"--blink-settings=preferredColorScheme={scheme}")
+        assert "CONSOLE" not in said
+        found = re.search(r'data-probe="([^"]*)"', document)
+        assert found
+        before, after, outside, fits, colour = found[1].split(" ", 4)
+        assert (before, after) == ("block,none,none", "none,block,none")
+        assert (outside, fits) == ("0", "true")
+        text_colours.append(colour)
+        assert re.search(r'<div class="reading" style="[^"]+">[\d.K]+<div class="c0"><b>[\d.]+</b> training', document)
+    assert text_colours == ["rgb(28, 28, 26)", "rgb(238, 237, 232)"]
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium or Chrome on this machine")
+def test_a_broken_script_would_be_seen(page: Path, tmp_path: Path) -> None:
+    (broken := tmp_path / "broken.html").write_text(page.read_text().replace("</body>", "<script>nothing()</script>"))
+    assert "CONSOLE" in shown(broken)[1]
+
+
+def test_thinning_keeps_every_extreme() -> None:
+    points = [(float(i), math.sin(i)) for i in range(5000)]
+    points[1234] = (1234.0, 50.0)
+    kept = thin(points)
+    assert len(kept) <= 800 and (1234.0, 50.0) in kept and kept == sorted(kept)
+
+
+def test_a_chart_leaves_out_what_cannot_be_drawn() -> None:
+    points = [(0.0, 1.0), (1.0, math.inf), (2.0, -1.0), (3.0, 100.0)]
+    svg = Chart("t", "x", "y", [Series("s", points)], [(2.0, "mark"), (9.0, "beyond")], log_y=True).svg()
+    assert len(re.findall(r"[\d.]+,[\d.]+", re.search(r'points="([^"]+)"', svg)[1])) == 2  # type: ignore[index]
+    assert ">mark<" in svg and "beyond" not in svg
+
+
+def test_names_of_marks_do_not_lie_on_each_other() -> None:
+    marks = [(50.0, "first mark"), (51.0, "second mark"), (52.0, "third"), (90.0, "far")]
+    svg = Chart("t", "x", "y", [Series("s", [(0.0, 1.0), (100.0, 2.0)])], marks).svg()
+    heights = {name: float(y) for y, name in re.findall(r'class="marked" x="[^"]+" y="([^"]+)">([^<]+)<', svg)}
+    assert heights["first mark"] == heights["far"] < heights["second mark"] < heights["third"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "log"), [(0.0, 1.0, False), (2.0, 2.0, False), (-3.0, 8.0, False), (1e-4, 3.0, True), (2, 3, True)]
+)
+def test_ticks_are_round_and_inside(low: float, high: float, log: bool) -> None:
+    scale = scale_over([low, high], 0, 100, log)
+    ticks = scale.ticks()
+    assert 2 <= len(ticks) <= 12
+    assert all(-1e-6 <= scale.pixel(tick) <= 100 + 1e-6 for tick in ticks)
+    assert [float(f"{tick:.2g}") for tick in ticks] == pytest.approx(ticks)
+    assert scale.pixel(low) < scale.pixel(high) or low == high
+
+
+def test_labels_are_short() -> None:
+    values = [0, 0.004, 1.5, 9999, 12000, 2.5e6, 1e12, 3e20, 1e-8]
+    assert [label(v) for v in values] == ["0", "0.004", "1.5", "9999", "12K", "2.5M", "1T", "3e+20", "1e-08"]
+
+
+def test_folders_that_are_no_runs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert "is not a run's output folder" in capsys.readouterr().err
+    (tmp_path / "run.yaml").write_text(dump_run(RunConfig(stages=STAGES)))
+    assert main(["report", str(tmp_path)]) == 2
+    assert "has no step" in capsys.readouterr().err

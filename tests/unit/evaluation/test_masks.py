@@ -1,0 +1,52 @@
+"""A checkpoint in the middle of a growth mask is evaluated with its masks as far open as they were."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
+from flm_megatron.checkpoint.logical import LogicalCheckpoint
+from flm_megatron.config.schema import GrowthConfig, ModelConfig, ParallelConfig
+from flm_megatron.evaluation.model import Batch, forward, load_model
+from flm_megatron.evaluation.subject import Subject
+from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
+from flm_megatron.growth.plan import make_plan
+from tests.support.engine import one_process
+from tests.support.evaluation_cases import MODEL
+
+TOKENS = torch.randint(4, 400, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+def logits(view: LogicalCheckpoint, model: ModelConfig) -> torch.Tensor:
+    """Logits of TOKENS."""
+    none: Any = None  # a forward pass needs no tokenizer
+    subject = Subject(Path("view"), view, model, none, "fp32", 16)
+    return forward(load_model(subject, ParallelConfig()), [Batch(TOKENS)], 1, lambda _, x: x.clone())[0]
+
+
+def test_masks_are_as_far_open_as_the_step_says() -> None:
+    source = InitialCheckpoint(MODEL, seed=3)
+    masks = GrowthConfig("mask", "mask", "mask", "mask", mask_steps=10, layer_selection="interleave")
+    wanted = replace(MODEL, hidden_size=48, num_attention_heads=6, num_query_groups=3, head_dim=8, num_layers=6)
+    plan = make_plan(MODEL, wanted, masks, seed=5, stage="grown")
+    with one_process():
+        before = logits(source, MODEL)
+        closed, half, full = (
+            logits(GrownCheckpoint(source, plan, {"stage": "grown", "step": step}), plan.new) for step in (0, 5, 10)
+        )
+    assert torch.allclose(closed, before, rtol=0, atol=1e-4 * float(before.std()))
+    differences = [float((x - before).std() / before.std()) for x in (half, full)]
+    assert min(differences) > 0.01 and float((half - full).std() / before.std()) > 0.01
+
+
+def test_a_model_that_does_not_fit_the_layout_is_refused() -> None:
+    from flm_megatron.errors import RequestError
+
+    with one_process(), pytest.raises(RequestError, match="2 query groups cannot be split over tensor size 4"):
+        none: Any = None
+        load_model(Subject(Path("x"), InitialCheckpoint(MODEL, 3), MODEL, none, "fp32", 16), ParallelConfig(tensor=4))

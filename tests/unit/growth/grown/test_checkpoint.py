@@ -1,0 +1,208 @@
+"""The grown view: regions, optimizer state, new values, provenance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER, Region
+from flm_megatron.errors import RequestError
+from flm_megatron.growth.grown.births import births, counts_births, earlier_growth, growth_behind
+from flm_megatron.growth.grown.checkpoint import GrownCheckpoint, axis_mean
+from flm_megatron.growth.plan import GrowthPlan, make_plan
+from flm_megatron.model import parameters as p
+from flm_megatron.model.parameters import parameter_specs
+from tests.support.growth_cases import MemoryCheckpoint, growth, old_model, plan_for, trained
+
+GPT3 = old_model(normalization="layernorm", activation="gelu", bias=True)
+VIEWS = [
+    GrownCheckpoint(
+        trained(model, torch.float32, optimizer=True), plan_for("all", operator, model, {"optimizer_step": "birth"})
+    )
+    for operator in ("zero", "mask")
+    for model in (old_model(), GPT3)
+]
+WHOLE = [{name: view.read(name) for name in view.tensors} for view in VIEWS]
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_any_region_is_a_slice_of_the_whole(data: st.DataObject) -> None:
+    index = data.draw(st.integers(0, len(VIEWS) - 1))
+    name = data.draw(st.sampled_from(sorted(VIEWS[index].tensors)))
+    shape = VIEWS[index].tensors[name].shape
+    offsets = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
+    sizes = tuple(data.draw(st.integers(1, n - o)) for n, o in zip(shape, offsets, strict=True))
+    region = Region(offsets, sizes)
+    assert torch.equal(VIEWS[index].read(name, region), WHOLE[index][name][region.slices])
+
+
+@pytest.mark.parametrize(
+    ("case", "selection", "name", "reads"),
+    [
+        ("layers", "stack", f"{p.QKV}.weight", 2),  # three old layers in one, two copies in another
+        ("layers", "interleave", f"{p.QKV}.weight", 4),  # 0 and 1, 1 again, 2, 2 again
+        ("groups", "stack", f"{p.QKV}.weight", 1),  # old groups lie together, as they did
+        ("heads_per_group", "stack", f"{p.QKV}.weight", 3),  # queries; keys, values and the next queries; keys, values
+    ],
+)
+def test_what_lies_together_is_read_at_once(case: str, selection: str, name: str, reads: int) -> None:
+    """Each read of a checkpoint opens its file and checks whole blocks of it."""
+    plan = plan_for(case, "zero", old_model(), {"layer_selection": selection})
+    asked = list[Region | None]()
+
+    class Counting(MemoryCheckpoint):
+        """Notes what is read."""
+
+        def read(self, name: str, region: Region | None = None) -> torch.Tensor:
+            asked.append(region)
+            return super().read(name, region)
+
+    GrownCheckpoint(Counting(trained(plan.old, torch.float32).values), plan).read(name)
+    assert len(asked) == reads
+
+
+def test_mean_is_the_same_however_it_is_cut() -> None:
+    values = torch.randn(101, 64)
+    assert torch.equal(axis_mean(values, 0)[:, 7:9], axis_mean(values[:, 7:9], 0))
+    torch.testing.assert_close(axis_mean(values, 0), values.mean(0, keepdim=True))
+
+
+@pytest.mark.parametrize("operator", ["zero", "mask"])
+def test_moments_follow_the_weights(operator: str) -> None:
+    """A scaled weight's gradient is divided by the scale: the moments go with it, new entries have none."""
+    old = old_model(mup=old_model().mup)
+    plan = plan_for("hidden", operator, old)
+    source = trained(old, torch.float32, optimizer=True)
+    view = GrownCheckpoint(source, plan)
+    scales = {
+        p.HEAD: 33 / 24,
+        p.FINAL_NORM + ".weight": math.sqrt(24 / 33) if operator == "zero" else 1.0,
+        f"{p.FC2}.weight": 1.0,
+    }
+    for name, scale in scales.items():
+        region = Region.whole(source.tensors[name].shape)
+        for prefix, factor in (("", scale), (MASTER, scale), (EXP_AVG, 1 / scale), (EXP_AVG_SQ, scale**-2)):
+            torch.testing.assert_close(view.read(prefix + name, region), source.read(prefix + name) * factor)
+        new = view.read(EXP_AVG_SQ + name)
+        new[region.slices] = 0
+        assert not new.any()
+
+
+def test_copied_layers_have_fresh_moments() -> None:
+    plan = plan_for("layers", "mask", old_model())
+    source = trained(plan.old, torch.float32, optimizer=True)
+    view = GrownCheckpoint(source, plan)
+    name = f"{p.QKV}.weight"
+    moments, values = view.read(EXP_AVG + name), view.read(name)
+    for i, layer in enumerate(plan.layer_sources):
+        assert torch.equal(values[i], source.values[name][layer.source])
+        expected = torch.zeros_like(moments[i]) if layer.copy else source.values[EXP_AVG + name][layer.source]
+        assert torch.equal(moments[i], expected)
+
+
+def test_optimizer_fits_the_scaled_problem() -> None:
+    """One Adam step in the scaled parametrization is the old step times the scale, as the moments promise."""
+    old = old_model()
+    plan = plan_for("hidden", "mask", old)
+    source, c = trained(old, torch.float32, optimizer=True), plan.head_scale
+    view, region = GrownCheckpoint(source, plan), Region.whole((37, 24))
+    gradient = torch.randn(37, 24)
+    steps = []
+    for checkpoint, g in ((source, gradient), (view, gradient / c)):
+        m = 0.9 * checkpoint.read(EXP_AVG + p.HEAD, region) + 0.1 * g
+        s = 0.95 * checkpoint.read(EXP_AVG_SQ + p.HEAD, region) + 0.05 * g**2
+        steps.append(m / s.sqrt())
+    torch.testing.assert_close(steps[0], steps[1])
+
+
+def test_new_values_are_those_of_a_fresh_model_of_the_new_width() -> None:
+    old = old_model(hidden_size=96, ffn_hidden_size=200, matrix_init_std=0.3)
+    plan = make_plan(old, replace(old, ffn_hidden_size=900), growth("mask"), seed=5)
+    view = GrownCheckpoint(trained(old, torch.float32), plan)
+    name = f"{p.FC1}.weight"
+    new = torch.cat([view.read(name)[:, 200:900], view.read(name)[:, 1100:]])
+    assert new.std().item() == pytest.approx(
+        parameter_specs(plan.new)[name].init_std * 0.9866, rel=0.02
+    )  # cut at 3 std
+    assert torch.equal(view.read(name)[:, 900:1100], trained(old, torch.float32).values[name][:, 200:])
+
+
+def test_stages_and_seeds_draw_different_numbers() -> None:
+    plan = plan_for("hidden", "mask", old_model())
+    source = trained(plan.old, torch.float32)
+    draws = [
+        GrownCheckpoint(source, GrowthPlan.from_json({**plan.to_json(), **change})).read(p.EMBEDDING)[:, 24:]
+        for change in ({}, {"seed": 6}, {"stage": "bigger"})
+    ]
+    assert not torch.isin(draws[0], draws[1]).any()
+    assert not torch.isin(draws[0], draws[2]).any()
+
+
+def test_bf16_weights_are_rounded_masters() -> None:
+    plan = plan_for("all", "zero", old_model())
+    view = GrownCheckpoint(trained(plan.old, torch.bfloat16, optimizer=True), plan)
+    for name in parameter_specs(plan.new):
+        assert torch.equal(view.read(name), view.read(MASTER + name).bfloat16()), name
+
+
+def test_births() -> None:
+    plan = plan_for("ffn", "zero", old_model(), {"optimizer_step": "birth"})
+    once = GrownCheckpoint(trained(plan.old, torch.float32, optimizer=True), plan).manifest["growth"]
+    name, whole = f"{p.FC2}.weight", Region.whole((3, 24, 87))
+    born = births(once, name, whole)
+    assert (born[:, :, 50:] == 40).all() and (born[:, :, :50] == 0).all()
+    values = trained(plan.new, torch.float32, optimizer=True).values
+    held = MemoryCheckpoint(values, {"optimizer_step": 70, "growth": once})
+    deeper = plan_for("layers", "zero", plan.new, {"optimizer_step": "birth"})
+    twice = GrownCheckpoint(held, deeper).manifest["growth"]
+    born = births(twice, name, Region((1, 2, 48), (3, 4, 5)))
+    for i, layer in enumerate(deeper.layer_sources[1:4]):
+        expected = [70] * 5 if layer.copy else [0, 0, 40, 40, 40]
+        assert (born[i] == torch.tensor(expected)).all()
+    kept = GrownCheckpoint(held, plan_for("layers", "zero", plan.new)).manifest["growth"]
+    assert counts_births(twice) and counts_births(kept) and births(kept, name, whole).unique().tolist() == [0, 40]
+    assert not counts_births(GrownCheckpoint(trained(plan.old), plan_for("ffn", "zero", plan.old)).manifest["growth"])
+
+
+def test_without_moments_every_entry_is_born_anew() -> None:
+    plan = plan_for("ffn", "zero", old_model(), {"optimizer_step": "birth"})
+    source = trained(plan.old, torch.float32)  # at Adam's step 40, as a copy without optimizer state still says
+    bare = GrownCheckpoint(source, plan).manifest["growth"]
+    assert bare["optimizer_step"] == 0
+    held = MemoryCheckpoint(trained(plan.new).values, {"optimizer_step": 70, "growth": bare})
+    twice = GrownCheckpoint(held, plan_for("layers", "zero", plan.new, {"optimizer_step": "birth"})).manifest["growth"]
+    for entry, layers in ((bare, 3), (twice, 5)):
+        assert not births(entry, f"{p.FC2}.weight", Region.whole((layers, 24, 87))).any()
+    written_before = {key: value for key, value in bare.items() if key != "moments"} | {"optimizer_step": 40}
+    assert births(written_before, f"{p.FC2}.weight", Region.whole((3, 24, 87))).any()
+
+
+def test_births_outlive_the_start_of_a_new_run() -> None:
+    plan = plan_for("ffn", "zero", old_model(), {"optimizer_step": "birth"})
+    view = GrownCheckpoint(trained(plan.old, torch.float32, optimizer=True), plan)
+    kept = earlier_growth(view, grows=False)
+    assert growth_behind(kept) == view.manifest["growth"] and earlier_growth(view, grows=True) == {}
+    resumed = MemoryCheckpoint(trained(plan.new, torch.float32, optimizer=True).values, kept | {"optimizer_step": 50})
+    assert earlier_growth(resumed, grows=False) == kept
+    assert earlier_growth(MemoryCheckpoint(trained(plan.new).values, kept), grows=False) == {}
+    deeper = GrownCheckpoint(resumed, plan_for("layers", "zero", plan.new)).manifest["growth"]
+    assert births(deeper, f"{p.FC2}.weight", Region.whole((5, 24, 87))).unique().tolist() == [0, 40]
+
+
+def test_provenance_and_wrong_source() -> None:
+    plan = plan_for("ffn", "zero", old_model())
+    manifest = GrownCheckpoint(trained(plan.old), plan).manifest["growth"]
+    assert GrowthPlan.from_json(manifest["plan"]) == plan
+    assert (manifest["source_stage"], manifest["source_step"]) == ("small", 40)
+    with pytest.raises(
+        RequestError, match=r"linear_fc1.weight has shape \(3, 102, 24\), the run file makes it \(3, 100, 24\)"
+    ):
+        GrownCheckpoint(trained(old_model(ffn_hidden_size=51)), plan)
+    with pytest.raises(RequestError, match="has no tensor 'x'"):
+        GrownCheckpoint(trained(plan.old), plan).read("x")

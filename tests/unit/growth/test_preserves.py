@@ -1,0 +1,103 @@
+"""Growth keeps the function: the algebra in float64, for every operator and dimension."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from flm_megatron.config.schema import MupConfig
+from flm_megatron.growth.plan import GrowthPlan, make_plan
+from tests.support.growth_cases import GROWN, grown_weights, growth, old_model, plan_for, trained, weights
+from tests.support.growth_oracle import logits, masks_at
+from tests.support.reference_model import reference_logits
+
+TOKENS = torch.randint(0, 37, (2, 11), generator=torch.Generator().manual_seed(3))
+BLOCKS = {
+    "teleflm": {},
+    "gpt3": {"normalization": "layernorm", "activation": "gelu", "bias": True},
+    "standard": {"mup": MupConfig(enabled=False)},
+}
+
+
+def difference(plan: GrowthPlan, v: float = 0.0) -> float:
+    """Largest difference of the logits before and after, over the standard deviation of those before."""
+    source = trained(plan.old)
+    before = reference_logits(plan.old, weights(source, plan.old), TOKENS)
+    tensors = grown_weights(plan, source)
+    after = (
+        logits(plan.new, tensors, TOKENS, masks_at(plan, v))
+        if plan.masked
+        else reference_logits(plan.new, tensors, TOKENS)
+    )
+    return ((after - before).abs().max() / before.std()).item()
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_open_masks_are_the_plain_model(block: str) -> None:
+    plan = plan_for("all", "mask", old_model(**BLOCKS[block]))
+    tensors = grown_weights(plan, trained(plan.old))
+    torch.testing.assert_close(
+        logits(plan.new, tensors, TOKENS, masks_at(plan, 1.0)), reference_logits(plan.new, tensors, TOKENS)
+    )
+
+
+@pytest.mark.parametrize("operator", ["zero", "mask"])
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("case", GROWN)
+def test_logits_stay(case: str, block: str, operator: str) -> None:
+    changes: dict[str, Any] = BLOCKS[block]
+    assert difference(plan_for(case, operator, old_model(**changes))) <= 1e-12
+
+
+@pytest.mark.parametrize("operator", ["zero", "mask"])
+def test_multi_head_attention_stays(operator: str) -> None:
+    old = old_model(num_query_groups=None)
+    new = replace(old, num_attention_heads=7, hidden_size=40)
+    assert difference(make_plan(old, new, growth(operator), seed=2)) <= 1e-12
+
+
+@pytest.mark.parametrize("masked", ["hidden", "ffn", "heads", "layers"])
+def test_operators_mix(masked: str) -> None:
+    assert difference(plan_for("all", "zero", old_model(), {masked: "mask"})) <= 1e-12
+    assert difference(plan_for("all", "mask", old_model(), {masked: "zero"})) <= 1e-12
+
+
+def test_multipliers_may_change_at_growth() -> None:
+    old = old_model()
+    plan = plan_for("all", "zero", old)
+    plan.new.output_mult, plan.new.input_mult = 3.0, 0.7
+    assert difference(plan) <= 1e-12
+
+
+@pytest.mark.parametrize("case", ["hidden", "ffn", "groups", "layers"])
+def test_open_masks_change_the_function(case: str) -> None:
+    assert difference(plan_for(case, "mask", old_model()), v=0.5) > 1e-3
+
+
+def test_plain_copies_do_not_preserve() -> None:
+    plan = plan_for("layers", "zero", old_model(), {"layers": "copy"})
+    assert not plan.preserving
+    assert difference(plan) > 1e-3
+
+
+@pytest.mark.parametrize("case", ["hidden", "ffn", "groups", "heads_per_group", "layers"])
+def test_zero_growth_trains_its_new_weights(case: str) -> None:
+    """Each new unit is reached by a gradient after one step, so that nothing stays dead or equal."""
+    plan = plan_for(case, "zero", old_model())
+    tensors = {n: t.requires_grad_() for n, t in grown_weights(plan, trained(plan.old)).items()}
+    start = {n: t.detach().clone() for n, t in tensors.items()}
+    for _ in range(2):
+        torch.nn.functional.cross_entropy(logits(plan.new, tensors, TOKENS).flatten(0, 1), TOKENS.flatten()).backward()
+        with torch.no_grad():
+            for t in tensors.values():
+                t -= 0.1 * t.grad
+                t.grad = None
+    unmoved = [
+        n
+        for n, t in tensors.items()
+        if n.endswith("weight") and (t == start[n]).flatten(1 - (t.ndim < 2)).all(-1).any()
+    ]
+    assert [n for n in unmoved if "embedding" not in n] == []

@@ -1,0 +1,113 @@
+"""Random search of hyperparameters on a narrow model."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flm_megatron.cli.main import main
+from flm_megatron.config.loader import load_run
+from flm_megatron.config.schema import ModelConfig, MupConfig, OptimizerConfig, RunConfig, StageConfig
+from flm_megatron.errors import RequestError
+from flm_megatron.hyperparameters.search import (
+    SearchSettings,
+    Trial,
+    best,
+    own_values,
+    proxy_stage,
+    search,
+    with_values,
+)
+from flm_megatron.launch.preflight import resolve
+from tests.support.runs import make_data, make_run
+
+SETTINGS = SearchSettings(trials=3, steps=24, layers=1, global_batch=4, spread=3.0)
+MUP = ("--stages.0.model.mup.enabled", "true", "--stages.0.model.mup.base_hidden_size", "16")
+STAGE = StageConfig(
+    name="wide",
+    model=ModelConfig(hidden_size=512, mup=MupConfig(enabled=True, base_hidden_size=128)),
+    optimizer=OptimizerConfig(lr=1e-3, matrix_lr=4e-3, min_lr=1e-4),
+    micro_batch=6,
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small tokenizer and datasets."""
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def test_trials_are_short_runs_that_learn_and_can_be_repeated(data: Path, tmp_path: Path) -> None:
+    run = resolve(make_run(data, tmp_path, *MUP)[1])
+    trials = list(search(run, run.stages[0], SETTINGS))
+    own = own_values(run.stages[0])
+    assert [trial.number for trial in trials] == [0, 1, 2]
+    assert trials[0].values == own
+    for trial in trials[1:]:
+        factors = [trial.values[name] / own[name] for name in own]
+        assert all(1 / 3 <= factor <= 3 for factor in factors) and len(set(factors)) == 7
+    assert trials[0].loss < math.log(500) - 0.1
+    assert len({trial.loss for trial in trials}) == 3
+    assert list(search(run, run.stages[0], replace(SETTINGS, trials=2))) == trials[:2]
+
+
+def test_a_trial_that_diverges_is_unstable(data: Path, tmp_path: Path) -> None:
+    run = resolve(make_run(data, tmp_path, *MUP, "--stages.0.model.matrix_init_std", "1e20")[1])
+    (trial,) = search(run, run.stages[0], replace(SETTINGS, trials=1))
+    assert not trial.stable and best([trial]) is None
+
+
+def test_the_best_trial_is_the_lowest_that_does_not_keep_rising() -> None:
+    trials = [Trial(0, {}, 3.0, 0.0), Trial(1, {}, 2.0, 0.9), Trial(2, {}, 2.5, -0.4), Trial(3, {}, math.nan, 0.0)]
+    assert best(trials) is trials[2]
+
+
+def test_the_proxy_is_narrow_and_the_rest_is_kept() -> None:
+    run = RunConfig(stages=[STAGE])
+    stage = proxy_stage(run, STAGE, SearchSettings(global_batch=8, steps=10))
+    assert (stage.model.hidden_size, stage.model.num_attention_heads, stage.model.kv_channels) == (128, 1, 128)
+    assert stage.model.width_factor == 1 and stage.model.num_layers == STAGE.model.num_layers
+    assert (stage.micro_batch, stage.global_batch, stage.tokens) == (2, 8, 10 * 8 * run.data.sequence_length)
+    changed = with_values(stage, own_values(stage) | {"lr": 5e-5, "output_mult": 3.0})
+    assert (changed.optimizer.lr, changed.optimizer.min_lr, changed.optimizer.matrix_lr) == (5e-5, 5e-5, 4e-3)
+    assert changed.model.output_mult == 3.0
+
+
+def test_requests_that_make_no_sense_are_refused() -> None:
+    run = RunConfig(stages=[STAGE])
+    without = replace(STAGE, model=ModelConfig())
+    with pytest.raises(RequestError, match="stage 'wide' does not use muP"):
+        proxy_stage(run, without, SETTINGS)
+    with pytest.raises(RequestError, match=re.escape("trials 0, steps 24, spread 3.0")):
+        next(search(run, STAGE, replace(SETTINGS, trials=0)))
+
+
+def test_command_prints_the_best_values(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_file, _ = make_run(data, tmp_path, *MUP)
+    lines = tmp_path / "trials" / "all.jsonl"
+    arguments = ["--trials", "2", "--steps", "6", "--layers", "1", "--global-batch", "4", "--out", str(lines)]
+    assert main(["mup", "search", str(run_file), *arguments]) == 0
+    printed = capsys.readouterr().out
+    trials = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert len(trials) == 2 and len(trials[1]["values"]) == 7
+    assert re.search(r"^best: trial [01], loss \d", printed, re.M)
+    section = printed.split("\nmodel:\n")[1]
+    written = tmp_path / "found.yaml"
+    written.write_text(f"stages:\n- model:\n{_indented(section)}")
+    assert load_run(written).stages[0].optimizer.matrix_lr
+
+
+def _indented(section: str) -> str:
+    """The printed sections as they go into a stage of a run file."""
+    return "".join(f"  {line}\n" for line in section.splitlines())
+
+
+def test_command_refuses_a_run_without_mup(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_file, _ = make_run(data, tmp_path)
+    assert main(["mup", "search", str(run_file)]) == 2
+    assert "does not use muP" in capsys.readouterr().err

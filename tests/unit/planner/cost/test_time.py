@@ -1,0 +1,150 @@
+"""Time of a step: kernels, links, schedule, and the published rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from statistics import median
+
+import pytest
+
+from benchmarks.planner.compare import memory_error, time_error
+from benchmarks.planner.rows import memory_rows, time_rows
+from flm_megatron.config.schema import ModelConfig, ParallelConfig
+from flm_megatron.errors import RequestError
+from flm_megatron.planner.cost.communication import data_time, gather_time
+from flm_megatron.planner.cost.compute import layer_passes
+from flm_megatron.planner.cost.matmul import matmul_time, memory_time, peak_flops, tile_efficiency
+from flm_megatron.planner.cost.throughput import part_passes, step_time, tflops_per_device
+from flm_megatron.planner.layout import Implementation, Workload
+from flm_megatron.planner.machine import Machine, find_machine
+
+A800 = find_machine("a800")
+MODEL = ModelConfig(num_layers=64, hidden_size=8192, ffn_hidden_size=21824, num_attention_heads=64, vocab_size=80000)
+
+
+def workload(data: int = 1, batch: int = 64, **sizes: int) -> Workload:
+    """A step of `batch` samples of 4,096 tokens of a 52B model."""
+    parallel = ParallelConfig(**sizes, sequence=sizes.get("tensor", 1) > 1)
+    return Workload(MODEL, 4096, batch, 1, parallel, data)
+
+
+def perfect(machine: Machine) -> Machine:
+    """The machine with kernels that reach the data sheet and links that take no time to start."""
+    efficiency = replace(
+        machine.efficiency, matmul=1.0, tile_overhead=0.0, attention=1.0, memory=1.0, intra=1.0, inter=1.0
+    )
+    return replace(machine, efficiency=efficiency, latency_s=0.0, kernel_s=0.0)
+
+
+def test_whole_waves_of_whole_tiles_waste_nothing() -> None:
+    assert tile_efficiency(128 * 12, 256 * 9, 1, 108) == 1.0
+    assert tile_efficiency(128 * 12 + 1, 256 * 9, 1, 108) < 0.61  # one row more starts another wave
+
+
+def test_a_large_product_takes_its_flops_a_thin_one_its_bytes() -> None:
+    machine = perfect(A800)
+    rows, columns = 128 * 108, 256 * 16
+    flops = 2.0 * rows * columns * 8192
+    assert matmul_time(machine, "bf16", rows, columns, 8192) == pytest.approx(flops / 312e12)
+    thin = matmul_time(machine, "bf16", 8192, 8192, 64)
+    assert thin == pytest.approx(2 * (2 * 8192 * 64 + 8192 * 8192) / 2039e9)
+
+
+def test_bytes_take_bandwidth_and_no_kernel_less_than_the_shortest() -> None:
+    assert memory_time(A800, 1e9) == pytest.approx(1e9 / (2039e9 * 0.75))
+    assert memory_time(A800, 1) == A800.kernel_s
+    assert memory_time(A800, 0) == 0
+
+
+def test_fp8_halves_the_products_of_the_layers_and_adds_casts() -> None:
+    machine = perfect(find_machine("h100"))
+    apart = replace(workload(), implementation=Implementation(fused_weight_gradient=False))  # as FP8's always is
+    plain, fp8 = (layer_passes(replace(apart, fp8=on), machine).total for on in (False, True))
+    assert fp8.matmul == pytest.approx(plain.matmul / 2, rel=1e-3)
+    casts = fp8.memory_bound - plain.memory_bound
+    assert 0 < casts < 0.5 * (plain.matmul - fp8.matmul)
+    assert fp8.attention == plain.attention
+    assert plain.total > 1.3 * fp8.total
+    with pytest.raises(RequestError, match="no fp8 units"):
+        layer_passes(replace(workload(), fp8=True), A800)
+
+
+def test_a_ring_inside_a_node_takes_its_link_one_over_nodes_the_network() -> None:
+    machine = perfect(A800)
+    assert gather_time(machine, 8e9, 8, 8) == pytest.approx(8e9 * 7 / 8 / 200e9)
+    assert gather_time(machine, 8e9, 16, 1) == pytest.approx(8e9 * 15 / 16 / 25e9)
+    assert gather_time(machine, 8e9, 16, 2) == pytest.approx(8e9 * 15 / 16 / 50e9)  # two ranks share two ports
+    assert gather_time(machine, 8e9, 1, 1) == 0
+
+
+def test_data_ranks_of_wide_tensor_groups_have_a_port_each() -> None:
+    machine = perfect(A800)
+    assert data_time(workload(data=4, tensor=8), machine, 1e9) == pytest.approx(1e9 * 3 / 4 / 25e9)
+
+
+def test_products_of_a_step_take_their_flops() -> None:
+    """On a perfect machine, products and attention take three times the forward FLOPs of the whole model, less what
+    tiles waste."""
+    work, machine = workload(), perfect(A800)
+    spent = step_time(work, machine).compute
+    seconds = spent.matmul + spent.attention
+    tflops = tflops_per_device(work, seconds)
+    assert 0.85 * 312 < tflops < 1.02 * 312
+
+
+def test_full_recomputation_adds_a_forward_pass_per_layer() -> None:
+    plain, full = (layer_passes(replace(workload(), recompute=mode), A800) for mode in ("none", "full"))
+    assert full.backward.total == pytest.approx(plain.backward.total + plain.forward.total)
+    assert full.forward == plain.forward
+
+
+def test_sequence_parallel_exchanges_are_those_of_an_all_reduce() -> None:
+    split = workload(tensor=8)
+    whole = replace(split, parallel=replace(split.parallel, sequence=False))
+    forward = [layer_passes(work, A800).forward.tensor for work in (split, whole)]
+    assert forward[0] == pytest.approx(forward[1])
+
+
+def test_the_bubble_is_that_of_the_schedule() -> None:
+    """(p - 1) / (m v) of the work of an even pipeline, arXiv 2104.04473."""
+    work, machine = workload(pipeline=8), perfect(A800)
+    parts = part_passes(work, machine)
+    even = replace(parts, head=replace(parts.head, forward=parts.head.forward * 0, backward=parts.head.backward * 0))
+    even = replace(even, embedding=even.head)
+    step = step_time(work, machine, even)
+    assert step.bubble / (step.compute.total + step.pipeline) == pytest.approx(7 / 64)
+    chunked = step_time(workload(pipeline=8, virtual_pipeline=4), machine, even)
+    assert chunked.bubble / (chunked.compute.total + chunked.pipeline) == pytest.approx(7 / 64 / 4)
+
+
+def test_overlap_hides_data_communication() -> None:
+    work = workload(data=8, tensor=8)
+    hidden = replace(work, parallel=replace(work.parallel, overlap_grad_reduce=True, overlap_param_gather=True))
+    assert step_time(hidden, A800).data < 0.5 * step_time(work, A800).data
+
+
+def test_without_the_distributed_optimizer_gradients_are_reduced_to_all() -> None:
+    work = workload(data=8)
+    plain = replace(work, parallel=replace(work.parallel, distributed_optimizer=False))
+    parameters = work.rank_parameters(0)
+    whole = step_time(plain, perfect(A800)).data
+    assert whole == pytest.approx(2 * 4 * parameters * 7 / 8 / 200e9)
+    assert step_time(plain, A800).optimizer > step_time(work, A800).optimizer
+
+
+def test_a_gpu_without_units_for_a_precision_is_refused() -> None:
+    with pytest.raises(RequestError, match="v100 has no bf16 units"):
+        peak_flops(find_machine("v100"), "bf16")
+
+
+def test_published_times_are_met() -> None:
+    """Rows that set constants within 3 %, those that only check with a median within 10 %."""
+    errors = {role: [abs(time_error(row)) for row in time_rows() if row.role == role] for role in ("sets", "checks")}
+    assert max(errors["sets"]) < 0.03
+    assert median(errors["checks"]) < 0.10
+
+
+def test_published_memory_is_met() -> None:
+    errors = [abs(memory_error(row)) for row in memory_rows()]
+    assert median(errors) < 0.05
+    assert max(errors) < 0.10

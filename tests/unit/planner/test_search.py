@@ -1,0 +1,114 @@
+"""Layout search: what fits, what does not and why, and the smallest number of accelerators."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from flm_megatron.config.rules.layout import LAYOUT_RULES
+from flm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig, StageConfig
+from flm_megatron.errors import RequestError
+from flm_megatron.planner.cost.memory import worst_memory
+from flm_megatron.planner.feasibility import require_candidates, require_fit
+from flm_megatron.planner.layout import stage_workload
+from flm_megatron.planner.machine import find_machine
+from flm_megatron.planner.plan import plan_run, plan_stage
+from flm_megatron.planner.search import MEMORY, search, smallest_fit
+
+A800 = find_machine("a800")
+SEVEN_B = StageConfig(
+    name="7b",
+    model=ModelConfig(num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32, vocab_size=32000),
+    global_batch=64,
+    tokens=1_000_000,
+    precision="bf16",
+)
+SEQUENCE = 4096
+
+
+def test_every_layout_is_fitting_or_rejected_and_all_that_fit_can_run() -> None:
+    result = search(SEVEN_B, SEQUENCE, A800, 16)
+    assert result.candidates
+    assert result.rejections[MEMORY].count > 0
+    for candidate in result.candidates:
+        work = candidate.work
+        stage = replace(SEVEN_B, parallel=work.parallel, micro_batch=work.micro_batch, recompute=work.recompute)
+        assert not any(rule(stage, SEQUENCE, 16) for rule in LAYOUT_RULES)
+        assert work.world_size == 16
+        assert candidate.memory_gib <= A800.hardware.memory_gib
+
+
+def test_layouts_are_ranked_by_the_time_that_a_plan_gives_them() -> None:
+    candidates = search(SEVEN_B, SEQUENCE, A800, 16).candidates
+    times = [candidate.step.total for candidate in candidates]
+    assert times == sorted(times)
+    best = candidates[0].work
+    stage = replace(SEVEN_B, parallel=best.parallel, micro_batch=best.micro_batch, recompute=best.recompute)
+    assert plan_stage(stage, SEQUENCE, A800, 16).step.total == times[0]
+
+
+def test_rejections_are_grouped_with_an_example() -> None:
+    rejections = search(SEVEN_B, SEQUENCE, A800, 24).rejections
+    batch = next(item for reason, item in rejections.items() if "whole micro-batches" in reason)
+    assert "global_batch 64 does not divide" in batch.example
+    assert all(item.count > 0 and item.example for item in rejections.values())
+
+
+def test_the_nearest_layout_that_does_not_fit_is_named() -> None:
+    large = replace(SEVEN_B, model=replace(SEVEN_B.model, num_layers=320))
+    nearest = search(large, SEQUENCE, A800, 16).rejections[MEMORY]
+    assert A800.hardware.memory_gib < nearest.nearest_gib < 100
+
+
+def test_the_smallest_number_fits_and_no_smaller_one_does() -> None:
+    large = replace(SEVEN_B, model=replace(SEVEN_B.model, num_layers=160))
+    smallest = smallest_fit(large, SEQUENCE, A800)
+    assert smallest is not None
+    assert search(large, SEQUENCE, A800, smallest.world_size).candidates
+    for gpus in range(1, smallest.world_size):
+        if gpus < A800.node_size or gpus % A800.node_size == 0:
+            assert not search(large, SEQUENCE, A800, gpus).candidates, gpus
+
+
+def test_a_number_that_no_layout_fits_is_refused_with_the_smallest_that_does() -> None:
+    large = replace(SEVEN_B, model=replace(SEVEN_B.model, num_layers=160))
+    smallest = smallest_fit(large, SEQUENCE, A800)
+    assert smallest is not None
+    with pytest.raises(RequestError, match=rf"GiB, .* too many; the smallest .* is {smallest.world_size} \(tensor"):
+        require_candidates(large, SEQUENCE, A800, 2, search(large, SEQUENCE, A800, 2))
+
+
+def test_a_stage_that_fits_nowhere_is_refused_in_one_line() -> None:
+    wide = ModelConfig(
+        num_layers=1, hidden_size=2**18, ffn_hidden_size=2**20, num_attention_heads=2, head_dim=2**17, vocab_size=1000
+    )
+    stage = replace(SEVEN_B, model=wide)
+    with pytest.raises(RequestError, match="cannot fit on a800 under any layout of any number") as caught:
+        require_candidates(stage, SEQUENCE, A800, 8, search(stage, SEQUENCE, A800, 8))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_whose_layout_overfills_is_refused_with_one_that_fits() -> None:
+    run = RunConfig(stages=[replace(SEVEN_B, parallel=ParallelConfig())])
+    run = replace(run, data=replace(run.data, sequence_length=SEQUENCE))
+    with pytest.raises(RequestError, match=r"pipeline rank 0 needs .* GiB, a800 has 79.2; fits with tensor"):
+        require_fit(run, plan_run(run, A800, 2))
+
+
+def test_a_trillion_parameters_on_896_need_seconds() -> None:
+    """Ten of the processor's seconds, which other processes do not lengthen."""
+    model = ModelConfig(
+        num_layers=140, hidden_size=20480, ffn_hidden_size=98304, num_attention_heads=160, vocab_size=80000
+    )
+    stage = replace(SEVEN_B, model=model, global_batch=1792)
+    start = time.process_time()
+    result = search(stage, SEQUENCE, A800, 896)
+    assert time.process_time() - start < 10
+    assert len(result.candidates) > 100
+
+
+def test_memory_falls_with_data_ranks_as_the_smallest_fit_takes_for_granted() -> None:
+    totals = [worst_memory(stage_workload(SEVEN_B, SEQUENCE, world)).total for world in (1, 2, 4, 8)]
+    assert totals == sorted(totals, reverse=True)
