@@ -1,7 +1,8 @@
 """Fused operations of training: Triton kernels, each beside its PyTorch reference, and the choice between them.
 
-`NAME.py` has an operation as the model calls it, `NAME_torch.py` its reference, `NAME_triton.py` its kernels (the
-only files that import Triton), `NAME_compile.py` its formula for torch.compile. `choice.py` says which of them runs.
+Each operation has a folder: its `__init__` is the operation as the model calls it, `reference` its formula in plain
+PyTorch, `triton_kernels` its kernels (with `tensor_list_triton` the only files that import Triton), `compiled` its
+formula for torch.compile. `choice` says which of them runs.
 """
 
 from flm_megatron.kernels.adam import adamw_

@@ -36,7 +36,7 @@ OFFERED = {
     "fp8_cast": ("triton", "torch"),
     "weight_gradient": ("apex", "torch"),
 }
-MODULES = {
+FOLDERS = {
     "rms_norm": "norm",
     "swiglu": "glu",
     "rotary": "rotary",
@@ -46,6 +46,7 @@ MODULES = {
     "fp8_cast": "fp8",
     "weight_gradient": "weight_gradient",
 }
+FILES = {"torch": "reference", "triton": "triton_kernels", "compile": "compiled", "apex": "apex"}
 # The compiled parts are looked for: the package of that name on PyPI is not NVIDIA's Apex.
 NEEDS = {
     "te": ("transformer_engine",),
@@ -165,7 +166,7 @@ def implementation(operation: str, tensor: Tensor, masked: bool = False) -> Modu
 
 @cache
 def _module(operation: str, name: str) -> ModuleType:
-    return import_module(f"flm_megatron.kernels.{MODULES[operation]}_{name}")
+    return import_module(f"flm_megatron.kernels.{FOLDERS[operation]}.{FILES[name]}")
 
 
 def _check(operation: str, asked: str, device: str) -> None:

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm checkpoint` and its commands."""
     commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, summary in COMMANDS.items():
-        module = importlib.import_module(f"flm_megatron.cli.checkpoint_{name.replace('-', '_')}")
+        module = importlib.import_module(f"flm_megatron.cli.checkpoint.{name.replace('-', '_')}")
         command = commands.add_parser(name, help=summary, description=module.__doc__, allow_abbrev=False)
         module.add_arguments(command)
         command.set_defaults(action_run=module.run)

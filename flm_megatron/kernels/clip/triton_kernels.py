@@ -43,7 +43,7 @@ def _scale_kernel(address_ptr: tensor, span_ptr: tensor, like: tensor, factor_pt
 
 
 def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """As `clip_torch.squared_norm`: fp32 within a program, float64 over programs."""
+    """As `reference.squared_norm`: fp32 within a program, float64 over programs."""
     work = spans(tensors)
     partial = torch.empty(work.size(0), dtype=torch.float32, device=work.device)
     _squares_kernel[(work.size(0),)](addresses(tensors), work, tensors[0], partial)
@@ -51,6 +51,6 @@ def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """As `clip_torch.scale_`."""
+    """As `reference.scale_`."""
     work = spans(tensors)
     _scale_kernel[(work.size(0),)](addresses(tensors), work, tensors[0], factor)

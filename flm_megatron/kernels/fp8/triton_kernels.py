@@ -35,7 +35,7 @@ def _cast_kernel(
 
 
 def cast(x: Tensor, factor: Tensor, dtype: torch.dtype, transpose: bool) -> Tensor:
-    """As `fp8_torch.cast`."""
+    """As `reference.cast`."""
     rows, columns = x.shape
     out = torch.empty((columns, rows) if transpose else (rows, columns), dtype=dtype, device=x.device)
     grid = triton.cdiv(rows, SIDE), triton.cdiv(columns, SIDE)

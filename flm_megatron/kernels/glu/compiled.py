@@ -11,7 +11,7 @@ from flm_megatron.kernels.compiled import compiled
 
 @compiled
 def forward(x: Tensor, mask: Tensor | None) -> Tensor:
-    """As `glu_torch.forward`, computed in fp32."""
+    """As `reference.forward`, computed in fp32."""
     gate, up = x.float().chunk(2, dim=-1)
     if mask is not None:
         gate, up = gate * mask, up * mask
@@ -20,7 +20,7 @@ def forward(x: Tensor, mask: Tensor | None) -> Tensor:
 
 @compiled
 def backward(grad: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-    """As `glu_torch.backward`, computed in fp32."""
+    """As `reference.backward`, computed in fp32."""
     gate, up = x.float().chunk(2, dim=-1)
     upstream = grad.float()
     if mask is not None:

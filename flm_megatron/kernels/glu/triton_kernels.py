@@ -57,7 +57,7 @@ def _backward_kernel(
 
 
 def forward(x: Tensor, mask: Tensor | None) -> Tensor:
-    """As `glu_torch.forward`, computed in fp32."""
+    """As `reference.forward`, computed in fp32."""
     rows, ffn = x.size(0), x.size(1) // 2
     out = torch.empty(rows, ffn, dtype=x.dtype, device=x.device)
     _forward_kernel[(rows, triton.cdiv(ffn, BLOCK))](
@@ -67,7 +67,7 @@ def forward(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def backward(grad: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-    """As `glu_torch.backward`, computed in fp32."""
+    """As `reference.backward`, computed in fp32."""
     rows, ffn = grad.shape
     grad_x = torch.empty_like(x)
     _backward_kernel[(rows, triton.cdiv(ffn, BLOCK))](

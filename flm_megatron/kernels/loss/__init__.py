@@ -40,7 +40,7 @@ def vocabulary_part(width: int, vocab_size: int | None, group: Group) -> tuple[i
 
 
 def over_vocabulary(found: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """Statistics [2, rows] of one part (see `loss_torch.statistics`) made those of the whole vocabulary.
+    """Statistics [2, rows] of one part (see `reference.statistics`) made those of the whole vocabulary.
 
     One gather of two numbers a row; every rank then adds them up in the same order.
     """

@@ -52,7 +52,7 @@ def _gradient_kernel(
 
 
 def statistics(logits: Tensor, labels: Tensor, valid: int) -> Tensor:
-    """As `loss_torch.statistics`, in fp32."""
+    """As `reference.statistics`, in fp32."""
     rows, width = logits.shape
     if not valid:
         return torch.tensor([-torch.inf, 0.0], device=logits.device).unsqueeze(1).repeat(1, rows)
@@ -63,7 +63,7 @@ def statistics(logits: Tensor, labels: Tensor, valid: int) -> Tensor:
 
 
 def gradient(logits: Tensor, labels: Tensor, valid: int, log_sum: Tensor, scale: Tensor, out: Tensor) -> None:
-    """As `loss_torch.gradient`."""
+    """As `reference.gradient`."""
     rows, width = logits.shape
     block = min(BLOCK, triton.next_power_of_2(width))
     _gradient_kernel[(rows, triton.cdiv(width, block))](

@@ -12,7 +12,7 @@ from flm_megatron.kernels.compiled import compiled
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, mask: Tensor | None, eps: float, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `norm_torch.forward`, computed in fp32."""
+    """As `reference.forward`, computed in fp32."""
     rows = x if residual is None else x + residual
     values = rows.float() if mask is None else rows.float() * mask
     count = x.size(-1) if mask is None else mask.sum()
@@ -32,7 +32,7 @@ def backward(
     inverse_rms: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """As `norm_torch.backward`, computed in fp32."""
+    """As `reference.backward`, computed in fp32."""
     upstream, values = grad.float(), rows.float()
     gain = weight.float() * scale
     count: Tensor | int = rows.size(-1)

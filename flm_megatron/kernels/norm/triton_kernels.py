@@ -83,7 +83,7 @@ def _backward_kernel(
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, mask: Tensor | None, eps: float, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `norm_torch.forward`; 1 / rms is fp32."""
+    """As `reference.forward`; 1 / rms is fp32."""
     rows, hidden = x.shape
     out = torch.empty_like(x)
     summed = x if residual is None else torch.empty_like(x)
@@ -107,7 +107,7 @@ def backward(
     inverse_rms: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """As `norm_torch.backward`. The same number of partial sums at every call makes repeats equal to the bit."""
+    """As `reference.backward`. The same number of partial sums at every call makes repeats equal to the bit."""
     count, hidden = rows.shape
     grad_x = torch.empty_like(rows)
     programs = min(PARTIAL_SUMS, count)

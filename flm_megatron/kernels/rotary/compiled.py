@@ -10,14 +10,14 @@ from flm_megatron.kernels.compiled import compiled
 
 @compiled
 def rotate_(packed: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """As `rotary_torch.rotate_`, computed in fp32."""
+    """As `reference.rotate_`, computed in fp32."""
     heads = packed[..., :-1, :]
     heads.copy_(_turned(heads, cos, sin))
 
 
 @compiled
 def packed_gradient(grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As `rotary_torch.packed_gradient`, computed in fp32."""
+    """As `reference.packed_gradient`, computed in fp32."""
     query, key = _turned(grad_query, cos, -sin), _turned(grad_key, cos, -sin)
     return torch.cat([query, key, grad_value], dim=-2)
 

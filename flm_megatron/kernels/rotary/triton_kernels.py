@@ -64,7 +64,7 @@ def _pack_kernel(
 
 
 def rotate_(packed: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """As `rotary_torch.rotate_`; `packed` is contiguous."""
+    """As `reference.rotate_`; `packed` is contiguous."""
     sequence, batch, groups, per_group, channels = packed.shape
     heads, block = batch * groups * per_group, _heads_per_program(channels)
     _rotate_kernel[(sequence, triton.cdiv(heads, block))](
@@ -74,7 +74,7 @@ def rotate_(packed: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def packed_gradient(grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As `rotary_torch.packed_gradient`; gradients may have any strides but along channels."""
+    """As `reference.packed_gradient`; gradients may have any strides but along channels."""
     sequence, batch, groups, queries, channels = grad_query.shape
     grads = [grad if grad.stride(-1) == 1 else grad.contiguous() for grad in (grad_query, grad_key, grad_value)]
     packed = torch.empty(

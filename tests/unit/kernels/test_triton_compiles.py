@@ -60,7 +60,7 @@ def machine_code_size(operation: str, name: str, flags: bool) -> int:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    kernel: Any = getattr(import_module(f"flm_megatron.kernels.{operation}_triton"), name)
+    kernel: Any = getattr(import_module(f"flm_megatron.kernels.{operation}.triton_kernels"), name)
     constants = {n: CONSTANTS.get(n, flags) for n in kernel.arg_names if n.isupper()}
     signature = {n: _type_of(n) for n in kernel.arg_names}
     built = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
@@ -86,8 +86,8 @@ def test_kernels_compile(operation: str, name: str, flags: bool, compiler: Proce
 def test_all_kernels_are_listed() -> None:
     folder = Path(import_module("flm_megatron.kernels").__path__[0])
     written = {
-        (path.stem.removesuffix("_triton"), line.split("(")[0].removeprefix("def "))
-        for path in folder.glob("*_triton.py")
+        (path.parent.name, line.split("(")[0].removeprefix("def "))
+        for path in folder.glob("*/triton_kernels.py")
         for line in path.read_text().splitlines()
         if line.startswith("def ") and "_kernel(" in line
     }
