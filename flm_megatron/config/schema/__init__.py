@@ -1,0 +1,36 @@
+"""The run file as typed dataclasses: every field has a type, a default and a docstring that is its help text.
+
+A file for each topic: `model`, `data`, `optimizer`, `hardware` (layout, processes, kernels), `stage`, and `run`, which
+holds them all. `config.loader` reads YAML into these, `config.rules` checks what types cannot say. Sizes are counts,
+budgets are tokens, times are seconds. Nothing here imports torch.
+"""
+
+from flm_megatron.config.schema.data import ChatConfig, DataConfig, MixConfig, SourceConfig
+from flm_megatron.config.schema.hardware import DistributedConfig, KernelsConfig, ParallelConfig
+from flm_megatron.config.schema.model import LoraConfig, ModelConfig, MupConfig
+from flm_megatron.config.schema.optimizer import OptimizerConfig, ScheduleConfig
+from flm_megatron.config.schema.run import CheckpointConfig, LoggingConfig, MemoryConfig, RunConfig
+from flm_megatron.config.schema.stage import GrowthConfig, StabilityConfig, StageConfig, ValidationConfig
+
+__all__ = [
+    "ChatConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "DistributedConfig",
+    "GrowthConfig",
+    "KernelsConfig",
+    "LoggingConfig",
+    "LoraConfig",
+    "MemoryConfig",
+    "MixConfig",
+    "ModelConfig",
+    "MupConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "SourceConfig",
+    "StabilityConfig",
+    "StageConfig",
+    "ValidationConfig",
+]

@@ -1,0 +1,65 @@
+"""What is trained on."""
+
+from __future__ import annotations
+
+from dataclasses import field
+
+from flm_megatron.config.numbers import dataclass
+from flm_megatron.config.schema.settings import SETTINGS
+
+
+@dataclass(config=SETTINGS)
+class SourceConfig:
+    """One indexed dataset."""
+
+    path: str
+    """Path prefix of the dataset (without .bin and .idx)."""
+    name: str | None = None
+    """Name in logs; none means the last part of the path."""
+    weight: float | None = None
+    """Share of the blend; give a weight to every source or to none."""
+    epochs: float | None = None
+    """Passes over the source in one run of the whole blend; give epochs to every source or to none."""
+
+
+@dataclass(config=SETTINGS)
+class MixConfig:
+    """How often a stage of fine-tuning takes a source."""
+
+    stage: str
+    """Name of the stage."""
+    source: str
+    """Name of the source."""
+    passes: float
+    """Passes over the source in one epoch of the stage: 1 takes it once, 0.1 another tenth in every epoch, 0 never."""
+
+
+@dataclass(config=SETTINGS)
+class ChatConfig:
+    """Fine-tuning: the sources of `data` are JSON lines of conversations, and a stage lasts for `epochs`."""
+
+    template: str = "tele-flm"
+    """`tele-flm` (<_system>, <_user>, <_bot>), or the file of a Jinja chat template."""
+    packing: bool = True
+    """Put several conversations into one sample, none of which sees another; else each has a padded one of its own."""
+    epochs: int = 4
+    """Epochs of each stage, in place of its `tokens`."""
+    mix: list[MixConfig] = field(default_factory=list)
+    """Passes by stage and source; a stage that is not named takes every source once in each epoch, in one that is, a
+    source that is not named is not taken."""
+
+
+@dataclass(config=SETTINGS)
+class DataConfig:
+    """Data of a run: one stream of samples for all stages."""
+
+    sequence_length: int = 128
+    """Tokens in a sample of every stage. It may change where a run goes on: what is left is then cut anew."""
+    train: list[SourceConfig] = field(default_factory=list)
+    """Training sources, blended."""
+    validation: list[SourceConfig] = field(default_factory=list)
+    """Validation sources, each reported by name, the same text in every stage."""
+    cache: str | None = None
+    """Folder for sample indices; none keeps them beside the datasets."""
+    chat: ChatConfig | None = None
+    """Fine-tuning on conversations (`flm sft`); none trains on text."""

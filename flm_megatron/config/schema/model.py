@@ -1,0 +1,112 @@
+"""The model of a stage: its shape, its multipliers, and adapters."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any, Literal
+
+from flm_megatron.config.numbers import dataclass
+from flm_megatron.config.schema.settings import SETTINGS
+
+
+@dataclass(config=SETTINGS)
+class MupConfig:
+    """Maximal-update parametrization: how initial weights and learning rates follow the width."""
+
+    enabled: bool = False
+    """Use muP. Off is the standard parametrization (multipliers still apply)."""
+    base_hidden_size: int = 256
+    """Width at which the hyperparameters were found; the width factor is m = hidden_size / base_hidden_size."""
+
+
+@dataclass(config=SETTINGS)
+class LoraConfig:
+    """Low-rank adapters: the weights stay, and W + alpha / rank x B A is learnt in their place."""
+
+    rank: int = 8
+    """Rank of B A."""
+    alpha: float = 16.0
+    """Scale of B A, divided by the rank."""
+    targets: list[Literal["qkv", "projection", "fc1", "fc2"]] = field(
+        default_factory=lambda: ["qkv", "projection", "fc1", "fc2"]
+    )
+    """Matrices of every layer that have adapters."""
+
+
+@dataclass(config=SETTINGS)
+class ModelConfig:
+    """Shape of a decoder. The defaults are Tele-FLM's block; FLM-101B's is `layernorm`, `gelu`, `bias`, `xpos`."""
+
+    num_layers: int = 4
+    """Number of transformer layers."""
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    ffn_hidden_size: int = 352
+    """Width of the feed-forward layer (of each of gate and up with SwiGLU)."""
+    num_attention_heads: int = 4
+    """Number of query heads."""
+    num_query_groups: int | None = None
+    """Number of key/value heads; none means one per query head (multi-head attention)."""
+    head_dim: int | None = None
+    """Channels per head; none means hidden_size / num_attention_heads."""
+    vocab_size: int | None = None
+    """True vocabulary, without padding; none means the tokenizer's."""
+    normalization: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Norm before attention, before the feed-forward layer, and after the last layer."""
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    """Feed-forward activation."""
+    bias: bool = False
+    """Biases in every linear layer but the language-model head."""
+    position: Literal["rope", "xpos"] = "rope"
+    """Rotary positions, or xPos (rotary with exponential decay)."""
+    norm_epsilon: float = 1e-5
+    """Added to the mean square in the norms."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    xpos_scale_base: float = 512.0
+    """xPos: tokens over which the decay exponent grows by one."""
+    input_mult: float = 1.0
+    """Multiplies the embedding output."""
+    output_mult: float = 1.0
+    """Multiplies the final hidden state before the head (divided by the width factor under muP)."""
+    matrix_init_std: float = 0.02
+    """Standard deviation of matrix weights at the base width (at this width without muP)."""
+    vector_init_std: float = 0.02
+    """Standard deviation of embedding weights."""
+    mup: MupConfig = field(default_factory=MupConfig)
+    """Maximal-update parametrization."""
+    lora: LoraConfig | None = None
+    """Fine-tuning: train adapters and nothing else; none trains the weights."""
+    from_checkpoint: bool = False
+    """Take the model from `checkpoint.initial`; `model: from_checkpoint` says the same. Adapters, muP and initial
+    deviations may stand beside it, and what the checkpoint has too."""
+
+    @property
+    def kv_channels(self) -> int:
+        """Channels per head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_groups(self) -> int:
+        """Number of key/value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def width_factor(self) -> float:
+        """muP's m = hidden_size / base_hidden_size; 1 without muP."""
+        return self.hidden_size / self.mup.base_hidden_size if self.mup.enabled else 1.0
+
+    @property
+    def logit_multiplier(self) -> float:
+        """Factor on the final hidden state before the head: output_mult / m."""
+        return self.output_mult / self.width_factor
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward layer has a gate."""
+        return self.activation == "swiglu"
+
+
+def spelled_out(model: Any) -> Any:
+    """`from_checkpoint` where a model is expected, as the field of a model that it stands for."""
+    return {"from_checkpoint": True} if model == "from_checkpoint" else model

@@ -1,0 +1,78 @@
+"""The whole run: its stages, and what holds for all of them."""
+
+from __future__ import annotations
+
+from dataclasses import field
+
+from flm_megatron.config.numbers import dataclass
+from flm_megatron.config.schema.data import DataConfig
+from flm_megatron.config.schema.hardware import DistributedConfig, KernelsConfig
+from flm_megatron.config.schema.settings import SETTINGS
+from flm_megatron.config.schema.stage import StageConfig
+
+
+@dataclass(config=SETTINGS)
+class MemoryConfig:
+    """Copies of the state in the memory of hosts, under a launcher that starts ranks again."""
+
+    interval_steps: int = 10
+    """Steps between copies: at most so many are done again after the loss of a host."""
+    budget_gib: float | None = None
+    """Host memory that the copies of one host may take; none means nine tenths of what is free."""
+
+
+@dataclass(config=SETTINGS)
+class CheckpointConfig:
+    """Saving."""
+
+    interval_steps: int = 0
+    """Steps between checkpoints; 0 saves only at the end of a stage."""
+    keep_last: int = 2
+    """Newest checkpoints of a stage that are kept; the last one of a finished stage always is."""
+    keep_every_steps: int = 0
+    """Also keep checkpoints at multiples of this; 0 keeps none."""
+    asynchronous: bool = False
+    """Write in the background from a copy, while training goes on."""
+    memory: MemoryConfig | None = None
+    """Also keep each rank's state in its host's memory and in that of a neighbour, to go on from there when a host or a
+    rank is lost."""
+    initial: str | None = None
+    """Checkpoint (ours or a Hugging Face folder) whose weights the first stage starts from."""
+
+
+@dataclass(config=SETTINGS)
+class LoggingConfig:
+    """Metrics."""
+
+    interval_steps: int = 1
+    """Steps between log lines."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    layer_norms: bool = False
+    """Also log the norms of weights and gradients of each layer."""
+
+
+@dataclass(config=SETTINGS)
+class RunConfig:
+    """A whole run."""
+
+    name: str = "run"
+    """Name of the run, in logs and plots."""
+    output: str = "runs/run"
+    """Folder for checkpoints, metrics and plots."""
+    seed: int = 1234
+    """Seed of initial weights, of new weights at growth and of the order of samples."""
+    tokenizer: str | None = None
+    """SentencePiece model file."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Data."""
+    stages: list[StageConfig] = field(default_factory=list)
+    """Stages in order."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Metrics."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """Processes."""
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    """Implementation of each fused operation."""
