@@ -14,8 +14,10 @@ RUN python -c "import sys; from importlib.util import find_spec; \
     sys.exit(f'the base image lacks {missing}' if missing else 0)"
 COPY LICENSE README.md pyproject.toml setup.py ./
 COPY flm_megatron flm_megatron
-# The image's own constraints (PIP_CONSTRAINT) keep its torch and what was built against it.
-RUN pip install --no-cache-dir .
+# The wheel is built with a setuptools of its own; then the image's constraints (PIP_CONSTRAINT) keep its torch and what
+# was built against it.
+RUN PIP_CONSTRAINT= pip wheel --no-cache-dir --no-deps --wheel-dir /tmp/wheel . \
+    && pip install --no-cache-dir /tmp/wheel/*.whl && rm -r /tmp/wheel
 
 FROM python:3.11.13-slim-bookworm AS cpu
 WORKDIR /opt/flm-megatron

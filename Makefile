@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 
 install: $(INSTALLED)
 
-$(INSTALLED): setup.py constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
