@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 from flm_megatron.checkpoint.logical import Region
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
 from flm_megatron.errors import RequestError
-from flm_megatron.model.parameters import (
-    EMBEDDING,
-    FC1,
-    FC2,
-    HEAD,
-    PROJECTION,
-    QKV,
-    ParameterSpec,
-    parameter_specs,
-)
-from flm_megatron.model.split import padded_vocab_size, pipeline_split
-
-SPLIT_BY_ROWS = (QKV, FC1)
-SPLIT_BY_COLUMNS = (PROJECTION, FC2)
+from flm_megatron.model.parameters import ParameterSpec, parameter_specs
+from flm_megatron.model.split import pipeline_split
 
 
 def rank_regions(
@@ -44,52 +34,33 @@ def part_regions(
     """
     check_layout(model, parallel)
     split = pipeline_split(model.num_layers, parallel)
-    padded = padded_vocab or padded_vocab_size(int(model.vocab_size or 0), parallel.tensor)
+    layers = (sum(split[:part]), split[part])
     result: dict[str, list[Region]] = {}
     for name, spec in parameter_specs(model).items():
-        regions: list[Region] = []
-        if spec.stacked:
-            regions = _stacked(model, parallel, spec, sum(split[:part]), split[part], tensor_rank)
-        elif part == (0 if name == EMBEDDING else len(split) - 1):
-            in_vocabulary = name in (EMBEDDING, HEAD)
-            regions = (
-                _vocabulary(spec, padded // parallel.tensor, tensor_rank)
-                if in_vocabulary
-                else [Region.whole(spec.shape)]
-            )
-        if regions:
-            result[name] = regions
+        if spec.stacked or part == (0 if spec.place == "first" else len(split) - 1):
+            result[name] = _regions(spec, parallel.tensor, tensor_rank, layers, padded_vocab)
     return result
 
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Raise RequestError, naming the tensor and the sizes, if `model` cannot be split over the layout."""
     pipeline_split(model.num_layers, parallel)
-    for what, name, size in (
-        ("query groups", QKV, model.query_groups),
-        ("query heads", PROJECTION, model.num_attention_heads),
-        ("feed-forward units", FC1, model.ffn_hidden_size),
-    ):
-        if size % parallel.tensor:
-            raise RequestError(f"{name}.weight: its {size} {what} cannot be split over tensor size {parallel.tensor}")
+    for name, spec in parameter_specs(model).items():
+        for axis in spec.axes:
+            if count := axis.indivisible(parallel.tensor):
+                raise RequestError(
+                    f"{name}: its {count} {axis.unit.value} cannot be split over tensor size {parallel.tensor}"
+                )
 
 
-def _stacked(
-    model: ModelConfig, parallel: ParallelConfig, spec: ParameterSpec, first: int, count: int, rank: int
+def _regions(
+    spec: ParameterSpec, tensor: int, rank: int, layers: tuple[int, int], padded_vocab: int | None
 ) -> list[Region]:
-    module, _, kind = spec.name.rpartition(".")
-    shape = spec.shape[1:]
-    if module in SPLIT_BY_ROWS and kind in ("weight", "bias", "lora_b"):  # not the norms that lie in the same module
-        bands = 2 if module == FC1 and model.gated else 1
-        rows, band = shape[0] // bands // parallel.tensor, shape[0] // bands
-        starts = [index * band + rank * rows for index in range(bands)]
-        return [Region((first, start, *(0,) * len(shape[1:])), (count, rows, *shape[1:])) for start in starts]
-    if module in SPLIT_BY_COLUMNS and kind in ("weight", "lora_a"):
-        columns = shape[1] // parallel.tensor
-        return [Region((first, 0, rank * columns), (count, shape[0], columns))]
-    return [Region((first, *(0,) * len(shape)), (count, *shape))]
-
-
-def _vocabulary(spec: ParameterSpec, rows: int, rank: int) -> list[Region]:
-    first = min(rank * rows, spec.shape[0])
-    return [Region((first, 0), (min(rows, spec.shape[0] - first), spec.shape[1]))]
+    """What tensor rank `rank` of `tensor` holds of a parameter; of a stacked one only `layers` (first, number)."""
+    held = [axis.shards(tensor, rank, padded_vocab) for axis in spec.axes]
+    if spec.stacked:
+        held[0] = [layers]
+    return [
+        Region(tuple(first for first, _ in corner), tuple(count for _, count in corner))
+        for corner in itertools.product(*held)
+    ]

@@ -4,33 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from flm_megatron.growth.plan import GrowthPlan
-from flm_megatron.model import parameters as p
-
-Role = Literal["layer", "vocab", "write", "read", "norm", "qkv", "head", "up", "down"]
-"""What an axis counts: layers; tokens; hidden channels that are written to, read from, or normed; the rows of the
-query-key-value matrix; channels of heads (input of linear_proj); rows of linear_fc1; columns of linear_fc2."""
-
-ROLES: dict[str, tuple[Role, ...]] = {
-    p.EMBEDDING: ("vocab", "write"),
-    p.HEAD: ("vocab", "read"),
-    f"{p.FINAL_NORM}.weight": ("norm",),
-    f"{p.FINAL_NORM}.bias": ("norm",),
-    f"{p.ATTENTION_NORM}_weight": ("layer", "norm"),
-    f"{p.ATTENTION_NORM}_bias": ("layer", "norm"),
-    f"{p.MLP_NORM}_weight": ("layer", "norm"),
-    f"{p.MLP_NORM}_bias": ("layer", "norm"),
-    f"{p.QKV}.weight": ("layer", "qkv", "read"),
-    f"{p.QKV}.bias": ("layer", "qkv"),
-    f"{p.PROJECTION}.weight": ("layer", "write", "head"),
-    f"{p.PROJECTION}.bias": ("layer", "write"),
-    f"{p.FC1}.weight": ("layer", "up", "read"),
-    f"{p.FC1}.bias": ("layer", "up"),
-    f"{p.FC2}.weight": ("layer", "write", "down"),
-    f"{p.FC2}.bias": ("layer", "write"),
-}
+from flm_megatron.model.parameters import Axis, Unit
 
 
 @dataclass(frozen=True)
@@ -54,45 +30,25 @@ class Segment:
         return Segment(first, last - first, source, self.copy)
 
 
-def axis_segments(plan: GrowthPlan, role: Role) -> list[Segment]:
-    """The whole grown axis of a role as segments, in order and without gaps."""
-    old, new = plan.old, plan.new
-    if role == "layer":
+def axis_segments(plan: GrowthPlan, old: Axis, new: Axis) -> list[Segment]:
+    """The whole grown axis as segments, in order and without gaps; `old` is the axis before the growth.
+
+    Layers come from where the plan takes them. On every other axis new indices of a band follow its old ones, and new
+    groups the old groups.
+    """
+    if new.unit is Unit.LAYER:
         return list(_joined(Segment(i, 1, layer.source, layer.copy) for i, layer in enumerate(plan.layer_sources)))
-    if role == "vocab":
-        return _appended([(old.vocab_size or 0, new.vocab_size or 0)])
-    if role in ("write", "read", "norm"):
-        return _appended([(old.hidden_size, new.hidden_size)])
-    if role in ("up", "down"):
-        bands = 2 if role == "up" and new.gated else 1
-        return _appended([(old.ffn_hidden_size, new.ffn_hidden_size)] * bands)
-    return _head_segments(plan, with_keys=role == "qkv")
+    return list(_joined(segment for segment in _segments(old, new) if segment.size))
 
 
-def _appended(bands: list[tuple[int, int]]) -> list[Segment]:
-    """Bands of (old size, new size), each with its new indices after its old ones."""
-    segments, start, source = [], 0, 0
-    for before, after in bands:
-        segments.append(Segment(start, before, source))
-        segments.append(Segment(start + before, after - before, None))
-        start, source = start + after, source + before
-    return [s for s in segments if s.size]
-
-
-def _head_segments(plan: GrowthPlan, with_keys: bool) -> list[Segment]:
-    """Channels per query group: its queries, then (`with_keys`) its key and value; new groups after the old ones."""
-    channels = plan.new.kv_channels
-    before, after = (m.num_attention_heads // m.query_groups * channels for m in (plan.old, plan.new))
-    keys = 2 * channels if with_keys else 0
-    segments: list[Segment] = []
-    for group in range(plan.old.query_groups):
-        start, source = group * (after + keys), group * (before + keys)
-        segments.append(Segment(start, before, source))
-        segments.append(Segment(start + before, after - before, None))
-        segments.append(Segment(start + after, keys, source + before))
-    old_groups, new_groups = plan.old.query_groups, plan.new.query_groups
-    segments.append(Segment(old_groups * (after + keys), (new_groups - old_groups) * (after + keys), None))
-    return list(_joined(s for s in segments if s.size))
+def _segments(old: Axis, new: Axis) -> Iterator[Segment]:
+    start, source = 0, 0
+    for _ in range(old.groups):
+        for before, after in zip(old.bands, new.bands, strict=True):
+            yield Segment(start, before.size, source)
+            yield Segment(start + before.size, after.size - before.size, None)
+            start, source = start + after.size, source + before.size
+    yield Segment(start, new.size - start, None)
 
 
 def _joined(segments: Iterator[Segment]) -> Iterator[Segment]:

@@ -12,13 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flm_megatron.checkpoint.logical import Region
-from flm_megatron.growth.grown.axes import ROLES, Role, Segment, axis_segments
+from flm_megatron.growth.grown.axes import Segment, axis_segments
 from flm_megatron.growth.plan import GrowthPlan
-from flm_megatron.model import parameters as p
-from flm_megatron.model.parameters import ParameterSpec, parameter_specs
-
-LAST_OF_SUBLAYER = tuple(f"{name}.{part}" for name in (p.PROJECTION, p.FC2) for part in ("weight", "bias"))
-"""The tensors that write a layer's output into the residual stream: zero in a copied layer under `zero`."""
+from flm_megatron.model.parameters import Axis, ParameterSpec, Unit, parameter_specs
 
 
 @dataclass(frozen=True)
@@ -70,57 +66,64 @@ class Operators:
     def __init__(self, plan: GrowthPlan) -> None:
         self.plan = plan
         self.specs = parameter_specs(plan.new)
+        self._old_specs = parameter_specs(plan.old)
 
     def pieces(self, name: str, region: Region) -> Iterator[Piece]:
         """Pieces of `region` of parameter `name`: they cover it once, in row-major order of their corners."""
+        old, new = self._old_specs[name].axes, self.specs[name].axes
         axes = [
-            [c for s in axis_segments(self.plan, role) if (c := s.clip(start, start + size))]
-            for role, start, size in zip(ROLES[name], region.offsets, region.sizes, strict=True)
+            [c for s in axis_segments(self.plan, before, after) if (c := s.clip(start, start + size))]
+            for before, after, start, size in zip(old, new, region.offsets, region.sizes, strict=True)
         ]
         for segments in itertools.product(*axes):
             rectangle = Region(tuple(s.start for s in segments), tuple(s.size for s in segments))
             yield Piece(rectangle, self._content(self.specs[name], segments))
 
-    def scale(self, name: str) -> float:
-        """Factor on the old values of parameter `name`; its first moment takes 1 / scale, its second 1 / scale^2."""
-        if name == p.EMBEDDING:
+    def scale(self, spec: ParameterSpec) -> float:
+        """Factor on the old values of a parameter; its first moment takes 1 / scale, its second 1 / scale^2."""
+        if spec.kind == "embedding":
             return self.plan.embedding_scale
-        if name == p.HEAD:
+        if spec.kind == "head":
             return self.plan.head_scale
-        is_norm_weight = self.specs[name].kind == "norm"
-        return self.plan.norm_scale if is_norm_weight else 1.0
+        return self.plan.norm_scale if spec.kind == "norm" and spec.counts(Unit.HIDDEN) else 1.0
 
     def _content(self, spec: ParameterSpec, segments: tuple[Segment, ...]) -> Content:
-        roles = ROLES[spec.name]
         copy = any(s.copy for s in segments)
-        if copy and self.plan.layers == "zero" and spec.name in LAST_OF_SUBLAYER:
+        if copy and self.plan.layers == "zero" and _writes_residual(spec):
             return Constant(0.0)
-        new_roles = {role for role, s in zip(roles, segments, strict=True) if s.source is None}
-        if not new_roles:
+        new = [axis for axis, segment in zip(spec.axes, segments, strict=True) if segment.source is None]
+        if not new:
             source = Region(tuple(s.source or 0 for s in segments), tuple(s.size for s in segments))
-            return Old(source, self.scale(spec.name), copy)
-        if self._is_zero(new_roles):
+            return Old(source, self.scale(spec), copy)
+        if any(self._is_zero(axis) for axis in new):
             return Constant(0.0)
-        if "write" in new_roles and self.plan.hidden == "zero":
-            return self._zero_hidden(spec, roles, segments)
+        if self.plan.hidden == "zero" and any((axis.unit, axis.side) == (Unit.HIDDEN, "out") for axis in new):
+            return self._zero_hidden(spec, segments)
         if spec.init_std == 0:
-            return Constant(spec.init_mean * self.scale(spec.name))
+            return Constant(spec.init_mean * self.scale(spec))
         return Fresh(spec.init_std)
 
-    def _is_zero(self, new_roles: set[Role]) -> bool:
-        """Whether these are outgoing weights of new heads or new feed-forward units under `zero`."""
-        return ("head" in new_roles and self.plan.heads == "zero") or ("down" in new_roles and self.plan.ffn == "zero")
+    def _is_zero(self, axis: Axis) -> bool:
+        """Whether new indices of this axis are outgoing weights of new heads or feed-forward units under `zero`."""
+        operator = {Unit.HEAD: self.plan.heads, Unit.FFN: self.plan.ffn}.get(axis.unit)
+        return axis.side == "in" and operator == "zero"
 
-    def _zero_hidden(self, spec: ParameterSpec, roles: tuple[Role, ...], segments: tuple[Segment, ...]) -> Content:
+    def _zero_hidden(self, spec: ParameterSpec, segments: tuple[Segment, ...]) -> Content:
         """What writes into new hidden channels: zero; under LayerNorm the mean of the old channels.
 
         LayerNorm subtracts the mean over all channels: new channels that hold the old mean leave it as it is, and are
         zero once it is subtracted. RMSNorm subtracts nothing.
         """
-        others_old = all(s.source is not None for role, s in zip(roles, segments, strict=True) if role != "write")
+        axis = spec.find(Unit.HIDDEN, "out")
+        assert axis is not None
+        others_old = all(s.source is not None for i, s in enumerate(segments) if i != axis)
         if self.plan.old.normalization == "rmsnorm" or not others_old:
             return Constant(0.0)
-        axis = roles.index("write")
         offsets, sizes = [s.source or 0 for s in segments], [s.size for s in segments]
         sizes[axis] = self.plan.old.hidden_size
-        return Mean(Region(tuple(offsets), tuple(sizes)), axis, self.scale(spec.name))
+        return Mean(Region(tuple(offsets), tuple(sizes)), axis, self.scale(spec))
+
+
+def _writes_residual(spec: ParameterSpec) -> bool:
+    """Whether it writes a layer's output into the residual stream: zero in a copied layer under `zero`."""
+    return spec.stacked and spec.find(Unit.HIDDEN, "out") is not None
