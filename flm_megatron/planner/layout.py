@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
 from flm_megatron.config.rules.pipeline import pipeline_split
 from flm_megatron.config.schema import KernelsConfig, ModelConfig, ParallelConfig, StageConfig
-from flm_megatron.model.parameters import FC2, PROJECTION, parameter_specs
+from flm_megatron.model.parameters import ParameterSpec, parameter_specs
 from flm_megatron.model.split import padded_vocab_size
 
 Recompute = Literal["none", "selective", "attention", "full"]
@@ -133,14 +134,14 @@ class Workload:
         return self.parts[rank :: self.parallel.pipeline]
 
     @cached_property
+    def _specs(self) -> list[ParameterSpec]:
+        return list(parameter_specs(self.model).values())
+
+    @cached_property
     def layer_parameters(self) -> int:
         """Parameters of one layer on one tensor rank."""
-        count = 0
-        for spec in parameter_specs(self.model).values():
-            if spec.stacked:
-                whole = spec.kind == "norm" or "layer_norm" in spec.name or spec.name in WHOLE_BIASES
-                count += spec.numel // self.model.num_layers // (1 if whole else self.parallel.tensor)
-        return count
+        stacked = (spec for spec in self._specs if spec.place == "layers")
+        return sum(spec.shard_numel(self.parallel.tensor) // self.model.num_layers for spec in stacked)
 
     @cached_property
     def vocab_part(self) -> int:
@@ -152,25 +153,20 @@ class Workload:
         """Parameters of the embedding, or of the head, on one tensor rank."""
         return self.vocab_part * self.model.hidden_size
 
-    @cached_property
-    def final_norm_parameters(self) -> int:
-        """Parameters of the final norm."""
-        return self.model.hidden_size * (2 if self.model.normalization == "layernorm" else 1)
-
     def rank_parameters(self, rank: int) -> int:
         """Parameters on each tensor rank of pipeline rank `rank`."""
         count = sum(self.chunks(rank)) * self.layer_parameters
-        last = rank == self.parallel.pipeline - 1
         if rank == 0:
-            count += self.embedding_parameters
-        if last:
+            count += self._shard_numel(spec for spec in self._specs if spec.place == "first")
+        if rank == self.parallel.pipeline - 1:
             tied = self.implementation.tied_embeddings and rank == 0
-            count += self.final_norm_parameters + (0 if tied else self.embedding_parameters)
+            last = (spec for spec in self._specs if spec.place == "last")
+            count += self._shard_numel(spec for spec in last if not (tied and spec.kind == "head"))
         return count
 
-
-# Added after the reduction over tensor ranks, so every rank has all of them.
-WHOLE_BIASES = (f"{PROJECTION}.bias", f"{FC2}.bias")
+    def _shard_numel(self, specs: Iterable[ParameterSpec]) -> int:
+        """Values of parameters on one tensor rank."""
+        return sum(spec.shard_numel(self.parallel.tensor) for spec in specs)
 
 
 def stage_workload(
