@@ -19,11 +19,12 @@ from flm_megatron.model.gated_mlp import GatedMLP
 from flm_megatron.model.layer import TeleFLMLayer
 from flm_megatron.model.lora import linear
 from flm_megatron.model.norms import LayerNorm, RMSNorm
+from flm_megatron.model.parameters import NORM_MODULES
+from flm_megatron.model.parameters.names import LAYERS
 
 # Checkpoints name norms after the linear layer that reads them, as Transformer Engine's fused layers do.
 NORM_NAMES = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+    f"{module.removeprefix(LAYERS)}.": f"{name.removeprefix(LAYERS)}_" for name, module in NORM_MODULES.items()
 }
 
 

@@ -17,19 +17,15 @@ from flm_megatron.checkpoint.megatron_legacy.arguments import model_from_argumen
 from flm_megatron.checkpoint.sharding.layout import part_regions
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
 from flm_megatron.errors import DamagedError, RequestError
-from flm_megatron.model.parameters import EMBEDDING, HEAD, parameter_specs
+from flm_megatron.model.parameters import EMBEDDING, parameter_specs
+from flm_megatron.model.parameters.names import LAYERS, module_names
 from flm_megatron.model.split import padded_vocab_size
 
 LATEST = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"
 RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
-LAYER = re.compile(r"decoder\.layers\.(\d{1,6})\.")
+LAYER = re.compile(rf"{re.escape(LAYERS)}(\d{{1,6}})\.")
 CHUNK = re.compile(r"model\d{0,4}")
-SEPARATE_NORMS = {
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
-}
-"""Names of the norms where they are modules of their own (Megatron-LM's local layers)."""
 NOT_WEIGHTS = ("_extra_state", "inv_freq")
 """Ends of the names of what a rank's file holds beside weights."""
 
@@ -45,10 +41,14 @@ class LocalPart:
 
 @dataclass(frozen=True)
 class LocalTensor:
-    """A tensor of one rank: its shape, and what its rows are. Rows that no part covers are vocabulary padding."""
+    """A tensor of one rank: its shape, and what its rows are. Rows that no part covers are vocabulary padding.
+
+    `names` are those that Megatron-LM may have for it: where norms are modules of their own, they have another.
+    """
 
     shape: tuple[int, ...]
     parts: tuple[LocalPart, ...]
+    names: tuple[str, ...]
 
 
 def local_tensors(
@@ -58,9 +58,11 @@ def local_tensors(
     padded = padded_vocab or padded_vocab_size(int(model.vocab_size or 0), parallel.tensor)
     specs, result = parameter_specs(model), {}
     for name, regions in part_regions(model, parallel, tensor_rank, part, padded).items():
-        if not specs[name].stacked:
-            rows = padded // parallel.tensor if name in (EMBEDDING, HEAD) else specs[name].shape[0]
-            result[name] = LocalTensor((rows, *regions[0].sizes[1:]), (LocalPart(name, regions[0], 0),))
+        spec = specs[name]
+        if not spec.stacked:
+            rows = padded // parallel.tensor if spec.padded else spec.shape[0]
+            parts = (LocalPart(name, regions[0], 0),)
+            result[name] = LocalTensor((rows, *regions[0].sizes[1:]), parts, module_names(spec))
             continue
         for layer in range(regions[0].sizes[0]):
             local, row = [], 0
@@ -68,8 +70,8 @@ def local_tensors(
                 one = Region((region.offsets[0] + layer, *region.offsets[1:]), (1, *region.sizes[1:]))
                 local.append(LocalPart(name, one, row))
                 row += region.sizes[1]
-            own = name.replace("decoder.layers.", f"decoder.layers.{layer}.")
-            result[own] = LocalTensor((row, *regions[0].sizes[2:]), tuple(local))
+            names = module_names(spec, layer)
+            result[names[0]] = LocalTensor((row, *regions[0].sizes[2:]), tuple(local), names)
     return result
 
 
@@ -103,9 +105,9 @@ class ClassicCheckpoint(LogicalCheckpoint):
             for tensor_rank in range(tensor):
                 tensors = saved[tensor_rank, pipeline_rank].get(chunk, {})
                 self._place(local_tensors(self.config, parallel, tensor_rank, number, padded), tensors)
+        self._specs = parameter_specs(self.config)
         self.tensors: Mapping[str, TensorInfo] = {
-            name: TensorInfo(spec.shape, self._stored[name][0][1].dtype)
-            for name, spec in parameter_specs(self.config).items()
+            name: TensorInfo(spec.shape, self._stored[name][0][1].dtype) for name, spec in self._specs.items()
         }
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:
@@ -115,7 +117,7 @@ class ClassicCheckpoint(LogicalCheckpoint):
         info = self.tensors[name]
         region = region or Region.whole(info.shape)
         out = torch.empty(region.sizes, dtype=info.dtype)
-        stacked = name.startswith("decoder.layers.")
+        stacked = self._specs[name].stacked
         for part, array in self._stored[name]:
             common = part.region.intersect(region)
             if common is None:
@@ -128,14 +130,14 @@ class ClassicCheckpoint(LogicalCheckpoint):
 
     def _place(self, wanted: dict[str, LocalTensor], tensors: Mapping[str, Any]) -> None:
         for name, local in wanted.items():
-            array = next((tensors[key] for key in _names(name) if key in tensors), None)
+            array = next((tensors[key] for key in local.names if key in tensors), None)
             if not isinstance(array, StoredArray):
                 raise DamagedError(f"{self.path}: tensor {name} is missing from a rank's file")
             if array.shape != local.shape:
                 raise RequestError(f"{self.path}: {name} has shape {array.shape}, the arguments ask for {local.shape}")
             for part in local.parts:
                 self._stored.setdefault(part.source, []).append((part, array))
-        known = {key for name in wanted for key in _names(name)}
+        known = {key for local in wanted.values() for key in local.names}
         for key, value in tensors.items():
             if isinstance(value, StoredArray) and key not in known and not key.endswith(NOT_WEIGHTS):
                 raise RequestError(f"{self.path}: tensor {key} is not one of the model that the arguments describe")
@@ -202,14 +204,6 @@ def _embedding_rows(tensors: Mapping[str, Any], path: Path) -> int:
 
 def _layer_count(tensors: Mapping[str, Any]) -> int:
     return max((int(match[1]) + 1 for name in tensors if (match := LAYER.match(name))), default=0)
-
-
-def _names(name: str) -> list[str]:
-    names = [name]
-    for fused, separate in SEPARATE_NORMS.items():
-        if fused in name:
-            names.append(name.replace(fused, separate))
-    return names
 
 
 def _progress(saved: Mapping[str, Any]) -> dict[str, Any]:

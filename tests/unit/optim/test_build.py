@@ -10,7 +10,8 @@ import torch
 
 from flm_megatron.config.schema import ModelConfig, MupConfig, OptimizerConfig, ParallelConfig, StageConfig
 from flm_megatron.model.parameters import parameter_specs
-from flm_megatron.optim.groups import logical_name, parameter_group
+from flm_megatron.model.parameters.names import logical_name
+from flm_megatron.optim.groups import parameter_group
 from flm_megatron.optim.learning_rate import group_learning_rates, set_learning_rates
 from tests.support.pool import Pool
 
@@ -81,9 +82,9 @@ def test_every_parameter_learns_as_its_specification_says(pool: Pool, block: str
     stage = _stage(block, parallel=ParallelConfig(distributed_optimizer=False))
     specs = parameter_specs(stage.model)
     (groups,) = pool.run(1, _groups_by_parameter, stage)
-    assert {logical_name(name) for name in groups} == set(specs)
+    assert {logical_name(name, specs) for name in groups} == set(specs)
     for name, group in groups.items():
-        spec = specs[logical_name(name)]
+        spec = specs[logical_name(name, specs)]
         peak = 6e-3 if spec.kind == "matrix" else 1e-3
         assert group["lr"] == pytest.approx(peak * spec.lr_scale), name
         assert group["weight_decay"] == (0.1 if spec.kind in {"matrix", "embedding", "head"} else 0.0), name
@@ -164,7 +165,8 @@ def test_names_of_the_engine_with_fused_norms_and_wrappers() -> None:
         "module.output_layer.weight": "output_layer.weight",
         "decoder.final_layernorm.bias": "decoder.final_layernorm.bias",
     }
-    assert {name: logical_name(name) for name in table} == table
+    specs = parameter_specs(_stage("flm-101b").model)
+    assert {name: logical_name(name, specs) for name in table} == table
 
 
 def test_parameter_that_the_table_does_not_know_is_an_error() -> None:
