@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
 from flm_megatron.planner.cost.activations import layer_activations
@@ -194,7 +194,7 @@ def _tele_flm_rows() -> list[Row]:
 
 def _nemo_rows() -> list[Row]:
     source = "NVIDIA/dgxc-benchmarking README, BF16"
-    squared_relu = {"position": "rope", "bias": False, "num_query_groups": 8}
+    squared_relu: dict[str, Any] = {"position": "rope", "bias": False, "num_query_groups": 8}
     small = replace(gpt(32, 6144, 48, 256000), **squared_relu)
     large = replace(gpt(96, 18432, 96, 256000), head_dim=192, **squared_relu)
     rows = []

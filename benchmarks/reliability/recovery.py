@@ -46,7 +46,7 @@ def options(hidden: int, memory: bool) -> list[str]:
         "ffn_hidden_size": 3 * hidden,
         "num_attention_heads": 8,
     }
-    values = {f"stages.0.model.{key}": value for key, value in model.items()}
+    values: dict[str, int | str] = {f"stages.0.model.{key}": value for key, value in model.items()}
     values |= {
         "stages.0.parallel.tensor": 1,
         "stages.0.parallel.distributed_optimizer": "true",

@@ -94,8 +94,9 @@ def agree(ranks: int, delay_s: float) -> None:
         told = processes.on_first(
             lambda: {"files": {}, "run": "x" * 20_000, "records": sum(len(r.records) for r in results)}
         )
-        if rank == 0:
-            sizes.append(told["records"])
+        records = told["records"]
+        if rank == 0 and isinstance(records, int):
+            sizes.append(records)
         return time.perf_counter() - began
 
     stack = threading.stack_size(512 * 1024)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,9 @@ FEWEST_POINTS = 5
 CHINCHILLA = {"floor": 1.69, "size_scale": 406.4, "size_exponent": 0.34, "scale": 410.7, "exponent": 0.28}
 
 
+Tokens = TypeVar("Tokens", float, np.ndarray)
+
+
 @dataclass(frozen=True)
 class LossLaw:
     """Loss in nats per token after `tokens` tokens from scratch."""
@@ -26,7 +29,7 @@ class LossLaw:
     scale: float
     exponent: float
 
-    def loss(self, tokens: np.ndarray | float) -> np.ndarray | float:
+    def loss(self, tokens: Tokens) -> Tokens:
         """Loss after `tokens` tokens."""
         return self.floor + self.scale * tokens**-self.exponent
 

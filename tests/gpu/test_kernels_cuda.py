@@ -65,7 +65,7 @@ def test_repeats_are_equal_to_the_bit() -> None:
     use("triton", "cuda")
     x = draw(1000, 2048, dtype="bf16", device="cuda", seed=1).requires_grad_()
     weight = draw(2048, dtype="bf16", device="cuda", seed=2).requires_grad_()
-    results = []
+    results: list[tuple[torch.Tensor, ...]] = []
     for _ in range(3):
         x.grad = weight.grad = None
         kernels.rms_norm(x, weight, 1e-5, growth_mask(2048, "cuda")).square().sum().backward()

@@ -36,8 +36,9 @@ def datasets(folder: Path, counts: dict[str, int]) -> Tokenizer:
 
 def sources(folder: Path, weights: dict[str, float], epochs: bool = False) -> list[SourceConfig]:
     """Sources FOLDER/NAME with weights, or with epochs."""
-    field = "epochs" if epochs else "weight"
-    return [SourceConfig(path=str(folder / name), **{field: value}) for name, value in weights.items()]
+    if epochs:
+        return [SourceConfig(path=str(folder / name), epochs=value) for name, value in weights.items()]
+    return [SourceConfig(path=str(folder / name), weight=value) for name, value in weights.items()]
 
 
 def config(folder: Path, weights: dict[str, float], epochs: bool = False, sequence_length: int = 32) -> DataConfig:

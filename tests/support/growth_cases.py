@@ -61,7 +61,7 @@ def old_model(**changes: Any) -> ModelConfig:
     return ModelConfig(**{**values, **changes})
 
 
-GROWN = {
+GROWN: dict[str, dict[str, Any]] = {
     "hidden": {"hidden_size": 33},
     "ffn": {"ffn_hidden_size": 87},
     "groups": {"num_attention_heads": 6, "num_query_groups": 3},

@@ -58,15 +58,15 @@ def compare(
     outputs = _tuple(operation(**{name: value * 1 for name, value in found.items()}))
     expected = _tuple(formula(**exact))
     errors: Errors = {}
-    total, exact_total = 0.0, 0.0
+    total = exact_total = torch.zeros((), dtype=torch.float64)
     for index, (got, want) in enumerate(zip(outputs, expected, strict=True)):
         errors[f"output {index}"] = error(got, want)
         upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(seed + index)).to(got.device)
         upstream = upstream.to(got.dtype)
         total = total + (got * upstream).double().sum()
         exact_total = exact_total + (want * upstream.double()).sum()
-    total.backward()  # type: ignore[attr-defined]
-    exact_total.backward()  # type: ignore[attr-defined]
+    total.backward()
+    exact_total.backward()
     for name in inputs:
         errors[f"gradient of {name}"] = error(found[name].grad, exact[name].grad)  # type: ignore[arg-type]
     return errors
@@ -204,7 +204,7 @@ def adamw(
     exact = [torch.nn.Parameter(param.double()) for param in params]
     optimizer = torch.optim.AdamW(exact, lr=3e-2, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1)
     moments = [[torch.zeros_like(param) for param in params] for _ in range(2)]
-    options = {"lr": 3e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.1}
+    options: dict[str, Any] = {"lr": 3e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.1}
     multiplier = None if factor is None else torch.tensor(factor, device=device)
     for step in range(1, steps + 1):
         grads = [draw(size, dtype=dtype, device=device, seed=1000 * step + size) for size in sizes]

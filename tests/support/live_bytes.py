@@ -34,7 +34,7 @@ class LiveBytes(TorchDispatchMode):
             self._count(storage)
             return result
 
-        torch.UntypedStorage.resize_ = counted  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = counted  # type: ignore[method-assign, assignment]
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:

@@ -81,8 +81,9 @@ def _collect(ranks: list[tuple[Any, Connection]], deadline: float) -> list[Any]:
         ready = wait(list(open_ranks), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             raise TimeoutError(f"ranks {sorted(open_ranks.values())} are still running")
-        for connection in ready:
-            rank = open_ranks[connection]
+        for connection, rank in open_ranks.items():
+            if connection not in ready:
+                continue
             try:
                 failed, value = connection.recv()
             except EOFError:

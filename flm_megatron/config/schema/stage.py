@@ -13,6 +13,9 @@ from flm_megatron.config.schema.model import ModelConfig, spelled_out
 from flm_megatron.config.schema.optimizer import OptimizerConfig, ScheduleConfig
 from flm_megatron.config.schema.settings import SETTINGS
 
+Precision = Literal["fp32", "bf16"]
+Recompute = Literal["none", "selective", "full"]
+
 
 @dataclass(config=SETTINGS)
 class ValidationConfig:
@@ -101,12 +104,12 @@ class StageConfig:
     """Samples in one step over all ranks."""
     tokens: int = 0
     """Token budget, rounded up to whole steps."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Precision of weights and activations; gradients are accumulated and masters kept in fp32."""
     fp8: Literal["none", "tensorwise", "rowwise"] = "none"
     """Matrix products of the layers' linear layers in FP8, with one dynamic scale for each matrix or one for each of
     its rows (in bf16, on GPUs that have FP8); weights, and all else, stay as they are."""
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Recompute = "none"
     """Activations computed again in the backward pass: none, norms and feed-forward layers, or whole layers."""
     transformer_engine: bool = False
     """Build layers from Transformer Engine's modules; it has to be installed, and there is no xPos in them."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from flm_megatron.config.schema import KernelsConfig, ModelConfig, ParallelConfig, StageConfig
+from flm_megatron.config.schema.stage import Precision
 from flm_megatron.model.parameters import parameter_count
 from tests.support.pool import Pool
 from tests.support.runs import flm
@@ -116,7 +117,7 @@ def count_parameters(stage: StageConfig) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_every_program_trains_the_same_model(pool: Pool, precision: str) -> None:
+def test_every_program_trains_the_same_model(pool: Pool, precision: Precision) -> None:
     """Small random weights predict every token alike, and a few steps on the same tokens are learned from."""
     stage = replace(STAGE, precision=precision, optimizer=replace(STAGE.optimizer, lr=3e-3))
     ((losses, parameters),) = pool.run(1, train_in_every_program, stage)

@@ -7,7 +7,6 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -128,7 +127,7 @@ def unreadable() -> str:
     source = trained(OLD, torch.float32, optimizer=True)
     if torch.distributed.get_rank() == 1:
 
-        def damaged(*_: Any) -> torch.Tensor:
+        def damaged(name: str, region: Region | None = None) -> torch.Tensor:
             raise DamagedError("a flipped bit")
 
         source.read = damaged  # type: ignore[method-assign]

@@ -25,7 +25,7 @@ LAYOUTS = {
     "tensor_sequence_pipeline": ParallelConfig(tensor=2, pipeline=2, sequence=True),
     "virtual_pipeline": ParallelConfig(pipeline=2, virtual_pipeline=3),
 }
-GPT3 = {"normalization": "layernorm", "activation": "gelu", "bias": True}
+GPT3: dict[str, Any] = {"normalization": "layernorm", "activation": "gelu", "bias": True}
 
 
 def grown(masked: str = "all", **changes: Any) -> GrowthPlan:

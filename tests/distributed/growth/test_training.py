@@ -11,6 +11,7 @@ import torch
 
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.config.schema import ParallelConfig, StageConfig
+from flm_megatron.config.schema.stage import Precision
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.growth.boundary import saved_plan
 from flm_megatron.growth.grown.births import load_births
@@ -25,14 +26,14 @@ MANIFEST = {"stage": "big", "step": 0, "tokens": 0, "samples": 0, "optimizer_ste
 BOTH = ParallelConfig(tensor=2, pipeline=2, sequence=True)
 
 
-def grown(operator: str = "zero", precision: str = "fp32", birth: bool = False) -> GrownCheckpoint:
+def grown(operator: str = "zero", precision: Precision = "fp32", birth: bool = False) -> GrownCheckpoint:
     """A source with moments, grown in every dimension."""
     source = trained(OLD, torch.bfloat16 if precision == "bf16" else torch.float32, optimizer=True)
     plan = replace(plan_of(operator), optimizer_step="birth" if birth else "keep")
     return GrownCheckpoint(source, plan, MANIFEST)
 
 
-def stage_of(view: GrownCheckpoint, parallel: ParallelConfig, precision: str = "fp32") -> StageConfig:
+def stage_of(view: GrownCheckpoint, parallel: ParallelConfig, precision: Precision = "fp32") -> StageConfig:
     """The stage that trains a grown view."""
     return replace(STAGE, model=view.plan.new, parallel=parallel, precision=precision)
 
@@ -55,7 +56,7 @@ def test_grown_checkpoints_are_the_same_bits_for_any_number_of_processes(
     assert saved_plan(written.manifest) == view.plan
 
 
-def trained_both_ways(path: Path, parallel: ParallelConfig, precision: str) -> Any:
+def trained_both_ways(path: Path, parallel: ParallelConfig, precision: Precision) -> Any:
     """Ten steps from the view and from the written checkpoint, and the hashes of what they end at."""
     from flm_megatron.checkpoint.sharding.model_state import load_state, save_state
     from flm_megatron.distributed.world import layout
@@ -76,7 +77,7 @@ def trained_both_ways(path: Path, parallel: ParallelConfig, precision: str) -> A
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_training_from_the_view_is_training_from_the_written_checkpoint(
-    pool: Pool, tmp_path: Path, precision: str
+    pool: Pool, tmp_path: Path, precision: Precision
 ) -> None:
     for view, written in pool.run(BOTH.model_size, trained_both_ways, tmp_path, BOTH, precision):
         assert view == written

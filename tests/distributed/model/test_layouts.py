@@ -86,9 +86,10 @@ def check(parallel: ParallelConfig, ranks: list[dict[str, Result]]) -> None:
         for loss in ends:
             assert relative(loss, losses) < 1e-5
         for key, gradient in gradients.items():
-            copies = sum(rank[name][2][key] for rank in ranks)
+            copies = np.sum([rank[name][2][key] for rank in ranks], axis=0)
             assert copies.min() >= 1, f"no rank holds all of {key}"
-            assert relative(sum(rank[name][1][key] for rank in ranks) / copies, gradient) < 1e-5, key
+            found = np.sum([rank[name][1][key] for rank in ranks], axis=0) / copies
+            assert relative(found, gradient) < 1e-5, key
 
 
 def relative(got: np.ndarray, exact: np.ndarray) -> float:

@@ -10,6 +10,7 @@ import torch
 
 from flm_megatron import kernels
 from flm_megatron.config.schema import KernelsConfig, ModelConfig, ParallelConfig, StageConfig
+from flm_megatron.config.schema.stage import Precision, Recompute
 from flm_megatron.distributed.world import layout
 from flm_megatron.planner.cost.memory import rank_memory
 from flm_megatron.planner.layout import CPU, Workload, as_chosen
@@ -113,7 +114,7 @@ def test_more_layouts_need_what_is_planned(pool: Pool, parallel: ParallelConfig)
 
 
 @pytest.mark.parametrize(("precision", "recompute"), [("bf16", "selective"), ("fp32", "full")])
-def test_long_sequences_need_what_is_planned(pool: Pool, precision: str, recompute: str) -> None:
+def test_long_sequences_need_what_is_planned(pool: Pool, precision: Precision, recompute: Recompute) -> None:
     check(pool, replace(STAGE, precision=precision, recompute=recompute), sequence=256)
 
 
@@ -121,7 +122,7 @@ def test_long_sequences_need_what_is_planned(pool: Pool, precision: str, recompu
 @pytest.mark.parametrize(
     ("precision", "recompute"), [("fp32", "none"), ("fp32", "selective"), ("bf16", "none"), ("bf16", "full")]
 )
-def test_more_recomputation_needs_what_is_planned(pool: Pool, precision: str, recompute: str) -> None:
+def test_more_recomputation_needs_what_is_planned(pool: Pool, precision: Precision, recompute: Recompute) -> None:
     check(pool, replace(STAGE, precision=precision, recompute=recompute), sequence=256)
 
 

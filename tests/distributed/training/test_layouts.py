@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from flm_megatron.config.schema import ParallelConfig
+from flm_megatron.config.schema.stage import Recompute
 from tests.support.layouts import STAGE, all_layouts, name, relative_difference, train_under
 from tests.support.pool import Pool
 
@@ -67,7 +68,9 @@ def test_overlapped_communication_agrees_with_one(pool: Pool, single: list[tuple
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputation_gives_the_losses_of_none(pool: Pool, single: list[tuple[float, float]], recompute: str) -> None:
+def test_recomputation_gives_the_losses_of_none(
+    pool: Pool, single: list[tuple[float, float]], recompute: Recompute
+) -> None:
     stage = replace(STAGE, recompute=recompute)
     for parallel in (ParallelConfig(), ParallelConfig(tensor=2, pipeline=2, sequence=True, data=1)):
         result = pool.run(parallel.model_size, train_under, parallel, stage)[0]

@@ -7,6 +7,7 @@ import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from flm_megatron.benchmarking.timeline import _covered
 from flm_megatron.benchmarking.workload import STACK_VOCABULARY, describe, layer_stack, local_layouts
 from flm_megatron.cli.main import main
 from flm_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
+from flm_megatron.config.schema.stage import Recompute
 from flm_megatron.errors import RequestError
 
 MODEL = ModelConfig(num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, vocab_size=512)
@@ -65,7 +67,8 @@ def test_recomputation_adds_what_is_done_again() -> None:
     feed_forward = 2 * 4 * 3 * 64 * 96
     attention = 2 * 4 * 4 * 64 * 64 + 2 * 4 * 64 * 64  # matrices; two products over half of 64 keys
     model = 3 * (feed_forward + attention + 2 * 64 * 512)
-    for recompute, again in (("none", 0), ("selective", feed_forward), ("full", feed_forward + attention)):
+    extra: dict[Recompute, int] = {"none": 0, "selective": feed_forward, "full": feed_forward + attention}
+    for recompute, again in extra.items():
         assert hardware_flops_per_token(replace(STAGE, recompute=recompute), 64) == model + again
 
 
@@ -172,7 +175,7 @@ def test_time_that_several_kernels_cover_counts_once() -> None:
     assert _covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.5)]) == 4.0
 
 
-def report(**changes: object) -> Report:
+def report(**changes: Any) -> Report:
     """A report of one measurement."""
     return replace(Report("Throughput", STAGE, 64, 1000, {"hardware": "a device"}, [MEASURED]), **changes)
 

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,7 @@ def save_and_prune(root: Path) -> None:
         store.prune("s", keep_last=1)
 
 
-def recorded(root: Path, work: Callable[[Path], None]) -> list[Event]:
+def recorded(root: Path, work: Callable[[Path], object]) -> list[Event]:
     """What `work(root)` does to files."""
     with PythonRecorder(root).recording() as events:
         work(root)
@@ -175,11 +176,11 @@ def _in_order(events: list[Event]) -> list[Event]:
     out: list[Event] = []
     for kind, group in itertools.groupby(events, type):
         run = list(group)
-        out += sorted(run, key=lambda e: e.offset) if kind is Write else run
+        out += sorted(run, key=attrgetter("offset")) if kind is Write else run
     return out
 
 
-def end_states(root: Path, work: Callable[[Path], None], folder: Path) -> Iterator[Path]:
+def end_states(root: Path, work: Callable[[Path], object], folder: Path) -> Iterator[Path]:
     """Every state that a crash during `work(root)` may leave, as a real folder that is gone after its turn."""
     shutil.copytree(root, folder / "before")
     for state in Explorer(folder / "before").states(recorded(root, work)):
@@ -227,7 +228,7 @@ def test_a_dataset_is_whole_or_refused(tmp_path: Path, folder: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
     model, texts, found = data_cases.tokenizer(tmp_path), data_cases.texts(20), set()
-    for state in end_states(root, lambda root: build_dataset(texts, model, root / "set") and None, folder):
+    for state in end_states(root, lambda root: build_dataset(texts, model, root / "set"), folder):
         try:
             read_description(state / "set")
         except FlmError:
@@ -244,7 +245,7 @@ def test_chosen_conversations_are_all_there_or_none(tmp_path: Path, folder: Path
     asked = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Forty-two."}]
     pool.write_text(json.dumps({"messages": asked}) + "\n")
     command, there = ["data", "screen", str(pool), "--out", str(root / "out")], set()
-    for state in end_states(root, lambda root: main(command) and None, folder):
+    for state in end_states(root, lambda root: main(command), folder):
         there.add((state / "out").exists())
         assert not (state / "out").exists() or digests(state / "out") == digests(root / "out")
     assert there == {False, True} and len(digests(root / "out")) == 4

@@ -82,14 +82,14 @@ def test_the_same_of_the_real_command(arguments: str, unchanged: Path) -> None:
 
 def test_a_name_that_cannot_be_printed_does_not_end_what_went_well(unchanged: Path, tmp_path: Path) -> None:
     out = os.path.join(os.fsencode(tmp_path), b"\xff.html")
-    command = [sys.executable, "-m", "flm_megatron.cli.main", "report", "runs/done", "--out", out]
+    command: list[str | bytes] = [sys.executable, "-m", "flm_megatron.cli.main", "report", "runs/done", "--out", out]
     result = subprocess.run(command, capture_output=True, timeout=60, check=False)
     assert (result.returncode, result.stderr) == (0, b"")
     assert os.path.exists(out) and result.stdout.endswith(b"\\udcff.html\n")
 
 
 def test_a_value_that_cannot_be_printed_is_one_line_all_the_same(unchanged: Path) -> None:
-    command = [sys.executable, "-m", "flm_megatron.cli.main", "train", b"\xff\nrun\x1b[31m.yaml"]
+    command: list[str | bytes] = [sys.executable, "-m", "flm_megatron.cli.main", "train", b"\xff\nrun\x1b[31m.yaml"]
     result = subprocess.run(command, capture_output=True, timeout=60, check=False)
     assert result.returncode == 2
     assert result.stderr.splitlines() == [

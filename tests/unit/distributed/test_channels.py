@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -41,10 +42,10 @@ def test_results_are_gathered_and_told_over_and_over_and_nothing_piles_up(kind: 
     keys: list[int] = []
 
     def work(processes: Processes) -> list[Any]:
-        found = []
+        found: list[Any] = []
         for turn in range(4):
-            parts = processes.together(lambda turn=turn: (turn, processes.rank))
-            found.append(processes.on_first(lambda parts=parts: list(parts)))
+            parts = processes.together(partial(tuple, (turn, processes.rank)))
+            found.append(processes.on_first(partial(list, parts)))
             if processes.rank == 0:
                 keys.append(store.num_keys())
         return found

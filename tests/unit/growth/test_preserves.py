@@ -15,7 +15,7 @@ from tests.support.growth_oracle import logits, masks_at
 from tests.support.reference_model import reference_logits
 
 TOKENS = torch.randint(0, 37, (2, 11), generator=torch.Generator().manual_seed(3))
-BLOCKS = {
+BLOCKS: dict[str, dict[str, Any]] = {
     "teleflm": {},
     "gpt3": {"normalization": "layernorm", "activation": "gelu", "bias": True},
     "standard": {"mup": MupConfig(enabled=False)},
@@ -48,8 +48,7 @@ def test_open_masks_are_the_plain_model(block: str) -> None:
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("case", GROWN)
 def test_logits_stay(case: str, block: str, operator: str) -> None:
-    changes: dict[str, Any] = BLOCKS[block]
-    assert difference(plan_for(case, operator, old_model(**changes))) <= 1e-12
+    assert difference(plan_for(case, operator, old_model(**BLOCKS[block]))) <= 1e-12
 
 
 @pytest.mark.parametrize("operator", ["zero", "mask"])
@@ -93,6 +92,7 @@ def test_zero_growth_trains_its_new_weights(case: str) -> None:
         torch.nn.functional.cross_entropy(logits(plan.new, tensors, TOKENS).flatten(0, 1), TOKENS.flatten()).backward()
         with torch.no_grad():
             for t in tensors.values():
+                assert t.grad is not None
                 t -= 0.1 * t.grad
                 t.grad = None
     unmoved = [

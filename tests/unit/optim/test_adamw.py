@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def _train(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter], s
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_same_steps_as_torch(dtype: torch.dtype) -> None:
     ours, theirs = _parameters(dtype), _parameters(dtype)
-    options = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6}
+    options: dict[str, Any] = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6}
     a, b = AdamW(_groups(ours), **options), torch.optim.AdamW(_groups(theirs), fused=True, **options)
     _train(a, ours, 7)
     _train(b, theirs, 7)

@@ -51,7 +51,7 @@ def test_births_match_a_fresh_optimizer_beside_an_old_one() -> None:
     start = torch.randn(6, generator=draw, dtype=torch.float64)
     grads = torch.randn(400, 6, generator=draw, dtype=torch.float64)
     parts = [torch.nn.Parameter(start[:3].clone()), torch.nn.Parameter(start[3:].clone())]
-    options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    options: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     optimizers = [torch.optim.AdamW([part], **options) for part in parts]
     param = torch.nn.Parameter(start.clone())
     mixed = AdamW([param], **options)
@@ -69,7 +69,7 @@ def test_births_match_a_fresh_optimizer_beside_an_old_one() -> None:
                 optimizer.step()
         param.grad = grad.clone()
         mixed.step()
-    torch.testing.assert_close(param.detach(), torch.cat(parts).detach(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(param.detach(), torch.cat([part.detach() for part in parts]), rtol=1e-9, atol=1e-9)
     assert "birth" not in mixed.state[param]
 
 
@@ -90,7 +90,7 @@ def test_update_by_age_is_adam_where_all_are_old() -> None:
     draw = torch.Generator().manual_seed(2)
     ours, theirs = (torch.nn.Parameter(torch.randn(9, generator=torch.Generator().manual_seed(3))) for _ in range(2))
     state = {"exp_avg": torch.zeros(9), "exp_avg_sq": torch.zeros(9), "birth": torch.zeros(9, dtype=torch.int32)}
-    options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    options: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     reference = torch.optim.AdamW([theirs], **options)
     for step in range(1, 6):
         ours.grad = torch.randn(9, generator=draw)

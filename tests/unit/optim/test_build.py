@@ -15,7 +15,10 @@ from flm_megatron.optim.groups import parameter_group
 from flm_megatron.optim.learning_rate import group_learning_rates, set_learning_rates
 from tests.support.pool import Pool
 
-BLOCKS = {"tele-flm": {}, "flm-101b": {"normalization": "layernorm", "activation": "gelu", "bias": True}}
+BLOCKS: dict[str, dict[str, Any]] = {
+    "tele-flm": {},
+    "flm-101b": {"normalization": "layernorm", "activation": "gelu", "bias": True},
+}
 
 
 def _stage(block: str = "tele-flm", **options: Any) -> StageConfig:

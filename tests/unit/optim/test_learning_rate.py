@@ -17,6 +17,7 @@ from flm_megatron.config.schema import (
     ScheduleConfig,
     StageConfig,
 )
+from flm_megatron.optim.groups import Group
 from flm_megatron.optim.learning_rate import group_learning_rates, learning_rate, set_learning_rates
 
 SEQUENCE, BATCH = 10, 10
@@ -149,7 +150,7 @@ class _Optimizer:
         self.param_groups = [{"group": g, "lr": 9.0, "max_lr": 9.0, "weight_decay": 9.0} for g in GROUPS]
 
 
-GROUPS = ["matrix", "vector", "vocabulary"]
+GROUPS: list[Group] = ["matrix", "vector", "vocabulary"]
 
 
 def _mup_stage(matrix_lr: float | None) -> StageConfig:

@@ -15,6 +15,7 @@ from flm_megatron.cli import plan as command
 from flm_megatron.cli.options.parser import Parser
 from flm_megatron.config.loader import load_run
 from flm_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, StageConfig
+from flm_megatron.config.schema.stage import Precision
 from flm_megatron.device.hardware import known_hardware
 from flm_megatron.errors import RequestError
 from flm_megatron.planner.calibration import TimedProduct, fit_products, write_efficiency
@@ -99,7 +100,7 @@ def test_a_plan_takes_less_than_a_second() -> None:
 def test_every_known_accelerator_can_be_planned() -> None:
     assert set(TABLE) == {hardware.name for hardware in known_hardware()}
     for hardware in known_hardware():
-        precision = "bf16" if hardware.bf16 else "fp32"
+        precision: Precision = "bf16" if hardware.bf16 else "fp32"
         run = small_run()
         stages = [replace(stage, precision=precision) for stage in run.stages]
         plan = plan_run(replace(run, stages=stages), find_machine(hardware.name), 4)

@@ -7,6 +7,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -75,7 +76,8 @@ def test_a_run_of_another_host_is_respected_while_it_renews_its_lease(whole: Pat
 
 
 def test_ranks_that_a_launcher_started_share_the_lease_of_their_first(whole: Path) -> None:
-    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29711"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29711"}
+    world: dict[str, Any] = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **place}
     arguments = ("train", whole / "test.yaml", "--stages.0.parallel.tensor", "1")
     before = (whole / "run.yaml").read_bytes()
     with renewing(whole / LEASE, ELSEWHERE):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -20,6 +19,7 @@ from flm_megatron.checkpoint.torch_dist import shard_file
 from flm_megatron.checkpoint.torch_dist.logical_hash import tensor_hashes
 from flm_megatron.checkpoint.torch_dist.tensor_record import encode
 from flm_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
+from flm_megatron.config.schema.stage import Precision
 from flm_megatron.distributed import channels
 from flm_megatron.errors import FlmError
 from tests.support.layouts import engine_under, take_steps
@@ -29,16 +29,16 @@ MODEL = ModelConfig(num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attent
 LAYOUT = ParallelConfig(tensor=2, data=2)
 
 
-def _stage(precision: str = "bf16") -> StageConfig:
-    return StageConfig(model=MODEL, precision=precision, global_batch=8, tokens=10 * 8 * 16)  # type: ignore[arg-type]
+def _stage(precision: Precision = "bf16") -> StageConfig:
+    return StageConfig(model=MODEL, precision=precision, global_batch=8, tokens=10 * 8 * 16)
 
 
-def slow_encode(*arguments: Any) -> Any:
+def slow_encode(dtype: torch.dtype, shape: tuple[int, ...], crc: int) -> tuple[bytes, bytes]:
     time.sleep(0.02)
-    return encode(*arguments)
+    return encode(dtype, shape, crc)
 
 
-def change_while_writing(folder: str, precision: str) -> list[bool]:
+def change_while_writing(folder: str, precision: Precision) -> list[bool]:
     """A plain save, then a slow one in the background during which weights and state change: by training, then all."""
     with engine_under(LAYOUT, _stage(precision)) as engine:
         take_steps(engine, range(1))
@@ -58,7 +58,7 @@ def change_while_writing(folder: str, precision: str) -> list[bool]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_weights_that_change_during_a_slow_write(pool: Pool, tmp_path: Path, precision: str) -> None:
+def test_weights_that_change_during_a_slow_write(pool: Pool, tmp_path: Path, precision: Precision) -> None:
     assert pool.run(4, change_while_writing, str(tmp_path), precision) == [[False, True]] * 4
     plain, slow = open_checkpoint(tmp_path / "plain"), open_checkpoint(tmp_path / "slow")
     assert tensor_hashes(plain) == tensor_hashes(slow)
@@ -69,7 +69,7 @@ def fail_on_one_rank(folder: str, asynchronous: bool) -> str:
     with engine_under(LAYOUT, _stage()) as engine:
         if dist.get_rank() == 2:
 
-            def full(*_: Any) -> Any:
+            def full(dtype: torch.dtype, shape: tuple[int, ...], crc: int) -> tuple[bytes, bytes]:
                 raise OSError(28, "No space left on device")
 
             shard_file.encode = full
@@ -133,8 +133,9 @@ def stop_in_a_save(folder: str) -> str:
     with engine_under(LAYOUT, _stage()) as engine:
         if dist.get_rank() == 1:
 
-            def stop(*_: Any) -> Any:
+            def stop(dtype: torch.dtype, shape: tuple[int, ...], crc: int) -> tuple[bytes, bytes]:
                 time.sleep(3600)
+                return encode(dtype, shape, crc)
 
             shard_file.encode = stop
         handle = save_state(f"{folder}/a", engine.chunks, engine.optimizer, {}, asynchronous=True)

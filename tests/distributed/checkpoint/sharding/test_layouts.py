@@ -15,6 +15,7 @@ from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.sharding.model_state import load_state, save_state
 from flm_megatron.checkpoint.torch_dist.logical_hash import logical_hash, tensor_hashes
 from flm_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
+from flm_megatron.config.schema.stage import Precision
 from flm_megatron.errors import RequestError
 from flm_megatron.model.parameters import parameter_specs
 from tests.support.layouts import STAGE, engine_under, name, relative_difference, take_steps
@@ -43,7 +44,7 @@ MORE_READERS = [
 ]
 
 
-def stage_of(precision: str) -> StageConfig:
+def stage_of(precision: Precision) -> StageConfig:
     return replace(STAGE, model=MODEL, precision=precision)
 
 
@@ -51,7 +52,7 @@ def world_of(parallel: ParallelConfig) -> int:
     return parallel.tensor * parallel.pipeline * (parallel.data or 1)
 
 
-def train_and_save(path: str, parallel: ParallelConfig, precision: str) -> list[tuple[float, float]]:
+def train_and_save(path: str, parallel: ParallelConfig, precision: Precision) -> list[tuple[float, float]]:
     """Two steps, a checkpoint, and the loss and gradient norm of two more steps."""
     with engine_under(parallel, stage_of(precision)) as engine:
         take_steps(engine, range(2))
@@ -59,7 +60,7 @@ def train_and_save(path: str, parallel: ParallelConfig, precision: str) -> list[
         return take_steps(engine, range(2, 4))
 
 
-def load_and_save(path: str, out: str, parallel: ParallelConfig, precision: str) -> Any:
+def load_and_save(path: str, out: str, parallel: ParallelConfig, precision: Precision) -> Any:
     """Steps of the optimizer's groups after loading, loss and gradient norm of two more steps; saved before these."""
     with engine_under(parallel, stage_of(precision), seed=99) as engine:
         load_state(open_checkpoint(path), engine.chunks, engine.optimizer)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import EXP_AVG, MASTER, STATE_PREFIXES, Region
@@ -32,6 +33,11 @@ def _stage() -> StageConfig:
     return StageConfig(model=MODEL, precision="bf16", global_batch=8, tokens=10 * 8 * 16)
 
 
+def _model(engine: Any) -> Any:
+    """The engine's model, whose sharded state is megatron-core's own."""
+    return unwrap(engine.chunks[0])
+
+
 def _state(engine: Any, kind: str, loading: bool) -> dict[str, Any]:
     from megatron.core import parallel_state
 
@@ -39,7 +45,7 @@ def _state(engine: Any, kind: str, loading: bool) -> dict[str, Any]:
         "distrib_optim_sharding_type": kind,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    model = unwrap(engine.chunks[0]).sharded_state_dict(metadata=metadata)
+    model = _model(engine).sharded_state_dict(metadata=metadata)
     return {
         "model": model,
         "optimizer": engine.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
@@ -69,10 +75,10 @@ def load_with_megatron(ours: str, again: str) -> None:
 
     with engine_under(ParallelConfig(data=1), _stage(), seed=99) as engine:
         loaded = dist_checkpointing.load(
-            {"model": unwrap(engine.chunks[0]).sharded_state_dict(), "iteration": 0}, ours, strict="log_unexpected"
+            {"model": _model(engine).sharded_state_dict(), "iteration": 0}, ours, strict="log_unexpected"
         )
         assert loaded["iteration"] == 3
-        unwrap(engine.chunks[0]).load_state_dict(loaded["model"])
+        _model(engine).load_state_dict(loaded["model"])
         state = _state(engine, "fully_reshardable", True)
         tensors = {"param_state": state["optimizer"]["param_state"]}
         filled = dist_checkpointing.load(tensors, ours)["param_state"]
@@ -154,7 +160,7 @@ def load_other_vocabularies() -> None:
             load_state(InitialCheckpoint(replace(MODEL, vocab_size=255), seed=3), engine.chunks)
         padded = InitialCheckpoint(replace(MODEL, vocab_size=384), seed=3)
         load_state(padded, engine.chunks)
-        weight = unwrap(engine.chunks[0]).embedding.word_embeddings.weight[:256]
+        weight = _model(engine).embedding.word_embeddings.weight[:256]
         assert torch.equal(weight, padded.read("embedding.word_embeddings.weight")[:256].bfloat16())
 
 
@@ -166,5 +172,5 @@ def test_plain_torch_loads_a_written_view(tmp_path: Path) -> None:
     view = InitialCheckpoint(MODEL, seed=3, optimizer=True, dtype=torch.bfloat16)
     write_view(view, tmp_path / "a", {}, chunk_bytes=1000)
     loaded = {name: torch.empty(info.shape, dtype=info.dtype) for name, info in view.tensors.items()}
-    torch.distributed.checkpoint.load(loaded, checkpoint_id=str(tmp_path / "a"), no_dist=True)
+    dcp.load(loaded, checkpoint_id=str(tmp_path / "a"), no_dist=True)
     assert all(torch.equal(loaded[name], view.read(name)) for name in view.tensors)

@@ -9,6 +9,7 @@ import torch
 
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.config.schema import ParallelConfig
+from flm_megatron.config.schema.stage import Precision
 from flm_megatron.model.parameters import EMBEDDING
 from flm_megatron.training.checks.layer_norms import layer_norms
 from tests.support.layouts import STAGE, engine_under, take_steps
@@ -17,7 +18,7 @@ from tests.support.pool import Pool
 FROZEN = replace(STAGE, optimizer=replace(STAGE.optimizer, lr=1e-30, matrix_lr=1e-30, min_lr=0, weight_decay=0))
 
 
-def norms_after_a_step(parallel: ParallelConfig, precision: str = "fp32") -> tuple[dict[str, float], float]:
+def norms_after_a_step(parallel: ParallelConfig, precision: Precision = "fp32") -> tuple[dict[str, float], float]:
     """Norms and the whole gradient's norm after a step that moves nothing."""
     with engine_under(parallel, replace(FROZEN, precision=precision)) as engine:
         ((_, grad_norm),) = take_steps(engine, range(1))

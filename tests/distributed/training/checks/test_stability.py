@@ -21,9 +21,9 @@ from flm_megatron.training.checks.replicas import check_replicas
 from flm_megatron.training.metrics.goodput import read_goodput
 from flm_megatron.training.metrics.plot import read_metrics
 from flm_megatron.training.resume.start import begin, checkpoint_store, find_start
-from flm_megatron.training.signals import stop_on_signal
+from flm_megatron.training.signals import StopRequest, stop_on_signal
 from flm_megatron.training.stage import StageTrainer
-from flm_megatron.training.step import Told
+from flm_megatron.training.step import Batch, Told
 from tests.support.layouts import STAGE, engine_under, relative_difference, synthetic_batch, take_steps
 from tests.support.pool import Pool, RankFailed
 from tests.support.reference_model import reference_logits
@@ -67,8 +67,8 @@ def train_with_faults(run: RunConfig, faults: dict[int, str]) -> list[float]:
         trainer.inject(faults)
         take = trainer._train_step
 
-        def recorded(*args: Any) -> bool:
-            stopped = take(*args)
+        def recorded(group: list[Batch], stop: StopRequest, waited_s: float) -> bool:
+            stopped = take(group, stop, waited_s)
             sums.append(sum(p.double().sum().item() for p in trainer.engine.chunks[0].parameters()))
             return stopped
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flm_megatron.checkpoint.tools.verify import verify_checkpoint
 from flm_megatron.checkpoint.torch_dist import shard_file
@@ -19,7 +20,9 @@ from flm_megatron.launch.preflight import resolve
 from flm_megatron.launch.run import run_processes
 from flm_megatron.training.metrics.plot import read_metrics
 from flm_megatron.training.resume.start import checkpoint_store, find_start
+from flm_megatron.training.signals import StopRequest
 from flm_megatron.training.stage import StageTrainer, train_stage
+from flm_megatron.training.step import Batch
 from tests.support.runs import make_run
 
 
@@ -35,18 +38,18 @@ def train_with(run: dict[str, Any], start: Any, fault: str) -> int:
 
     take = StageTrainer._train_step
 
-    def step(self: StageTrainer, *arguments: Any) -> bool:
+    def step(self: StageTrainer, group: list[Batch], stop: StopRequest, waited_s: float) -> bool:
         if fault == "training" and self.step == 3 and dist.get_rank() == 1:
             raise ValueError("planted")
         if fault == "saving" and self.step >= 4:
             time.sleep(0.4)
-        return take(self, *arguments)
+        return take(self, group, stop, waited_s)
 
-    def write(*arguments: Any) -> Any:
+    def write(dtype: torch.dtype, shape: tuple[int, ...], crc: int) -> tuple[bytes, bytes]:
         if fault == "saving" and dist.get_rank() == 1:
             raise OSError(28, "No space left on device")
         time.sleep(0.05 if fault == "training" else 0)
-        return encode(*arguments)
+        return encode(dtype, shape, crc)
 
     StageTrainer._train_step = step  # type: ignore[method-assign]
     shard_file.encode = write

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def transformers_logits(path: Path, ids: torch.Tensor = IDS) -> torch.Tensor:
         return model.eval()(ids).logits
 
 
-def export(model: ModelConfig, path: Path, **options: object) -> dict[str, torch.Tensor]:
+def export(model: ModelConfig, path: Path, **options: Any) -> dict[str, torch.Tensor]:
     """Random weights of `model`, written to `path`."""
     values = random_tensors(model)
     write_hugging_face(Memory(values), model, path, ExportOptions(**options))

@@ -16,6 +16,7 @@ from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -134,7 +135,7 @@ def test_a_process_that_was_killed_but_is_still_listed_has_ended(file: Path) -> 
 
 
 @pytest.mark.parametrize("change", [{"host": "other"}, {"boot": "other"}, {"pid_namespace": "pid:[1]"}, {"boot": ""}])
-def test_a_process_of_another_host_or_container_cannot_be_seen(change: dict[str, str]) -> None:
+def test_a_process_of_another_host_or_container_cannot_be_seen(change: dict[str, Any]) -> None:
     assert replace(ended_process(), **change).has_ended() is None
 
 
@@ -278,7 +279,11 @@ def test_two_never_hold_it_however_many_come_go_and_are_killed(file: Path) -> No
 
 def hold_for_ever(file: Path, words: Path) -> None:
     """Hold the lease until the process is ended."""
-    with held(file, lost=lambda text: words.write_text(text) and None):
+
+    def lost(text: str) -> None:
+        words.write_text(text)
+
+    with held(file, lost=lost):
         time.sleep(60)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_a_target_rank_finds_its_part_in_its_own_files(tmp_path: Path) -> None:
         ({"tensor": 16}, "query groups"),
     ],
 )
-def test_a_layout_that_does_not_fit_is_refused_by_name(layout: dict[str, int], message: str) -> None:
+def test_a_layout_that_does_not_fit_is_refused_by_name(layout: dict[str, Any], message: str) -> None:
     model = ModelConfig(num_layers=4, hidden_size=16, ffn_hidden_size=24, num_attention_heads=4, vocab_size=300)
     with pytest.raises(RequestError, match=message):
         rank_regions(model, ParallelConfig(**layout), 0, 0)

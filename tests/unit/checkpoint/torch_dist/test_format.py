@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -175,7 +176,7 @@ def test_files_are_no_longer_than_asked(
 def test_foreign_chunks_that_are_views_or_transposed(tmp_path: Path) -> None:
     base = torch.randn(6, 10)
     state = {"narrowed": base[2:5], "column": base[:, 3:4], "transposed": base.t()}
-    torch.distributed.checkpoint.save(state, checkpoint_id=str(tmp_path / "a"), no_dist=True)
+    dcp.save(state, checkpoint_id=str(tmp_path / "a"), no_dist=True)
     view = open_checkpoint(tmp_path / "a")
     for name, tensor in state.items():
         assert torch.equal(view.read(name), tensor)

@@ -18,7 +18,7 @@ from flm_megatron.checkpoint.files.manifest import file_entry
 from tests.support.checkpoint_cases import MODEL, flip, flm_checkpoint, run_of, write_small
 from tests.unit.checkpoint.hugging_face.test_hugging_face import RunsCode
 
-Damage = Callable[[Path], None]
+Damage = Callable[[Path], object]
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +70,15 @@ def mark_of(file: Path) -> Path:
     return next(parent for parent in file.parents if (parent / "root").exists()) / "ran"
 
 
+def emptied(path: Path) -> None:
+    """Take every file away."""
+    for file in path.iterdir():
+        file.unlink()
+
+
 OTHER = run_of(type(MODEL)(**(vars(MODEL) | {"ffn_hidden_size": 32})))
 CASES: list[tuple[str, str, Damage, int, str]] = [
-    ("empty", "ours", lambda p: [f.unlink() for f in p.iterdir()], 2, "is not a checkpoint"),
+    ("empty", "ours", emptied, 2, "is not a checkpoint"),
     ("no folder", "ours", lambda p: shutil.rmtree(p), 2, "is not a checkpoint"),
     ("metadata truncated", "ours", lambda p: cut_short(p / ".metadata"), 1, ".metadata"),
     ("metadata missing", "ours", lambda p: (p / ".metadata").unlink(), 1, ".metadata"),

@@ -14,6 +14,11 @@ from flm_megatron.config.rules.stability import STABILITY_RULES
 from flm_megatron.config.schema import LoraConfig, ModelConfig, OptimizerConfig, RunConfig, StabilityConfig, StageConfig
 
 
+def stability(**fields: Any) -> StabilityConfig:
+    """The section with these fields; its rules are not asked."""
+    return replace(StabilityConfig(), **fields)
+
+
 def broken(rules: Any, section: Any) -> bool:
     """Whether a section breaks any of its rules."""
     return any(rule(section) for rule in rules)
@@ -29,16 +34,16 @@ def broken(rules: Any, section: Any) -> bool:
     ],
 )
 def test_counts_of_the_spike_guard(field: str, least: int, largest: int) -> None:
-    fine = [replace(StabilityConfig(), **{field: value}) for value in (least, largest)]
-    wrong = [replace(StabilityConfig(), **{field: value}) for value in (least - 1, largest + 1)]
+    fine = [stability(**{field: value}) for value in (least, largest)]
+    wrong = [stability(**{field: value}) for value in (least - 1, largest + 1)]
     assert [broken(STABILITY_RULES, each) for each in fine] == [False, False]
     assert [broken(STABILITY_RULES, each) for each in wrong] == [True, True]
 
 
 @pytest.mark.parametrize(("field", "fine", "wrong"), [("sigmas", 0.0, -0.1), ("z_loss", 0.0, -1e-9)])
 def test_factors_of_the_spike_guard(field: str, fine: float, wrong: float) -> None:
-    assert not broken(STABILITY_RULES, replace(StabilityConfig(), **{field: fine}))
-    assert broken(STABILITY_RULES, replace(StabilityConfig(), **{field: wrong}))
+    assert not broken(STABILITY_RULES, stability(**{field: fine}))
+    assert broken(STABILITY_RULES, stability(**{field: wrong}))
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.1, 1.0])

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -186,7 +187,7 @@ def test_more_documents_than_can_be_numbered_are_refused_before_their_index_is_r
     for suffix, size in sizes.items():
         with file_of(prefix, suffix).open("wb") as file:
             file.truncate(size)
-    ids = {"vocab_size": 300, "tokenizer": "0" * 64, "eod": 1, "pad": 2, "sha256": "0" * 64}
+    ids: dict[str, Any] = {"vocab_size": 300, "tokenizer": "0" * 64, "eod": 1, "pad": 2, "sha256": "0" * 64}
     Description(2 * documents, 0, documents, bin_bytes=sizes["bin"], idx_bytes=sizes["idx"], **ids).write(
         file_of(prefix, "json")
     )
@@ -221,7 +222,7 @@ def test_the_tokenizer_and_the_vocabulary_have_to_fit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"eod": 3}, {"pad": 2}, {"vocab_size": 319}])
-def test_ids_that_are_not_the_tokenizers_are_damage(tmp_path: Path, change: dict[str, int]) -> None:
+def test_ids_that_are_not_the_tokenizers_are_damage(tmp_path: Path, change: dict[str, Any]) -> None:
     """The description names its tokenizer, and what it says of its ids follows from that."""
     model = data_cases.datasets(tmp_path, {"a": 4})
     config = data_cases.config(tmp_path, {"a": 1})

@@ -63,7 +63,7 @@ def test_every_prefix_keeps_the_shares(weights: list[float]) -> None:
     for source, share in enumerate(numpy.array(weights) / sum(weights)):
         counts = numpy.cumsum(sources == source)
         assert numpy.abs(counts - share * numpy.arange(1, 601)).max() <= max(1, len(weights) / 2)
-        assert [blend[i][1] for i in numpy.flatnonzero(sources == source)] == list(range(counts[-1]))
+        assert [blend[int(i)][1] for i in numpy.flatnonzero(sources == source)] == list(range(counts[-1]))
 
 
 @pytest.mark.parametrize("weights", [[1.0], [0.7, 0.3], [5, 3, 1, 1], [0.7521, 0.0981, 0.0717, 0.0287, 0.0494]])

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flm_megatron.config.history import History, Segment
-from flm_megatron.config.schema import DataConfig, SourceConfig
+from flm_megatron.config.schema import DataConfig
 from flm_megatron.data.streams.cuts import Cut, Place
 from flm_megatron.data.streams.mixture import mixture_at_end, segment_sources
 from flm_megatron.data.streams.remaining import Remaining
@@ -53,7 +53,7 @@ def lines(folder: Path) -> Lines:
 
 def config(folder: Path, length: int, weights: Weights, field: str = "weight") -> DataConfig:
     """Data of a run."""
-    sources = [SourceConfig(path=str(folder / name), **{field: value}) for name, value in weights.items()]
+    sources = data_cases.sources(folder, weights, epochs=field == "epochs")
     return DataConfig(sequence_length=length, train=sources)
 
 

@@ -189,7 +189,7 @@ def test_a_moved_dataset_keeps_its_order_and_its_index(folder: Path, tmp_path: P
     assert len([path for path in Path(cache).iterdir() if path.is_dir()]) == 1
 
 
-BAD_SOURCES = {
+BAD_SOURCES: dict[str, tuple[list[dict[str, Any]], str]] = {
     "none": ([], r"data\.train has no sources"),
     "one without a weight": ([{"weight": 1.0}, {}], r"data\.train: weight is \[1\.0, None\]: give it to every"),
     "a weight of 0": ([{"weight": 1.0}, {"weight": 0.0}], r"weight is \[1\.0, 0\.0\]: each has to be above 0"),

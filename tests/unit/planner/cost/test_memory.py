@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from flm_megatron import kernels
 from flm_megatron.config.schema import KernelsConfig, ModelConfig, ParallelConfig, StageConfig
+from flm_megatron.config.schema.stage import Precision
 from flm_megatron.kernels.loss import linear_loss
 from flm_megatron.model.parameters import parameter_count
 from flm_megatron.planner.cost.activations import fuses_head, head_activations, head_tokens, layer_activations
 from flm_megatron.planner.cost.in_flight import peak_in_flight
 from flm_megatron.planner.cost.memory import GIB, all_rank_memory, rank_memory, worst_memory
-from flm_megatron.planner.layout import CUDA, Implementation, Workload, as_chosen, stage_workload
+from flm_megatron.planner.layout import CUDA, Implementation, Recompute, Workload, as_chosen, stage_workload
 
 TELE_FLM = ModelConfig(num_layers=64, hidden_size=8192, ffn_hidden_size=21824, num_attention_heads=64, vocab_size=81920)
 GPT_22B = ModelConfig(
@@ -32,7 +33,7 @@ GPT_22B = ModelConfig(
 MEGATRON = Implementation(flash_attention=False, rotary=False, dropout=True)
 
 
-def workload(model: ModelConfig = TELE_FLM, data: int = 1, **sizes: int) -> Workload:
+def workload(model: ModelConfig = TELE_FLM, data: int = 1, **sizes: Any) -> Workload:
     """A step of 64 samples of 4,096 tokens."""
     parallel = ParallelConfig(**sizes, sequence=sizes.get("tensor", 1) > 1)
     return Workload(model, 4096, 64, 1, parallel, data)
@@ -52,7 +53,7 @@ def test_tensor_ranks_repeat_norms_only() -> None:
 
 
 @pytest.mark.parametrize(("precision", "together", "data_8"), [("bf16", 18, 6 + 12 / 8), ("fp32", 16, 8 + 8 / 8)])
-def test_bytes_per_parameter(precision: str, together: float, data_8: float) -> None:
+def test_bytes_per_parameter(precision: Precision, together: float, data_8: float) -> None:
     """18 bytes a parameter in bf16 (weight, fp32 gradient, master, moments), 16 in fp32; the optimizer's are shared."""
     for data, expected in ((1, together), (8, data_8)):
         work = replace(workload(data=data), precision=precision)
@@ -69,7 +70,9 @@ def test_without_the_distributed_optimizer_data_ranks_share_nothing() -> None:
     ("recompute", "sequence", "expected"),
     [("none", False, 34 + 5 * 64 * 2048 / 6144), ("attention", True, 34), ("full", True, 2)],
 )
-def test_activations_of_one_rank_follow_the_published_formula(recompute: str, sequence: bool, expected: float) -> None:
+def test_activations_of_one_rank_follow_the_published_formula(
+    recompute: Recompute, sequence: bool, expected: float
+) -> None:
     """arXiv 2205.05198: s b h (34 + 5 a s / h) without parallelism, 34 s b h without the scores, 2 s b h with full
     recomputation, all divided by the tensor size under sequence parallelism."""
     tensor = 8 if sequence else 1
@@ -116,7 +119,12 @@ def test_in_flight_activations_are_those_of_a_schedule_played_pass_by_pass() -> 
 
 
 def test_the_worst_rank_is_found_without_looking_at_all() -> None:
-    for sizes in ({"pipeline": 8}, {"pipeline": 4, "virtual_pipeline": 4}, {"tensor": 2, "pipeline": 7}):
+    layouts: list[dict[str, Any]] = [
+        {"pipeline": 8},
+        {"pipeline": 4, "virtual_pipeline": 4},
+        {"tensor": 2, "pipeline": 7},
+    ]
+    for sizes in layouts:
         work = workload(**sizes)
         assert worst_memory(work).total == max(memory.total for memory in all_rank_memory(work))
 

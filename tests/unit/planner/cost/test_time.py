@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from statistics import median
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ A800 = find_machine("a800")
 MODEL = ModelConfig(num_layers=64, hidden_size=8192, ffn_hidden_size=21824, num_attention_heads=64, vocab_size=80000)
 
 
-def workload(data: int = 1, batch: int = 64, **sizes: int) -> Workload:
+def workload(data: int = 1, batch: int = 64, **sizes: Any) -> Workload:
     """A step of `batch` samples of 4,096 tokens of a 52B model."""
     parallel = ParallelConfig(**sizes, sequence=sizes.get("tensor", 1) > 1)
     return Workload(MODEL, 4096, batch, 1, parallel, data)

@@ -6,6 +6,7 @@ import json
 import math
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -128,7 +129,7 @@ def test_values_that_are_not_finite_are_no_level() -> None:
         ({"max_in_a_row": 1}, "a step was refused.*stability.sigmas"),
     ],
 )
-def test_where_no_level_is_taken_the_end_says_what_to_do(change: dict[str, object], words: str) -> None:
+def test_where_no_level_is_taken_the_end_says_what_to_do(change: dict[str, Any], words: str) -> None:
     watch = SpikeWatch(replace(CONFIG, **change))
     for step in range(16):
         watch.applied(2 + 0.01 * (step % 3), 1.0)

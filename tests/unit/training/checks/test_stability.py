@@ -90,7 +90,8 @@ def test_values_out_of_range_are_one_line(field: str, value: float) -> None:
 
 
 def test_the_copy_that_the_majority_disagrees_with_is_named() -> None:
-    weight, norm = ("decoder.layers.mlp.linear_fc1.weight", (3, 0, 0)), ("decoder.final_layernorm.weight", (0,))
+    weight: tuple[str, tuple[int, ...]] = ("decoder.layers.mlp.linear_fc1.weight", (3, 0, 0))
+    norm: tuple[str, tuple[int, ...]] = ("decoder.final_layernorm.weight", (0,))
     same = {weight: 5, norm: 7}
     assert odd_copies([same, same, {weight: 5, norm: 8}, same]) == {2: norm}
     assert odd_copies([same, {weight: 6, norm: 7}]) == {0: weight, 1: weight}

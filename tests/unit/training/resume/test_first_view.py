@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import yaml
 
 from flm_megatron.checkpoint.described import recorded_model
@@ -74,7 +75,7 @@ def as_megatron(path: Path, described: bool = True) -> None:
     state = random_tensors(MODEL)
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         state[name] = torch.nn.functional.pad(state[name], (0, 0, 0, 112))
-    torch.distributed.checkpoint.save(state, checkpoint_id=path, no_dist=True)
+    dcp.save(state, checkpoint_id=path, no_dist=True)
     (path / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
     arguments = argparse.Namespace(
         num_layers=2, hidden_size=48, ffn_hidden_size=40, num_attention_heads=12, normalization="RMSNorm", swiglu=True,

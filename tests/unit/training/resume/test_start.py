@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,6 +68,6 @@ def test_a_model_that_is_written_otherwise_is_the_same(output: Path) -> None:
         ({"lora": LoraConfig()}, r"model\.lora is .* and None in the checkpoint"),
     ],
 )
-def test_another_model_is_refused(output: Path, change: dict[str, object], words: str) -> None:
+def test_another_model_is_refused(output: Path, change: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError, match=rf"'small' cannot go on with another model: {words}"):
         checked_start(run_at(output, replace(MODEL, **change)))

@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from flm_megatron.checkpoint.files.pickle.reader import CLASSES, load_pickle, load_records, read_torch_file
 from flm_megatron.checkpoint.files.pickle.records import Name, Record
@@ -196,6 +197,7 @@ def test_metadata_says_what_torch_reads_in_it(small: Path) -> None:
     assert ours.entries.keys() == theirs.state_dict_metadata.keys()
     for name, entry in theirs.state_dict_metadata.items():
         found = ours.entries[name]
+        assert isinstance(entry, TensorStorageMetadata)
         assert (found.size, found.dtype) == (tuple(entry.size), entry.properties.dtype)
         assert found.chunks == tuple((tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks)
     for index, info in theirs.storage_data.items():

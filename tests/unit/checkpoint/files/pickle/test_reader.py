@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from flm_megatron.checkpoint.files import torch_file
 from flm_megatron.checkpoint.files.manifest import MANIFEST
@@ -80,12 +81,12 @@ def test_payload_in_a_byte_entry(tmp_path: Path) -> None:
     """Byte entries are never read; torch's own loader runs this one (so the trap is a real one)."""
     trap = tmp_path / "trap"
     state = {"weight": torch.arange(6.0), "extra": Payload(os.system, f"touch {trap}")}
-    torch.distributed.checkpoint.save(state, checkpoint_id=str(tmp_path / "a"), no_dist=True)
+    dcp.save(state, checkpoint_id=str(tmp_path / "a"), no_dist=True)
     view = open_checkpoint(tmp_path / "a")
     assert set(view.tensors) == {"weight"} and torch.equal(view.read("weight"), torch.arange(6.0))
     tensor_hashes(view)
     assert not trap.exists()
-    torch.distributed.checkpoint.load({"extra": None}, checkpoint_id=str(tmp_path / "a"), no_dist=True)
+    dcp.load({"extra": None}, checkpoint_id=str(tmp_path / "a"), no_dist=True)
     assert trap.exists()
 
 
@@ -118,7 +119,7 @@ def test_files_outside_of_the_folder_are_not_opened(checkpoint: Path, tmp_path: 
 
 def test_plain_state_is_read_as_torch_reads_it(tmp_path: Path) -> None:
     tensor = torch.randn(4, 5).bfloat16()
-    state = {
+    state: dict[str, Any] = {
         "a": [1, 2.5, "x", None, (True, b"raw")],
         "args": argparse.Namespace(hidden_size=64, params_dtype=torch.bfloat16),
         "tensor": tensor,
