@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flm_megatron.config.schema import ModelConfig, StageConfig
-from flm_megatron.model.parameters import FC1, FC2, HEAD, parameter_specs
+from flm_megatron.model.parameters import Unit, parameter_specs
 from flm_megatron.training.metrics.flops import CONVENTION, forward_flops_per_token, training_flops_per_token
 
 __all__ = ["NOTE", "hardware_flops_per_token", "training_flops_per_token"]
@@ -22,9 +22,10 @@ def hardware_flops_per_token(stage: StageConfig, sequence_length: int) -> float:
 
 
 def _layers(model: ModelConfig, sequence_length: int) -> float:
-    return forward_flops_per_token(model, sequence_length) - 2.0 * parameter_specs(model)[HEAD].numel
+    head = sum(spec.numel for spec in parameter_specs(model).values() if spec.kind == "head")
+    return forward_flops_per_token(model, sequence_length) - 2.0 * head
 
 
 def _feed_forward(model: ModelConfig) -> float:
-    specs = parameter_specs(model)
-    return 2.0 * sum(specs[f"{name}.weight"].numel for name in (FC1, FC2))
+    matrices = (spec for spec in parameter_specs(model).values() if spec.kind == "matrix" and spec.value == "weight")
+    return 2.0 * sum(spec.numel for spec in matrices if spec.counts(Unit.FFN))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from flm_megatron.checkpoint.files.pickle.reader import read_torch_file
-from flm_megatron.checkpoint.logical import STATE_PREFIXES, LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.logical import STATE_PREFIXES, LogicalCheckpoint, Region, TensorInfo, split_name
 from flm_megatron.checkpoint.megatron_legacy.arguments import model_from_arguments
 from flm_megatron.checkpoint.own_tokenizer import tokenizer_files
 from flm_megatron.checkpoint.stage_manifest import manifest_model
@@ -16,7 +16,7 @@ from flm_megatron.checkpoint.torch_dist.reader import COMMON, TorchDistCheckpoin
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import RequestError
-from flm_megatron.model.parameters import EMBEDDING, HEAD, parameter_specs
+from flm_megatron.model.parameters import EMBEDDING, parameter_specs
 
 
 def recorded_model(view: LogicalCheckpoint, vocab_size: int | None = None) -> ModelConfig | None:
@@ -83,10 +83,11 @@ def check_structure(tensors: Mapping[str, TensorInfo], model: ModelConfig, where
 
 
 class TrueVocabulary(LogicalCheckpoint):
-    """`source` without the padding rows of its embedding and head (and their optimizer state)."""
+    """`source`, of `model`, without the padding rows of its embedding and head (and their optimizer state)."""
 
-    def __init__(self, source: LogicalCheckpoint, vocab_size: int) -> None:
-        self.source, self.vocab_size = source, vocab_size
+    def __init__(self, source: LogicalCheckpoint, model: ModelConfig) -> None:
+        self.source, self.vocab_size = source, int(model.vocab_size or 0)
+        self._padded = {name for name, spec in parameter_specs(model).items() if spec.padded}
         self.manifest: dict[str, Any] = source.manifest
         self.tensors = {name: self._info(name) for name in source.tensors}
 
@@ -102,7 +103,7 @@ class TrueVocabulary(LogicalCheckpoint):
 
     def _info(self, name: str) -> TensorInfo:
         info = self.source.tensors[name]
-        if not name.endswith((EMBEDDING, HEAD)):
+        if split_name(name)[1] not in self._padded:
             return info
         if info.shape[0] < self.vocab_size:
             raise RequestError(f"{name} has {info.shape[0]} rows, fewer than the vocabulary of {self.vocab_size}")
@@ -112,4 +113,4 @@ class TrueVocabulary(LogicalCheckpoint):
 def without_padding(view: LogicalCheckpoint, model: ModelConfig) -> LogicalCheckpoint:
     """`view` narrowed to the true vocabulary of `model`; `view` itself where it has no padding."""
     rows = view.tensors[EMBEDDING].shape[0] if EMBEDDING in view.tensors else model.vocab_size
-    return view if rows == model.vocab_size else TrueVocabulary(view, int(model.vocab_size or 0))
+    return view if rows == model.vocab_size else TrueVocabulary(view, model)

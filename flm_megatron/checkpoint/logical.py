@@ -18,6 +18,12 @@ EXP_AVG_SQ = "optimizer.state.exp_avg_sq."
 STATE_PREFIXES = (MASTER, EXP_AVG, EXP_AVG_SQ)
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """A tensor's optimizer prefix (empty for a weight) and its parameter."""
+    prefix = next((prefix for prefix in STATE_PREFIXES if name.startswith(prefix)), "")
+    return prefix, name[len(prefix) :]
+
+
 @dataclass(frozen=True)
 class Region:
     """A rectangle of a logical tensor: where it starts and how far it goes along each axis."""

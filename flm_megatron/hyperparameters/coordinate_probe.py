@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flm_megatron.device import current
 from flm_megatron.model.norms import LayerNorm, RMSNorm
+from flm_megatron.model.parameters.names import layer_number
 from flm_megatron.model.teleflm import TeleFLM
 
 EMBEDDING = "embedding"
@@ -90,5 +91,5 @@ def _size(values: Tensor) -> float:
 
 def _label(name: str) -> str:
     """`decoder.layers.0.self_attention.linear_qkv` is shown as `layer 0 linear_qkv`."""
-    parts = name.split(".")
-    return f"layer {parts[2]} {parts[-1]}" if name.startswith("decoder.layers.") else parts[-1]
+    layer, last = layer_number(name), name.rpartition(".")[2]
+    return last if layer is None else f"layer {layer} {last}"

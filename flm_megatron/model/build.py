@@ -51,7 +51,7 @@ def build_model(model: ModelConfig, stage: StageConfig) -> list[TeleFLM]:
     for chunk in chunks:
         _prepare_parameters(chunk)
         if model.lora is not None:
-            train_adapters_only(chunk)
+            train_adapters_only(chunk, chunk.specs)
     return chunks
 
 

@@ -6,6 +6,7 @@ added up or gathered between ranks has the width of the rank, not of the layer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from flm_megatron.config.schema import LoraConfig
+from flm_megatron.model.parameters import ParameterSpec
+from flm_megatron.model.parameters.names import logical_name
 
 
 def linear(base: type, target: str, lora: LoraConfig | None) -> type:
@@ -107,7 +110,7 @@ def _sharded(layer: Any, prefix: str, axes: dict[str, int], offsets: Any, metada
     return make_sharded_tensors_for_checkpoint(state, prefix, axes, offsets, **groups)
 
 
-def train_adapters_only(chunk: nn.Module) -> None:
+def train_adapters_only(chunk: nn.Module, specs: Mapping[str, ParameterSpec]) -> None:
     """Freeze every parameter but the adapters' factors: they get no gradient and no optimizer state."""
     for name, parameter in chunk.named_parameters():
-        parameter.requires_grad_(name.endswith((".lora_a", ".lora_b")))
+        parameter.requires_grad_(specs[logical_name(name, specs)].trained)

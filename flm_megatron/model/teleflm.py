@@ -13,6 +13,7 @@ from flm_megatron import kernels
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.model.attention.cache import KeyValueCache
 from flm_megatron.model.engine_config import EngineConfig
+from flm_megatron.model.parameters import parameter_specs
 from flm_megatron.model.spec import block_spec
 from flm_megatron.model.z_loss import z_loss
 
@@ -46,6 +47,7 @@ class TeleFLM(GPTModel):
             rotary_base=model.rope_theta,  # type: ignore[arg-type]
             vp_stage=vp_stage,
         )
+        self.specs = parameter_specs(model)
         self.true_vocab_size = model.vocab_size
         self.input_multiplier = model.input_mult
         self.logit_multiplier = model.logit_multiplier

@@ -208,8 +208,8 @@ def _check_shape(view: LogicalCheckpoint, placement: Placement) -> None:
         raise RequestError(f"the checkpoint has no tensor {placement.name}, which the model needs")
     found = view.tensors[placement.name].shape
     # Checkpoints of Megatron-LM keep their padding rows.
-    padded = len(found) == len(placement.shape) and found[1:] == placement.shape[1:] and found[0] > placement.shape[0]
-    if found != placement.shape and not (padded and placement.kept_padding):
+    longer = len(found) == len(placement.shape) and found[1:] == placement.shape[1:] and found[0] > placement.shape[0]
+    if found != placement.shape and not (longer and placement.padded):
         raise RequestError(
             f"{placement.name} has shape {found} in the checkpoint and {placement.shape} in the model: give the model"
             " the checkpoint's shape, or grow the checkpoint"

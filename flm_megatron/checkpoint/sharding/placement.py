@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from flm_megatron.checkpoint.logical import Region
-from flm_megatron.model.parameters import EMBEDDING, HEAD
+from flm_megatron.model.parameters import ParameterSpec
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Placement:
     `region` lies in the logical tensor of `shape` (true vocabulary), `local` is the same rectangle in `parameter`,
     with as many values but without the axis of layers; `tensor` is a view of the parameter's storage of shape
     `region.sizes`. `replica_id` is megatron-core's: its last number is the data-parallel rank, the others are 0 on
-    the one rank of each data-parallel group that stores the part.
+    the one rank of each data-parallel group that stores the part. Of a `padded` tensor checkpoints of Megatron-LM hold
+    padding rows after the values.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Placement:
     local: Region
     parameter: torch.nn.Parameter
     replica_id: tuple[int, ...]
+    padded: bool = False
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -35,9 +37,10 @@ class Placement:
         return self.parameter.data[self.local.slices].view(self.region.sizes)
 
     @property
-    def kept_padding(self) -> bool:
-        """Whether checkpoints of Megatron-LM hold padding rows after the values."""
-        return self.name in (EMBEDDING, HEAD)
+    def layer(self) -> int | None:
+        """The layer that the part lies in; none outside the layers."""
+        stacked = len(self.region.sizes) > len(self.local.sizes)
+        return self.region.offsets[0] if stacked else None
 
     @property
     def main(self) -> bool:
@@ -64,6 +67,7 @@ def _placements(model: Any) -> Iterator[Placement]:
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+    specs: Mapping[str, ParameterSpec] = getattr(model, "specs", {})
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     for entry in model.sharded_state_dict(metadata=metadata).values():
         if not isinstance(entry, ShardedTensor | ShardedTensorFactory) or not isinstance(
@@ -75,20 +79,21 @@ def _placements(model: Any) -> Iterator[Placement]:
         for sharded in built:
             local = Region((start, *(0,) * (len(sharded.local_shape) - 1)), tuple(sharded.local_shape))
             start += sharded.local_shape[0]
-            placement = _placement(sharded, local, entry.data, getattr(model, "true_vocab_size", None))
+            placement = _placement(sharded, local, entry.data, specs.get(sharded.key))
             if placement is not None:
                 yield placement
 
 
-def _placement(sharded: Any, local: Region, parameter: torch.nn.Parameter, vocab: int | None) -> Placement | None:
-    """The part without padding rows; none if all of it is padding."""
-    shape = tuple(sharded.global_shape)
+def _placement(
+    sharded: Any, local: Region, parameter: torch.nn.Parameter, spec: ParameterSpec | None
+) -> Placement | None:
+    """The part without padding rows; none if all of it is padding. `spec` is none in a model that is not ours."""
+    padded = spec is not None and spec.padded
+    shape = spec.shape if spec is not None and spec.padded else tuple(sharded.global_shape)
     layers = sharded.prepend_axis_num
-    if sharded.key in (EMBEDDING, HEAD) and vocab is not None:
-        shape = (vocab, *shape[1:])
     region = Region(tuple(sharded.global_offset), (1,) * layers + local.sizes).intersect(Region.whole(shape))
     if region is None:
         return None
     cut = Region(local.offsets, region.sizes[layers:])
-    replica = sharded.replica_id
-    return Placement(sharded.key, shape, region, cut, parameter, replica if isinstance(replica, tuple) else (replica,))
+    replica = sharded.replica_id if isinstance(sharded.replica_id, tuple) else (sharded.replica_id,)
+    return Placement(sharded.key, shape, region, cut, parameter, replica, padded)

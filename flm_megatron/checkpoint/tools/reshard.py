@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flm_megatron.checkpoint.files.destination import reserved
-from flm_megatron.checkpoint.logical import STATE_PREFIXES, LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo, split_name
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.sharding.layout import rank_regions
 from flm_megatron.checkpoint.torch_dist.shard_file import Rectangle
@@ -60,7 +60,7 @@ def _target_files(
     for rank in range(parallel.model_size):
         regions = rank_regions(model, parallel, rank % parallel.tensor, rank // parallel.tensor)
         for name in view.tensors:
-            for region in regions.get(_parameter(name), []):
+            for region in regions.get(split_name(name)[1], []):
                 if region.numel and (name, region) not in known:
                     known.add((name, region))
                     files.setdefault(f"__{rank}_0.distcp", []).append((name, region))
@@ -74,8 +74,3 @@ def _rectangles(view: LogicalCheckpoint, parts: list[tuple[str, Region]]) -> Ite
     for name, region in parts:
         for piece in split_region(region, LARGEST_CHUNK // view.tensors[name].dtype.itemsize):
             yield Rectangle(name, piece, partial(view.read, name))
-
-
-def _parameter(name: str) -> str:
-    prefix = next((prefix for prefix in STATE_PREFIXES if name.startswith(prefix)), "")
-    return name[len(prefix) :]

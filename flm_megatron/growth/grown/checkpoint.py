@@ -10,7 +10,15 @@ import torch
 
 from flm_megatron import __version__
 from flm_megatron.checkpoint.lazy.generator import truncated_normal
-from flm_megatron.checkpoint.logical import EXP_AVG, MASTER, STATE_PREFIXES, LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.logical import (
+    EXP_AVG,
+    MASTER,
+    STATE_PREFIXES,
+    LogicalCheckpoint,
+    Region,
+    TensorInfo,
+    split_name,
+)
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.grown.births import growth_behind, has_moments
 from flm_megatron.growth.grown.operators import Constant, Fresh, Mean, Old, Operators, Piece
@@ -84,12 +92,6 @@ class GrownCheckpoint(LogicalCheckpoint):
             return 0.0
         values = self.source.read(prefix + name, content.region)
         return values if content.scale == 1.0 else values / content.scale ** (1 if prefix == EXP_AVG else 2)
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """A tensor's optimizer prefix (empty for a weight) and its parameter."""
-    prefix = next((p for p in STATE_PREFIXES if name.startswith(p)), "")
-    return prefix, name[len(prefix) :]
 
 
 def axis_mean(values: torch.Tensor, axis: int) -> torch.Tensor:

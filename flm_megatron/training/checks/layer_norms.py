@@ -53,8 +53,7 @@ def _owned(engine: Engine) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         flat = gradients[state.master.data_ptr()].view(-1)
         for rectangle in rectangles(state, by_parameter):
             if rectangle.placement.main:
-                part = _part(rectangle.placement, rectangle.region.offsets[0])
-                yield part, rectangle.values(state.master), rectangle.values(flat)
+                yield _part(rectangle.placement), rectangle.values(state.master), rectangle.values(flat)
 
 
 def _gradients(optimizer: Any) -> dict[int, torch.Tensor]:
@@ -63,5 +62,5 @@ def _gradients(optimizer: Any) -> dict[int, torch.Tensor]:
     return {master.data_ptr(): master.grad for master in masters if master.grad is not None}
 
 
-def _part(placement: Placement, first_offset: int) -> str:
-    return f"layer_{first_offset:03d}" if placement.name.startswith("decoder.layers.") else placement.name
+def _part(placement: Placement) -> str:
+    return placement.name if placement.layer is None else f"layer_{placement.layer:03d}"

@@ -61,16 +61,18 @@ def _gathered(sums: dict[int, int]) -> list[dict[int, int]]:
 def _difference(odd: dict[int, int], mine: Placement | None, step: int, equal_step: int) -> str:
     """The message, once it is known on all ranks which of them are odd; `mine` is the part of this one, if it is."""
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (socket.gethostname(), (mine.name, mine.region.offsets[0]) if mine else None))
+    dist.all_gather_object(everyone, (socket.gethostname(), _label(mine) if mine else None))
     first = next(iter(odd))
-    name, layer = everyone[first][1]
-    where = f" of layer {layer}" if name.startswith("decoder.layers.") else ""
     ranks = ", ".join(f"rank {rank} on {everyone[rank][0]}" for rank in odd)
     return (
-        f"after step {step} copies of weights that must be equal differ: {ranks} (rank {first}: {name}{where}); they "
+        f"after step {step} copies of weights that must be equal differ: {ranks} (rank {first}: {everyone[first][1]}); they "
         f"were equal for the last time after step {equal_step}: take the machine out of the run and go on from a "
         "checkpoint of that step or an earlier one"
     )
+
+
+def _label(part: Placement) -> str:
+    return part.name if part.layer is None else f"{part.name} of layer {part.layer}"
 
 
 def odd_copies(everyone: list[dict[Key, int]]) -> dict[int, Key]:

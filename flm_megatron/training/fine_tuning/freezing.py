@@ -9,7 +9,7 @@ import torch
 from flm_megatron.checkpoint.sharding.placement import placements
 from flm_megatron.config.schema import ModelConfig, StageConfig
 from flm_megatron.data.streams.permutation import Permutation
-from flm_megatron.model.parameters import EMBEDDING, HEAD, parameter_specs
+from flm_megatron.model.parameters import parameter_specs
 
 Unit = tuple[str, int]
 """Logical name and layer (0 outside the layers)."""
@@ -20,8 +20,10 @@ def frozen_units(model: ModelConfig, seed: int) -> set[Unit]:
 
     With an odd number of layers every second tensor has one more frozen than the other half.
     """
-    units = {(EMBEDDING if Permutation(2, f"{seed}/vocabulary")[0] else HEAD, 0)}
-    stacked = [spec.name for spec in parameter_specs(model).values() if spec.stacked]
+    specs = parameter_specs(model).values()
+    end = "embedding" if Permutation(2, f"{seed}/vocabulary")[0] else "head"
+    units = {(spec.name, 0) for spec in specs if spec.kind == end}
+    stacked = [spec.name for spec in specs if spec.stacked]
     for number, name in enumerate(stacked):
         order = Permutation(model.num_layers, f"{seed}/{name}")
         count = (model.num_layers + number % 2) // 2
@@ -34,11 +36,7 @@ def frozen_parameters(chunks: list[Any], stage: StageConfig) -> list[torch.nn.Pa
     if stage.trainable == "all":
         return []
     units = frozen_units(stage.model, stage.trainable_seed)
-    found = {
-        id(part.parameter): part.parameter
-        for part in placements(chunks)
-        if (part.name, part.region.offsets[0] if part.name.startswith("decoder.layers.") else 0) in units
-    }
+    found = {id(part.parameter): part.parameter for part in placements(chunks) if (part.name, part.layer or 0) in units}
     return list(found.values())
 
 
