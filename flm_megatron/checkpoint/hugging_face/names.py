@@ -8,7 +8,7 @@ same on both sides, because both rotate the two halves of a head against each ot
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from flm_megatron.checkpoint.logical import Region
@@ -27,6 +27,8 @@ from flm_megatron.model.parameters import (
     ParameterSpec,
     parameter_specs,
 )
+from flm_megatron.model.parameters.axis import BandName
+from flm_megatron.model.parameters.spec import Place
 
 LAYER = "model.layers.{layer}."
 
@@ -53,12 +55,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class TargetTensor:
-    """A Hugging Face tensor: its shape, the logical tensor it is part of, and the layer (none if not stacked)."""
+    """A Hugging Face tensor: its shape, the logical tensor it is part of, and the layer (none if not stacked).
+
+    Files may hold padding rows after those of a `padded` one.
+    """
 
     shape: tuple[int, ...]
     source: str
     layer: int | None
     bands: tuple[Band, ...]
+    padded: bool
 
     def sources(self, first: int, rows: int) -> Iterator[tuple[int, Region]]:
         """Regions of the logical tensor that are rows `first` to `first + rows`, each with its first row."""
@@ -93,22 +99,21 @@ def refuse_other_blocks(model: ModelConfig) -> None:
 def bands_of(model: ModelConfig) -> dict[str, tuple[Band, ...]]:
     """The bands of every logical tensor of `model`, by its name. Raises RequestError for a block Llama lacks."""
     refuse_other_blocks(model)
-    return {name: tuple(_bands(model, spec)) for name, spec in parameter_specs(model).items()}
+    return {name: tuple(_bands(spec)) for name, spec in parameter_specs(model).items()}
 
 
 def target_tensors(model: ModelConfig) -> dict[str, TargetTensor]:
     """Every Hugging Face tensor of `model` by name, in the order of execution."""
-    bands, specs = bands_of(model), parameter_specs(model)
-    stacked = [spec for spec in specs.values() if spec.stacked]
-    result: dict[str, TargetTensor] = {}
-    result.update(_targets(specs[EMBEDDING], bands, None))
-    for layer in range(model.num_layers):
-        for spec in stacked:
-            result.update(_targets(spec, bands, layer))
-    for spec in specs.values():
-        if not spec.stacked and spec.name != EMBEDDING:
-            result.update(_targets(spec, bands, None))
-    return result
+    bands, specs = bands_of(model), parameter_specs(model).values()
+    numbers: dict[Place, Sequence[int | None]] = {"first": [None], "layers": range(model.num_layers), "last": [None]}
+    return {
+        name: target
+        for place, layers in numbers.items()
+        for layer in layers
+        for spec in specs
+        if spec.place == place
+        for name, target in _targets(spec, bands, layer).items()
+    }
 
 
 def pieces(bands: tuple[Band, ...], stacked: bool, region: Region) -> Iterator[Piece]:
@@ -136,40 +141,37 @@ def _targets(spec: ParameterSpec, bands: dict[str, tuple[Band, ...]], layer: int
         by_target.setdefault(band.target.format(layer=layer), []).append(band)
     trailing = spec.shape[2:] if spec.stacked else spec.shape[1:]
     return {
-        target: TargetTensor((sum(band.rows for band in parts), *trailing), spec.name, layer, tuple(parts))
+        target: TargetTensor((sum(band.rows for band in parts), *trailing), spec.name, layer, tuple(parts), spec.padded)
         for target, parts in by_target.items()
     }
 
 
-def _bands(model: ModelConfig, spec: ParameterSpec) -> Iterator[Band]:
-    kind = "bias" if spec.name.endswith("bias") else "weight"
-    module = spec.name[: -len(kind) - 1]
-    rows = spec.shape[1] if spec.stacked else spec.shape[0]
-    if module == QKV:
-        yield from _attention_bands(model, kind)
-    elif module == FC1:
-        yield Band(f"{LAYER}mlp.gate_proj.{kind}", 0, 0, model.ffn_hidden_size)
-        yield Band(f"{LAYER}mlp.up_proj.{kind}", 0, model.ffn_hidden_size, model.ffn_hidden_size)
-    else:
-        yield Band(f"{_WHOLE[module]}.{kind}", 0, 0, rows)
+def _bands(spec: ParameterSpec) -> Iterator[Band]:
+    """The bands of the axis of rows, each after those before it in the Hugging Face tensor it belongs to."""
+    axis = spec.axes[1 if spec.stacked else 0]
+    if spec.module not in MODULES:
+        raise RequestError(f"{spec.name} has no Hugging Face form here: use `flm checkpoint reshard` instead")
+    row, filled = 0, dict.fromkeys(MODULES[spec.module], 0)
+    for _ in range(axis.groups):
+        for band in axis.bands:
+            target = f"{MODULES[spec.module][band.name]}.{spec.value}"
+            yield Band(target, filled[band.name], row, band.size)
+            row, filled[band.name] = row + band.size, filled[band.name] + band.size
 
 
-def _attention_bands(model: ModelConfig, kind: str) -> Iterator[Band]:
-    channels, groups = model.kv_channels, model.query_groups
-    queries = model.num_attention_heads // groups * channels
-    for group in range(groups):
-        row = group * (queries + 2 * channels)
-        yield Band(f"{LAYER}self_attn.q_proj.{kind}", group * queries, row, queries)
-        yield Band(f"{LAYER}self_attn.k_proj.{kind}", group * channels, row + queries, channels)
-        yield Band(f"{LAYER}self_attn.v_proj.{kind}", group * channels, row + queries + channels, channels)
-
-
-_WHOLE = {
-    EMBEDDING.removesuffix(".weight"): "model.embed_tokens",
-    ATTENTION_NORM: f"{LAYER}input_layernorm",
-    PROJECTION: f"{LAYER}self_attn.o_proj",
-    MLP_NORM: f"{LAYER}post_attention_layernorm",
-    FC2: f"{LAYER}mlp.down_proj",
-    FINAL_NORM: "model.norm",
-    HEAD.removesuffix(".weight"): "lm_head",
+MODULES: dict[str, dict[BandName, str]] = {
+    EMBEDDING.removesuffix(".weight"): {"": "model.embed_tokens"},
+    ATTENTION_NORM: {"": f"{LAYER}input_layernorm"},
+    QKV: {
+        "query": f"{LAYER}self_attn.q_proj",
+        "key": f"{LAYER}self_attn.k_proj",
+        "value": f"{LAYER}self_attn.v_proj",
+    },
+    PROJECTION: {"": f"{LAYER}self_attn.o_proj"},
+    MLP_NORM: {"": f"{LAYER}post_attention_layernorm"},
+    FC1: {"gate": f"{LAYER}mlp.gate_proj", "up": f"{LAYER}mlp.up_proj"},
+    FC2: {"": f"{LAYER}mlp.down_proj"},
+    FINAL_NORM: {"": "model.norm"},
+    HEAD.removesuffix(".weight"): {"": "lm_head"},
 }
+"""Llama's module for every band of rows of every logical module."""

@@ -26,10 +26,9 @@ from flm_megatron.config.schema import ModelConfig
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.distributed.progress import progress_bar
 from flm_megatron.errors import RequestError
-from flm_megatron.model.parameters import EMBEDDING, HEAD
+from flm_megatron.model.parameters import HEAD, parameter_specs
 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-PADDED = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,9 @@ class ExportOptions:
 
 def folding(model: ModelConfig) -> dict[str, float]:
     """Factors on the weights that make plain Llama compute what `model` does with its multipliers."""
-    return {EMBEDDING: model.input_mult, HEAD: model.logit_multiplier}
+    multipliers = {"embedding": model.input_mult, "head": model.logit_multiplier}
+    specs = parameter_specs(model).values()
+    return {spec.name: multipliers[spec.kind] for spec in specs if spec.kind in multipliers}
 
 
 def folding_note(model: ModelConfig) -> str:
@@ -111,7 +112,7 @@ def shard_names(infos: Mapping[str, TensorInfo], shard_bytes: int) -> dict[str, 
 def _info(name: str, target: TargetTensor, view: LogicalCheckpoint, padded: int) -> TensorInfo:
     if target.source not in view.tensors:
         raise RequestError(f"the checkpoint has no tensor {target.source}, which {name} is made of")
-    shape = (padded, *target.shape[1:]) if name in PADDED else target.shape
+    shape = (padded, *target.shape[1:]) if target.padded else target.shape
     return TensorInfo(shape, view.tensors[target.source].dtype)
 
 

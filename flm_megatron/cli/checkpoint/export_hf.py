@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     require_new(args.destination)
     with launched_processes() as processes:
         source, model = open_with_model(args.source, args.vocab_size)
-        source = without_mask(source, model, args.fold_mask)
+        source = without_mask(source, args.fold_mask)
         source, model = merged(source, model)
         run_file = source.manifest.get("run") or {}
         tokenizer, missing = tokenizer_to_export(args.tokenizer, model, args.source, source.manifest)

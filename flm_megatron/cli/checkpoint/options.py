@@ -65,7 +65,7 @@ def require_new(path: Path) -> None:
         require_folder(path, "destination")
 
 
-def without_mask(source: LogicalCheckpoint, model: ModelConfig, fold: bool) -> LogicalCheckpoint:
+def without_mask(source: LogicalCheckpoint, fold: bool) -> LogicalCheckpoint:
     """The source itself, or with a half-open growth mask folded in if `fold`.
 
     Raises RequestError for a mask that is not open, where folding was not asked for or cannot be done.
@@ -73,4 +73,4 @@ def without_mask(source: LogicalCheckpoint, model: ModelConfig, fold: bool) -> L
     from flm_megatron.growth.boundary import saved_mask_value
     from flm_megatron.growth.grown.folding import folded
 
-    return source if saved_mask_value(source.manifest) == 1 else folded(source, model, fold)
+    return source if saved_mask_value(source.manifest) == 1 else folded(source, fold)

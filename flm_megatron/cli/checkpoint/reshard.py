@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     with launched_processes() as processes:
         source, model = open_with_model(args.source, args.vocab_size)
         if args.format == "classic":
-            source, model = merged(without_mask(source, model, fold=False), model)
+            source, model = merged(without_mask(source, fold=False), model)
         if not args.no_optimizer and args.format == "torch_dist":
             source.has_optimizer()  # refuses optimizer state that has no names
         view = ConvertedCheckpoint(

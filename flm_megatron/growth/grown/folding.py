@@ -7,16 +7,16 @@ from typing import Any
 import torch
 
 from flm_megatron.checkpoint.logical import STATE_PREFIXES, LogicalCheckpoint, Region
-from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.boundary import check_masks_open, saved_mask_value, saved_plan
+from flm_megatron.growth.grown.axes import axis_segments
 from flm_megatron.growth.plan import GrowthPlan
-from flm_megatron.model.parameters import FC1, PROJECTION, QKV
+from flm_megatron.model.parameters import Axis, Unit, parameter_specs
 
 FOLDABLE = {"ffn", "heads"}
 
 
-def folded(source: LogicalCheckpoint, model: ModelConfig, fold: bool) -> LogicalCheckpoint:
+def folded(source: LogicalCheckpoint, fold: bool) -> LogicalCheckpoint:
     """`source` with its masks folded in if `fold`; refused without.
 
     Masks on feed-forward units and heads multiply what single rows (or columns) of weights put out, so they can be
@@ -36,7 +36,7 @@ def folded(source: LogicalCheckpoint, model: ModelConfig, fold: bool) -> Logical
             f"the growth mask on {' and '.join(fixed)} (v = {v:.3f}) cannot be folded into weights, only masks on ffn "
             f"and heads can: train the stage on to step {plan.mask_steps}, where masks are open"
         )
-    return FoldedMask(source, _factors(plan, model, v))
+    return FoldedMask(source, _factors(plan, v))
 
 
 class FoldedMask(LogicalCheckpoint):
@@ -58,32 +58,33 @@ class FoldedMask(LogicalCheckpoint):
         return (values.float() * along).to(values.dtype)
 
 
-def _factors(plan: GrowthPlan, model: ModelConfig, v: float) -> dict[str, tuple[int, torch.Tensor]]:
-    factors: dict[str, tuple[int, torch.Tensor]] = {}
-    kinds = ("weight", "bias") if model.bias else ("weight",)
-    if "ffn" in plan.masked:
-        units = torch.ones(model.ffn_hidden_size)
-        units[plan.old.ffn_hidden_size :] = v
-        rows = units.repeat(2 if model.gated else 1)
-        factors |= {f"{FC1}.{kind}": (1, rows) for kind in kinds}
-    if "heads" in plan.masked:
-        rows, columns = _head_factors(plan, model, v)
-        factors |= {f"{QKV}.{kind}": (1, rows) for kind in kinds}
-        factors[f"{PROJECTION}.weight"] = (2, columns)
-    return factors
+def _factors(plan: GrowthPlan, v: float) -> dict[str, tuple[int, torch.Tensor]]:
+    old = parameter_specs(plan.old)
+    return {
+        name: (number, _along(plan, old[name].axes[number], axis, v))
+        for name, spec in parameter_specs(plan.new).items()
+        for number, axis in enumerate(spec.axes)
+        if _is_masked(plan, axis)
+    }
 
 
-def _head_factors(plan: GrowthPlan, model: ModelConfig, v: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors on the rows of the query-key-value matrix and on the columns of the projection.
+def _is_masked(plan: GrowthPlan, axis: Axis) -> bool:
+    """Whether a mask of the plan hides what lies along this axis: outputs of feed-forward units; heads, on both sides.
 
     Queries of new heads and everything of new groups are times v; what new heads of old groups put out, too, because
     their keys and values are old.
     """
-    groups, per_group = model.query_groups, model.num_attention_heads // model.query_groups
-    old_groups, old_per_group = plan.old.query_groups, plan.old.num_attention_heads // plan.old.query_groups
-    rows, columns = torch.ones(groups, per_group + 2), torch.ones(groups, per_group)
-    rows[old_groups:] = v
-    rows[:, old_per_group:per_group] = v
-    columns[:old_groups, old_per_group:] = v
-    channels = model.kv_channels
-    return rows.flatten().repeat_interleave(channels), columns.flatten().repeat_interleave(channels)
+    if axis.unit is Unit.FFN:
+        return "ffn" in plan.masked and axis.side == "out"
+    return axis.unit is Unit.HEAD and "heads" in plan.masked
+
+
+def _along(plan: GrowthPlan, old: Axis, new: Axis, v: float) -> torch.Tensor:
+    """Factors along a grown axis: v at new indices, 1 at old ones."""
+    factors = torch.ones(new.size)
+    for segment in axis_segments(plan, old, new):
+        if segment.source is None:
+            factors[segment.start : segment.start + segment.size] = v
+    if new.side == "in":
+        factors[old.groups * new.group_size :] = 1  # values of new groups are masked where they come from
+    return factors
