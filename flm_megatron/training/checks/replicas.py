@@ -62,10 +62,10 @@ def _difference(odd: dict[int, int], mine: Placement | None, step: int, equal_st
     """The message, once it is known on all ranks which of them are odd; `mine` is the part of this one, if it is."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (socket.gethostname(), _label(mine) if mine else None))
-    first = next(iter(odd))
+    first, where = next((rank, everyone[rank][1]) for rank in odd)
     ranks = ", ".join(f"rank {rank} on {everyone[rank][0]}" for rank in odd)
     return (
-        f"after step {step} copies of weights that must be equal differ: {ranks} (rank {first}: {everyone[first][1]}); they "
+        f"after step {step} copies of weights that must be equal differ: {ranks} (rank {first}: {where}); they "
         f"were equal for the last time after step {equal_step}: take the machine out of the run and go on from a "
         "checkpoint of that step or an earlier one"
     )
