@@ -1,12 +1,12 @@
-"""What can be said of a run from its file alone, its growths included: no checkpoint, no data, no torch."""
+"""What follows from a run file alone, its growths included: no checkpoint is opened, no data read, no torch used."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
 
+from flm_megatron.config.ranges import LARGEST_TOKENS
 from flm_megatron.config.rules import shape_violations, violations
-from flm_megatron.config.rules.ranges import LARGEST_TOKENS
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig, StageConfig
 from flm_megatron.errors import Mistakes, RequestError
 from flm_megatron.growth.plan import GrowthPlan, make_plan, stage_growth

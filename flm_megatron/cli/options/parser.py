@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from flm_megatron.config.rules.ranges import LARGEST_MODEL, LARGEST_WORLD
+from flm_megatron.config.ranges import LARGEST_MODEL, LARGEST_WORLD
 from flm_megatron.errors import RequestError, one_line
 from flm_megatron.paths import expanded
 

@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from itertools import pairwise
 
+from flm_megatron.config.ranges import LARGEST_COUNT, LARGEST_WORLD, out_of_range
 from flm_megatron.config.rules.layout import LAYOUT_RULES, layout_sizes_are_counts
 from flm_megatron.config.rules.model import MODEL_RULES, model_sizes_are_counts
-from flm_megatron.config.rules.ranges import LARGEST_COUNT, LARGEST_WORLD, out_of_range
 from flm_megatron.config.rules.schedule import SCHEDULE_RULES, VALUE_RULES
 from flm_megatron.config.rules.stability import STABILITY_RULES
 from flm_megatron.config.schema import RunConfig

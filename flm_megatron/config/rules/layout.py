@@ -5,9 +5,9 @@ They take the sequence length of the run and the number of processes, which is n
 
 from __future__ import annotations
 
+from flm_megatron.config.ranges import LARGEST_COUNT, LARGEST_WORLD, out_of_range
 from flm_megatron.config.rules.pipeline import pipeline_split
 from flm_megatron.config.rules.precision import PRECISION_RULES
-from flm_megatron.config.rules.ranges import LARGEST_COUNT, LARGEST_WORLD, out_of_range
 from flm_megatron.config.schema import ParallelConfig, StageConfig
 from flm_megatron.errors import RequestError
 

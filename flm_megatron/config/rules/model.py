@@ -3,7 +3,7 @@ looks at several fields gives a line for each."""
 
 from __future__ import annotations
 
-from flm_megatron.config.rules.ranges import LARGEST_MODEL, out_of_range
+from flm_megatron.config.ranges import LARGEST_MODEL, out_of_range
 from flm_megatron.config.schema import ModelConfig
 
 LARGEST_RANK = 2**16

@@ -7,7 +7,7 @@ They take the run and the index of the stage, for a schedule may start in an ear
 from __future__ import annotations
 
 from flm_megatron.config.budget import schedule_start, schedule_tokens, stage_budgets, warmup_tokens
-from flm_megatron.config.rules.ranges import LARGEST_TOKENS, out_of_range, shown
+from flm_megatron.config.ranges import LARGEST_TOKENS, out_of_range, shown
 from flm_megatron.config.schema import RunConfig, ScheduleConfig
 
 SPANS = {"warmup_tokens": 0, "warmup_samples": 0, "power_start_tokens": 0, "decay_tokens": 1}
