@@ -8,6 +8,7 @@ Masked units are hidden on both sides, so at v = 0 they get no gradient: the fir
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from flm_megatron.device import current
 from flm_megatron.errors import RequestError
 from flm_megatron.model.mask_plan import MaskPlan
 from flm_megatron.model.norms import LayerNorm, RMSNorm
+from flm_megatron.model.parameters import Axis, ParameterSpec, Unit, parameter_specs
+from flm_megatron.model.parameters.names import logical_name
 
 
 class Mask:
@@ -53,10 +56,11 @@ class GrowthMasks:
         self.model, self.plan, self.v = model, plan, 0.0
         self._handles: list[Any] = []
         self._norms: list[nn.Module] = []
-        self._masks: dict[str, Mask] = {}
+        self._masks: dict[Axis | str, Mask] = {}
+        specs = parameter_specs(model)
         for chunk in chunks:
             for name, module in chunk.named_modules():
-                self._install(name.rpartition(".")[2], module)
+                self._install(module, specs.get(logical_name(f"{name}.weight", specs)))
         self.set(0.0)
 
     @property
@@ -81,34 +85,45 @@ class GrowthMasks:
             del norm.forward  # the class's own comes back
         self._handles, self._norms, self._masks = [], [], {}
 
-    def _install(self, last: str, module: nn.Module) -> None:
-        """What is masked at one module, `last` being the last part of its name."""
+    def _install(self, module: nn.Module, spec: ParameterSpec | None) -> None:
+        """What is masked at one module, `spec` being its weight's row of the table."""
+        if self.plan.hidden is not None:
+            self._refuse_fused_norm(module)
+        if spec is not None:
+            self._install_hidden(module, spec)
+            self._install_units(module, spec)
+        if isinstance(module, TransformerLayer) and module.layer_number - 1 in self.plan.layers:
+            self._handles.append(module.register_forward_hook(self._blend, with_kwargs=True))
+
+    def _install_units(self, module: nn.Module, spec: ParameterSpec) -> None:
+        """Feed-forward units and heads, on the side that gives them; new heads of old groups where they are taken."""
         plan = self.plan
-        if plan.hidden is not None:
-            self._install_hidden(last, module)
-        if plan.ffn is not None and last == "linear_fc1":
-            self._on_output(module, self._mask("ffn", self._old_ffn))
-        if plan.heads is not None and last == "linear_qkv":
-            self._on_output(module, self._mask("qkv", self._old_qkv))
-        if plan.heads is not None and plan.heads[1] < self._per_group and last == "linear_proj":
+        for axis in spec.axes:
+            if plan.ffn is not None and (axis.unit, axis.side) == (Unit.FFN, "out"):
+                self._on_output(module, self._mask(axis, partial(self._old_ffn, axis)))
+            if plan.heads is not None and (axis.unit, axis.side) == (Unit.HEAD, "out"):
+                self._on_output(module, self._mask(axis, partial(self._old_head_rows, axis)))
+        if plan.heads is not None and plan.heads[1] < self._per_group and spec.find(Unit.HEAD, "in") is not None:
             mixed = self._mask("mixed", self._old_mixed)
             hook = module.register_forward_pre_hook(lambda _, args: (mixed.hide(args[0]), *args[1:]))
             self._handles.append(hook)
-        if isinstance(module, TransformerLayer) and module.layer_number - 1 in plan.layers:
-            self._handles.append(module.register_forward_hook(self._blend, with_kwargs=True))
 
-    def _install_hidden(self, last: str, module: nn.Module) -> None:
+    def _install_hidden(self, module: nn.Module, spec: ParameterSpec) -> None:
         """The embedding output, what sublayers write, and the norms."""
+        if self.plan.hidden is None:
+            return
+        if spec.find(Unit.HIDDEN, "out") is not None:
+            self._on_output(module, self._mask("hidden", self._old_hidden))
+        if isinstance(module, (RMSNorm, LayerNorm)) and spec.counts(Unit.HIDDEN):
+            module.forward = MaskedNorm(module, self._mask("hidden", self._old_hidden))  # type: ignore[method-assign]
+            self._norms.append(module)
+
+    def _refuse_fused_norm(self, module: nn.Module) -> None:
         if any(name == "layer_norm_weight" for name, _ in module.named_parameters(recurse=False)):
             raise RequestError(
                 f"growth masks on the hidden size cannot reach the norm inside {type(module).__name__}: grow the "
                 "hidden size with `zero`, or train this stage without Transformer Engine"
             )
-        if last in ("embedding", "linear_proj", "linear_fc2"):
-            self._on_output(module, self._mask("hidden", self._old_hidden))
-        if isinstance(module, (RMSNorm, LayerNorm)):
-            module.forward = MaskedNorm(module, self._mask("hidden", self._old_hidden))  # type: ignore[method-assign]
-            self._norms.append(module)
 
     def _on_output(self, module: nn.Module, mask: Mask) -> None:
         """Mask a module's output, and the bias it may return beside it."""
@@ -126,7 +141,7 @@ class GrowthMasks:
         hidden = args[0] if args else kwargs["hidden_states"]
         return torch.lerp(hidden, output[0], self.v), *output[1:]
 
-    def _mask(self, key: str, old: Callable[[], Tensor]) -> Mask:
+    def _mask(self, key: Axis | str, old: Callable[[], Tensor]) -> Mask:
         """This rank's mask of one kind, shared by all modules."""
         if key not in self._masks:
             self._masks[key] = Mask(old())
@@ -135,9 +150,8 @@ class GrowthMasks:
     def _old_hidden(self) -> Tensor:
         return torch.arange(self.model.hidden_size) < (self.plan.hidden or 0)
 
-    def _old_ffn(self) -> Tensor:
-        local = _this_rank(torch.arange(self.model.ffn_hidden_size) < (self.plan.ffn or 0))
-        return local.repeat(2 if self.model.gated else 1)
+    def _old_ffn(self, axis: Axis) -> Tensor:
+        return _this_rank(torch.arange(self.model.ffn_hidden_size) < (self.plan.ffn or 0)).repeat(len(axis.bands))
 
     @property
     def _per_group(self) -> int:
@@ -150,13 +164,14 @@ class GrowthMasks:
         groups = torch.arange(self.model.query_groups)[:, None] < old_groups
         return groups & (torch.arange(self._per_group) < old_per_group), groups
 
-    def _old_qkv(self) -> Tensor:
+    def _old_head_rows(self, axis: Axis) -> Tensor:
         """Rows of the query-key-value matrix: per group its queries, key and value."""
         queries, groups = self._old_heads()
-        return _this_rank(torch.cat([queries, groups, groups], 1)).flatten().repeat_interleave(self.model.kv_channels)
+        bands = [groups if band.name in ("key", "value") else queries for band in axis.bands]
+        return _this_rank(torch.cat(bands, 1)).flatten().repeat_interleave(self.model.kv_channels)
 
     def _old_mixed(self) -> Tensor:
-        """Channels that linear_proj reads, but for new groups, whose values are masked already.
+        """Channels that the projection reads, but for new groups, whose values are masked already.
 
         A new query head of an old group reads values that are not masked, so its output has to be.
         """
