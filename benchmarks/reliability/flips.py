@@ -34,10 +34,10 @@ from flm_megatron.config.loader import dump_run
 from flm_megatron.config.schema import DistributedConfig, ParallelConfig, RunConfig
 from flm_megatron.data.corpus.source import Source
 from flm_megatron.data.corpus.verify import verify_dataset
+from flm_megatron.distributed.signals import StopRequest
 from flm_megatron.distributed.world import world
 from flm_megatron.errors import DamagedError, FlmError
 from flm_megatron.training.resume.start import find_start
-from flm_megatron.training.signals import StopRequest
 from flm_megatron.training.stage import StageTrainer, train_stage
 from tests.crash.checks import digests, scratch
 from tests.crash.operations import flm, make_run

@@ -27,8 +27,8 @@ from flm_megatron.checkpoint.logical import MASTER, LogicalCheckpoint, Region, T
 from flm_megatron.checkpoint.torch_dist.shard_file import Record, Written
 from flm_megatron.config.schema import DistributedConfig, ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.distributed.channels import StoreChannel
+from flm_megatron.distributed.local_processes import run_processes
 from flm_megatron.distributed.processes import Processes
-from flm_megatron.launch.run import run_processes
 from flm_megatron.optim import birth
 
 MIB = 2**20

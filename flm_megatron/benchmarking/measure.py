@@ -38,9 +38,9 @@ def on_ranks(parallel: ParallelConfig, timeout_s: int, function: Any, *args: Any
     Raises:
         FlmError: a process failed.
     """
+    from flm_megatron.distributed.local_processes import run_processes
     from flm_megatron.distributed.tool_world import tool_world
     from flm_megatron.distributed.world import launched
-    from flm_megatron.launch.run import run_processes
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"

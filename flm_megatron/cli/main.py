@@ -12,9 +12,9 @@ import sys
 import time
 
 from flm_megatron.cli.options.parser import Parser, UsageError
+from flm_megatron.distributed.error_file import write_error_file
+from flm_megatron.distributed.signals import STOPPED, StoppedBeforeTraining
 from flm_megatron.errors import FlmError, one_line
-from flm_megatron.launch.elastic import leave_word
-from flm_megatron.training.signals import STOPPED, StoppedBeforeTraining
 
 FIRST_RANK_SPEAKS_S = 5.0
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -75,7 +75,7 @@ def say_last(line: str, status: int) -> None:
     Of a launched world the first rank speaks of what is wrong before it is joined, for mostly the same is wrong with
     all. The others wait: the launcher ends them then, unless they alone have something to say.
     """
-    leave_word(line, status)
+    write_error_file(line, status)
     first = os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
     if not first and not _has_joined():
         if status == STOPPED:

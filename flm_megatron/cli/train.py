@@ -29,8 +29,8 @@ def run(args: argparse.Namespace) -> int:
     """Train what is left to do."""
     from flm_megatron.checkpoint.run_file import open_run
     from flm_megatron.config.loader import dump_run
+    from flm_megatron.distributed.signals import stop_before_training
     from flm_megatron.growth.foreseen import check_run_file
-    from flm_megatron.training.signals import stop_before_training
 
     with stop_before_training("stopped by a signal before training began"):
         config = open_run(args.run_file, args.overrides)

@@ -8,29 +8,19 @@ torch 2.13 and gloo): here every start has a store of its own.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import socket
 import sys
-import time
 from pathlib import Path
 
-STOPPED = 3
+from flm_megatron.distributed.error_file import read_status
+from flm_megatron.distributed.signals import STOPPED
+
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 SPOKEN = (1, 2, STOPPED)
 """Statuses of ranks that have said why they end."""
-
-
-def leave_word(text: str, status: int) -> None:
-    """Tell the launcher how this rank ends, in the file and the form that torchrun has for it."""
-    path = os.environ.get(ERROR_FILE)
-    if path:
-        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
-        word = {"message": {"message": text, "errorCode": status, "extraInfo": extra}}
-        Path(path).write_text(json.dumps(word), encoding="utf-8")
 
 
 def main(arguments: list[str]) -> int:
@@ -81,12 +71,7 @@ def _last_words(folder: Path) -> set[int]:
     """Statuses that the ranks of the last start have left in torchrun's log folder."""
     words = list(folder.glob("*/attempt_*/*/error.json"))
     last = max((int(word.parts[-3].removeprefix("attempt_")) for word in words), default=0)
-    return {_status(word) for word in words if word.parts[-3] == f"attempt_{last}"}
-
-
-def _status(word: Path) -> int:
-    message = json.loads(word.read_text(encoding="utf-8"))["message"]
-    return int(message["errorCode"]) if isinstance(message, dict) and "errorCode" in message else 1
+    return {read_status(word) for word in words if word.parts[-3] == f"attempt_{last}"}
 
 
 if __name__ == "__main__":

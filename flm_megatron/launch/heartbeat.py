@@ -23,9 +23,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from flm_megatron.launch.elastic import leave_word
+from flm_megatron.distributed.error_file import write_error_file
+from flm_megatron.distributed.signals import told_to_stop
 from flm_megatron.launch.neighbour import Neighbour
-from flm_megatron.training.signals import told_to_stop
 
 SILENCE = 0.8
 """Share of the timeout after which a silent rank is lost: before a collective gives up, which names nobody."""
@@ -183,7 +183,7 @@ class Heartbeat:
         """End at once: the main thread waits inside a collective and cannot be told."""
         text = f"rank {self.rank}: {text}"
         print(f"flm train: {text}", file=sys.stderr, flush=True)
-        leave_word(text, 1)
+        write_error_file(text, 1)
         if self.rank == 0:
             # The store may live in this process; let the others read first.
             time.sleep(2 * (HURRIED_S if told_to_stop() else self.interval_s))

@@ -6,8 +6,8 @@ import shlex
 from pathlib import Path
 
 from flm_megatron.config.schema import RunConfig
+from flm_megatron.distributed.signals import STOPPED
 from flm_megatron.training.resume.start import checkpoint_store
-from flm_megatron.training.signals import STOPPED
 
 
 def report_end(run: RunConfig, status: int) -> None:

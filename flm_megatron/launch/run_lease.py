@@ -10,9 +10,9 @@ from pathlib import Path
 from flm_megatron.checkpoint.files.destination import write_errors
 from flm_megatron.checkpoint.lease.lease import lease
 from flm_megatron.config.schema import RunConfig
+from flm_megatron.distributed.error_file import write_error_file
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.durable import make_folders
-from flm_megatron.launch.elastic import leave_word
 
 LEASE = ".lease"
 ADVICE = "wait until it has ended or stop it, or choose another `output`"
@@ -31,5 +31,5 @@ def run_lease(run: RunConfig) -> Iterator[None]:
     output, processes = Path(run.output), Processes()
     processes.on_first(write_errors(output)(lambda: make_folders(output)))
     patience_s = float(run.distributed.timeout_s)
-    with lease(output / LEASE, f"output {output}", ADVICE, processes, patience_s, partial(leave_word, status=1)):
+    with lease(output / LEASE, f"output {output}", ADVICE, processes, patience_s, partial(write_error_file, status=1)):
         yield

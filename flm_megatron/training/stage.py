@@ -23,6 +23,7 @@ from flm_megatron.data.streams import Stream, training_stream, validation_stream
 from flm_megatron.data.streams.loader import batches, validation_batches
 from flm_megatron.device import current
 from flm_megatron.device.hardware import find_hardware
+from flm_megatron.distributed.signals import StopRequest, stop_on_signal
 from flm_megatron.distributed.world import Layouts, is_main_rank
 from flm_megatron.errors import DamagedError
 from flm_megatron.growth.certificate.certificate import Certificate, certified
@@ -41,7 +42,6 @@ from flm_megatron.training.resume.changes import announce, find_changes, segment
 from flm_megatron.training.resume.memory_copies import MemoryCopies, forgotten_on_error
 from flm_megatron.training.resume.start import Beginning, Start, begin, checkpoint_store
 from flm_megatron.training.resume.unfinished_save import bring_to_end
-from flm_megatron.training.signals import StopRequest, stop_on_signal
 from flm_megatron.training.step import Batch, Engine, StepResult, Told
 
 RECENT_STEPS = 20

@@ -32,7 +32,7 @@ class Pool:
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["flm_megatron.launch.preload"])
+        self.context.set_forkserver_preload(["flm_megatron.distributed.preload"])
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:
         """Call `function(*args)` on every rank of a fresh gloo world; results in the order of ranks.

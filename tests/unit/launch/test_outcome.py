@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from flm_megatron.config.schema import RunConfig, StageConfig
+from flm_megatron.distributed.signals import STOPPED
 from flm_megatron.launch.outcome import last_words
-from flm_megatron.training.signals import STOPPED
 
 
 def test_the_newest_checkpoint_is_named_also_where_its_step_was_saved_again(tmp_path: Path) -> None:

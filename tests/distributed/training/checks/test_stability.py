@@ -13,6 +13,7 @@ import torch
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.cli.main import main as flm
 from flm_megatron.config.schema import ParallelConfig, RunConfig, StabilityConfig
+from flm_megatron.distributed.signals import StopRequest, stop_on_signal
 from flm_megatron.distributed.world import Layouts, layout
 from flm_megatron.errors import FlmError
 from flm_megatron.launch.preflight import resolve
@@ -21,7 +22,6 @@ from flm_megatron.training.checks.replicas import check_replicas
 from flm_megatron.training.metrics.goodput import read_goodput
 from flm_megatron.training.metrics.plot import read_metrics
 from flm_megatron.training.resume.start import begin, checkpoint_store, find_start
-from flm_megatron.training.signals import StopRequest, stop_on_signal
 from flm_megatron.training.stage import StageTrainer
 from flm_megatron.training.step import Batch, Told
 from tests.support.layouts import STAGE, engine_under, relative_difference, synthetic_batch, take_steps

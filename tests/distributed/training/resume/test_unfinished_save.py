@@ -14,13 +14,13 @@ from flm_megatron.checkpoint.torch_dist import shard_file
 from flm_megatron.checkpoint.torch_dist.tensor_record import encode
 from flm_megatron.config.loader import run_from_dict, run_to_dict
 from flm_megatron.config.schema import RunConfig
+from flm_megatron.distributed.local_processes import run_processes
 from flm_megatron.distributed.processes import Processes
+from flm_megatron.distributed.signals import StopRequest
 from flm_megatron.errors import FlmError, RequestError
 from flm_megatron.launch.preflight import resolve
-from flm_megatron.launch.run import run_processes
 from flm_megatron.training.metrics.plot import read_metrics
 from flm_megatron.training.resume.start import checkpoint_store, find_start
-from flm_megatron.training.signals import StopRequest
 from flm_megatron.training.stage import StageTrainer, train_stage
 from flm_megatron.training.step import Batch
 from tests.support.runs import make_run

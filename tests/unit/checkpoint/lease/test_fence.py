@@ -27,7 +27,7 @@ from tests.support.checkpoint_cases import write_small
 ASLEEP_S = 60.0
 ELSEWHERE = replace(this_process(ASLEEP_S), host="node007", pid=77, token="other")
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["flm_megatron.launch.preload"])
+CONTEXT.set_forkserver_preload(["flm_megatron.distributed.preload"])
 MODEL = ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=2, ffn_hidden_size=8, vocab_size=16)
 
 

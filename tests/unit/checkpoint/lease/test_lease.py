@@ -31,7 +31,7 @@ RENEW_S = 0.1
 SILENCE_S = SILENT_RENEWALS * RENEW_S
 ELSEWHERE = replace(this_process(RENEW_S), host="node007", pid=77, job="Slurm job 5", token="other")
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["flm_megatron.launch.preload"])
+CONTEXT.set_forkserver_preload(["flm_megatron.distributed.preload"])
 
 
 def held(

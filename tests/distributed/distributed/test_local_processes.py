@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from flm_megatron.distributed.local_processes import run_processes
 from flm_megatron.errors import FlmError, Mistakes, RequestError
-from flm_megatron.launch.run import run_processes
 
 
 def add_ranks(folder: str) -> int:

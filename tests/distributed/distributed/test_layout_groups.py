@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
 from flm_megatron.config.schema import ParallelConfig
+from flm_megatron.distributed.local_processes import run_processes
 from flm_megatron.distributed.world import Layouts, layout
 from flm_megatron.errors import FlmError
 from flm_megatron.launch import run as launch
 from flm_megatron.launch.preflight import resolve
-from flm_megatron.launch.run import run_processes
 from tests.support.layouts import all_layouts, engine_under, take_steps
 from tests.support.pool import Pool
 from tests.support.runs import make_data, make_run

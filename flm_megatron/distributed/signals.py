@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from flm_megatron.launch.elastic import leave_word
+from flm_megatron.distributed.error_file import write_error_file
 
 STOPPED = 3
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -104,7 +104,7 @@ class _Guard:
         """Signal handler: the first signal unwinds the main thread, later ones do not disturb that."""
         if not self.asked and _end is None:
             self.asked = True
-            leave_word(self.last_words, STOPPED)
+            write_error_file(self.last_words, STOPPED)
             raise StoppedBeforeTraining
 
     def _listen(self) -> None:
@@ -115,7 +115,7 @@ class _Guard:
             if heard[0] in SIGNALS and signal.getsignal(heard[0]) == self.stop and not self.over.wait(UNWIND_S):
                 status, words = _end or (STOPPED, self.last_words)
                 if words:
-                    leave_word(words, status)
+                    write_error_file(words, status)
                 os._exit(status)
         os.close(self.read)
 

@@ -13,7 +13,7 @@ import pytest
 
 BEGIN = """
 import hashlib, signal, sys, time
-from flm_megatron.training import signals
+from flm_megatron.distributed import signals
 signals.UNWIND_S = 0.3
 def ready():
     print("ready", flush=True)
