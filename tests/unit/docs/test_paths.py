@@ -1,0 +1,51 @@
+"""Pages for readers of the source name files that exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+PACKAGE = ROOT / "flm_megatron"
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
+FOLDERS = {entry.name for entry in PACKAGE.iterdir() if entry.is_dir()} | {
+    *("flm_megatron", "tests", "docs", "benchmarks", "examples", "tools")
+}
+WORD = re.compile(r"[\w.-]+(?:/[\w.-]+)*/?")
+
+
+def named(text: str) -> set[str]:
+    """Paths in backquotes and pictures that begin with a folder of the project or of the package, and link targets."""
+    quoted = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    pictures = [line for block in re.findall(r"```\n(.*?)```", text, flags=re.S) for line in block.splitlines()]
+    words = [word for piece in (*quoted, *pictures) for word in WORD.findall(piece) if "/" in word]
+    return {word.rstrip("/.") for word in words if word.split("/")[0] in FOLDERS} | {
+        target for target in re.findall(r"\]\(([^)#]+)", text) if "://" not in target
+    }
+
+
+def exists(page: Path, path: str) -> bool:
+    """Whether `path` is there: from the page's folder, the project or the package."""
+    return any((base / path).exists() for base in (page.parent, ROOT, PACKAGE))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_paths_that_a_page_names_exist(name: str) -> None:
+    page = ROOT / name
+    missing = sorted(path for path in named(page.read_text(encoding="utf-8")) if not exists(page, path))
+    assert not missing
+
+
+def test_the_architecture_shows_every_room() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = {entry.name for entry in PACKAGE.iterdir() if (entry / "__init__.py").exists()}
+    assert rooms == set(re.findall(r"^\| `(\w+)` \|", text, flags=re.M))
+    picture = text[text.index("## The rooms") : text.index("A room imports")]
+    assert all(re.search(rf"\b{room}\b", picture) for room in rooms)
+
+
+def test_a_path_that_is_gone_is_noticed() -> None:
+    text = "See `training/gone.py`, [this](gone.md) and\n```\n  model/gone.py   what\n```\n"
+    assert named(text) == {"training/gone.py", "gone.md", "model/gone.py"}
