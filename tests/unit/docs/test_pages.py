@@ -1,4 +1,4 @@
-"""Pages for readers of the source name files that exist."""
+"""What pages say is there: files, commands, targets of make, versions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+
+from flm_megatron import __version__
+from flm_megatron.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[3]
 PACKAGE = ROOT / "flm_megatron"
@@ -36,6 +39,20 @@ def test_paths_that_a_page_names_exist(name: str) -> None:
     page = ROOT / name
     missing = sorted(path for path in named(page.read_text(encoding="utf-8")) if not exists(page, path))
     assert not missing
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_that_a_page_names_exist(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    typed = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, flags=re.M | re.S) + re.findall(r"`([^`\n]+)`", text))
+    assert set(re.findall(r"(?:^|bin/)flm ([a-z]+)", typed, flags=re.M)) <= set(COMMANDS)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    assert set(re.findall(r"^make ([a-z-]+)", typed, flags=re.M)) <= targets
+
+
+def test_the_changelog_knows_the_version() -> None:
+    versions = re.findall(r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.M)
+    assert versions[0] == "Unreleased" and __version__ in versions
 
 
 def test_the_architecture_shows_every_room() -> None:
