@@ -1,4 +1,7 @@
-"""The device of this process. Nothing outside this package tests for CUDA."""
+"""The device of this process. Nothing outside this package tests for CUDA.
+
+`current()` is the one that runs, with `prepare()` before megatron-core is first imported; `cpu` and `cuda` are the two.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,5 @@
-"""Processes of one world: under which addresses they reach each other."""
+"""Processes of one world: how they start here, find each other, agree, and are laid out.
+
+`world` joins it and lays out tensor, pipeline and data parallel groups, `processes.Processes` lets several do one piece
+of work and fail together, `channels` carries small messages over groups or over the store.
+"""

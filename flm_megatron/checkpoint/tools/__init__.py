@@ -1,1 +1,1 @@
-"""Tools."""
+"""What `flm checkpoint` does: `inspect`, `verify`, `compare`, `reshard`, and hashes of what the values are."""

@@ -1,4 +1,4 @@
-"""Make datasets and tokenizers from text."""
+"""`flm data`: make datasets and tokenizers from text, verify them, and choose conversations."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Generation."""
+"""Text from a checkpoint: `generate` takes the steps, `sampling` chooses tokens, `run` is `flm generate`."""

@@ -1,1 +1,1 @@
-"""Report."""
+"""A plan for people: `text` is what `flm plan` prints, `plot` what it draws."""
