@@ -48,13 +48,15 @@ def require_installed(run: RunConfig) -> None:
     """Check that what the run file asks for by name can run here.
 
     Raises:
-        Mistakes: a kernel, FP8 or Transformer Engine cannot.
+        Mistakes: a kernel, FP8 or Transformer Engine cannot, or a hook is not found.
     """
     from flm_megatron import kernels
     from flm_megatron.kernels import fp8
     from flm_megatron.model.transformer_engine import require_transformer_engine
+    from flm_megatron.training.hooks import load_hook
 
     checks: list[Callable[[], object]] = [partial(kernels.choose, run.kernels)]
+    checks += [partial(load_hook, path) for path in run.hooks]
     for stage in run.stages:
         checks += [partial(fp8.require, stage), partial(require_transformer_engine, stage)]
     refuse_together(checks)

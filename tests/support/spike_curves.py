@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from flm_megatron.config.schema import StabilityConfig
 from flm_megatron.errors import FlmError
-from flm_megatron.training.checks.spikes import SpikeWatch
+from flm_megatron.training.spikes import SpikeWatch
 
 SEEDS = range(5)
 LOSS, NOISE, LOG_NOISE = 2.4, 0.01, 0.12

@@ -76,3 +76,6 @@ class RunConfig:
     """Processes."""
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     """Implementation of each fused operation."""
+    hooks: list[str] = field(default_factory=list)
+    """Your own code at certain moments of training: PACKAGE.MODULE.CLASS of subclasses of
+    `flm_megatron.training.hooks.Hook` (docs/hooks.md)."""

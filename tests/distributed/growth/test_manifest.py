@@ -49,7 +49,7 @@ def manifest_in_a_run(run_file: str, source: str, stage: int, *overrides: str) -
         with under(beginning.stage.parallel):
             trainer = StageTrainer(run, start, beginning)
             try:
-                return trainer._manifest()
+                return trainer.manifest()
             finally:
                 trainer.close()
 

@@ -14,7 +14,7 @@ from flm_megatron.checkpoint.sharding.model_state import load_state
 from flm_megatron.config.schema import OptimizerConfig, ParallelConfig, StageConfig
 from flm_megatron.distributed.world import layout
 from flm_megatron.optim.learning_rate import set_learning_rates
-from flm_megatron.training.checks.layer_norms import layer_norms
+from flm_megatron.training.hooks.layer_norms import layer_norms
 from flm_megatron.training.optimizer_step import guarded_step
 from flm_megatron.training.step import Engine, accept_all
 from tests.support.buffers import stage_of

@@ -12,7 +12,7 @@ import pytest
 
 from flm_megatron.config.schema import StabilityConfig
 from flm_megatron.errors import FlmError
-from flm_megatron.training.checks.spikes import MOST_LEVELS, SpikeWatch, joined
+from flm_megatron.training.spikes import MOST_LEVELS, SpikeWatch, joined
 from tests.support import REPOSITORY
 from tests.support.spike_curves import CURVES, Curve, replay, replays, shift
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,19 @@ from flm_megatron.checkpoint.sharding.optimizer_state import placements_by_param
 from flm_megatron.checkpoint.sharding.placement import Placement, placements
 from flm_megatron.device import current
 from flm_megatron.model.parameters import parameter_specs
-from flm_megatron.training.step import Engine
+from flm_megatron.training.hooks.hook import Hook
+from flm_megatron.training.step import Engine, StepResult
+
+if TYPE_CHECKING:
+    from flm_megatron.training.stage import StageTrainer
+
+
+class LayerNorms(Hook):
+    """The norms as metrics of every step."""
+
+    def after_step(self, trainer: StageTrainer, result: StepResult) -> Mapping[str, float]:
+        """See `layer_norms`."""
+        return layer_norms(trainer.engine)
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ from flm_megatron.config.loader import run_from_dict
 from flm_megatron.config.rules import check
 from flm_megatron.config.schema import StabilityConfig
 from flm_megatron.errors import FlmError, RequestError
-from flm_megatron.training.checks.replicas import checksum, odd_copies
-from flm_megatron.training.checks.spikes import SpikeWatch
+from flm_megatron.training.hooks.replicas import checksum, odd_copies
+from flm_megatron.training.spikes import SpikeWatch
 
 CONFIG = StabilityConfig(window_steps=16)
 

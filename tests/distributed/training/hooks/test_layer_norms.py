@@ -11,7 +11,7 @@ from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.config.schema import ParallelConfig
 from flm_megatron.config.schema.stage import Precision
 from flm_megatron.model.parameters import EMBEDDING
-from flm_megatron.training.checks.layer_norms import layer_norms
+from flm_megatron.training.hooks.layer_norms import layer_norms
 from tests.support.layouts import STAGE, engine_under, take_steps
 from tests.support.pool import Pool
 

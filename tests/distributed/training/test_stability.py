@@ -18,7 +18,7 @@ from flm_megatron.distributed.world import Layouts, layout
 from flm_megatron.errors import FlmError
 from flm_megatron.launch.preflight import resolve
 from flm_megatron.model.parameters import EMBEDDING
-from flm_megatron.training.checks.replicas import check_replicas
+from flm_megatron.training.hooks.replicas import check_replicas
 from flm_megatron.training.metrics.goodput import read_goodput
 from flm_megatron.training.metrics.plot import read_metrics
 from flm_megatron.training.resume.start import begin, checkpoint_store, find_start

@@ -6,7 +6,7 @@ import hashlib
 import socket
 from collections import Counter
 from collections.abc import Hashable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,10 +15,37 @@ from flm_megatron.checkpoint.sharding.model_state import finish_gathering
 from flm_megatron.checkpoint.sharding.placement import Placement, placements
 from flm_megatron.device import current
 from flm_megatron.errors import FlmError
+from flm_megatron.training.hooks.hook import Hook
+from flm_megatron.training.resume.memory_copies import forgotten_on_error
+
+if TYPE_CHECKING:
+    from flm_megatron.training.resume.memory_copies import MemoryCopies
+    from flm_megatron.training.stage import StageTrainer
 
 PIECE = 2**24
 KEY_BYTES = 8
 Key = TypeVar("Key", bound=Hashable)
+
+
+class CompareReplicas(Hook):
+    """Compares at `stability.checksum_interval_steps` and before each checkpoint."""
+
+    def __init__(self, interval_steps: int, copies: MemoryCopies | None) -> None:
+        self.interval_steps, self.copies = interval_steps, copies
+        self.compared_step = -1
+
+    def at_interval(self, trainer: StageTrainer) -> None:
+        """Once in a step; where they differ, copies in memory that were made since the last time are worth nothing."""
+        if self.compared_step == trainer.step:
+            return
+        with trainer.meter.stall("replicas"), forgotten_on_error(self.copies):
+            equal_step = max(self.compared_step, trainer.start.step)  # they are loaded from one place
+            check_replicas(trainer.engine.chunks, trainer.step, equal_step)
+        self.compared_step = trainer.step
+
+    def on_save(self, trainer: StageTrainer) -> None:
+        """No checkpoint of replicas that differ."""
+        self.at_interval(trainer)
 
 
 @torch.no_grad()

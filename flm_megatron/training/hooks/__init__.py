@@ -1,0 +1,41 @@
+"""What is done between the steps of a stage, a file for each thing, and hooks of the user's own.
+
+`Hook` is what all of them derive from; `stage_hooks` are those of a stage, in the order in which they are called.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flm_megatron.training.hooks.hook import Hook, load_hook
+
+if TYPE_CHECKING:
+    from flm_megatron.training.resume.memory_copies import MemoryCopies
+    from flm_megatron.training.stage import StageTrainer
+
+__all__ = ["Hook", "load_hook", "stage_hooks"]
+
+
+def stage_hooks(trainer: StageTrainer, copies: MemoryCopies | None) -> list[Hook]:
+    """What this stage asks for, then the hooks of the run file; saving and copying come after all that looks."""
+    from flm_megatron.training.hooks.layer_norms import LayerNorms
+    from flm_megatron.training.hooks.masks import OpenMasks
+    from flm_megatron.training.hooks.memory_copies import CopyToMemory
+    from flm_megatron.training.hooks.replicas import CompareReplicas
+    from flm_megatron.training.hooks.validation import Validation
+
+    stage = trainer.stage
+    hooks: list[Hook] = []
+    if trainer.plan is not None:
+        hooks.append(OpenMasks(trainer.plan))
+    if stage.stability.checksum_interval_steps:
+        hooks.append(CompareReplicas(stage.stability.checksum_interval_steps, copies))
+    if trainer.run.logging.layer_norms:
+        hooks.append(LayerNorms())
+    if stage.validation.samples:
+        hooks.append(Validation(trainer))
+    hooks += [load_hook(path)() for path in trainer.run.hooks]
+    hooks.append(trainer.saving)
+    if copies:
+        hooks.append(CopyToMemory(copies))
+    return hooks

@@ -1,0 +1,69 @@
+"""What is done at certain moments of a stage besides training it, and hooks of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from flm_megatron.errors import RequestError, one_line
+
+if TYPE_CHECKING:
+    from flm_megatron.training.stage import StageTrainer
+    from flm_megatron.training.step import StepResult
+
+
+class Hook:
+    """A class of its own for each thing that is done between steps: override the moments that matter.
+
+    Every rank makes its own, without arguments and anew for each stage, and all ranks call all hooks in the same
+    order: a hook may communicate. What it raises ends the run. Of the `trainer` it may read `run`, `stage`, `budget`,
+    `step` (steps done), `engine.chunks` (model chunks), `engine.optimizer`, and `log`, which is None but on the main
+    rank.
+    """
+
+    interval_steps: int = 0
+    """Steps between two calls of `at_interval`; 0 for none."""
+
+    def on_start(self, trainer: StageTrainer) -> None:
+        """Before the first step, when weights and optimizer are those that training goes on from."""
+
+    def before_step(self, trainer: StageTrainer) -> None:
+        """Before each step."""
+
+    def after_step(self, trainer: StageTrainer, result: StepResult) -> Mapping[str, float]:
+        """After each step that was applied; returns what is to be recorded beside the step's own metrics."""
+        return {}
+
+    def at_interval(self, trainer: StageTrainer) -> None:
+        """After each `interval_steps`-th step of the stage, refused or not."""
+
+    def on_save(self, trainer: StageTrainer) -> None:
+        """Before a checkpoint is saved."""
+
+    def on_end(self, trainer: StageTrainer, finished: bool) -> None:
+        """After the last step, and, unless `finished`, after the step at which a signal stopped the stage."""
+
+
+def load_hook(path: str) -> type[Hook]:
+    """The class that an entry of the run file's `hooks` names.
+
+    Raises:
+        RequestError: it cannot be imported, is no hook, or cannot be made without arguments.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except Exception as error:  # the user's module may raise anything
+        raise RequestError(
+            one_line(
+                f"hooks: {path} cannot be imported: {error}; give PACKAGE.MODULE.CLASS, installed or on PYTHONPATH"
+            )
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Hook)):
+        raise RequestError(f"hooks: {path} is no hook: derive it from flm_megatron.training.hooks.Hook")
+    try:
+        found()
+    except Exception as error:
+        raise RequestError(one_line(f"hooks: {path}() cannot be made: {error}")) from error
+    return found

@@ -1,0 +1,34 @@
+"""Growth masks open from step to step, and come off when they are open."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flm_megatron.growth.plan import GrowthPlan
+from flm_megatron.growth.schedule import mask_plan, mask_value
+from flm_megatron.model.masks import GrowthMasks
+from flm_megatron.training.hooks.hook import Hook
+
+if TYPE_CHECKING:
+    from flm_megatron.training.stage import StageTrainer
+
+
+class OpenMasks(Hook):
+    """The masks of the growth that the stage began with."""
+
+    def __init__(self, plan: GrowthPlan) -> None:
+        self.plan = plan
+        self.masks: GrowthMasks | None = None
+
+    def on_start(self, trainer: StageTrainer) -> None:
+        """Put the masks in that are not open yet."""
+        if self.plan.masked and mask_value(self.plan, trainer.step) < 1:
+            self.masks = GrowthMasks(trainer.engine.chunks, trainer.stage.model, mask_plan(self.plan))
+
+    def before_step(self, trainer: StageTrainer) -> None:
+        """Set them to this step's value; at 1 they come off."""
+        if self.masks is None:
+            return
+        self.masks.set(mask_value(self.plan, trainer.step))
+        if not self.masks.installed:
+            self.masks = None

@@ -1,0 +1,80 @@
+"""Checkpoints of the stage under way."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flm_megatron.checkpoint.sharding.model_state import SaveHandle, prepare_asynchronous_save, save_state
+from flm_megatron.distributed.world import is_main_rank
+from flm_megatron.training.hooks.hook import Hook
+from flm_megatron.training.resume.start import checkpoint_store
+
+if TYPE_CHECKING:
+    from flm_megatron.training.stage import StageTrainer
+
+
+class Saving(Hook):
+    """At its interval and at the end. `pending` is the save under way, `saved_path` the newest checkpoint."""
+
+    def __init__(self, trainer: StageTrainer) -> None:
+        self.wanted = trainer.run.checkpoint
+        self.interval_steps = self.wanted.interval_steps
+        self.store = checkpoint_store(trainer.run)
+        if is_main_rank():
+            self.store.clean([stage.name for stage in trainer.run.stages])
+        start = trainer.start
+        self.pending: SaveHandle | None = None
+        self.saved_step = start.step if start.step and start.source else -1
+        self.saved_path = start.source if start.resumes else None
+        if self.wanted.asynchronous:
+            prepare_asynchronous_save(trainer.engine.chunks, trainer.engine.optimizer)
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows that the save under way has failed."""
+        return self.pending is not None and self.pending.failed
+
+    def on_start(self, trainer: StageTrainer) -> None:
+        """A rollback needs a checkpoint: copies in memory are not kept for ever."""
+        if trainer.step and self.saved_step < 0 and trainer.stage.stability.policy == "rollback":
+            self.save(trainer)
+
+    def at_interval(self, trainer: StageTrainer) -> None:
+        """Save; the last step is saved at the end, when everything else is done."""
+        if trainer.step < trainer.budget.steps:
+            self.save(trainer)
+
+    def on_end(self, trainer: StageTrainer, finished: bool) -> None:
+        """Save, and wait until it is whole."""
+        self.save(trainer)
+        self.finish(trainer)
+
+    def save(self, trainer: StageTrainer) -> None:
+        """Save this step if it is not saved yet, after the save before it is whole."""
+        if self.saved_step == trainer.step:
+            return
+        self.finish(trainer)
+        for hook in trainer.hooks:
+            hook.on_save(trainer)
+        if trainer.log:
+            trainer.log.sync()
+        self.saved_path = self.store.new_path(trainer.stage.name, trainer.step, trainer.start.taken)
+        state = (trainer.engine.chunks, trainer.engine.optimizer, trainer.manifest())
+        with trainer.meter.stall("save"):
+            self.pending = save_state(self.saved_path, *state, self.wanted.asynchronous)
+        self.saved_step = trainer.step
+        if not self.wanted.asynchronous:
+            self.finish(trainer)
+
+    def finish(self, trainer: StageTrainer) -> None:
+        """Wait for the save under way; when it is whole, drop checkpoints that are no longer wanted.
+
+        Raises, on every rank, what failed on any.
+        """
+        if self.pending is None:
+            return
+        with trainer.meter.stall("save"):
+            self.pending.wait()
+            self.pending = None
+            if is_main_rank():
+                self.store.prune(trainer.stage.name, self.wanted.keep_last, self.wanted.keep_every_steps)

@@ -1,0 +1,63 @@
+"""A hook that writes down every moment at which it is called."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch.distributed as dist
+
+from flm_megatron.training.hooks import Hook
+from flm_megatron.training.stage import StageTrainer
+from flm_megatron.training.step import StepResult
+
+FILE = "FLM_TEST_MOMENTS"
+
+
+class Recording(Hook):
+    """One line for each moment: the rank, what it is called and the steps done."""
+
+    interval_steps = 2
+
+    def __init__(self) -> None:
+        self.path = Path(os.environ.get(FILE, os.devnull))
+
+    def note(self, moment: str, trainer: StageTrainer) -> None:
+        """Add a line."""
+        with self.path.open("a") as file:
+            print(dist.get_rank(), moment, trainer.step, file=file)
+
+    def on_start(self, trainer: StageTrainer) -> None:
+        self.note("start", trainer)
+
+    def before_step(self, trainer: StageTrainer) -> None:
+        self.note("before", trainer)
+
+    def after_step(self, trainer: StageTrainer, result: StepResult) -> Mapping[str, float]:
+        self.note("after", trainer)
+        return {"half_loss": result.loss / 2}
+
+    def at_interval(self, trainer: StageTrainer) -> None:
+        self.note("interval", trainer)
+
+    def on_save(self, trainer: StageTrainer) -> None:
+        self.note("save", trainer)
+
+    def on_end(self, trainer: StageTrainer, finished: bool) -> None:
+        self.note(f"end-{finished}", trainer)
+
+
+class Refusing(Hook):
+    """Lets nothing be saved."""
+
+    def on_save(self, trainer: StageTrainer) -> None:
+        """Always."""
+        raise ValueError("this must not be saved")
+
+
+class WithArguments(Hook):
+    """Cannot be made by the program."""
+
+    def __init__(self, needed: int) -> None:
+        self.needed = needed
