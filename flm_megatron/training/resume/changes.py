@@ -112,8 +112,8 @@ def _field_changes(before: Mapping[str, Any], now: Mapping[str, Any], index: int
     for key, value in now.items():
         if key == "data":
             yield from _leaves("data", _without(before.get(key, {}), "train"), _without(value, "train"), "")
-        elif key not in (*SILENT, "seed", "stages"):
-            yield from _leaves(key, before.get(key), value, "")
+        elif key in before and key not in (*SILENT, "seed", "stages"):
+            yield from _leaves(key, before[key], value, "")
     earlier = {stage["name"]: stage for stage in before.get("stages", [])}
     for number, stage in enumerate(now["stages"][: index + resumes]):
         if stage["name"] in earlier:

@@ -145,7 +145,7 @@ def test_checkpoints_are_thinned_out_but_the_last_stays(data: Path, tmp_path: Pa
 
 def test_another_model_shape_is_refused_on_resume(data: Path, whole: Path) -> None:
     _, run = make_run(data, whole, "--stages.0.model.ffn_hidden_size", "64", "--stages.0.tokens", "2048")
-    with pytest.raises(RequestError, match="ffn_hidden_size was 48 and is 64"):
+    with pytest.raises(RequestError, match="ffn_hidden_size is 64 in the run file and 48 in the checkpoint"):
         train(resolve(run))
 
 
