@@ -10,7 +10,6 @@ import pytest
 
 from flm_megatron.training.metrics.plot import read_metrics
 from tests.support import REPOSITORY
-from tests.support.recording_hook import FILE
 from tests.support.runs import flm, make_run
 
 RECORDING = "tests.support.recording_hook.Recording"
@@ -31,7 +30,7 @@ def expected_moments() -> list[str]:
 def test_every_rank_is_told_of_every_moment_and_values_are_recorded(data: Path, tmp_path: Path) -> None:
     moments = tmp_path / "moments"
     source, _ = make_run(data, tmp_path / "run", "--hooks", f"[{RECORDING}]", "--checkpoint.interval_steps", "4")
-    ended = flm("train", source, PYTHONPATH=str(REPOSITORY), **{FILE: str(moments)})
+    ended = flm("train", source, PYTHONPATH=str(REPOSITORY), FLM_TEST_MOMENTS=str(moments))
     assert ended.returncode == 0, ended.stderr
     lines = moments.read_text().splitlines()
     for rank in "01":
