@@ -29,6 +29,8 @@ class Probe:
         linear = (ColumnParallelLinear, RowParallelLinear)
         self.modules = {_label(name): m for name, m in model.named_modules() if isinstance(m, linear)}
         self.norms = {_label(name): m for name, m in model.named_modules() if isinstance(m, (RMSNorm, LayerNorm))}
+        rows = ((name, model.specs.get(f"{name}.weight")) for name, _ in model.named_modules())
+        self._padded = {_label(name) for name, spec in rows if spec is not None and spec.padded}
         self.activations: dict[str, float] = {}
         self.updates: dict[str, float] = {}
         self._weights: dict[str, Tensor] = {}
@@ -55,7 +57,7 @@ class Probe:
         return {name: module.weight.detach() for name, module in modules.items()}
 
     def _true_rows(self, name: str) -> int | None:
-        return self.model.true_vocab_size if name == "output_layer" else None
+        return self.model.true_vocab_size if name in self._padded else None
 
     @torch.no_grad()
     def _run(self, tokens: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

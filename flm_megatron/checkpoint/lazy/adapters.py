@@ -38,19 +38,20 @@ class MergedAdapters(LogicalCheckpoint):
         self.source, self._scale = source, model.lora.alpha / model.lora.rank
         self.model = replace(model, lora=None)
         self.manifest: dict[str, Any] = source.manifest
-        self.tensors: Mapping[str, TensorInfo] = {name: source.tensors[name] for name in parameter_specs(self.model)}
+        self._specs = parameter_specs(self.model)
+        self.tensors: Mapping[str, TensorInfo] = {name: source.tensors[name] for name in self._specs}
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:
         """Values of `region`; see `LogicalCheckpoint.read`."""
         region = region or Region.whole(self.tensors[name].shape)
         values = self.source.read(name, region)
-        stem = name.removesuffix("weight")
-        if f"{stem}lora_a" not in self.source.tensors:
+        first, second = (f"{self._specs[name].module}.{factor}" for factor in ("lora_a", "lora_b"))
+        if self._specs[name].value != "weight" or first not in self.source.tensors:
             return values
         (layer, row, column), (layers, rows, columns) = region.offsets, region.sizes
-        rank = self.source.tensors[f"{stem}lora_a"].shape[1]
-        a = self.source.read(f"{stem}lora_a", Region((layer, 0, column), (layers, rank, columns))).float()
-        b = self.source.read(f"{stem}lora_b", Region((layer, row, 0), (layers, rows, rank))).float()
+        rank = self.source.tensors[first].shape[1]
+        a = self.source.read(first, Region((layer, 0, column), (layers, rank, columns))).float()
+        b = self.source.read(second, Region((layer, row, 0), (layers, rows, rank))).float()
         return (values.float() + self._scale * b @ a).to(values.dtype)
 
 
