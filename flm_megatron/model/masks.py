@@ -60,7 +60,8 @@ class GrowthMasks:
         specs = parameter_specs(model)
         for chunk in chunks:
             for name, module in chunk.named_modules():
-                self._install(module, specs.get(logical_name(f"{name}.weight", specs)))
+                own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
+                self._install(module, [row for o in own if (row := specs.get(logical_name(o, specs)))])
         self.set(0.0)
 
     @property
@@ -85,20 +86,23 @@ class GrowthMasks:
             del norm.forward  # the class's own comes back
         self._handles, self._norms, self._masks = [], [], {}
 
-    def _install(self, module: nn.Module, spec: ParameterSpec | None) -> None:
-        """What is masked at one module, `spec` being its weight's row of the table."""
-        if self.plan.hidden is not None:
-            self._refuse_fused_norm(module)
-        if spec is not None:
-            self._install_hidden(module, spec)
-            self._install_units(module, spec)
+    def _install(self, module: nn.Module, rows: list[ParameterSpec]) -> None:
+        """What is masked at one module, `rows` being those of its own parameters in the table."""
+        for spec in rows:
+            if self.plan.hidden is not None and spec.kind == "norm" and spec.counts(Unit.HIDDEN):
+                self._install_norm(module)
+            if spec.kind in ("matrix", "embedding") and spec.value == "weight":
+                self._install_output(module, spec)
         if isinstance(module, TransformerLayer) and module.layer_number - 1 in self.plan.layers:
             self._handles.append(module.register_forward_hook(self._blend, with_kwargs=True))
 
-    def _install_units(self, module: nn.Module, spec: ParameterSpec) -> None:
-        """Feed-forward units and heads, on the side that gives them; new heads of old groups where they are taken."""
+    def _install_output(self, module: nn.Module, spec: ParameterSpec) -> None:
+        """Hidden channels, feed-forward units and heads where they are given; new heads of old groups where they are
+        taken."""
         plan = self.plan
         for axis in spec.axes:
+            if plan.hidden is not None and (axis.unit, axis.side) == (Unit.HIDDEN, "out"):
+                self._on_output(module, self._mask("hidden", self._old_hidden))
             if plan.ffn is not None and (axis.unit, axis.side) == (Unit.FFN, "out"):
                 self._on_output(module, self._mask(axis, partial(self._old_ffn, axis)))
             if plan.heads is not None and (axis.unit, axis.side) == (Unit.HEAD, "out"):
@@ -108,22 +112,14 @@ class GrowthMasks:
             hook = module.register_forward_pre_hook(lambda _, args: (mixed.hide(args[0]), *args[1:]))
             self._handles.append(hook)
 
-    def _install_hidden(self, module: nn.Module, spec: ParameterSpec) -> None:
-        """The embedding output, what sublayers write, and the norms."""
-        if self.plan.hidden is None:
-            return
-        if spec.find(Unit.HIDDEN, "out") is not None:
-            self._on_output(module, self._mask("hidden", self._old_hidden))
-        if isinstance(module, (RMSNorm, LayerNorm)) and spec.counts(Unit.HIDDEN):
-            module.forward = MaskedNorm(module, self._mask("hidden", self._old_hidden))  # type: ignore[method-assign]
-            self._norms.append(module)
-
-    def _refuse_fused_norm(self, module: nn.Module) -> None:
-        if any(name == "layer_norm_weight" for name, _ in module.named_parameters(recurse=False)):
+    def _install_norm(self, module: nn.Module) -> None:
+        if not isinstance(module, (RMSNorm, LayerNorm)):
             raise RequestError(
                 f"growth masks on the hidden size cannot reach the norm inside {type(module).__name__}: grow the "
                 "hidden size with `zero`, or train this stage without Transformer Engine"
             )
+        module.forward = MaskedNorm(module, self._mask("hidden", self._old_hidden))  # type: ignore[method-assign]
+        self._norms.append(module)
 
     def _on_output(self, module: nn.Module, mask: Mask) -> None:
         """Mask a module's output, and the bias it may return beside it."""

@@ -140,7 +140,10 @@ def refused() -> str:
             self.layer_norm_weight = torch.nn.Parameter(torch.ones(4))
 
     try:
-        GrowthMasks([torch.nn.ModuleDict({"linear_qkv": FusedNormLinear()})], old_model(), MaskPlan(hidden=4))
+        model: torch.nn.Module = FusedNormLinear()
+        for name in ("linear_qkv", "self_attention", "0", "layers", "decoder"):
+            model = torch.nn.ModuleDict({name: model})
+        GrowthMasks([model], old_model(), MaskPlan(hidden=4))
     except RequestError as error:
         return str(error)
     return ""
