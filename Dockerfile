@@ -22,8 +22,9 @@ RUN PIP_CONSTRAINT= pip wheel --no-cache-dir --no-deps --wheel-dir /tmp/wheel . 
 FROM python:3.11.13-slim-bookworm AS cpu
 WORKDIR /opt/flm-megatron
 COPY constraints.txt ./
-# From its own index torch comes without CUDA's libraries.
-RUN pip install --no-cache-dir --constraint constraints.txt --index-url https://download.pytorch.org/whl/cpu torch
+# From its own index torch comes without CUDA's libraries: its version, which ends in +cpu, ranks above PyPI's. What it
+# needs comes from either.
+RUN pip install --no-cache-dir --constraint constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu torch
 COPY LICENSE README.md pyproject.toml setup.py ./
 COPY flm_megatron flm_megatron
 RUN pip install --no-cache-dir --constraint constraints.txt .

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import tempfile
 import time
 from dataclasses import dataclass, fields
@@ -90,10 +91,10 @@ def _steps(folder: Path) -> list[int]:
     return [values["step"] for values in map(json.loads, lines) if "loss" in values]
 
 
-def _wait_for_restart(folder: Path, process: object) -> int:
+def _wait_for_restart(folder: Path, process: subprocess.Popen[str]) -> int:
     """Wait until the first step after the restart is done; the step that the run went on from."""
     while True:
-        assert process.poll() is None, "the run has ended"  # type: ignore[attr-defined]
+        assert process.poll() is None, "the run has ended"
         text = (folder / "metrics.jsonl").read_text()
         lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
         starts = [number for number, values in enumerate(lines) if values.get("restart")]

@@ -149,7 +149,7 @@ class PythonRecorder:
             return _OPEN(file, mode, buffering, *args, **kwargs)
         raw = _RecordedFile(self, file, mode.replace("b", "").replace("t", ""))
         if "b" in mode and buffering == 0:
-            return raw  # type: ignore[return-value]
+            return raw
         buffered = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
         return buffered if "b" in mode else io.TextIOWrapper(buffered, *args, **kwargs)
 

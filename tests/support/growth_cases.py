@@ -82,7 +82,7 @@ GROWN: dict[str, dict[str, Any]] = {
 def growth(operator: str, **changes: Any) -> GrowthConfig:
     """The same operator for every dimension; layers are copied by interleaving."""
     values = {"hidden": operator, "ffn": operator, "heads": operator, "layers": operator}
-    return GrowthConfig(**{**values, "layer_selection": "interleave", "mask_steps": 4, **changes})  # type: ignore[arg-type]
+    return GrowthConfig(**{**values, "layer_selection": "interleave", "mask_steps": 4, **changes})
 
 
 def plan_for(case: str, operator: str, old: ModelConfig, growth_changes: dict[str, Any] | None = None) -> GrowthPlan:

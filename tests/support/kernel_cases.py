@@ -68,7 +68,9 @@ def compare(
     total.backward()
     exact_total.backward()
     for name in inputs:
-        errors[f"gradient of {name}"] = error(found[name].grad, exact[name].grad)  # type: ignore[arg-type]
+        gradient, wanted = found[name].grad, exact[name].grad
+        assert gradient is not None and wanted is not None, name
+        errors[f"gradient of {name}"] = error(gradient, wanted)
     return errors
 
 

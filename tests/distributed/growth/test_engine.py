@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from flm_megatron.checkpoint.logical import Region
 from flm_megatron.config.schema import ModelConfig, MupConfig, ParallelConfig, StageConfig
+from flm_megatron.config.schema.stage import Precision
 from flm_megatron.distributed.local_processes import run_processes
 from flm_megatron.errors import DamagedError, FlmError
 from flm_megatron.growth.certificate.certificate import Certificate, Comparison, certify, check_certificate
@@ -50,14 +51,14 @@ def plan_of(operator: str) -> GrowthPlan:
     return make_plan(OLD, NEW, growth(operator), seed=11, stage="big")
 
 
-def certificates(parallel: ParallelConfig, precision: str = "fp32") -> list[Certificate]:
+def certificates(parallel: ParallelConfig, precision: Precision = "fp32") -> list[Certificate]:
     """Certificates of `zero` and `mask` growth of random weights, as this rank has them."""
     from flm_megatron.device import current
     from flm_megatron.distributed.world import layout
 
     current().prepare()
     source = trained(OLD, torch.bfloat16 if precision == "bf16" else torch.float32, optimizer=True)
-    stage = StageConfig(name="big", model=NEW, parallel=parallel, precision=precision)  # type: ignore[arg-type]
+    stage = StageConfig(name="big", model=NEW, parallel=parallel, precision=precision)
     found = []
     for operator in ("zero", "mask"):
         plan = plan_of(operator)

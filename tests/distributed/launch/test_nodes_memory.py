@@ -83,7 +83,9 @@ def test_a_lost_host_is_replaced_and_the_run_goes_on_from_its_neighbours_memory(
         assert wait_all(job, LIMIT_S) == [0, 0, 0], logs(tmp_path)
         assert nothing_is_left(machines)
         names = [host.name for host in used[:2]]
-    step, kept_on = GOES_ON.search((tmp_path / f"{names[0]}.log").read_text()).groups()  # type: ignore[union-attr]
+    said = GOES_ON.search((tmp_path / f"{names[0]}.log").read_text())
+    assert said is not None, logs(tmp_path)
+    step, kept_on = said.groups()
     assert kept_on == ", ".join(names), logs(tmp_path)
     assert 0 <= lost_at - int(step) < 2 * INTERVAL
     assert losses(tmp_path) == losses(whole)

@@ -168,7 +168,8 @@ def test_boundary_carries_the_position_on() -> None:
     manifest = view.manifest
     assert [manifest[k] for k in ("stage", "step", "tokens", "samples", "optimizer_step")] == ["big", 0, 640, 40, 12]
     assert saved_plan(manifest) == plan
-    assert manifest_model(manifest) is not None and manifest_model(manifest).num_layers == 5  # type: ignore[union-attr]
+    model = manifest_model(manifest)
+    assert model is not None and model.num_layers == 5
     assert not needs_distances(small_run(), 1)
     assert needs_distances(small_run(layer_selection="distance"), 1)
     with pytest.raises(RequestError, match="no layer distances were measured"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -58,6 +60,6 @@ def test_a_model_without_a_vocabulary_is_refused() -> None:
 
 
 def test_multipliers_follow_the_width_under_mup_only() -> None:
-    wide = {"hidden_size": 1024, "output_mult": 2.0}
-    assert ModelConfig(**wide, mup=MupConfig(enabled=True, base_hidden_size=256)).logit_multiplier == 0.5  # type: ignore[arg-type]
-    assert ModelConfig(**wide).logit_multiplier == 2.0  # type: ignore[arg-type]
+    wide = ModelConfig(hidden_size=1024, output_mult=2.0)
+    assert replace(wide, mup=MupConfig(enabled=True, base_hidden_size=256)).logit_multiplier == 0.5
+    assert wide.logit_multiplier == 2.0

@@ -30,6 +30,7 @@ from flm_megatron.checkpoint.files.stored_array import StoredArray
 from flm_megatron.checkpoint.files.torch_file import read_torch_file
 from flm_megatron.checkpoint.logical import Region
 from flm_megatron.checkpoint.opening import open_checkpoint
+from flm_megatron.checkpoint.torch_dist.reader import TorchDistCheckpoint
 from flm_megatron.checkpoint.torch_dist.writer import write_view
 from flm_megatron.errors import DamagedError, RequestError
 from tests.support.checkpoint_cases import Memory, flip
@@ -110,7 +111,8 @@ def test_a_checkpoint_without_block_checksums_is_held_against_its_records(whole:
     (old / "manifest.json").write_text(manifest_text(manifest))
     assert torch.equal(open_checkpoint(old).read("b"), VALUES["b"])
     view = open_checkpoint(old)
-    chunk = view.chunks["decoder.layers.a"][0]  # type: ignore[attr-defined]
+    assert isinstance(view, TorchDistCheckpoint)
+    chunk = view.chunks["decoder.layers.a"][0]
     flip(old / chunk.file, chunk.offset + chunk.length // 2)
     with pytest.raises(DamagedError, match=r"decoder\.layers\.a: .*have changed since"):
         view.read("decoder.layers.a", Region((0, 0, 0), (1, 1, 1)))

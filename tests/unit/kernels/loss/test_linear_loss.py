@@ -91,7 +91,7 @@ def test_the_run_file_decides_and_auto_goes_by_the_size_of_the_logits() -> None:
     head = torch.empty(1024, CHANNELS, device="meta")
     answers = {}
     for asked in ("auto", "fused", "separate"):
-        kernels.use(kernels.choose(KernelsConfig(head_and_loss=asked)))  # type: ignore[arg-type]
+        kernels.use(kernels.choose(KernelsConfig(head_and_loss=asked)))
         answers[asked] = [kernels.fuses_head_and_loss(hidden, head) for hidden in (small, large)]
     assert answers == {"auto": [False, True], "fused": [True, True], "separate": [False, False]}
 
