@@ -30,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
     with stop_before_training("stopped by a signal before training began"):
         config = open_run(args.run_file, args.overrides)
         if args.print_config:
+            from flm_megatron.launch.fine_tuning import prepared
+
             print(dump_run(prepared(config)[0]), end="")
             return 0
         return _train(config)
@@ -42,27 +44,10 @@ def _train(config: RunConfig) -> int:
     from flm_megatron.launch.run import check_local, train
 
     require_places(config)
+    from flm_megatron.launch.fine_tuning import prepared  # it needs torch
+
     config, lines = prepared(config)
     if not launched():
         check_local(config)
-    if not launched():
         print("\n".join(lines), flush=True)
     return train(config)
-
-
-def prepared(config: RunConfig) -> tuple[RunConfig, list[str]]:
-    """The run with the model and the tokenizer of its checkpoint and the tokens of its epochs, and lines that say so.
-
-    Raises:
-        RequestError: no checkpoint, a tokenizer that is not the checkpoint's, or anything `fine_tuning_run` refuses.
-    """
-    from flm_megatron.errors import RequestError
-    from flm_megatron.evaluation.subject import open_subject
-    from flm_megatron.training.fine_tuning.run import fine_tuning_run
-    from flm_megatron.training.resume.first_view import check_no_mask
-
-    if config.checkpoint.initial is None:
-        raise RequestError("checkpoint.initial is not set: name the checkpoint to fine-tune")
-    subject = open_subject(config.checkpoint.initial, config.tokenizer)
-    check_no_mask(subject.view.manifest, config.checkpoint.initial)
-    return fine_tuning_run(config, subject.model, subject.tokenizer.path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from flm_megatron import kernels
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.model.attention.cache import KeyValueCache
+from flm_megatron.model.attention.core import CoreAttention
 from flm_megatron.model.engine_config import EngineConfig
 from flm_megatron.model.parameters import parameter_specs
 from flm_megatron.model.spec import block_spec
@@ -80,6 +83,25 @@ class TeleFLM(GPTModel):
             runtime_gather_output=runtime_gather_output,
             loss_mask=loss_mask,
         )
+
+    @contextmanager
+    def cached(self, capacity: int) -> Iterator[KeyValueCache]:
+        """While the block runs, forward passes go on where the last one ended, one sequence after another.
+
+        The model must be built without sequence parallelism, from this program's own attention. With a cache it
+        gives the logits of the last position only.
+        """
+        layers = [module for module in self.modules() if isinstance(module, CoreAttention)]
+        assert layers and not self.config.sequence_parallel
+        holders: list[TeleFLM | CoreAttention] = [self, *layers]
+        cache = KeyValueCache(capacity)
+        for holder in holders:
+            holder.cache = cache
+        try:
+            yield cache
+        finally:
+            for holder in holders:
+                holder.cache = None
 
     def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         embedded, rotary, *others = super()._preprocess(*args, **kwargs)

@@ -16,7 +16,6 @@ from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.generation.sampling import Sampler, SamplingSettings
 from flm_megatron.evaluation.model import Batch, forward, speaks
 from flm_megatron.evaluation.perplexity.text_stream import TextStream
-from flm_megatron.model.attention.cache import cached
 
 FinishReason = Literal["eod", "stop", "length"]
 OnText = Callable[[int, str], None]
@@ -61,7 +60,7 @@ def generate(
     longest = max(len(request.prompt) for request in requests)
     padding = torch.tensor([longest - len(request.prompt) for request in requests])
     tokens = torch.tensor([[tokenizer.eod] * (longest - len(r.prompt)) + list(r.prompt) for r in requests])
-    with cached(chunk, longest + max(request.max_new_tokens for request in requests)) as cache:
+    with chunk.cached(longest + max(request.max_new_tokens for request in requests)) as cache:
         while True:
             hidden = _hidden(padding, cache.length, tokens.shape[1])
             outputs = forward(chunk, [Batch(tokens, hidden=hidden)], 1, _last_logits)

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from flm_megatron.model.teleflm import TeleFLM
 
 
 class KeyValueCache:
@@ -39,25 +32,3 @@ class KeyValueCache:
         keys[self._start : self.length] = key
         values[self._start : self.length] = value
         return keys[: self.length], values[: self.length]
-
-
-@contextmanager
-def cached(chunk: TeleFLM, capacity: int) -> Iterator[KeyValueCache]:
-    """While the block runs, forward passes of `chunk` go on where the last one ended, one sequence after another.
-
-    The model must be built without sequence parallelism, from this program's own attention. With a cache it gives
-    the logits of the last position only.
-    """
-    from flm_megatron.model.attention.core import CoreAttention
-
-    cache = KeyValueCache(capacity)
-    layers = [module for module in chunk.modules() if isinstance(module, CoreAttention)]
-    assert layers and not chunk.config.sequence_parallel
-    holders: list[TeleFLM | CoreAttention] = [chunk, *layers]
-    for holder in holders:
-        holder.cache = cache
-    try:
-        yield cache
-    finally:
-        for holder in holders:
-            holder.cache = None

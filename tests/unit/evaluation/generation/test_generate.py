@@ -17,7 +17,6 @@ from flm_megatron.evaluation.generation.generate import GenerationRequest, gener
 from flm_megatron.evaluation.generation.sampling import SamplingSettings
 from flm_megatron.evaluation.generation.terminal import line_reader, relayed_lines
 from flm_megatron.evaluation.model import Batch, forward, load_model
-from flm_megatron.model.attention.cache import cached
 from tests.support.engine import one_process
 from tests.support.evaluation_cases import MODEL, make_folder, reference_model, subject_in
 
@@ -80,7 +79,7 @@ def test_the_cache_gives_the_logits_of_whole_forward_passes(folder: Path, model:
     with one_process():
         chunk = load_model(subject, ParallelConfig())
         whole = forward(chunk, [Batch(ids)], 1, lambda _, logits: logits.clone())[0]
-        with cached(chunk, 12):
+        with chunk.cached(12):
             for start, end in ((0, 5), (5, 9), (9, 10), (10, 11), (11, 12)):  # several new positions, then single ones
                 logits = forward(chunk, [Batch(ids[:, start:end])], 1, lambda _, logits: logits.clone())[0]
                 assert logits.shape[1] == 1

@@ -12,18 +12,29 @@ from flm_megatron.data.conversations.stream import ChatStream
 from flm_megatron.data.streams import training_stream
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import RequestError
+from flm_megatron.evaluation.subject import open_subject
 from flm_megatron.growth.foreseen import check_run_file
 from flm_megatron.launch.preflight import require_installed
+from flm_megatron.training.resume.first_view import check_no_mask
 
 
-def fine_tuning_run(run: RunConfig, model: ModelConfig, tokenizer: str) -> tuple[RunConfig, list[str]]:
-    """The run with `model` in every stage and tokens for its epochs, and lines on what it will train on.
+def prepared(run: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The run with the model and the tokenizer of its checkpoint and the tokens of its epochs, and lines that say so.
 
     Raises:
-        RequestError: a stage describes another model or grows, packing meets Transformer Engine, conversations or
-            template are not fit, an epoch is empty, a rule on run files is broken, or a kernel that is asked for by
-            name is not there.
+        RequestError: no checkpoint, a tokenizer that is not the checkpoint's, a stage that describes another model or
+            grows, packing meets Transformer Engine, conversations or template are not fit, an epoch is empty, a rule
+            on run files is broken, or a kernel that is asked for by name is not there.
     """
+    if run.checkpoint.initial is None:
+        raise RequestError("checkpoint.initial is not set: name the checkpoint to fine-tune")
+    subject = open_subject(run.checkpoint.initial, run.tokenizer)
+    check_no_mask(subject.view.manifest, run.checkpoint.initial)
+    return _of_model(run, subject.model, subject.tokenizer.path)
+
+
+def _of_model(run: RunConfig, model: ModelConfig, tokenizer: str) -> tuple[RunConfig, list[str]]:
+    """The run with `model` in every stage and tokens for its epochs, and lines on what it will train on."""
     chat = run.data.chat or ChatConfig()
     stages = [_stage(stage, model, chat) for stage in run.stages]
     run = replace(run, tokenizer=tokenizer, data=replace(run.data, chat=chat), stages=stages)

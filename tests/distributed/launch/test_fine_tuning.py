@@ -13,7 +13,6 @@ import torch
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.cli.main import main as flm
-from flm_megatron.cli.sft import prepared
 from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.loader import load_run
 from flm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig, SourceConfig
@@ -21,9 +20,10 @@ from flm_megatron.data.conversations.source import ChatSource
 from flm_megatron.data.conversations.stream import ChatStream
 from flm_megatron.data.conversations.template import ChatTemplate
 from flm_megatron.data.streams import training_stream
+from flm_megatron.launch.fine_tuning import prepared
 from flm_megatron.launch.run import train
 from flm_megatron.model.parameters import EMBEDDING, HEAD
-from flm_megatron.training.fine_tuning.freezing import frozen_units
+from flm_megatron.training.freezing import frozen_units
 from flm_megatron.training.resume.start import checkpoint_store
 from flm_megatron.training.step import Batch
 from tests.support.chat_cases import conversation, tokenizer, write
