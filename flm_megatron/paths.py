@@ -12,6 +12,8 @@ from flm_megatron.errors import RequestError
 PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg")
 """What plots can be written as, by the end of their name."""
 
+LONGEST_NAME = 255  # bytes, of a name on any file system in use
+
 
 def expanded(path: str, what: str) -> str:
     """`path` with a leading `~` or `~user` replaced by that home; `what` names its field or option in errors.
@@ -104,3 +106,10 @@ def _require_room_below(path: Path, folder: Path, what: str) -> None:
             pass
     except OSError as error:
         raise RequestError(f"{what} {path} cannot be written: {error.strerror} in {target}") from None
+
+
+def is_file_name(name: object) -> bool:
+    """Whether `name` is text that names an entry of a folder: no path, not the folder itself or the one above."""
+    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+        return False
+    return len(name.encode("utf-8", "replace")) <= LONGEST_NAME and not any("\ud800" <= c <= "\udfff" for c in name)

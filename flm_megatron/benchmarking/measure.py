@@ -14,10 +14,9 @@ import torch.distributed as dist
 from flm_megatron import kernels
 from flm_megatron.benchmarking.flops import hardware_flops_per_token, training_flops_per_token
 from flm_megatron.benchmarking.parts import profile_parts
-from flm_megatron.benchmarking.request import Request
 from flm_megatron.benchmarking.result import Measurement
 from flm_megatron.benchmarking.steps import Step, draw_weights, held_gib, slowest, synthetic_batches, timed
-from flm_megatron.benchmarking.workload import describe, processes
+from flm_megatron.benchmarking.workload import Request, describe, processes
 from flm_megatron.config.schema import DistributedConfig, ParallelConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.device.hardware import find_hardware
@@ -39,8 +38,7 @@ def on_ranks(parallel: ParallelConfig, timeout_s: int, function: Any, *args: Any
         FlmError: a process failed.
     """
     from flm_megatron.distributed.local_processes import run_processes
-    from flm_megatron.distributed.tool_world import tool_world
-    from flm_megatron.distributed.world import launched
+    from flm_megatron.distributed.world import launched, tool_world
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"

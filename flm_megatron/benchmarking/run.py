@@ -8,9 +8,8 @@ from flm_megatron import kernels
 from flm_megatron.benchmarking.environment import command_line, environment
 from flm_megatron.benchmarking.measure import measure_engine, on_ranks
 from flm_megatron.benchmarking.report import Report
-from flm_megatron.benchmarking.request import Request
 from flm_megatron.benchmarking.result import Measurement
-from flm_megatron.benchmarking.workload import describe, local_layouts
+from flm_megatron.benchmarking.workload import Request, describe, local_layouts
 from flm_megatron.errors import FlmError, RequestError
 from flm_megatron.model.parameters import parameter_count
 

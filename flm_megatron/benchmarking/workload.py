@@ -1,17 +1,33 @@
-"""What is measured: a stage or a stack of its layers, its layouts on this machine, and synthetic tokens."""
+"""What is measured: the request, a stage or a stack of its layers, and its layouts on this machine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from flm_megatron.config.rules.layout import LAYOUT_RULES
 from flm_megatron.config.rules.pipeline import divisors
-from flm_megatron.config.schema import ParallelConfig, StageConfig
+from flm_megatron.config.schema import KernelsConfig, ParallelConfig, StageConfig
 from flm_megatron.errors import RequestError
 
 STACK_VOCABULARY = 128
 """Vocabulary of a stack of layers: the smallest that is not padded, so that embedding and head weigh nothing."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A stage, its vocabulary known, to be measured over `steps` steps after `warmup` that do not count.
+
+    `profiled` steps more are divided into parts, none at 0.
+    """
+
+    stage: StageConfig
+    sequence_length: int
+    kernels: KernelsConfig
+    steps: int = 20
+    warmup: int = 3
+    profiled: int = 3
+    timeout_s: int = 600
 
 
 def layer_stack(stage: StageConfig, layers: int) -> StageConfig:

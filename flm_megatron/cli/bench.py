@@ -13,7 +13,7 @@ from flm_megatron.errors import RequestError
 from flm_megatron.paths import require_file, require_folder
 
 if TYPE_CHECKING:
-    from flm_megatron.benchmarking.request import Request
+    from flm_megatron.benchmarking.workload import Request
     from flm_megatron.config.schema import RunConfig
 
 
@@ -98,7 +98,7 @@ def _on_its_processes(config: RunConfig) -> RunConfig:
 
 
 def _request(config: RunConfig, args: argparse.Namespace) -> Request:
-    from flm_megatron.benchmarking.request import Request
+    from flm_megatron.benchmarking.workload import Request
 
     return Request(
         stage=config.stages[0],

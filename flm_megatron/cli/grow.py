@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _world(config: RunConfig, runs_a_model: bool) -> AbstractContextManager[Any]:
     from flm_megatron.distributed.launched import launched_processes
-    from flm_megatron.distributed.tool_world import tool_world
+    from flm_megatron.distributed.world import tool_world
 
     return tool_world(config.distributed) if runs_a_model else launched_processes()
 

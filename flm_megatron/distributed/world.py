@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
+import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from flm_megatron.config.schema import DistributedConfig, ParallelConfig
 from flm_megatron.device import current
-from flm_megatron.device.quiet import quiet_engine
 from flm_megatron.distributed.layout_groups import LayoutGroups
 from flm_megatron.distributed.process_group import process_group
+
+IGNORED = (
+    r"The \.grad attribute of a Tensor that is not a leaf",  # the engine probes its flat shards
+    r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",  # called by the engine
+    # The device sets it where there is CUDA.
+    r"When using (sequence parallelism|async grad allreduce) it is recommended to set .*CUDA_DEVICE_MAX_CONNECTIONS",
+)
 
 
 def launched() -> bool:
@@ -28,10 +38,29 @@ def world(config: DistributedConfig, rank: int = -1, size: int = -1, store: str 
     """The world of all processes, from the environment (torchrun) or from a shared file; left when the block ends."""
     device = current()
     device.prepare()
-    quiet_engine()
+    _quiet_engine()
     timeout = timedelta(seconds=config.timeout_s)
     with process_group(device.backend, init_method=store, timeout=timeout, rank=rank, world_size=size):
         yield
+
+
+@contextmanager
+def tool_world(config: DistributedConfig) -> Iterator[None]:
+    """The world of a tool that runs a model: the one that torchrun made; without a launcher one of this process."""
+    if launched():
+        with world(config):
+            yield
+        return
+    with tempfile.TemporaryDirectory() as folder, world(config, 0, 1, f"file://{Path(folder) / 'store'}"):
+        yield
+
+
+def _quiet_engine() -> None:
+    """Ignore, in this process, exactly the warnings of torch and the engine that tell a user nothing to act on."""
+    # The engine does not know our feed-forward module by name, and says so once per layer.
+    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
+    for message in IGNORED:
+        warnings.filterwarnings("ignore", message=message)
 
 
 @contextmanager

@@ -23,8 +23,7 @@ def run_under(parallel: ParallelConfig, function: Any, *args: Any) -> int:
         FlmError: whatever the function raised.
     """
     from flm_megatron.distributed.local_processes import run_processes
-    from flm_megatron.distributed.tool_world import tool_world
-    from flm_megatron.distributed.world import launched
+    from flm_megatron.distributed.world import launched, tool_world
 
     size = parallel.model_size * (parallel.data or 1)
     if launched():

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from flm_megatron.config.schema import KernelsConfig
+from flm_megatron.config.schema import KernelsConfig, StageConfig
 from flm_megatron.device import current as current_device
 from flm_megatron.errors import RequestError
 from flm_megatron.kernels.compiled import compiler_obstacle
@@ -180,3 +180,22 @@ def _check(operation: str, asked: str, device: str) -> None:
         reason = "megatron-core takes Transformer Engine's where both are installed"
     if reason:
         raise RequestError(f"kernels.{operation}: {asked} cannot run here: {reason}; give auto or torch")
+
+
+def require_transformer_engine(stage: StageConfig) -> None:
+    """Check that the stage's layers can be built from Transformer Engine's modules, if they are to be.
+
+    Raises:
+        RequestError: it is not installed, or has no such positions.
+    """
+    if not stage.transformer_engine:
+        return
+    if find_spec("transformer_engine") is None:
+        raise RequestError(
+            f"stage {stage.name!r} asks for transformer_engine, which is not installed; "
+            "install flm_megatron[te] or set transformer_engine to false"
+        )
+    if stage.model.position == "xpos":
+        raise RequestError(
+            f"stage {stage.name!r}: transformer_engine has no xpos positions; set transformer_engine to false"
+        )

@@ -52,7 +52,7 @@ def require_installed(run: RunConfig) -> None:
     """
     from flm_megatron import kernels
     from flm_megatron.kernels import fp8
-    from flm_megatron.model.transformer_engine import require_transformer_engine
+    from flm_megatron.kernels.choice import require_transformer_engine
     from flm_megatron.training.hooks import load_hook
 
     checks: list[Callable[[], object]] = [partial(kernels.choose, run.kernels)]

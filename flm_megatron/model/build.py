@@ -15,7 +15,7 @@ from flm_megatron.errors import RequestError
 from flm_megatron.model.engine_config import transformer_config
 from flm_megatron.model.gradient_accumulation import install_weight_gradient
 from flm_megatron.model.lora import train_adapters_only
-from flm_megatron.model.split import padded_vocab_size
+from flm_megatron.model.parameters.axis import padded_vocab_size
 from flm_megatron.model.teleflm import TeleFLM
 
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from flm_megatron.config.rules.pipeline import pipeline_split
 from flm_megatron.config.schema import LoraConfig, ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.kernels import fp8
-from flm_megatron.model.split import pipeline_split
-from flm_megatron.model.transformer_engine import require_transformer_engine
+from flm_megatron.kernels.choice import require_transformer_engine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -1,4 +1,4 @@
-"""One pre-norm transformer layer, with recomputation that needs no Transformer Engine."""
+"""One pre-norm transformer layer and its gated feed-forward, with recomputation that needs no Transformer Engine."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import checkpoint
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from flm_megatron import kernels
 from flm_megatron.model.norms import RMSNorm
 
 
@@ -69,3 +71,15 @@ class TeleFLMLayer(TransformerLayer):
 
     def _add(self, bias_dropout_add: Any, output: tuple[Tensor, Tensor | None], residual: Tensor) -> Tensor:
         return bias_dropout_add(self.training, self.config.bias_dropout_fusion)(output, residual, self.hidden_dropout)
+
+
+class GatedMLP(MLP):
+    """linear_fc2(silu(gate) * up), gate and up being the two halves of linear_fc1's output."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **unused: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output [sequence, batch, hidden], and linear_fc2's bias, which is not added yet."""
+        assert per_token_scale is None, "there are no experts"
+        fused, bias = self.linear_fc1(hidden_states)
+        return self.linear_fc2(kernels.swiglu(fused if bias is None else fused + bias))

@@ -15,8 +15,7 @@ from flm_megatron.model.attention.core import CoreAttention
 from flm_megatron.model.attention.self_attention import PackedSelfAttention
 from flm_megatron.model.engine_config import EngineConfig
 from flm_megatron.model.fp8_linear import in_fp8
-from flm_megatron.model.gated_mlp import GatedMLP
-from flm_megatron.model.layer import TeleFLMLayer
+from flm_megatron.model.layer import GatedMLP, TeleFLMLayer
 from flm_megatron.model.lora import linear
 from flm_megatron.model.norms import LayerNorm, RMSNorm
 from flm_megatron.model.parameters import NORM_MODULES

@@ -7,8 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from torch import Tensor
 
 from flm_megatron import kernels
@@ -18,7 +24,6 @@ from flm_megatron.model.attention.core import CoreAttention
 from flm_megatron.model.engine_config import EngineConfig
 from flm_megatron.model.parameters import parameter_specs
 from flm_megatron.model.spec import block_spec
-from flm_megatron.model.z_loss import z_loss
 
 
 class TeleFLM(GPTModel):
@@ -143,7 +148,7 @@ class TeleFLM(GPTModel):
         # Nothing else reads the logits, so their gradient may take their place.
         losses = kernels.cross_entropy(logits, labels.t(), self.true_vocab_size, self.pg_collection.tp, overwrite=True)
         if self.training and self.config.z_loss:
-            extra = self.config.z_loss * z_loss(logits[..., : self._true_width(logits)])
+            extra = self.config.z_loss * _z_loss(logits[..., : self._true_width(logits)])
             # Minimised, but not reported: the loss stays comparable.
             losses = losses + (extra - extra.detach())
         return losses
@@ -181,3 +186,20 @@ class TeleFLM(GPTModel):
     def _exclude_padding(self, logits: Tensor) -> None:
         with torch.no_grad():
             logits[..., self._true_width(logits) :].fill_(-torch.inf)
+
+
+def _z_loss(logits: Tensor) -> Tensor:
+    """The squared log of the softmax's denominator, which keeps logits from drifting (PaLM, arXiv 2204.02311).
+
+    log(sum of exponentials)^2 of each token [...] in fp32. `logits` [..., width] is this tensor-parallel rank's part of
+    the vocabulary without padding ids; it may be empty.
+    """
+    largest = logits.new_full((*logits.shape[:-1], 1), -torch.inf, dtype=torch.float32)
+    if logits.size(-1):
+        largest.copy_(logits.detach().amax(-1, keepdim=True))
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=parallel_state.get_tensor_model_parallel_group())
+    # A copy: the gradient of the loss may be written over the logits.
+    exponentials = torch.exp(logits.float() - largest).sum(-1)
+    total = reduce_from_tensor_model_parallel_region(exponentials)
+    return (total.log() + largest.squeeze(-1)).square()

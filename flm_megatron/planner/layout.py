@@ -10,7 +10,7 @@ from typing import Literal
 from flm_megatron.config.rules.pipeline import pipeline_split
 from flm_megatron.config.schema import KernelsConfig, ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.model.parameters import ParameterSpec, parameter_specs
-from flm_megatron.model.split import padded_vocab_size
+from flm_megatron.model.parameters.axis import padded_vocab_size
 
 Recompute = Literal["none", "selective", "attention", "full"]
 BYTES = {"fp32": 4, "bf16": 2}

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from flm_megatron.benchmarking.measure import measure_engine, on_ranks
-from flm_megatron.benchmarking.request import Request
 from flm_megatron.benchmarking.result import Measurement
+from flm_megatron.benchmarking.workload import Request
 from flm_megatron.config.schema import KernelsConfig, ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.device.hardware import find_hardware

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from flm_megatron.benchmarking.measure import measure_engine, on_ranks
-from flm_megatron.benchmarking.request import Request
 from flm_megatron.benchmarking.result import Measurement
-from flm_megatron.benchmarking.workload import layer_stack
+from flm_megatron.benchmarking.workload import Request, layer_stack
 from flm_megatron.config.schema import KernelsConfig, ModelConfig, OptimizerConfig, ParallelConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.kernels import fp8

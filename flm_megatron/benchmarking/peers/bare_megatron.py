@@ -67,7 +67,7 @@ def bare_model(stage: StageConfig, sequence_length: int) -> Any:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from flm_megatron.model.engine_config import transformer_config
-    from flm_megatron.model.split import padded_vocab_size
+    from flm_megatron.model.parameters.axis import padded_vocab_size
 
     class SummingGPT(GPTModel):
         """The training step wants the sum of the losses of unmasked tokens."""

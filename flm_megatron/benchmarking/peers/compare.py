@@ -13,9 +13,9 @@ from flm_megatron.benchmarking.measure import PROGRAM, describe_measurement, eng
 from flm_megatron.benchmarking.peers.bare_megatron import bare_megatron_step
 from flm_megatron.benchmarking.peers.peer import BARE, transformers_step
 from flm_megatron.benchmarking.peers.torchtitan import torchtitan_step
-from flm_megatron.benchmarking.request import Request
 from flm_megatron.benchmarking.result import Measurement
 from flm_megatron.benchmarking.steps import Step, held_gib, synthetic_batches, timed
+from flm_megatron.benchmarking.workload import Request
 from flm_megatron.config.schema import StageConfig
 from flm_megatron.device import current
 from flm_megatron.training.step import Batch

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from flm_megatron.checkpoint.files.file_name import is_file_name
 from flm_megatron.errors import DamagedError
+from flm_megatron.paths import is_file_name
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 

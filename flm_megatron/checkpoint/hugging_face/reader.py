@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from flm_megatron.checkpoint.files.file_name import is_file_name
 from flm_megatron.checkpoint.files.stored_array import StoredArray
 from flm_megatron.checkpoint.files.torch_file import read_torch_file
 from flm_megatron.checkpoint.hugging_face.config import model_from_config, read_json
@@ -19,6 +18,7 @@ from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.torch_dist.shard_file import PIECE_BYTES
 from flm_megatron.errors import DamagedError, RequestError
 from flm_megatron.model.parameters import parameter_specs
+from flm_megatron.paths import is_file_name
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 INDEXED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

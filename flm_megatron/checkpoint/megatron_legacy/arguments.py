@@ -10,7 +10,7 @@ from flm_megatron.checkpoint.files.pickle.records import SCALARS
 from flm_megatron.config.schema import ModelConfig, MupConfig, ParallelConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.model.limits import check_limits
-from flm_megatron.model.split import VOCABULARY_MULTIPLE, padded_vocab_size
+from flm_megatron.model.parameters.axis import VOCABULARY_MULTIPLE, padded_vocab_size
 
 
 def model_from_arguments(arguments: Any, where: str, vocab_size: int | None = None) -> ModelConfig:

@@ -18,8 +18,8 @@ from flm_megatron.checkpoint.sharding.layout import part_regions
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
 from flm_megatron.errors import DamagedError, RequestError
 from flm_megatron.model.parameters import EMBEDDING, parameter_specs
+from flm_megatron.model.parameters.axis import padded_vocab_size
 from flm_megatron.model.parameters.names import LAYERS, module_names
-from flm_megatron.model.split import padded_vocab_size
 
 LATEST = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -16,7 +17,6 @@ import torch.distributed as dist
 from flm_megatron.checkpoint.memory.blobs import NONE, Generation
 from flm_megatron.checkpoint.memory.client import Endpoint, LocalAgent, RemoteAgent
 from flm_megatron.checkpoint.memory.generations import Found, found, neighbour, required
-from flm_megatron.checkpoint.memory.host_memory import available_bytes
 from flm_megatron.checkpoint.memory.starting import agent_name, start_agent
 from flm_megatron.checkpoint.memory.view import Held, MemoryCheckpoint
 from flm_megatron.distributed.addresses import own_address
@@ -28,6 +28,7 @@ FREE = 0.1
 """Share of a host's memory that is left alone where the run file gives no budget."""
 ASKED_AT_ONCE = 32
 START_S = 10.0
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -206,3 +207,15 @@ def _together(work: Callable[[], Any]) -> list[Any]:
             kind, message = failure
             raise ERRORS.get(kind, FlmError)(f"checkpoint.memory: host {host}: {message}")
     return [value for _, value, _ in outcomes]
+
+
+def available_bytes(group: Path = CONTROL_GROUP) -> int:
+    """Memory of this host to be had without swapping: the system's estimate, or what its control group leaves."""
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return available
+    return available if limit == "max" else min(available, max(0, int(limit) - int(used)))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 
 from flm_megatron.checkpoint.logical import Region
+from flm_megatron.config.rules.pipeline import pipeline_split
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.model.parameters import ParameterSpec, parameter_specs
-from flm_megatron.model.split import pipeline_split
 
 
 def rank_regions(

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flm_megatron.checkpoint.files.file_name import is_file_name
 from flm_megatron.checkpoint.files.pickle.reader import MAX_DIMENSIONS, dtype_of, load_records, without_collector
 from flm_megatron.checkpoint.files.pickle.records import Name, Record
 from flm_megatron.errors import DamagedError
+from flm_megatron.paths import is_file_name
 
 PACKAGE = "torch.distributed.checkpoint"
 METADATA = f"{PACKAGE}.metadata.Metadata"

@@ -23,8 +23,8 @@ def run(args: argparse.Namespace) -> int:
     """Import, and print the logical hash of what was written; returns 0."""
     from flm_megatron.checkpoint.described import required_model
     from flm_megatron.checkpoint.hugging_face.reader import HuggingFaceCheckpoint
-    from flm_megatron.checkpoint.imported import manifest_for
     from flm_megatron.checkpoint.lazy.converted import ConvertedCheckpoint
+    from flm_megatron.checkpoint.stage_manifest import manifest_for
     from flm_megatron.checkpoint.tools.reshard import reshard
     from flm_megatron.cli.checkpoint.options import require_new, torch_dtype
     from flm_megatron.distributed.launched import launched_processes

@@ -93,7 +93,7 @@ def _torch_dist(
     parallel: ParallelConfig | None,
     processes: Processes,
 ) -> None:
-    from flm_megatron.checkpoint.imported import manifest_for
+    from flm_megatron.checkpoint.stage_manifest import manifest_for
     from flm_megatron.checkpoint.tools.hashing import recorded_hashes, shared_hashes
     from flm_megatron.checkpoint.tools.reshard import reshard
 

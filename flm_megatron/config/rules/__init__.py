@@ -1,8 +1,8 @@
 """What a run file has to satisfy beyond its types, checked before any process starts.
 
 A rule is a function of a few lines that gives one line on what does not fit, with the values and how to mend
-them, or None; one that looks at several fields gives a line for each. The rules on one stage live in `model_rules`,
-`layout_rules` and `schedule_rules`, those on the run as a whole are here.
+them, or None; one that looks at several fields gives a line for each. The rules on one stage live in `model`,
+`layout` and `schedule`, those on the run as a whole are here.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from itertools import pairwise
 from flm_megatron.config.ranges import LARGEST_COUNT, LARGEST_WORLD, out_of_range
 from flm_megatron.config.rules.layout import LAYOUT_RULES, layout_sizes_are_counts
 from flm_megatron.config.rules.model import MODEL_RULES, model_sizes_are_counts
-from flm_megatron.config.rules.schedule import SCHEDULE_RULES, VALUE_RULES
-from flm_megatron.config.rules.stability import STABILITY_RULES
+from flm_megatron.config.rules.schedule import SCHEDULE_RULES, STABILITY_RULES, VALUE_RULES
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.errors import Mistakes
 

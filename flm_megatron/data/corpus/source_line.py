@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -13,13 +13,13 @@ from flm_megatron.data.corpus.description import file_of
 from flm_megatron.data.corpus.source import Source
 from flm_megatron.data.streams.cuts import Cut, Place
 from flm_megatron.data.streams.permutation import Permutation
-from flm_megatron.data.streams.remaining import Remaining
 from flm_megatron.errors import DamagedError
 
 if TYPE_CHECKING:
     import torch
 
 MANY = 1 << 20
+REMAINING_BLOCK = 65536
 
 
 class SourceLine:
@@ -131,3 +131,30 @@ class SourceLine:
 
 def _with_parents(cut: Cut) -> list[Cut]:
     return [cut] if cut.parent is None else [*_with_parents(cut.parent), cut]
+
+
+class Remaining:
+    """Numbers of range(size) that are not among `taken`, in order: the k-th of them, from one bit for each."""
+
+    def __init__(self, size: int, taken: Iterable[numpy.ndarray]) -> None:
+        """`taken` gives numbers in arrays, of any lengths."""
+        left = numpy.zeros(-(-size // REMAINING_BLOCK) * REMAINING_BLOCK, dtype=bool)
+        left[:size] = True
+        for numbers in taken:
+            left[numbers] = False
+        counts = left.reshape(-1, REMAINING_BLOCK).sum(axis=1)
+        self._before = numpy.concatenate([[0], numpy.cumsum(counts)])
+        self._bits = numpy.packbits(left).reshape(-1, REMAINING_BLOCK // 8)
+        self._block = lru_cache(maxsize=4)(self._numbers)
+
+    def __len__(self) -> int:
+        return int(self._before[-1])
+
+    def __getitem__(self, index: int) -> int:
+        """The number that has `index` others before it."""
+        assert 0 <= index < len(self)
+        block = int(numpy.searchsorted(self._before, index, side="right")) - 1
+        return int(self._block(block)[index - self._before[block]])
+
+    def _numbers(self, block: int) -> numpy.ndarray:
+        return numpy.flatnonzero(numpy.unpackbits(self._bits[block])) + block * REMAINING_BLOCK

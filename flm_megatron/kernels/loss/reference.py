@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flm_megatron.kernels.loss.row_chunks import row_chunks
+from flm_megatron.kernels.row_chunks import row_chunks
 
 
 def statistics(logits: Tensor, labels: Tensor, valid: int) -> Tensor:

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flm_megatron.model.attention.cache import KeyValueCache
-from flm_megatron.model.attention.xpos import xpos_scales
 from flm_megatron.model.engine_config import EngineConfig
+
+XPOS_SMOOTHING = 0.4
 
 
 class CoreAttention(nn.Module):
@@ -55,7 +56,7 @@ class CoreAttention(nn.Module):
             key, value = self.cache.append(self.layer_number, key, value)
         queries, keys = query.size(0), key.size(0)
         if self.xpos_scale_base is not None:
-            scales = xpos_scales(keys, query.size(-1), self.xpos_scale_base, query.device)
+            scales = _xpos_scales(keys, query.size(-1), self.xpos_scale_base, query.device)
             query = (query * scales[keys - queries :]).to(query.dtype)
             key = (key / scales).to(key.dtype)
         # torch's own causal mask counts from the first key, so it serves only where queries and keys are as many.
@@ -76,3 +77,18 @@ def _allowed(attention_mask: Tensor | None, queries: int, keys: int, device: tor
     """True where a query, the last `queries` of `keys` positions, may look."""
     causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     return causal if attention_mask is None else causal & ~attention_mask
+
+
+def _xpos_scales(sequence: int, channels: int, scale_base: float, device: torch.device) -> Tensor:
+    """Factors [sequence, 1, 1, channels] in fp32 of xPos, whose scores decay with distance (arXiv 2212.10554).
+
+    Queries are multiplied by them after rotation, keys divided. Channel pair i (channels i and i + channels/2) has
+    zeta_i = (2i/channels + 0.4) / 1.4, raised to the power n / scale_base at position n. Scores depend on
+    zeta_i^((n - m) / scale_base) only, so positions are counted from the middle of the sequence, where factors stay
+    nearest 1.
+    """
+    pairs = torch.arange(0, channels, 2, dtype=torch.float32, device=device)
+    zeta = (pairs / channels + XPOS_SMOOTHING) / (1 + XPOS_SMOOTHING)
+    positions = torch.arange(sequence, dtype=torch.float32, device=device) - sequence // 2
+    factors = zeta ** (positions / scale_base).unsqueeze(1)
+    return torch.cat([factors, factors], dim=-1)[:, None, None, :]

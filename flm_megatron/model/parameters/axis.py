@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
-from flm_megatron.model.split import padded_vocab_size
+VOCABULARY_MULTIPLE = 128
+
+
+def padded_vocab_size(vocab_size: int, tensor: int) -> int:
+    """Vocabulary rounded up to a multiple of 128 times the tensor-parallel size, so that it splits evenly."""
+    multiple = VOCABULARY_MULTIPLE * tensor
+    return -(-vocab_size // multiple) * multiple
 
 
 class Unit(Enum):

@@ -131,7 +131,7 @@ def test_every_program_trains_the_same_model(pool: Pool, precision: Precision) -
 def compare_with_transformers() -> list[dict[str, object]]:
     """A short comparison in a world of one process."""
     from flm_megatron.benchmarking.peers.compare import measure_side_by_side
-    from flm_megatron.benchmarking.request import Request
+    from flm_megatron.benchmarking.workload import Request
     from flm_megatron.device import current
     from flm_megatron.distributed.world import layout
 

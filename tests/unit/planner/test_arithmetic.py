@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from flm_megatron.config.schema import CheckpointConfig, ModelConfig, ParallelConfig
-from flm_megatron.kernels.loss import linear_loss, row_chunks
+from flm_megatron.kernels import row_chunks
+from flm_megatron.kernels.loss import linear_loss
 from flm_megatron.planner.cost.activations import layer_activations, residual_bytes, stream_bytes
 from flm_megatron.planner.cost.communication import data_time, pipeline_time, tensor_time
 from flm_megatron.planner.cost.compute import layer_passes

@@ -18,8 +18,7 @@ from flm_megatron.checkpoint.memory.blobs import NONE, Generation
 from flm_megatron.checkpoint.memory.client import LocalAgent, RemoteAgent
 from flm_megatron.checkpoint.memory.contents import header_of, parts_of, tensors_of
 from flm_megatron.checkpoint.memory.generations import found, required
-from flm_megatron.checkpoint.memory.host_memory import available_bytes
-from flm_megatron.checkpoint.memory.peers import _check_budget
+from flm_megatron.checkpoint.memory.peers import _check_budget, available_bytes
 from flm_megatron.checkpoint.memory.starting import obstacle
 from flm_megatron.checkpoint.memory.view import Held, MemoryCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint

@@ -9,8 +9,7 @@ import pytest
 
 from flm_megatron.config.rules.model import model_sizes_are_counts
 from flm_megatron.config.rules.pipeline import divisors
-from flm_megatron.config.rules.schedule import learning_rates_are_ordered
-from flm_megatron.config.rules.stability import STABILITY_RULES
+from flm_megatron.config.rules.schedule import STABILITY_RULES, learning_rates_are_ordered
 from flm_megatron.config.schema import LoraConfig, ModelConfig, OptimizerConfig, RunConfig, StabilityConfig, StageConfig
 
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from flm_megatron.config.history import History, Segment
 from flm_megatron.config.schema import DataConfig
+from flm_megatron.data.corpus.source_line import Remaining
 from flm_megatron.data.streams.cuts import Cut, Place
 from flm_megatron.data.streams.mixture import mixture_at_end, segment_sources
-from flm_megatron.data.streams.remaining import Remaining
 from flm_megatron.data.streams.stream import SampleStream
 from flm_megatron.errors import RequestError
 from tests.support import data_cases

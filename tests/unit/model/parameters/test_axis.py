@@ -1,13 +1,27 @@
-"""How an axis is cut: the shards of all ranks are the whole axis."""
+"""How an axis is cut: the shards of all ranks are the whole axis; the vocabulary is padded before."""
 
 from __future__ import annotations
 
 import itertools
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flm_megatron.model.parameters import Axis, Band, Cut, Unit
+from flm_megatron.model.parameters.axis import padded_vocab_size
+
+
+@pytest.mark.parametrize(("tensor", "padded"), [(1, 80_000), (4, 80_384), (8, 80_896), (16, 81_920), (32, 81_920)])
+def test_padded_vocabulary_is_as_in_the_releases(tensor: int, padded: int) -> None:
+    assert padded_vocab_size(80_000, tensor) == padded
+
+
+@given(st.integers(1, 200_000), st.integers(1, 64))
+def test_padding_is_the_least_that_splits(vocab: int, tensor: int) -> None:
+    padded = padded_vocab_size(vocab, tensor)
+    assert padded % (128 * tensor) == 0
+    assert vocab <= padded < vocab + 128 * tensor
 
 
 @st.composite

@@ -15,8 +15,7 @@ from flm_megatron.config.schema.stage import Precision
 from flm_megatron.kernels.loss import linear_loss
 from flm_megatron.model.parameters import parameter_count
 from flm_megatron.planner.cost.activations import fuses_head, head_activations, head_tokens, layer_activations
-from flm_megatron.planner.cost.in_flight import peak_in_flight
-from flm_megatron.planner.cost.memory import GIB, all_rank_memory, rank_memory, worst_memory
+from flm_megatron.planner.cost.memory import GIB, all_rank_memory, peak_in_flight, rank_memory, worst_memory
 from flm_megatron.planner.layout import CUDA, Implementation, Recompute, Workload, as_chosen, stage_workload
 
 TELE_FLM = ModelConfig(num_layers=64, hidden_size=8192, ffn_hidden_size=21824, num_attention_heads=64, vocab_size=81920)

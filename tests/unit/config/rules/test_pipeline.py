@@ -1,4 +1,4 @@
-"""Layers over pipeline parts, and the padded vocabulary."""
+"""Layers over pipeline parts."""
 
 from __future__ import annotations
 
@@ -6,24 +6,10 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from flm_megatron.config.rules.pipeline import pipeline_split
 from flm_megatron.config.schema import ParallelConfig
 from flm_megatron.errors import RequestError
-from flm_megatron.model.split import padded_vocab_size, pipeline_split
-
-
-@pytest.mark.parametrize(("tensor", "padded"), [(1, 80_000), (4, 80_384), (8, 80_896), (16, 81_920), (32, 81_920)])
-def test_padded_vocabulary_is_as_in_the_releases(tensor: int, padded: int) -> None:
-    assert padded_vocab_size(80_000, tensor) == padded
-
-
-@given(st.integers(1, 200_000), st.integers(1, 64))
-def test_padding_is_the_least_that_splits(vocab: int, tensor: int) -> None:
-    padded = padded_vocab_size(vocab, tensor)
-    assert padded % (128 * tensor) == 0
-    assert vocab <= padded < vocab + 128 * tensor
 
 
 @pytest.mark.parametrize(
