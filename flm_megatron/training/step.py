@@ -13,7 +13,7 @@ from torch.profiler import record_function
 
 from flm_megatron.config.schema import StageConfig
 from flm_megatron.device import current
-from flm_megatron.training.freezing import freeze, frozen_parameters
+from flm_megatron.training.frozen_weights import freeze, frozen_parameters
 from flm_megatron.training.optimizer_step import guarded_step
 
 Batch = dict[str, torch.Tensor]

@@ -23,7 +23,7 @@ from flm_megatron.data.streams import training_stream
 from flm_megatron.launch.fine_tuning import prepared
 from flm_megatron.launch.run import train
 from flm_megatron.model.parameters import EMBEDDING, HEAD
-from flm_megatron.training.freezing import frozen_units
+from flm_megatron.training.frozen_weights import frozen_units
 from flm_megatron.training.resume.start import checkpoint_store
 from flm_megatron.training.step import Batch
 from tests.support.chat_cases import conversation, tokenizer, write
