@@ -180,10 +180,10 @@ def only_load(trainer: StageTrainer, stop: StopRequest) -> bool:
 def state_digest(trainer: Any) -> str:
     """A hash of all weights and of the optimizer's state."""
     found = hashlib.sha256()
-    for chunk in trainer.engine.chunks:
+    for chunk in trainer.state.chunks:
         for parameter in chunk.parameters():
             found.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
-    for name, value in sorted(tensors_in(trainer.engine.optimizer.state_dict())):
+    for name, value in sorted(tensors_in(trainer.state.optimizer.state_dict())):
         found.update(name.encode() + value.contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 

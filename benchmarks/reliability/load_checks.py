@@ -41,7 +41,7 @@ def measure(checkpoint: Path, repeats: int) -> None:
     from flm_megatron.checkpoint.opening import open_checkpoint
     from flm_megatron.config.schema import DistributedConfig, ParallelConfig, StageConfig
     from flm_megatron.distributed.world import layout, world
-    from flm_megatron.training.step import Engine
+    from flm_megatron.training.step import TrainState
 
     size = sum(file.stat().st_size for file in checkpoint.iterdir())
     with (
@@ -50,7 +50,7 @@ def measure(checkpoint: Path, repeats: int) -> None:
         layout(ParallelConfig(), 600),
     ):
         model = required_model(open_checkpoint(checkpoint), str(checkpoint))
-        load = loaders(checkpoint, Engine(StageConfig(model=model, precision="bf16"), 128))
+        load = loaders(checkpoint, TrainState(StageConfig(model=model, precision="bf16"), 128))
         for name, prepare in (("disk", lambda: forget(checkpoint)), ("page cache", lambda: None)):
             times: dict[bool, list[float]] = {True: [], False: []}
             for _ in range(repeats):

@@ -35,7 +35,7 @@ from flm_megatron.config.schema import DistributedConfig, KernelsConfig, ModelCo
 from flm_megatron.distributed.world import layout, world
 
 if TYPE_CHECKING:
-    from flm_megatron.training.step import Engine
+    from flm_megatron.training.step import TrainState
 
 GIB = 2**30
 COPIED = 2**29
@@ -89,28 +89,28 @@ class WithNeighbour(Peers):
 
 
 @contextmanager
-def engine_of(layers: int) -> Iterator[Engine]:
+def engine_of(layers: int) -> Iterator[TrainState]:
     """A real engine on one rank."""
-    from flm_megatron.training.step import Engine
+    from flm_megatron.training.step import TrainState
 
     kernels.use(kernels.choose(KernelsConfig()))
     stage = StageConfig(name="small", model=model(layers), precision="bf16", parallel=ParallelConfig())
     with layout(stage.parallel, 600):
-        yield Engine(stage, 64)
+        yield TrainState(stage, 64)
 
 
 def measure(layers: int, only: str | None, folder: Path) -> None:
     """All measures, or those of one kind, one after the other."""
-    with engine_of(layers) as engine:
-        parts = stored_state(engine.chunks, engine.optimizer)[1]
+    with engine_of(layers) as state:
+        parts = stored_state(state.chunks, state.optimizer)[1]
         nbytes = sum(tensor.nbytes for _, _, tensor in parts)
         print(f"state {nbytes / GIB:.2f} GiB in {len(parts)} regions")
         print("| | first, s | later, s | plain copy, s | first / plain | later / plain |\n|---|---|---|---|---|---|")
         new_memory(parts, Plain(nbytes))
         if only != "save":
-            memory_stall(engine, Plain(nbytes), nbytes)
+            memory_stall(state, Plain(nbytes), nbytes)
         if only != "memory":
-            save_stall(engine, Plain(nbytes), folder)
+            save_stall(state, Plain(nbytes), folder)
 
 
 def new_memory(parts: list[Stored], plain: Plain) -> None:
@@ -122,22 +122,22 @@ def new_memory(parts: list[Stored], plain: Plain) -> None:
     report("copy into new memory each time", seconds, plain)
 
 
-def save_stall(engine: Engine, plain: Plain, folder: Path) -> None:
+def save_stall(state: TrainState, plain: Plain, folder: Path) -> None:
     """Saves to disk in the background, each waited for before the next."""
-    prepare_asynchronous_save(engine.chunks, engine.optimizer)  # as at the start of a stage
+    prepare_asynchronous_save(state.chunks, state.optimizer)  # as at the start of a stage
     time.sleep(STEPS_S)
     seconds = []
     for number in range(TIMES):
         plain.again()
         began = time.perf_counter()
-        handle = save_state(folder / str(number), engine.chunks, engine.optimizer, MANIFEST, asynchronous=True)
+        handle = save_state(folder / str(number), state.chunks, state.optimizer, MANIFEST, asynchronous=True)
         seconds.append(time.perf_counter() - began)
         handle.wait()
         shutil.rmtree(folder / str(number))
     report("asynchronous save", seconds, plain)
 
 
-def memory_stall(engine: Engine, plain: Plain, nbytes: int) -> None:
+def memory_stall(state: TrainState, plain: Plain, nbytes: int) -> None:
     """Copies into the host agent's memory, passed on to a neighbour's; each is waited for before the next."""
     with ExitStack() as stack:
         other = stack.enter_context(subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE))
@@ -148,11 +148,11 @@ def memory_stall(engine: Engine, plain: Plain, nbytes: int) -> None:
         peers = WithNeighbour()
         peers.target = neighbour.endpoint()
         refresher = Refresher(peers, NONE, None)
-        reserved_s = timed(lambda: refresher.reserve(engine.chunks, engine.optimizer, None))
+        reserved_s = timed(lambda: refresher.reserve(state.chunks, state.optimizer, None))
         seconds, passing = [], []
         for step in range(1, TIMES + 1):
             plain.again()
-            refresh = partial(refresher.refresh, engine.chunks, engine.optimizer, MANIFEST | {"step": step})
+            refresh = partial(refresher.refresh, state.chunks, state.optimizer, MANIFEST | {"step": step})
             seconds.append(timed(refresh))
             passing.append(timed(lambda: wait_whole(peers.local)))
         peers.stop()

@@ -12,7 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from flm_megatron.benchmarking.measure import engine_step, on_ranks
+from flm_megatron.benchmarking.measure import on_ranks, state_step
 from flm_megatron.benchmarking.peers.peer import transformers_step
 from flm_megatron.benchmarking.steps import slowest, synthetic_batches
 from flm_megatron.config.loader import load_run
@@ -28,7 +28,7 @@ def of_programs(stage: StageConfig, peer: bool) -> list[list[float]]:
     from flm_megatron import kernels
 
     kernels.use(kernels.choose())
-    steps = [engine_step(stage, SEQUENCE)[1], *([transformers_step(stage, SEQUENCE)] if peer else [])]
+    steps = [state_step(stage, SEQUENCE)[1], *([transformers_step(stage, SEQUENCE)] if peer else [])]
     batches = synthetic_batches(stage, SEQUENCE, 1)
     times: list[list[tuple[float, float]]] = [[] for _ in steps]
     for number in range(STEPS + 1):

@@ -22,7 +22,7 @@ from flm_megatron.device import current
 from flm_megatron.device.hardware import find_hardware
 from flm_megatron.planner.cost.memory import GIB, all_rank_memory
 from flm_megatron.planner.layout import CPU, CUDA, as_chosen, stage_workload
-from flm_megatron.training.step import Engine
+from flm_megatron.training.step import TrainState
 
 PROGRAM = "flm_megatron"
 LEARNING_RATE = 1e-5
@@ -70,14 +70,14 @@ def measure_engine(request: Request) -> dict[str, Any]:
     stage, sequence = request.stage, request.sequence_length
     kernels.use(kernels.choose(request.kernels))
     before = held_gib()
-    engine, step = engine_step(stage, sequence)
+    state, step = state_step(stage, sequence)
     batches = synthetic_batches(stage, sequence, parallel_state.get_data_parallel_world_size())
     for _ in range(request.warmup):
         step(batches)
     current().reset_peak_memory()
     times = slowest([timed(step, batches) for _ in range(request.steps)])
     held = current().peak_memory_gib() - before
-    parts = profile_parts(engine.chunks, step, batches, request.profiled) if request.profiled else {}
+    parts = profile_parts(state.chunks, step, batches, request.profiled) if request.profiled else {}
     world = dist.get_world_size()
     return vars(
         replace(
@@ -88,16 +88,16 @@ def measure_engine(request: Request) -> dict[str, Any]:
     )
 
 
-def engine_step(stage: StageConfig, sequence_length: int) -> tuple[Engine, Step]:
-    """Our engine with random weights, and its training step."""
+def state_step(stage: StageConfig, sequence_length: int) -> tuple[TrainState, Step]:
+    """The state with random weights, and its training step."""
     from flm_megatron.optim.learning_rate import set_learning_rates
 
-    engine = Engine(stage, sequence_length)
-    for chunk in engine.chunks:
+    state = TrainState(stage, sequence_length)
+    for chunk in state.chunks:
         draw_weights(chunk)
-    engine.optimizer.reload_model_params()
-    set_learning_rates(engine.optimizer, stage, LEARNING_RATE)
-    return engine, lambda batches: engine.train_step(batches).loss
+    state.optimizer.reload_model_params()
+    set_learning_rates(state.optimizer, stage, LEARNING_RATE)
+    return state, lambda batches: state.train_step(batches).loss
 
 
 def describe_measurement(

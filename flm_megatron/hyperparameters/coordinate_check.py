@@ -34,7 +34,7 @@ from flm_megatron.distributed.world import layout, world
 from flm_megatron.errors import RequestError
 from flm_megatron.hyperparameters.coordinate_probe import Probe
 from flm_megatron.optim.learning_rate import set_learning_rates
-from flm_megatron.training.step import Engine
+from flm_megatron.training.step import TrainState
 
 Quantity = Literal["activation", "update"]
 
@@ -153,14 +153,14 @@ def _sizes(model: ModelConfig, settings: CheckSettings, seed: int) -> dict[tuple
         global_batch=settings.samples,
         optimizer=OptimizerConfig(lr=settings.lr, min_lr=0.0, clip_grad=0.0, eps=1e-12),
     )
-    engine = Engine(stage, settings.sequence_length)
-    load_state(InitialCheckpoint(model, seed), engine.chunks)
+    state = TrainState(stage, settings.sequence_length)
+    load_state(InitialCheckpoint(model, seed), state.chunks)
     batch = _batch(model, settings, seed)
-    probe = Probe(engine.chunks[0].module)
+    probe = Probe(state.chunks[0].module)
     probe.start(batch["tokens"])
     for _ in range(settings.steps):
-        set_learning_rates(engine.optimizer, stage, settings.lr)
-        engine.train_step([batch])
+        set_learning_rates(state.optimizer, stage, settings.lr)
+        state.train_step([batch])
     probe.end(batch["tokens"])
     return {
         **{(n, "activation"): x for n, x in probe.activations.items()},

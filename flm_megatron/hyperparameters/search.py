@@ -22,7 +22,7 @@ from flm_megatron.data.streams.stream import SampleStream
 from flm_megatron.errors import RequestError
 from flm_megatron.hyperparameters.coordinate_check import one_process, power_of_width, scaled_model
 from flm_megatron.optim.learning_rate import learning_rate, set_learning_rates
-from flm_megatron.training.step import Engine
+from flm_megatron.training.step import TrainState
 
 OPTIMIZER_VALUES = ("lr", "matrix_lr", "min_lr")
 MODEL_VALUES = ("matrix_init_std", "vector_init_std", "input_mult", "output_mult")
@@ -139,16 +139,16 @@ def _train(
     number: int, values: dict[str, float], run: RunConfig, stage: StageConfig, settings: SearchSettings
 ) -> Trial:
     alone = replace(run, stages=[stage])
-    engine = Engine(stage, run.data.sequence_length)
-    load_state(InitialCheckpoint(stage.model, run.seed), engine.chunks, engine.optimizer)
+    state = TrainState(stage, run.data.sequence_length)
+    load_state(InitialCheckpoint(stage.model, run.seed), state.chunks, state.optimizer)
     feed = batches(SampleStream(run.data, run.seed, "train"), 0, stage.global_batch, stage.micro_batch, 0, 1)
     losses: list[float] = []
     norms: list[float] = []
     try:
         for step in range(1, settings.steps + 1):
             tokens = step * stage.global_batch * run.data.sequence_length
-            set_learning_rates(engine.optimizer, stage, learning_rate(tokens, alone, 0))
-            result = engine.train_step(next(feed))
+            set_learning_rates(state.optimizer, stage, learning_rate(tokens, alone, 0))
+            result = state.train_step(next(feed))
             losses.append(result.loss)
             norms.append(result.grad_norm)
             if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):

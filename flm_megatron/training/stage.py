@@ -40,7 +40,7 @@ from flm_megatron.training.resume.memory_copies import MemoryCopies
 from flm_megatron.training.resume.start import Beginning, Start, begin, checkpoint_store
 from flm_megatron.training.resume.unfinished_save import bring_to_end
 from flm_megatron.training.spikes import SpikeWatch, joined
-from flm_megatron.training.step import Batch, Engine, StepResult, Told
+from flm_megatron.training.step import Batch, StepResult, Told, TrainState
 
 RECENT_STEPS = 20
 
@@ -76,7 +76,7 @@ def train_stage(run: RunConfig, start: Start, copies: MemoryCopies | None = None
 
 
 class StageTrainer:
-    """One stage under way: its engine, its place in the stream, its log and its checkpoints."""
+    """One stage under way: its model with its optimizer, its place in the stream, its log and its checkpoints."""
 
     def __init__(self, run: RunConfig, start: Start, beginning: Beginning, copies: MemoryCopies | None = None) -> None:
         from megatron.core import parallel_state
@@ -86,7 +86,7 @@ class StageTrainer:
         self.budget = self.budgets[start.stage]
         self.stage, self.plan = beginning.stage, beginning.plan
         self.run = replace(run, stages=[*run.stages[: self.index], self.stage, *run.stages[self.index + 1 :]])
-        self.engine = Engine(self.stage, run.data.sequence_length)
+        self.state = TrainState(self.stage, run.data.sequence_length)
         self.view = beginning.view
         self._load(self.view)
         self.watch = SpikeWatch(self.stage.stability, _watched(start, self.view.manifest))
@@ -165,10 +165,10 @@ class StageTrainer:
         """One step with its learning rate, its check and its report; returns whether a stop was asked for."""
         began = time.perf_counter()
         lr = learning_rate(self.budget.tokens_at(self.step + 1), self.run, self.index, self.budgets)
-        set_learning_rates(self.engine.optimizer, self.stage, lr)
+        set_learning_rates(self.state.optimizer, self.stage, lr)
         for hook in self.hooks:
             hook.before_step(self)
-        result = self.engine.train_step(group, Told(stop.asked, self.saving.failed), self.watch.reason)
+        result = self.state.train_step(group, Told(stop.asked, self.saving.failed), self.watch.reason)
         self.step += 1
         self.times.append(time.perf_counter() - began)
         self.meter.step(self.step, self.times[-1], waited_s, result.refused is None)
@@ -212,8 +212,8 @@ class StageTrainer:
 
     def _load(self, view: LogicalCheckpoint) -> None:
         """Weights and optimizer of a checkpoint."""
-        load_state(view, self.engine.chunks, self.engine.optimizer)
-        load_births(view, self.engine.chunks, self.engine.optimizer)
+        load_state(view, self.state.chunks, self.state.optimizer)
+        load_births(view, self.state.chunks, self.state.optimizer)
 
     def _metrics(self, result: StepResult, lr: float) -> StepMetrics:
         device = current()
@@ -244,7 +244,7 @@ class StageTrainer:
     def manifest(self) -> dict[str, Any]:
         """What a checkpoint of this step says of itself."""
         samples = self.budget.sample_at(self.step)
-        adam_step = max((group.get("step", 0) for group in self.engine.optimizer.param_groups), default=0)
+        adam_step = max((group.get("step", 0) for group in self.state.optimizer.param_groups), default=0)
         position = StagePosition(self.step, samples, self.budget.tokens_at(self.step), adam_step)
         return {
             **stage_manifest(self.run, self.index, self.stage.model, position, self.growth),

@@ -15,7 +15,7 @@ from flm_megatron.config.schema import KernelsConfig, ModelConfig, OptimizerConf
 from flm_megatron.device import current
 from flm_megatron.kernels import fp8
 from flm_megatron.optim.learning_rate import set_learning_rates
-from flm_megatron.training.step import Batch, Engine
+from flm_megatron.training.step import Batch, TrainState
 from tests.support.engine import one_process
 from tests.support.fp8_oracle import linear
 
@@ -71,10 +71,10 @@ def curve(stage: StageConfig, steps: int) -> torch.Tensor:
     from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
     from flm_megatron.checkpoint.sharding.model_state import load_state
 
-    engine = Engine(stage, 512)
-    load_state(InitialCheckpoint(stage.model, 7), engine.chunks, engine.optimizer)
-    set_learning_rates(engine.optimizer, stage, stage.optimizer.lr)
-    return torch.tensor([engine.train_step([batch(step % 2)] * 2).loss for step in range(steps)])
+    state = TrainState(stage, 512)
+    load_state(InitialCheckpoint(stage.model, 7), state.chunks, state.optimizer)
+    set_learning_rates(state.optimizer, stage, stage.optimizer.lr)
+    return torch.tensor([state.train_step([batch(step % 2)] * 2).loss for step in range(steps)])
 
 
 def batch(seed: int) -> Batch:

@@ -14,7 +14,7 @@ from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.sharding.model_state import load_state
 from flm_megatron.config.schema import KernelsConfig, ParallelConfig, StageConfig
 from flm_megatron.distributed.world import layout
-from flm_megatron.training.step import Engine
+from flm_megatron.training.step import TrainState
 from tests.support.layouts import GLOBAL_BATCH, SEQUENCE, STAGE, micro_batches, synthetic_batch
 
 MODEL = replace(STAGE.model, num_layers=4)
@@ -45,20 +45,20 @@ def gradient_buffers(
 
     kernels.use(kernels.choose(wanted))
     with layout(stage.parallel, timeout_s=120):
-        engine = Engine(stage, SEQUENCE)
+        state = TrainState(stage, SEQUENCE)
         view: Any = InitialCheckpoint(replace(stage.model, lora=None), 7)
         if stage.model.lora:
             view = WithNewAdapters(view, stage.model, 7)
-        load_state(view, engine.chunks, engine.optimizer)
-        modules = [module for chunk in engine.chunks for module in chunk.modules()]
+        load_state(view, state.chunks, state.optimizer)
+        modules = [module for chunk in state.chunks for module in chunk.modules()]
         linear = [module for module in modules if isinstance(module, (ColumnParallelLinear, RowParallelLinear))]
         if prepare:
             prepare(linear)
-        for chunk in engine.chunks:
+        for chunk in state.chunks:
             chunk.zero_grad_buffer()
         batch = micro_batches(synthetic_batch(0, stage.model.vocab_size or 0), stage.micro_batch)
-        loss, tokens, _ = engine._losses(batch, forward_only=False)
-        buffers = [buffer.grad_data for chunk in engine.chunks for buffer in chunk.buffers]
+        loss, tokens, _ = state._losses(batch, forward_only=False)
+        buffers = [buffer.grad_data for chunk in state.chunks for buffer in chunk.buffers]
         assert all(buffer.dtype is torch.float32 for buffer in buffers)
         learning = [module.weight for module in linear if module.weight.requires_grad]
         added = sum(weight.grad_added_to_main_grad for weight in learning)

@@ -22,7 +22,7 @@ from flm_megatron.config.schema import (
 )
 from flm_megatron.distributed.world import layout
 from flm_megatron.optim.learning_rate import learning_rate, set_learning_rates
-from flm_megatron.training.step import Batch, Engine
+from flm_megatron.training.step import Batch, TrainState
 
 SEQUENCE, GLOBAL_BATCH = 16, 8
 
@@ -91,35 +91,35 @@ def micro_batches(batch: Batch, micro: int) -> list[Batch]:
 
 
 @contextmanager
-def engine_under(parallel: ParallelConfig, stage: StageConfig = STAGE, seed: int = 7) -> Iterator[Engine]:
+def engine_under(parallel: ParallelConfig, stage: StageConfig = STAGE, seed: int = 7) -> Iterator[TrainState]:
     """An engine with the initial weights of `seed` under a layout."""
     # As few micro-batches as exercise accumulation and the pipeline: each costs collectives in every layer.
     micro = max(1, GLOBAL_BATCH // (parallel.data or 1) // max(2, parallel.pipeline))
     stage = replace(stage, parallel=parallel, micro_batch=micro)
     with layout(parallel, timeout_s=120):
-        engine = Engine(stage, SEQUENCE)
-        load_state(InitialCheckpoint(stage.model, seed), engine.chunks, engine.optimizer)
-        yield engine
+        state = TrainState(stage, SEQUENCE)
+        load_state(InitialCheckpoint(stage.model, seed), state.chunks, state.optimizer)
+        yield state
 
 
-def take_steps(engine: Engine, steps: range) -> list[tuple[float, float]]:
+def take_steps(state: TrainState, steps: range) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step."""
-    stage = engine.stage
+    stage = state.stage
     run = RunConfig(data=DataConfig(sequence_length=SEQUENCE), stages=[stage])
     results = []
     for step in steps:
         position = (step + 1) * GLOBAL_BATCH * SEQUENCE
-        set_learning_rates(engine.optimizer, stage, learning_rate(position, run, 0))
+        set_learning_rates(state.optimizer, stage, learning_rate(position, run, 0))
         batch = synthetic_batch(step, stage.model.vocab_size or 0)
-        result = engine.train_step(micro_batches(batch, stage.micro_batch))
+        result = state.train_step(micro_batches(batch, stage.micro_batch))
         results.append((result.loss, result.grad_norm))
     return results
 
 
 def train_under(parallel: ParallelConfig, stage: StageConfig = STAGE, steps: int = 10) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step under a layout, from the same initial bits."""
-    with engine_under(parallel, stage) as engine:
-        return take_steps(engine, range(steps))
+    with engine_under(parallel, stage) as state:
+        return take_steps(state, range(steps))
 
 
 def relative_difference(left: list[Any], right: list[Any]) -> float:

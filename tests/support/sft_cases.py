@@ -16,7 +16,7 @@ from flm_megatron.checkpoint.torch_dist.writer import write_view
 from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, StageConfig
 from flm_megatron.distributed.world import layout
-from flm_megatron.training.step import Batch, Engine
+from flm_megatron.training.step import Batch, TrainState
 from tests.support.chat_cases import conversation, tokenizer, write
 from tests.support.layouts import micro_batches
 
@@ -48,15 +48,15 @@ def gradients(parallel: ParallelConfig, model: ModelConfig, view: LogicalCheckpo
     stage = StageConfig(model=model, micro_batch=2, parallel=replace(parallel, distributed_optimizer=False))
     found = []
     with layout(stage.parallel, 120):
-        engine = Engine(stage, LENGTH)
-        load_state(view, engine.chunks, engine.optimizer)
+        state = TrainState(stage, LENGTH)
+        load_state(view, state.chunks, state.optimizer)
         for batch in batches:
-            for chunk in engine.chunks:
+            for chunk in state.chunks:
                 chunk.zero_grad_buffer()
-            loss, tokens, _ = engine._losses(micro_batches(batch, 2), forward_only=False)
+            loss, tokens, _ = state._losses(micro_batches(batch, 2), forward_only=False)
             parts = [
                 (p.name, p.region, p.parameter.main_grad[p.local.slices].reshape(p.region.sizes).clone())  # type: ignore[attr-defined]
-                for p in placements(engine.chunks)
+                for p in placements(state.chunks)
                 if p.parameter.requires_grad
             ]
             found.append((loss / tokens, tokens, parts))

@@ -11,7 +11,7 @@ from torch import Tensor
 from flm_megatron.benchmarking.steps import Step, draw_weights
 from flm_megatron.config.schema import StageConfig
 from flm_megatron.device import current
-from flm_megatron.training.step import Batch, Engine, wrap_chunks
+from flm_megatron.training.step import Batch, TrainState, wrap_chunks
 
 PATCHED = {
     "megatron.core.optimizer": ("Adam", "USING_PYTORCH_OPTIMIZER"),
@@ -31,17 +31,17 @@ not there counts as none."""
 def bare_megatron_step(stage: StageConfig, sequence_length: int) -> Step:
     """Its training step; called before our own optimizer is built in this process."""
     shipped = _names()
-    engine = BareEngine(stage, sequence_length)
+    state = BareTrainState(stage, sequence_length)
 
     def step(batches: list[Batch]) -> float:
         """A step with megatron-core as it is shipped."""
         with _put(shipped):
-            return engine.train_step(batches).loss
+            return state.train_step(batches).loss
 
     return step
 
 
-class BareEngine(Engine):
+class BareTrainState(TrainState):
     """The training step over megatron-core's own model, one chunk on one process."""
 
     def __init__(self, stage: StageConfig, sequence_length: int) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from flm_megatron import kernels
-from flm_megatron.benchmarking.measure import PROGRAM, describe_measurement, engine_step, planned_gib
+from flm_megatron.benchmarking.measure import PROGRAM, describe_measurement, planned_gib, state_step
 from flm_megatron.benchmarking.peers.bare_megatron import bare_megatron_step
 from flm_megatron.benchmarking.peers.peer import BARE, transformers_step
 from flm_megatron.benchmarking.peers.torchtitan import torchtitan_step
@@ -25,7 +25,7 @@ BUILDERS: dict[str, Callable[[StageConfig, int], Step]] = {
     "transformers": transformers_step,
     "transformers-compiled": partial(transformers_step, compiled=True),
     "torchtitan": torchtitan_step,
-    PROGRAM: lambda stage, sequence: engine_step(stage, sequence)[1],
+    PROGRAM: lambda stage, sequence: state_step(stage, sequence)[1],
 }
 
 

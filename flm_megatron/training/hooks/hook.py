@@ -18,7 +18,7 @@ class Hook:
 
     Every rank makes its own, without arguments and anew for each stage, and all ranks call all hooks in the same
     order: a hook may communicate. What it raises ends the run. Of the `trainer` it may read `run`, `stage`, `budget`,
-    `step` (steps done), `engine.chunks` (model chunks), `engine.optimizer`, and `log`, which is None but on the main
+    `step` (steps done), `state.chunks` (model chunks), `state.optimizer`, and `log`, which is None but on the main
     rank.
     """
 

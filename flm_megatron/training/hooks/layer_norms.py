@@ -13,7 +13,7 @@ from flm_megatron.checkpoint.sharding.placement import Placement, placements
 from flm_megatron.device import current
 from flm_megatron.model.parameters import parameter_specs
 from flm_megatron.training.hooks.hook import Hook
-from flm_megatron.training.step import Engine, StepResult
+from flm_megatron.training.step import StepResult, TrainState
 
 if TYPE_CHECKING:
     from flm_megatron.training.stage import StageTrainer
@@ -24,20 +24,20 @@ class LayerNorms(Hook):
 
     def after_step(self, trainer: StageTrainer, result: StepResult) -> Mapping[str, float]:
         """See `layer_norms`."""
-        return layer_norms(trainer.engine)
+        return layer_norms(trainer.state)
 
 
 @torch.no_grad()
-def layer_norms(engine: Engine) -> dict[str, float]:
+def layer_norms(state: TrainState) -> dict[str, float]:
     """2-norms after a step, over all ranks: `weight_norm/PART` and `grad_norm/PART` for every part of the model.
 
     Parts are the layers (`layer_000` ...) and the logical tensors outside them. Weights are the fp32 masters,
     gradients those that the optimizer took, after clipping. Each rank adds up what it owns; nothing is gathered.
     """
-    parts = _parts(engine)
+    parts = _parts(state)
     numbers = {part: index for index, part in enumerate(parts)}
     sums = torch.zeros(len(parts), 2, dtype=torch.float64, device=current().torch_device)
-    for part, weight, gradient in _owned(engine):
+    for part, weight, gradient in _owned(state):
         sums[numbers[part], 0] += weight.double().square().sum()
         sums[numbers[part], 1] += gradient.double().square().sum()
     dist.all_reduce(sums)
@@ -46,26 +46,26 @@ def layer_norms(engine: Engine) -> dict[str, float]:
     return {f"{kind}/{part}": norms[numbers[part]][column] for column, kind in enumerate(kinds) for part in parts}
 
 
-def _parts(engine: Engine) -> list[str]:
-    model = engine.stage.model
+def _parts(state: TrainState) -> list[str]:
+    model = state.stage.model
     outside = [spec.name for spec in parameter_specs(model).values() if not spec.stacked]
     return [f"layer_{layer:03d}" for layer in range(model.num_layers)] + outside
 
 
-def _owned(engine: Engine) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+def _owned(state: TrainState) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Part, masters and gradients of every rectangle that this rank owns and that is to be counted here."""
     from megatron.core import parallel_state
 
     first_replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-    by_parameter = placements_by_parameter(placements(engine.chunks))
-    gradients = _gradients(engine.optimizer)
-    for state in state_slices(engine.optimizer):
-        if not (state.sharded or first_replica):
+    by_parameter = placements_by_parameter(placements(state.chunks))
+    gradients = _gradients(state.optimizer)
+    for owned in state_slices(state.optimizer):
+        if not (owned.sharded or first_replica):
             continue
-        flat = gradients[state.master.data_ptr()].view(-1)
-        for rectangle in rectangles(state, by_parameter):
+        flat = gradients[owned.master.data_ptr()].view(-1)
+        for rectangle in rectangles(owned, by_parameter):
             if rectangle.placement.main:
-                yield _part(rectangle.placement), rectangle.values(state.master), rectangle.values(flat)
+                yield _part(rectangle.placement), rectangle.values(owned.master), rectangle.values(flat)
 
 
 def _gradients(optimizer: Any) -> dict[int, torch.Tensor]:

@@ -23,7 +23,7 @@ class OpenMasks(Hook):
     def on_start(self, trainer: StageTrainer) -> None:
         """Put the masks in that are not open yet."""
         if self.plan.masked and mask_value(self.plan, trainer.step) < 1:
-            self.masks = GrowthMasks(trainer.engine.chunks, trainer.stage.model, mask_plan(self.plan))
+            self.masks = GrowthMasks(trainer.state.chunks, trainer.stage.model, mask_plan(self.plan))
 
     def before_step(self, trainer: StageTrainer) -> None:
         """Set them to this step's value; at 1 they come off."""

@@ -19,7 +19,7 @@ class CopyToMemory(Hook):
 
     def on_start(self, trainer: StageTrainer) -> None:
         """Have the hosts set memory aside."""
-        self.copies.reserve(trainer.engine.chunks, trainer.engine.optimizer)
+        self.copies.reserve(trainer.state.chunks, trainer.state.optimizer)
 
     def at_interval(self, trainer: StageTrainer) -> None:
         """Keep this step; the last one is saved on the disk instead."""
@@ -28,6 +28,6 @@ class CopyToMemory(Hook):
         with trainer.meter.stall("copy"):
             if trainer.log:
                 trainer.log.sync()
-            line = self.copies.refresh(trainer.engine.chunks, trainer.engine.optimizer, trainer.manifest())
+            line = self.copies.refresh(trainer.state.chunks, trainer.state.optimizer, trainer.manifest())
         if line and trainer.log:
             trainer.log.say(line)

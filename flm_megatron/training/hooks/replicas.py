@@ -40,7 +40,7 @@ class CompareReplicas(Hook):
             return
         with trainer.meter.stall("replicas"), forgotten_on_error(self.copies):
             equal_step = max(self.compared_step, trainer.start.step)  # they are loaded from one place
-            check_replicas(trainer.engine.chunks, trainer.step, equal_step)
+            check_replicas(trainer.state.chunks, trainer.step, equal_step)
         self.compared_step = trainer.step
 
     def on_save(self, trainer: StageTrainer) -> None:

@@ -27,7 +27,7 @@ class Saving(Hook):
         self.saved_step = start.step if start.step and start.source else -1
         self.saved_path = start.source if start.resumes else None
         if self.wanted.asynchronous:
-            prepare_asynchronous_save(trainer.engine.chunks, trainer.engine.optimizer)
+            prepare_asynchronous_save(trainer.state.chunks, trainer.state.optimizer)
 
     @property
     def failed(self) -> bool:
@@ -59,7 +59,7 @@ class Saving(Hook):
         if trainer.log:
             trainer.log.sync()
         self.saved_path = self.store.new_path(trainer.stage.name, trainer.step, trainer.start.taken)
-        state = (trainer.engine.chunks, trainer.engine.optimizer, trainer.manifest())
+        state = (trainer.state.chunks, trainer.state.optimizer, trainer.manifest())
         with trainer.meter.stall("save"):
             self.pending = save_state(self.saved_path, *state, self.wanted.asynchronous)
         self.saved_step = trainer.step

@@ -44,4 +44,4 @@ class Validation(Hook):
 def _loss(trainer: StageTrainer, stream: Stream) -> float:
     stage = trainer.stage
     sizes = (stage.global_batch, stage.micro_batch, trainer.data_rank, trainer.data_size)
-    return trainer.engine.validation_loss(validation_batches(stream, stage.validation.samples, *sizes))
+    return trainer.state.validation_loss(validation_batches(stream, stage.validation.samples, *sizes))

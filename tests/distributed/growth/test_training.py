@@ -60,17 +60,17 @@ def trained_both_ways(path: Path, parallel: ParallelConfig, precision: Precision
     """Ten steps from the view and from the written checkpoint, and the hashes of what they end at."""
     from flm_megatron.checkpoint.sharding.model_state import load_state, save_state
     from flm_megatron.distributed.world import layout
-    from flm_megatron.training.step import Engine
+    from flm_megatron.training.step import TrainState
 
     view = grown("zero", precision)
     write_grown(view, path / "grown", Processes())
     results = []
     for name, checkpoint in (("view", view), ("written", open_checkpoint(path / "grown"))):
         with layout(parallel, timeout_s=120):
-            engine = Engine(stage_of(view, parallel, precision), SEQUENCE)
-            load_state(checkpoint, engine.chunks, engine.optimizer)
-            losses = take_steps(engine, range(10))
-            save_state(path / name, engine.chunks, engine.optimizer, {**MANIFEST, "step": 10}).wait()
+            state = TrainState(stage_of(view, parallel, precision), SEQUENCE)
+            load_state(checkpoint, state.chunks, state.optimizer)
+            losses = take_steps(state, range(10))
+            save_state(path / name, state.chunks, state.optimizer, {**MANIFEST, "step": 10}).wait()
             results.append((losses, open_checkpoint(path / name).manifest["logical_hash"]))
     return results
 
@@ -88,18 +88,18 @@ def birth_run(path: Path, parallel: ParallelConfig, first: int, last: int, birth
     """Steps `first` to `last` from the growth, or from what was saved at `first`; saves at `last`."""
     from flm_megatron.checkpoint.sharding.model_state import load_state, save_state
     from flm_megatron.distributed.world import layout
-    from flm_megatron.training.step import Engine
+    from flm_megatron.training.step import TrainState
 
     view = grown(birth=birth)
     checkpoint = open_checkpoint(path / str(first)) if first else view
     with layout(parallel, timeout_s=120):
-        engine = Engine(stage_of(view, parallel), SEQUENCE)
-        load_state(checkpoint, engine.chunks, engine.optimizer)
-        load_births(checkpoint, engine.chunks, engine.optimizer)
-        losses = take_steps(engine, range(first, last))
+        state = TrainState(stage_of(view, parallel), SEQUENCE)
+        load_state(checkpoint, state.chunks, state.optimizer)
+        load_births(checkpoint, state.chunks, state.optimizer)
+        losses = take_steps(state, range(first, last))
         growth = checkpoint.manifest["growth"]
         manifest = {**MANIFEST, "step": last, "optimizer_step": 40 + last, "growth": growth}
-        save_state(path / str(last), engine.chunks, engine.optimizer, manifest).wait()
+        save_state(path / str(last), state.chunks, state.optimizer, manifest).wait()
     return losses
 
 

@@ -16,7 +16,7 @@ from flm_megatron.distributed.world import layout
 from flm_megatron.optim.learning_rate import set_learning_rates
 from flm_megatron.training.hooks.layer_norms import layer_norms
 from flm_megatron.training.optimizer_step import guarded_step
-from flm_megatron.training.step import Engine, accept_all
+from flm_megatron.training.step import TrainState, accept_all
 from tests.support.buffers import stage_of
 from tests.support.layouts import SEQUENCE, micro_batches, synthetic_batch
 from tests.support.pool import Pool
@@ -28,21 +28,21 @@ def trained(stage: StageConfig, ours: bool) -> tuple[list[float], dict[str, floa
     """Norm of the gradients at each step, norms of the layers after the last, and this rank's weights."""
     norms = []
     with layout(stage.parallel, timeout_s=120):
-        engine = Engine(stage, SEQUENCE)
-        load_state(InitialCheckpoint(stage.model, 7), engine.chunks, engine.optimizer)
-        set_learning_rates(engine.optimizer, stage, stage.optimizer.lr)
+        state = TrainState(stage, SEQUENCE)
+        load_state(InitialCheckpoint(stage.model, 7), state.chunks, state.optimizer)
+        set_learning_rates(state.optimizer, stage, stage.optimizer.lr)
         for step in range(STEPS):
-            for chunk in engine.chunks:
+            for chunk in state.chunks:
                 chunk.zero_grad_buffer()
-            engine.optimizer.zero_grad()
+            state.optimizer.zero_grad()
             batch = micro_batches(synthetic_batch(step, stage.model.vocab_size or 0), stage.micro_batch)
-            engine._losses(batch, forward_only=False)
+            state._losses(batch, forward_only=False)
             if ours:
-                norms.append(guarded_step(engine.optimizer, lambda norm: accept_all(0.0, norm))[0])
+                norms.append(guarded_step(state.optimizer, lambda norm: accept_all(0.0, norm))[0])
             else:
-                norms.append(float(engine.optimizer.step()[1]))
-        weights = torch.cat([x.detach().float().flatten() for chunk in engine.chunks for x in chunk.parameters()])
-        return norms, layer_norms(engine), weights.numpy().copy()
+                norms.append(float(state.optimizer.step()[1]))
+        weights = torch.cat([x.detach().float().flatten() for chunk in state.chunks for x in chunk.parameters()])
+        return norms, layer_norms(state), weights.numpy().copy()
 
 
 def both(stages: list[StageConfig]) -> list[Any]:

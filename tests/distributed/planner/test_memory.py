@@ -14,7 +14,7 @@ from flm_megatron.config.schema.stage import Precision, Recompute
 from flm_megatron.distributed.world import layout
 from flm_megatron.planner.cost.memory import rank_memory
 from flm_megatron.planner.layout import CPU, Workload, as_chosen
-from flm_megatron.training.step import Engine
+from flm_megatron.training.step import TrainState
 from tests.support.live_bytes import LiveBytes
 from tests.support.pool import Pool
 
@@ -55,13 +55,13 @@ def peak_of_a_step(stage: StageConfig, sequence: int, wanted: KernelsConfig) -> 
     current().prepare()
     kernels.use(kernels.choose(wanted))
     with layout(stage.parallel, timeout_s=120):
-        engine = Engine(stage, sequence)
+        state = TrainState(stage, sequence)
         samples = stage.global_batch // (stage.parallel.data or 1)
-        engine.train_step(batches(stage, sequence, samples))  # the optimizer makes its state on its first step
+        state.train_step(batches(stage, sequence, samples))  # the optimizer makes its state on its first step
         live = LiveBytes()
         live.count_existing()
         with live:
-            engine.train_step(batches(stage, sequence, samples))
+            state.train_step(batches(stage, sequence, samples))
         return live.peak
 
 

@@ -37,22 +37,22 @@ class FaultyTrainer(StageTrainer):
 
     def inject(self, faults: dict[int, str]) -> None:
         """Put the faults in, by the number of the step."""
-        honest = self.engine._losses
+        honest = self.state._losses
 
         def faulty(*args: Any, **kwargs: Any) -> tuple[float, int, Told]:
             loss, tokens, heard = honest(*args, **kwargs)
             fault = None if kwargs.get("forward_only") else faults.get(self.step + 1)
             if fault == "gradient" and torch.distributed.get_rank() == 1:
-                next(iter(self.engine.chunks[0].parameters())).main_grad.view(-1)[0] = math.nan
+                next(iter(self.state.chunks[0].parameters())).main_grad.view(-1)[0] = math.nan
             return (loss * 50 if fault == "loss" else loss), tokens, heard
 
-        self.engine._losses = faulty  # type: ignore[method-assign]
+        self.state._losses = faulty  # type: ignore[method-assign]
         self.faults = faults
 
     def _at_intervals(self) -> None:
         """What is done between steps, after a bit of a weight has flipped on one rank."""
         if self.faults.get(self.step) == "weight" and torch.distributed.get_rank() == 1:
-            next(iter(self.engine.chunks[0].parameters())).data.view(-1).view(torch.int32)[5] ^= 1
+            next(iter(self.state.chunks[0].parameters())).data.view(-1).view(torch.int32)[5] ^= 1
         super()._at_intervals()
 
 
@@ -69,7 +69,7 @@ def train_with_faults(run: RunConfig, faults: dict[int, str]) -> list[float]:
 
         def recorded(group: list[Batch], stop: StopRequest, waited_s: float) -> bool:
             stopped = take(group, stop, waited_s)
-            sums.append(sum(p.double().sum().item() for p in trainer.engine.chunks[0].parameters()))
+            sums.append(sum(p.double().sum().item() for p in trainer.state.chunks[0].parameters()))
             return stopped
 
         trainer._train_step = recorded  # type: ignore[method-assign]
@@ -134,16 +134,16 @@ def test_replicas_that_differ_are_not_saved(pool: Pool, data: Path, tmp_path: Pa
 
 def corrupted(rank: int, name: str, parallel: ParallelConfig) -> str:
     """Flip one bit of a weight on one rank after a step; what the comparison says before and after."""
-    with engine_under(parallel, replace(STAGE, model=replace(STAGE.model, num_layers=2))) as engine:
-        take_steps(engine, range(1))
+    with engine_under(parallel, replace(STAGE, model=replace(STAGE.model, num_layers=2))) as state:
+        take_steps(state, range(1))
         with pytest.MonkeyPatch.context() as patch:  # objects of thousands of ranks are a gigabyte
             patch.delattr(torch.distributed, "all_gather_object")
-            check_replicas(engine.chunks, 1, 0)
+            check_replicas(state.chunks, 1, 0)
         if torch.distributed.get_rank() == rank:
-            weight = dict(engine.chunks[0].module.named_parameters())[name]
+            weight = dict(state.chunks[0].module.named_parameters())[name]
             weight.data.view(-1).view(torch.int32)[5] ^= 1
         try:
-            check_replicas(engine.chunks, 1, 0)
+            check_replicas(state.chunks, 1, 0)
         except FlmError as error:
             return str(error)
     return ""
@@ -166,8 +166,8 @@ def test_silent_corruption_names_the_rank(pool: Pool, name: str, parallel: Paral
 
 def step_with_options(parallel: ParallelConfig) -> list[tuple[float, float]]:
     """Loss and gradient norm of a first step with both options."""
-    with engine_under(parallel, OPTIONS) as engine:
-        return take_steps(engine, range(1))
+    with engine_under(parallel, OPTIONS) as state:
+        return take_steps(state, range(1))
 
 
 def test_z_loss_and_embedding_shrink_are_those_of_plain_pytorch(pool: Pool) -> None:
