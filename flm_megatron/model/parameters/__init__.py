@@ -30,7 +30,28 @@ from flm_megatron.model.parameters.axis import Axis, Band, Cut, Side, Unit
 from flm_megatron.model.parameters.names import LAYERS
 from flm_megatron.model.parameters.spec import Kind, ParameterSpec
 
-__all__ = ["Axis", "Band", "Cut", "Kind", "ParameterSpec", "Side", "Unit", "parameter_count", "parameter_specs"]
+__all__ = [
+    "ATTENTION_NORM",
+    "EMBEDDING",
+    "FC1",
+    "FC2",
+    "FINAL_NORM",
+    "HEAD",
+    "MLP_NORM",
+    "NORM_MODULES",
+    "PROJECTION",
+    "QKV",
+    "TARGETS",
+    "Axis",
+    "Band",
+    "Cut",
+    "Kind",
+    "ParameterSpec",
+    "Side",
+    "Unit",
+    "parameter_count",
+    "parameter_specs",
+]
 
 EMBEDDING = "embedding.word_embeddings.weight"
 HEAD = "output_layer.weight"
