@@ -18,7 +18,7 @@ from flm_megatron.data.conversations.conversation import read_conversations
 from flm_megatron.data.conversations.screening import Score
 from flm_megatron.data.conversations.source import fitting
 from flm_megatron.data.conversations.template import ChatTemplate, Piece
-from flm_megatron.evaluation.model import Batch, forward, load_model, speaks
+from flm_megatron.evaluation.model import Batch, forward, is_output_rank, load_model
 from flm_megatron.evaluation.subject import open_subject
 
 SMALLEST_LENGTH = 32
@@ -73,7 +73,7 @@ def score(request: ScoreRequest) -> int:
             alone[index] = _row(fitting([([subject.tokenizer.eod], False), *_merged(answers)], window + 1))
     chunk = load_model(subject, request.parallel, request.precision)
     asked, unasked = (_measure(chunk, rows, request.batch) for rows in (whole, alone))
-    if speaks():
+    if is_output_rank():
         scores = {
             index: {"loss": loss, "difficulty": math.exp(min(loss - unasked[index][0], 50.0)), "hidden": hidden}
             for index, (loss, hidden) in asked.items()
@@ -96,7 +96,7 @@ def _row(pieces: Sequence[Piece]) -> Row:
 
 
 def _measure(chunk: Any, rows: Mapping[int, Row], batch: int) -> dict[int, tuple[float, list[float]]]:
-    """Mean loss of the answers and mean hidden state of each row, on the rank that speaks."""
+    """Mean loss of the answers and mean hidden state of each row, on the output rank."""
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, (ids, _) in rows.items():
         by_length[max(SMALLEST_LENGTH, 2 ** math.ceil(math.log2(len(ids) - 1)))].append(index)

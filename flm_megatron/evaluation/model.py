@@ -98,7 +98,7 @@ def _chain(first: Batch, rest: Iterator[Batch]) -> Iterator[Batch]:
     yield from rest
 
 
-def speaks() -> bool:
+def is_output_rank() -> bool:
     """Whether this rank's results count: one tensor rank at the end of each pipeline."""
     from megatron.core import parallel_state
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from flm_megatron.config.schema import ParallelConfig
 from flm_megatron.evaluation.generation.generate import Completion, GenerationRequest, OnText, generate
-from flm_megatron.evaluation.model import load_model, speaks
+from flm_megatron.evaluation.model import is_output_rank, load_model
 from flm_megatron.evaluation.perplexity.scoring import Likelihood, ScoringRequest, score
 from flm_megatron.evaluation.subject import Subject
 
@@ -71,7 +71,7 @@ class Session:
         for batch in batches[rank::size]:
             mine += self._run(batch, on_text)
         shares: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, mine if speaks() else [])
+        dist.all_gather_object(shares, mine if is_output_rank() else [])
         return [result for share in shares for result in share]
 
     def _run(self, batch: Sequence[Any], on_text: OnText | None) -> list[Any]:

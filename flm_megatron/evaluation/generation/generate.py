@@ -14,7 +14,7 @@ from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.device import current
 from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.generation.sampling import Sampler, SamplingSettings
-from flm_megatron.evaluation.model import Batch, forward, speaks
+from flm_megatron.evaluation.model import Batch, forward, is_output_rank
 from flm_megatron.evaluation.perplexity.text_stream import TextStream
 
 FinishReason = Literal["eod", "stop", "length"]
@@ -64,7 +64,7 @@ def generate(
         while True:
             hidden = _hidden(padding, cache.length, tokens.shape[1])
             outputs = forward(chunk, [Batch(tokens, hidden=hidden)], 1, _last_logits)
-            logits: Any = outputs[0] if speaks() else []
+            logits: Any = outputs[0] if is_output_rank() else []
             chosen = _agreed([row.choose(of_row) for row, of_row in zip(rows, logits, strict=False)], len(rows))
             for row, token in zip(rows, chosen, strict=True):
                 row.take(token, on_text)
@@ -133,12 +133,12 @@ def _hidden(padding: Tensor, start: int, positions: int) -> Tensor | None:
 
 
 def _agreed(chosen: list[int], count: int) -> list[int]:
-    """The `count` ids that the rank that speaks chose, on every process of the replica."""
+    """The `count` ids that the output rank chose, on every process of the replica."""
     from megatron.core import parallel_state
 
     group = parallel_state.get_model_parallel_group()
     first_of_last_stage = dist.get_process_group_ranks(group)[-parallel_state.get_tensor_model_parallel_world_size()]
-    assert speaks() == (dist.get_rank() == first_of_last_stage)
+    assert is_output_rank() == (dist.get_rank() == first_of_last_stage)
     values = torch.tensor(chosen or [0] * count, device=current().torch_device)
     dist.broadcast(values, first_of_last_stage, group=group)
     return values.tolist()

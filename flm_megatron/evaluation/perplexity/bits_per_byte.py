@@ -18,7 +18,7 @@ from torch import Tensor
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.device import current
 from flm_megatron.errors import RequestError
-from flm_megatron.evaluation.model import Batch, forward, speaks
+from flm_megatron.evaluation.model import Batch, forward, is_output_rank
 from flm_megatron.evaluation.perplexity.windows import sliding_windows, window_batch
 
 
@@ -67,7 +67,7 @@ def score_documents(
     batches = (window_batch(group, settings.batch, length) for group in groups)
     outputs = forward(chunk, batches, len(groups), _sum)
     sums = torch.zeros(2, dtype=torch.float64)
-    if speaks() and outputs:
+    if is_output_rank() and outputs:
         sums = torch.stack(outputs).sum(0)
     sums = sums.to(current().torch_device)
     dist.all_reduce(sums)
