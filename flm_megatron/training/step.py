@@ -124,13 +124,13 @@ def forward_step(data_iterator: Iterator[Batch], model: torch.nn.Module) -> tupl
     """megatron-core's forward step: the sum of the losses of unmasked tokens, and how to report it."""
     device = current().torch_device
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(data_iterator).items()}
-    hidden = other_segments(batch["segments"]) if "segments" in batch else None
+    hidden = cross_document_mask(batch["segments"]) if "segments" in batch else None
     mask = batch["loss_mask"]
     total = model(batch["tokens"], batch["position_ids"], hidden, labels=batch["labels"], loss_mask=mask)
     return total, partial(_with_tokens, mask)
 
 
-def other_segments(segments: torch.Tensor) -> torch.Tensor:
+def cross_document_mask(segments: torch.Tensor) -> torch.Tensor:
     """Where attention must not look [batch, 1, sequence, sequence]: at positions of another segment.
 
     `segments` is [batch, sequence]. Rotary positions (xPos too) act through differences of positions alone, so
