@@ -60,10 +60,10 @@ def check_replicas(chunks: list[Any], step: int, equal_step: int) -> None:
     """
     finish_gathering(chunks)
     places = {_number(p): p for p in placements(chunks)}
-    odd = odd_copies(_gathered({number: checksum(place.tensor) for number, place in places.items()}))
-    if odd:
-        mine = odd.get(dist.get_rank())
-        raise FlmError(_difference(odd, places[mine] if mine else None, step, equal_step))
+    mismatched = mismatched_replicas(_gathered({number: checksum(place.tensor) for number, place in places.items()}))
+    if mismatched:
+        mine = mismatched.get(dist.get_rank())
+        raise FlmError(_difference(mismatched, places[mine] if mine else None, step, equal_step))
 
 
 def _number(place: Placement) -> int:
@@ -85,12 +85,12 @@ def _gathered(sums: dict[int, int]) -> list[dict[int, int]]:
     return [{number: value for number, value in row if number} for row in rows]
 
 
-def _difference(odd: dict[int, int], mine: Placement | None, step: int, equal_step: int) -> str:
-    """The message, once it is known on all ranks which of them are odd; `mine` is the part of this one, if it is."""
+def _difference(mismatched: dict[int, int], mine: Placement | None, step: int, equal_step: int) -> str:
+    """The message, once it is known on all ranks which of them are mismatched; `mine` is the part of this one, if it is."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (socket.gethostname(), _label(mine) if mine else None))
-    first, where = next((rank, everyone[rank][1]) for rank in odd)
-    ranks = ", ".join(f"rank {rank} on {everyone[rank][0]}" for rank in odd)
+    first, where = next((rank, everyone[rank][1]) for rank in mismatched)
+    ranks = ", ".join(f"rank {rank} on {everyone[rank][0]}" for rank in mismatched)
     return (
         f"after step {step} copies of weights that must be equal differ: {ranks} (rank {first}: {where}); they "
         f"were equal for the last time after step {equal_step}: take the machine out of the run and go on from a "
@@ -102,23 +102,23 @@ def _label(part: Placement) -> str:
     return part.name if part.layer is None else f"{part.name} of layer {part.layer}"
 
 
-def odd_copies(everyone: list[dict[Key, int]]) -> dict[int, Key]:
+def mismatched_replicas(everyone: list[dict[Key, int]]) -> dict[int, Key]:
     """Ranks whose checksum of a tensor is not the one that most of its copies have, each with such a tensor.
 
-    Where no value has a majority (two copies that differ), all ranks that hold the tensor are odd.
+    Where no value has a majority (two copies that differ), all ranks that hold the tensor are mismatched.
     """
     holders: dict[Key, dict[int, int]] = {}
     for rank, sums in enumerate(everyone):
         for key, value in sums.items():
             holders.setdefault(key, {})[rank] = value
-    odd: dict[int, Key] = {}
+    mismatched: dict[int, Key] = {}
     for key, values in holders.items():
         common, count = Counter(values.values()).most_common(1)[0]
         majority = 2 * count > len(values)
         for rank, value in values.items():
             if not majority or value != common:
-                odd.setdefault(rank, key)
-    return dict(sorted(odd.items()))
+                mismatched.setdefault(rank, key)
+    return dict(sorted(mismatched.items()))
 
 
 def checksum(tensor: torch.Tensor) -> int:

@@ -14,7 +14,7 @@ from flm_megatron.config.loader import run_from_dict
 from flm_megatron.config.rules import check
 from flm_megatron.config.schema import StabilityConfig
 from flm_megatron.errors import FlmError, RequestError
-from flm_megatron.training.hooks.replicas import checksum, odd_copies
+from flm_megatron.training.hooks.replicas import checksum, mismatched_replicas
 from flm_megatron.training.spikes import SpikeWatch
 
 CONFIG = StabilityConfig(window_steps=16)
@@ -93,9 +93,9 @@ def test_the_copy_that_the_majority_disagrees_with_is_named() -> None:
     weight: tuple[str, tuple[int, ...]] = ("decoder.layers.mlp.linear_fc1.weight", (3, 0, 0))
     norm: tuple[str, tuple[int, ...]] = ("decoder.final_layernorm.weight", (0,))
     same = {weight: 5, norm: 7}
-    assert odd_copies([same, same, {weight: 5, norm: 8}, same]) == {2: norm}
-    assert odd_copies([same, {weight: 6, norm: 7}]) == {0: weight, 1: weight}
-    assert odd_copies([{weight: 5}, {norm: 7}]) == {}
+    assert mismatched_replicas([same, same, {weight: 5, norm: 8}, same]) == {2: norm}
+    assert mismatched_replicas([same, {weight: 6, norm: 7}]) == {0: weight, 1: weight}
+    assert mismatched_replicas([{weight: 5}, {norm: 7}]) == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
