@@ -10,7 +10,7 @@ from flm_megatron.errors import RequestError
 
 
 def open_checkpoint(path: str | Path, vocab_size: int | None = None) -> LogicalCheckpoint:
-    """The checkpoint in a folder: `torch_dist`, a Hugging Face model, or Megatron-LM's classic layout.
+    """The checkpoint in a folder: `torch_dist`, a Hugging Face model, or Megatron-LM's legacy layout.
 
     `vocab_size` is the true vocabulary, for the last two where they are padded and do not record it.
 
@@ -28,10 +28,12 @@ def open_checkpoint(path: str | Path, vocab_size: int | None = None) -> LogicalC
     if not path.is_dir():
         raise RequestError(f"{path} is not a checkpoint: there is no such folder")
     if (path / "latest_checkpointed_iteration.txt").exists() or next(path.glob("mp_rank_*"), None):
-        from flm_megatron.checkpoint.megatron_legacy.reader import ClassicCheckpoint, latest_folder
+        from flm_megatron.checkpoint.megatron_legacy.reader import MegatronLegacyCheckpoint, latest_folder
 
         folder = latest_folder(path)
-        return TorchDistCheckpoint(folder) if (folder / METADATA).exists() else ClassicCheckpoint(folder, vocab_size)
+        if (folder / METADATA).exists():
+            return TorchDistCheckpoint(folder)
+        return MegatronLegacyCheckpoint(folder, vocab_size)
     raise RequestError(
         f"{path} is not a checkpoint: it holds neither .metadata (torch_dist) nor config.json nor mp_rank folders"
     )

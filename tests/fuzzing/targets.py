@@ -33,7 +33,7 @@ from flm_megatron.checkpoint.hugging_face.reader import HuggingFaceCheckpoint
 from flm_megatron.checkpoint.hugging_face.safetensors import arrays_in
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import Region, TensorInfo
-from flm_megatron.checkpoint.megatron_legacy.reader import ClassicCheckpoint
+from flm_megatron.checkpoint.megatron_legacy.reader import MegatronLegacyCheckpoint
 from flm_megatron.checkpoint.stage_manifest import manifest_model
 from flm_megatron.checkpoint.torch_dist import shard_file, writer
 from flm_megatron.checkpoint.torch_dist.metadata import parse_metadata
@@ -183,11 +183,11 @@ class CommonStates(TrainingStates):
 
 
 class Ranks(TrainingStates):
-    """The file of a rank in Megatron-LM's classic layout."""
+    """The file of a rank in Megatron-LM's legacy layout."""
 
     def read(self, data: bytes) -> None:
         """Open the folder and read a norm."""
-        ClassicCheckpoint(self.file.parents[1], 331).read("decoder.final_layernorm.weight")
+        MegatronLegacyCheckpoint(self.file.parents[1], 331).read("decoder.final_layernorm.weight")
 
 
 class JsonTarget(FileTarget):

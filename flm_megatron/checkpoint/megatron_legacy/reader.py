@@ -1,4 +1,4 @@
-"""Weights of Megatron-LM's classic checkpoints: one `mp_rank_XX[_YYY]/model_optim_rng.pt` per model-parallel rank."""
+"""Weights of Megatron-LM's legacy checkpoints: one `mp_rank_XX[_YYY]/model_optim_rng.pt` per model-parallel rank."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def local_tensors(
     return result
 
 
-class ClassicCheckpoint(LogicalCheckpoint):
-    """Weights of a classic Megatron-LM checkpoint of its core models, with its arguments as `config`.
+class MegatronLegacyCheckpoint(LogicalCheckpoint):
+    """Weights of a legacy Megatron-LM checkpoint of its core models, with its arguments as `config`.
 
     `path` is the folder of a run (its latest iteration is taken), of an iteration, or that of the `mp_rank` folders.
     `vocab_size` is the true vocabulary where the checkpoint does not record it. Optimizer state is not read.
@@ -113,7 +113,7 @@ class ClassicCheckpoint(LogicalCheckpoint):
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:
         """Values of `region` of shape `region.sizes`; see `LogicalCheckpoint.read`."""
         if name not in self.tensors:
-            raise RequestError(f"{self.path}: no tensor {name}; of a classic checkpoint only the weights are read")
+            raise RequestError(f"{self.path}: no tensor {name}; of a legacy checkpoint only the weights are read")
         info = self.tensors[name]
         region = region or Region.whole(info.shape)
         out = torch.empty(region.sizes, dtype=info.dtype)
@@ -159,7 +159,7 @@ def _rank_files(path: Path) -> tuple[dict[tuple[int, int], Path], tuple[int, int
         if match := RANK.fullmatch(entry.name):
             files[int(match[1]), int(match[2] or 0)] = entry / FILE
     if not files:
-        raise RequestError(f"{path} is not a classic Megatron-LM checkpoint: it has no mp_rank folders")
+        raise RequestError(f"{path} is not a legacy Megatron-LM checkpoint: it has no mp_rank folders")
     tensor, pipeline = (max(rank[axis] for rank in files) + 1 for axis in (0, 1))
     for rank in ((t, p) for t in range(tensor) for p in range(pipeline)):
         if rank not in files or not files[rank].is_file():

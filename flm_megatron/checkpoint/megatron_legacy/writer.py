@@ -1,4 +1,4 @@
-"""Any logical checkpoint's weights as a classic Megatron-LM checkpoint of a given tensor x pipeline size, streaming."""
+"""Any logical checkpoint's weights as a legacy Megatron-LM checkpoint of a given tensor x pipeline size, streaming."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from flm_megatron.distributed.progress import progress_bar
 from flm_megatron.errors import RequestError
 
 
-def write_classic(
+def write_megatron_legacy(
     view: LogicalCheckpoint,
     path: Path,
     target: tuple[ModelConfig, ParallelConfig],
@@ -37,7 +37,7 @@ def write_classic(
     """
     model, parallel = target
     if parallel.virtual_pipeline > 1:
-        raise RequestError("the classic layout is written without a virtual pipeline: give tensor and pipeline sizes")
+        raise RequestError("the legacy layout is written without a virtual pipeline: give tensor and pipeline sizes")
     ranks = [(t, p) for p in range(parallel.pipeline) for t in range(parallel.tensor)]
     plans = {rank: local_tensors(model, parallel, *rank) for rank in ranks}
     nbytes = sum(_nbytes(view, tensors) for tensors in plans.values())

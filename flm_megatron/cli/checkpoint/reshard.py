@@ -75,14 +75,14 @@ def _classic(
     parallel: ParallelConfig,
     processes: Processes,
 ) -> None:
-    from flm_megatron.checkpoint.megatron_legacy.reader import ClassicCheckpoint
-    from flm_megatron.checkpoint.megatron_legacy.writer import write_classic
+    from flm_megatron.checkpoint.megatron_legacy.reader import MegatronLegacyCheckpoint
+    from flm_megatron.checkpoint.megatron_legacy.writer import write_megatron_legacy
     from flm_megatron.checkpoint.tools.hashing import shared_hashes
 
     sequence_length = (view.manifest.get("run") or {}).get("data", {}).get("sequence_length", 4096)
     before = shared_hashes(view, processes)
-    write_classic(view, args.destination, (model, parallel), processes, sequence_length)
-    after = shared_hashes(ClassicCheckpoint(args.destination), processes)
+    write_megatron_legacy(view, args.destination, (model, parallel), processes, sequence_length)
+    after = shared_hashes(MegatronLegacyCheckpoint(args.destination), processes)
     _report(processes, before, after, args.destination)
 
 

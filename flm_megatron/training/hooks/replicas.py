@@ -86,7 +86,7 @@ def _gathered(sums: dict[int, int]) -> list[dict[int, int]]:
 
 
 def _difference(mismatched: dict[int, int], mine: Placement | None, step: int, equal_step: int) -> str:
-    """The message, once it is known on all ranks which of them are mismatched; `mine` is the part of this one, if it is."""
+    """The message, once all ranks know which of them are mismatched; `mine` is the part of this one, if it is."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (socket.gethostname(), _label(mine) if mine else None))
     first, where = next((rank, everyone[rank][1]) for rank in mismatched)

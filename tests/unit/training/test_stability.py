@@ -1,4 +1,4 @@
-"""Which steps are refused, when the run ends, and whose copy of a weight is odd."""
+"""Which steps are refused, when the run ends, and which replicas are mismatched."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from flm_megatron.checkpoint.hugging_face.writer import ExportOptions, write_hugging_face
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import Region
-from flm_megatron.checkpoint.megatron_legacy.writer import write_classic
+from flm_megatron.checkpoint.megatron_legacy.writer import write_megatron_legacy
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.sharding.layout import rank_regions
 from flm_megatron.checkpoint.sharding.model_state import load_state
@@ -83,7 +83,7 @@ def failing_copy(folder: str) -> str:
     """The error that each rank gets when one fails."""
     view = FailsOnOneRank(MODEL, 3)
     with pytest.raises(Exception) as caught:
-        write_classic(view, Path(folder) / "out", (MODEL, ParallelConfig(tensor=2, pipeline=1)), Processes())
+        write_megatron_legacy(view, Path(folder) / "out", (MODEL, ParallelConfig(tensor=2, pipeline=1)), Processes())
     return f"{type(caught.value).__name__}: {caught.value}"
 
 
@@ -142,7 +142,7 @@ def _layers(region: Region) -> list[Region]:
 @pytest.mark.parametrize("parallel", LAYOUTS, ids=name)
 def test_the_tools_cut_tensors_as_the_engine_does(pool: Pool, tmp_path: Path, parallel: ParallelConfig) -> None:
     if parallel.virtual_pipeline == 1:
-        write_classic(InitialCheckpoint(MODEL, 3), tmp_path / "out", (MODEL, parallel), Processes())
+        write_megatron_legacy(InitialCheckpoint(MODEL, 3), tmp_path / "out", (MODEL, parallel), Processes())
     results = pool.run(parallel.model_size, engine_against_tools, parallel, str(tmp_path / "out"))
     assert results == [[]] * parallel.model_size
 

@@ -18,7 +18,7 @@ from flm_megatron.checkpoint.files.manifest import MANIFEST, read_manifest
 from flm_megatron.checkpoint.hugging_face.config import model_from_config
 from flm_megatron.checkpoint.hugging_face.reader import HuggingFaceCheckpoint
 from flm_megatron.checkpoint.hugging_face.safetensors import arrays_in
-from flm_megatron.checkpoint.megatron_legacy.reader import ClassicCheckpoint
+from flm_megatron.checkpoint.megatron_legacy.reader import MegatronLegacyCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.stage_manifest import manifest_model
 from flm_megatron.checkpoint.torch_dist.reader import TorchDistCheckpoint
@@ -325,7 +325,7 @@ def test_a_format_file_that_is_no_such_thing_is_damage(exported: Path, tmp_path:
 
 
 def classic(exported: Path, tmp_path: Path, **change: Any) -> Path:
-    """A checkpoint in Megatron-LM's classic layout, with other fields in the file of its rank."""
+    """A checkpoint in Megatron-LM's legacy layout, with other fields in the file of its rank."""
     command = ("reshard", exported / "ours", tmp_path / "classic", "--format", "classic", "--tensor", 1)
     assert flm_checkpoint(*command) == 0
     file = next((tmp_path / "classic").rglob("*.pt"))
@@ -358,7 +358,7 @@ def test_a_rank_file_of_other_fields_is_refused(exported: Path, tmp_path: Path, 
     path = classic(exported, tmp_path, **change)
     began = time.monotonic()
     with pytest.raises(FlmError, match=message):
-        ClassicCheckpoint(path)
+        MegatronLegacyCheckpoint(path)
     assert time.monotonic() - began < 5
 
 
@@ -369,7 +369,7 @@ def test_an_argument_of_shared_parts_is_shown_in_short(exported: Path, tmp_path:
         deep = [deep, deep]
     path = classic(exported, tmp_path, args={"no_rope_freq": deep})
     with pytest.raises(RequestError, match="no_rope_freq = ") as refused:
-        ClassicCheckpoint(path)
+        MegatronLegacyCheckpoint(path)
     assert len(str(refused.value)) < 2000
 
 

@@ -1,4 +1,4 @@
-"""Megatron-LM's classic layout, held against tensors cut by hand as Megatron-LM cuts them."""
+"""Megatron-LM's legacy layout, held against tensors cut by hand as Megatron-LM cuts them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flm_megatron.checkpoint.megatron_legacy.arguments import arguments_of, model_from_arguments
-from flm_megatron.checkpoint.megatron_legacy.reader import ClassicCheckpoint
+from flm_megatron.checkpoint.megatron_legacy.reader import MegatronLegacyCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.torch_dist.writer import write_view
 from flm_megatron.config.same_model import differences
@@ -92,7 +92,7 @@ def test_reads_what_megatron_cut(tmp_path: Path, model: ModelConfig) -> None:
             torch.save(saved, folder / "model_optim_rng.pt")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("12\n")
     view = open_checkpoint(tmp_path)
-    assert isinstance(view, ClassicCheckpoint)
+    assert isinstance(view, MegatronLegacyCheckpoint)
     assert view.config == model
     assert view.manifest == {"step": 12, "samples": 5}
     assert sorted(view.tensors) == sorted(values)
@@ -116,7 +116,7 @@ def test_reads_virtual_pipeline_chunks_and_norms_that_are_modules(tmp_path: Path
             saved[f"model{chunk}"] = state
         (tmp_path / f"mp_rank_00_{pipeline_rank:03d}").mkdir()
         torch.save(saved, tmp_path / f"mp_rank_00_{pipeline_rank:03d}/model_optim_rng.pt")
-    view = ClassicCheckpoint(tmp_path)
+    view = MegatronLegacyCheckpoint(tmp_path)
     for name, value in values.items():
         assert torch.equal(view.read(name), value), name
 
@@ -151,11 +151,11 @@ def test_writes_what_megatron_would_cut(
         first += count
     assert (tmp_path / "out/latest_checkpointed_iteration.txt").read_text() == "7"
     written = open_checkpoint(tmp_path / "out")
-    assert isinstance(written, ClassicCheckpoint) and written.config == MODEL
+    assert isinstance(written, MegatronLegacyCheckpoint) and written.config == MODEL
 
 
 def save_one(folder: Path, **content: Any) -> Path:
-    """A classic checkpoint of one rank with this content."""
+    """A legacy checkpoint of one rank with this content."""
     (folder / "mp_rank_00").mkdir(parents=True)
     torch.save(content, folder / "mp_rank_00/model_optim_rng.pt")
     return folder
@@ -179,17 +179,17 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any], me
     state = dict(by_hand(random_tensors(GATED), GATED, 1, 0, range(4), multiple=128))
     path = save_one(tmp_path / "a", args=arguments(GATED, **change), model=state)
     with pytest.raises(RequestError, match=message):
-        ClassicCheckpoint(path)
+        MegatronLegacyCheckpoint(path)
 
 
 def test_a_tensor_of_another_kind_of_block_is_not_left_out(tmp_path: Path) -> None:
     state = dict(by_hand(random_tensors(GATED), GATED, 1, 0, range(4), multiple=128))
     extra = {"decoder.layers.0.self_attention.linear_qkv._extra_state": torch.ones(3, dtype=torch.uint8)}
-    ClassicCheckpoint(save_one(tmp_path / "a", args=arguments(GATED), model=state | extra))
+    MegatronLegacyCheckpoint(save_one(tmp_path / "a", args=arguments(GATED), model=state | extra))
     bias = {"decoder.layers.0.self_attention.linear_qkv.bias": torch.ones(72)}
     path = save_one(tmp_path / "b", args=arguments(GATED), model=state | bias)
     with pytest.raises(RequestError, match=r"linear_qkv\.bias is not one of the model that the arguments describe"):
-        ClassicCheckpoint(path)
+        MegatronLegacyCheckpoint(path)
 
 
 @given(
@@ -214,17 +214,18 @@ def test_adapters_are_merged(tmp_path: Path) -> None:
     values = random_tensors(adapted)
     write_view(Memory(values), tmp_path / "adapted", manifest_of(adapted))
     assert flm_checkpoint("reshard", tmp_path / "adapted", tmp_path / "out", "--format", "classic") == 0
-    view, qkv = ClassicCheckpoint(tmp_path / "out"), "decoder.layers.self_attention.linear_qkv"
+    view, qkv = MegatronLegacyCheckpoint(tmp_path / "out"), "decoder.layers.self_attention.linear_qkv"
     delta = torch.einsum("lor,lri->loi", values[f"{qkv}.lora_b"], values[f"{qkv}.lora_a"]) * 16 / 2
     torch.testing.assert_close(view.read(f"{qkv}.weight"), values[f"{qkv}.weight"] + delta)
 
 
 def test_older_layouts_and_missing_ranks_are_told(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="before megatron-core"):
-        ClassicCheckpoint(save_one(tmp_path / "old", args=arguments(GATED), model={"language_model": {}}))
+        MegatronLegacyCheckpoint(save_one(tmp_path / "old", args=arguments(GATED), model={"language_model": {}}))
     with pytest.raises(RequestError, match="does not hold the arguments"):
-        ClassicCheckpoint(save_one(tmp_path / "bare", model={"embedding.word_embeddings.weight": torch.ones(2, 2)}))
+        model = {"embedding.word_embeddings.weight": torch.ones(2, 2)}
+        MegatronLegacyCheckpoint(save_one(tmp_path / "bare", model=model))
     path = save_one(tmp_path / "a", args=arguments(GATED), model={})
     (path / "mp_rank_02").mkdir()
     with pytest.raises(DamagedError, match="tensor rank 1, pipeline rank 0 is missing"):
-        ClassicCheckpoint(path)
+        MegatronLegacyCheckpoint(path)

@@ -23,7 +23,7 @@ Damage = Callable[[Path], object]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint, its Hugging Face export and its classic form, to be copied and damaged."""
+    """A checkpoint, its Hugging Face export and its Megatron-LM form, to be copied and damaged."""
     path = tmp_path_factory.mktemp("whole")
     write_small(path / "ours")
     assert flm_checkpoint("export-hf", path / "ours", path / "hf", "--shard-size", "100KB") == 0
