@@ -26,7 +26,7 @@ class FlmError(Exception):
 
 
 class RequestError(FlmError, ValueError):
-    """What was asked for cannot be done as asked: the message gives the values and how to mend them."""
+    """What was asked for cannot be done as asked: the message gives the values and how to fix them."""
 
     status = 2
 

@@ -146,7 +146,7 @@ class CheckpointStore:
         note = self._note(path)
         if note.exists():
             raise DamagedError(
-                f"{_noted(note)} (found when it was read; once it is mended, remove {note})", checkpoint=path
+                f"{_noted(note)} (found when it was read; once it is fixed, remove {note})", checkpoint=path
             )
         verify(path, quick=True)
 

@@ -78,10 +78,10 @@ def require_engine() -> None:
     Raises:
         RequestError: it is another version, or it is not there.
     """
-    mend = f"install it with: pip install megatron-core=={ENGINE_VERSION}"
+    fix = f"install it with: pip install megatron-core=={ENGINE_VERSION}"
     try:
         installed = version("megatron-core")
     except PackageNotFoundError:
-        raise RequestError(f"megatron-core is not installed; {mend}") from None
+        raise RequestError(f"megatron-core is not installed; {fix}") from None
     if installed != ENGINE_VERSION:
-        raise RequestError(f"megatron-core {installed} is installed, but {ENGINE_VERSION} is needed; {mend}")
+        raise RequestError(f"megatron-core {installed} is installed, but {ENGINE_VERSION} is needed; {fix}")

@@ -1,4 +1,4 @@
-"""What can be grown into what: one small rule per function, each raising RequestError with the values and the mend."""
+"""What can be grown into what: one small rule per function, each raising RequestError with the values and the fix."""
 
 from __future__ import annotations
 

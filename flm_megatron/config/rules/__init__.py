@@ -1,6 +1,6 @@
 """What a run file has to satisfy beyond its types, checked before any process starts.
 
-A rule is a function of a few lines that gives one line on what does not fit, with the values and how to mend
+A rule is a function of a few lines that gives one line on what does not fit, with the values and how to fix
 them, or None; one that looks at several fields gives a line for each. The rules on one stage live in `model`,
 `layout` and `schedule`, those on the run as a whole are here.
 """

@@ -52,5 +52,5 @@ def _verdict(findings: list[Finding]) -> str:
     stops = sum(finding.level == "stop" for finding in findings)
     warnings = sum(finding.level == "warn" for finding in findings)
     if stops:
-        return f"The run would fail: {stops} finding(s) to mend first, {warnings} warning(s)."
+        return f"The run would fail: {stops} finding(s) to fix first, {warnings} warning(s)."
     return f"Nothing would stop the run; {warnings} warning(s)."

@@ -144,7 +144,7 @@ def implementations(run: RunConfig) -> Iterator[Finding]:
         yield Finding("stop", "kernels", str(error))
         return
     for text in broken:
-        yield Finding("stop", "kernels", f"{text}; mend it, or remove it")
+        yield Finding("stop", "kernels", f"{text}; fix it, or remove it")
     if not broken:
         yield Finding("ok", "kernels", f"{chosen.describe().removeprefix('kernels ')} ({'; '.join(found)})")
 
@@ -155,11 +155,11 @@ def shared_memory(ranks_here: int, folder: str = "/dev/shm") -> Finding:
         return Finding("warn", "shared memory", f"there is no {folder}")
     size = shutil.disk_usage(folder).total
     text = f"{folder} has {size / GIB:.3g} GiB"
-    mend = ": start the container with --ipc=host or --shm-size, or mount memory there"
+    fix = ": start the container with --ipc=host or --shm-size, or mount memory there"
     if current().name != "cpu" and ranks_here > 1 and size < SHARED_MEMORY_PER_RANK * ranks_here:
-        return Finding("stop", "shared memory", f"{text}, too little for {ranks_here} processes{mend}")
+        return Finding("stop", "shared memory", f"{text}, too little for {ranks_here} processes{fix}")
     if current().name != "cpu" and size < AMPLE_SHARED_MEMORY:
-        return Finding("warn", "shared memory", text + mend)
+        return Finding("warn", "shared memory", text + fix)
     return Finding("ok", "shared memory", text)
 
 
