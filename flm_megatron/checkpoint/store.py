@@ -15,10 +15,10 @@ from collections.abc import Collection, Iterator
 from itertools import count, islice
 from pathlib import Path
 
+from flm_megatron.checkpoint.files.destination import PARTIAL
 from flm_megatron.checkpoint.files.manifest import verify
 from flm_megatron.checkpoint.lease.fence import check_fences
 from flm_megatron.checkpoint.torch_dist.reader import TorchDistCheckpoint
-from flm_megatron.checkpoint.torch_dist.writer import PARTIAL
 from flm_megatron.durable import sync, write_file
 from flm_megatron.errors import DamagedError, RequestError
 

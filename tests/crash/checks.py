@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from flm_megatron.checkpoint.files.destination import PARTIAL
 from flm_megatron.checkpoint.opening import open_checkpoint
-from flm_megatron.checkpoint.torch_dist.writer import PARTIAL, write_view
+from flm_megatron.checkpoint.torch_dist.writer import write_view
 from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.loader import load_run
 from flm_megatron.config.schema import RunConfig

@@ -12,10 +12,12 @@ from pathlib import Path
 
 from flm_megatron.checkpoint.lease.fence import check_fences, discard
 from flm_megatron.checkpoint.lease.lease import lease
-from flm_megatron.checkpoint.torch_dist.writer import PARTIAL
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.durable import make_folders, sync, sync_tree
 from flm_megatron.errors import RequestError
+
+PARTIAL = ".partial"
+"""What a folder that is being written has after its name."""
 
 
 @contextlib.contextmanager
@@ -24,16 +26,39 @@ def destination(path: Path, processes: Processes, nbytes: int) -> Iterator[Path]
 
     Raises RequestError as `reserved`, and if the disk becomes full.
     """
-    partial = _partial(path)
-    with reserved(path, processes, nbytes):
-        processes.on_first(write_errors(path)(lambda: make_folders(partial)))
-        try:
-            yield partial
-            processes.on_first(lambda: _publish(path, partial))
-        except BaseException:
-            if processes.rank == 0:
-                discard(partial)
-            raise
+    with reserved(path, processes, nbytes), new_folder(path, processes) as folder:
+        yield folder
+        processes.on_first(lambda: _publish_all(folder, path))
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, processes: Processes) -> Iterator[Path]:
+    """A fresh folder beside `path`, to be filled and handed to `publish`; removed after a failure; all processes enter.
+
+    What a process that died has left there is removed first. Raises RequestError if `path` exists or cannot be written.
+    """
+    folder = _partial(path)
+    processes.on_first(lambda: _start(path, folder))
+    try:
+        yield folder
+    except BaseException:
+        if processes.rank == 0:
+            discard(folder)
+        raise
+
+
+def publish(folder: Path, path: Path) -> None:
+    """Give `folder`, whose files the disk holds, its name: from then on `path` is there, whole. For one process.
+
+    Raises RequestError if `path` has appeared meanwhile or cannot be written.
+    """
+    with write_errors(path):
+        sync(folder)
+        if path.exists():
+            raise RequestError(f"{path} has appeared meanwhile: choose another destination or remove it")
+        check_fences()
+        folder.rename(path)
+        sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -62,8 +87,7 @@ def write_errors(path: Path) -> Iterator[None]:
 
 def refuse_without_room(path: Path, nbytes: int) -> None:
     """Raise RequestError if `path` exists or `nbytes` are more than its disk has free."""
-    if path.exists() or path.is_symlink():
-        raise RequestError(f"{path} exists already: choose another destination or remove it")
+    _refuse_existing(path)
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     free = shutil.disk_usage(folder).free
     if nbytes > free:
@@ -96,21 +120,33 @@ def _make_room_for_lease(path: Path, nbytes: int) -> None:
 def _make_room(path: Path, nbytes: int) -> None:
     """Remove what an interrupted run left; look again whether `path` can be written."""
     with write_errors(path):
-        if _partial(path).exists():
-            check_fences()
-            shutil.rmtree(_partial(path))
+        _clear(_partial(path))
     refuse_without_room(path, nbytes)
+
+
+def _start(path: Path, folder: Path) -> None:
+    _refuse_existing(path)
+    with write_errors(path):
+        _clear(folder)
+        make_folders(folder)
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists() or path.is_symlink():
+        raise RequestError(f"{path} exists already: choose another destination or remove it")
+
+
+def _clear(folder: Path) -> None:
+    check_fences()
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def _partial(path: Path) -> Path:
     return path.with_name(path.name + PARTIAL)
 
 
-def _publish(path: Path, partial: Path) -> None:
+def _publish_all(folder: Path, path: Path) -> None:
     with write_errors(path):
-        sync_tree(partial)
-        if path.exists():
-            raise RequestError(f"{path} has appeared meanwhile: choose another destination or remove it")
-        check_fences()
-        partial.rename(path)
-        sync(path.parent)
+        sync_tree(folder)
+    publish(folder, path)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import pickle
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -26,18 +25,17 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from flm_megatron.checkpoint.files.destination import new_folder, publish, write_errors
 from flm_megatron.checkpoint.files.manifest import MANIFEST, VERSION, file_entry, manifest_text
-from flm_megatron.checkpoint.lease.fence import check_fences, discard
 from flm_megatron.checkpoint.logical import EXP_AVG, STATE_PREFIXES, LogicalCheckpoint, Region, TensorInfo
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.torch_dist.logical_hash import combine_hashes, tensor_hash
 from flm_megatron.checkpoint.torch_dist.reader import COMMON, FORMAT, METADATA, OURS
 from flm_megatron.checkpoint.torch_dist.shard_file import Record, Rectangle, Written, write_shard
 from flm_megatron.distributed.processes import Processes
-from flm_megatron.durable import make_folders, sync, write_file
-from flm_megatron.errors import FlmError, RequestError
+from flm_megatron.durable import write_file
+from flm_megatron.errors import FlmError
 
-PARTIAL = ".partial"
 KIND = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -115,9 +113,7 @@ def write_checkpoint(
         FlmError: another process failed, or the rectangles do not cover a tensor. Nothing is left at the destination.
     """
     path, processes = Path(path), processes or Processes()
-    folder = path.with_name(path.name + PARTIAL)
-    processes.on_first(lambda: _start(path, folder))
-    try:
+    with new_folder(path, processes) as folder:
         results = processes.together(lambda: _write_shards(folder, shards, tensors, progress))
         whole: dict[str, Any] = {}
 
@@ -128,22 +124,6 @@ def write_checkpoint(
 
         told = processes.on_first(finish)
         return whole or told
-    except BaseException:
-        if processes.rank == 0:
-            discard(folder)
-        raise
-
-
-def _start(path: Path, folder: Path) -> None:
-    if path.exists():
-        raise RequestError(f"{path} exists already: choose another destination or remove it")
-    try:
-        check_fences()
-        if folder.exists():
-            shutil.rmtree(folder)
-        make_folders(folder)
-    except OSError as error:
-        raise RequestError(f"{folder}: cannot be made: {error.strerror or error}") from error
 
 
 def _write_shards(
@@ -163,17 +143,12 @@ def _finish(folder: Path, path: Path, results: list[Written], manifest: dict[str
     records = [record for result in results for record in result.records]
     check_cover(tensors, records)
     manifest = {**manifest, **_contents(tensors, results)}
-    try:
+    with write_errors(path):
         for name, data in _small_files(tensors, records, int(manifest.get("step") or 0)).items():
             write_file(folder / name, data)
             manifest["files"][name] = file_entry(data)
         write_file(folder / MANIFEST, manifest_text(manifest).encode())
-        sync(folder)
-        check_fences()
-        folder.rename(path)
-        sync(path.parent)
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
+    publish(folder, path)
     return json.loads(manifest_text(manifest))
 
 
