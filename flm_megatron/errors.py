@@ -40,7 +40,7 @@ class Mistakes(RequestError):
         self.lines, self.where = list(lines), where
 
     def __str__(self) -> str:
-        """All lines."""
+        """One line for one mistake; a heading and a line each for several."""
         where = f"{one_line(self.where)}: " if self.where else ""
         lines = [one_line(line) for line in self.lines]
         if len(lines) == 1:

@@ -29,7 +29,7 @@ class Measurement:
 
     @property
     def step_time_s(self) -> float:
-        """Median."""
+        """Median seconds of a step."""
         return statistics.median(self.step_times_s)
 
     @property

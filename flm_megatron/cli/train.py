@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_file", type=path, help="run file (YAML)")
     parser.add_argument("--stage", help="train only this stage")
     parser.add_argument(
-        "--start-anew", action="store_true", help="begin from nothing; what is there is kept as NAME.before-N"
+        "--start-anew", action="store_true", help="begin from nothing; earlier results are kept as NAME.before-N"
     )
     parser.add_argument(
         "--print-config", action="store_true", help="check the run file by its rules, print it resolved and stop"

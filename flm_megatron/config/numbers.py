@@ -41,7 +41,7 @@ def number_checked(*, config: ConfigDict) -> Callable[[type[T]], type[Any]]:
     """pydantic's `dataclass`, with numbers that are `checked`."""
 
     def decorate(cls: type[T]) -> type[Any]:
-        """The dataclass."""
+        """The class as a dataclass whose numbers are checked by their annotations."""
         hints = get_type_hints(cls, include_extras=True)
         cls.__annotations__ = {name: checked(hints[name]) for name in cls.__annotations__}
         return pydantic.dataclasses.dataclass(config=config)(cls)

@@ -57,7 +57,7 @@ class Device(ABC):
 
     @abstractmethod
     def unpin(self, memory: mmap.mmap) -> None:
-        """Undo `pin`."""
+        """Let go of memory that `pin` has locked."""
 
     @abstractmethod
     def peak_memory_gib(self) -> float:

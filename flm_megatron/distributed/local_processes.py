@@ -124,7 +124,7 @@ class _Passing:
         self.again()
 
     def hear(self, number: int, frame: Any) -> None:
-        """Signal handler."""
+        """Pass a signal to this process on to those that it started."""
         self.asked = True
         self._send()
 

@@ -22,7 +22,7 @@ def progress_bar(label: str, nbytes: int, processes: Processes) -> Iterator[Call
     ) as bar:
 
         def moved(count: int) -> None:
-            """Count bytes."""
+            """Move the bar by `count` bytes."""
             bar.update(count)
 
         yield moved

@@ -47,7 +47,7 @@ class StopRequest:
         self.asked = False
 
     def ask(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler."""
+        """Note that a signal asked for a stop."""
         self.asked = True
 
 

@@ -15,7 +15,7 @@ from flm_megatron.growth.rules import check_growth
 
 Operator = Literal["mask", "zero"]
 MASKED_SHARE = 5
-"""Masks open over one step in so many of a stage; benchmarks/growth/study.md has what other lengths do."""
+"""Masks open over the first 1 / MASKED_SHARE of a stage; benchmarks/growth/study.md has what other lengths do."""
 
 
 @dataclass(frozen=True)

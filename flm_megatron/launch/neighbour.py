@@ -22,13 +22,13 @@ class Store(Protocol):
     """What is used of torch's stores."""
 
     def set(self, key: str, value: str) -> None:
-        """Write."""
+        """Write a value under a key."""
 
     def get(self, key: str) -> bytes:
-        """Read; waits until it is written."""
+        """Read the value of a key; waits until it is written."""
 
     def check(self, keys: list[str]) -> bool:
-        """Whether all are written."""
+        """Whether all keys are written."""
 
 
 class Neighbour:

@@ -80,7 +80,7 @@ class _How:
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, how: _How) -> Tensor:
-        """x weight^T."""
+        """x weight^T [..., out], from x [..., in] and weight [out, in], gathered and cast to E4M3."""
         rows = _gather(x, how.group)[0] if how.gather else x
         amax_x, amax_weight = how.amaxes((rows, not how.column), (weight, True))
         out = how.product(

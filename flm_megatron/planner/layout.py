@@ -91,7 +91,7 @@ class Workload:
 
     @property
     def world_size(self) -> int:
-        """Processes."""
+        """Processes of the whole layout: tensor x pipeline x data."""
         return self.parallel.tensor * self.parallel.pipeline * self.data
 
     @property

@@ -33,7 +33,7 @@ class Cost:
         return self.seconds / DAY
 
     def __add__(self, other: Cost) -> Cost:
-        """Sum."""
+        """The cost of two stages, one after the other."""
         return Cost(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 

@@ -78,7 +78,7 @@ class Blob:
 
     @property
     def data(self) -> memoryview:
-        """The bytes."""
+        """What was stored, without the rest of the buffer that it lies in."""
         return self.buffer.view[: self.nbytes]
 
 

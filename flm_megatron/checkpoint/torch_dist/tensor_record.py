@@ -150,11 +150,11 @@ class _Window(io.RawIOBase):
         self.checked, self.path = checked, Path(str(file.name))
 
     def seekable(self) -> bool:
-        """It is."""
+        """`zipfile` asks: any place of the record can be read."""
         return True
 
     def readable(self) -> bool:
-        """It is."""
+        """`io.BufferedReader` asks."""
         return True
 
     def tell(self) -> int:

@@ -20,14 +20,14 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def add_vocab_size(parser: argparse.ArgumentParser) -> None:
-    """`--vocab-size`."""
+    """Add `--vocab-size`, for formats that keep padding rows."""
     parser.add_argument(
         "--vocab-size", type=vocabulary, help="true vocabulary, where the checkpoint is padded and does not record it"
     )
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
-    """`--dtype`."""
+    """Add `--dtype`, the precision to write."""
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights; the stored one if not given")
 
 
@@ -57,7 +57,7 @@ def open_with_model(path: Path, vocab_size: int | None) -> tuple[LogicalCheckpoi
 
 
 def require_new(path: Path) -> None:
-    """Check that a folder could be made at `path`, before anything is read; what is there already is refused later.
+    """Check that a folder could be made at `path`, before anything is read; an existing one is refused later.
 
     Raises RequestError if it cannot.
     """

@@ -50,7 +50,7 @@ def whole(least: int, largest: int = LARGEST_NUMBER) -> Callable[[str], int]:
     """The type of a whole number from `least` to `largest`."""
 
     def convert(text: str) -> int:
-        """The number."""
+        """A whole number within the limits."""
         try:
             number = int(text)
         except ValueError:
@@ -79,7 +79,7 @@ def real(least: float = -math.inf, largest: float = math.inf, above: bool = Fals
     """The type of a finite number from `least` (or `above` it) to `largest`."""
 
     def convert(text: str) -> float:
-        """The number."""
+        """A finite number within the limits."""
         try:
             number = float(text)
         except ValueError:

@@ -44,7 +44,7 @@ class ParallelConfig:
 
 @dataclass(config=SETTINGS)
 class DistributedConfig:
-    """Processes."""
+    """Processes, and how long they wait for each other."""
 
     processes: int | None = None
     """Processes `flm train` starts when a launcher did not; none means what the stage's layout needs."""

@@ -10,7 +10,7 @@ from flm_megatron.config.schema.settings import SETTINGS
 
 @dataclass(config=SETTINGS)
 class OptimizerConfig:
-    """AdamW."""
+    """AdamW and its learning rates."""
 
     lr: float = 3e-4
     """Peak learning rate of embeddings, norms and biases, and of matrices unless `matrix_lr` is given."""

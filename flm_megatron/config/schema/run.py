@@ -23,7 +23,7 @@ class MemoryConfig:
 
 @dataclass(config=SETTINGS)
 class CheckpointConfig:
-    """Saving."""
+    """Which checkpoints are saved and kept, and what the run starts from."""
 
     interval_steps: int = 0
     """Steps between checkpoints; 0 saves only at the end of a stage."""
@@ -42,7 +42,7 @@ class CheckpointConfig:
 
 @dataclass(config=SETTINGS)
 class LoggingConfig:
-    """Metrics."""
+    """Which metrics are reported, and how often."""
 
     interval_steps: int = 1
     """Steps between log lines."""

@@ -31,7 +31,7 @@ class Template(Protocol):
     """Of Jinja's, what is used of it."""
 
     def render(self, **variables: Any) -> str:
-        """The text."""
+        """The template's text for these variables."""
 
 
 def make_template(text: str) -> Template:

@@ -90,7 +90,7 @@ class Writer:
     """Writes one dataset through megatron-core's builder."""
 
     def __init__(self, prefix: Path, tokenizer: Tokenizer) -> None:
-        """Open PREFIX.bin."""
+        """Open PREFIX.bin, to which documents are added in their order."""
         from flm_megatron.device import current
 
         current().prepare()

@@ -110,7 +110,7 @@ class _Row:
             on_text(self.request.index, text)
 
     def completion(self) -> Completion:
-        """The result."""
+        """What was generated, once it is known why it ended."""
         assert self.reason
         return Completion(self.request.index, self._stream.text, self.ids, self.reason)
 

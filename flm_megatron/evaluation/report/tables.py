@@ -133,7 +133,7 @@ def _event(line: Line) -> str:
 
 
 def number(value: float | None) -> str:
-    """A loss."""
+    """A loss with four decimals, as a cell of a table."""
     if value is None:
         return NONE
     return f"{value:.4f}" if math.isfinite(value) else str(value)

@@ -37,7 +37,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class Constant:
-    """One value."""
+    """New values that are all the same."""
 
     value: float
 

@@ -34,7 +34,7 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        """All together."""
+        """Seconds of all four, one after the other."""
         return self.matmul + self.attention + self.memory_bound + self.tensor
 
     def __add__(self, other: Seconds) -> Seconds:
@@ -55,7 +55,7 @@ class Passes:
 
     @property
     def total(self) -> Seconds:
-        """Both."""
+        """Forward and backward pass together."""
         return self.forward + self.backward
 
 

@@ -39,7 +39,7 @@ class RankMemory:
 
     @property
     def total(self) -> float:
-        """All together."""
+        """Bytes at the peak."""
         return sum(vars(self).values())
 
 

@@ -29,7 +29,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """The step."""
+        """Seconds of a step."""
         return self.compute.total + self.pipeline + self.bubble + self.data + self.optimizer
 
 

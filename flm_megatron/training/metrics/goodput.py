@@ -101,7 +101,7 @@ class Goodput:
         return {**known, "other": max(0.0, rest)}
 
     def text(self) -> str:
-        """One line."""
+        """The share of the time that counted, and where the rest went, as one line."""
         spent = sorted(((s, name) for name, s in self.parts.items() if s >= 0.001 * self.wall_s), reverse=True)
         rest = ", ".join(f"{name} {100 * seconds / self.wall_s:.1f}%" for seconds, name in spent)
         return (

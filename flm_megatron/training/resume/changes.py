@@ -28,7 +28,7 @@ class Change:
     note: str = ""
 
     def line(self) -> str:
-        """For people."""
+        """What was and what is, in words."""
         return f"{self.what} was {_text(self.before)}, is {_text(self.now)}{self.note}"
 
 

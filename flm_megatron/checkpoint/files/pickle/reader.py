@@ -137,7 +137,7 @@ def read_torch_file(path: Path) -> Any:
             root = pickles[0].removesuffix("data.pkl")
 
             def tensor(stored: StoredTensor) -> torch.Tensor:
-                """Its values."""
+                """A tensor with the values of its storage, which is read once for all tensors in it."""
                 if stored.key not in storages:
                     storages[stored.key] = bytearray(read_stored(archive, f"{root}data/{stored.key}"))
                 return _materialise(stored, storages[stored.key])
