@@ -20,7 +20,7 @@ from flm_megatron.model.teleflm import TeleFLM
 
 
 def build_model(model: ModelConfig, stage: StageConfig) -> list[TeleFLM]:
-    """Model chunks of this pipeline rank in the order of execution: one for each virtual pipeline part.
+    """Model chunks of this pipeline rank in the order of execution: one for each virtual pipeline stage.
 
     megatron-core's `parallel_state` must be initialised with the sizes of `stage.parallel`. `model` is the stage's
     own, its vocabulary size known. All parameters are zero but for norm weights: load a checkpoint view into them.

@@ -126,7 +126,7 @@ class Workload:
 
     @cached_property
     def parts(self) -> list[int]:
-        """Layers of each pipeline part, in the order of execution."""
+        """Layers of each model chunk, in the order of execution."""
         return pipeline_split(self.model.num_layers, self.parallel)
 
     def chunks(self, rank: int) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Literal
 from flm_megatron.config.rules.layout import LAYOUT_RULES
 from flm_megatron.config.schema import ParallelConfig, StageConfig
 from flm_megatron.planner.cost.memory import GIB, worst_memory
-from flm_megatron.planner.cost.throughput import PartPasses, StepTime, part_passes, step_time
+from flm_megatron.planner.cost.throughput import ChunkPasses, StepTime, chunk_passes, step_time
 from flm_megatron.planner.layout import Workload, stage_workload
 from flm_megatron.planner.machine import Machine
 
@@ -69,7 +69,7 @@ def search(stage: StageConfig, sequence_length: int, machine: Machine, gpus: int
     goes with tensor parallelism. Everything else is the stage's.
     """
     result = SearchResult()
-    passes: dict[tuple[int, int, str], PartPasses] = {}
+    passes: dict[tuple[int, int, str], ChunkPasses] = {}
     full: set[tuple[int, int, int, str]] = set()  # what a micro-batch overfills, a larger one does too
     for trial in _layouts(stage, sequence_length, gpus):
         reason = _broken_rule(trial, sequence_length, gpus)
@@ -86,7 +86,7 @@ def search(stage: StageConfig, sequence_length: int, machine: Machine, gpus: int
                 continue
             key = (work.parallel.tensor, work.micro_batch, recompute)
             if key not in passes:
-                passes[key] = part_passes(work, machine)
+                passes[key] = chunk_passes(work, machine)
             result.candidates.append(Candidate(work, gib, step_time(work, machine, passes[key])))
     result.candidates.sort(key=lambda candidate: candidate.step.total)
     return result

@@ -182,7 +182,7 @@ def _with_tokens(mask: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def _reduce(outputs: list[torch.Tensor], told: Told) -> tuple[float, int, Told]:
-    """Add up over the world; only one tensor rank of each last pipeline part puts its losses in."""
+    """Add up over the world; only one tensor rank of each last pipeline rank puts its losses in."""
     from megatron.core import parallel_state
 
     counted = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0

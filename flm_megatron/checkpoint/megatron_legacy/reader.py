@@ -14,7 +14,7 @@ from flm_megatron.checkpoint.files.stored_array import StoredArray
 from flm_megatron.checkpoint.files.torch_file import read_torch_file
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
 from flm_megatron.checkpoint.megatron_legacy.arguments import model_from_arguments
-from flm_megatron.checkpoint.sharding.layout import part_regions
+from flm_megatron.checkpoint.sharding.layout import chunk_regions
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
 from flm_megatron.errors import DamagedError, RequestError
 from flm_megatron.model.parameters import EMBEDDING, parameter_specs
@@ -54,10 +54,10 @@ class LocalTensor:
 def local_tensors(
     model: ModelConfig, parallel: ParallelConfig, tensor_rank: int, part: int, padded_vocab: int | None = None
 ) -> dict[str, LocalTensor]:
-    """The tensors of one tensor rank in one pipeline part by Megatron-LM's names, layers counted within the part."""
+    """The tensors of one tensor rank in one model chunk by Megatron-LM's names, layers counted within the part."""
     padded = padded_vocab or padded_vocab_size(int(model.vocab_size or 0), parallel.tensor)
     specs, result = parameter_specs(model), {}
-    for name, regions in part_regions(model, parallel, tensor_rank, part, padded).items():
+    for name, regions in chunk_regions(model, parallel, tensor_rank, part, padded).items():
         spec = specs[name]
         if not spec.stacked:
             rows = padded // parallel.tensor if spec.padded else spec.shape[0]

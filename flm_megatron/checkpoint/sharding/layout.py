@@ -14,18 +14,18 @@ from flm_megatron.model.parameters import ParameterSpec, parameter_specs
 def rank_regions(
     model: ModelConfig, parallel: ParallelConfig, tensor_rank: int, pipeline_rank: int
 ) -> dict[str, list[Region]]:
-    """Regions of every logical parameter that one rank holds: those of all its pipeline parts."""
+    """Regions of every logical parameter that one rank holds: those of all its model chunks."""
     result: dict[str, list[Region]] = {}
     for part in range(pipeline_rank, parallel.pipeline * parallel.virtual_pipeline, parallel.pipeline):
-        for name, regions in part_regions(model, parallel, tensor_rank, part).items():
+        for name, regions in chunk_regions(model, parallel, tensor_rank, part).items():
             result.setdefault(name, []).extend(regions)
     return result
 
 
-def part_regions(
+def chunk_regions(
     model: ModelConfig, parallel: ParallelConfig, tensor_rank: int, part: int, padded_vocab: int | None = None
 ) -> dict[str, list[Region]]:
-    """Regions of every logical parameter that one tensor rank holds of one pipeline part (in order of execution).
+    """Regions of every logical parameter that one tensor rank holds of one model chunk (in order of execution).
 
     They are in the order in which they lie in the rank's own tensors: gate rows, then up rows. Norms and biases of
     row-parallel layers are on every tensor rank. Only the first part has the embedding, only the last one the final

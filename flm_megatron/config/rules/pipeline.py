@@ -12,7 +12,7 @@ def divisors(number: int) -> list[int]:
 
 
 def pipeline_split(num_layers: int, parallel: ParallelConfig) -> list[int]:
-    """Layers of each pipeline part in the order of execution: pipeline x virtual_pipeline numbers.
+    """Layers of each model chunk in the order of execution: pipeline x virtual_pipeline numbers.
 
     Part i lies on pipeline rank i mod pipeline, as its chunk i div pipeline. Without `pipeline_layers` the parts
     are as even as can be, the first ones taking what is over.

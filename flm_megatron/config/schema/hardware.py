@@ -27,7 +27,7 @@ class ParallelConfig:
     expert: int = 1
     """Expert-parallel size (refused above 1 for now)."""
     pipeline_layers: list[int] | None = None
-    """Layers of each pipeline part in the order of execution (pipeline x virtual_pipeline numbers);
+    """Layers of each model chunk in the order of execution (pipeline x virtual_pipeline numbers);
     none splits as evenly as possible, the first parts taking what is over."""
     distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks."""

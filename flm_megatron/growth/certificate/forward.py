@@ -97,7 +97,7 @@ def _loaded(view: LogicalCheckpoint, model: ModelConfig, stage: StageConfig) -> 
 def forward(chunks: list[Any], tokens: torch.Tensor, on_logits: Callable[[int, torch.Tensor], None]) -> None:
     """Run `tokens` [samples, sequence] through the pipeline of one replica, one sample at a time.
 
-    On the last pipeline part `on_logits(sample, logits)` is called, with logits [sequence, padded vocabulary] gathered
+    On the last pipeline rank `on_logits(sample, logits)` is called, with logits [sequence, padded vocabulary] gathered
     over tensor-parallel ranks.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func

@@ -34,7 +34,7 @@ class StepTime:
 
 
 @dataclass(frozen=True)
-class PartPasses:
+class ChunkPasses:
     """Passes of the parts that ranks are made of; the same for all layouts that differ in data or pipeline only."""
 
     layer: Passes
@@ -42,18 +42,18 @@ class PartPasses:
     embedding: Passes
 
 
-def part_passes(work: Workload, machine: Machine) -> PartPasses:
+def chunk_passes(work: Workload, machine: Machine) -> ChunkPasses:
     """Passes of a layer, the head and the embedding."""
-    return PartPasses(layer_passes(work, machine), head_passes(work, machine), embedding_passes(work, machine))
+    return ChunkPasses(layer_passes(work, machine), head_passes(work, machine), embedding_passes(work, machine))
 
 
-def step_time(work: Workload, machine: Machine, parts: PartPasses | None = None) -> StepTime:
+def step_time(work: Workload, machine: Machine, parts: ChunkPasses | None = None) -> StepTime:
     """Time of a step.
 
     The slowest pipeline rank works through all micro-batches; it waits besides while the first and the last ones
     pass the other ranks, which interleaving shortens by the number of chunks.
     """
-    parts = parts or part_passes(work, machine)
+    parts = parts or chunk_passes(work, machine)
     pipeline = work.parallel.pipeline
     ranks = [_rank_compute(work, parts, rank) for rank in range(pipeline)]
     slowest = max(ranks, key=lambda rank: rank.total)
@@ -74,7 +74,7 @@ def tflops_per_device(work: Workload, seconds: float) -> float:
     return flops / seconds / work.world_size / 1e12
 
 
-def _rank_compute(work: Workload, parts: PartPasses, rank: int) -> Seconds:
+def _rank_compute(work: Workload, parts: ChunkPasses, rank: int) -> Seconds:
     time = parts.layer.total * sum(work.chunks(rank))
     if rank == 0:
         time = time + parts.embedding.total
@@ -83,7 +83,7 @@ def _rank_compute(work: Workload, parts: PartPasses, rank: int) -> Seconds:
     return time
 
 
-def _transfer(work: Workload, machine: Machine, parts: PartPasses) -> float:
+def _transfer(work: Workload, machine: Machine, parts: ChunkPasses) -> float:
     """Waiting for neighbours per micro-batch: 1F1B exchanges after each pass; the interleaved schedule's transfers
     run beside the next chunk's pass, and cost their start and what that does not hide."""
     if work.parallel.pipeline == 1:
@@ -98,7 +98,7 @@ def _transfer(work: Workload, machine: Machine, parts: PartPasses) -> float:
     return chunks * sum(machine.latency_s + max(0.0, transfer - hidden) for hidden in passes)
 
 
-def _data(work: Workload, machine: Machine, parts: PartPasses) -> float:
+def _data(work: Workload, machine: Machine, parts: ChunkPasses) -> float:
     """Reduction of fp32 gradients and gathering of new weights, less what one micro-batch's passes hide."""
     parameters = max(work.rank_parameters(rank) for rank in range(work.parallel.pipeline))
     reduce = data_time(work, machine, 4.0 * parameters)

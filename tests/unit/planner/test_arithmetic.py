@@ -15,7 +15,7 @@ from flm_megatron.planner.cost.communication import data_time, pipeline_time, te
 from flm_megatron.planner.cost.compute import layer_passes
 from flm_megatron.planner.cost.matmul import matmul_time
 from flm_megatron.planner.cost.memory import rank_memory
-from flm_megatron.planner.cost.throughput import part_passes, step_time
+from flm_megatron.planner.cost.throughput import chunk_passes, step_time
 from flm_megatron.planner.goodput import plan_goodput
 from flm_megatron.planner.layout import CPU, CUDA, Workload
 from flm_megatron.planner.machine import find_machine
@@ -85,7 +85,7 @@ def test_a_plain_schedule_waits_for_two_transfers_a_micro_batch() -> None:
 
 def test_an_interleaved_schedule_waits_for_what_a_chunk_does_not_hide() -> None:
     work = workload(pipeline=2, virtual_pipeline=2)
-    parts = part_passes(work, A800)
+    parts = chunk_passes(work, A800)
     hidden = step_time(work, A800)
     assert hidden.pipeline == exactly(16 * 2 * 2 * A800.latency_s)  # two chunks, forward and backward
     slow = replace(A800, intra_gb_per_s=1e-3)
@@ -101,7 +101,7 @@ def test_overlap_hides_gradients_behind_the_backward_pass_of_the_longest_rank() 
     slow = replace(A800, inter_gb_per_s=1e-2, intra_gb_per_s=1e-2)
     parameters = max(plain.rank_parameters(rank) for rank in range(3))
     reduce = data_time(plain, slow, 4.0 * parameters)
-    backward = part_passes(plain, slow).layer.backward.total
+    backward = chunk_passes(plain, slow).layer.backward.total
     # The first or the last rank is looked at, for those hold embedding and head.
     assert reduce > 5 * backward
     assert step_time(plain, slow).data - step_time(hidden, slow).data == pytest.approx(2 * backward)

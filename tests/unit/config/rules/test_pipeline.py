@@ -1,4 +1,4 @@
-"""Layers over pipeline parts."""
+"""Layers over model chunks."""
 
 from __future__ import annotations
 

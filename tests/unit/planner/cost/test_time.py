@@ -15,7 +15,7 @@ from flm_megatron.errors import RequestError
 from flm_megatron.planner.cost.communication import data_time, gather_time
 from flm_megatron.planner.cost.compute import layer_passes
 from flm_megatron.planner.cost.matmul import matmul_time, memory_time, peak_flops, tile_efficiency
-from flm_megatron.planner.cost.throughput import part_passes, step_time, tflops_per_device
+from flm_megatron.planner.cost.throughput import chunk_passes, step_time, tflops_per_device
 from flm_megatron.planner.layout import Implementation, Workload
 from flm_megatron.planner.machine import Machine, find_machine
 
@@ -109,7 +109,7 @@ def test_sequence_parallel_exchanges_are_those_of_an_all_reduce() -> None:
 def test_the_bubble_is_that_of_the_schedule() -> None:
     """(p - 1) / (m v) of the work of an even pipeline, arXiv 2104.04473."""
     work, machine = workload(pipeline=8), perfect(A800)
-    parts = part_passes(work, machine)
+    parts = chunk_passes(work, machine)
     even = replace(parts, head=replace(parts.head, forward=parts.head.forward * 0, backward=parts.head.backward * 0))
     even = replace(even, embedding=even.head)
     step = step_time(work, machine, even)
