@@ -100,7 +100,7 @@ def screen(folder: Path, base: Path, keep: int) -> int:
 def judge(checkpoint: Path, folder: Path) -> dict[str, float]:
     """Loss in nats per token and shares of exact matches over the held-out samples."""
     from flm_megatron.config.schema import ParallelConfig
-    from flm_megatron.evaluation.processes import run_under
+    from flm_megatron.distributed.under_layout import run_under
 
     out = folder / "judged.json"
     run_under(ParallelConfig(), partial(_judge, checkpoint, folder / "held_out.jsonl", out))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from flm_megatron.benchmarking.flops import hardware_flops_per_token, training_f
 from flm_megatron.benchmarking.parts import profile_parts
 from flm_megatron.benchmarking.result import Measurement
 from flm_megatron.benchmarking.steps import Step, draw_weights, held_gib, slowest, synthetic_batches, timed
-from flm_megatron.benchmarking.workload import Request, describe, processes
-from flm_megatron.config.schema import DistributedConfig, ParallelConfig, StageConfig
+from flm_megatron.benchmarking.workload import Request, describe
+from flm_megatron.config.schema import ParallelConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.device.hardware import find_hardware
+from flm_megatron.distributed.under_layout import run_under
+from flm_megatron.distributed.world import is_main_rank
 from flm_megatron.planner.cost.memory import GIB, all_rank_memory
 from flm_megatron.planner.layout import CPU, CUDA, as_chosen, stage_workload
 from flm_megatron.training.step import TrainState
@@ -28,38 +30,27 @@ PROGRAM = "flm_megatron"
 LEARNING_RATE = 1e-5
 
 
-def on_ranks(parallel: ParallelConfig, timeout_s: int, function: Any, *args: Any) -> Any:
+def on_ranks(parallel: ParallelConfig, timeout_s: int, function: Callable[..., object], *args: Any) -> Any:
     """What `function(*args)` returns on rank 0, called on every process of a layout.
 
-    A launcher's processes are used where there are some; else fresh ones are started here, so that nothing that ran
-    before weighs on memory. The result, and `args`, have to be plain data or pickle.
+    A launcher's processes are used where there are some, of which all but rank 0 get None; else fresh ones are started
+    here, so that nothing that ran before weighs on memory. The result, and `args`, have to be plain data or pickle.
 
     Raises:
+        RequestError: the launcher's processes do not fit the layout.
         FlmError: a process failed.
     """
-    from flm_megatron.distributed.local_processes import run_processes
-    from flm_megatron.distributed.world import launched, tool_world
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
-        if launched():
-            with tool_world(DistributedConfig(timeout_s=timeout_s)):
-                under_layout(parallel, timeout_s, path, function, args)
-                return json.loads(path.read_text()) if dist.get_rank() == 0 else None
-        run_processes(processes(parallel), under_layout, (parallel, timeout_s, path, function, args), timeout_s)
-        return json.loads(path.read_text())
+        run_under(parallel, _keep_result, path, function, args, timeout_s=timeout_s, in_fresh_processes=True)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def under_layout(parallel: ParallelConfig, timeout_s: int, path: Path, function: Any, args: tuple[Any, ...]) -> int:
-    """In a world: call `function(*args)` inside the groups of `parallel`; rank 0 writes the result to `path`."""
-    from flm_megatron.distributed.world import is_main_rank, layout
-
-    # What the engine asks for (with a warning) where tensor-parallel ranks talk while they compute.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    with layout(parallel, timeout_s):
-        result = function(*args)
-        if is_main_rank():
-            path.write_text(json.dumps(result), encoding="utf-8")
+def _keep_result(path: Path, function: Callable[..., object], args: tuple[Any, ...]) -> int:
+    """In a world: call `function(*args)`; rank 0 writes what it returns to `path`."""
+    result = function(*args)
+    if is_main_rank():
+        path.write_text(json.dumps(result), encoding="utf-8")
     return 0
 
 

@@ -36,11 +36,6 @@ def layer_stack(stage: StageConfig, layers: int) -> StageConfig:
     return replace(stage, model=model, parallel=replace(stage.parallel, pipeline_layers=None))
 
 
-def processes(parallel: ParallelConfig) -> int:
-    """Processes of a layout; one replica where the data-parallel size is not given."""
-    return parallel.model_size * (parallel.data or 1)
-
-
 def local_layouts(stage: StageConfig, sequence_length: int, size: int) -> tuple[list[StageConfig], list[str]]:
     """The stage under every layout of `size` processes, and one line on each layout that breaks a rule.
 

@@ -33,10 +33,10 @@ def run(args: argparse.Namespace) -> int:
     from flm_megatron.checkpoint.described import recorded_model
     from flm_megatron.checkpoint.opening import open_checkpoint
     from flm_megatron.checkpoint.run_file import open_run
+    from flm_megatron.config.stage_names import stage_index
     from flm_megatron.distributed.world import layout, tool_world
     from flm_megatron.growth.distance import distance_table, layer_distances, plot_distances, write_distances
     from flm_megatron.growth.foreseen import check_run_file
-    from flm_megatron.growth.offline import stage_index
     from flm_megatron.growth.text import file_tokens, run_tokens
 
     if args.out:

@@ -54,10 +54,10 @@ def run(args: argparse.Namespace) -> int:
     """Check the request, then generate on every process; returns 0."""
     from flm_megatron.checkpoint.sharding.layout import check_layout
     from flm_megatron.data.conversations.template import ChatTemplate
+    from flm_megatron.distributed.under_layout import run_under
     from flm_megatron.distributed.world import launched
     from flm_megatron.evaluation.generation.run import run_generation
     from flm_megatron.evaluation.generation.terminal import relayed_lines
-    from flm_megatron.evaluation.processes import run_under
     from flm_megatron.evaluation.subject import open_subject
 
     if args.out:
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     subject = open_subject(args.checkpoint, args.tokenizer, args.vocab_size)
     check_layout(subject.model, request.parallel)
     ChatTemplate(request.template, subject.tokenizer)  # a file that is no template is refused here
-    started_here = not launched() and request.parallel.model_size * (request.parallel.data or 1) > 1
+    started_here = not launched() and request.parallel.processes > 1
     with relayed_lines() if args.chat and started_here else nullcontext() as lines:
         return run_under(request.parallel, run_generation, replace(request, lines=lines))
 

@@ -40,10 +40,11 @@ def run(args: argparse.Namespace) -> int:
     """Measure what is asked for, then write."""
     from flm_megatron.checkpoint.opening import open_checkpoint
     from flm_megatron.checkpoint.run_file import open_run
+    from flm_megatron.config.stage_names import stage_index
     from flm_megatron.distributed.processes import Processes
     from flm_megatron.growth.boundary import grown_view, needs_distances
     from flm_megatron.growth.foreseen import check_run_file
-    from flm_megatron.growth.offline import stage_index, write_grown
+    from flm_megatron.growth.offline import write_grown
     from flm_megatron.paths import require_folder
 
     require_folder(args.out, "--out")

@@ -132,15 +132,12 @@ def _append(path: Path, line: dict[str, Any]) -> None:
 
 def _stage(run_config: RunConfig, args: argparse.Namespace) -> StageConfig:
     """The stage named in the arguments, or the first."""
+    from flm_megatron.config.stage_names import stage_index
     from flm_megatron.errors import RequestError
 
-    stages = {stage.name: stage for stage in run_config.stages}
-    if not stages:
+    if not run_config.stages:
         raise RequestError(f"{args.run_file} has no stages")
-    name = next(iter(stages)) if args.stage is None else args.stage
-    if name not in stages:
-        raise RequestError(f"{args.run_file} has no stage {name!r}; it has {', '.join(stages)}")
-    return stages[name]
+    return run_config.stages[0 if args.stage is None else stage_index(run_config, args.stage)]
 
 
 def _model(args: argparse.Namespace) -> ModelConfig:

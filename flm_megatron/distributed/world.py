@@ -45,13 +45,16 @@ def world(config: DistributedConfig, rank: int = -1, size: int = -1, store: str 
 
 
 @contextmanager
+def lone_world(config: DistributedConfig) -> Iterator[None]:
+    """A world of this process alone."""
+    with tempfile.TemporaryDirectory() as folder, world(config, 0, 1, f"file://{Path(folder) / 'store'}"):
+        yield
+
+
+@contextmanager
 def tool_world(config: DistributedConfig) -> Iterator[None]:
     """The world of a tool that runs a model: the one that torchrun made; without a launcher one of this process."""
-    if launched():
-        with world(config):
-            yield
-        return
-    with tempfile.TemporaryDirectory() as folder, world(config, 0, 1, f"file://{Path(folder) / 'store'}"):
+    with world(config) if launched() else lone_world(config):
         yield
 
 

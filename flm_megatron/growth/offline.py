@@ -8,10 +8,8 @@ from typing import Any
 from flm_megatron.checkpoint.files.destination import reserved
 from flm_megatron.checkpoint.tools.reshard import stored_bytes
 from flm_megatron.checkpoint.torch_dist.writer import write_view
-from flm_megatron.config.schema import RunConfig
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.distributed.progress import progress_bar
-from flm_megatron.errors import RequestError
 from flm_megatron.growth.certificate.certificate import Certificate, certified
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 
@@ -31,11 +29,3 @@ def write_grown(
     growth = certified(view.manifest["growth"], certificate)
     with reserved(path, processes, nbytes), progress_bar("grow", nbytes, processes) as moved:
         return write_view(view, path, {**view.manifest, "growth": growth}, progress=moved)
-
-
-def stage_index(run: RunConfig, name: str) -> int:
-    """Index of the stage called `name`. Raises RequestError where there is none."""
-    names = [stage.name for stage in run.stages]
-    if name not in names:
-        raise RequestError(f"the run file has no stage {name!r}: it has {', '.join(names)}")
-    return names.index(name)

@@ -9,11 +9,9 @@ Everything measured is the training program's own: initial weights, multipliers,
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
@@ -30,7 +28,7 @@ from flm_megatron.config.schema import (
     ParallelConfig,
     StageConfig,
 )
-from flm_megatron.distributed.world import layout, world
+from flm_megatron.distributed.world import layout, lone_world
 from flm_megatron.errors import RequestError
 from flm_megatron.hyperparameters.coordinate_probe import Probe
 from flm_megatron.optim.learning_rate import set_learning_rates
@@ -185,8 +183,6 @@ def _batch(model: ModelConfig, settings: CheckSettings, seed: int) -> dict[str, 
 @contextmanager
 def one_process() -> Iterator[None]:
     """A world of this process alone, laid out for one model."""
-    with tempfile.TemporaryDirectory() as folder:
-        store = f"file://{Path(folder) / 'store'}"
-        config = DistributedConfig()
-        with world(config, rank=0, size=1, store=store), layout(ParallelConfig(), config.timeout_s):
-            yield
+    config = DistributedConfig()
+    with lone_world(config), layout(ParallelConfig(), config.timeout_s):
+        yield

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from flm_megatron.config.loader import resolve_vocabulary
 from flm_megatron.config.schema import RunConfig
+from flm_megatron.config.stage_names import stage_index
 from flm_megatron.errors import Mistakes, RequestError, refuse_together
 from flm_megatron.growth.foreseen import check_run_file
 from flm_megatron.paths import require_folder
@@ -68,20 +69,12 @@ def require_places(run: RunConfig, only: str | None = None) -> None:
     Raises:
         Mistakes: one of these does not hold.
     """
-    checks: list[Callable[[], object]] = [
-        partial(check_stage_name, run, only),
-        partial(require_folder, run.output, "output"),
-    ]
+    checks: list[Callable[[], object]] = [partial(require_folder, run.output, "output")]
+    if only is not None:
+        checks.insert(0, partial(stage_index, run, only))
     if run.data.cache is not None:
         checks.append(partial(require_folder, run.data.cache, "data.cache"))
     refuse_together(checks)
-
-
-def check_stage_name(run: RunConfig, only: str | None) -> None:
-    """Check that `only`, if given, is a stage. Raises RequestError if not."""
-    names = [stage.name for stage in run.stages]
-    if only is not None and only not in names:
-        raise RequestError(f"no stage is named {only!r}; the run has {', '.join(names)}")
 
 
 def require_turn(run: RunConfig, only: str | None, start_anew: bool) -> None:

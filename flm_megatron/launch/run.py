@@ -133,7 +133,7 @@ def _train_as_rank(run: RunConfig, only: str | None) -> int:
 
 def local_processes(run: RunConfig, stage: StageConfig) -> int:
     """Processes for a stage on this machine: as the run file says, or what its layout needs."""
-    return run.distributed.processes or stage.parallel.model_size * (stage.parallel.data or 1)
+    return run.distributed.processes or stage.parallel.processes
 
 
 def write_run_file(run: RunConfig) -> None:

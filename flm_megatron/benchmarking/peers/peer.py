@@ -44,7 +44,7 @@ def check_peers(names: Sequence[str], stage: StageConfig) -> None:
         if names.count(name) > 1:
             raise RequestError(f"--compare names {name} twice: name each program once")
     model, parallel = stage.model, stage.parallel
-    if parallel.model_size * (parallel.data or 1) > 1:
+    if parallel.processes > 1:
         raise RequestError(
             f"--compare runs on one process, the stage's layout is tensor {parallel.tensor} x pipeline "
             f"{parallel.pipeline} x data {parallel.data or 1}: override its parallel sizes with 1"

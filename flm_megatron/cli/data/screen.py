@@ -131,8 +131,8 @@ def _scores(args: argparse.Namespace, indices: list[int]) -> dict[int, Score]:
     import tempfile
 
     from flm_megatron.cli.options.model import layout_of
+    from flm_megatron.distributed.under_layout import run_under
     from flm_megatron.evaluation.conversation_scores import ScoreRequest, read_scores, score
-    from flm_megatron.evaluation.processes import run_under
 
     parallel = layout_of(args)
     with tempfile.TemporaryDirectory() as folder:

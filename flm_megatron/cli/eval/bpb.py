@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the request, then score on every process; returns 0."""
+    from flm_megatron.distributed.under_layout import run_under
     from flm_megatron.evaluation.perplexity.run import check_request, evaluate
-    from flm_megatron.evaluation.processes import run_under
 
     if args.json and args.json != Path("-"):
         require_file(args.json, "--json")

@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the request, then evaluate on every process; returns 0."""
+    from flm_megatron.distributed.under_layout import run_under
     from flm_megatron.evaluation.harness.run import check_request, evaluate
-    from flm_megatron.evaluation.processes import run_under
 
     for option, file in (("--json", args.json), ("--samples", args.samples)):
         if file and file != Path("-"):

@@ -16,16 +16,15 @@ def only_stage(config: RunConfig, name: str | None) -> RunConfig:
     Raises:
         RequestError: there is no such stage, or none at all.
     """
+    from flm_megatron.config.stage_names import stage_index
     from flm_megatron.errors import RequestError
 
     if not config.stages:
         raise RequestError("stages is empty: give at least one stage")
     if name is None:
         return config
-    chosen = [replace(stage, growth=None) for stage in config.stages if stage.name == name]
-    if not chosen:
-        raise RequestError(f"no stage {name!r}; the run has {', '.join(stage.name for stage in config.stages)}")
-    return replace(config, stages=chosen)
+    stage = config.stages[stage_index(config, name)]
+    return replace(config, stages=[replace(stage, growth=None)])
 
 
 def with_vocabulary(config: RunConfig) -> RunConfig:

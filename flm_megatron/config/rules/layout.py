@@ -93,9 +93,9 @@ def world_is_the_product(stage: StageConfig, sequence_length: int, world_size: i
     product = f"parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline}"
     if world_size % parallel.model_size:
         return f"{world_size} processes do not divide by {product} = {parallel.model_size}: change one of the three"
-    if parallel.data is not None and world_size != parallel.model_size * parallel.data:
+    if parallel.data is not None and world_size != parallel.processes:
         return (
-            f"{world_size} processes are not {product} x data {parallel.data} = {parallel.model_size * parallel.data}: "
+            f"{world_size} processes are not {product} x data {parallel.data} = {parallel.processes}: "
             "start as many, or leave parallel.data out"
         )
     return None

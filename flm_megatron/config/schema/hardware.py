@@ -41,6 +41,11 @@ class ParallelConfig:
         """Processes that hold one replica of the model."""
         return self.tensor * self.pipeline
 
+    @property
+    def processes(self) -> int:
+        """Processes of the layout; those of one replica where the data-parallel size is left open."""
+        return self.model_size * (self.data or 1)
+
 
 @dataclass(config=SETTINGS)
 class DistributedConfig:

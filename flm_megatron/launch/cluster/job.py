@@ -10,6 +10,7 @@ from pathlib import Path
 
 from flm_megatron.config.rules import check
 from flm_megatron.config.schema import RunConfig, StageConfig
+from flm_megatron.config.stage_names import stage_index
 from flm_megatron.errors import RequestError
 
 
@@ -42,7 +43,7 @@ class Job:
         """Nodes that train a stage: all, or in a job of its own what is enough for its data-parallel size."""
         if stage.parallel.data is None or not self.separate:
             return self.nodes
-        return -(-_fixed_size(stage) // self.per_node)
+        return -(-stage.parallel.processes // self.per_node)
 
     def command(self, stage: str | None = None) -> str:
         """`flm train` with what was asked for; `stage` is put in as it is, so a shell may fill it in."""
@@ -80,10 +81,7 @@ def plan_job(
             raise RequestError(f"{name} is {value}, give at least 1")
     if restarts < 0:
         raise RequestError(f"--max-restarts is {restarts}, give 0 or more")
-    names = [each.name for each in run.stages]
-    if stage is not None and stage not in names:
-        raise RequestError(f"no stage is named {stage!r}; the run has {', '.join(names)}")
-    stages = tuple(each for each in run.stages if stage in (None, each.name))
+    stages = tuple(run.stages) if stage is None else (run.stages[stage_index(run, stage)],)
     job = Job(
         run, str(run_file), tuple(overrides), stages, nodes, per_node, gpu, stage is None, separate, grace_s, restarts
     )
@@ -98,14 +96,10 @@ def _check_stage(job: Job, stage: StageConfig) -> None:
     count = job.nodes_of(stage)
     if count > job.nodes:
         raise RequestError(
-            f"stage {stage.name!r} needs {_fixed_size(stage)} processes, {count} nodes of {job.per_node}, "
+            f"stage {stage.name!r} needs {stage.parallel.processes} processes, {count} nodes of {job.per_node}, "
             f"but there are {job.nodes}: give --nodes {count}, or leave parallel.data out"
         )
     check(job.run, count * job.per_node, stages=[stage.name])
-
-
-def _fixed_size(stage: StageConfig) -> int:
-    return stage.parallel.model_size * (stage.parallel.data or 1)
 
 
 def _layout(stage: StageConfig, job: Job) -> str:

@@ -18,6 +18,7 @@ from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.history import History
 from flm_megatron.config.same_model import differences
 from flm_megatron.config.schema import RunConfig, StageConfig
+from flm_megatron.config.stage_names import stage_index
 from flm_megatron.durable import sync
 from flm_megatron.errors import DamagedError, RequestError
 from flm_megatron.growth.boundary import grown_view, resumed_plan, saved_plan, source_model
@@ -89,18 +90,17 @@ def find_start(run: RunConfig, only: str | None = None) -> Start | None:
             program cannot read.
         DamagedError: there are checkpoints, and all of them are damaged.
     """
-    names = [stage.name for stage in run.stages]
-    if only is not None and only not in names:
-        raise RequestError(f"no stage is named {only!r}; the run has {', '.join(names)}")
-    wanted = names[: names.index(only) + 1] if only else names
+    wanted = [stage.name for stage in run.stages]
+    if only is not None:
+        wanted = wanted[: stage_index(run, only) + 1]
     store = checkpoint_store(run)
     path, damaged = store.search(wanted)
     start = _after(run, path)
     if start.stage >= len(wanted):
         return None
-    start = replace(start, passed_over=tuple(map(str, damaged)), taken=store.taken(names[start.stage]))
-    if only and names[start.stage] != only:
-        missing = names[start.stage]
+    start = replace(start, passed_over=tuple(map(str, damaged)), taken=store.taken(wanted[start.stage]))
+    if only and wanted[start.stage] != only:
+        missing = wanted[start.stage]
         raise RequestError(f"stage {only!r} needs stage {missing!r} to be finished: train it first")
     return start
 

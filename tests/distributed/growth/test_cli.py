@@ -103,7 +103,7 @@ def test_a_growth_beyond_the_tolerance_is_not_written(folder: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--stage", "huge"], "no stage 'huge': it has small, big"),
+        (["--stage", "huge"], "no stage is named 'huge'; the run has small, big"),
         (["--stage", "small"], "stage 'small' is the first"),
         (["--stage", "big", "--stages.1.model.hidden_size", "24"], "shrinks from 32 to 24"),
         (

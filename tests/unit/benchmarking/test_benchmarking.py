@@ -219,7 +219,7 @@ def test_the_commit_is_that_of_the_code() -> None:
     [
         ([], "give a run file to measure a stage of"),
         (["RUN"], "give --stage: the run has a, b"),
-        (["RUN", "--stage", "c"], "no stage 'c'; the run has a, b"),
+        (["RUN", "--stage", "c"], "no stage is named 'c'; the run has a, b"),
         (["RUN", "--stage", "a", "--compare", "gpt"], "--compare gpt: not a known program; known are transformers"),
         (["RUN", "--stage", "a", "--compare", "torchtitan,torchtitan"], "names torchtitan twice"),
         (["RUN", "--stage", "a", "--compare", "transformers", "--layouts", "1"], "do not go together"),

@@ -169,4 +169,4 @@ def test_command_takes_the_model_of_a_run_file(tmp_path: Path, capsys: pytest.Ca
     assert main(["mup", "coord-check", str(run_file), "--layers", "1", *COMMAND[2:], plot]) == 0
     assert "layer 1" not in capsys.readouterr().out
     assert main(["mup", "coord-check", str(run_file), "--stage", "large", *COMMAND[2:], plot]) == 2
-    assert "has no stage 'large'; it has small" in capsys.readouterr().err
+    assert "no stage is named 'large'; the run has small" in capsys.readouterr().err

@@ -199,7 +199,7 @@ def test_search_and_budget_are_printed(capsys: pytest.CaptureFixture[str]) -> No
         (("--gpus", "64", "--search", "--stages.0.model.num_layers", "-1"), "num_layers"),
         (("--gpus", "64", "--plot", "/nowhere/at/all.png"), "cannot draw to /nowhere/at/all.png"),
         (("--gpus", "64", "--plot", "memory.cake"), "--plot memory.cake is no picture"),
-        (("--gpus", "64", "--stage", "nope"), "no stage 'nope'; the run has tele-flm-52b"),
+        (("--gpus", "64", "--stage", "nope"), "no stage is named 'nope'; the run has tele-flm-52b"),
     ],
 )
 def test_a_wrong_request_is_one_line(

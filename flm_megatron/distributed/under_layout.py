@@ -1,22 +1,29 @@
-"""Running a piece of evaluation on every rank of a layout: torchrun's ranks, this process, or local ones."""
+"""Running a function on every rank of a layout: torchrun's ranks, this process, or ones that are started here."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from flm_megatron.config.schema import DistributedConfig, ParallelConfig
 from flm_megatron.errors import RequestError
 
-TIMEOUT_S = 86400
-"""Ranks wait for the one that reads a terminal or prepares a task."""
+PATIENT_S = 86400
+"""For ranks that wait for the one that reads a terminal or prepares a task."""
 
 
-def run_under(parallel: ParallelConfig, function: Any, *args: Any) -> int:
+def run_under(
+    parallel: ParallelConfig,
+    function: Callable[..., int],
+    *args: Any,
+    timeout_s: int = PATIENT_S,
+    in_fresh_processes: bool = False,
+) -> int:
     """Call `function(*args) -> exit status` on every rank of `parallel`, its groups made; returns rank 0's status.
 
-    A launcher's processes are used where there are some. Else one process is this one, and more are started here:
-    `function` and `args` are pickled then.
+    A launcher's processes are used where there are some. Else one process is this one (or a fresh one, in which
+    nothing that ran before weighs on memory), and more are started here: `function` and `args` are pickled then.
 
     Raises:
         RequestError: the launcher's processes do not fit the layout.
@@ -25,27 +32,26 @@ def run_under(parallel: ParallelConfig, function: Any, *args: Any) -> int:
     from flm_megatron.distributed.local_processes import run_processes
     from flm_megatron.distributed.world import launched, tool_world
 
-    size = parallel.model_size * (parallel.data or 1)
     if launched():
         _check_world(parallel, int(os.environ["WORLD_SIZE"]))
-    elif size > 1:
-        return run_processes(size, under_layout, (parallel, function, args), timeout_s=TIMEOUT_S)
-    with tool_world(DistributedConfig(timeout_s=TIMEOUT_S)):
-        return under_layout(parallel, function, args)
+    elif in_fresh_processes or parallel.processes > 1:
+        return run_processes(parallel.processes, _in_groups, (parallel, timeout_s, function, args), timeout_s)
+    with tool_world(DistributedConfig(timeout_s=timeout_s)):
+        return _in_groups(parallel, timeout_s, function, args)
 
 
-def under_layout(parallel: ParallelConfig, function: Any, args: tuple[Any, ...]) -> int:
+def _in_groups(parallel: ParallelConfig, timeout_s: int, function: Callable[..., int], args: tuple[Any, ...]) -> int:
     """In a world: call `function(*args)` inside the groups of `parallel`."""
     from flm_megatron.distributed.world import layout
 
     # What the engine asks for (with a warning) where tensor-parallel ranks talk while they compute.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    with layout(parallel, TIMEOUT_S):
+    with layout(parallel, timeout_s):
         return function(*args)
 
 
 def _check_world(parallel: ParallelConfig, world: int) -> None:
-    wanted = parallel.model_size * (parallel.data or 1)
+    wanted = parallel.processes
     if world % parallel.model_size or (parallel.data and world != wanted):
         data = parallel.data or "any"
         raise RequestError(
