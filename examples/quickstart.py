@@ -30,10 +30,11 @@ def main() -> int:
 def summarize() -> int:
     """Print the last validation loss beside the unigram entropy; fails if the model has not learnt more than that."""
     from flm_megatron.data.corpus.statistics import unigram_entropy
-    from flm_megatron.training.metrics.plot import plot_loss, read_metrics
+    from flm_megatron.training.metrics.events import ValidationEvent, read_events
+    from flm_megatron.training.metrics.plot import plot_loss
 
     unigram = unigram_entropy(DATA / "train", DATA / "validation").nats_per_token
-    losses = [line["val_loss"] for line in read_metrics(RUN) if "val_loss" in line]
+    losses = [event.loss for event in read_events(RUN, ValidationEvent)]
     picture = plot_loss(RUN, ("unigram entropy", unigram))
     print(f"validation loss {losses[-1]:.3f} nats per token; unigram entropy of the same text {unigram:.3f}")
     print(f"loss curve: {picture}")

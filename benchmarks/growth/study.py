@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flm_megatron.training.metrics.events import MetricsEvent, StepEvent, ValidationEvent, read_events
 from flm_megatron.training.metrics.flops import training_flops_per_token
-from flm_megatron.training.metrics.plot import read_metrics
 
 SEQUENCE, BATCH = 128, 16
 HEAD_DIM = 16
@@ -136,20 +136,20 @@ def train(arm: str, seed: int, args: argparse.Namespace) -> Curve:
     choice = ARMS[arm]
     sizes = {"large": "large"} if choice is None else {"small": choice.small, "large": "large"}
     per_token = {name: flops(shape(size, args), args) for name, size in sizes.items()}
-    return curve(read_metrics(folder), per_token)
+    return curve(read_events(folder, MetricsEvent), per_token)
 
 
-def curve(lines: list[dict[str, Any]], per_token: dict[str, float]) -> Curve:
+def curve(events: list[MetricsEvent], per_token: dict[str, float]) -> Curve:
     """Validation loss against FLOPs spent."""
     found: Curve = []
     spent, tokens = 0.0, 0
-    for line in lines:
-        if "loss" not in line and "val_loss" not in line:
+    for event in events:
+        if not isinstance(event, StepEvent | ValidationEvent):
             continue
-        spent += (line["tokens"] - tokens) * per_token[line["stage"]]
-        tokens = line["tokens"]
-        if "val_loss" in line:
-            found.append((spent, line["val_loss"]))
+        spent += (event.tokens - tokens) * per_token[event.stage]
+        tokens = event.tokens
+        if isinstance(event, ValidationEvent):
+            found.append((spent, event.loss))
     return found
 
 

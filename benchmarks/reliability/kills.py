@@ -30,7 +30,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from flm_megatron.checkpoint.opening import open_checkpoint
-from flm_megatron.training.metrics.plot import read_metrics
+from flm_megatron.training.metrics.events import MetricsEvent, read_events
 from tests.crash.operations import flm, make_run
 from tests.support.runs import losses, make_data
 
@@ -146,8 +146,8 @@ def killed_run(file: Path, output: Path, draw: random.Random, record: Callable[[
         attempt = start(file, output)
         phase, one_rank = draw.choice(PHASES), draw.random() < 0.4
         if wants_more and moment(attempt, phase, draw):
-            lines = read_metrics(output) if steps_done(output) else []
-            reached = f"{lines[-1]['stage']} {lines[-1]['step']}" if lines else "nothing"
+            events = read_events(output, MetricsEvent) if steps_done(output) else []
+            reached = f"{events[-1].stage} {events[-1].step}" if events else "nothing"
             half = is_saving(output)
             what = kill(attempt, one_rank, draw)
             status = attempt.process.returncode

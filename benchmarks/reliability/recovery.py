@@ -9,7 +9,6 @@ last one are killed and its cable is pulled; a fourth takes its place. Prints a 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import tempfile
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.reliability.timing import forget
+from flm_megatron.training.metrics.events import RestartEvent, StepEvent, of_kind, read_events, read_lines
 from tests.distributed.launch.test_nodes import ranks_on
 from tests.distributed.launch.test_nodes_memory import lose
 from tests.support.hosts import hosts, start_agent, start_job, wait_all
@@ -87,19 +87,17 @@ def lose_a_host(data: Path, folder: Path, hidden: int, memory: bool) -> Recovery
 
 
 def _steps(folder: Path) -> list[int]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [values["step"] for values in map(json.loads, lines) if "loss" in values]
+    return [step.step for step in read_events(folder, StepEvent)]
 
 
 def _wait_for_restart(folder: Path, process: subprocess.Popen[str]) -> int:
     """Wait until the first step after the restart is done; the step that the run went on from."""
     while True:
         assert process.poll() is None, "the run has ended"
-        text = (folder / "metrics.jsonl").read_text()
-        lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
-        starts = [number for number, values in enumerate(lines) if values.get("restart")]
-        if starts and any("loss" in values for values in lines[starts[-1] :]):
-            return int(lines[starts[-1]]["step"])
+        lines = read_lines(folder)
+        starts = [number for number, line in enumerate(lines) if isinstance(line, RestartEvent)]
+        if starts and of_kind(lines[starts[-1] :], StepEvent):
+            return of_kind(lines, RestartEvent)[-1].step
         time.sleep(0.02)
 
 

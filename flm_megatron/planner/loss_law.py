@@ -108,14 +108,14 @@ def read_laws(path: Path, stages: Sequence[str]) -> dict[str, LossLaw]:
 
 
 def _fit_metrics(path: Path, name: str) -> LossLaw:
-    from flm_megatron.training.metrics.plot import read_metrics
+    from flm_megatron.training.metrics.events import StepEvent, read_events
 
     if not path.is_file():
         raise RequestError(f"law of {name!r}: no metrics file {path}")
-    lines = [line for line in read_metrics(path.parent) if "loss" in line]
-    own = [line for line in lines if line["stage"] == name] or lines
+    steps = read_events(path.parent, StepEvent)
+    own = [step for step in steps if step.stage == name] or steps
     if not own:
         raise RequestError(f"law of {name!r}: {path} has no training losses")
-    start = own[0]["tokens"] - (own[1]["tokens"] - own[0]["tokens"] if len(own) > 1 else 0)
+    start = own[0].tokens - (own[1].tokens - own[0].tokens if len(own) > 1 else 0)
     kept = own[len(own) // 10 :]
-    return fit_law([line["tokens"] - start for line in kept], [line["loss"] for line in kept])
+    return fit_law([step.tokens - start for step in kept], [step.loss for step in kept])

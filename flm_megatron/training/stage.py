@@ -32,9 +32,10 @@ from flm_megatron.kernels import fp8
 from flm_megatron.optim.learning_rate import learning_rate, set_learning_rates
 from flm_megatron.training.hooks import stage_hooks
 from flm_megatron.training.hooks.saving import Saving
+from flm_megatron.training.metrics.events import GrowthEvent, NewLevelEvent, RefusedEvent, RestartEvent, StepEvent
 from flm_megatron.training.metrics.flops import training_flops_per_token
 from flm_megatron.training.metrics.goodput import Meter, read_goodput
-from flm_megatron.training.metrics.log import MetricsLog, StepMetrics
+from flm_megatron.training.metrics.log import MetricsLog
 from flm_megatron.training.resume.changes import announce, find_changes, segment_begins, validation_hashes
 from flm_megatron.training.resume.memory_copies import MemoryCopies
 from flm_megatron.training.resume.start import Beginning, Start, begin, checkpoint_store
@@ -130,22 +131,22 @@ class StageTrainer:
             self.log.say(goodput.text())
         return finished
 
-    def position(self) -> dict[str, Any]:
-        """Where the stage stands, as every line of metrics says it."""
-        return {"stage": self.stage.name, "step": self.step, "tokens": self.budget.tokens_at(self.step)}
+    def position(self) -> tuple[str, int, int]:
+        """Where the stage stands, as every event of the metrics says it: its name, steps done, tokens of the run."""
+        return self.stage.name, self.step, self.budget.tokens_at(self.step)
 
     def _announce(self, log: MetricsLog) -> None:
         """Say how the stage begins."""
         if self.growth and self.step == 0:
             certificate = self.growth.get("certificate")
-            log.record(self.position() | {"certificate": certificate})
+            log.write(GrowthEvent(*self.position(), certificate))
             if certificate:
                 log.say(Certificate.from_json(certificate).table())
         if self.step:
-            log.record(self.position() | {"restart": True})
+            log.write(RestartEvent(*self.position()))
         if self.start.history[1:] or self.start.resumes:
             changes = find_changes(self.run, self.start, self.view.manifest, self.data_size)
-            announce(log, changes, self.stage.name, self.step, self.budget.tokens_at(self.step))
+            announce(log, changes, *self.position())
         if self.copies and self.copies.line:
             log.say(self.copies.line)
         for reason in self.start.passed_over:
@@ -187,9 +188,9 @@ class StageTrainer:
         if self.log:
             interval = self.run.logging.interval_steps
             speak = self.step % interval == 0 or self.step == self.budget.steps
-            self.log.step(self._metrics(result, lr), self.budget.steps, speak, measured)
+            self.log.step(self._step_event(result, lr, measured), self.budget.steps, speak)
             if level:
-                self.log.record(self.position() | {"new_level": level})
+                self.log.write(NewLevelEvent(*self.position(), level))
                 self.log.say(f"{self.stage.name} step {self.step} | {level}")
 
     def _refuse(self, result: StepResult, reason: str) -> None:
@@ -199,7 +200,7 @@ class StageTrainer:
         if self.log:
             names = [name for index in samples for name in self.stream.names(index)]
             self.log.refused(
-                self.position() | {"refused": reason, "policy": policy, "samples": names},
+                RefusedEvent(*self.position(), reason, policy, tuple(names)),
                 f"{self.stage.name} step {self.step} refused ({policy}): {reason}; samples {joined(names)}",
             )
         named = f"samples {samples.start} to {samples.stop - 1}"
@@ -215,15 +216,14 @@ class StageTrainer:
         load_state(view, self.state.chunks, self.state.optimizer)
         load_births(view, self.state.chunks, self.state.optimizer)
 
-    def _metrics(self, result: StepResult, lr: float) -> StepMetrics:
+    def _step_event(self, result: StepResult, lr: float, measured: dict[str, float]) -> StepEvent:
+        """The metrics of the step that was just applied, with what hooks have measured."""
         device = current()
         per_device = self.budget.segments[-1].step_tokens / self.times[-1] / dist.get_world_size()
         tflops = per_device * training_flops_per_token(self.stage.model, self.run.data.sequence_length) / 1e12
         peak = _peak_tflops(self.stage.precision)
-        return StepMetrics(
-            stage=self.stage.name,
-            step=self.step,
-            tokens=self.budget.tokens_at(self.step),
+        return StepEvent(
+            *self.position(),
             loss=result.loss,
             grad_norm=result.grad_norm,
             lr=lr,
@@ -234,6 +234,7 @@ class StageTrainer:
             peak_memory_gib=device.peak_memory_gib(),
             eta_s=(self.budget.steps - self.step) * median(self.times),
             skipped_steps=self.watch.skipped,
+            extra=measured,
         )
 
     def _at_intervals(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import tempfile
@@ -19,6 +18,7 @@ from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.loader import load_run
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.errors import FlmError
+from flm_megatron.training.metrics.events import StepEvent, parse_line
 from flm_megatron.training.metrics.log import MetricsLog
 from flm_megatron.training.resume.start import Start, checkpoint_store, find_start
 from tests.crash.events import Event, Rename, SyncEnds
@@ -153,8 +153,8 @@ def check_log(folder: Path, run: RunConfig, place: Place | None, wanted: list[st
     if place is not None:
         MetricsLog(folder, False, names, names[place[0]], place[1]).close()
         kept = (folder / "metrics.jsonl").read_text().splitlines()
-        known = [(line, json.loads(line)) for line in wanted]
-        owed = [line for line, v in known if "loss" in v and (names.index(v["stage"]), v["step"]) <= place[:2]]
+        steps = [(line, event) for line in wanted if isinstance(event := parse_line(line), StepEvent)]
+        owed = [line for line, event in steps if (names.index(event.stage), event.step) <= place[:2]]
         assert set(owed) <= set(kept), f"{len(set(owed) - set(kept))} of {len(owed)} steps are gone from the metrics"
     if (folder / "run.yaml").exists():
         assert load_run(folder / "run.yaml").stages == run.stages

@@ -14,7 +14,7 @@ from flm_megatron.config.loader import dump_run, load_run
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.data.corpus.build import build_dataset
 from flm_megatron.data.tokenizer import train_tokenizer
-from flm_megatron.training.metrics.plot import read_metrics
+from flm_megatron.training.metrics.events import FILE, MetricsEvent, StepEvent, read_events
 from flm_megatron.training.resume.start import checkpoint_store
 from tests.support.prose import prose
 
@@ -77,7 +77,7 @@ def wait_for_step(output: Path, step: int, process: subprocess.Popen[str], timeo
     """Wait until the metrics hold a step."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        if (output / "metrics.jsonl").exists() and any(x["step"] >= step for x in read_metrics(output)):
+        if (output / FILE).exists() and any(event.step >= step for event in read_events(output, MetricsEvent)):
             return
         if process.poll() is not None:
             raise AssertionError(f"ended with {process.returncode}: {process.communicate()[1]}")
@@ -87,8 +87,8 @@ def wait_for_step(output: Path, step: int, process: subprocess.Popen[str], timeo
 
 def losses(output: Path) -> list[tuple[Any, ...]]:
     """(stage, step, loss, gradient norm, learning rate) of every step."""
-    lines = [line for line in read_metrics(output) if "loss" in line]
-    return [tuple(line[key] for key in ("stage", "step", "loss", "grad_norm", "lr")) for line in lines]
+    steps = read_events(output, StepEvent)
+    return [(each.stage, each.step, each.loss, each.grad_norm, each.lr) for each in steps]
 
 
 def final_hash(output: Path) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from flm_megatron.evaluation.report.chart import Chart, Point, Series
-from flm_megatron.evaluation.report.history import History, Line, Position
+from flm_megatron.evaluation.report.history import History, Position
+from flm_megatron.training.metrics.events import StepEvent
 
 AXES = {"tokens": "tokens", "flops": "model FLOPs", "seconds": "training time"}
 """Attributes of a position, and their names."""
@@ -22,16 +22,16 @@ def detail_charts(histories: Sequence[History]) -> list[Chart]:
     """Everything else against tokens: validation by set, learning rate, gradient norm, speed, memory."""
     charts = [
         _validation_chart(histories),
-        _chart(histories, "Learning rate", "on the scale of `lr`", "lr"),
-        _chart(histories, "Gradient norm", "global norm before clipping", "grad_norm", log_y=True),
-        _chart(histories, "Throughput", "tokens/s per device", "tokens_per_s_per_device"),
-        _chart(histories, "Model FLOP/s", "TFLOP/s per device", "tflops_per_device"),
-        _chart(histories, "Memory", "peak, GiB per device", "peak_memory_gib"),
+        _chart(histories, "Learning rate", "on the scale of `lr`", lambda step: step.lr),
+        _chart(histories, "Gradient norm", "global norm before clipping", lambda step: step.grad_norm, True),
+        _chart(histories, "Throughput", "tokens/s per device", lambda step: step.tokens_per_s_per_device),
+        _chart(histories, "Model FLOP/s", "TFLOP/s per device", lambda step: step.tflops_per_device),
+        _chart(histories, "Memory", "peak, GiB per device", lambda step: step.peak_memory_gib),
     ]
-    if any(line.get("mfu") is not None for history in histories for _, line in history.steps):
-        charts.append(_chart(histories, "Model FLOP utilisation", "share of peak FLOP/s", "mfu"))
+    if any(step.mfu is not None for history in histories for _, step in history.steps):
+        charts.append(_chart(histories, "Model FLOP utilisation", "share of peak FLOP/s", lambda step: step.mfu))
     if any(history.refused_steps for history in histories):
-        charts.append(_chart(histories, "Refused steps", "steps of the stage so far", "skipped_steps"))
+        charts.append(_chart(histories, "Refused steps", "steps of the stage so far", lambda step: step.skipped_steps))
     return [chart for chart in charts if any(series.points for series in chart.series)]
 
 
@@ -48,9 +48,9 @@ def _loss_chart(histories: Sequence[History], axis: str) -> Chart:
     series = []
     for index, history in enumerate(histories):
         prefix = f"{history.name}, " if len(histories) > 1 else ""
-        series.append(Series(f"{prefix}training", _points(history.steps, "loss", place), 2 * index))
+        series.append(Series(f"{prefix}training", [(place(at), step.loss) for at, step in history.steps], 2 * index))
         if history.validations:
-            points = _points(history.validations, "val_loss", place)
+            points = [(place(at), event.loss) for at, event in history.validations]
             series.append(Series(f"{prefix}validation", points, 2 * index + 1, dots=True))
     return Chart("Loss", _axis_label(axis), "nats per token", series, _marks(histories, place), width=1100, height=380)
 
@@ -60,23 +60,33 @@ def _validation_chart(histories: Sequence[History]) -> Chart:
     series: list[Series] = []
     for history in histories:
         prefix = f"{history.name}, " if len(histories) > 1 else ""
-        keys = sorted({key for _, line in history.validations for key in line if key.startswith("val_loss/")})
-        for key in keys:
-            points = _points([(at, line) for at, line in history.validations if key in line], key, place)
-            series.append(Series(prefix + key.removeprefix("val_loss/"), points, len(series), dots=True))
+        for name in sorted({name for _, event in history.validations for name in event.by_set}):
+            points = [(place(at), event.by_set[name]) for at, event in history.validations if name in event.by_set]
+            series.append(Series(prefix + name, points, len(series), dots=True))
     return Chart("Validation loss by set", "tokens", "nats per token", series, _marks(histories, place))
 
 
-def _chart(histories: Sequence[History], title: str, y_label: str, key: str, log_y: bool = False) -> Chart:
+def _chart(
+    histories: Sequence[History],
+    title: str,
+    y_label: str,
+    value: Callable[[StepEvent], float | None],
+    log_y: bool = False,
+) -> Chart:
+    """A number of every step against tokens, where it is known."""
     place = _place("tokens")
     series = [
-        Series(history.name, _points(history.steps, key, place), index) for index, history in enumerate(histories)
+        Series(history.name, _points(history.steps, value, place), index) for index, history in enumerate(histories)
     ]
     return Chart(title, "tokens", y_label, series, _marks(histories, place), log_y)
 
 
-def _points(lines: Sequence[tuple[Position, Line]], key: str, place: Callable[[Position], Any]) -> list[Point]:
-    return [(place(at), float(line[key])) for at, line in lines if line.get(key) is not None]
+def _points(
+    steps: Sequence[tuple[Position, StepEvent]],
+    value: Callable[[StepEvent], float | None],
+    place: Callable[[Position], float],
+) -> list[Point]:
+    return [(place(at), float(y)) for at, step in steps if (y := value(step)) is not None]
 
 
 def _marks(histories: Sequence[History], place: Callable[[Position], float]) -> list[tuple[float, str]]:

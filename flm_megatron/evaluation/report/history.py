@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,15 +14,26 @@ from flm_megatron.checkpoint.store import CheckpointStore
 from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.errors import DamagedError, FlmError, RequestError
 from flm_megatron.evaluation.stages import run_of
+from flm_megatron.training.metrics.events import (
+    FILE,
+    ChangeEvent,
+    GrowthEvent,
+    Line,
+    MetricsEvent,
+    OtherEvent,
+    RefusedEvent,
+    RestartEvent,
+    StepEvent,
+    ValidationEvent,
+    of_kind,
+    read_lines,
+)
 from flm_megatron.training.metrics.flops import training_flops_per_token
 from flm_megatron.training.metrics.goodput import Goodput, read_goodput
-from flm_megatron.training.metrics.plot import read_metrics
 
-Line = dict[str, Any]
-PLACE = ("stage", "step", "tokens")
 OF_A_STEP = ("step_time_s", "tokens_per_s_per_device")
-EVENTS = {"restart", "changed", "refused"}
-"""Keys of the lines that say what happened."""
+"""Numbers without which a step is not drawn."""
+Happening = RestartEvent | ChangeEvent | RefusedEvent
 
 
 @dataclass(frozen=True)
@@ -35,16 +47,16 @@ class Position:
 
 @dataclass(frozen=True)
 class History:
-    """A run's steps, validations and events in order, each line with its position; certificates by stage."""
+    """A run's steps, validations and events in order, each with its position; certificates by stage."""
 
     name: str
     folder: Path
     run: RunConfig
-    steps: list[tuple[Position, Line]]
-    validations: list[tuple[Position, Line]]
-    events: list[tuple[Position, Line]]
+    steps: list[tuple[Position, StepEvent]]
+    validations: list[tuple[Position, ValidationEvent]]
+    events: list[tuple[Position, Happening]]
     """Restarts, changes and refused steps."""
-    certificates: dict[str, Line]
+    certificates: dict[str, Mapping[str, Any]]
     """By the stage grown into."""
     boundaries: list[tuple[Position, str]]
     """Where each stage but the first begins."""
@@ -54,19 +66,19 @@ class History:
     @property
     def restarts(self) -> int:
         """How often the run went on from a checkpoint inside a stage."""
-        return sum("restart" in line for _, line in self.events)
+        return sum(isinstance(event, RestartEvent) for _, event in self.events)
 
     @property
     def refused_steps(self) -> int:
         """Steps that were not applied."""
-        return sum("refused" in line for _, line in self.events)
+        return sum(isinstance(event, RefusedEvent) for _, event in self.events)
 
-    def stages(self) -> Iterator[tuple[StageConfig, list[Line]]]:
+    def stages(self) -> Iterator[tuple[StageConfig, list[StepEvent]]]:
         """Each stage that has begun, with its steps."""
         for stage in self.run.stages:
-            lines = [line for _, line in self.steps if line["stage"] == stage.name]
-            if lines:
-                yield stage, lines
+            steps = [step for _, step in self.steps if step.stage == stage.name]
+            if steps:
+                yield stage, steps
 
 
 def read_history(folder: Path) -> History:
@@ -77,53 +89,55 @@ def read_history(folder: Path) -> History:
         DamagedError: its metrics are not those of a run.
     """
     run = run_of(folder)
-    lines = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
-    if not any("loss" in line for line in lines):
-        raise RequestError(f"{folder} has no step in its metrics.jsonl yet")
+    lines = read_lines(folder) if (folder / FILE).is_file() else []
     _check_lines(folder, lines)
-    placed = list(_placed(run, lines))
-    steps = [(at, line) for at, line in placed if "loss" in line]
+    if not of_kind(lines, StepEvent):
+        raise RequestError(f"{folder} has no step in its {FILE} yet")
+    placed = list(_placed(run, of_kind(lines, MetricsEvent)))
+    steps = [(at, event) for at, event in placed if isinstance(event, StepEvent)]
     return History(
         name=run.name,
         folder=folder,
         run=run,
         steps=steps,
-        validations=[(at, line) for at, line in placed if "val_loss" in line],
-        events=[(at, line) for at, line in placed if EVENTS & line.keys()],
-        certificates=_certificates(run, folder, lines),
+        validations=[(at, event) for at, event in placed if isinstance(event, ValidationEvent)],
+        events=[(at, event) for at, event in placed if isinstance(event, Happening)],
+        certificates=_certificates(run, folder, of_kind(lines, GrowthEvent)),
         boundaries=_boundaries(steps),
         goodput=read_goodput(folder),
     )
 
 
 def _check_lines(folder: Path, lines: list[Line]) -> None:
-    """Raise DamagedError if a line lacks what every line of its kind has."""
+    """Raise DamagedError if a line lacks what its kind has, or a step what is drawn of it."""
     for number, line in enumerate(lines, 1):
-        wanted = (*PLACE, *OF_A_STEP) if "loss" in line else PLACE
-        if missing := [name for name in wanted if name not in line]:
-            raise DamagedError(f"{folder / 'metrics.jsonl'}: object {number} has no {' and no '.join(missing)}")
+        problem = line.problem if isinstance(line, OtherEvent) else ""
+        if isinstance(line, StepEvent):
+            problem = " and ".join(f"no {name}" for name in OF_A_STEP if math.isnan(getattr(line, name)))
+        if problem:
+            raise DamagedError(f"{folder / FILE}: object {number} has {problem}")
 
 
-def _placed(run: RunConfig, lines: list[Line]) -> Iterator[tuple[Position, Line]]:
-    """Lines with the cost of all steps up to them; lines of stages that the run file no longer has are left out."""
+def _placed(run: RunConfig, events: list[MetricsEvent]) -> Iterator[tuple[Position, MetricsEvent]]:
+    """Events with the cost of all steps up to them; those of stages that the run file no longer has are left out."""
     per_token = {stage.name: training_flops_per_token(stage.model, run.data.sequence_length) for stage in run.stages}
     at = Position(0, 0, 0)
-    for line in lines:
-        if line["stage"] not in per_token:
+    for event in events:
+        if event.stage not in per_token:
             continue
-        if "loss" in line:
-            flops = at.flops + max(0, line["tokens"] - at.tokens) * per_token[line["stage"]]
-            at = Position(line["tokens"], flops, at.seconds + line["step_time_s"])
-        yield at, line
+        if isinstance(event, StepEvent):
+            flops = at.flops + max(0, event.tokens - at.tokens) * per_token[event.stage]
+            at = Position(event.tokens, flops, at.seconds + event.step_time_s)
+        yield at, event
 
 
-def _boundaries(steps: list[tuple[Position, Line]]) -> list[tuple[Position, str]]:
-    return [(at, after["stage"]) for (at, before), (_, after) in pairwise(steps) if before["stage"] != after["stage"]]
+def _boundaries(steps: list[tuple[Position, StepEvent]]) -> list[tuple[Position, str]]:
+    return [(at, after.stage) for (at, before), (_, after) in pairwise(steps) if before.stage != after.stage]
 
 
-def _certificates(run: RunConfig, folder: Path, lines: list[Line]) -> dict[str, Line]:
+def _certificates(run: RunConfig, folder: Path, growths: list[GrowthEvent]) -> dict[str, Mapping[str, Any]]:
     """Certificates by the stage grown into: from the log, or else from the stage's checkpoint."""
-    found = {line["stage"]: line["certificate"] for line in lines if line.get("certificate")}
+    found = {growth.stage: growth.certificate for growth in growths if growth.certificate}
     store = CheckpointStore(folder / "checkpoints")
     for stage in run.stages[1:]:
         if stage.name in found:
@@ -136,7 +150,7 @@ def _certificates(run: RunConfig, folder: Path, lines: list[Line]) -> dict[str, 
     return found
 
 
-def _saved_certificate(path: Path) -> Line | None:
+def _saved_certificate(path: Path) -> Mapping[str, Any] | None:
     try:
         manifest = open_checkpoint(path).manifest
     except FlmError:  # a damaged checkpoint does not keep the report from being made

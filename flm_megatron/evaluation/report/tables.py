@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from statistics import median
 from typing import Any
 
 from flm_megatron.config.schema import StageConfig
-from flm_megatron.evaluation.report.history import History, Line
+from flm_megatron.evaluation.report.history import Happening, History
 from flm_megatron.model.parameters import parameter_specs
+from flm_megatron.training.metrics.events import ChangeEvent, RefusedEvent, StepEvent
 from flm_megatron.training.metrics.goodput import Goodput
 from flm_megatron.training.metrics.log import duration, short
 
@@ -30,7 +31,7 @@ def runs_table(histories: Sequence[History]) -> str:
     rows = []
     for history in histories:
         at, last = history.steps[-1]
-        validation = history.validations[-1][1]["val_loss"] if history.validations else None
+        validation = history.validations[-1][1].loss if history.validations else None
         rows.append(
             [
                 history.name,
@@ -38,7 +39,7 @@ def runs_table(histories: Sequence[History]) -> str:
                 short(at.tokens),
                 f"{at.flops:.3g}",
                 duration(at.seconds),
-                number(last["loss"]),
+                number(last.loss),
                 number(validation),
                 history.restarts,
                 history.refused_steps,
@@ -64,11 +65,11 @@ def stages_table(histories: Sequence[History]) -> str:
     head = ["run", "stage", "parameters", "layers / hidden / FFN / heads", "tensor / pipeline", "steps", "tokens"]
     head += ["loss, first → last", "step time", "tokens/s per device", "TFLOP/s per device", "memory, GiB"]
     return table(
-        head, [_stage_row(history, stage, lines) for history in histories for stage, lines in history.stages()]
+        head, [_stage_row(history, stage, steps) for history in histories for stage, steps in history.stages()]
     )
 
 
-def _stage_row(history: History, stage: StageConfig, lines: list[Line]) -> list[Any]:
+def _stage_row(history: History, stage: StageConfig, steps: list[StepEvent]) -> list[Any]:
     model, parallel = stage.model, stage.parallel
     return [
         history.name,
@@ -76,13 +77,13 @@ def _stage_row(history: History, stage: StageConfig, lines: list[Line]) -> list[
         short(sum(spec.numel for spec in parameter_specs(model).values())),
         f"{model.num_layers} / {model.hidden_size} / {model.ffn_hidden_size} / {model.num_attention_heads}",
         f"{parallel.tensor} / {parallel.pipeline}",
-        lines[-1]["step"],
-        short(lines[-1]["tokens"]),
-        f"{number(lines[0]['loss'])} → {number(lines[-1]['loss'])}",
-        f"{median(line['step_time_s'] for line in lines):.3g} s",
-        short(median(line["tokens_per_s_per_device"] for line in lines)),
-        f"{median(line['tflops_per_device'] for line in lines):.3g}",
-        f"{max(line['peak_memory_gib'] for line in lines):.2f}",
+        steps[-1].step,
+        short(steps[-1].tokens),
+        f"{number(steps[0].loss)} → {number(steps[-1].loss)}",
+        f"{median(step.step_time_s for step in steps):.3g} s",
+        short(median(step.tokens_per_s_per_device for step in steps)),
+        f"{median(step.tflops_per_device for step in steps):.3g}",
+        f"{max(step.peak_memory_gib for step in steps):.2f}",
     ]
 
 
@@ -93,16 +94,16 @@ def growths_table(histories: Sequence[History]) -> str:
     rows = []
     for history in histories:
         for at, stage in history.boundaries:
-            before = next(line for place, line in reversed(history.steps) if place.tokens <= at.tokens)
-            after = next(line for _, line in history.steps if line["stage"] == stage)
-            common = [history.name, stage, short(at.tokens), f"{number(before['loss'])} → {number(after['loss'])}"]
+            before = next(step for place, step in reversed(history.steps) if place.tokens <= at.tokens)
+            after = next(step for _, step in history.steps if step.stage == stage)
+            common = [history.name, stage, short(at.tokens), f"{number(before.loss)} → {number(after.loss)}"]
             comparisons = (history.certificates.get(stage) or {}).get("comparisons", [])
             measured = [_comparison(values) for values in comparisons] or [["no certificate", *[NONE] * 4]]
             rows += [[*common, *cells] for cells in measured]
     return table(head, rows) if rows else ""
 
 
-def _comparison(values: Line) -> list[str]:
+def _comparison(values: Mapping[str, Any]) -> list[str]:
     std, before, after = values["logit_std"], values["loss_before"], values["loss_after"]
     return [
         values["precision"],
@@ -117,18 +118,17 @@ def events_table(histories: Sequence[History]) -> str:
     """Restarts, changes and refused steps in order."""
     rows = []
     for history in histories:
-        for at, line in history.events:
-            rows.append([history.name, line["stage"], line["step"], short(at.tokens), _event(line)])
+        for at, event in history.events:
+            rows.append([history.name, event.stage, event.step, short(at.tokens), _event(event)])
     return table(["run", "stage", "step", "at tokens", "what happened"], rows) if rows else ""
 
 
-def _event(line: Line) -> str:
+def _event(event: Happening) -> str:
     """What happened, in words."""
-    if "refused" in line:
-        return f"refused ({line['policy']}): {line['refused']}"
-    if "changed" in line:
-        change = line["changed"]
-        return f"{change['what']} was {change['before']}, is {change['now']}"
+    if isinstance(event, RefusedEvent):
+        return f"refused ({event.policy}): {event.reason}"
+    if isinstance(event, ChangeEvent):
+        return f"{event.what} was {event.before}, is {event.now}"
     return "restarted"
 
 

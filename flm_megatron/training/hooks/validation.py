@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from flm_megatron.data.streams import validation_streams_of
 from flm_megatron.data.streams.loader import validation_batches
 from flm_megatron.training.hooks.hook import Hook
+from flm_megatron.training.metrics.events import ValidationEvent
 
 if TYPE_CHECKING:
     from flm_megatron.data.streams import Stream
@@ -30,8 +31,7 @@ class Validation(Hook):
         self.measured_step = trainer.step
         mean = sum(losses.values()) / len(losses)
         if trainer.log:
-            values = trainer.position() | {"val_loss": mean}
-            trainer.log.record(values | {f"val_loss/{name}": loss for name, loss in losses.items()})
+            trainer.log.write(ValidationEvent(*trainer.position(), loss=mean, by_set=losses))
             parts = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
             trainer.log.say(f"{trainer.stage.name} step {trainer.step} | validation loss {mean:.4f} ({parts})")
 

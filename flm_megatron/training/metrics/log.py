@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,36 +12,18 @@ from tqdm import tqdm
 
 from flm_megatron.checkpoint.lease.fence import check_fences
 from flm_megatron.durable import make_folders, replace_file
+from flm_megatron.training.metrics.events import FILE, Line, OtherEvent, RefusedEvent, StepEvent, line_text, parse_line
 
 
-@dataclass(frozen=True)
-class StepMetrics:
-    """One step. Times in seconds, memory in GiB, TFLOP/s are model FLOPs; `mfu` is none for an unknown device;
-    `skipped_steps` counts the steps of the stage that were refused so far."""
-
-    stage: str
-    step: int
-    tokens: int
-    loss: float
-    grad_norm: float
-    lr: float
-    step_time_s: float
-    tokens_per_s_per_device: float
-    tflops_per_device: float
-    mfu: float | None
-    peak_memory_gib: float
-    eta_s: float
-    skipped_steps: int = 0
-
-    def line(self, steps: int) -> str:
-        """The log line."""
-        mfu = "n/a" if self.mfu is None else f"{100 * self.mfu:.1f}%"
-        return (
-            f"{self.stage} step {self.step}/{steps} | tokens {short(self.tokens)} | loss {self.loss:.4f} | "
-            f"grad norm {self.grad_norm:.3f} | lr {self.lr:.3e} | "
-            f"{short(self.tokens_per_s_per_device)} tokens/s/device | {self.tflops_per_device:.3g} TFLOP/s | "
-            f"MFU {mfu} | memory {self.peak_memory_gib:.2f} GiB | left {duration(self.eta_s)}"
-        )
+def step_line(event: StepEvent, steps: int) -> str:
+    """A step of a stage of `steps` steps as a line for people."""
+    mfu = "n/a" if event.mfu is None else f"{100 * event.mfu:.1f}%"
+    return (
+        f"{event.stage} step {event.step}/{steps} | tokens {short(event.tokens)} | loss {event.loss:.4f} | "
+        f"grad norm {event.grad_norm:.3f} | lr {event.lr:.3e} | "
+        f"{short(event.tokens_per_s_per_device)} tokens/s/device | {event.tflops_per_device:.3g} TFLOP/s | "
+        f"MFU {mfu} | memory {event.peak_memory_gib:.2f} GiB | left {duration(event.eta_s)}"
+    )
 
 
 def short(number: float) -> str:
@@ -74,7 +54,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, tensorboard: bool, stages: list[str], stage: str, step: int) -> None:
         make_folders(folder)
-        self._jsonl = _reopen(folder / "metrics.jsonl", stages, stage, step)
+        self._jsonl = _reopen(folder / FILE, stages, stage, step)
         self._text = (folder / "log.txt").open("a", encoding="utf-8")
         self._writer = _tensorboard(folder / "tensorboard", step) if tensorboard else None
         self._bar: Any = None
@@ -89,25 +69,29 @@ class MetricsLog:
         tqdm.write(line)
         sys.stdout.flush()
 
-    def record(self, values: dict[str, Any]) -> None:
-        """A JSON object, and its numbers as TensorBoard scalars at `values["tokens"]`'s step."""
-        print(json.dumps(values), file=self._jsonl, flush=True)
+    def write(self, line: Line) -> None:
+        """A line of `metrics.jsonl`, and its numbers as TensorBoard scalars of its stage at its step."""
+        print(line_text(line), file=self._jsonl, flush=True)
         if self._writer is not None:
-            for name, value in values.items():
+            for name, value in line.to_json().items():
                 if isinstance(value, float):
-                    self._writer.add_scalar(f"{values['stage']}/{name}", value, values["step"])
+                    self._writer.add_scalar(f"{line.stage}/{name}", value, line.step)
 
-    def step(self, metrics: StepMetrics, steps: int, speak: bool, norms: Mapping[str, float]) -> None:
-        """Report one step, with norms of layers if they were asked for."""
-        self.record({**asdict(metrics), **norms})
+    def record(self, values: Mapping[str, Any]) -> None:
+        """A line of a hook of the user's own, as it is given; TensorBoard needs `stage` and `step` in it."""
+        self.write(OtherEvent(values))
+
+    def step(self, event: StepEvent, steps: int, speak: bool) -> None:
+        """Report one step."""
+        self.write(event)
         if self._bar is not None:
             self._bar.update(1)
         if speak:
-            self.say(metrics.line(steps))
+            self.say(step_line(event, steps))
 
-    def refused(self, values: dict[str, Any], line: str) -> None:
-        """Report a step that was not applied: `values` takes the place of its metrics."""
-        self.record(values)
+    def refused(self, event: RefusedEvent, line: str) -> None:
+        """Report a step that was not applied, with a line for people."""
+        self.write(event)
         if self._bar is not None:
             self._bar.update(1)
         self.say(line)
@@ -135,14 +119,13 @@ def _reopen(path: Path, stages: list[str], stage: str, step: int) -> TextIO:
     return path.open("a", encoding="utf-8")
 
 
-def _is_before(line: str, stages: list[str], stage: str, step: int) -> bool:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError:  # the process died in the middle of a line
+def _is_before(text: str, stages: list[str], stage: str, step: int) -> bool:
+    line = parse_line(text)
+    if line is None:  # the process died in the middle of it
         return False
-    if values["stage"] not in stages:
+    if line.stage not in stages or line.step is None:
         return True
-    return (stages.index(values["stage"]), values["step"]) <= (stages.index(stage), step)
+    return (stages.index(line.stage), line.step) <= (stages.index(stage), step)
 
 
 def _tensorboard(folder: Path, step: int) -> Any:

@@ -10,6 +10,7 @@ from flm_megatron.config.history import History, Segment
 from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.data.corpus.description import read_description, source_name
+from flm_megatron.training.metrics.events import ChangeEvent
 from flm_megatron.training.metrics.log import MetricsLog
 from flm_megatron.training.resume.start import Start
 
@@ -40,8 +41,7 @@ def _text(value: Any) -> str:
 def announce(log: MetricsLog, changes: list[Change], stage: str, step: int, tokens: int) -> None:
     """A line in the log and a record in the metrics for each change."""
     for change in changes:
-        record = {"what": change.what, "before": change.before, "now": change.now}
-        log.record({"stage": stage, "step": step, "tokens": tokens, "changed": record})
+        log.write(ChangeEvent(stage, step, tokens, what=change.what, before=change.before, now=change.now))
         log.say(f"{stage} step {step}: {change.line()}")
 
 

@@ -15,7 +15,7 @@ from flm_megatron.growth.boundary import saved_mask_value, saved_plan
 from flm_megatron.launch.preflight import resolve
 from flm_megatron.launch.run import train
 from flm_megatron.optim.learning_rate import learning_rate
-from flm_megatron.training.metrics.plot import read_metrics
+from flm_megatron.training.metrics.events import GrowthEvent, read_events
 from flm_megatron.training.resume.start import checkpoint_store
 from tests.support.runs import losses
 
@@ -65,11 +65,12 @@ def test_the_boundary_is_certified_and_the_learning_rate_is_the_run_files(whole:
     big = [line for line in losses(output) if line[0] == "big"]
     assert [line[1] for line in big] == list(range(1, 9))
     assert big[0][4] == learning_rate((4 + 1) * 4 * 32, run, 1) < 3e-3 / 2
-    (growth,) = [line for line in read_metrics(output) if "certificate" in line]
-    (measured,) = growth["certificate"]["comparisons"]
+    (growth,) = read_events(output, GrowthEvent)
+    assert growth.certificate
+    (measured,) = growth.certificate["comparisons"]
     assert abs(measured["loss_after"] - measured["loss_before"]) <= 1e-5 * measured["loss_before"]
     manifest = open_checkpoint(checkpoint_store(run).path("big", 3)).manifest
-    assert saved_mask_value(manifest) == 0.6 and manifest["growth"]["certificate"] == growth["certificate"]
+    assert saved_mask_value(manifest) == 0.6 and manifest["growth"]["certificate"] == growth.certificate
 
 
 def test_a_run_stopped_inside_a_mask_goes_on_with_the_same_bits(

@@ -12,7 +12,7 @@ import torch
 from flm_megatron.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, StageConfig
 from flm_megatron.kernels.fp8 import Scaling
 from flm_megatron.launch.run import train
-from flm_megatron.training.metrics.plot import read_metrics
+from flm_megatron.training.metrics.events import GrowthEvent, read_events
 from tests.distributed.growth.test_run import make_run
 from tests.support.layouts import GLOBAL_BATCH, SEQUENCE, engine_under, relative_difference, take_steps
 from tests.support.pool import Pool
@@ -74,8 +74,9 @@ def test_a_run_grows_behind_masks(scaling: Scaling, tmp_path: Path) -> None:
     found = losses(tmp_path / "run")
     assert [line[0] for line in found] == ["small"] * 4 + ["big"] * 8
     # The certificate is in bf16; what FP8 adds to the loss at the boundary is far less than a step changes it.
-    (growth,) = [line for line in read_metrics(tmp_path / "run") if "certificate" in line]
-    measured = growth["certificate"]["comparisons"][-1]
+    (growth,) = read_events(tmp_path / "run", GrowthEvent)
+    assert growth.certificate
+    measured = growth.certificate["comparisons"][-1]
     assert measured["precision"] == "bf16"
     assert measured["loss_after"] == pytest.approx(measured["loss_before"], rel=1e-4)
     log = (tmp_path / "run" / "log.txt").read_text()

@@ -11,7 +11,7 @@ import pytest
 
 from flm_megatron.launch.preflight import resolve
 from flm_megatron.launch.run import train
-from flm_megatron.training.metrics.plot import read_metrics
+from flm_megatron.training.metrics.events import MetricsEvent, read_events
 from tests.distributed.launch.test_nodes import logs, ranks_on, runs
 from tests.support.hosts import Host, hosts, obstacle, start_agent, start_job, wait_all
 from tests.support.layouts import relative_difference
@@ -51,7 +51,7 @@ def lose(host: Host) -> None:
 
 
 def last_step(output: Path) -> int:
-    return max(line["step"] for line in read_metrics(output))
+    return max(event.step for event in read_events(output, MetricsEvent))
 
 
 def nothing_is_left(machines: list[Host]) -> bool:

@@ -19,8 +19,8 @@ from flm_megatron.errors import FlmError
 from flm_megatron.launch.preflight import resolve
 from flm_megatron.model.parameters import EMBEDDING
 from flm_megatron.training.hooks.replicas import check_replicas
+from flm_megatron.training.metrics.events import RefusedEvent, StepEvent, read_events
 from flm_megatron.training.metrics.goodput import read_goodput
-from flm_megatron.training.metrics.plot import read_metrics
 from flm_megatron.training.resume.start import begin, checkpoint_store, find_start
 from flm_megatron.training.stage import StageTrainer
 from flm_megatron.training.step import Batch, Told
@@ -93,13 +93,13 @@ def test_a_spike_is_skipped_logged_and_counted(
     run = faulty_run(data, tmp_path, "skip")
     sums = pool.run(2, train_with_faults, run, {4: "gradient", 6: "loss"})[0]
     assert sums[3] == sums[2] and sums[5] == sums[4] and len(set(sums)) == 6
-    refused = [line for line in read_metrics(tmp_path) if "refused" in line]
-    assert [line["step"] for line in refused] == [4, 6]
-    assert refused[0]["refused"] == "grad_norm is nan" and "sigma above" in refused[1]["refused"]
-    assert [line["skipped_steps"] for line in read_metrics(tmp_path) if "loss" in line] == [0, 0, 0, 1, 2, 2]
+    refused = read_events(tmp_path, RefusedEvent)
+    assert [event.step for event in refused] == [4, 6]
+    assert refused[0].reason == "grad_norm is nan" and "sigma above" in refused[1].reason
+    assert [step.skipped_steps for step in read_events(tmp_path, StepEvent)] == [0, 0, 0, 1, 2, 2]
     assert "small step 6 refused (skip): loss" in (tmp_path / "log.txt").read_text()
     # The sample is shown as the text that the stream gives.
-    name = refused[0]["samples"][1]
+    name = refused[0].samples[1]
     assert flm(["data", "show", str(tmp_path / "test.yaml"), "--sample", name]) == 0
     shown = capsys.readouterr().out
     assert name in shown

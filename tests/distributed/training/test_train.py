@@ -16,8 +16,8 @@ from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.errors import RequestError
 from flm_megatron.launch.preflight import resolve
 from flm_megatron.launch.run import train
+from flm_megatron.training.metrics.events import RestartEvent, StepEvent, ValidationEvent, read_events
 from flm_megatron.training.metrics.goodput import read_goodput
-from flm_megatron.training.metrics.plot import read_metrics
 from flm_megatron.training.resume.start import checkpoint_store
 from tests.support.layouts import relative_difference
 from tests.support.runs import final_hash, flm, losses, make_run, start_flm, wait_for_step
@@ -36,15 +36,15 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_reports_every_step_and_validates(whole: Path) -> None:
     assert [line[1] for line in losses(whole)] == list(range(1, STEPS + 1))
-    validation = [line for line in read_metrics(whole) if "val_loss" in line]
-    assert [line["step"] for line in validation] == [4, 8]
-    assert validation[1]["val_loss"] < validation[0]["val_loss"]
+    validation = read_events(whole, ValidationEvent)
+    assert [event.step for event in validation] == [4, 8]
+    assert validation[1].loss < validation[0].loss
     assert (whole / "run.yaml").exists()
     log = (whole / "log.txt").read_text()
     assert "small step 8/8" in log and "0 steps lost" in log
     metered = read_goodput(whole)
     assert metered is not None and 0 < metered.share < 1 and metered.stalls_s["save"] > 0
-    assert metered.steps_s == pytest.approx(sum(x["step_time_s"] for x in read_metrics(whole) if "loss" in x))
+    assert metered.steps_s == pytest.approx(sum(step.step_time_s for step in read_events(whole, StepEvent)))
     assert log.splitlines()[-4:] == [
         "test: trained to the end of its budget",
         f"  checkpoint {whole}/checkpoints/small/step_00000008",
@@ -63,7 +63,7 @@ def test_a_run_in_two_halves_is_bit_identical(data: Path, whole: Path, tmp_path:
     assert train(run) == 0
     assert losses(tmp_path) == losses(whole)
     assert final_hash(tmp_path) == final_hash(whole)
-    assert [line["step"] for line in read_metrics(tmp_path) if "restart" in line] == [4]
+    assert [event.step for event in read_events(tmp_path, RestartEvent)] == [4]
 
 
 def test_a_run_resumes_under_another_layout(data: Path, whole: Path, tmp_path: Path) -> None:

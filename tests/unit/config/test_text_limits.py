@@ -20,7 +20,7 @@ from flm_megatron.errors import DamagedError, FlmError, RequestError
 from flm_megatron.growth.distance import read_distances
 from flm_megatron.json_text import parse_json
 from flm_megatron.planner.loss_law import read_laws
-from flm_megatron.training.metrics.plot import read_metrics
+from flm_megatron.training.metrics.events import OtherEvent, read_lines
 from tests.support import data_cases
 
 
@@ -153,7 +153,7 @@ def test_a_strange_role_is_one_short_line(role: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", JSON)
 def test_other_json_files_are_read_in_the_same_way(case: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(JSON[case] + '\n{"step": 1}\n')
-    assert read_metrics(tmp_path)[-1] == {"step": 1}
+    assert read_lines(tmp_path)[-1] == OtherEvent({"step": 1})
     (tmp_path / "distances.json").write_text(JSON[case])
     with pytest.raises(FlmError, match=r"distances\.json holds no layer distances"):
         read_distances(str(tmp_path / "distances.json"), "cosine")

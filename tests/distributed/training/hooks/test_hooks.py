@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flm_megatron.training.metrics.plot import read_metrics
+from flm_megatron.training.metrics.events import StepEvent, read_events
 from tests.support import REPOSITORY
 from tests.support.runs import flm, make_run
 
@@ -35,8 +35,8 @@ def test_every_rank_is_told_of_every_moment_and_values_are_recorded(data: Path, 
     lines = moments.read_text().splitlines()
     for rank in "01":
         assert [line[2:] for line in lines if line[0] == rank] == expected_moments()
-    steps = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
-    assert len(steps) == STEPS and all(line["half_loss"] == line["loss"] / 2 for line in steps)
+    steps = read_events(tmp_path / "run", StepEvent)
+    assert len(steps) == STEPS and all(step.extra["half_loss"] == step.loss / 2 for step in steps)
 
 
 def test_a_hook_that_refuses_a_checkpoint_ends_the_run_and_leaves_none(data: Path, tmp_path: Path) -> None:
@@ -72,8 +72,7 @@ def test_the_example_of_the_page_does_what_it_says(data: Path, tmp_path: Path) -
     source, _ = make_run(data, tmp_path / "run", "--hooks", yaml, "--stages.0.tokens", "1408")
     ended = flm("train", source, PYTHONPATH=f"{REPOSITORY}:{tmp_path}")
     assert ended.returncode == 0, ended.stderr
-    steps = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
-    assert len(steps) == 11 and all(math.isclose(line["perplexity"], math.exp(line["loss"])) for line in steps)
-    assert (
-        f"small step 10: perplexity {steps[9]['perplexity']:.1f} on 2 ranks" in (tmp_path / "run/log.txt").read_text()
-    )
+    steps = read_events(tmp_path / "run", StepEvent)
+    assert len(steps) == 11 and all(math.isclose(step.extra["perplexity"], math.exp(step.loss)) for step in steps)
+    said = f"small step 10: perplexity {steps[9].extra['perplexity']:.1f} on 2 ranks"
+    assert said in (tmp_path / "run/log.txt").read_text()

@@ -19,7 +19,7 @@ from flm_megatron.errors import RequestError
 from flm_megatron.launch.preflight import resolve
 from flm_megatron.launch.run import train
 from flm_megatron.optim.learning_rate import learning_rate
-from flm_megatron.training.metrics.plot import read_metrics
+from flm_megatron.training.metrics.events import ChangeEvent, StepEvent, read_events
 from flm_megatron.training.resume.start import checkpoint_store, find_start, run_history
 from tests.fixtures import CHECKPOINT_V1, copy_of
 from tests.support.runs import losses
@@ -55,15 +55,14 @@ def test_batch_data_parallel_size_mixture_and_length_change_one_after_the_other(
     run.data.train = [SourceConfig("web", weight=0.5), SourceConfig("held-out", weight=0.5)]
     assert train(run) == 0
 
-    steps = [line for line in read_metrics(folder / "output") if "loss" in line]
-    assert [line["tokens"] for line in steps] == [128, 256, 384, 512, 768, 1024, 1216, 1408, 1600]
-    assert [line["step"] for line in steps] == list(range(1, 10))
+    steps = read_events(folder / "output", StepEvent)
+    assert [step.tokens for step in steps] == [128, 256, 384, 512, 768, 1024, 1216, 1408, 1600]
+    assert [step.step for step in steps] == list(range(1, 10))
     planned = run_of("--stages.0.tokens", str(TOKENS))
-    assert [line["lr"] for line in steps[4:]] == [learning_rate(line["tokens"], planned, 0) for line in steps[4:]]
-    assert all(line["loss"] < 5.8 for line in steps)
+    assert [step.lr for step in steps[4:]] == [learning_rate(step.tokens, planned, 0) for step in steps[4:]]
+    assert all(step.loss < 5.8 for step in steps)
 
-    records = [line for line in read_metrics(folder / "output") if "changed" in line]
-    changed = [(line["tokens"], line["changed"]["what"]) for line in records]
+    changed = [(event.tokens, event.what) for event in read_events(folder / "output", ChangeEvent)]
     assert changed[:2] == [(512, "global_batch"), (512, "data-parallel size")]
     assert {what for tokens, what in changed if tokens == 1024} >= {
         "global_batch", "data.sequence_length", "data.train", "data-parallel size", "stages.small.tokens",

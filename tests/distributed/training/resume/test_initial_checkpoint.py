@@ -17,7 +17,7 @@ from flm_megatron.cli.main import main
 from flm_megatron.config.loader import load_run
 from flm_megatron.config.schema import ModelConfig, MupConfig, RunConfig, StageConfig
 from flm_megatron.data.streams.stream import SampleStream
-from flm_megatron.training.metrics.plot import read_metrics
+from flm_megatron.training.metrics.events import ValidationEvent, read_events
 from tests.support.checkpoint_cases import Memory
 from tests.support.reference_model import random_tensors, reference_loss
 from tests.support.runs import make_data
@@ -59,7 +59,7 @@ def run_file(folder: Path, model: object, tokens: int) -> Path:
 
 def validation_losses(folder: Path) -> list[float]:
     """What the run has logged."""
-    return [line["val_loss"] for line in read_metrics(folder / "run") if "val_loss" in line]
+    return [event.loss for event in read_events(folder / "run", ValidationEvent)]
 
 
 def expected_loss(path: Path) -> float:

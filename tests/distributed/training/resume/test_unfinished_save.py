@@ -19,7 +19,7 @@ from flm_megatron.distributed.processes import Processes
 from flm_megatron.distributed.signals import StopRequest
 from flm_megatron.errors import FlmError, RequestError
 from flm_megatron.launch.preflight import resolve
-from flm_megatron.training.metrics.plot import read_metrics
+from flm_megatron.training.metrics.events import MetricsEvent, read_events
 from flm_megatron.training.resume.start import checkpoint_store, find_start
 from flm_megatron.training.stage import StageTrainer, train_stage
 from flm_megatron.training.step import Batch
@@ -74,5 +74,5 @@ def test_a_save_that_failed_ends_the_run_at_once_and_not_at_the_next_save(data: 
     run = asynchronous_run(data, tmp_path, 4)
     with pytest.raises(RequestError, match="No space left"):
         train_to_an_error(run, "saving")
-    assert max(line["step"] for line in read_metrics(tmp_path)) < 8
+    assert max(event.step for event in read_events(tmp_path, MetricsEvent)) < 8
     assert checkpoint_store(run).latest(["small"]) is None

@@ -10,9 +10,10 @@ import pytest
 from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.schema import DataConfig, ModelConfig, RunConfig, StageConfig
 from flm_megatron.model.parameters import parameter_count
+from flm_megatron.training.metrics.events import StepEvent, read_events
 from flm_megatron.training.metrics.flops import training_flops_per_token
-from flm_megatron.training.metrics.log import MetricsLog, StepMetrics, duration, short
-from flm_megatron.training.metrics.plot import cumulative_flops, plot_loss, read_metrics
+from flm_megatron.training.metrics.log import MetricsLog, duration, short, step_line
+from flm_megatron.training.metrics.plot import cumulative_flops, plot_loss
 
 
 def test_stages_follow_each_other_in_the_stream() -> None:
@@ -45,35 +46,36 @@ def test_durations_are_short(value: float, text: str) -> None:
     assert duration(value) == text
 
 
-def metrics(stage: str, step: int) -> StepMetrics:
+def metrics(stage: str, step: int) -> StepEvent:
     """Any metrics of a step."""
-    return StepMetrics(stage, step, step * 100, 5.0 - step, 1.0, 1e-3, 0.1, 1000.0, 0.01, None, 1.0, 10.0)
+    return StepEvent(stage, step, step * 100, 5.0 - step, 1.0, 1e-3, 0.1, 1000.0, 0.01, None, 1.0, 10.0)
 
 
 def test_log_lines_show_unknown_mfu_as_not_available() -> None:
-    assert "MFU n/a" in metrics("a", 1).line(10)
-    assert "a step 1/10" in metrics("a", 1).line(10)
+    assert "MFU n/a" in step_line(metrics("a", 1), 10)
+    assert "a step 1/10" in step_line(metrics("a", 1), 10)
 
 
 def test_steps_after_the_checkpoint_are_dropped_from_the_metrics(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, tensorboard=True, stages=["a", "b"], stage="a", step=0)
     for stage, steps in (("a", 3), ("b", 4)):
         for step in range(1, steps + 1):
-            log.step(metrics(stage, step), steps, speak=True, norms={})
+            log.step(metrics(stage, step), steps, speak=True)
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "b", "st')  # torn by a crash
     MetricsLog(tmp_path, tensorboard=False, stages=["a", "b"], stage="b", step=2).close()
-    kept = [(line["stage"], line["step"]) for line in read_metrics(tmp_path)]
+    kept = [(step.stage, step.step) for step in read_events(tmp_path, StepEvent)]
     assert kept == [("a", 1), ("a", 2), ("a", 3), ("b", 1), ("b", 2)]
     assert list((tmp_path / "tensorboard").iterdir())
     assert plot_loss(tmp_path, ("unigram entropy", 4.5)).stat().st_size > 10_000
-    assert cumulative_flops(read_metrics(tmp_path))[:2] == pytest.approx([100 * 1e7, 200 * 1e7])  # 0.01 TFLOP/s / 1000
+    flops = cumulative_flops(read_events(tmp_path, StepEvent))
+    assert flops[:2] == pytest.approx([100 * 1e7, 200 * 1e7])  # 0.01 TFLOP/s / 1000
 
 
 def test_metric_names_are_those_the_documentation_promises(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, tensorboard=False, stages=["a"], stage="a", step=0)
-    log.step(metrics("a", 1), 1, speak=False, norms={})
+    log.step(metrics("a", 1), 1, speak=False)
     log.close()
     promised = "stage step tokens loss grad_norm lr step_time_s tokens_per_s_per_device tflops_per_device mfu"
     promised += " peak_memory_gib eta_s skipped_steps"

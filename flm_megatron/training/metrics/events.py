@@ -1,0 +1,328 @@
+"""The lines of a run's `metrics.jsonl`: a class for each kind, written and read here alone.
+
+A line is a JSON object. All kinds say where the run stood (`stage`, `step`, `tokens`), and each is known by a key of
+its own (`KEY`). Kinds that are not known, which a hook of the user or a later version may have written, are kept as
+they are. No torch here: the planner reads these files too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from flm_megatron.errors import RequestError
+from flm_megatron.json_text import parse_json
+
+FILE = "metrics.jsonl"
+PLACE = ("stage", "step", "tokens")
+SET = "val_loss/"
+"""What the key of a validation set's loss begins with."""
+Values = Mapping[str, Any]
+E = TypeVar("E", bound="MetricsEvent")
+
+
+@dataclass(frozen=True)
+class MetricsEvent:
+    """A line of a kind that is known: what happened after `step` steps of `stage`, at `tokens` of the whole run."""
+
+    KEY: ClassVar[str]
+    """The key that only lines of this kind have."""
+
+    stage: str
+    step: int
+    tokens: int
+    extra: Values = field(default_factory=dict, kw_only=True)
+    """What else the line has: numbers that hooks recorded with a step, or what a later version adds."""
+
+    @classmethod
+    def read(cls: type[E], values: Values) -> E:
+        """The event of a line's values, without `extra`; they have a usable place and `KEY`."""
+        return cls(*(values[key] for key in PLACE), **cls.own_fields(values))
+
+    @classmethod
+    def own_fields(cls, values: Values) -> dict[str, Any]:
+        """What the values say beyond the place, as arguments of the class."""
+        raise NotImplementedError
+
+    @classmethod
+    def problem(cls, values: Values) -> str:
+        """What is wrong with the values at the kind's own keys; empty if nothing is."""
+        return ""
+
+    def own_values(self) -> dict[str, Any]:
+        """The kind's own keys and values, as the line has them."""
+        raise NotImplementedError
+
+    def to_json(self) -> dict[str, Any]:
+        """The line's values in their order."""
+        return {key: getattr(self, key) for key in PLACE} | self.own_values() | dict(self.extra)
+
+
+@dataclass(frozen=True)
+class StepEvent(MetricsEvent):
+    """A step that was applied. Times in seconds, memory in GiB, TFLOP/s are model FLOPs; `mfu` is none for an unknown
+    device; `skipped_steps` counts the steps of the stage that were refused so far. A number that the line of another
+    program lacks is NaN."""
+
+    KEY: ClassVar[str] = "loss"
+
+    loss: float
+    grad_norm: float
+    lr: float
+    step_time_s: float
+    tokens_per_s_per_device: float
+    tflops_per_device: float
+    mfu: float | None
+    peak_memory_gib: float
+    eta_s: float
+    skipped_steps: int = 0
+
+    @classmethod
+    def own_fields(cls, values: Values) -> dict[str, Any]:
+        """Its numbers."""
+        return {name: values.get(name, ABSENT.get(name, math.nan)) for name in STEP_NUMBERS}
+
+    @classmethod
+    def problem(cls, values: Values) -> str:
+        """Numbers that are none."""
+        given = {name: values[name] for name in STEP_NUMBERS if name in values}
+        wrong = [name for name, value in given.items() if not _is_number(value) and (name, value) != ("mfu", None)]
+        return f"no number as {wrong[0]}" if wrong else ""
+
+    def own_values(self) -> dict[str, Any]:
+        """Its numbers."""
+        return {name: getattr(self, name) for name in STEP_NUMBERS}
+
+
+STEP_NUMBERS = tuple(each.name for each in fields(StepEvent) if each.name not in (*PLACE, "extra"))
+ABSENT = {"mfu": None, "skipped_steps": 0}
+
+
+@dataclass(frozen=True)
+class RefusedEvent(MetricsEvent):
+    """A step that was not applied: why, by which policy, and the names of the samples of its batch."""
+
+    KEY: ClassVar[str] = "refused"
+
+    reason: str
+    policy: str
+    samples: tuple[str, ...]
+
+    @classmethod
+    def own_fields(cls, values: Values) -> dict[str, Any]:
+        """Reason, policy, samples."""
+        samples = tuple(values.get("samples") or ())
+        return {"reason": values["refused"], "policy": values.get("policy", ""), "samples": samples}
+
+    def own_values(self) -> dict[str, Any]:
+        """The reason is what the line is known by."""
+        return {"refused": self.reason, "policy": self.policy, "samples": list(self.samples)}
+
+
+@dataclass(frozen=True)
+class ValidationEvent(MetricsEvent):
+    """Mean loss of the validation sets in nats per token, and that of each set by name."""
+
+    KEY: ClassVar[str] = "val_loss"
+
+    loss: float
+    by_set: Mapping[str, float]
+
+    @classmethod
+    def own_fields(cls, values: Values) -> dict[str, Any]:
+        """The mean, and what stands under `val_loss/NAME`."""
+        by_set = {key.removeprefix(SET): value for key, value in values.items() if key.startswith(SET)}
+        return {"loss": values["val_loss"], "by_set": by_set}
+
+    @classmethod
+    def problem(cls, values: Values) -> str:
+        """Losses that are no numbers."""
+        wrong = [key for key, value in values.items() if f"{key}/".startswith(SET) and not _is_number(value)]
+        return f"no number as {wrong[0]}" if wrong else ""
+
+    def own_values(self) -> dict[str, Any]:
+        """The mean, then each set."""
+        return {"val_loss": self.loss, **{SET + name: loss for name, loss in self.by_set.items()}}
+
+
+@dataclass(frozen=True)
+class RestartEvent(MetricsEvent):
+    """The run goes on here from a checkpoint inside a stage."""
+
+    KEY: ClassVar[str] = "restart"
+
+    @classmethod
+    def own_fields(cls, values: Values) -> dict[str, Any]:
+        """The place says it all."""
+        return {}
+
+    def own_values(self) -> dict[str, Any]:
+        """A mark."""
+        return {"restart": True}
+
+
+@dataclass(frozen=True)
+class ChangeEvent(MetricsEvent):
+    """Something that the run goes on with otherwise than its checkpoint was trained: JSON values before and now."""
+
+    KEY: ClassVar[str] = "changed"
+
+    what: str
+    before: Any
+    now: Any
+
+    @classmethod
+    def own_fields(cls, values: Values) -> dict[str, Any]:
+        """What `changed` holds."""
+        return {name: values["changed"][name] for name in CHANGE}
+
+    @classmethod
+    def problem(cls, values: Values) -> str:
+        """No mapping of the three."""
+        changed = values["changed"]
+        lacking = [name for name in CHANGE if not isinstance(changed, Mapping) or name not in changed]
+        return f"no {lacking[0]} in changed" if lacking else ""
+
+    def own_values(self) -> dict[str, Any]:
+        """All three below one key."""
+        return {"changed": {name: getattr(self, name) for name in CHANGE}}
+
+
+CHANGE = ("what", "before", "now")
+
+
+@dataclass(frozen=True)
+class GrowthEvent(MetricsEvent):
+    """The stage was grown into; `certificate` is what was measured (`Certificate.to_json`), none if nothing was."""
+
+    KEY: ClassVar[str] = "certificate"
+
+    certificate: Values | None
+
+    @classmethod
+    def own_fields(cls, values: Values) -> dict[str, Any]:
+        """The certificate."""
+        return {"certificate": values["certificate"]}
+
+    @classmethod
+    def problem(cls, values: Values) -> str:
+        """Neither a mapping nor null."""
+        given = values["certificate"]
+        return "" if given is None or isinstance(given, Mapping) else "no mapping as certificate"
+
+    def own_values(self) -> dict[str, Any]:
+        """The certificate."""
+        return {"certificate": self.certificate}
+
+
+@dataclass(frozen=True)
+class NewLevelEvent(MetricsEvent):
+    """The spike guard took what stays high for a new level; `level` says it in words."""
+
+    KEY: ClassVar[str] = "new_level"
+
+    level: str
+
+    @classmethod
+    def own_fields(cls, values: Values) -> dict[str, Any]:
+        """The words."""
+        return {"level": values["new_level"]}
+
+    def own_values(self) -> dict[str, Any]:
+        """The words."""
+        return {"new_level": self.level}
+
+
+@dataclass(frozen=True)
+class OtherEvent:
+    """A line of a kind that is not known, or, with a `problem`, of a known kind without what this kind has."""
+
+    values: Values
+    problem: str = ""
+
+    @property
+    def stage(self) -> str | None:
+        """The stage, if the line names one."""
+        found = self.values.get("stage")
+        return found if isinstance(found, str) else None
+
+    @property
+    def step(self) -> int | None:
+        """The step, if the line has one."""
+        found = self.values.get("step")
+        return found if isinstance(found, int) else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The values as they came."""
+        return dict(self.values)
+
+
+Line = MetricsEvent | OtherEvent
+KINDS: tuple[type[MetricsEvent], ...] = (
+    StepEvent, RefusedEvent, ValidationEvent, RestartEvent, ChangeEvent, GrowthEvent, NewLevelEvent
+)  # fmt: skip
+"""A step comes first: hooks may record with it what another kind is known by."""
+
+
+def line_of(values: Values) -> Line:
+    """The event that the values of a line tell of."""
+    kind = next((kind for kind in KINDS if kind.KEY in values), None)
+    if kind is None:
+        return OtherEvent(values)
+    if problem := _place_problem(values) or kind.problem(values):
+        return OtherEvent(values, problem)
+    event = kind.read(values)
+    known = event.to_json()
+    return replace(event, extra={key: value for key, value in values.items() if key not in known})
+
+
+def parse_line(text: str) -> Line | None:
+    """The event of a line of the file; none for one in whose middle the process died."""
+    try:
+        values = parse_json(text, FILE)
+    except RequestError:
+        return None
+    return line_of(values) if isinstance(values, dict) else None
+
+
+def line_text(line: Line) -> str:
+    """The line of the file, without its end."""
+    return json.dumps(line.to_json())
+
+
+def read_lines(folder: Path) -> list[Line]:
+    """All lines of the metrics in a run's output folder, in order; torn ones are left out.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+    """
+    rows = (folder / FILE).read_text(encoding="utf-8").splitlines()
+    return [line for row in rows if (line := parse_line(row)) is not None]
+
+
+def of_kind(lines: Iterable[Line], kind: type[E]) -> list[E]:
+    """Those lines that are of a kind; of `MetricsEvent` for all kinds that are known."""
+    return [line for line in lines if isinstance(line, kind)]
+
+
+def read_events(folder: Path, kind: type[E]) -> list[E]:
+    """The lines of one kind in a run's output folder, in order; raises as `read_lines` does."""
+    return of_kind(read_lines(folder), kind)
+
+
+def _place_problem(values: Values) -> str:
+    missing = [key for key in PLACE if key not in values]
+    if missing:
+        return " and ".join(f"no {key}" for key in missing)
+    if not isinstance(values["stage"], str):
+        return "no name as stage"
+    wrong = [key for key in PLACE[1:] if not _is_number(values[key])]
+    return f"no number as {wrong[0]}" if wrong else ""
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
