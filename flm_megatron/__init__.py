@@ -1,8 +1,140 @@
 """Train very large language models in stages: train, grow, train on, under tensor, pipeline and data parallelism.
 
-From a run file (`config`) to a trained checkpoint: `launch` starts the processes, `training` is the loop, `growth`
-makes a larger model out of a smaller one, `checkpoint` reads and writes what lies on disk, `planner` says what a run
-will need before it has it. megatron-core is the parallel engine. docs/architecture.md shows the rooms and their order.
+`import flm_megatron as flm` gives the names in `__all__`, each imported when it is first used; docs/api.md shows them
+at work. What is not among them is private. megatron-core is the parallel engine; docs/architecture.md shows the rooms
+of the source and their order.
 """
 
 __version__ = "0.1.0"
+
+TYPE_CHECKING = False  # as in `typing`, which this does not wait for
+if TYPE_CHECKING:
+    from flm_megatron.api.checkpoint import open_checkpoint
+    from flm_megatron.api.export import HuggingFaceExport, export_hf
+    from flm_megatron.api.grow import Growth, grow
+    from flm_megatron.api.plan import Plan, plan, search_layouts
+    from flm_megatron.api.reshard import Copy, reshard
+    from flm_megatron.api.run_file import load_run
+    from flm_megatron.api.train import train
+    from flm_megatron.api.verify import verify
+    from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
+    from flm_megatron.checkpoint.tools.verify import Verification
+    from flm_megatron.config.schema import (
+        ChatConfig,
+        CheckpointConfig,
+        DataConfig,
+        DistributedConfig,
+        GrowthConfig,
+        KernelsConfig,
+        LoggingConfig,
+        LoraConfig,
+        MemoryConfig,
+        MixConfig,
+        ModelConfig,
+        MupConfig,
+        OptimizerConfig,
+        ParallelConfig,
+        RunConfig,
+        ScheduleConfig,
+        SourceConfig,
+        StabilityConfig,
+        StageConfig,
+        ValidationConfig,
+    )
+    from flm_megatron.errors import DamagedError, FlmError, Mistakes, RequestError
+    from flm_megatron.growth.certificate.certificate import Certificate
+    from flm_megatron.growth.plan import GrowthPlan
+    from flm_megatron.planner.plan import Cost, StagePlan
+    from flm_megatron.planner.search import SearchResult
+    from flm_megatron.training.hooks import Hook
+
+__all__ = [
+    "Certificate",
+    "ChatConfig",
+    "CheckpointConfig",
+    "Copy",
+    "Cost",
+    "DamagedError",
+    "DataConfig",
+    "DistributedConfig",
+    "FlmError",
+    "Growth",
+    "GrowthConfig",
+    "GrowthPlan",
+    "Hook",
+    "HuggingFaceExport",
+    "KernelsConfig",
+    "LoggingConfig",
+    "LogicalCheckpoint",
+    "LoraConfig",
+    "MemoryConfig",
+    "Mistakes",
+    "MixConfig",
+    "ModelConfig",
+    "MupConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "Plan",
+    "Region",
+    "RequestError",
+    "RunConfig",
+    "ScheduleConfig",
+    "SearchResult",
+    "SourceConfig",
+    "StabilityConfig",
+    "StageConfig",
+    "StagePlan",
+    "TensorInfo",
+    "ValidationConfig",
+    "Verification",
+    "__version__",
+    "export_hf",
+    "grow",
+    "load_run",
+    "open_checkpoint",
+    "plan",
+    "reshard",
+    "search_layouts",
+    "train",
+    "verify",
+]
+
+_MODULES = {
+    "api.checkpoint": ("open_checkpoint",),
+    "api.export": ("HuggingFaceExport", "export_hf"),
+    "api.grow": ("Growth", "grow"),
+    "api.plan": ("Plan", "plan", "search_layouts"),
+    "api.reshard": ("Copy", "reshard"),
+    "api.run_file": ("load_run",),
+    "api.train": ("train",),
+    "api.verify": ("verify",),
+    "checkpoint.logical": ("LogicalCheckpoint", "Region", "TensorInfo"),
+    "checkpoint.tools.verify": ("Verification",),
+    "errors": ("DamagedError", "FlmError", "Mistakes", "RequestError"),
+    "growth.certificate.certificate": ("Certificate",),
+    "growth.plan": ("GrowthPlan",),
+    "planner.plan": ("Cost", "StagePlan"),
+    "planner.search": ("SearchResult",),
+    "training.hooks": ("Hook",),
+}
+"""Public names by the module that they are in; those that are left are the sections of the run file."""
+_MODULE_OF = dict.fromkeys((name for name in __all__ if name.endswith("Config")), "config.schema") | {
+    name: module for module, names in _MODULES.items() for name in names
+}
+
+if not TYPE_CHECKING:  # for type checkers a name that is not there stays an error
+
+    def __getattr__(name: str) -> object:
+        """A public name, imported now and kept."""
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    """The public names, and what every module has."""
+    return sorted({*globals(), *__all__})

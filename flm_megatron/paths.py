@@ -34,6 +34,11 @@ def expanded(path: str, what: str) -> str:
     return full
 
 
+def given_path(path: str | os.PathLike[str], what: str) -> Path:
+    """`path` as `expanded` gives it. Raises RequestError as that does."""
+    return Path(expanded(os.fspath(path), what))
+
+
 def require_folder(path: str | os.PathLike[str], what: str) -> None:
     """Check that files can be written into the folder `path`, which need not be there yet; leaves nothing behind.
 

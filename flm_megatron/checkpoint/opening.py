@@ -1,11 +1,14 @@
-"""Telling what kind of checkpoint a folder holds."""
+"""Telling what kind of checkpoint a folder holds, and what model it is of."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from flm_megatron.checkpoint.described import check_structure, required_model, without_padding
+from flm_megatron.checkpoint.files.manifest import MANIFEST, verify
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.torch_dist.reader import METADATA, TorchDistCheckpoint
+from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import RequestError
 
 
@@ -37,3 +40,19 @@ def open_checkpoint(path: str | Path, vocab_size: int | None = None) -> LogicalC
     raise RequestError(
         f"{path} is not a checkpoint: it holds neither .metadata (torch_dist) nor config.json nor mp_rank folders"
     )
+
+
+def open_with_model(path: Path, vocab_size: int | None = None) -> tuple[LogicalCheckpoint, ModelConfig]:
+    """A checkpoint of any format without vocabulary padding, checked against the model that it says it is of.
+
+    Raises:
+        RequestError: it does not say, or its tensors do not fit.
+        DamagedError: it cannot be read, or a file does not have its recorded size.
+    """
+    if (path / MANIFEST).exists():
+        verify(path, quick=True)
+    view = open_checkpoint(path, vocab_size)
+    model = required_model(view, str(path), vocab_size)
+    view = without_padding(view, model)
+    check_structure(view.tensors, model, str(path))
+    return view, model

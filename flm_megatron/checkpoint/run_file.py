@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from flm_megatron.config.loader import load_run
+from flm_megatron.config.overrides import Overrides
 from flm_megatron.config.same_model import laid_over
 from flm_megatron.config.schema import ModelConfig, RunConfig, StageConfig
 from flm_megatron.errors import RequestError
 
 
-def open_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def open_run(path: str | Path, overrides: Overrides = ()) -> RunConfig:
     """`load_run`, and every `model: from_checkpoint` written out.
 
     Raises:

@@ -7,10 +7,10 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from flm_megatron.cli.options.chosen_stages import only_stage, with_vocabulary
 from flm_megatron.cli.options.parser import count, path, positive, processes
 from flm_megatron.errors import RequestError
 from flm_megatron.paths import require_file, require_folder
+from flm_megatron.planner.chosen_stages import only_stage, with_vocabulary
 
 if TYPE_CHECKING:
     from flm_megatron.benchmarking.workload import Request

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from flm_megatron.cli.options.chosen_stages import only_stage, with_vocabulary
 from flm_megatron.cli.options.parser import path, positive, processes, real
 
 if TYPE_CHECKING:
     from flm_megatron.config.schema import RunConfig
-    from flm_megatron.planner.machine import Machine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,65 +53,49 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan."""
     from flm_megatron.checkpoint.run_file import open_run
     from flm_megatron.paths import require_picture
-    from flm_megatron.planner.layout import as_chosen
-    from flm_megatron.planner.machine import find_machine
 
-    config = with_vocabulary(only_stage(open_run(args.run_file, args.overrides), args.stage))
-    machine = find_machine(args.gpu, args.nodes_of, args.hardware)
-    machine = replace(machine, software=as_chosen(machine.software, config.kernels))
+    config = open_run(args.run_file, args.overrides)
     if args.plot is not None:
         require_picture(args.plot, "--plot")
-    if args.search:
-        text, data = _search(config, machine, args)
-    elif args.budget is not None:
-        text, data = _budget(config, machine, args)
-    else:
-        text, data = _plan(config, machine, args)
+    chosen = _search if args.search else _plan if args.budget is None else _budget
+    text, data = chosen(config, args)
     print(json.dumps(data, indent=1) if args.json else text)
     return 0
 
 
-def _plan(config: RunConfig, machine: Machine, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    from flm_megatron.planner.feasibility import require_fit
-    from flm_megatron.planner.goodput import plan_goodput
-    from flm_megatron.planner.plan import plan_run
-    from flm_megatron.planner.report.plot import plot_memory
-    from flm_megatron.planner.report.text import goodput_data, goodput_text, run_data, run_text
-
-    _check(config, args.gpus)
-    plan = plan_run(config, machine, args.gpus)
-    if args.plot is not None:
-        plot_memory(plan, args.plot)
-    require_fit(config, plan)
-    if args.mtbf is None:
-        return run_text(plan), run_data(plan)
-    goodput = plan_goodput(plan.stages, config.checkpoint, machine, args.gpus, args.mtbf)
-    text = goodput_text(goodput, machine, args.mtbf)
-    return f"{run_text(plan)}\n\n{text}", run_data(plan) | {"goodput": goodput_data(goodput)}
+def _machine(args: argparse.Namespace) -> dict[str, Any]:
+    """What all kinds of plan are told of stages and machine."""
+    names = ("gpu", "gpus", "stage", "nodes_of", "hardware")
+    return {name: getattr(args, name) for name in names}
 
 
-def _search(config: RunConfig, machine: Machine, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    from flm_megatron.planner.feasibility import require_candidates
+def _plan(config: RunConfig, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from flm_megatron.api.plan import plan
+
+    planned = plan(config, **_machine(args), mtbf=args.mtbf, plot=args.plot)
+    return str(planned), planned.to_dict()
+
+
+def _search(config: RunConfig, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from flm_megatron.api.plan import planned_on, search_layouts
     from flm_megatron.planner.report.text import NOTE, assumptions, search_data, search_text
-    from flm_megatron.planner.search import search
 
-    _check_shapes(config)
-    texts, data = [], {}
-    for stage in config.stages:
-        result = search(stage, config.data.sequence_length, machine, args.gpus)
-        require_candidates(stage, config.data.sequence_length, machine, args.gpus, result)
-        texts.append(search_text(stage.name, result, machine, args.top))
-        data[stage.name] = search_data(result, args.top)
+    results = search_layouts(config, **_machine(args))
+    _, machine = planned_on(config, **_machine(args))
+    texts = [search_text(name, result, machine, args.top) for name, result in results.items()]
+    data = {name: search_data(result, args.top) for name, result in results.items()}
     return "\n\n".join([*texts, assumptions(machine), NOTE]), data
 
 
-def _budget(config: RunConfig, machine: Machine, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+def _budget(config: RunConfig, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from flm_megatron.api.plan import check_layouts, planned_on
     from flm_megatron.planner.growth_schedule import best_schedule
     from flm_megatron.planner.loss_law import chinchilla_law, read_laws
     from flm_megatron.planner.plan import HOUR, plan_run
     from flm_megatron.planner.report.text import schedule_text
 
-    _check(config, args.gpus)
+    config, machine = planned_on(config, **_machine(args))
+    check_layouts(config, args.gpus)
     stages = plan_run(config, machine, args.gpus).stages
     names = [stage.name for stage in stages]
     given = read_laws(args.laws, names) if args.laws else {}
@@ -130,24 +111,3 @@ def _budget(config: RunConfig, machine: Machine, args: argparse.Namespace) -> tu
         "laws": {name: vars(law) for name, law in zip(names, laws, strict=True)},
     }
     return schedule_text(names, schedule, spent), data
-
-
-def _check(config: RunConfig, gpus: int) -> None:
-    """The rules of the run file on that many processes."""
-    from flm_megatron.config.rules import check
-    from flm_megatron.errors import Mistakes
-
-    try:
-        check(config, gpus)
-    except Mistakes as error:
-        *others, last = error.lines
-        raise Mistakes([*others, f"{last}; --search tries all layouts of {gpus} GPUs"]) from None
-
-
-def _check_shapes(config: RunConfig) -> None:
-    """The rules on what a search does not change."""
-    from flm_megatron.config.rules import shape_violations
-    from flm_megatron.errors import Mistakes
-
-    if lines := shape_violations(config):
-        raise Mistakes(lines)

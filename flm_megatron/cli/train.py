@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from flm_megatron.cli.options.parser import path
-
-if TYPE_CHECKING:
-    from flm_megatron.config.schema import RunConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,30 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train what is left to do."""
+    from flm_megatron.api.train import STOPPED_EARLY, train
     from flm_megatron.checkpoint.run_file import open_run
     from flm_megatron.config.loader import dump_run
     from flm_megatron.distributed.signals import stop_before_training
     from flm_megatron.growth.foreseen import check_run_file
 
-    with stop_before_training("stopped by a signal before training began"):
+    with stop_before_training(STOPPED_EARLY):
         config = open_run(args.run_file, args.overrides)
         if args.print_config:
             check_run_file(config)
             print(dump_run(config), end="")
             return 0
-        return _train(config, args.stage, args.start_anew)
-
-
-def _train(config: RunConfig, only: str | None, anew: bool) -> int:
-    """Check everything, then start."""
-    from flm_megatron.launch.preflight import require_places, require_turn, resolve
-    from flm_megatron.launch.run import check_local, train
-
-    require_places(config, only)
-    config = resolve(config, anew)
-    from flm_megatron.distributed.world import launched
-
-    if not launched():
-        check_local(config)
-    require_turn(config, only, anew)
-    return train(config, only, anew)
+        return train(config, stage=args.stage, start_anew=args.start_anew)

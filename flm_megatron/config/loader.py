@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from flm_megatron.config.fields import DEFAULTS
 from flm_megatron.config.home import expand_paths
 from flm_megatron.config.messages import explain
-from flm_megatron.config.overrides import apply_overrides, stage_name
+from flm_megatron.config.overrides import Overrides, apply_overrides, stage_name
 from flm_megatron.config.presets import load_preset
 from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.config.yaml_text import format_yaml, parse_yaml, read_yaml
@@ -22,8 +21,8 @@ _RUN = TypeAdapter(RunConfig)
 _STAGE = TypeAdapter(StageConfig)
 
 
-def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run that a file describes, with overrides of the form `--field value` applied and `~` in paths replaced.
+def load_run(path: str | Path, overrides: Overrides = ()) -> RunConfig:
+    """The run that a file describes, with overrides (see `Overrides`) applied and `~` in paths replaced.
 
     The key `defaults` at the top is merged under every stage, the preset that a stage names comes over it, and
     the stage's own keys and the overrides over both.

@@ -1,25 +1,38 @@
-"""Overrides from the command line: `--stages.0.parallel.tensor 2`, `--stages.52b.tokens=1e9`, `--name x`."""
+"""Overrides: `--stages.0.parallel.tensor 2`, `--stages.52b.tokens=1e9` on the command line, a mapping in Python."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flm_megatron.config.messages import nearest
 from flm_megatron.config.yaml_text import parse_yaml
 from flm_megatron.errors import RequestError
 
+Overrides = Sequence[str] | Mapping[str, Any]
+"""Words as on the command line, or `{"stages.0.parallel.tensor": 2}`."""
 
-def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> None:
+
+def apply_overrides(document: dict[str, Any], overrides: Overrides) -> None:
     """Write overrides into the plain data of a run file, before presets and defaults are merged.
 
-    Values are YAML. An element of a list is named by its index, a stage also by its name.
+    Values of words are YAML, those of a mapping are themselves. An element of a list is named by its index, a stage
+    also by its name.
 
     Raises:
         RequestError: not of the form `--path value`, or a path through something that has no parts.
     """
+    for path, value in _values(overrides):
+        _assign(document, path.split("."), value, path)
+
+
+def _values(overrides: Overrides) -> Iterator[tuple[str, Any]]:
+    """Dotted path and plain value of each."""
+    if isinstance(overrides, Mapping):
+        yield from overrides.items()
+        return
     for path, value in _pairs(overrides):
-        _assign(document, path.split("."), parse_yaml(value, f"--{path}"), path)
+        yield path, parse_yaml(value, f"--{path}")
 
 
 def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:

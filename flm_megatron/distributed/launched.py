@@ -35,6 +35,11 @@ def launched_processes() -> Iterator[Processes]:
         yield Processes()
 
 
+def is_first_process() -> bool:
+    """Whether this is the process that speaks for all that were started; so it is where nobody started several."""
+    return (dist.get_rank() if dist.is_initialized() else _place()[0]) == 0
+
+
 def _place() -> tuple[int, int]:
     for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
         if rank in os.environ and size in os.environ:

@@ -15,6 +15,7 @@ from tests.support import REPOSITORY
 SOURCE = REPOSITORY / "flm_megatron"
 ROOMS = (
     "cli",
+    "api",
     "benchmarking",
     "launch",
     "evaluation",

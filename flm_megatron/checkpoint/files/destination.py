@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import sys
@@ -15,6 +16,7 @@ from flm_megatron.checkpoint.lease.lease import lease
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.durable import make_folders, sync, sync_tree
 from flm_megatron.errors import RequestError
+from flm_megatron.paths import require_folder
 
 PARTIAL = ".partial"
 """What a folder that is being written has after its name."""
@@ -83,6 +85,15 @@ def write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def require_new(path: Path) -> None:
+    """Check that a folder could be made at `path`, before anything is read; what is there already is refused later.
+
+    Raises RequestError if it cannot.
+    """
+    if not os.path.lexists(path):
+        require_folder(path, "destination")
 
 
 def refuse_without_room(path: Path, nbytes: int) -> None:

@@ -15,6 +15,17 @@ from flm_megatron.checkpoint.logical import (
     Region,
     TensorInfo,
 )
+from flm_megatron.errors import RequestError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Dtypes of weights by the names that options have for them."""
+
+
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """The dtype of that name; none keeps the stored one. Raises RequestError for a name that is none of DTYPES."""
+    if name is not None and name not in DTYPES:
+        raise RequestError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[name] if name is not None else None
 
 
 class ConvertedCheckpoint(LogicalCheckpoint):

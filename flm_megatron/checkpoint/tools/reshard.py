@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from flm_megatron.checkpoint.torch_dist.writer import LARGEST_CHUNK, write_check
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.distributed.progress import progress_bar
-from flm_megatron.errors import RequestError
+from flm_megatron.errors import DamagedError, RequestError
 
 
 def stored_bytes(tensors: Mapping[str, TensorInfo]) -> int:
@@ -49,6 +50,19 @@ def reshard(
             if number % processes.size == processes.rank
         }
         return write_checkpoint(path, view.tensors, shards, manifest, progress=moved)
+
+
+def require_unchanged(before: Mapping[str, str], after: Mapping[str, str], path: Path, processes: Processes) -> None:
+    """Check that the copy at `path` has the hashes, by tensor, that its source has; else it is removed.
+
+    Raises:
+        DamagedError: a tensor has another one.
+    """
+    changed = [name for name in before if after.get(name) != before[name]]
+    if changed and processes.rank == 0:
+        shutil.rmtree(path)
+    if changed:
+        raise DamagedError(f"{changed[0]}: its values are not those that were recorded for the source; {path} removed")
 
 
 def _target_files(

@@ -31,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a line for each tensor that differs; returns 1 if any does beyond the tolerance."""
+    from flm_megatron.checkpoint.opening import open_with_model
     from flm_megatron.checkpoint.tools.compare import compare
     from flm_megatron.checkpoint.tools.reshard import stored_bytes
-    from flm_megatron.cli.checkpoint.options import open_with_model
     from flm_megatron.distributed.launched import launched_processes
     from flm_megatron.distributed.progress import progress_bar
 

@@ -28,32 +28,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export, and say how exact it is; returns 0."""
-    from flm_megatron.checkpoint.hugging_face.writer import ExportOptions, folding_note, write_hugging_face
-    from flm_megatron.checkpoint.lazy.adapters import merged
-    from flm_megatron.checkpoint.own_tokenizer import tokenizer_to_export
-    from flm_megatron.cli.checkpoint.options import open_with_model, require_new, torch_dtype, without_mask
-    from flm_megatron.distributed.launched import launched_processes
+    from flm_megatron.api.export import export_hf
+    from flm_megatron.distributed.launched import is_first_process
 
-    require_new(args.destination)
-    with launched_processes() as processes:
-        source, model = open_with_model(args.source, args.vocab_size)
-        source = without_mask(source, args.fold_mask)
-        source, model = merged(source, model)
-        run_file = source.manifest.get("run") or {}
-        tokenizer, missing = tokenizer_to_export(args.tokenizer, model, args.source, source.manifest)
-        options = ExportOptions(
-            flavour=args.flavour,
-            dtype=torch_dtype(args.dtype),
-            shard_bytes=args.shard_size,
-            pad_vocab_to=args.pad_vocab_to,
-            tokenizer=tokenizer,
-            sequence_length=run_file.get("data", {}).get("sequence_length", 4096),
-        )
-        nbytes = write_hugging_face(source, model, args.destination, options, processes)
-        if processes.rank == 0:
-            print(f"{args.destination}: {nbytes:,} bytes of weights")
-            if args.flavour == "llama":
-                print(folding_note(model))
-            if missing:
-                print(f"no tokenizer files were written: {missing}")
+    written = export_hf(
+        args.source,
+        args.destination,
+        flavour=args.flavour,
+        dtype=args.dtype,
+        shard_size=args.shard_size,
+        pad_vocab_to=args.pad_vocab_to,
+        tokenizer=args.tokenizer,
+        fold_mask=args.fold_mask,
+        vocab_size=args.vocab_size,
+    )
+    if is_first_process():
+        print(f"{args.destination}: {written.nbytes:,} bytes of weights")
+        if written.folding:
+            print(written.folding)
+        if written.no_tokenizer:
+            print(f"no tokenizer files were written: {written.no_tokenizer}")
     return 0

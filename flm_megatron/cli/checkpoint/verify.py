@@ -21,20 +21,15 @@ def run(args: argparse.Namespace) -> int:
     import json
     import sys
 
-    from flm_megatron.checkpoint.tools.verify import verify_checkpoint
-    from flm_megatron.distributed.launched import launched_processes
-    from flm_megatron.distributed.progress import progress_bar
+    from flm_megatron.api.verify import verify
+    from flm_megatron.distributed.launched import is_first_process
 
-    with launched_processes() as processes:
-        files = args.path.rglob("*") if args.path.is_dir() else ()
-        nbytes = sum(file.stat().st_size for file in files if file.is_file())
-        with progress_bar("verify", 0 if args.quick else nbytes, processes) as moved:
-            result = verify_checkpoint(args.path, args.quick, processes, moved, args.vocab_size)
-        if processes.rank == 0 and args.json:
-            print(json.dumps({"path": str(args.path), "looked_at": result.looked_at, "problems": result.problems}))
-        elif processes.rank == 0:
-            for problem in result.problems:
-                print(f"flm checkpoint verify: {problem}", file=sys.stderr)
-            if not result.problems:
-                print(f"{args.path}: nothing wrong ({result.looked_at})")
+    result = verify(args.path, quick=args.quick, vocab_size=args.vocab_size)
+    if is_first_process() and args.json:
+        print(json.dumps({"path": str(args.path), "looked_at": result.looked_at, "problems": result.problems}))
+    elif is_first_process():
+        for problem in result.problems:
+            print(f"flm checkpoint verify: {problem}", file=sys.stderr)
+        if not result.problems:
+            print(f"{args.path}: nothing wrong ({result.looked_at})")
     return 1 if result.problems else 0

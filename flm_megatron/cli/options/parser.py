@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from flm_megatron.config.ranges import LARGEST_MODEL, LARGEST_WORLD
 from flm_megatron.errors import RequestError, one_line
-from flm_megatron.paths import expanded
+from flm_megatron.paths import given_path
 
 LONGEST_SHOWN = 300
 """Characters of a line about a mistake: a value may be any number of them long."""
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 def path(text: str) -> Path:
     """A path, `~` replaced by the home."""
     try:
-        return Path(expanded(text, "the path"))
+        return given_path(text, "the path")
     except RequestError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -39,6 +39,11 @@ def folded(source: LogicalCheckpoint, fold: bool) -> LogicalCheckpoint:
     return FoldedMask(source, _factors(plan, v))
 
 
+def without_mask(source: LogicalCheckpoint, fold: bool) -> LogicalCheckpoint:
+    """The source itself where its masks are open or it has none, else `folded`. Raises RequestError as that does."""
+    return source if saved_mask_value(source.manifest) == 1 else folded(source, fold)
+
+
 class FoldedMask(LogicalCheckpoint):
     """Weights of `source` times factors along one axis: {name: (axis, factors along it)}; no optimizer state."""
 

@@ -1,0 +1,83 @@
+"""Handing a checkpoint to other programs: Hugging Face folders."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from flm_megatron.api.values import require_one_of, require_vocabulary, require_whole
+from flm_megatron.checkpoint.files.destination import require_new
+from flm_megatron.checkpoint.hugging_face.writer import ExportOptions, folding_note, write_hugging_face
+from flm_megatron.checkpoint.lazy.adapters import merged
+from flm_megatron.checkpoint.lazy.converted import dtype_named
+from flm_megatron.checkpoint.opening import open_with_model
+from flm_megatron.checkpoint.own_tokenizer import tokenizer_to_export
+from flm_megatron.distributed.launched import launched_processes
+from flm_megatron.growth.grown.folding import without_mask
+from flm_megatron.paths import given_path
+
+
+@dataclass(frozen=True)
+class HuggingFaceExport:
+    """A Hugging Face folder that was written."""
+
+    path: Path
+    nbytes: int
+    """Of all weights."""
+    folding: str | None
+    """How multipliers were folded into the weights (`llama`), and whether that is exact; none where they were not."""
+    no_tokenizer: str
+    """Why no tokenizer files were written; empty where they were."""
+
+
+def export_hf(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    flavour: Literal["teleflm", "llama"] = "teleflm",
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None,
+    shard_size: int = 5 * 10**9,
+    pad_vocab_to: int = 1,
+    tokenizer: str | os.PathLike[str] | None = None,
+    fold_mask: bool = False,
+    vocab_size: int | None = None,
+) -> HuggingFaceExport:
+    """Write the weights of a checkpoint of any format as a Hugging Face folder, adapters merged into them.
+
+    Values stream through: memory does not grow with the model. Processes that torchrun or srun started share the work
+    and all call.
+
+    Args:
+        checkpoint: folder to read.
+        out: folder to write; it must not exist.
+        flavour: "teleflm" is the released form, with its code; "llama" has the multipliers folded into embedding and
+            head, so that plain Llama gives the same logits.
+        dtype: of the weights; the stored one without.
+        shard_size: largest size of a file in bytes; a larger tensor has a file of its own.
+        pad_vocab_to: pad the vocabulary to a multiple of this.
+        tokenizer: SentencePiece model; the checkpoint's own without.
+        fold_mask: fold a half-open growth mask in, where that is exact.
+        vocab_size: true vocabulary, where the checkpoint is padded and does not record it.
+
+    Raises:
+        RequestError: it cannot be exported as asked, or `out` cannot be written.
+        DamagedError: the checkpoint cannot be read.
+    """
+    require_one_of("flavour", flavour, ("teleflm", "llama"))
+    require_whole("shard_size", shard_size)
+    require_whole("pad_vocab_to", pad_vocab_to)
+    require_vocabulary(vocab_size)
+    weights = dtype_named(dtype)
+    path, out = given_path(checkpoint, "checkpoint"), given_path(out, "out")
+    given = None if tokenizer is None else given_path(tokenizer, "tokenizer")
+    require_new(out)
+    with launched_processes() as processes:
+        source, model = open_with_model(path, vocab_size)
+        source, model = merged(without_mask(source, fold_mask), model)
+        found, missing = tokenizer_to_export(given, model, path, source.manifest)
+        length = (source.manifest.get("run") or {}).get("data", {}).get("sequence_length", 4096)
+        options = ExportOptions(flavour, weights, shard_size, pad_vocab_to, found, length)
+        nbytes = write_hugging_face(source, model, out, options, processes)
+    return HuggingFaceExport(out, nbytes, folding_note(model) if flavour == "llama" else None, missing)

@@ -1,0 +1,120 @@
+"""Writing a checkpoint grown into the next stage of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flm_megatron.checkpoint.logical import LogicalCheckpoint
+from flm_megatron.checkpoint.opening import open_checkpoint
+from flm_megatron.config.schema import RunConfig
+from flm_megatron.config.stage_names import stage_index
+from flm_megatron.distributed.launched import launched_processes
+from flm_megatron.distributed.processes import Processes
+from flm_megatron.distributed.world import Layouts, is_main_rank, tool_world
+from flm_megatron.errors import RequestError
+from flm_megatron.growth.boundary import grown_view, needs_distances
+from flm_megatron.growth.certificate.certificate import Certificate
+from flm_megatron.growth.certificate.forward import Layout
+from flm_megatron.growth.certificate.measure import boundary_certificate, boundary_distances
+from flm_megatron.growth.distance import read_distances
+from flm_megatron.growth.foreseen import check_run_file
+from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
+from flm_megatron.growth.offline import write_grown
+from flm_megatron.growth.plan import GrowthPlan
+from flm_megatron.growth.text import file_tokens
+from flm_megatron.paths import given_path, require_folder
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A grown checkpoint that was written: where, how it was made, and what was measured."""
+
+    path: Path
+    plan: GrowthPlan
+    logical_hash: str
+    """Of all tensors, weights and optimizer; the same under any layout and number of processes."""
+    certificate: Certificate | None
+
+
+def grow(
+    checkpoint: str | os.PathLike[str] | LogicalCheckpoint,
+    run: RunConfig,
+    stage: str,
+    out: str | os.PathLike[str],
+    *,
+    certify: str | os.PathLike[str] | None = None,
+    distances: str | os.PathLike[str] | Sequence[float] | None = None,
+    on_certificate: Callable[[Certificate], None] | None = None,
+) -> Growth:
+    """Write `checkpoint`, of the stage before, grown into `stage` of `run` to the new folder `out`.
+
+    Without `certify`, and unless layers are chosen by distance, no model is built: torchrun or srun may start any
+    number of processes on CPU hosts, which share the work and all call.
+
+    Args:
+        checkpoint: folder, or an open checkpoint.
+        run: as `load_run` gives it.
+        stage: name of the stage to grow into.
+        out: folder to write; it must not exist.
+        certify: text file on which logits and loss are compared before anything is written.
+        distances: of each old layer, or the file that `flm distance --out` wrote; measured on the run's validation
+            text where layers are chosen by distance and none are given.
+        on_certificate: called with the certificate before anything is written, on the first process.
+
+    Raises:
+        RequestError: the growth cannot be done as asked, or `out` cannot be written.
+        DamagedError: the checkpoint cannot be read.
+        FlmError: growth changes the loss by more than the run file allows.
+    """
+    out = given_path(out, "out")
+    require_folder(out, "--out")
+    check_run_file(run)
+    index = stage_index(run, stage)
+    source = checkpoint if isinstance(checkpoint, LogicalCheckpoint) else open_checkpoint(_path(checkpoint))
+    measures = needs_distances(run, index) and distances is None
+    with _world(run, certify is not None or measures), Layouts(run.distributed.timeout_s) as under:
+        chosen = _distances(distances, run, index, source, under) if needs_distances(run, index) else None
+        view, plan = grown_view(source, run, index, chosen)
+        certificate = None if certify is None else _certificate(given_path(certify, "certify"), run, index, view, under)
+        if certificate is not None and on_certificate is not None and is_main_rank():
+            on_certificate(certificate)
+        manifest = write_grown(view, out, Processes(), certificate)
+    return Growth(out, plan, manifest["logical_hash"], certificate)
+
+
+def _path(checkpoint: str | os.PathLike[str]) -> Path:
+    return given_path(checkpoint, "checkpoint")
+
+
+def _world(run: RunConfig, runs_a_model: bool) -> AbstractContextManager[Any]:
+    return tool_world(run.distributed) if runs_a_model else launched_processes()
+
+
+def _distances(
+    given: str | os.PathLike[str] | Sequence[float] | None,
+    run: RunConfig,
+    index: int,
+    source: LogicalCheckpoint,
+    under: Layout,
+) -> Sequence[float] | None:
+    """Given, read from a file, or measured on the run's validation text."""
+    growth = run.stages[index].growth
+    if given is None:
+        return boundary_distances(source, run, index, under)
+    if isinstance(given, str | os.PathLike):
+        return read_distances(str(given_path(given, "distances")), growth.distance_metric if growth else "cosine")
+    before = run.stages[index - 1].model.num_layers
+    if len(given) != before:
+        raise RequestError(f"distances has {len(given)} numbers: give one for each of the {before} layers before")
+    return given
+
+
+def _certificate(text: Path, run: RunConfig, index: int, view: GrownCheckpoint, under: Layout) -> Certificate | None:
+    growth = run.stages[index].growth
+    tokens = file_tokens(text, run, max(1, growth.certify_samples if growth else 4))
+    return boundary_certificate(view, run, index, under, tokens)

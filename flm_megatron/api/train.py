@@ -1,0 +1,39 @@
+"""Training a run."""
+
+from __future__ import annotations
+
+from flm_megatron.config.schema import RunConfig
+from flm_megatron.distributed.signals import stop_before_training
+from flm_megatron.launch.preflight import require_places, require_turn, resolve
+
+STOPPED_EARLY = "stopped by a signal before training began"
+
+
+def train(run: RunConfig, *, stage: str | None = None, start_anew: bool = False) -> int:
+    """Train what is left of a run: all stages, growing between them, or one `stage` alone.
+
+    Without a launcher processes of this machine are started for every stage, as many as its layout needs; under
+    torchrun or srun this process is a rank, and all ranks call. Goes on where the run stands; with `start_anew` it
+    begins from nothing, and what is there is kept as NAME.before-N. Everything is checked before any process starts.
+    For the main thread, because it listens to signals.
+
+    Returns:
+        0 when the run is trained to the end of its budget, 3 when SIGTERM or SIGINT stopped it after saving.
+
+    Raises:
+        RequestError: the run cannot be trained as asked (`Mistakes` lists all that is wrong).
+        DamagedError: stored data is damaged, and no older checkpoint can stand in for it.
+        FlmError: a process failed; the message names its rank and its error.
+        SystemExit: with status 3, a signal came before the first step.
+    """
+    with stop_before_training(STOPPED_EARLY):
+        require_places(run, stage)
+        run = resolve(run, start_anew)
+        from flm_megatron.distributed.world import launched  # torch takes seconds: mistakes are found before
+        from flm_megatron.launch.run import check_local
+        from flm_megatron.launch.run import train as train_checked
+
+        if not launched():
+            check_local(run)
+        require_turn(run, stage, start_anew)
+        return train_checked(run, stage, start_anew)
