@@ -47,8 +47,14 @@ def _processor_s(arguments: tuple[str, ...]) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def test_importing_the_package_imports_itself_alone() -> None:
-    assert imported("import flm_megatron") == {"flm_megatron"}
+@pytest.mark.parametrize("code", ["import flm_megatron", "import flm_megatron as flm; dir(flm); flm.__all__"])
+def test_importing_the_package_imports_itself_alone(code: str) -> None:
+    assert imported(code) == {"flm_megatron"}
+
+
+def test_a_name_imports_what_it_needs_and_nothing_heavier() -> None:
+    assert not packages(imported("import flm_megatron; flm_megatron.RequestError")) & HEAVY
+    assert not packages(imported("import flm_megatron; flm_megatron.load_run")) & (HEAVY - {"pydantic", "yaml"})
 
 
 def test_help_imports_nothing_heavy() -> None:
