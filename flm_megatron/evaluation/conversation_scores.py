@@ -18,8 +18,9 @@ from flm_megatron.data.conversations.conversation import read_conversations
 from flm_megatron.data.conversations.screening import Score
 from flm_megatron.data.conversations.source import fitting
 from flm_megatron.data.conversations.template import ChatTemplate, Piece
-from flm_megatron.evaluation.model import Batch, forward, is_output_rank, load_model
+from flm_megatron.evaluation.model import load_model
 from flm_megatron.evaluation.subject import open_subject
+from flm_megatron.model.forward import Batch, forward, is_output_rank
 
 SMALLEST_LENGTH = 32
 Row = tuple[list[int], list[bool]]

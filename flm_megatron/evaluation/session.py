@@ -9,9 +9,10 @@ import torch.distributed as dist
 
 from flm_megatron.config.schema import ParallelConfig
 from flm_megatron.evaluation.generation.generate import Completion, GenerationRequest, OnText, generate
-from flm_megatron.evaluation.model import is_output_rank, load_model
+from flm_megatron.evaluation.model import load_model
 from flm_megatron.evaluation.perplexity.scoring import Likelihood, ScoringRequest, score
 from flm_megatron.evaluation.subject import Subject
+from flm_megatron.model.forward import is_output_rank
 
 Request = TypeVar("Request", GenerationRequest, ScoringRequest)
 

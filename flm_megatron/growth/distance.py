@@ -16,7 +16,7 @@ from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.config.schema import ModelConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.errors import RequestError
-from flm_megatron.growth.certificate.forward import Layout, forward, on_one_replica, patient_processes
+from flm_megatron.growth.certificate.forward import Layout, forward_samples, on_one_replica, patient_processes
 from flm_megatron.json_text import parse_json
 
 
@@ -45,7 +45,7 @@ def _distances(num_layers: int, tokens: torch.Tensor, chunks: list[Any]) -> list
 
     sums = torch.zeros(num_layers, 3, dtype=torch.float64, device=current().torch_device)
     handles = [hook for chunk in chunks for hook in _watch(chunk, sums)]
-    forward(chunks, tokens, lambda sample, logits: None)
+    forward_samples(chunks, tokens, lambda sample, logits: None)
     for handle in handles:
         handle.remove()
     # A token that several ranks hold is counted by each of them, in the sum and in the count.

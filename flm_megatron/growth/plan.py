@@ -22,8 +22,9 @@ MASKED_SHARE = 5
 class GrowthPlan:
     """Old and new model, an operator per dimension, and the source of every layer.
 
-    `new` is the model that is really trained: see `grown_model`. New values are drawn from `seed` and `stage`
-    (the grown stage's name), so that two growths of one run never draw the same numbers.
+    `new` is the model that the grown stage trains: as configured, but for what preserves the
+    function. New values are drawn from `seed` and `stage` (the grown stage's name), so that two growths of one run
+    never draw the same numbers.
     """
 
     stage: str
@@ -133,15 +134,6 @@ def make_plan(
     )
 
 
-def grown_model(plan: GrowthPlan) -> ModelConfig:
-    """The model that the grown stage trains: as configured, but for what preserves the function.
-
-    Under `zero` on the hidden size, norm_epsilon is d_old / d_new of the old one: the mean square falls by that
-    factor when zero channels join it. output_mult stays as configured; LM-head weights take up its change.
-    """
-    return plan.new
-
-
 def check_same_plan(saved: GrowthPlan, now: GrowthPlan) -> None:
     """A resumed stage goes on under the plan it was grown with.
 
@@ -171,6 +163,10 @@ def _brief(value: object) -> str:
 
 
 def _effective(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> ModelConfig:
-    """`new` with the old vocabulary, and the epsilon that `grown_model` explains."""
+    """`new` with the old vocabulary, and the epsilon that preserves the function.
+
+    Under `zero` on the hidden size, norm_epsilon is d_old / d_new of the old one: the mean square falls by that
+    factor when zero channels join it. output_mult stays as configured; LM-head weights take up its change.
+    """
     ratio = old.hidden_size / new.hidden_size if growth.hidden == "zero" else 1.0
     return replace(new, vocab_size=old.vocab_size, norm_epsilon=old.norm_epsilon * ratio)

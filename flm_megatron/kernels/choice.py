@@ -106,12 +106,16 @@ def choose(config: KernelsConfig | None = None, device: str | None = None) -> Ch
     return Choice(device, names, plain_only, config.head_and_loss)
 
 
+def missing(name: str, operation: str = "") -> list[str]:
+    """Modules that implementation `name` (of `operation`) needs and that are not installed."""
+    needed = (*NEEDS[name], *ALSO_NEEDS.get((operation, name), ()))
+    return [module for module in needed if find_spec(module) is None]
+
+
 def obstacle(name: str, device: str, operation: str = "") -> str | None:
     """Why implementation `name` (of `operation`) cannot run on `device`; none if it can."""
-    needed = (*NEEDS[name], *ALSO_NEEDS.get((operation, name), ()))
-    missing = [module for module in needed if find_spec(module) is None]
-    if missing:
-        return f"{' and '.join(missing)} cannot be imported"
+    if absent := missing(name, operation):
+        return f"{' and '.join(absent)} cannot be imported"
     if name == "triton" and device == "cpu" and not interpreted():
         return "Triton needs a GPU (on a CPU only its interpreter runs, with TRITON_INTERPRET=1 set at the start)"
     if name in ENGINE_OWNED and device == "cpu":

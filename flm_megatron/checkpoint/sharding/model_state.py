@@ -36,6 +36,8 @@ from flm_megatron.checkpoint.sharding.shared_reading import PART_BYTES, Part, fi
 from flm_megatron.checkpoint.sharding.snapshot import Stored, give_back, placed, prepare_buffer, snapshot, take_buffer
 from flm_megatron.checkpoint.torch_dist.shard_file import PIECE_BYTES, Rectangle
 from flm_megatron.checkpoint.torch_dist.writer import LARGEST_CHUNK, chunk_size
+from flm_megatron.config.schema import StageConfig
+from flm_megatron.device import current
 from flm_megatron.errors import RequestError
 
 
@@ -233,3 +235,16 @@ def _own_share(pieces: list[Piece]) -> Iterator[Stored]:
             if not piece.shared or position * size // max(total, 1) == rank:
                 yield piece.name, region, part
             position += part.nbytes if piece.shared else 0
+
+
+def chunks_to_evaluate(view: LogicalCheckpoint, stage: StageConfig, alone: bool = False) -> list[Any]:
+    """This rank's chunks of the stage's model with a view's weights, under the current layout, ready to evaluate.
+
+    `alone` is as in `load_state`. Raises DamagedError if the view cannot be read.
+    """
+    from flm_megatron.model.build import build_model
+
+    with torch.no_grad():
+        chunks = [chunk.to(current().torch_device).eval() for chunk in build_model(stage.model, stage)]
+        load_state(view, chunks, alone=alone)
+    return chunks

@@ -14,8 +14,8 @@ from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.device import current
 from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.generation.sampling import Sampler, SamplingSettings
-from flm_megatron.evaluation.model import Batch, forward, is_output_rank
 from flm_megatron.evaluation.perplexity.text_stream import TextStream
+from flm_megatron.model.forward import Batch, forward, is_output_rank
 
 FinishReason = Literal["eod", "stop", "length"]
 OnText = Callable[[int, str], None]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flm_megatron.evaluation.model import Batch, forward
+from flm_megatron.model.forward import Batch, forward
 
 
 @dataclass(frozen=True)

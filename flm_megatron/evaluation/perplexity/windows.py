@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from flm_megatron.errors import RequestError
-from flm_megatron.evaluation.model import Batch
+from flm_megatron.model.forward import Batch
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.errors import FlmError
-from flm_megatron.growth.certificate.forward import Layout, forward, on_one_replica, patient_processes
+from flm_megatron.growth.certificate.forward import Layout, forward_samples, on_one_replica, patient_processes
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.growth.schedule import mask_plan
 
@@ -140,12 +140,12 @@ def _evaluate(
             from flm_megatron.model.masks import GrowthMasks
 
             GrowthMasks(chunks, model, mask_plan(plan))
-        return _logits(chunks, model.vocab_size, tokens)
+        return _logits(chunks, tokens)
 
     return on_one_replica(view, model, stage, layout, evaluate)
 
 
-def _logits(chunks: list[Any], vocab_size: int | None, tokens: torch.Tensor) -> tuple[float, torch.Tensor] | None:
+def _logits(chunks: list[Any], tokens: torch.Tensor) -> tuple[float, torch.Tensor] | None:
     """Mean loss, and logits at POSITIONS of each sample, on rank 0."""
     losses: list[float] = []
     kept: list[torch.Tensor] = []
@@ -153,12 +153,11 @@ def _logits(chunks: list[Any], vocab_size: int | None, tokens: torch.Tensor) -> 
 
     def keep(sample: int, logits: torch.Tensor) -> None:
         """Take the loss and the wanted logits of a sample."""
-        true = logits[:, :vocab_size].float()
-        labels = tokens[sample, 1:].to(true.device)
-        losses.append(F.cross_entropy(true.double(), labels).item())
-        kept.append(true[spread.to(true.device)].cpu())
+        labels = tokens[sample, 1:].to(logits.device)
+        losses.append(F.cross_entropy(logits.float().double(), labels).item())
+        kept.append(logits[spread.to(logits.device)].float().cpu())
 
-    forward(chunks, tokens[:, :-1], keep)
+    forward_samples(chunks, tokens[:, :-1], keep)
     return _to_first(losses, kept)
 
 

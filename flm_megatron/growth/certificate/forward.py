@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -12,13 +13,13 @@ import torch.distributed as dist
 
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.sharding.layout import check_layout
-from flm_megatron.checkpoint.sharding.model_state import load_state
+from flm_megatron.checkpoint.sharding.model_state import chunks_to_evaluate
 from flm_megatron.config.rules.pipeline import divisors
 from flm_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
-from flm_megatron.device import current
 from flm_megatron.distributed.channels import world_channel
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.errors import RequestError
+from flm_megatron.model.forward import Batch, forward
 
 T = TypeVar("T")
 Layout = Callable[[ParallelConfig], AbstractContextManager[None]]
@@ -72,7 +73,7 @@ def on_one_replica(
     with layout(stage.parallel), torch.no_grad():
         first = parallel_state.get_data_parallel_rank() == 0
         chunks: list[Any] = []
-        processes.together(lambda: chunks.extend(_loaded(view, model, stage)) if first else None)
+        processes.together(lambda: chunks.extend(chunks_to_evaluate(view, stage, alone=True)) if first else None)
         # Not together: a rank that fails in a collective has to end, or the rest of its replica would wait there.
         found = measure(chunks) if first else None
         processes.on_first(lambda: None)
@@ -84,43 +85,12 @@ def patient_processes() -> Processes:
     return Processes(world_channel("measuring"))
 
 
-def _loaded(view: LogicalCheckpoint, model: ModelConfig, stage: StageConfig) -> list[Any]:
-    """A view's model on this replica alone."""
-    from flm_megatron.model.build import build_model
-
-    chunks = [chunk.to(current().torch_device).eval() for chunk in build_model(model, stage)]
-    load_state(view, chunks, alone=True)
-    return chunks
-
-
-@torch.no_grad()
-def forward(chunks: list[Any], tokens: torch.Tensor, on_logits: Callable[[int, torch.Tensor], None]) -> None:
+def forward_samples(chunks: list[Any], tokens: torch.Tensor, on_logits: Callable[[int, torch.Tensor], None]) -> None:
     """Run `tokens` [samples, sequence] through the pipeline of one replica, one sample at a time.
 
-    On the last pipeline rank `on_logits(sample, logits)` is called, with logits [sequence, padded vocabulary] gathered
+    On the last pipeline rank `on_logits(sample, logits)` is called, with logits [sequence, true vocabulary] gathered
     over tensor-parallel ranks.
     """
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    def step(data: Iterator[int], model: Any) -> tuple[torch.Tensor, Any]:
-        """megatron-core's forward step for one sample."""
-        sample = next(data)
-        batch = tokens[sample : sample + 1].to(current().torch_device)
-        output = model(batch, None, None, runtime_gather_output=True)
-
-        def finish(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-            """Hand over the logits; the schedule's loss is not used."""
-            on_logits(sample, logits[0])
-            return logits.new_zeros(()), torch.ones((), dtype=torch.int, device=logits.device), sample
-
-        return output, finish
-
-    get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=iter(range(len(tokens))),
-        model=chunks[0],
-        num_microbatches=len(tokens),
-        seq_length=tokens.shape[1],
-        micro_batch_size=1,
-        forward_only=True,
-    )
+    samples = count()
+    batches = (Batch(sample) for sample in tokens.split(1))
+    forward(chunks[0], batches, len(tokens), lambda _, logits: on_logits(next(samples), logits[0]))

@@ -125,7 +125,7 @@ def devices(ranks_here: int) -> Finding:
 
 def implementations(run: RunConfig) -> Iterator[Finding]:
     """Transformer Engine, Apex and Triton: found and importable, or why not; and what the run file asks for."""
-    from flm_megatron.kernels.choice import choose, obstacle
+    from flm_megatron.kernels.choice import choose, missing, obstacle
 
     device = current().name
     found, broken = [], []
@@ -137,7 +137,7 @@ def implementations(run: RunConfig) -> Iterator[Finding]:
             except Exception as error:  # a broken build fails in any way
                 broken.append(f"{name} is installed but does not import: {' '.join(str(error).split())[:120]}")
                 continue
-        found.append(f"{name} {'found' if reason is None else 'not found' if 'imported' in reason else 'not usable'}")
+        found.append(f"{name} {'found' if reason is None else 'not found' if missing(name) else 'not usable'}")
     try:
         chosen = choose(run.kernels)
     except FlmError as error:

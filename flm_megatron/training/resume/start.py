@@ -25,7 +25,7 @@ from flm_megatron.growth.boundary import grown_view, resumed_plan, saved_plan, s
 from flm_megatron.growth.certificate.certificate import Certificate
 from flm_megatron.growth.certificate.forward import Layout
 from flm_megatron.growth.certificate.measure import boundary_certificate, boundary_distances
-from flm_megatron.growth.plan import GrowthPlan, grown_model
+from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.training.resume.continuation import (
     continued,
     first_history,
@@ -184,7 +184,7 @@ def begin(run: RunConfig, start: Start, under: Layout, in_memory: LogicalCheckpo
         return Beginning(stage, source)
     view, plan = grown_view(source, run, start.stage, boundary_distances(source, run, start.stage, under))
     certificate = boundary_certificate(view, run, start.stage, under)
-    return Beginning(replace(stage, model=grown_model(plan)), view, plan, certificate)
+    return Beginning(replace(stage, model=plan.new), view, plan, certificate)
 
 
 def _saved(start: Start) -> Path:

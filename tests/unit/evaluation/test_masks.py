@@ -12,10 +12,11 @@ import torch
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, ParallelConfig
-from flm_megatron.evaluation.model import Batch, forward, load_model
+from flm_megatron.evaluation.model import load_model
 from flm_megatron.evaluation.subject import Subject
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 from flm_megatron.growth.plan import make_plan
+from flm_megatron.model.forward import Batch, forward
 from tests.support.engine import one_process
 from tests.support.evaluation_cases import MODEL
 

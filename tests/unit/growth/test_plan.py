@@ -26,7 +26,7 @@ from flm_megatron.growth.boundary import (
 )
 from flm_megatron.growth.foreseen import check_run_file
 from flm_megatron.growth.layers import select_layers
-from flm_megatron.growth.plan import GrowthPlan, check_same_plan, grown_model, make_plan
+from flm_megatron.growth.plan import GrowthPlan, check_same_plan, make_plan
 from flm_megatron.growth.rules import check_epsilons, check_mask_length, check_source_stage
 from flm_megatron.growth.schedule import mask_plan, mask_value
 from flm_megatron.model.mask_plan import MaskPlan
@@ -117,12 +117,12 @@ def test_plan_round_trip_and_resume() -> None:
         check_same_plan(plan, replace(plan, new=replace(plan.new, ffn_hidden_size=111)))
 
 
-def test_grown_model_keeps_vocabulary_and_derives_epsilon() -> None:
+def test_the_grown_model_keeps_vocabulary_and_derives_epsilon() -> None:
     old = old_model()
     new = old_model(hidden_size=36, vocab_size=None, norm_epsilon=0.5)
-    assert grown_model(make_plan(old, new, growth("zero"), 1)).norm_epsilon == pytest.approx(1e-2 * 24 / 36, rel=1e-15)
-    assert grown_model(make_plan(old, new, growth("mask"), 1)).norm_epsilon == 1e-2
-    assert grown_model(make_plan(old, new, growth("mask"), 1)).vocab_size == 37
+    assert make_plan(old, new, growth("zero"), 1).new.norm_epsilon == pytest.approx(1e-2 * 24 / 36, rel=1e-15)
+    assert make_plan(old, new, growth("mask"), 1).new.norm_epsilon == 1e-2
+    assert make_plan(old, new, growth("mask"), 1).new.vocab_size == 37
 
 
 def run_of(*stages: StageConfig) -> RunConfig:

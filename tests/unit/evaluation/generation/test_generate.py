@@ -16,7 +16,8 @@ from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.generation.generate import GenerationRequest, generate
 from flm_megatron.evaluation.generation.sampling import SamplingSettings
 from flm_megatron.evaluation.generation.terminal import line_reader, relayed_lines
-from flm_megatron.evaluation.model import Batch, forward, load_model
+from flm_megatron.evaluation.model import load_model
+from flm_megatron.model.forward import Batch, forward
 from tests.support.engine import one_process
 from tests.support.evaluation_cases import MODEL, make_folder, reference_model, subject_in
 

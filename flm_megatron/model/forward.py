@@ -1,0 +1,80 @@
+"""Forward passes through the pipeline, without gradients: what evaluation, generation and certificates run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from flm_megatron.device import current
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids [batch, sequence], all batches of one call alike; `labels` of the same shape ask for losses instead
+    of logits; `hidden` [batch, 1, sequence, keys] is true where attention must not look; `weights` [batch, sequence]
+    travel along."""
+
+    tokens: Tensor
+    labels: Tensor | None = None
+    weights: Tensor | None = None
+    hidden: Tensor | None = None
+
+
+@torch.no_grad()
+def forward(
+    chunk: Any, batches: Iterable[Batch], count: int, finish: Callable[[Batch, Tensor], Result]
+) -> list[Result]:
+    """Run `count` batches of one shape through the pipeline; results of `finish` on its last part, nothing elsewhere.
+
+    `finish(batch, output)` gets losses [batch, sequence] in nats, or logits [batch, positions, true vocabulary] on
+    every tensor-parallel rank.
+    """
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None or count == 0:
+        return []
+
+    def step(data: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+        """The engine's forward step over one batch."""
+        batch = next(data)
+        device = current().torch_device
+        labels = None if batch.labels is None else batch.labels.to(device)
+        hidden = None if batch.hidden is None else batch.hidden.to(device)
+        output = model(batch.tokens.to(device), None, hidden, labels=labels, runtime_gather_output=labels is None)
+
+        def done(result: Tensor) -> tuple[Tensor, Tensor, Result]:
+            """Nothing to minimise, and what `finish` makes of the output."""
+            shown = result if labels is not None else result[..., : model.true_vocab_size]
+            return result.new_zeros(()), torch.ones((), dtype=torch.int, device=result.device), finish(batch, shown)
+
+        return output, done
+
+    return get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=_chain(first, batches),
+        model=chunk,
+        num_microbatches=count,
+        seq_length=first.tokens.shape[1],
+        micro_batch_size=first.tokens.shape[0],
+        forward_only=True,
+    )
+
+
+def _chain(first: Batch, rest: Iterator[Batch]) -> Iterator[Batch]:
+    yield first
+    yield from rest
+
+
+def is_output_rank() -> bool:
+    """Whether this rank's results count: one tensor rank at the end of each pipeline."""
+    from megatron.core import parallel_state
+
+    return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
