@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flm_megatron.checkpoint.files.pickle.reader import read_torch_file
+from flm_megatron.checkpoint.files.torch_file import load_torch_file
 from flm_megatron.checkpoint.logical import STATE_PREFIXES, LogicalCheckpoint, Region, TensorInfo, split_name
 from flm_megatron.checkpoint.megatron_legacy.arguments import model_from_arguments
 from flm_megatron.checkpoint.own_tokenizer import tokenizer_files
@@ -30,7 +30,7 @@ def recorded_model(view: LogicalCheckpoint, vocab_size: int | None = None) -> Mo
     if isinstance(config := getattr(view, "config", None), ModelConfig):
         return config
     if isinstance(view, TorchDistCheckpoint) and (view.path / COMMON).exists():
-        common = read_torch_file(view.path / COMMON)
+        common = load_torch_file(view.path / COMMON)
         arguments = common.get("args") if isinstance(common, dict) else None
         return None if arguments is None else model_from_arguments(arguments, str(view.path), vocab_size)
     return None

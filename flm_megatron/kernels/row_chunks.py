@@ -6,9 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-# Values of one chunk. On a CPU its fp32 temporaries fit a core's cache, and the calls for it cost little beside the
-# work; on a GPU they are small beside the model.
-CHUNK_VALUES = {"cpu": 1 << 18, "cuda": 1 << 26}
+from flm_megatron.device.chunks import CHUNK_VALUES
 
 
 def row_chunks(matrix: Tensor) -> Iterator[slice]:

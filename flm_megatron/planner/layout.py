@@ -9,6 +9,7 @@ from typing import Literal
 
 from flm_megatron.config.rules.pipeline import pipeline_split
 from flm_megatron.config.schema import KernelsConfig, ModelConfig, ParallelConfig, StageConfig
+from flm_megatron.device.chunks import CHUNK_VALUES, LARGE_LOGITS_BYTES, SMALLEST_HEAD_CHUNK
 from flm_megatron.model.parameters import ParameterSpec, parameter_specs
 from flm_megatron.model.parameters.axis import padded_vocab_size
 
@@ -31,10 +32,10 @@ class Implementation:
     softmax in fp32."""
     loss_values: int = 0
     """Logits that the loss has in fp32 at a time (plain PyTorch)."""
-    fused_head_from_mib: int = 512
+    fused_head_from_mib: int = LARGE_LOGITS_BYTES >> 20
     """From so many MiB of logits in a micro-batch on, head and loss are one operation that has those of a chunk of
     tokens at a time, and computes gradients going forward."""
-    head_chunk: int = 2048
+    head_chunk: int = SMALLEST_HEAD_CHUNK["cuda"]
     """Tokens of such a chunk at least."""
     fused_residual: bool = True
     """The sum that ends attention is in the norm that follows it."""
@@ -61,7 +62,12 @@ class Implementation:
 
 NEVER = 2**30
 CUDA = Implementation()
-CPU = Implementation(head_chunk=512, loss_values=2**18, frees_pipeline_outputs=False, copies_gradients_to_reduce=True)
+CPU = Implementation(
+    head_chunk=SMALLEST_HEAD_CHUNK["cpu"],
+    loss_values=CHUNK_VALUES["cpu"],
+    frees_pipeline_outputs=False,
+    copies_gradients_to_reduce=True,
+)
 
 
 def as_chosen(implementation: Implementation, kernels: KernelsConfig) -> Implementation:

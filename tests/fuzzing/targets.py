@@ -25,7 +25,6 @@ from flm_megatron.checkpoint.files.pickle.reader import (
     StoredTensor,
     load_pickle,
     load_records,
-    read_torch_file,
 )
 from flm_megatron.checkpoint.files.pickle.records import Name, Record
 from flm_megatron.checkpoint.files.stored_array import StoredArray
@@ -135,7 +134,7 @@ class TorchFiles(FileTarget):
     def read(self, data: bytes) -> None:
         """Both ways."""
         check_data(torch_file.read_torch_file(self.file))
-        check_data(read_torch_file(self.file))
+        check_data(torch_file.load_torch_file(self.file))
 
 
 class Metadata(FileTarget):

@@ -1,31 +1,35 @@
-"""Files of `torch.save`: where each tensor lies, without loading values and without running anything they contain.
+"""Files of `torch.save`, without running anything they contain: where each tensor lies, or the tensors themselves.
 
 Such a file is a zip archive of one pickle and of the bytes of each storage, uncompressed.
 """
 
 from __future__ import annotations
 
+import errno
 import math
 import struct
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from flm_megatron.checkpoint.files.block_checksums import CheckedRun
 from flm_megatron.checkpoint.files.pickle.reader import (
     FOREIGN,
-    ZIP_ERRORS,
     StoredTensor,
-    archive_error,
     load_pickle,
-    read_stored,
 )
 from flm_megatron.checkpoint.files.stored_array import StoredArray
-from flm_megatron.errors import DamagedError
+from flm_megatron.errors import DamagedError, FlmError, read_error
 
 FOREIGN_PACKAGES = (*FOREIGN, "numpy", "torch")
 """Packages whose objects lie beside weights in training checkpoints: inert records, neither imported nor run."""
 LOCAL_HEADER = struct.Struct("<26xHH")
+ZIP_ERRORS = (zipfile.BadZipFile, struct.error, KeyError, ValueError, OverflowError, EOFError, RuntimeError)
+"""What reading a damaged zip archive may raise besides OSError (RuntimeError is the base of NotImplementedError)."""
 
 
 def read_torch_file(path: Path) -> Any:
@@ -34,13 +38,38 @@ def read_torch_file(path: Path) -> Any:
     Raises DamagedError for a damaged file, another format, or a pickle with names that could run code; RequestError
     when its disk does not answer.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
-            text = read_stored(archive, entries["data.pkl"].filename)
+    with _opened(path) as (_, entries, text):
         return load_pickle(
             text, str(path), FOREIGN_PACKAGES, lambda tensor: _array(tensor, path, entries[f"data/{tensor.key}"])
         )
+
+
+def load_torch_file(path: Path) -> Any:
+    """The saved object with its tensors in memory; those of one storage share it. For small files.
+
+    Raises as `read_torch_file`; of classes fewer are known.
+    """
+    storages: dict[str, bytearray] = {}
+    with _opened(path) as (archive, entries, text):
+
+        def values(stored: StoredTensor) -> torch.Tensor:
+            """Of one tensor."""
+            if stored.key not in storages:
+                storages[stored.key] = bytearray(read_stored(archive, entries[f"data/{stored.key}"].filename))
+            return _materialise(stored, storages[stored.key])
+
+        return load_pickle(text, str(path), tensor=values)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo], bytes]]:
+    """The archive, its entries by their names below its one folder, and its pickle."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
+            if sum(entry.filename.partition("/")[2] == "data.pkl" for entry in archive.infolist()) != 1:
+                raise DamagedError(f"{path}: not a file of torch.save")
+            yield archive, entries, read_stored(archive, entries["data.pkl"].filename)
     except (OSError, *ZIP_ERRORS) as error:
         raise archive_error(path, error, "not a whole file of torch.save in its zip format") from error
 
@@ -68,3 +97,25 @@ def _is_row_major(tensor: StoredTensor) -> bool:
             return 0 in tensor.size
         numel *= size
     return True
+
+
+def _materialise(stored: StoredTensor, data: bytearray) -> torch.Tensor:
+    flat = torch.frombuffer(data, dtype=stored.dtype) if data else torch.empty(0, dtype=stored.dtype)
+    return flat.as_strided(stored.size, stored.stride, stored.offset)
+
+
+def archive_error(path: Path, error: Exception, damaged: str) -> FlmError:
+    """What an `error` of ZIP_ERRORS, or OSError, says about the zip archive at `path`: that it is damaged, in the
+    words `damaged`, or that its disk does not answer."""
+    answer = error if isinstance(error, OSError) else error.__context__  # zipfile hides what a read raises
+    if isinstance(answer, OSError) and answer.errno != errno.EINVAL:  # which is a place before the file's beginning
+        return read_error(path, answer)
+    return DamagedError(f"{path}: {damaged}: {error!r:.200}")
+
+
+def read_stored(archive: zipfile.ZipFile, name: str) -> bytes:
+    """An entry that is not compressed (torch compresses none). Raises KeyError without it, ValueError if it is."""
+    info = archive.getinfo(name)
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed")
+    return archive.read(info)

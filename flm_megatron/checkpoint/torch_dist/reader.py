@@ -11,8 +11,9 @@ import torch
 
 from flm_megatron.checkpoint.files.block_checksums import SUFFIX, CheckedFile, KeptBlocks
 from flm_megatron.checkpoint.files.manifest import MANIFEST, read_listed, read_manifest
-from flm_megatron.checkpoint.files.pickle.reader import Foreign, read_torch_file
+from flm_megatron.checkpoint.files.pickle.reader import Foreign
 from flm_megatron.checkpoint.files.stored_array import StoredArray, is_contiguous
+from flm_megatron.checkpoint.files.torch_file import load_torch_file
 from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER, LogicalCheckpoint, Region, TensorInfo
 from flm_megatron.checkpoint.regions import slice_axis
 from flm_megatron.checkpoint.torch_dist.chunk_index import ChunkIndex, StoredChunk
@@ -221,7 +222,7 @@ def _foreign_manifest(path: Path) -> dict[str, Any]:
     """
     if not (path / COMMON).exists():
         return {}
-    common = read_torch_file(path / COMMON)
+    common = load_torch_file(path / COMMON)
     if not isinstance(common, dict):
         return {}
     if OURS in common or common.keys() == {"checkpoint_version", "iteration"}:

@@ -15,14 +15,9 @@ import torch
 from isal.isal_zlib import crc32
 
 from flm_megatron.checkpoint.files.block_checksums import CheckedFile, CheckedRun, read_fully
-from flm_megatron.checkpoint.files.pickle.reader import (
-    ZIP_ERRORS,
-    StoredTensor,
-    archive_error,
-    load_pickle,
-    read_stored,
-)
+from flm_megatron.checkpoint.files.pickle.reader import StoredTensor, load_pickle
 from flm_megatron.checkpoint.files.stored_array import StoredArray
+from flm_megatron.checkpoint.files.torch_file import ZIP_ERRORS, archive_error, read_stored
 from flm_megatron.errors import DamagedError
 
 ALIGNMENT = 64

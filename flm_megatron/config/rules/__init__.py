@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 
 from flm_megatron.config.ranges import LARGEST_COUNT, LARGEST_WORLD, out_of_range
 from flm_megatron.config.rules.layout import LAYOUT_RULES, layout_sizes_are_counts
 from flm_megatron.config.rules.model import MODEL_RULES, model_sizes_are_counts
 from flm_megatron.config.rules.schedule import SCHEDULE_RULES, STABILITY_RULES, VALUE_RULES
-from flm_megatron.config.schema import RunConfig
+from flm_megatron.config.schema import RunConfig, SourceConfig
 from flm_megatron.errors import Mistakes
 
 LARGEST_SEQUENCE = 2**27
@@ -145,18 +145,22 @@ def other_shapes_grow(run: RunConfig) -> list[str]:
 
 
 def shares_are_all_or_none(run: RunConfig) -> str | None:
+    """Training sources share the stream by weights, or by epochs."""
+    return shares_mistake(run.data.train, "data.train")
+
+
+def shares_mistake(sources: Sequence[SourceConfig], place: str) -> str | None:
     """Weights, and epochs, are given to every source or to none, and not both kinds; each is above 0."""
-    sources = run.data.train
     for name in ("weight", "epochs"):
         values = [getattr(source, name) for source in sources]
         given = [value for value in values if value is not None]
         if given and len(given) < len(values):
             missing = sources[values.index(None)].path
-            return f"data.train: {name} is given to {len(given)} of {len(values)} sources, but not to {missing!r}"
+            return f"{place}: {name} is given to {len(given)} of {len(values)} sources, but not to {missing!r}"
         if any(value <= 0 for value in given):
-            return f"data.train: {name} is {min(given)} for {sources[values.index(min(given))].path!r}, give above 0"
+            return f"{place}: {name} is {min(given)} for {sources[values.index(min(given))].path!r}, give above 0"
     if any(s.weight is not None for s in sources) and any(s.epochs is not None for s in sources):
-        return "data.train: weight and epochs are both given: weights say shares, epochs say passes, give one kind"
+        return f"{place}: weight and epochs are both given: weights say shares, epochs say passes, give one kind"
     return None
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from flm_megatron.config.history import Segment
+from flm_megatron.config.rules import shares_mistake
 from flm_megatron.config.schema import DataConfig, SourceConfig
 from flm_megatron.data.corpus.description import check_same_tokenizer, source_name
 from flm_megatron.data.corpus.source_line import SourceLine
@@ -160,15 +161,8 @@ def check_sources(configs: list[SourceConfig], split: str) -> None:
     """Raise RequestError if there are no sources, two of one name, or weights and epochs that do not go together."""
     if not configs:
         raise RequestError(f"data.{split} has no sources: give each a path")
-    for field in ("weight", "epochs"):
-        given = [getattr(config, field) for config in configs]
-        if any(value is not None for value in given):
-            if None in given:
-                raise RequestError(f"data.{split}: {field} is {given}: give it to every source or to none")
-            if min(given) <= 0:
-                raise RequestError(f"data.{split}: {field} is {given}: each has to be above 0")
-    if configs[0].weight is not None and configs[0].epochs is not None:
-        raise RequestError(f"data.{split} has both weight and epochs: give one of the two")
+    if mistake := shares_mistake(configs, f"data.{split}"):
+        raise RequestError(mistake)
     check_names([source_name(config) for config in configs])
 
 

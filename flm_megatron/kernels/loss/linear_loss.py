@@ -11,13 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flm_megatron.device.chunks import LARGE_LOGITS_BYTES, SMALLEST_HEAD_CHUNK
 from flm_megatron.kernels.choice import current, implementation
 from flm_megatron.kernels.loss import Group, over_vocabulary, vocabulary_part
-
-# Below this many tokens the matrix products of a chunk no longer fill a processor, and passes over the gradient of the
-# weight, one for each chunk, begin to count. Measured on a CPU; on a GPU not.
-SMALLEST_CHUNK = {"cpu": 512, "cuda": 2048}
-AUTO_BYTES = 1 << 29  # of logits: from here on `auto` does not keep them, since the memory matters more than time
 
 
 def fuses_head_and_loss(hidden: Tensor, weight: Tensor) -> bool:
@@ -26,7 +22,7 @@ def fuses_head_and_loss(hidden: Tensor, weight: Tensor) -> bool:
     if asked != "auto":
         return asked == "fused"
     logits = hidden.numel() // hidden.size(-1) * weight.size(0) * hidden.element_size()
-    return logits >= AUTO_BYTES
+    return logits >= LARGE_LOGITS_BYTES
 
 
 def linear_cross_entropy(
@@ -85,7 +81,7 @@ class _Plan:
 
 def _chunk_tokens(rows: Tensor, weight: Tensor) -> int:
     """Tokens whose logits take as much memory as all hidden states, but enough to keep the products efficient."""
-    smallest = SMALLEST_CHUNK.get(rows.device.type, SMALLEST_CHUNK["cuda"])
+    smallest = SMALLEST_HEAD_CHUNK.get(rows.device.type, SMALLEST_HEAD_CHUNK["cuda"])
     return max(rows.numel() // weight.size(0), smallest)
 
 

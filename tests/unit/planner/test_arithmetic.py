@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 
 from flm_megatron.config.schema import CheckpointConfig, ModelConfig, ParallelConfig
-from flm_megatron.kernels import row_chunks
-from flm_megatron.kernels.loss import linear_loss
 from flm_megatron.planner.cost.activations import layer_activations, residual_bytes, stream_bytes
 from flm_megatron.planner.cost.communication import data_time, pipeline_time, tensor_time
 from flm_megatron.planner.cost.compute import layer_passes
@@ -17,7 +15,7 @@ from flm_megatron.planner.cost.matmul import matmul_time
 from flm_megatron.planner.cost.memory import rank_memory
 from flm_megatron.planner.cost.throughput import chunk_passes, step_time
 from flm_megatron.planner.goodput import plan_goodput
-from flm_megatron.planner.layout import CPU, CUDA, Workload
+from flm_megatron.planner.layout import Workload
 from flm_megatron.planner.machine import find_machine
 from flm_megatron.planner.plan import StagePlan, cost
 
@@ -51,12 +49,6 @@ def test_a_gated_layer_keeps_gate_up_and_their_product() -> None:
     apart = replace(workload().implementation, fused_activation=False)
     works = [replace(workload(), model=model, implementation=apart) for model in (MODEL, wide)]
     assert layer_activations(works[1]).kept - layer_activations(works[0]).kept == 5 * 2048 * 2816 * 2
-
-
-def test_the_plan_of_plain_pytorch_has_the_kernels_own_constants() -> None:
-    assert (CPU.loss_values, CPU.head_chunk) == (row_chunks.CHUNK_VALUES["cpu"], linear_loss.SMALLEST_CHUNK["cpu"])
-    assert CUDA.head_chunk == linear_loss.SMALLEST_CHUNK["cuda"]
-    assert CUDA.fused_head_from_mib * 2**20 == CPU.fused_head_from_mib * 2**20 == linear_loss.AUTO_BYTES
 
 
 def test_a_thin_product_in_fp32_moves_four_bytes_a_value() -> None:

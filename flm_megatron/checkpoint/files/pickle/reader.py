@@ -8,22 +8,18 @@ that Megatron-LM stores beside them stay inert records (`Foreign`); a name of an
 from __future__ import annotations
 
 import argparse
-import errno
 import gc
 import pathlib
-import struct
 import threading
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from flm_megatron.checkpoint.files.pickle.machine import run_pickle
 from flm_megatron.checkpoint.files.pickle.records import SCALARS, STORAGE, Name, PickleError, Record
-from flm_megatron.errors import DamagedError, FlmError, read_error
+from flm_megatron.errors import DamagedError
 
 CLASSES = {
     "torch.distributed.checkpoint.metadata": (
@@ -61,8 +57,6 @@ LARGEST_PICKLE = 256 * 2**20
 """Bytes. The metadata of a 1T model's checkpoint has 38 MB at 245,000 regions, and takes 20 times that in memory."""
 SMALL_PICKLE = 2**16  # bytes, below which the collector of cyclic garbage makes no difference
 MAX_DIMENSIONS = 64
-ZIP_ERRORS = (zipfile.BadZipFile, struct.error, KeyError, ValueError, OverflowError, EOFError, RuntimeError)
-"""What reading a damaged zip archive may raise besides OSError (RuntimeError is the base of NotImplementedError)."""
 DEEPEST = 100
 _UNDER_WAY = object()
 _COLLECTOR = threading.RLock()
@@ -120,48 +114,6 @@ def load_pickle(
         return _Values(tensor or (lambda stored: stored)).of(said)
     except (PickleError, RecursionError) as error:
         raise DamagedError(f"{source}: cannot be unpickled: {error}") from error
-
-
-def read_torch_file(path: Path) -> Any:
-    """The object in a file of `torch.save`, with its tensors; those of one storage share it.
-
-    Raises DamagedError when the file is missing or damaged, or as `load_pickle`; RequestError when its disk does not
-    answer.
-    """
-    storages: dict[str, bytearray] = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            if len(pickles) != 1:
-                raise DamagedError(f"{path}: not a file of torch.save")
-            root = pickles[0].removesuffix("data.pkl")
-
-            def tensor(stored: StoredTensor) -> torch.Tensor:
-                """A tensor with the values of its storage, which is read once for all tensors in it."""
-                if stored.key not in storages:
-                    storages[stored.key] = bytearray(read_stored(archive, f"{root}data/{stored.key}"))
-                return _materialise(stored, storages[stored.key])
-
-            return load_pickle(read_stored(archive, pickles[0]), str(path), tensor=tensor)
-    except (OSError, *ZIP_ERRORS) as error:
-        raise archive_error(path, error, "not a whole file of torch.save") from error
-
-
-def archive_error(path: Path, error: Exception, damaged: str) -> FlmError:
-    """What an `error` of ZIP_ERRORS, or OSError, says about the zip archive at `path`: that it is damaged, in the
-    words `damaged`, or that its disk does not answer."""
-    answer = error if isinstance(error, OSError) else error.__context__  # zipfile hides what a read raises
-    if isinstance(answer, OSError) and answer.errno != errno.EINVAL:  # which is a place before the file's beginning
-        return read_error(path, answer)
-    return DamagedError(f"{path}: {damaged}: {error!r:.200}")
-
-
-def read_stored(archive: zipfile.ZipFile, name: str) -> bytes:
-    """An entry that is not compressed (torch compresses none). Raises KeyError without it, ValueError if it is."""
-    info = archive.getinfo(name)
-    if info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{name} is compressed")
-    return archive.read(info)
 
 
 class _Values:
@@ -283,11 +235,6 @@ def _storage(said: Any) -> tuple[torch.dtype, str, int]:
         case ("storage", torch.dtype() as dtype, str() as key, str(), int() as numel) if 0 <= numel < 2**62:
             return dtype, key, numel
     raise PickleError("it does not describe its tensors as torch.save does")
-
-
-def _materialise(stored: StoredTensor, data: bytearray) -> torch.Tensor:
-    flat = torch.frombuffer(data, dtype=stored.dtype) if data else torch.empty(0, dtype=stored.dtype)
-    return flat.as_strided(stored.size, stored.stride, stored.offset)
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 
 from flm_megatron.checkpoint.files import torch_file
 from flm_megatron.checkpoint.files.manifest import file_checksum
-from flm_megatron.checkpoint.files.pickle import reader as unpickle
 from flm_megatron.checkpoint.hugging_face.config import read_json
 from flm_megatron.checkpoint.hugging_face.safetensors import arrays_in
 from flm_megatron.data.corpus import verify as verification
@@ -26,7 +25,7 @@ from tests.support import data_cases
 
 READERS: dict[str, Callable[[Path], object]] = {
     "x.pt": torch_file.read_torch_file,
-    "common.pt": unpickle.read_torch_file,
+    "common.pt": torch_file.load_torch_file,
     "x.safetensors": arrays_in,
     "shard": file_checksum,
     "config.json": read_json,
@@ -64,9 +63,9 @@ def test_an_archive_whose_reading_fails_halfway(tmp_path: Path) -> None:
     """zipfile says then that it is no archive, in the course of the error that the system gave."""
     hiding = zipfile.BadZipFile("File is not a zip file")
     hiding.__context__ = OSError(errno.ESTALE, "Stale file handle")
-    assert isinstance(unpickle.archive_error(tmp_path, hiding, ""), RequestError)
+    assert isinstance(torch_file.archive_error(tmp_path, hiding, ""), RequestError)
     hiding.__context__ = OSError(errno.EINVAL, "Invalid argument")  # it looked before the beginning
-    assert isinstance(unpickle.archive_error(tmp_path, hiding, "cut"), DamagedError)
+    assert isinstance(torch_file.archive_error(tmp_path, hiding, "cut"), DamagedError)
 
 
 def test_a_dataset_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from flm_megatron.checkpoint.files.pickle.reader import CLASSES, load_pickle, load_records, read_torch_file
+from flm_megatron.checkpoint.files.pickle.reader import CLASSES, load_pickle, load_records
 from flm_megatron.checkpoint.files.pickle.records import Name, Record
+from flm_megatron.checkpoint.files.torch_file import load_torch_file
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.torch_dist.metadata import parse_metadata
 from flm_megatron.errors import DamagedError
@@ -254,7 +255,7 @@ def test_tensors_at_impossible_places_are_damage(tmp_path: Path) -> None:
     for size, stride, offset in (((10**9,), (1,), 0), ((4,), (1,), 1), ((-1,), (1,), 0), ((2,), (2**61,), 0)):
         torch.save({"x": Evil(size, stride, offset)}, tmp_path / "x.pt")
         with pytest.raises(DamagedError, match=r"x\.pt"):
-            read_torch_file(tmp_path / "x.pt")
+            load_torch_file(tmp_path / "x.pt")
 
 
 def test_a_path_is_made_of_text_alone() -> None:

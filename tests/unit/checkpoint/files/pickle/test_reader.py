@@ -19,7 +19,8 @@ import torch.distributed.checkpoint as dcp
 
 from flm_megatron.checkpoint.files import torch_file
 from flm_megatron.checkpoint.files.manifest import MANIFEST
-from flm_megatron.checkpoint.files.pickle.reader import Foreign, load_pickle, read_torch_file
+from flm_megatron.checkpoint.files.pickle.reader import Foreign, load_pickle
+from flm_megatron.checkpoint.files.torch_file import load_torch_file
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.torch_dist.logical_hash import tensor_hashes
@@ -130,7 +131,7 @@ def test_plain_state_is_read_as_torch_reads_it(tmp_path: Path) -> None:
         "signal": signal.SIGTERM,
     }
     torch.save(state, tmp_path / "x.pt")
-    read = read_torch_file(tmp_path / "x.pt")
+    read = load_torch_file(tmp_path / "x.pt")
     assert read["a"] == state["a"] and read["args"] == state["args"] and read["size"] == tuple(state["size"])
     assert all(torch.equal(read[key], state[key]) for key in ("tensor", "view", "parameter"))
     assert str(read["where"]) == "/somewhere"
@@ -153,19 +154,19 @@ def test_broken_pickles(data: bytes, tmp_path: Path) -> None:
     with pytest.raises(DamagedError, match=str(tmp_path / "x")):
         load_pickle(data, str(tmp_path / "x"))
     with pytest.raises(DamagedError, match=r"torch\.save"):
-        read_torch_file(tmp_path / "x")
+        load_torch_file(tmp_path / "x")
 
 
 def test_a_missing_pickle(tmp_path: Path) -> None:
     with pytest.raises(DamagedError, match="x is missing"):
-        read_torch_file(tmp_path / "x")
+        load_torch_file(tmp_path / "x")
 
 
 def test_tensors_of_one_storage_share_it(tmp_path: Path) -> None:
     """A file of a few kilobytes may name one large storage very often."""
     whole = torch.arange(1000)
     torch.save([whole, *(whole[i:] for i in range(100))], tmp_path / "x.pt")
-    first, *views = read_torch_file(tmp_path / "x.pt")
+    first, *views = load_torch_file(tmp_path / "x.pt")
     first[999] = -1
     assert all(view[-1] == -1 for view in views)
 
@@ -179,6 +180,6 @@ def test_an_archive_that_announces_more_than_it_has_is_damage(size: int, tmp_pat
     entry = data.index(b"PK\1\2", data.index(b"data.pkl"))
     data[entry + 20 : entry + 28] = 2 * struct.pack("<I", size)
     path.write_bytes(data)
-    for read in (read_torch_file, torch_file.read_torch_file):
+    for read in (load_torch_file, torch_file.read_torch_file):
         with pytest.raises(DamagedError, match=r"x\.pt"):
             read(path)
