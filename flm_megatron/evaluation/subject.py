@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flm_megatron.checkpoint.described import check_structure, required_model, without_padding
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
-from flm_megatron.checkpoint.opening import open_checkpoint
+from flm_megatron.checkpoint.opening import open_with_model
 from flm_megatron.checkpoint.own_tokenizer import check_tokenizer, tokenizer_files
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.data.tokenizer import Tokenizer
@@ -45,10 +44,7 @@ def open_subject(path: str | Path, tokenizer: str | Path | None = None, vocab_si
         DamagedError: the checkpoint or the tokenizer cannot be read.
     """
     path = Path(path)
-    view = open_checkpoint(path, vocab_size)
-    model = required_model(view, str(path), vocab_size)
-    view = without_padding(view, model)
-    check_structure(view.tensors, model, str(path))
+    view, model = open_with_model(path, vocab_size)
     run = view.manifest.get("run") or {}
     stage: dict[str, Any] = next((s for s in run.get("stages", []) if s["name"] == view.manifest.get("stage")), {})
     found = Tokenizer(tokenizer or _own_tokenizer(path, view.manifest))
