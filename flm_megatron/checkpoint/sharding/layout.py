@@ -16,28 +16,28 @@ def rank_regions(
 ) -> dict[str, list[Region]]:
     """Regions of every logical parameter that one rank holds: those of all its model chunks."""
     result: dict[str, list[Region]] = {}
-    for part in range(pipeline_rank, parallel.pipeline * parallel.virtual_pipeline, parallel.pipeline):
-        for name, regions in chunk_regions(model, parallel, tensor_rank, part).items():
+    for chunk in range(pipeline_rank, parallel.pipeline * parallel.virtual_pipeline, parallel.pipeline):
+        for name, regions in chunk_regions(model, parallel, tensor_rank, chunk).items():
             result.setdefault(name, []).extend(regions)
     return result
 
 
 def chunk_regions(
-    model: ModelConfig, parallel: ParallelConfig, tensor_rank: int, part: int, padded_vocab: int | None = None
+    model: ModelConfig, parallel: ParallelConfig, tensor_rank: int, chunk: int, padded_vocab: int | None = None
 ) -> dict[str, list[Region]]:
     """Regions of every logical parameter that one tensor rank holds of one model chunk (in order of execution).
 
     They are in the order in which they lie in the rank's own tensors: gate rows, then up rows. Norms and biases of
-    row-parallel layers are on every tensor rank. Only the first part has the embedding, only the last one the final
+    row-parallel layers are on every tensor rank. Only the first chunk has the embedding, only the last one the final
     norm and the head; rows of vocabulary padding are nobody's (a rank that has nothing else gets an empty region).
     `padded_vocab` is this program's own padding if not given.
     """
     check_layout(model, parallel)
     split = pipeline_split(model.num_layers, parallel)
-    layers = (sum(split[:part]), split[part])
+    layers = (sum(split[:chunk]), split[chunk])
     result: dict[str, list[Region]] = {}
     for name, spec in parameter_specs(model).items():
-        if spec.stacked or part == (0 if spec.place == "first" else len(split) - 1):
+        if spec.stacked or chunk == (0 if spec.place == "first" else len(split) - 1):
             result[name] = _regions(spec, parallel.tensor, tensor_rank, layers, padded_vocab)
     return result
 
