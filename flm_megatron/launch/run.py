@@ -78,11 +78,12 @@ def _train_what_is_left(run: RunConfig, only: str | None, start: Start | None) -
                 raise
             print(f"WARNING: {error}; trying an older checkpoint", file=sys.stderr, flush=True)
             continue
-        if status != FINISHED:
+        if status in (FINISHED, STOPPED):
+            start = find_start(run, only)
+        if status != FINISHED and start is not None:
             training_ended(status)
             report_end(run, status)
             return status
-        start = find_start(run, only)
     training_ended(FINISHED)
     report_end(run, FINISHED)
     return FINISHED
@@ -120,7 +121,9 @@ def _train_as_rank(run: RunConfig, only: str | None) -> int:
         start = Processes().on_first(partial(checked_start, run, only))
         if is_main_rank():
             write_run_file(run)
-        while start is not None and train_stage(run, copies.newer(start, only) if copies else start, copies):
+        goes_on = True
+        while start is not None and goes_on:
+            goes_on = train_stage(run, copies.newer(start, only) if copies else start, copies)
             start = Processes().on_first(partial(find_start, run, only))
         finished = start is None
         training_ended(*((FINISHED, "") if finished else (STOPPED, SAVED)))

@@ -47,10 +47,10 @@ RECENT_STEPS = 20
 
 
 def train_stage(run: RunConfig, start: Start, copies: MemoryCopies | None = None) -> bool:
-    """Train the stage that `start` names, on every rank of the world; returns whether it came to its end.
+    """Train the stage that `start` names, on every rank of the world; returns whether the run may go on.
 
-    False means that a signal stopped it, after a checkpoint was saved. With `copies` the state is also kept in memory,
-    and what was found there is where it goes on.
+    False means that a signal asked for a stop, perhaps in the stage's last step; a checkpoint was saved. With `copies`
+    the state is also kept in memory, and what was found there is where it goes on.
 
     Raises:
         RequestError: a kernel that the run file asks for by name, or FP8 in any of its stages, is not there.
@@ -106,7 +106,7 @@ class StageTrainer:
         self.validation_sha256 = validation_hashes(run)
 
     def train(self, stop: StopRequest) -> bool:
-        """Train to the end of the budget, or to a stop request; saves before it returns."""
+        """Train to the end of the budget, or to a stop request; saves, and returns whether no stop was asked for."""
         first = self.budget.sample_at(self.step)
         feed = batches(
             self.stream, first, self.stage.global_batch, self.stage.micro_batch, self.data_rank, self.data_size
@@ -124,12 +124,11 @@ class StageTrainer:
                 self._at_intervals()
         finally:
             feed.close()
-        finished = self.step >= self.budget.steps
         for hook in self.hooks:
-            hook.on_end(self, finished)
+            hook.on_end(self, self.step >= self.budget.steps)
         if self.log and (goodput := read_goodput(Path(self.run.output))):
             self.log.say(goodput.text())
-        return finished
+        return not stopped
 
     def position(self) -> tuple[str, int, int]:
         """Where the stage stands, as every event of the metrics says it: its name, steps done, tokens of the run."""

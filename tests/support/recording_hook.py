@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -54,6 +55,15 @@ class Refusing(Hook):
     def on_save(self, trainer: StageTrainer) -> None:
         """Always."""
         raise ValueError("this must not be saved")
+
+
+class StopInLastStep(Hook):
+    """Sends its process SIGTERM in the last step of each stage."""
+
+    def before_step(self, trainer: StageTrainer) -> None:
+        """On one rank, which tells the others."""
+        if trainer.step == trainer.budget.steps - 1 and dist.get_rank() == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class WithArguments(Hook):

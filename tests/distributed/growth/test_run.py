@@ -105,3 +105,11 @@ def test_a_loss_beyond_the_tolerance_stops_the_run(whole: tuple[Path, RunConfig]
     with pytest.raises(FlmError, match=r"--stages\.1\.growth\.loss_tolerance"):
         train(run)
     assert not (tmp_path / "checkpoints" / "big").exists()
+
+
+def test_a_stop_asked_for_in_the_last_step_of_a_stage_stops_before_the_next(data: Path, tmp_path: Path) -> None:
+    run = make_run(data, tmp_path, "--hooks", "[tests.support.recording_hook.StopInLastStep]")
+    assert train(run) == 3
+    assert {line[0] for line in losses(tmp_path)} == {"small"} and losses(tmp_path)[-1][1] == 4
+    assert train(run) == 0, "at the run's own end there is nothing left to stop"
+    assert losses(tmp_path)[-1][:2] == ("big", 8)
