@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from flm_megatron.api.checkpoint import open_checkpoint
     from flm_megatron.api.export import HuggingFaceExport, export_hf
     from flm_megatron.api.grow import Growth, grow
+    from flm_megatron.api.import_hf import import_hf
     from flm_megatron.api.plan import Plan, plan, search_layouts
-    from flm_megatron.api.reshard import Copy, reshard
+    from flm_megatron.api.plan_budget import BudgetPlan, plan_budget
+    from flm_megatron.api.reshard import CheckpointCopy, reshard
     from flm_megatron.api.run_file import load_run
-    from flm_megatron.api.train import train
+    from flm_megatron.api.train import fine_tune, train
     from flm_megatron.api.verify import verify
     from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
     from flm_megatron.checkpoint.tools.verify import Verification
@@ -49,10 +51,11 @@ if TYPE_CHECKING:
     from flm_megatron.training.hooks import Hook
 
 __all__ = [
+    "BudgetPlan",
     "Certificate",
     "ChatConfig",
     "CheckpointConfig",
-    "Copy",
+    "CheckpointCopy",
     "Cost",
     "DamagedError",
     "DataConfig",
@@ -89,10 +92,13 @@ __all__ = [
     "Verification",
     "__version__",
     "export_hf",
+    "fine_tune",
     "grow",
+    "import_hf",
     "load_run",
     "open_checkpoint",
     "plan",
+    "plan_budget",
     "reshard",
     "search_layouts",
     "train",
@@ -103,10 +109,12 @@ _MODULES = {
     "api.checkpoint": ("open_checkpoint",),
     "api.export": ("HuggingFaceExport", "export_hf"),
     "api.grow": ("Growth", "grow"),
+    "api.import_hf": ("import_hf",),
     "api.plan": ("Plan", "plan", "search_layouts"),
-    "api.reshard": ("Copy", "reshard"),
+    "api.plan_budget": ("BudgetPlan", "plan_budget"),
+    "api.reshard": ("CheckpointCopy", "reshard"),
     "api.run_file": ("load_run",),
-    "api.train": ("train",),
+    "api.train": ("fine_tune", "train"),
     "api.verify": ("verify",),
     "checkpoint.logical": ("LogicalCheckpoint", "Region", "TensorInfo"),
     "checkpoint.tools.verify": ("Verification",),
@@ -136,5 +144,5 @@ if not TYPE_CHECKING:  # for type checkers a name that is not there stays an err
 
 
 def __dir__() -> list[str]:
-    """The public names, and what every module has."""
-    return sorted({*globals(), *__all__})
+    """The public names, and those that every module has."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

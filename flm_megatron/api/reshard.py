@@ -31,12 +31,12 @@ Hashes = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Copy:
-    """A checkpoint that was copied; its values were found to be those of the source."""
+class CheckpointCopy:
+    """A checkpoint of ours, or of Megatron-LM's form, that was written from another one."""
 
     path: Path
     logical_hash: str
-    """Of all tensors that were copied, as they lie in the copy and in the source."""
+    """Of all its tensors; after `reshard` found to be that of the source."""
 
 
 def reshard(
@@ -50,8 +50,8 @@ def reshard(
     optimizer: bool = True,
     dtype: Literal["fp32", "bf16", "fp16"] | None = None,
     vocab_size: int | None = None,
-) -> Copy:
-    """Copy a checkpoint of any format, and compare the logical hashes of all its tensors with the source's.
+) -> CheckpointCopy:
+    """CheckpointCopy a checkpoint of any format, and compare the logical hashes of all its tensors with the source's.
 
     Any layout loads any copy: with `tensor` and `pipeline` each rank of that layout finds what it loads in files of
     its own. Processes that torchrun or srun started share the work and all call.
@@ -89,7 +89,7 @@ def reshard(
         else:
             before, after = _torch_dist(view, out, model, parallel, path, processes)
         require_unchanged(before, after, out, processes)
-    return Copy(out, combine_hashes(after))
+    return CheckpointCopy(out, combine_hashes(after))
 
 
 def _target(format: str, tensor: int | None, pipeline: int | None, virtual_pipeline: int) -> ParallelConfig | None:

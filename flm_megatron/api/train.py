@@ -1,4 +1,4 @@
-"""Training a run."""
+"""Training a run, on text or on conversations."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def train(run: RunConfig, *, stage: str | None = None, start_anew: bool = False)
     """Train what is left of a run: all stages, growing between them, or one `stage` alone.
 
     Without a launcher processes of this machine are started for every stage, as many as its layout needs; under
-    torchrun or srun this process is a rank, and all ranks call. Goes on where the run stands; with `start_anew` it
-    begins from nothing, and what is there is kept as NAME.before-N. Everything is checked before any process starts.
-    For the main thread, because it listens to signals.
+    torchrun, and what `flm launch` writes, this process is a rank, and all ranks call. Goes on where the run stands;
+    with `start_anew` it begins from nothing, and earlier results are kept as NAME.before-N. Everything is checked
+    before any process starts. For the main thread, because it listens to signals.
 
     Returns:
         0 when the run is trained to the end of its budget, 3 when SIGTERM or SIGINT stopped it after saving.
@@ -37,3 +37,29 @@ def train(run: RunConfig, *, stage: str | None = None, start_anew: bool = False)
             check_local(run)
         require_turn(run, stage, start_anew)
         return train_checked(run, stage, start_anew)
+
+
+def fine_tune(run: RunConfig) -> int:
+    """Fine-tune the checkpoint that `checkpoint.initial` names on the run's conversations.
+
+    Models and tokenizer come from the checkpoint, budgets from the epochs of `data.chat`. It goes on where the run
+    stands; processes, signals and what it returns are as with `train`.
+
+    Raises:
+        RequestError: the run cannot be trained as asked.
+        DamagedError: stored data is damaged.
+        FlmError: a process failed.
+        SystemExit: with status 3, a signal came before the first step.
+    """
+    with stop_before_training(STOPPED_EARLY):
+        require_places(run)
+        from flm_megatron.distributed.world import launched
+        from flm_megatron.launch.fine_tuning import prepared
+        from flm_megatron.launch.run import check_local
+        from flm_megatron.launch.run import train as train_checked
+
+        run, lines = prepared(run)
+        if not launched():
+            check_local(run)
+            print("\n".join(lines), flush=True)
+        return train_checked(run)

@@ -88,26 +88,7 @@ def _search(config: RunConfig, args: argparse.Namespace) -> tuple[str, dict[str,
 
 
 def _budget(config: RunConfig, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    from flm_megatron.api.plan import check_layouts, planned_on
-    from flm_megatron.planner.growth_schedule import best_schedule
-    from flm_megatron.planner.loss_law import chinchilla_law, read_laws
-    from flm_megatron.planner.plan import HOUR, plan_run
-    from flm_megatron.planner.report.text import schedule_text
+    from flm_megatron.api.plan_budget import plan_budget
 
-    config, machine = planned_on(config, **_machine(args))
-    check_layouts(config, args.gpus)
-    stages = plan_run(config, machine, args.gpus).stages
-    names = [stage.name for stage in stages]
-    given = read_laws(args.laws, names) if args.laws else {}
-    laws = [given.get(stage.name) or chinchilla_law(stage.parameters) for stage in stages]
-    hours = [args.gpus / stage.tokens_per_s / HOUR for stage in stages]  # GPU-hours of a token
-    schedule = best_schedule(laws, hours, args.budget)
-    spent = [tokens * cost for tokens, cost in zip(schedule.tokens, hours, strict=True)]
-    keys = ("tokens", "gpu_hours", "loss")
-    rows = zip(schedule.tokens, spent, schedule.losses, strict=True)
-    data = {
-        "stages": {name: dict(zip(keys, row, strict=True)) for name, row in zip(names, rows, strict=True)},
-        "loss_from_scratch": schedule.loss_from_scratch,
-        "laws": {name: vars(law) for name, law in zip(names, laws, strict=True)},
-    }
-    return schedule_text(names, schedule, spent), data
+    divided = plan_budget(config, args.budget, **_machine(args), laws=args.laws)
+    return str(divided), divided.to_dict()

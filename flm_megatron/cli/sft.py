@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from flm_megatron.cli.options.parser import path
-
-if TYPE_CHECKING:
-    from flm_megatron.config.schema import RunConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,31 +19,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train what is left to do."""
+    from flm_megatron.api.train import STOPPED_EARLY, fine_tune
     from flm_megatron.checkpoint.run_file import open_run
     from flm_megatron.config.loader import dump_run
     from flm_megatron.distributed.signals import stop_before_training
 
-    with stop_before_training("stopped by a signal before training began"):
+    with stop_before_training(STOPPED_EARLY):
         config = open_run(args.run_file, args.overrides)
         if args.print_config:
             from flm_megatron.launch.fine_tuning import prepared
 
             print(dump_run(prepared(config)[0]), end="")
             return 0
-        return _train(config)
-
-
-def _train(config: RunConfig) -> int:
-    """Check everything, then start."""
-    from flm_megatron.distributed.world import launched
-    from flm_megatron.launch.preflight import require_places
-    from flm_megatron.launch.run import check_local, train
-
-    require_places(config)
-    from flm_megatron.launch.fine_tuning import prepared  # it needs torch
-
-    config, lines = prepared(config)
-    if not launched():
-        check_local(config)
-        print("\n".join(lines), flush=True)
-    return train(config)
+        return fine_tune(config)

@@ -21,21 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Import, and print the logical hash of what was written; returns 0."""
-    from flm_megatron.checkpoint.described import required_model
-    from flm_megatron.checkpoint.files.destination import require_new
-    from flm_megatron.checkpoint.hugging_face.reader import HuggingFaceCheckpoint
-    from flm_megatron.checkpoint.lazy.converted import ConvertedCheckpoint, dtype_named
-    from flm_megatron.checkpoint.stage_manifest import manifest_for
-    from flm_megatron.checkpoint.tools.reshard import reshard
-    from flm_megatron.distributed.launched import launched_processes
+    from flm_megatron.api.import_hf import import_hf
+    from flm_megatron.distributed.launched import is_first_process
 
-    require_new(args.destination)
-    with launched_processes() as processes:
-        source = HuggingFaceCheckpoint(args.source, args.vocab_size)
-        model = required_model(source, str(args.source), args.vocab_size)
-        view = ConvertedCheckpoint(source, dtype_named(args.dtype))
-        manifest = manifest_for(view, model, args.source)
-        written = reshard(view, args.destination, processes, manifest)
-        if processes.rank == 0:
-            print(f"{args.destination}: logical hash {written['logical_hash']}")
+    written = import_hf(args.source, args.destination, dtype=args.dtype, vocab_size=args.vocab_size)
+    if is_first_process():
+        print(f"{args.destination}: logical hash {written.logical_hash}")
     return 0

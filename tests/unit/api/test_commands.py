@@ -77,6 +77,14 @@ def test_export_writes_what_the_command_writes(
     assert (written.folding or "multipliers") in said or not written.folding
 
 
+def test_import_writes_what_the_command_writes(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flm.export_hf(TRAINED, "hf-source", flavour="llama")
+    written = flm.import_hf("hf-source", "imported", dtype="bf16")
+    assert main(["checkpoint", "import-hf", "hf-source", "imported-cli", "--dtype", "bf16"]) == 0
+    assert files("imported") == files("imported-cli") != {}
+    assert written.logical_hash in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("format", ["torch_dist", "classic"])
 def test_reshard_writes_what_the_command_writes(tiny: Path, format: str, capsys: pytest.CaptureFixture[str]) -> None:
     written = flm.reshard(TRAINED, f"copy-{format}", format=format, tensor=2)  # type: ignore[arg-type]
@@ -116,6 +124,16 @@ def test_search_has_the_layouts_that_the_command_prints(tiny: Path, capsys: pyte
     }
 
 
+def test_a_budget_is_divided_as_the_command_does(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    divided = flm.plan_budget(flm.load_run("run.yaml"), 2.5, gpu="h100", gpus=4)
+    words = ["plan", "run.yaml", "--gpu", "h100", "--gpus", "4", "--budget", "2.5"]
+    assert main(words) == 0
+    assert capsys.readouterr().out == f"{divided}\n"
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == divided.to_dict()
+    assert sum(divided.gpu_hours) == pytest.approx(2.5, rel=1e-2)
+
+
 Refused = Callable[[flm.RunConfig], object]
 
 
@@ -126,6 +144,7 @@ Refused = Callable[[flm.RunConfig], object]
         (lambda run: flm.load_run("run.yaml", {"stages.small.size": 1}), "config run.yaml --stages.small.size 1"),
         (lambda run: flm.train(run), "train run.yaml"),
         (lambda run: flm.train(run, stage="other"), "train run.yaml --stage other"),
+        (lambda run: flm.fine_tune(run), "sft run.yaml"),
         (lambda run: flm.plan(run, gpu="abacus", gpus=1), "plan run.yaml --gpu abacus --gpus 1"),
         (lambda run: flm.plan(run, gpu="h100", gpus=3), "plan run.yaml --gpu h100 --gpus 3"),
         (lambda run: flm.grow(TRAINED, run, "huge", "o"), f"grow {TRAINED} run.yaml --stage huge --out o"),
@@ -156,6 +175,7 @@ def test_what_the_command_refuses_is_refused_in_the_same_words(
         (lambda run: flm.plan(run, gpu="h100", gpus=0), "gpus is 0"),
         (lambda run: flm.plan(run, gpu="h100", gpus=2.5), "gpus is 2.5: give a whole number"),  # type: ignore[arg-type]
         (lambda run: flm.plan(run, gpu="h100", gpus=1, mtbf=float("nan")), "mtbf is nan"),
+        (lambda run: flm.plan_budget(run, 0.0, gpu="h100", gpus=1), "budget is 0.0: give a number above 0"),
         (lambda run: flm.export_hf(TRAINED, "o", flavour="gpt2"), "flavour is 'gpt2': give one of teleflm, llama"),  # type: ignore[arg-type]
         (lambda run: flm.export_hf(TRAINED, "o", dtype="fp8"), "dtype 'fp8' is not one of fp32, bf16, fp16"),  # type: ignore[arg-type]
         (lambda run: flm.reshard(TRAINED, "o", format="zip"), "format is 'zip'"),  # type: ignore[arg-type]
