@@ -9,7 +9,7 @@ from flm_megatron.config.loader import resolve_vocabulary
 from flm_megatron.config.rules import check
 from flm_megatron.config.schema import ChatConfig, LoraConfig, ModelConfig, RunConfig, StageConfig
 from flm_megatron.data.conversations.stream import ChatStream
-from flm_megatron.data.streams import training_stream
+from flm_megatron.data.streams.stage_streams import training_stream
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.subject import open_subject

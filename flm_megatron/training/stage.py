@@ -19,8 +19,8 @@ from flm_megatron.checkpoint.stage_manifest import StagePosition, stage_manifest
 from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.history import history_to_json
 from flm_megatron.config.schema import RunConfig
-from flm_megatron.data.streams import training_stream
 from flm_megatron.data.streams.loader import batches
+from flm_megatron.data.streams.stage_streams import training_stream
 from flm_megatron.device import current
 from flm_megatron.device.hardware import find_hardware
 from flm_megatron.distributed.signals import StopRequest, stop_on_signal

@@ -47,13 +47,14 @@ def trees() -> dict[str, ast.Module]:
     }
 
 
-def imported(module: str) -> Iterator[str]:
-    """Modules that a module imports, inside functions too, but not for type checkers alone."""
+def imported(module: str, later: bool = True) -> Iterator[str]:
+    """Modules that a module imports, inside functions too if `later`, but not for type checkers alone."""
     tree = trees()[module]
     hidden = {
         id(inner)
         for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+        or (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not later)
         for inner in ast.walk(node)
     }
     for node in ast.walk(tree):
@@ -86,6 +87,22 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     arrows = {module: set(imported(module)) - packages for module in trees() if module not in packages}
     try:
         TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle: {error.args[1]}")
+
+
+def loaded(module: str) -> set[str]:
+    """What has to be loaded before a module is: what it imports, and the packages that this lies in."""
+    targets = set(imported(module, later=False))
+    packages = {
+        "/".join(parts[:end]) for parts in (name.split("/") for name in targets) for end in range(1, len(parts))
+    }
+    return targets | {package for package in packages if not f"{module}/".startswith(f"{package}/")}
+
+
+def test_every_module_can_be_the_first_that_is_imported() -> None:
+    try:
+        TopologicalSorter({module: loaded(module) for module in trees()}).prepare()
     except CycleError as error:
         pytest.fail(f"a circle: {error.args[1]}")
 

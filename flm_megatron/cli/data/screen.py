@@ -55,9 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Screen, write kept.jsonl, dropped.jsonl and report.json, and print the counts; returns 0."""
-    from flm_megatron.data.conversations.clusters import clusters
     from flm_megatron.data.conversations.conversation import read_conversations
-    from flm_megatron.data.conversations.screening import Screening
+    from flm_megatron.data.conversations.screening import Screening, clusters
 
     if args.out.exists():
         raise RequestError(f"{args.out} exists: choose another folder, or remove it first")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.history import History
 from flm_megatron.config.schema import RunConfig
-from flm_megatron.data.streams import training_stream
+from flm_megatron.data.streams.stage_streams import training_stream
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import RequestError
 

@@ -12,7 +12,7 @@ from flm_megatron.errors import RequestError
 if TYPE_CHECKING:
     import torch
 
-    from flm_megatron.data.streams import Stream
+    from flm_megatron.data.streams.stage_streams import Stream
 
 Batch = dict[str, "torch.Tensor"]
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flm_megatron.data.streams import validation_streams_of
 from flm_megatron.data.streams.loader import validation_batches
+from flm_megatron.data.streams.stage_streams import validation_streams_of
 from flm_megatron.training.hooks.hook import Hook
 from flm_megatron.training.metrics.events import ValidationEvent
 
 if TYPE_CHECKING:
-    from flm_megatron.data.streams import Stream
+    from flm_megatron.data.streams.stage_streams import Stream
     from flm_megatron.training.stage import StageTrainer
 
 

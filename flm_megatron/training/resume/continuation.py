@@ -15,8 +15,8 @@ from flm_megatron.config.history import History, Segment, SegmentSource, history
 from flm_megatron.config.loader import run_from_dict, run_to_dict
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.data.corpus.description import source_name
-from flm_megatron.data.streams import chat_passes
 from flm_megatron.data.streams.mixture import mixture_at_end, segment_sources
+from flm_megatron.data.streams.stage_streams import chat_passes
 from flm_megatron.data.streams.stream import check_sources
 from flm_megatron.data.tokenizer import file_fingerprint
 from flm_megatron.errors import Mistakes, RequestError

@@ -19,7 +19,7 @@ from flm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig, S
 from flm_megatron.data.conversations.source import ChatSource
 from flm_megatron.data.conversations.stream import ChatStream
 from flm_megatron.data.conversations.template import ChatTemplate
-from flm_megatron.data.streams import training_stream
+from flm_megatron.data.streams.stage_streams import training_stream
 from flm_megatron.launch.fine_tuning import prepared
 from flm_megatron.launch.run import train
 from flm_megatron.model.parameters import EMBEDDING, HEAD

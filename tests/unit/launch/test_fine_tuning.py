@@ -9,7 +9,7 @@ import pytest
 
 from flm_megatron.config.loader import load_run, run_from_dict
 from flm_megatron.config.presets import load_preset
-from flm_megatron.data.streams import chat_passes
+from flm_megatron.data.streams.stage_streams import chat_passes
 from flm_megatron.optim.learning_rate import group_learning_rates
 from tests.support import REPOSITORY
 

@@ -13,7 +13,7 @@ from flm_megatron.config.history import history_from_json
 from flm_megatron.config.loader import load_run
 from flm_megatron.config.schema import RunConfig, SourceConfig
 from flm_megatron.data.conversations.show import sample_text
-from flm_megatron.data.streams import training_stream
+from flm_megatron.data.streams.stage_streams import training_stream
 from flm_megatron.data.streams.stream import SampleStream
 from flm_megatron.errors import RequestError
 from flm_megatron.launch.preflight import resolve
