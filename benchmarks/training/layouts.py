@@ -21,7 +21,7 @@ def main() -> None:
     print(f"{COLUMNS}\n|---|---|---|---|---|---|---|")
     worst = 0.0
     for parallel in (layout for world in (2, 4, 8) for layout in all_layouts(world)):
-        steps = pool.run(parallel.model_size * (parallel.data or 1), train_under, parallel)[0]
+        steps = pool.run(parallel.processes, train_under, parallel)[0]
         loss, norm = (
             relative_difference([step[i : i + 1] for step in steps], [step[i : i + 1] for step in single])
             for i in (0, 1)

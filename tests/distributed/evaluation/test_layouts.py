@@ -36,7 +36,7 @@ def alone(pool: Pool, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("parallel", LAYOUTS, ids=lambda p: f"t{p.tensor}p{p.pipeline}d{p.data}")
 def test_a_layout_changes_nothing(pool: Pool, folder: Path, alone: dict[str, Any], parallel: ParallelConfig) -> None:
-    results = pool.run(parallel.model_size * (parallel.data or 1), evaluate, parallel, folder)
+    results = pool.run(parallel.processes, evaluate, parallel, folder)
     for result in results:
         assert result["bits_per_byte"] == pytest.approx(alone["bits_per_byte"], rel=1e-6)
     found = results[0]

@@ -82,7 +82,7 @@ def test_packed_and_separate_conversations_train_alike(
     model = replace(MODEL, position=position, xpos_scale_base=32.0)
     packed, padded = stream(folder, True), stream(folder, False)
     assert packed.samples < padded.samples / 1.5
-    world, multiple = parallel.model_size * (parallel.data or 1), 4 * (parallel.data or 1)
+    world, multiple = parallel.processes, 4 * (parallel.data or 1)
     batches = [global_batch(chat, multiple) for chat in (packed, padded)]
     view = InitialCheckpoint(model, SEED)
     ranks = pool.run(world, gradients, parallel, model, view, batches)

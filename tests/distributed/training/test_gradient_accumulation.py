@@ -33,7 +33,7 @@ def both(stages: list[StageConfig]) -> list[tuple[Found, Found]]:
 def check(pool: Pool, stages: list[StageConfig], tolerance: float) -> None:
     """All ranks have the same gradients both ways, and the second way did not add them afterwards."""
     parallel = stages[0].parallel
-    for rank in pool.run(parallel.model_size * (parallel.data or 1), both, stages):
+    for rank in pool.run(parallel.processes, both, stages):
         for plain, fused in rank:
             assert plain.added == 0 and fused.added == fused.linear == plain.linear
             assert relative_difference(fused, plain) <= tolerance

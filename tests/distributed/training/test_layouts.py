@@ -25,7 +25,7 @@ def single(pool: Pool) -> list[tuple[float, float]]:
 
 def check(pool: Pool, parallel: ParallelConfig, single: list[tuple[float, float]]) -> None:
     """All ranks report the same numbers, and they are those of one process."""
-    world = parallel.model_size * (parallel.data or 1)
+    world = parallel.processes
     ranks = pool.run(world, train_under, parallel)
     assert all(rank == ranks[0] for rank in ranks)
     assert relative_difference(ranks[0], single) <= TOLERANCE

@@ -70,14 +70,9 @@ def saved(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     """A checkpoint of every source layout, and how training went on there."""
     folder = tmp_path_factory.mktemp("sources")
     return folder, {
-        name(source): pool.run(world(source), save_and_go_on, str(folder / name(source)), source)[0]
+        name(source): pool.run(source.processes, save_and_go_on, str(folder / name(source)), source)[0]
         for source in SOURCES
     }
-
-
-def world(parallel: ParallelConfig) -> int:
-    """Processes of a layout."""
-    return parallel.model_size * (parallel.data or 1)
 
 
 @pytest.mark.parametrize("target", [*TARGETS[:3], pytest.param(TARGETS[3], marks=pytest.mark.slow)], ids=name)
@@ -85,7 +80,7 @@ def test_training_goes_on_as_where_it_was_saved(
     pool: Pool, saved: tuple[Path, dict[str, Any]], target: ParallelConfig
 ) -> None:
     folder, expected = saved
-    results = pool.run(world(target), reshard_and_go_on, str(folder), target)[0]
+    results = pool.run(target.processes, reshard_and_go_on, str(folder), target)[0]
     for source, (again, steps) in zip(SOURCES, results, strict=True):
         assert again == open_checkpoint(folder / name(source)).manifest["logical_hash"], name(source)
         assert relative_difference(steps, expected[name(source)]) < 1e-5, name(source)

@@ -43,7 +43,7 @@ def test_losses_and_gradients_are_equal_to_rounding(pool: Pool, layouts: list[Pa
     """The model has muP's multiplier on the logits and a padded vocabulary, the batch a mask."""
     assert MODEL.logit_multiplier != 1 and (MODEL.vocab_size or 0) % 128
     stages = [stage_of(parallel, MICRO_BATCHES) for parallel in layouts]
-    world = layouts[0].model_size * (layouts[0].data or 1)
+    world = layouts[0].processes
     for rank in pool.run(world, both, stages):
         for apart, fused in rank:
             assert fused.loss == pytest.approx(apart.loss, rel=1e-6)
