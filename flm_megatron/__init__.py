@@ -44,8 +44,8 @@ if TYPE_CHECKING:
         ValidationConfig,
     )
     from flm_megatron.errors import DamagedError, FlmError, Mistakes, RequestError
-    from flm_megatron.growth.certificate.certificate import Certificate
     from flm_megatron.growth.plan import GrowthPlan
+    from flm_megatron.growth.record import Certificate
     from flm_megatron.planner.plan import Cost, StagePlan
     from flm_megatron.planner.search import SearchResult
     from flm_megatron.training.hooks import Hook
@@ -119,8 +119,8 @@ _MODULES = {
     "checkpoint.logical": ("LogicalCheckpoint", "Region", "TensorInfo"),
     "checkpoint.tools.verify": ("Verification",),
     "errors": ("DamagedError", "FlmError", "Mistakes", "RequestError"),
-    "growth.certificate.certificate": ("Certificate",),
     "growth.plan": ("GrowthPlan",),
+    "growth.record": ("Certificate",),
     "planner.plan": ("Cost", "StagePlan"),
     "planner.search": ("SearchResult",),
     "training.hooks": ("Hook",),

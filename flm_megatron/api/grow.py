@@ -18,7 +18,6 @@ from flm_megatron.distributed.processes import Processes
 from flm_megatron.distributed.world import Layouts, is_main_rank, tool_world
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.boundary import grown_view, needs_distances
-from flm_megatron.growth.certificate.certificate import Certificate
 from flm_megatron.growth.certificate.forward import Layout
 from flm_megatron.growth.certificate.measure import boundary_certificate, boundary_distances
 from flm_megatron.growth.distance import read_distances
@@ -26,6 +25,7 @@ from flm_megatron.growth.foreseen import check_run_file
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 from flm_megatron.growth.offline import write_grown
 from flm_megatron.growth.plan import GrowthPlan
+from flm_megatron.growth.record import Certificate
 from flm_megatron.growth.text import file_tokens
 from flm_megatron.paths import given_path, require_folder
 

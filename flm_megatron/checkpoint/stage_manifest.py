@@ -40,8 +40,8 @@ def stage_manifest(
 ) -> dict[str, Any]:
     """The manifest of stage `stage_index`, which trains `model`: the run file's, but for what growth derives.
 
-    `growth` is the growth that the stage began with (`growth.view.provenance`). What is not known of `position` is
-    left out. The tokenizer is named by its fingerprint too, where its file is there.
+    `growth` is the growth that the stage began with (`growth.record.GrowthRecord.to_json`). What is not known of
+    `position` is left out. The tokenizer is named by its fingerprint too, where its file is there.
     """
     stages = list(run.stages)
     stages[stage_index] = replace(stages[stage_index], model=model)

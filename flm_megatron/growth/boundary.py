@@ -19,6 +19,7 @@ from flm_megatron.growth.foreseen import check_boundary, unmeasured_plan
 from flm_megatron.growth.grown.births import has_moments
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 from flm_megatron.growth.plan import GrowthPlan, check_same_plan, make_plan, stage_growth
+from flm_megatron.growth.record import growth_of
 from flm_megatron.growth.rules import check_source_stage
 from flm_megatron.growth.schedule import mask_value
 
@@ -64,8 +65,8 @@ def source_model(source: LogicalCheckpoint, run: RunConfig, stage_index: int) ->
 
 def saved_plan(manifest: Mapping[str, Any]) -> GrowthPlan | None:
     """The plan of the growth that a checkpoint's stage began with; none if it did not grow."""
-    growth = manifest.get("growth")
-    return GrowthPlan.from_json(growth["plan"]) if growth else None
+    growth = growth_of(manifest)
+    return growth.plan if growth else None
 
 
 def resumed_plan(run: RunConfig, index: int, saved: Mapping[str, Any]) -> GrowthPlan | None:

@@ -10,8 +10,8 @@ from flm_megatron.checkpoint.tools.reshard import stored_bytes
 from flm_megatron.checkpoint.torch_dist.writer import write_view
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.distributed.progress import progress_bar
-from flm_megatron.growth.certificate.certificate import Certificate, certified
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
+from flm_megatron.growth.record import Certificate
 
 
 def write_grown(
@@ -26,6 +26,6 @@ def write_grown(
         DamagedError: a tensor of the source cannot be read.
     """
     nbytes = stored_bytes(view.tensors)
-    growth = certified(view.manifest["growth"], certificate)
+    growth = view.record.certified(certificate).to_json()
     with reserved(path, processes, nbytes), progress_bar("grow", nbytes, processes) as moved:
         return write_view(view, path, {**view.manifest, "growth": growth}, progress=moved)

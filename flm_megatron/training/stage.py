@@ -26,8 +26,8 @@ from flm_megatron.device.hardware import find_hardware
 from flm_megatron.distributed.signals import StopRequest, stop_on_signal
 from flm_megatron.distributed.world import Layouts, is_main_rank
 from flm_megatron.errors import DamagedError
-from flm_megatron.growth.certificate.certificate import Certificate, certified
 from flm_megatron.growth.grown.births import earlier_growth, load_births
+from flm_megatron.growth.record import GrowthRecord, growth_of
 from flm_megatron.kernels import fp8
 from flm_megatron.optim.learning_rate import learning_rate, set_learning_rates
 from flm_megatron.training.hooks import stage_hooks
@@ -137,10 +137,10 @@ class StageTrainer:
     def _announce(self, log: MetricsLog) -> None:
         """Say how the stage begins."""
         if self.growth and self.step == 0:
-            certificate = self.growth.get("certificate")
+            certificate = self.growth.certificate
             log.write(GrowthEvent(*self.position(), certificate))
             if certificate:
-                log.say(Certificate.from_json(certificate).table())
+                log.say(certificate.table())
         if self.step:
             log.write(RestartEvent(*self.position()))
         if self.start.history[1:] or self.start.resumes:
@@ -243,11 +243,12 @@ class StageTrainer:
 
     def manifest(self) -> dict[str, Any]:
         """What a checkpoint of this step says of itself."""
+        growth = self.growth.to_json() if self.growth else None
         samples = self.budget.sample_at(self.step)
         adam_step = max((group.get("step", 0) for group in self.state.optimizer.param_groups), default=0)
         position = StagePosition(self.step, samples, self.budget.tokens_at(self.step), adam_step)
         return {
-            **stage_manifest(self.run, self.index, self.stage.model, position, self.growth),
+            **stage_manifest(self.run, self.index, self.stage.model, position, growth),
             "history": history_to_json(self.start.history),
             "validation_sha256": self.validation_sha256,
             **self.earlier,
@@ -263,10 +264,10 @@ def _watched(start: Start, manifest: dict[str, Any]) -> dict[str, Any] | None:
     return {"skipped": saved["skipped"]} if saved and segment_begins(start) else saved
 
 
-def _growth_record(beginning: Beginning) -> dict[str, Any] | None:
-    """The growth that the stage began with, as its checkpoints keep it: plan, provenance, certificate."""
-    growth = beginning.view.manifest.get("growth") if beginning.plan else None
-    return certified(growth, beginning.certificate) if growth else None
+def _growth_record(beginning: Beginning) -> GrowthRecord | None:
+    """The growth that the stage began with, as its checkpoints keep it."""
+    growth = growth_of(beginning.view.manifest) if beginning.plan else None
+    return growth.certified(beginning.certificate) if growth else None
 
 
 def _open_log(run: RunConfig, index: int, step: int) -> MetricsLog | None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.store import CheckpointStore
 from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.errors import DamagedError, FlmError, RequestError
 from flm_megatron.evaluation.stages import run_of
+from flm_megatron.growth.record import Certificate, growth_of
 from flm_megatron.training.metrics.events import (
     FILE,
     ChangeEvent,
@@ -56,7 +56,7 @@ class History:
     validations: list[tuple[Position, ValidationEvent]]
     events: list[tuple[Position, Happening]]
     """Restarts, changes and refused steps."""
-    certificates: dict[str, Mapping[str, Any]]
+    certificates: dict[str, Certificate]
     """By the stage grown into."""
     boundaries: list[tuple[Position, str]]
     """Where each stage but the first begins."""
@@ -135,7 +135,7 @@ def _boundaries(steps: list[tuple[Position, StepEvent]]) -> list[tuple[Position,
     return [(at, after.stage) for (at, before), (_, after) in pairwise(steps) if before.stage != after.stage]
 
 
-def _certificates(run: RunConfig, folder: Path, growths: list[GrowthEvent]) -> dict[str, Mapping[str, Any]]:
+def _certificates(run: RunConfig, folder: Path, growths: list[GrowthEvent]) -> dict[str, Certificate]:
     """Certificates by the stage grown into: from the log, or else from the stage's checkpoint."""
     found = {growth.stage: growth.certificate for growth in growths if growth.certificate}
     store = CheckpointStore(folder / "checkpoints")
@@ -150,9 +150,12 @@ def _certificates(run: RunConfig, folder: Path, growths: list[GrowthEvent]) -> d
     return found
 
 
-def _saved_certificate(path: Path) -> Mapping[str, Any] | None:
+def _saved_certificate(path: Path) -> Certificate | None:
     try:
         manifest = open_checkpoint(path).manifest
+        if beside := manifest.get("certificate"):  # as earlier versions wrote it
+            return Certificate.from_json(beside)
+        growth = growth_of(manifest)
     except FlmError:  # a damaged checkpoint does not keep the report from being made
         return None
-    return manifest.get("certificate") or (manifest.get("growth") or {}).get("certificate")
+    return growth.certificate if growth else None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from statistics import median
 from typing import Any
 
 from flm_megatron.config.schema import StageConfig
 from flm_megatron.evaluation.report.history import Happening, History
+from flm_megatron.growth.record import Comparison
 from flm_megatron.model.parameters import parameter_specs
 from flm_megatron.training.metrics.events import ChangeEvent, RefusedEvent, StepEvent
 from flm_megatron.training.metrics.goodput import Goodput
@@ -97,20 +98,20 @@ def growths_table(histories: Sequence[History]) -> str:
             before = next(step for place, step in reversed(history.steps) if place.tokens <= at.tokens)
             after = next(step for _, step in history.steps if step.stage == stage)
             common = [history.name, stage, short(at.tokens), f"{number(before.loss)} → {number(after.loss)}"]
-            comparisons = (history.certificates.get(stage) or {}).get("comparisons", [])
-            measured = [_comparison(values) for values in comparisons] or [["no certificate", *[NONE] * 4]]
+            certificate = history.certificates.get(stage)
+            comparisons = certificate.comparisons if certificate else ()
+            measured = [_comparison(each) for each in comparisons] or [["no certificate", *[NONE] * 4]]
             rows += [[*common, *cells] for cells in measured]
     return table(head, rows) if rows else ""
 
 
-def _comparison(values: Mapping[str, Any]) -> list[str]:
-    std, before, after = values["logit_std"], values["loss_before"], values["loss_after"]
+def _comparison(measured: Comparison) -> list[str]:
     return [
-        values["precision"],
-        f"{values['max_difference'] / std:.2e}",
-        f"{values['rms_difference'] / std:.2e}",
-        f"{before:.6f} → {after:.6f}",
-        f"{abs(after - before) / before:.2e}",
+        measured.precision,
+        f"{measured.max_difference / measured.logit_std:.2e}",
+        f"{measured.rms_difference / measured.logit_std:.2e}",
+        f"{measured.loss_before:.6f} → {measured.loss_after:.6f}",
+        f"{measured.loss_change:.2e}",
     ]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -17,65 +15,12 @@ from flm_megatron.device import current
 from flm_megatron.errors import FlmError
 from flm_megatron.growth.certificate.forward import Layout, forward_samples, on_one_replica, patient_processes
 from flm_megatron.growth.plan import GrowthPlan
+from flm_megatron.growth.record import Certificate, Comparison
 from flm_megatron.growth.schedule import mask_plan
 
 POSITIONS = 256
 """Positions of each sample whose logits are compared (evenly spaced); the loss is over all."""
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Before against after in one precision: differences of logits, their standard deviation before, losses in nats."""
-
-    precision: str
-    max_difference: float
-    rms_difference: float
-    logit_std: float
-    loss_before: float
-    loss_after: float
-
-    @property
-    def loss_change(self) -> float:
-        """Relative change of the loss."""
-        return abs(self.loss_after - self.loss_before) / self.loss_before
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """The comparisons of one growth on `samples` x `sequence_length` tokens; the last is in the training precision."""
-
-    stage: str
-    preserving: bool
-    samples: int
-    sequence_length: int
-    comparisons: tuple[Comparison, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, for a checkpoint's manifest."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Certificate:
-        """The certificate that `to_json` gave."""
-        comparisons = tuple(Comparison(**values) for values in data["comparisons"])
-        return cls(**{**data, "comparisons": comparisons})
-
-    def table(self) -> str:
-        """The certificate as text."""
-        head = f"growth into {self.stage}, {self.samples} x {self.sequence_length} tokens"
-        rows = ["           max |d|/std   rms d/std   loss before    loss after   relative change"]
-        for c in self.comparisons:
-            rows.append(
-                f"{c.precision:9s}{c.max_difference / c.logit_std:13.2e}{c.rms_difference / c.logit_std:12.2e}"
-                f"{c.loss_before:14.6f}{c.loss_after:14.6f}{c.loss_change:18.2e}"
-            )
-        return "\n".join([head, *rows])
-
-
-def certified(provenance: Mapping[str, Any], certificate: Certificate | None) -> dict[str, Any]:
-    """The `growth` entry of a manifest, with the certificate where there is one."""
-    return {**provenance, **({"certificate": certificate.to_json()} if certificate else {})}
 
 
 def certify(

@@ -7,10 +7,11 @@ import torch
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.config.schema import GrowthConfig, RunConfig
 from flm_megatron.growth.boundary import needs_distances, source_model
-from flm_megatron.growth.certificate.certificate import Certificate, certify, check_certificate
+from flm_megatron.growth.certificate.certificate import certify, check_certificate
 from flm_megatron.growth.certificate.forward import Layout
 from flm_megatron.growth.distance import distances_of, layer_distances
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
+from flm_megatron.growth.record import Certificate
 from flm_megatron.growth.text import run_tokens
 
 

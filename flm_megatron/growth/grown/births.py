@@ -6,7 +6,6 @@ layout computes its own part when it loads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,15 +13,7 @@ import torch
 from flm_megatron.checkpoint.logical import EXP_AVG, LogicalCheckpoint, Region
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.grown.operators import Old, Operators
-from flm_megatron.growth.plan import GrowthPlan
-
-Provenance = Mapping[str, Any]
-"""The `growth` entry of a manifest (`view.provenance`)."""
-
-
-def growth_behind(manifest: Mapping[str, Any]) -> Provenance | None:
-    """The last growth behind a checkpoint: that of its stage, or of the checkpoint that its run started from."""
-    return manifest.get("growth") or manifest.get("earlier_growth")
+from flm_megatron.growth.record import GrowthRecord, growth_behind
 
 
 def has_moments(view: LogicalCheckpoint) -> bool:
@@ -34,30 +25,29 @@ def earlier_growth(view: LogicalCheckpoint, grows: bool) -> dict[str, Any]:
     """What a stage that starts from or resumes `view` keeps of it in its manifests, unless the stage `grows` itself:
     the growth that its births follow from, where there are some."""
     growth = growth_behind(view.manifest)
-    if grows or not has_moments(view) or not counts_births(growth):
+    if growth is None or grows or not has_moments(view) or not counts_births(growth):
         return {}
-    return {"earlier_growth": growth}
+    return {"earlier_growth": growth.to_json()}
 
 
-def counts_births(growth: Provenance | None) -> bool:
+def counts_births(growth: GrowthRecord | None) -> bool:
     """Whether any growth behind a checkpoint asked for births (`optimizer_step: birth`)."""
-    return growth is not None and (growth["plan"]["optimizer_step"] == "birth" or counts_births(growth["before"]))
+    return growth is not None and (growth.plan.optimizer_step == "birth" or counts_births(growth.before))
 
 
-def births(growth: Provenance | None, name: str, region: Region) -> torch.Tensor:
+def births(growth: GrowthRecord | None, name: str, region: Region) -> torch.Tensor:
     """Adam's step at the birth of each entry of a region of parameter `name` (int32, of shape `region.sizes`).
 
     It is 0 for entries of the first stage, for those of growths that `keep` the step, and for all where a growth had
     no moments to start from.
     """
     out = torch.zeros(region.sizes, dtype=torch.int32)
-    if growth is None or not growth.get("moments", True):
+    if growth is None or not growth.moments:
         return out
-    plan = GrowthPlan.from_json(growth["plan"])
-    born = growth["optimizer_step"] if plan.optimizer_step == "birth" else 0
-    for piece in Operators(plan).pieces(name, region):
+    born = growth.optimizer_step if growth.plan.optimizer_step == "birth" else 0
+    for piece in Operators(growth.plan).pieces(name, region):
         old = isinstance(piece.content, Old) and not piece.content.copy
-        values = births(growth["before"], name, piece.content.region) if old else born  # type: ignore[union-attr]
+        values = births(growth.before, name, piece.content.region) if old else born  # type: ignore[union-attr]
         out[piece.region.within(region).slices] = values
     return out
 

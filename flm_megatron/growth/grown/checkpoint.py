@@ -20,9 +20,10 @@ from flm_megatron.checkpoint.logical import (
     split_name,
 )
 from flm_megatron.errors import RequestError
-from flm_megatron.growth.grown.births import growth_behind, has_moments
+from flm_megatron.growth.grown.births import has_moments
 from flm_megatron.growth.grown.operators import Constant, Fresh, Mean, Old, Operators, Piece
 from flm_megatron.growth.plan import GrowthPlan
+from flm_megatron.growth.record import GrowthRecord, growth_behind
 from flm_megatron.model.parameters import parameter_specs
 
 
@@ -42,7 +43,8 @@ class GrownCheckpoint(LogicalCheckpoint):
         self.operators = Operators(plan)
         _check_source(source, plan)
         self.tensors = {name: info for name in self.operators.specs for name, info in self._infos(name)}
-        self.manifest = {**(manifest or {}), "growth": provenance(source, plan)}
+        self.record = growth_record(source, plan)
+        self.manifest = {**(manifest or {}), "growth": self.record.to_json()}
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:
         """Values of `region` of `name`; only the old regions it is made of are read."""
@@ -104,24 +106,20 @@ def axis_mean(values: torch.Tensor, axis: int) -> torch.Tensor:
     return (total / size).to(values.dtype)
 
 
-def provenance(source: LogicalCheckpoint, plan: GrowthPlan) -> dict[str, Any]:
-    """Where a grown checkpoint comes from: the plan, the source's checksum, the code's version.
-
-    `optimizer_step` is Adam's step at the growth, `moments` whether the source had Adam's moments, `before` the
-    provenance of the source where it was grown too.
-    """
+def growth_record(source: LogicalCheckpoint, plan: GrowthPlan) -> GrowthRecord:
+    """Where a grown checkpoint comes from: the plan, the source's checksum and place, the code's version."""
     text = json.dumps(source.manifest, sort_keys=True, default=str)
-    return {
-        "plan": plan.to_json(),
-        "source_logical_hash": source.manifest.get("logical_hash"),
-        "source_manifest_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "source_stage": source.manifest.get("stage"),
-        "source_step": source.manifest.get("step"),
-        "optimizer_step": int(source.manifest.get("optimizer_step") or 0) if has_moments(source) else 0,
-        "moments": has_moments(source),
-        "code_version": __version__,
-        "before": growth_behind(source.manifest),
-    }
+    return GrowthRecord(
+        plan,
+        source_logical_hash=source.manifest.get("logical_hash"),
+        source_manifest_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        source_stage=source.manifest.get("stage"),
+        source_step=source.manifest.get("step"),
+        optimizer_step=int(source.manifest.get("optimizer_step") or 0) if has_moments(source) else 0,
+        moments=has_moments(source),
+        code_version=__version__,
+        before=growth_behind(source.manifest),
+    )
 
 
 def _check_source(source: LogicalCheckpoint, plan: GrowthPlan) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from flm_megatron.errors import RequestError
+from flm_megatron.growth.record import Certificate
 from flm_megatron.json_text import parse_json
 
 FILE = "metrics.jsonl"
@@ -197,26 +198,30 @@ CHANGE = ("what", "before", "now")
 
 @dataclass(frozen=True)
 class GrowthEvent(MetricsEvent):
-    """The stage was grown into; `certificate` is what was measured (`Certificate.to_json`), none if nothing was."""
+    """The stage was grown into; `certificate` is what was measured, none if nothing was."""
 
     KEY: ClassVar[str] = "certificate"
 
-    certificate: Values | None
+    certificate: Certificate | None
 
     @classmethod
     def own_fields(cls, values: Values) -> dict[str, Any]:
         """The certificate."""
-        return {"certificate": values["certificate"]}
+        given = values["certificate"]
+        return {"certificate": Certificate.from_json(given) if given else None}
 
     @classmethod
     def problem(cls, values: Values) -> str:
-        """Neither a mapping nor null."""
-        given = values["certificate"]
-        return "" if given is None or isinstance(given, Mapping) else "no mapping as certificate"
+        """Neither a certificate nor null."""
+        try:
+            cls.own_fields(values)
+        except RequestError:
+            return "no certificate that this program knows"
+        return ""
 
     def own_values(self) -> dict[str, Any]:
         """The certificate."""
-        return {"certificate": self.certificate}
+        return {"certificate": self.certificate.to_json() if self.certificate else None}
 
 
 @dataclass(frozen=True)

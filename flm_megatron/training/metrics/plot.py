@@ -77,5 +77,5 @@ def _draw(axes: Any, placed: list[tuple[float, MetricsEvent]], baseline: tuple[s
 def _growth_text(event: GrowthEvent) -> str:
     if not event.certificate:
         return f" grown into {event.stage}"
-    last = event.certificate["comparisons"][-1]
-    return f" grown into {event.stage}\n loss before {last['loss_before']:.6f}\n loss after  {last['loss_after']:.6f}"
+    last = event.certificate.comparisons[-1]
+    return f" grown into {event.stage}\n loss before {last.loss_before:.6f}\n loss after  {last.loss_after:.6f}"

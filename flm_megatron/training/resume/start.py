@@ -22,10 +22,10 @@ from flm_megatron.config.stage_names import stage_index
 from flm_megatron.durable import sync
 from flm_megatron.errors import DamagedError, RequestError
 from flm_megatron.growth.boundary import grown_view, resumed_plan, saved_plan, source_model
-from flm_megatron.growth.certificate.certificate import Certificate
 from flm_megatron.growth.certificate.forward import Layout
 from flm_megatron.growth.certificate.measure import boundary_certificate, boundary_distances
 from flm_megatron.growth.plan import GrowthPlan
+from flm_megatron.growth.record import Certificate
 from flm_megatron.training.resume.continuation import (
     continued,
     first_history,

@@ -17,9 +17,10 @@ from flm_megatron.config.schema import ModelConfig, MupConfig, ParallelConfig, S
 from flm_megatron.config.schema.stage import Precision
 from flm_megatron.distributed.local_processes import run_processes
 from flm_megatron.errors import DamagedError, FlmError
-from flm_megatron.growth.certificate.certificate import Certificate, Comparison, certify, check_certificate
+from flm_megatron.growth.certificate.certificate import certify, check_certificate
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 from flm_megatron.growth.plan import GrowthPlan, make_plan
+from flm_megatron.growth.record import Certificate, Comparison
 from tests.support.growth_cases import MemoryCheckpoint, growth, trained, weights
 from tests.support.growth_oracle import attention, feed_forward, norm, open_masks
 from tests.support.pool import Pool

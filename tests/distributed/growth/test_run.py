@@ -12,6 +12,7 @@ from flm_megatron.config.loader import load_run
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.errors import FlmError
 from flm_megatron.growth.boundary import saved_mask_value, saved_plan
+from flm_megatron.growth.record import growth_of
 from flm_megatron.launch.preflight import resolve
 from flm_megatron.launch.run import train
 from flm_megatron.optim.learning_rate import learning_rate
@@ -67,10 +68,11 @@ def test_the_boundary_is_certified_and_the_learning_rate_is_the_run_files(whole:
     assert big[0][4] == learning_rate((4 + 1) * 4 * 32, run, 1) < 3e-3 / 2
     (growth,) = read_events(output, GrowthEvent)
     assert growth.certificate
-    (measured,) = growth.certificate["comparisons"]
-    assert abs(measured["loss_after"] - measured["loss_before"]) <= 1e-5 * measured["loss_before"]
+    (measured,) = growth.certificate.comparisons
+    assert measured.loss_change <= 1e-5
     manifest = open_checkpoint(checkpoint_store(run).path("big", 3)).manifest
-    assert saved_mask_value(manifest) == 0.6 and manifest["growth"]["certificate"] == growth.certificate
+    record = growth_of(manifest)
+    assert saved_mask_value(manifest) == 0.6 and record is not None and record.certificate == growth.certificate
 
 
 def test_a_run_stopped_inside_a_mask_goes_on_with_the_same_bits(

@@ -76,8 +76,8 @@ def test_a_run_grows_behind_masks(scaling: Scaling, tmp_path: Path) -> None:
     # The certificate is in bf16; what FP8 adds to the loss at the boundary is far less than a step changes it.
     (growth,) = read_events(tmp_path / "run", GrowthEvent)
     assert growth.certificate
-    measured = growth.certificate["comparisons"][-1]
-    assert measured["precision"] == "bf16"
-    assert measured["loss_after"] == pytest.approx(measured["loss_before"], rel=1e-4)
+    measured = growth.certificate.comparisons[-1]
+    assert measured.precision == "bf16"
+    assert measured.loss_after == pytest.approx(measured.loss_before, rel=1e-4)
     log = (tmp_path / "run" / "log.txt").read_text()
     assert log.count(f"fp8: linear layers with {scaling} scaling") == 2

@@ -18,10 +18,14 @@ from flm_megatron.config.schema import DataConfig, ModelConfig, RunConfig, Stage
 from flm_megatron.evaluation.report.chart import Chart, Series, thin
 from flm_megatron.evaluation.report.history import read_history
 from flm_megatron.evaluation.report.scale import label, scale_over
+from flm_megatron.growth.record import Certificate
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
 CERTIFICATE = {
     "stage": "grown",
+    "preserving": True,
+    "samples": 4,
+    "sequence_length": 8,
     "comparisons": [
         {"precision": "fp32", "max_difference": 2e-6, "rms_difference": 1e-6, "logit_std": 2.0}
         | {"loss_before": 3.0, "loss_after": 3.000003}
@@ -93,7 +97,7 @@ def test_costs_add_up_over_stages(run_folder: Path) -> None:
     (boundary, stage), *others = history.boundaries
     assert (boundary.tokens, stage, others) == (20 * 64, "grown", [])
     assert (history.restarts, history.refused_steps) == (1, 1)
-    assert history.certificates == {"grown": CERTIFICATE}
+    assert history.certificates == {"grown": Certificate.from_json(CERTIFICATE)}
 
 
 def test_the_page_says_what_happened_and_needs_nothing_else(page: Path) -> None:

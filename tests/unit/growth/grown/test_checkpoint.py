@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER, Region
 from flm_megatron.errors import RequestError
-from flm_megatron.growth.grown.births import births, counts_births, earlier_growth, growth_behind
+from flm_megatron.growth.grown.births import births, counts_births, earlier_growth
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint, axis_mean
 from flm_megatron.growth.plan import GrowthPlan, make_plan
+from flm_megatron.growth.record import GrowthRecord, growth_behind
 from flm_megatron.model import parameters as p
 from flm_megatron.model.parameters import parameter_specs
 from tests.support.growth_cases import MemoryCheckpoint, growth, old_model, plan_for, trained
@@ -153,53 +154,52 @@ def test_bf16_weights_are_rounded_masters() -> None:
 
 def test_births() -> None:
     plan = plan_for("ffn", "zero", old_model(), {"optimizer_step": "birth"})
-    once = GrownCheckpoint(trained(plan.old, torch.float32, optimizer=True), plan).manifest["growth"]
+    once = GrownCheckpoint(trained(plan.old, torch.float32, optimizer=True), plan).record
     name, whole = f"{p.FC2}.weight", Region.whole((3, 24, 87))
     born = births(once, name, whole)
     assert (born[:, :, 50:] == 40).all() and (born[:, :, :50] == 0).all()
     values = trained(plan.new, torch.float32, optimizer=True).values
-    held = MemoryCheckpoint(values, {"optimizer_step": 70, "growth": once})
+    held = MemoryCheckpoint(values, {"optimizer_step": 70, "growth": once.to_json()})
     deeper = plan_for("layers", "zero", plan.new, {"optimizer_step": "birth"})
-    twice = GrownCheckpoint(held, deeper).manifest["growth"]
+    twice = GrownCheckpoint(held, deeper).record
     born = births(twice, name, Region((1, 2, 48), (3, 4, 5)))
     for i, layer in enumerate(deeper.layer_sources[1:4]):
         expected = [70] * 5 if layer.copy else [0, 0, 40, 40, 40]
         assert (born[i] == torch.tensor(expected)).all()
-    kept = GrownCheckpoint(held, plan_for("layers", "zero", plan.new)).manifest["growth"]
+    kept = GrownCheckpoint(held, plan_for("layers", "zero", plan.new)).record
     assert counts_births(twice) and counts_births(kept) and births(kept, name, whole).unique().tolist() == [0, 40]
-    assert not counts_births(GrownCheckpoint(trained(plan.old), plan_for("ffn", "zero", plan.old)).manifest["growth"])
+    assert not counts_births(GrownCheckpoint(trained(plan.old), plan_for("ffn", "zero", plan.old)).record)
 
 
 def test_without_moments_every_entry_is_born_anew() -> None:
     plan = plan_for("ffn", "zero", old_model(), {"optimizer_step": "birth"})
     source = trained(plan.old, torch.float32)  # at Adam's step 40, as a copy without optimizer state still says
-    bare = GrownCheckpoint(source, plan).manifest["growth"]
-    assert bare["optimizer_step"] == 0
-    held = MemoryCheckpoint(trained(plan.new).values, {"optimizer_step": 70, "growth": bare})
-    twice = GrownCheckpoint(held, plan_for("layers", "zero", plan.new, {"optimizer_step": "birth"})).manifest["growth"]
+    bare = GrownCheckpoint(source, plan).record
+    assert bare.optimizer_step == 0
+    held = MemoryCheckpoint(trained(plan.new).values, {"optimizer_step": 70, "growth": bare.to_json()})
+    twice = GrownCheckpoint(held, plan_for("layers", "zero", plan.new, {"optimizer_step": "birth"})).record
     for entry, layers in ((bare, 3), (twice, 5)):
         assert not births(entry, f"{p.FC2}.weight", Region.whole((layers, 24, 87))).any()
-    written_before = {key: value for key, value in bare.items() if key != "moments"} | {"optimizer_step": 40}
-    assert births(written_before, f"{p.FC2}.weight", Region.whole((3, 24, 87))).any()
+    written_before = {key: value for key, value in bare.to_json().items() if key != "moments"} | {"optimizer_step": 40}
+    assert births(GrowthRecord.from_json(written_before), f"{p.FC2}.weight", Region.whole((3, 24, 87))).any()
 
 
 def test_births_outlive_the_start_of_a_new_run() -> None:
     plan = plan_for("ffn", "zero", old_model(), {"optimizer_step": "birth"})
     view = GrownCheckpoint(trained(plan.old, torch.float32, optimizer=True), plan)
     kept = earlier_growth(view, grows=False)
-    assert growth_behind(kept) == view.manifest["growth"] and earlier_growth(view, grows=True) == {}
+    assert growth_behind(kept) == view.record and earlier_growth(view, grows=True) == {}
     resumed = MemoryCheckpoint(trained(plan.new, torch.float32, optimizer=True).values, kept | {"optimizer_step": 50})
     assert earlier_growth(resumed, grows=False) == kept
     assert earlier_growth(MemoryCheckpoint(trained(plan.new).values, kept), grows=False) == {}
-    deeper = GrownCheckpoint(resumed, plan_for("layers", "zero", plan.new)).manifest["growth"]
+    deeper = GrownCheckpoint(resumed, plan_for("layers", "zero", plan.new)).record
     assert births(deeper, f"{p.FC2}.weight", Region.whole((5, 24, 87))).unique().tolist() == [0, 40]
 
 
 def test_provenance_and_wrong_source() -> None:
     plan = plan_for("ffn", "zero", old_model())
-    manifest = GrownCheckpoint(trained(plan.old), plan).manifest["growth"]
-    assert GrowthPlan.from_json(manifest["plan"]) == plan
-    assert (manifest["source_stage"], manifest["source_step"]) == ("small", 40)
+    record = GrownCheckpoint(trained(plan.old), plan).record
+    assert record.plan == plan and (record.source_stage, record.source_step) == ("small", 40)
     with pytest.raises(
         RequestError, match=r"linear_fc1.weight has shape \(3, 102, 24\), the run file makes it \(3, 100, 24\)"
     ):

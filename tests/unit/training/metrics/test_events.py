@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from flm_megatron.evaluation.report.history import read_history
+from flm_megatron.growth.record import Certificate, Comparison
 from flm_megatron.training.metrics import events
 from flm_megatron.training.metrics.events import (
     ChangeEvent,
@@ -39,7 +40,7 @@ STEP_TEXT = (
     ', "loss": 5.5, "grad_norm": 0.7, "lr": 0.001, "step_time_s": 0.1, "tokens_per_s_per_device": 1280.0, '
     '"tflops_per_device": 0.25, "mfu": null, "peak_memory_gib": 1.5, "eta_s": 60.0, "skipped_steps": 2'
 )
-CERTIFICATE: dict[str, Any] = {"stage": "small", "comparisons": []}
+CERTIFICATE = Certificate("small", True, 4, 32, (Comparison("fp32", 2e-6, 1e-6, 2.0, 3.0, 3.5),))
 CASES: list[tuple[MetricsEvent, str]] = [
     (STEP, STEP_TEXT),
     (replace(STEP, extra={"grad_norm/layer_000": 0.5}), STEP_TEXT + ', "grad_norm/layer_000": 0.5'),
@@ -56,7 +57,12 @@ CASES: list[tuple[MetricsEvent, str]] = [
         ChangeEvent(*AT, "global_batch", 4, 8),
         ', "changed": {"what": "global_batch", "before": 4, "now": 8}',
     ),
-    (GrowthEvent(*AT, CERTIFICATE), ', "certificate": {"stage": "small", "comparisons": []}'),
+    (
+        GrowthEvent(*AT, CERTIFICATE),
+        ', "certificate": {"stage": "small", "preserving": true, "samples": 4, "sequence_length": 32, "comparisons": ['
+        '{"precision": "fp32", "max_difference": 2e-06, "rms_difference": 1e-06, "logit_std": 2.0, "loss_before": 3.0, '
+        '"loss_after": 3.5}]}',
+    ),
     (GrowthEvent(*AT, None), ', "certificate": null'),
     (NewLevelEvent(*AT, "loss 5 is a new level"), ', "new_level": "loss 5 is a new level"'),
 ]
@@ -104,7 +110,8 @@ def test_a_kind_that_is_not_known_is_kept_as_it_is(values: dict[str, Any]) -> No
         (PLACE + ', "val_loss": 1, "val_loss/a": null}', "no number as val_loss/a"),
         (PLACE + ', "changed": {"what": "x", "now": 1}}', "no before in changed"),
         (PLACE + ', "changed": 1}', "no what in changed"),
-        (PLACE + ', "certificate": 1}', "no mapping as certificate"),
+        (PLACE + ', "certificate": 1}', "no certificate that this program knows"),
+        (PLACE + ', "certificate": {"comparisons": []}}', "no certificate that this program knows"),
     ],
 )
 def test_a_line_without_what_its_kind_has_says_so(text: str, problem: str) -> None:

@@ -1,0 +1,144 @@
+"""What a checkpoint's manifest says of the growth behind it: the plan, where it came from, what was measured.
+
+It stands under `growth` where the checkpoint's stage grew, and under `earlier_growth` where the run of the stage
+started from a grown checkpoint. No torch here: reports read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from flm_megatron.errors import RequestError
+from flm_megatron.growth.plan import GrowthPlan
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Before against after in one precision: differences of logits, their standard deviation before, losses in nats."""
+
+    precision: str
+    max_difference: float
+    rms_difference: float
+    logit_std: float
+    loss_before: float
+    loss_after: float
+
+    @property
+    def loss_change(self) -> float:
+        """Relative change of the loss."""
+        return abs(self.loss_after - self.loss_before) / self.loss_before
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The comparisons of one growth on `samples` x `sequence_length` tokens; the last is in the training precision."""
+
+    stage: str
+    preserving: bool
+    samples: int
+    sequence_length: int
+    comparisons: tuple[Comparison, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for a checkpoint's manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Certificate:
+        """The certificate that `to_json` gave.
+
+        Raises:
+            RequestError: it has other fields, as those of a later version may.
+        """
+        try:
+            comparisons = tuple(Comparison(**values) for values in data["comparisons"])
+            return cls(**{**data, "comparisons": comparisons})
+        except (KeyError, TypeError) as error:
+            raise _unknown("certificate", error) from None
+
+    def table(self) -> str:
+        """The certificate as text."""
+        head = f"growth into {self.stage}, {self.samples} x {self.sequence_length} tokens"
+        rows = ["           max |d|/std   rms d/std   loss before    loss after   relative change"]
+        for c in self.comparisons:
+            rows.append(
+                f"{c.precision:9s}{c.max_difference / c.logit_std:13.2e}{c.rms_difference / c.logit_std:12.2e}"
+                f"{c.loss_before:14.6f}{c.loss_after:14.6f}{c.loss_change:18.2e}"
+            )
+        return "\n".join([head, *rows])
+
+
+@dataclass(frozen=True)
+class GrowthRecord:
+    """One growth: its plan, hash, manifest and place of the checkpoint that it grew, and the version that did it.
+
+    `optimizer_step` is Adam's step at the growth, `moments` whether the source had Adam's moments (records of earlier
+    versions do not say: it had), `before` the last growth behind the source, `extra` what a later version adds.
+    """
+
+    plan: GrowthPlan
+    source_logical_hash: str | None = None
+    source_manifest_sha256: str | None = None
+    source_stage: str | None = None
+    source_step: int | None = None
+    optimizer_step: int = 0
+    moments: bool = True
+    code_version: str | None = None
+    before: GrowthRecord | None = None
+    certificate: Certificate | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for a checkpoint's manifest; a certificate is in it where there is one."""
+        plain = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in NESTED}
+        certificate = {"certificate": self.certificate.to_json()} if self.certificate else {}
+        before = self.before.to_json() if self.before else None
+        return {"plan": self.plan.to_json(), **plain, "before": before, **certificate, **self.extra}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> GrowthRecord:
+        """The record that `to_json` gave.
+
+        Raises:
+            RequestError: its plan or its certificate is not one that this program knows.
+        """
+        known = {each.name for each in fields(cls)} - {"extra"}
+        plain = {key: value for key, value in data.items() if key in known - NESTED}
+        before, certificate = data.get("before"), data.get("certificate")
+        try:
+            plan = GrowthPlan.from_json(data["plan"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise _unknown("plan of a growth", error) from None
+        return cls(
+            plan,
+            **plain,
+            before=cls.from_json(before) if before else None,
+            certificate=Certificate.from_json(certificate) if certificate else None,
+            extra={key: value for key, value in data.items() if key not in known},
+        )
+
+    def certified(self, certificate: Certificate | None) -> GrowthRecord:
+        """The record with a certificate, if one was made."""
+        return replace(self, certificate=certificate) if certificate else self
+
+
+NESTED = {"plan", "before", "certificate", "extra"}
+
+
+def growth_of(manifest: Mapping[str, Any]) -> GrowthRecord | None:
+    """The growth that a checkpoint's stage began with; none if it did not grow. Raises as `GrowthRecord.from_json`."""
+    growth = manifest.get("growth")
+    return GrowthRecord.from_json(growth) if growth else None
+
+
+def growth_behind(manifest: Mapping[str, Any]) -> GrowthRecord | None:
+    """The last growth behind a checkpoint: that of its stage, or of the checkpoint that its run started from."""
+    growth = manifest.get("growth") or manifest.get("earlier_growth")
+    return GrowthRecord.from_json(growth) if growth else None
+
+
+def _unknown(what: str, error: Exception) -> RequestError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return RequestError(f"the {what} is not one that this program knows ({reason:.200}): update it")
