@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.distributed.signals import stop_before_training
+from flm_megatron.errors import RequestError
 from flm_megatron.launch.preflight import require_places, require_turn, resolve
 
 STOPPED_EARLY = "stopped by a signal before training began"
@@ -26,6 +29,7 @@ def train(run: RunConfig, *, stage: str | None = None, start_anew: bool = False)
         FlmError: a process failed; the message names its rank and its error.
         SystemExit: with status 3, a signal came before the first step.
     """
+    _require_main_thread()
     with stop_before_training(STOPPED_EARLY):
         require_places(run, stage)
         run = resolve(run, start_anew)
@@ -51,6 +55,7 @@ def fine_tune(run: RunConfig) -> int:
         FlmError: a process failed.
         SystemExit: with status 3, a signal came before the first step.
     """
+    _require_main_thread()
     with stop_before_training(STOPPED_EARLY):
         require_places(run)
         from flm_megatron.distributed.world import launched
@@ -63,3 +68,8 @@ def fine_tune(run: RunConfig) -> int:
             check_local(run)
             print("\n".join(lines), flush=True)
         return train_checked(run)
+
+
+def _require_main_thread() -> None:
+    if threading.current_thread() is not threading.main_thread():
+        raise RequestError("training listens to signals, which reach the main thread alone: call it there")

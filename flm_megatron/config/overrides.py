@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +31,10 @@ def apply_overrides(document: dict[str, Any], overrides: Overrides) -> None:
 def _values(overrides: Overrides) -> Iterator[tuple[str, Any]]:
     """Dotted path and plain value of each."""
     if isinstance(overrides, Mapping):
-        yield from overrides.items()
+        for path, value in overrides.items():
+            if not isinstance(path, str):
+                raise RequestError(f"{path!r} is not the path of a field: give one such as 'stages.0.tokens'")
+            yield path, os.fspath(value) if isinstance(value, os.PathLike) else copy.deepcopy(value)
         return
     for path, value in _pairs(overrides):
         yield path, parse_yaml(value, f"--{path}")

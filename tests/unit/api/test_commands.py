@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -132,6 +134,22 @@ def test_a_budget_is_divided_as_the_command_does(tiny: Path, capsys: pytest.Capt
     assert main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == divided.to_dict()
     assert sum(divided.gpu_hours) == pytest.approx(2.5, rel=1e-2)
+
+
+def test_a_run_that_is_passed_on_is_not_changed(tiny: Path) -> None:
+    run = flm.load_run("run.yaml")
+    before = copy.deepcopy(run)
+    flm.plan(run, gpu="h100", gpus=4, stage="large")
+    flm.grow(TRAINED, run, "large", "unchanged")
+    with pytest.raises(flm.Mistakes, match=r"tokenizer\.model is not there"):
+        flm.train(run)
+    assert run == before
+
+
+@pytest.mark.parametrize("function", [flm.train, flm.fine_tune])
+def test_training_is_for_the_main_thread(tiny: Path, function: Callable[[flm.RunConfig], int]) -> None:
+    with ThreadPoolExecutor() as threads, pytest.raises(flm.RequestError, match="the main thread alone"):
+        threads.submit(function, flm.load_run("run.yaml")).result()
 
 
 Refused = Callable[[flm.RunConfig], object]

@@ -84,6 +84,20 @@ def test_overrides_reach_every_kind_of_place(tmp_path: Path) -> None:
     assert [stage.micro_batch for stage in run.stages] == [4, 4]
 
 
+def test_overrides_of_a_mapping_are_values_as_they_are(tmp_path: Path) -> None:
+    (file := tmp_path / "run.yaml").write_text(RUN)
+    sections = {"tensor": 4}
+    overrides = {"output": tmp_path, "name": "1e9", "stages.small.parallel": sections, "stages.0.parallel.pipeline": 2}
+    run = load_run(file, overrides)
+    assert (run.output, run.name) == (str(tmp_path), "1e9")
+    assert (run.stages[0].parallel.tensor, run.stages[0].parallel.pipeline) == (4, 2)
+    assert sections == {"tensor": 4}
+    with pytest.raises(RequestError, match="7 is not the path of a field"):
+        load_run(file, {7: 1})  # type: ignore[dict-item]
+    with pytest.raises(RequestError, match="no element is named 'huge'"):
+        load_run(file, {"stages.huge.tokens": 1})
+
+
 def test_override_opens_a_section_that_was_null_or_absent(tmp_path: Path) -> None:
     text = "stages: [{name: a}, {name: b, growth: null}]"
     assert _load(tmp_path, text, "--stages.b.growth.ffn", "mask").stages[1].growth is not None
