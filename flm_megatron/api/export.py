@@ -14,6 +14,7 @@ from flm_megatron.checkpoint.lazy.adapters import merged
 from flm_megatron.checkpoint.lazy.converted import dtype_named
 from flm_megatron.checkpoint.opening import open_with_model
 from flm_megatron.checkpoint.own_tokenizer import tokenizer_to_export
+from flm_megatron.checkpoint.recorded_run import recorded_run
 from flm_megatron.distributed.launched import launched_processes
 from flm_megatron.growth.grown.folding import without_mask
 from flm_megatron.paths import given_path
@@ -77,7 +78,7 @@ def export_hf(
         source, model = open_with_model(path, vocab_size)
         source, model = merged(without_mask(source, fold_mask), model)
         found, missing = tokenizer_to_export(given, model, path, source.manifest)
-        length = (source.manifest.get("run") or {}).get("data", {}).get("sequence_length", 4096)
+        length = recorded_run(source.manifest).sequence_length
         options = ExportOptions(flavour, weights, shard_size, pad_vocab_to, found, length)
         nbytes = write_hugging_face(source, model, out, options, processes)
     return HuggingFaceExport(out, nbytes, folding_note(model) if flavour == "llama" else None, missing)

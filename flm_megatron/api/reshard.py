@@ -14,6 +14,7 @@ from flm_megatron.checkpoint.lazy.converted import ConvertedCheckpoint, dtype_na
 from flm_megatron.checkpoint.megatron_legacy.reader import MegatronLegacyCheckpoint
 from flm_megatron.checkpoint.megatron_legacy.writer import write_megatron_legacy
 from flm_megatron.checkpoint.opening import open_with_model
+from flm_megatron.checkpoint.recorded_run import recorded_run
 from flm_megatron.checkpoint.stage_manifest import manifest_for
 from flm_megatron.checkpoint.tools.hashing import recorded_hashes, shared_hashes
 from flm_megatron.checkpoint.tools.reshard import require_unchanged
@@ -107,7 +108,7 @@ def _megatron_legacy(
     view: ConvertedCheckpoint, out: Path, target: tuple[ModelConfig, ParallelConfig], processes: Processes
 ) -> tuple[Hashes, Hashes]:
     """Write Megatron-LM's format; hashes of the source, and of what is read back."""
-    sequence_length = (view.manifest.get("run") or {}).get("data", {}).get("sequence_length", 4096)
+    sequence_length = recorded_run(view.manifest).sequence_length
     before = shared_hashes(view, processes)
     write_megatron_legacy(view, out, target, processes, sequence_length)
     return before, shared_hashes(MegatronLegacyCheckpoint(out), processes)

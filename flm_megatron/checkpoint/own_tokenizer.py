@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flm_megatron.checkpoint.recorded_run import recorded_run
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.data.corpus.description import read_description
 from flm_megatron.data.tokenizer import Tokenizer, file_fingerprint
@@ -16,7 +17,7 @@ TOKENIZER_FILE = "tokenizer.model"
 
 def tokenizer_files(folder: Path | None, manifest: Mapping[str, Any]) -> list[Path]:
     """Files that are a checkpoint's tokenizer, as far as they are there: named by its run, or in its `folder`."""
-    named = (manifest.get("run") or {}).get("tokenizer")
+    named = recorded_run(manifest).tokenizer
     candidates = [*([Path(named)] if named else []), *([folder / TOKENIZER_FILE] if folder else [])]
     return [file for file in candidates if file.is_file()]
 
@@ -74,9 +75,9 @@ def _known_fingerprints(folder: Path | None, manifest: Mapping[str, Any]) -> lis
         return [("its manifest", recorded)]
     files = [(str(file), file_fingerprint(file)) for file in tokenizer_files(folder, manifest)]
     known = [(name, fingerprint) for name, fingerprint in files if fingerprint]
-    for source in (manifest.get("run") or {}).get("data", {}).get("train", []):
+    for path in recorded_run(manifest).train:
         try:
-            known.append((f"dataset {source['path']}", read_description(source["path"]).tokenizer))
+            known.append((f"dataset {path}", read_description(path).tokenizer))
         except FlmError:  # the data is not on this machine
             continue
     return known

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.own_tokenizer import TOKENIZER_FILE
+from flm_megatron.checkpoint.recorded_run import recorded_run
 from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import ModelConfig, RunConfig, StageConfig
 from flm_megatron.data.tokenizer import file_fingerprint
@@ -67,8 +68,8 @@ def manifest_model(manifest: Mapping[str, Any], where: str = "manifest.json") ->
     """
     name = manifest.get("stage")
     plan = (manifest.get("growth") or {}).get("plan") or {}
-    stages = (manifest.get("run") or {}).get("stages", [])
-    found = next((stage["model"] for stage in stages if stage["name"] == name), None)
+    stage = recorded_run(manifest).stage(name)
+    found = stage.model if stage else None
     if found is not None and plan.get("stage") == name:
         found = plan.get("new")
     try:

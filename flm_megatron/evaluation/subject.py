@@ -9,11 +9,10 @@ from typing import Any
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.opening import open_with_model
 from flm_megatron.checkpoint.own_tokenizer import check_tokenizer, tokenizer_files
+from flm_megatron.checkpoint.recorded_run import RecordedStage, recorded_run
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import RequestError
-
-DEFAULT_CONTEXT = 4096
 
 
 @dataclass(frozen=True)
@@ -45,18 +44,18 @@ def open_subject(path: str | Path, tokenizer: str | Path | None = None, vocab_si
     """
     path = Path(path)
     view, model = open_with_model(path, vocab_size)
-    run = view.manifest.get("run") or {}
-    stage: dict[str, Any] = next((s for s in run.get("stages", []) if s["name"] == view.manifest.get("stage")), {})
+    run = recorded_run(view.manifest)
+    stage = run.stage(view.manifest.get("stage"))
     found = Tokenizer(tokenizer or _own_tokenizer(path, view.manifest))
     check_tokenizer(found, model, str(path), view.manifest, path)
-    context = run.get("data", {}).get("sequence_length", DEFAULT_CONTEXT)
-    return Subject(path, view, model, found, stage.get("precision", "fp32"), context)
+    precision = stage.precision if stage else RecordedStage.precision
+    return Subject(path, view, model, found, precision, run.sequence_length)
 
 
 def _own_tokenizer(path: Path, manifest: dict[str, Any]) -> Path:
     candidates = tokenizer_files(path, manifest)
     if not candidates:
-        named = (manifest.get("run") or {}).get("tokenizer")
+        named = recorded_run(manifest).tokenizer
         raise RequestError(
             f"{path}: {f'its tokenizer {named} is not there' if named else 'it names no tokenizer'}: "
             "give a SentencePiece model with --tokenizer"

@@ -33,13 +33,27 @@ class StageFields(_Fields):
 
     name: str
     model: dict[str, Any]
+    precision: str | None = None
+
+
+class SourceFields(_Fields):
+    """A dataset of the run."""
+
+    path: str
+
+
+class DataFields(_Fields):
+    """What the run is trained on."""
+
+    sequence_length: Count | None = None
+    train: list[SourceFields] = []
 
 
 class RunFields(_Fields):
     """The run file, resolved."""
 
     tokenizer: str | None = None
-    data: dict[str, Any] | None = None
+    data: DataFields | None = None
     stages: list[StageFields] = []
 
 

@@ -283,6 +283,8 @@ def test_fields_that_say_what_llama_does_are_taken() -> None:
         ({"run": {"stages": [5]}}, "run.stages.0"),
         ({"run": {"stages": [{"name": "small"}]}}, "run.stages.0.model"),
         ({"growth": {"plan": []}}, "growth.plan"),
+        ({"run": {"data": {"train": [{}]}}}, "run.data.train.0.path"),
+        ({"run": {"data": {"sequence_length": "x"}}}, "run.data.sequence_length"),
         ({"tensors": {"a": 5}}, "tensors.a"),
         ({"stage": 5}, "stage"),
     ],
