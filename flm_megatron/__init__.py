@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 TYPE_CHECKING = False  # as in `typing`, which this does not wait for
 if TYPE_CHECKING:
     from flm_megatron.api.checkpoint import open_checkpoint
+    from flm_megatron.api.compare import compare
+    from flm_megatron.api.distance import layer_distances
     from flm_megatron.api.export import HuggingFaceExport, export_hf
     from flm_megatron.api.grow import Growth, grow
     from flm_megatron.api.import_hf import import_hf
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from flm_megatron.api.train import fine_tune, train
     from flm_megatron.api.verify import verify
     from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
+    from flm_megatron.checkpoint.tools.compare import Comparison
     from flm_megatron.checkpoint.tools.verify import Verification
     from flm_megatron.config.schema import (
         ChatConfig,
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
         ValidationConfig,
     )
     from flm_megatron.errors import DamagedError, FlmError, Mistakes, RequestError
+    from flm_megatron.growth.distance import LayerDistance
     from flm_megatron.growth.plan import GrowthPlan
     from flm_megatron.growth.record import Certificate
     from flm_megatron.planner.plan import Cost, StagePlan
@@ -56,6 +60,7 @@ __all__ = [
     "ChatConfig",
     "CheckpointConfig",
     "CheckpointCopy",
+    "Comparison",
     "Cost",
     "DamagedError",
     "DataConfig",
@@ -67,6 +72,7 @@ __all__ = [
     "Hook",
     "HuggingFaceExport",
     "KernelsConfig",
+    "LayerDistance",
     "LoggingConfig",
     "LogicalCheckpoint",
     "LoraConfig",
@@ -91,10 +97,12 @@ __all__ = [
     "ValidationConfig",
     "Verification",
     "__version__",
+    "compare",
     "export_hf",
     "fine_tune",
     "grow",
     "import_hf",
+    "layer_distances",
     "load_run",
     "open_checkpoint",
     "plan",
@@ -107,6 +115,8 @@ __all__ = [
 
 _MODULES = {
     "api.checkpoint": ("open_checkpoint",),
+    "api.compare": ("compare",),
+    "api.distance": ("layer_distances",),
     "api.export": ("HuggingFaceExport", "export_hf"),
     "api.grow": ("Growth", "grow"),
     "api.import_hf": ("import_hf",),
@@ -117,8 +127,10 @@ _MODULES = {
     "api.train": ("fine_tune", "train"),
     "api.verify": ("verify",),
     "checkpoint.logical": ("LogicalCheckpoint", "Region", "TensorInfo"),
+    "checkpoint.tools.compare": ("Comparison",),
     "checkpoint.tools.verify": ("Verification",),
     "errors": ("DamagedError", "FlmError", "Mistakes", "RequestError"),
+    "growth.distance": ("LayerDistance",),
     "growth.plan": ("GrowthPlan",),
     "growth.record": ("Certificate",),
     "planner.plan": ("Cost", "StagePlan"),

@@ -26,3 +26,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, vocab_size: int | None = No
     """
     require_vocabulary(vocab_size)
     return opened(given_path(path, "path"), vocab_size)
+
+
+def given_checkpoint(checkpoint: str | os.PathLike[str] | LogicalCheckpoint) -> LogicalCheckpoint:
+    """What was given where a folder or an open checkpoint may be. Raises as `open_checkpoint`."""
+    return checkpoint if isinstance(checkpoint, LogicalCheckpoint) else opened(given_path(checkpoint, "checkpoint"))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flm_megatron.api.checkpoint import given_checkpoint
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
-from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.config.stage_names import stage_index
 from flm_megatron.distributed.launched import launched_processes
@@ -75,7 +75,7 @@ def grow(
     require_folder(out, "--out")
     check_run_file(run)
     index = stage_index(run, stage)
-    source = checkpoint if isinstance(checkpoint, LogicalCheckpoint) else open_checkpoint(_path(checkpoint))
+    source = given_checkpoint(checkpoint)
     measures = needs_distances(run, index) and distances is None
     with _world(run, certify is not None or measures), Layouts(run.distributed.timeout_s) as under:
         chosen = _distances(distances, run, index, source, under) if needs_distances(run, index) else None
@@ -85,10 +85,6 @@ def grow(
             on_certificate(certificate)
         manifest = write_grown(view, out, Processes(), certificate)
     return Growth(out, plan, manifest["logical_hash"], certificate)
-
-
-def _path(checkpoint: str | os.PathLike[str]) -> Path:
-    return given_path(checkpoint, "checkpoint")
 
 
 def _world(run: RunConfig, runs_a_model: bool) -> AbstractContextManager[Any]:

@@ -31,19 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a line for each tensor that differs; returns 1 if any does beyond the tolerance."""
-    from flm_megatron.checkpoint.opening import open_with_model
-    from flm_megatron.checkpoint.tools.compare import compare
-    from flm_megatron.checkpoint.tools.reshard import stored_bytes
-    from flm_megatron.distributed.launched import launched_processes
-    from flm_megatron.distributed.progress import progress_bar
+    from flm_megatron.api.compare import compare
+    from flm_megatron.distributed.launched import is_first_process
 
-    with launched_processes() as processes:
-        (first, _), (second, _) = (open_with_model(path, args.vocab_size) for path in (args.first, args.second))
-        with progress_bar("compare", stored_bytes(first.tensors), processes) as moved:
-            comparison = compare(first, second, processes, moved)
-        beyond = comparison.beyond(args.tolerance)
-        if processes.rank == 0:
-            print(_as_json(comparison, beyond) if args.json else _as_text(comparison, beyond))
+    comparison = compare(args.first, args.second, vocab_size=args.vocab_size)
+    beyond = comparison.beyond(args.tolerance)
+    if is_first_process():
+        print(_as_json(comparison, beyond) if args.json else _as_text(comparison, beyond))
     return 1 if beyond else 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import flm_megatron as flm
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.torch_dist.writer import write_view
@@ -84,13 +85,14 @@ def test_distances_then_a_certified_growth(folder: Path, capsys: pytest.CaptureF
     assert main(["distance", str(folder / "small"), str(folder / "run.yaml"), *where]) == 0
     assert len(json.loads(distances.read_text())) == 2 and plot.stat().st_size > 1000
     assert "cosine" in capsys.readouterr().out
+    measured = flm.layer_distances(folder / "small", load_run(folder / "run.yaml"), text=folder / "text.txt")
+    assert [vars(layer) for layer in measured] == json.loads(distances.read_text())
     chosen = ["--stages.1.growth.layer_selection", "distance", "--distances", str(distances)]
     assert grow(folder, "certified", "--stage", "big", "--certify", str(folder / "text.txt"), *chosen) == 0
     assert "relative change" in capsys.readouterr().out
     certificate = open_checkpoint(folder / "certified").manifest["growth"]["certificate"]
     assert [c["precision"] for c in certificate["comparisons"]] == ["fp32"]
-    measured = ["--stages.1.growth.layer_selection", "distance"]
-    assert grow(folder, "measured", "--stage", "big", *measured) == 0
+    assert grow(folder, "measured", "--stage", "big", "--stages.1.growth.layer_selection", "distance") == 0
 
 
 def test_a_growth_beyond_the_tolerance_is_not_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,6 +105,15 @@ def test_verify_finds_what_the_command_finds(tiny: Path, capsys: pytest.CaptureF
     assert flm.verify("flipped", quick=True).problems == []
 
 
+def test_compare_finds_what_the_command_finds(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flm.reshard(TRAINED, "rounded", dtype="bf16", optimizer=False)
+    found = flm.compare(TRAINED, "rounded")
+    assert main(["checkpoint", "diff", TRAINED, "rounded", "--json"]) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert said["differences"] == {name: vars(difference) for name, difference in found.differences.items()}
+    assert said["beyond_tolerance"] == found.beyond(0.0) != [] and found.beyond(1e-2) == []
+
+
 def test_plan_has_the_numbers_that_the_command_prints(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     planned = flm.plan(flm.load_run("run.yaml"), gpu="h100", gpus=4, mtbf=50_000)
     words = ["plan", "run.yaml", "--gpu", "h100", "--gpus", "4", "--mtbf", "50000"]
@@ -172,6 +181,9 @@ Refused = Callable[[flm.RunConfig], object]
         (lambda run: flm.export_hf(TRAINED, "f"), f"checkpoint export-hf {TRAINED} f"),
         (lambda run: flm.reshard(TRAINED, "o", tensor=3), f"checkpoint reshard {TRAINED} o --tensor 3"),
         (lambda run: flm.reshard("f", "o", virtual_pipeline=2), "checkpoint reshard f o --virtual-pipeline 2"),
+        (lambda run: flm.compare(TRAINED, "gone"), f"checkpoint diff {TRAINED} gone"),
+        (lambda run: flm.layer_distances("gone", run), "distance gone run.yaml"),
+        (lambda run: flm.layer_distances(TRAINED, run, text="gone"), f"distance {TRAINED} run.yaml --text gone"),
         (lambda run: flm.verify("gone"), "checkpoint verify gone"),
         (lambda run: flm.open_checkpoint("gone"), "checkpoint inspect gone"),
     ],
