@@ -12,9 +12,8 @@ if TYPE_CHECKING:
     from flm_megatron.api.checkpoint import open_checkpoint
     from flm_megatron.api.compare import compare
     from flm_megatron.api.distance import layer_distances
-    from flm_megatron.api.export import HuggingFaceExport, export_hf
     from flm_megatron.api.grow import Growth, grow
-    from flm_megatron.api.import_hf import import_hf
+    from flm_megatron.api.hugging_face import HuggingFaceExport, export_hf, import_hf
     from flm_megatron.api.plan import Plan, plan, search_layouts
     from flm_megatron.api.plan_budget import BudgetPlan, plan_budget
     from flm_megatron.api.reshard import CheckpointCopy, reshard
@@ -117,9 +116,8 @@ _MODULES = {
     "api.checkpoint": ("open_checkpoint",),
     "api.compare": ("compare",),
     "api.distance": ("layer_distances",),
-    "api.export": ("HuggingFaceExport", "export_hf"),
     "api.grow": ("Growth", "grow"),
-    "api.import_hf": ("import_hf",),
+    "api.hugging_face": ("HuggingFaceExport", "export_hf", "import_hf"),
     "api.plan": ("Plan", "plan", "search_layouts"),
     "api.plan_budget": ("BudgetPlan", "plan_budget"),
     "api.reshard": ("CheckpointCopy", "reshard"),

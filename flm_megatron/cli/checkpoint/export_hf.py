@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export, and say how exact it is; returns 0."""
-    from flm_megatron.api.export import export_hf
+    from flm_megatron.api.hugging_face import export_hf
     from flm_megatron.distributed.launched import is_first_process
 
     written = export_hf(

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Import, and print the logical hash of what was written; returns 0."""
-    from flm_megatron.api.import_hf import import_hf
+    from flm_megatron.api.hugging_face import import_hf
     from flm_megatron.distributed.launched import is_first_process
 
     written = import_hf(args.source, args.destination, dtype=args.dtype, vocab_size=args.vocab_size)
