@@ -56,8 +56,7 @@ def export_hf(
     and all call.
 
     Args:
-        checkpoint: folder to read.
-        out: folder to write; it must not exist.
+        checkpoint, out: folders to read and to write; the second must not exist.
         flavour: "teleflm" is the released form, with its code; "llama" has the multipliers folded into embedding and
             head, so that plain Llama gives the same logits.
         dtype: of the weights; the stored one without.

@@ -11,6 +11,7 @@ from flm_megatron.api.values import require_one_of, require_vocabulary, require_
 from flm_megatron.checkpoint.files.destination import require_new
 from flm_megatron.checkpoint.lazy.adapters import merged
 from flm_megatron.checkpoint.lazy.converted import ConvertedCheckpoint, dtype_named
+from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.megatron_legacy.reader import MegatronLegacyCheckpoint
 from flm_megatron.checkpoint.megatron_legacy.writer import write_megatron_legacy
 from flm_megatron.checkpoint.opening import open_with_model
@@ -61,8 +62,7 @@ def reshard(
         checkpoint: folder to read.
         out: folder to write; it must not exist.
         format: "torch_dist", or "classic" for Megatron-LM's mp_rank folders (weights only).
-        tensor: tensor-parallel size of the target layout.
-        pipeline: its pipeline-parallel size.
+        tensor, pipeline: sizes of the target layout.
         virtual_pipeline: model chunks per pipeline rank.
         optimizer: whether masters and moments are copied.
         dtype: of the weights; the stored one without.
@@ -79,11 +79,7 @@ def reshard(
     optimizer = optimizer and format == "torch_dist"
     require_new(out)
     with launched_processes() as processes:
-        source, model = open_with_model(path, vocab_size)
-        if format == "classic":
-            source, model = merged(without_mask(source, fold=False), model)
-        if optimizer:
-            source.has_optimizer()  # refuses optimizer state that has no names
+        source, model = _source(path, vocab_size, format, optimizer)
         view = ConvertedCheckpoint(source, weights, optimizer=optimizer)
         if format == "classic":
             before, after = _megatron_legacy(view, out, (model, parallel or ParallelConfig()), processes)
@@ -91,6 +87,16 @@ def reshard(
             before, after = _torch_dist(view, out, model, parallel, path, processes)
         require_unchanged(before, after, out, processes)
     return CheckpointCopy(out, combine_hashes(after))
+
+
+def _source(path: Path, vocab_size: int | None, format: str, optimizer: bool) -> tuple[LogicalCheckpoint, ModelConfig]:
+    """The checkpoint to copy and its model, as the format can hold them: Megatron-LM's knows no masks nor adapters."""
+    source, model = open_with_model(path, vocab_size)
+    if format == "classic":
+        source, model = merged(without_mask(source, fold=False), model)
+    if optimizer:
+        source.has_optimizer()  # refuses optimizer state that has no names
+    return source, model
 
 
 def _target(format: str, tensor: int | None, pipeline: int | None, virtual_pipeline: int) -> ParallelConfig | None:
