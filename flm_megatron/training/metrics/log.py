@@ -70,15 +70,15 @@ class MetricsLog:
         sys.stdout.flush()
 
     def write(self, line: Line) -> None:
-        """A line of `metrics.jsonl`, and its numbers as TensorBoard scalars of its stage at its step."""
+        """A line of `metrics.jsonl`, and its numbers as TensorBoard scalars, if it names a stage, at its step."""
         print(line_text(line), file=self._jsonl, flush=True)
-        if self._writer is not None:
+        if self._writer is not None and line.stage is not None:
             for name, value in line.to_json().items():
                 if isinstance(value, float):
                     self._writer.add_scalar(f"{line.stage}/{name}", value, line.step)
 
     def record(self, values: Mapping[str, Any]) -> None:
-        """A line of a hook of the user's own, as it is given; TensorBoard needs `stage` and `step` in it."""
+        """A line of a hook, as it is given; one that names `stage` and `step` goes to TensorBoard too."""
         self.write(OtherEvent(values))
 
     def step(self, event: StepEvent, steps: int, speak: bool) -> None:

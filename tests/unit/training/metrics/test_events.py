@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from flm_megatron.training.metrics.events import (
 )
 from flm_megatron.training.metrics.log import MetricsLog
 from tests.fixtures import CHECKPOINT_V1
+from tests.support import REPOSITORY
 
 AT = ("small", 4, 512)
 PLACE = '{"stage": "small", "step": 4, "tokens": 512'
@@ -77,6 +79,12 @@ def test_a_line_of_each_kind_is_written_and_comes_back(event: MetricsEvent, text
 
 def test_every_kind_has_a_case() -> None:
     assert {type(event) for event, _ in CASES} == set(events.KINDS) == set(MetricsEvent.__subclasses__())
+
+
+def test_the_documentation_lists_the_keys_of_every_kind() -> None:
+    page = (REPOSITORY / "docs" / "evaluation.md").read_text().partition("## The lines of metrics.jsonl")[2]
+    assert re.findall(r"^\| `(\w+)`", page, re.M) == [kind.KEY for kind in events.KINDS]
+    assert [name for name in events.STEP_NUMBERS if f"`{name}`" not in page] == []
 
 
 def test_a_step_stays_a_step_whatever_hooks_record_with_it() -> None:
@@ -146,10 +154,10 @@ def test_a_run_that_goes_on_keeps_lines_of_kinds_that_are_not_known(tmp_path: Pa
     """Those of later steps are dropped as all others are; one without a place cannot be of a later step."""
     rows = ['{"mine": 1}', PLACE + ', "later": 1}', PLACE.replace("4", "5") + ', "later": 1}']
     (tmp_path / "metrics.jsonl").write_text("".join(row + "\n" for row in rows))
-    log = MetricsLog(tmp_path, tensorboard=False, stages=["small"], stage="small", step=4)
-    log.record({"of a hook": [1, None]})
+    log = MetricsLog(tmp_path, tensorboard=True, stages=["small"], stage="small", step=4)
+    log.record({"of a hook": 1.5})
     log.close()
-    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [*rows[:2], '{"of a hook": [1, null]}']
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [*rows[:2], '{"of a hook": 1.5}']
 
 
 def test_a_report_takes_no_notice_of_kinds_that_are_not_known(tmp_path: Path) -> None:
