@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from flm_megatron.checkpoint.position import recorded_position
 from flm_megatron.errors import RequestError
 
 MASTER = "optimizer.state.param."
@@ -101,9 +102,10 @@ def adam_step(view: LogicalCheckpoint) -> int:
     """
     if not view.has_optimizer():
         return 0
-    if "optimizer_step" not in view.manifest:
+    step = recorded_position(view.manifest).optimizer_step
+    if step is None:
         raise RequestError(
             "the checkpoint has Adam's moments but does not say after how many steps, which their bias correction"
             " needs: copy its weights alone with `flm checkpoint reshard --no-optimizer`, and start from these"
         )
-    return int(view.manifest["optimizer_step"])
+    return step

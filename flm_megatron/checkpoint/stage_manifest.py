@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.own_tokenizer import TOKENIZER_FILE
+from flm_megatron.checkpoint.position import StagePosition, recorded_position
 from flm_megatron.checkpoint.recorded_run import recorded_run
 from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import ModelConfig, RunConfig, StageConfig
@@ -20,16 +21,6 @@ from flm_megatron.model.limits import check_limits
 
 IMPORTED = "imported"
 """Name of the stage of a checkpoint that comes from another program."""
-
-
-@dataclass(frozen=True)
-class StagePosition:
-    """How far a run is: `step` of the stage, samples and tokens of all stages, and Adam's step."""
-
-    step: int
-    samples: int | None
-    tokens: int | None
-    optimizer_step: int | None
 
 
 def stage_manifest(
@@ -47,11 +38,9 @@ def stage_manifest(
     stages = list(run.stages)
     stages[stage_index] = replace(stages[stage_index], model=model)
     fingerprint = file_fingerprint(run.tokenizer) if run.tokenizer else None
-    known = {key: value for key, value in vars(position).items() if value is not None}
     return {
         "run": run_to_dict(replace(run, stages=stages)),
-        "stage": stages[stage_index].name,
-        **known,
+        **replace(position, stage=stages[stage_index].name).to_json(),
         **({"growth": dict(growth)} if growth else {}),
         **({"tokenizer_sha256": fingerprint} if fingerprint else {}),
     }
@@ -66,7 +55,7 @@ def manifest_model(manifest: Mapping[str, Any], where: str = "manifest.json") ->
     Raises:
         RequestError: there is one, with fields or values that this program does not know.
     """
-    name = manifest.get("stage")
+    name = recorded_position(manifest).stage
     plan = (manifest.get("growth") or {}).get("plan") or {}
     stage = recorded_run(manifest).stage(name)
     found = stage.model if stage else None
@@ -98,7 +87,7 @@ def manifest_for(view: LogicalCheckpoint, model: ModelConfig, source: Path) -> d
         tokenizer=str(tokenizer.resolve()) if tokenizer.is_file() else None,
         stages=[StageConfig(name=IMPORTED, model=model)],
     )
-    known = view.manifest
-    adam_step = known.get("optimizer_step") if view.has_optimizer() else 0
-    position = StagePosition(known.get("step", 0), known.get("samples", 0), known.get("tokens", 0), adam_step)
-    return known | stage_manifest(run, 0, model, position)
+    known = recorded_position(view.manifest)
+    adam_step = known.optimizer_step if view.has_optimizer() else 0
+    position = StagePosition(known.step or 0, known.samples or 0, known.tokens or 0, adam_step)
+    return view.manifest | stage_manifest(run, 0, model, position)

@@ -9,6 +9,7 @@ from typing import Any
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.opening import open_with_model
 from flm_megatron.checkpoint.own_tokenizer import check_tokenizer, tokenizer_files
+from flm_megatron.checkpoint.position import recorded_position
 from flm_megatron.checkpoint.recorded_run import RecordedStage, recorded_run
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.data.tokenizer import Tokenizer
@@ -29,8 +30,8 @@ class Subject:
     @property
     def name(self) -> str:
         """Stage and step, or the folder's name where the checkpoint does not say."""
-        manifest = self.view.manifest
-        return f"{manifest['stage']} {manifest['step']}" if "stage" in manifest else self.path.name
+        at = recorded_position(self.view.manifest)
+        return self.path.name if at.stage is None else f"{at.stage} {at.step}"
 
 
 def open_subject(path: str | Path, tokenizer: str | Path | None = None, vocab_size: int | None = None) -> Subject:
@@ -45,7 +46,7 @@ def open_subject(path: str | Path, tokenizer: str | Path | None = None, vocab_si
     path = Path(path)
     view, model = open_with_model(path, vocab_size)
     run = recorded_run(view.manifest)
-    stage = run.stage(view.manifest.get("stage"))
+    stage = run.stage(recorded_position(view.manifest).stage)
     found = Tokenizer(tokenizer or _own_tokenizer(path, view.manifest))
     check_tokenizer(found, model, str(path), view.manifest, path)
     precision = stage.precision if stage else RecordedStage.precision

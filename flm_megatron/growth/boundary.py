@@ -10,7 +10,8 @@ from typing import Any
 from flm_megatron.checkpoint.described import recorded_model
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.own_tokenizer import check_tokenizer
-from flm_megatron.checkpoint.stage_manifest import StagePosition, stage_manifest
+from flm_megatron.checkpoint.position import StagePosition, recorded_position
+from flm_megatron.checkpoint.stage_manifest import stage_manifest
 from flm_megatron.config.loader import resolve_vocabulary
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig
 from flm_megatron.data.tokenizer import Tokenizer
@@ -37,7 +38,7 @@ def grown_view(
     """
     check_boundary(run, stage_index)
     stage = run.stages[stage_index]
-    check_source_stage(run, stage_index, source.manifest.get("stage"))
+    check_source_stage(run, stage_index, recorded_position(source.manifest).stage)
     check_masks_open(source.manifest)
     old = source_model(source, run, stage_index)
     check_same_tokenizer(source.manifest, run, old)
@@ -91,7 +92,7 @@ def resumed_plan(run: RunConfig, index: int, saved: Mapping[str, Any]) -> Growth
 def saved_mask_value(manifest: Mapping[str, Any]) -> float:
     """How far the masks of a checkpoint are open: 1 where it has none."""
     plan = saved_plan(manifest)
-    return mask_value(plan, manifest.get("step") or 0) if plan is not None and plan.masked else 1.0
+    return mask_value(plan, recorded_position(manifest).step or 0) if plan is not None and plan.masked else 1.0
 
 
 def check_masks_open(manifest: Mapping[str, Any]) -> None:
@@ -102,8 +103,9 @@ def check_masks_open(manifest: Mapping[str, Any]) -> None:
     """
     plan, v = saved_plan(manifest), saved_mask_value(manifest)
     if plan is not None and v < 1:
+        at = recorded_position(manifest)
         raise RequestError(
-            f"the checkpoint of stage {manifest.get('stage')!r} is at step {manifest.get('step')}, in the middle of "
+            f"the checkpoint of stage {at.stage!r} is at step {at.step}, in the middle of "
             f"its growth mask (v = {v:.3f}, open at step {plan.mask_steps}): train the stage to that step first"
         )
 
@@ -125,8 +127,8 @@ def check_same_tokenizer(manifest: Mapping[str, Any], run: RunConfig, model: Mod
 def _manifest(source: LogicalCheckpoint, run: RunConfig, stage_index: int, plan: GrowthPlan) -> dict[str, Any]:
     """The grown stage's at step 0; where its run stands is carried over."""
     known = source.manifest
-    adam_step = known.get("optimizer_step") if has_moments(source) else 0
-    position = StagePosition(0, known.get("samples"), known.get("tokens"), adam_step)
+    at = recorded_position(known)
+    position = StagePosition(0, at.samples, at.tokens, at.optimizer_step if has_moments(source) else 0)
     run = resolve_vocabulary(run, int(plan.new.vocab_size or 0))
     manifest = stage_manifest(run, stage_index, plan.new, position)
     return {**{key: known[key] for key in ("tokenizer_sha256", "history") if key in known}, **manifest}

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from flm_megatron import kernels
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
+from flm_megatron.checkpoint.position import StagePosition
 from flm_megatron.checkpoint.sharding.model_state import load_state
-from flm_megatron.checkpoint.stage_manifest import StagePosition, stage_manifest
+from flm_megatron.checkpoint.stage_manifest import stage_manifest
 from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.history import history_to_json
 from flm_megatron.config.schema import RunConfig

@@ -15,6 +15,7 @@ from flm_megatron.checkpoint.files.torch_file import read_torch_file
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region
 from flm_megatron.checkpoint.megatron_legacy.arguments import arguments_of
 from flm_megatron.checkpoint.megatron_legacy.reader import FILE, LATEST, LocalTensor, local_tensors
+from flm_megatron.checkpoint.position import recorded_position
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.torch_dist.shard_file import PIECE_BYTES
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
@@ -41,8 +42,9 @@ def write_megatron_legacy(
     ranks = [(t, p) for p in range(parallel.pipeline) for t in range(parallel.tensor)]
     plans = {rank: local_tensors(model, parallel, *rank) for rank in ranks}
     nbytes = sum(_nbytes(view, tensors) for tensors in plans.values())
-    step = int(view.manifest.get("step") or 0)
-    arguments = arguments_of(model, parallel, sequence_length, int(view.manifest.get("samples") or 0))
+    at = recorded_position(view.manifest)
+    step = at.step or 0
+    arguments = arguments_of(model, parallel, sequence_length, at.samples or 0)
     with destination(path, processes, nbytes) as folder, progress_bar("write", nbytes, processes) as moved:
 
         def write_share() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from flm_megatron.checkpoint.logical import Region, TensorInfo
+from flm_megatron.checkpoint.position import recorded_position
 from flm_megatron.checkpoint.sharding.snapshot import Stored, placed
 from flm_megatron.errors import DamagedError
 
@@ -30,10 +31,11 @@ def header_of(
     """The header of a blob that holds `parts` as `snapshot` lays them out; `manifest` has `stage` and `step`."""
     names = {name: number for number, name in enumerate(tensors)}
     positions, _ = placed(parts)
+    at = recorded_position(manifest)
     return {
         "world": world,
-        "stage": manifest["stage"],
-        "step": manifest["step"],
+        "stage": at.stage,
+        "step": at.step,
         "manifest": dict(manifest),
         "tensors": [[name, str(info.dtype), info.shape] for name, info in tensors.items()],
         "parts": [

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from flm_megatron.checkpoint.memory.blobs import NONE, Generation
 from flm_megatron.checkpoint.memory.contents import header_of
 from flm_megatron.checkpoint.memory.peers import Peers
+from flm_megatron.checkpoint.position import StagePosition, recorded_position
 from flm_megatron.checkpoint.sharding.model_state import stored_state
 from flm_megatron.checkpoint.sharding.snapshot import HostBuffer, placed, snapshot
 from flm_megatron.device import current
@@ -54,17 +55,17 @@ class Refresher:
 
         Never waits for another host's agent.
         """
-        last = self._last()
+        last, step = self._last(), recorded_position(manifest).step
+        assert step is not None, "what is trained stands at a step"
         if last == "busy":
             return (
-                f"no copy of step {manifest['step']} in memory: the one of step {self.step} is still on its way to "
-                "the neighbours"
+                f"no copy of step {step} in memory: the one of step {self.step} is still on its way to the neighbours"
             )
         if last == WHOLE:
             self.kept = self.begun if self.step else self.kept
         line = None if last == WHOLE else f"the copy of step {self.step} in memory is not whole: {last}"
         self.begun = Generation(self.begun.start, self.begun.number + 1)
-        self.step = manifest["step"]
+        self.step = step
         self._failure = None
         try:
             self._copy(chunks, optimizer, manifest)
@@ -101,7 +102,8 @@ class Refresher:
         tensors, parts = stored_state(chunks, optimizer)
         buffer = self._buffer(placed(parts)[1])
         snapshot(parts, buffer)
-        described = manifest if peers.rank == 0 else {key: manifest[key] for key in ("stage", "step")}
+        at = recorded_position(manifest)
+        described = manifest if peers.rank == 0 else StagePosition(at.step, stage=at.stage).to_json()
         peers.local.commit(header_of(tensors, parts, peers.size, described), peers.neighbour)
 
     def _buffer(self, nbytes: int) -> HostBuffer:

@@ -16,6 +16,7 @@ from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInf
 from flm_megatron.checkpoint.memory.blobs import Generation
 from flm_megatron.checkpoint.memory.client import Endpoint, LocalAgent, RemoteAgent
 from flm_megatron.checkpoint.memory.contents import manifest_of, parts_of, tensors_of
+from flm_megatron.checkpoint.position import recorded_position
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.torch_dist.chunk_index import ChunkIndex, StoredChunk
 from flm_megatron.checkpoint.torch_dist.shard_file import Record
@@ -47,6 +48,7 @@ class MemoryCheckpoint(LogicalCheckpoint):
         self.generation, self.blobs, self.endpoints = generation, blobs, endpoints
         self.local, self.host = local, host
         self.manifest: dict[str, Any] = {**manifest_of(blobs[0].header), "optimizer": "logical"}
+        self.step = recorded_position(self.manifest).step
         self.tensors: dict[str, TensorInfo] = {}
         self.chunks: dict[str, list[StoredChunk]] = {}
         for rank, blob in blobs.items():
@@ -63,7 +65,7 @@ class MemoryCheckpoint(LogicalCheckpoint):
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:
         """Values of a region; raises as `LogicalCheckpoint.read`, and FlmError after `close`."""
         if self._closed:
-            raise FlmError(f"the copy of step {self.manifest['step']} is no longer in memory")
+            raise FlmError(f"the copy of step {self.step} is no longer in memory")
         if name not in self.tensors:
             raise RequestError(f"the copy in memory has no tensor {name}")
         info = self.tensors[name]
@@ -94,7 +96,7 @@ class MemoryCheckpoint(LogicalCheckpoint):
         try:
             check_cover(self.tensors, records)
         except FlmError as error:
-            raise DamagedError(f"copies of step {self.manifest['step']} in memory: {error}") from error
+            raise DamagedError(f"copies of step {self.step} in memory: {error}") from error
 
     def _read_chunk(self, name: str, chunk: StoredChunk, region: Region) -> torch.Tensor:
         """A region of a chunk, from the first holder that gives it."""
@@ -107,7 +109,7 @@ class MemoryCheckpoint(LogicalCheckpoint):
             except (FlmError, OSError) as error:
                 failures.append(str(error))
         raise DamagedError(
-            f"{name}: the copy of rank {rank} at step {self.manifest['step']} cannot be read from memory "
+            f"{name}: the copy of rank {rank} at step {self.step} cannot be read from memory "
             f"({'; '.join(failures)}); start again to go on from another one or from the disk"
         )
 

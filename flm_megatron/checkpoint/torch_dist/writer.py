@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from flm_megatron.checkpoint.files.destination import new_folder, publish, write_errors
 from flm_megatron.checkpoint.files.manifest import MANIFEST, VERSION, file_entry, manifest_text
 from flm_megatron.checkpoint.logical import EXP_AVG, STATE_PREFIXES, LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.position import recorded_position
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.torch_dist.logical_hash import combine_hashes, tensor_hash
 from flm_megatron.checkpoint.torch_dist.reader import COMMON, FORMAT, METADATA, OURS
@@ -144,7 +145,7 @@ def _finish(folder: Path, path: Path, results: list[Written], manifest: dict[str
     check_cover(tensors, records)
     manifest = {**manifest, **_contents(tensors, results)}
     with write_errors(path):
-        for name, data in _small_files(tensors, records, int(manifest.get("step") or 0)).items():
+        for name, data in _small_files(tensors, records, recorded_position(manifest).step or 0).items():
             write_file(folder / name, data)
             manifest["files"][name] = file_entry(data)
         write_file(folder / MANIFEST, manifest_text(manifest).encode())

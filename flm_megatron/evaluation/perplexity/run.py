@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flm_megatron.checkpoint.position import recorded_position
 from flm_megatron.config.schema import ParallelConfig
 from flm_megatron.data.corpus.corpus import Corpus
 from flm_megatron.errors import RequestError
@@ -102,7 +103,7 @@ def _score(request: BitsPerByteRequest, path: Path, documents: Mapping[str, list
     return CheckpointScore(
         path=str(path),
         name=subject.name,
-        tokens_trained=subject.view.manifest.get("tokens"),
+        tokens_trained=recorded_position(subject.view.manifest).tokens,
         precision=request.precision or subject.precision,
         windows=windows,
         domains={name: score_documents(chunk, subject.tokenizer, texts, windows) for name, texts in documents.items()},

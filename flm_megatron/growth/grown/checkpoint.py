@@ -19,6 +19,7 @@ from flm_megatron.checkpoint.logical import (
     TensorInfo,
     split_name,
 )
+from flm_megatron.checkpoint.position import recorded_position
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.grown.births import has_moments
 from flm_megatron.growth.grown.operators import Constant, Fresh, Mean, Old, Operators, Piece
@@ -109,13 +110,14 @@ def axis_mean(values: torch.Tensor, axis: int) -> torch.Tensor:
 def growth_record(source: LogicalCheckpoint, plan: GrowthPlan) -> GrowthRecord:
     """Where a grown checkpoint comes from: the plan, the source's checksum and place, the code's version."""
     text = json.dumps(source.manifest, sort_keys=True, default=str)
+    at = recorded_position(source.manifest)
     return GrowthRecord(
         plan,
         source_logical_hash=source.manifest.get("logical_hash"),
         source_manifest_sha256=hashlib.sha256(text.encode()).hexdigest(),
-        source_stage=source.manifest.get("stage"),
-        source_step=source.manifest.get("step"),
-        optimizer_step=int(source.manifest.get("optimizer_step") or 0) if has_moments(source) else 0,
+        source_stage=at.stage,
+        source_step=at.step,
+        optimizer_step=(at.optimizer_step or 0) if has_moments(source) else 0,
         moments=has_moments(source),
         code_version=__version__,
         before=growth_behind(source.manifest),

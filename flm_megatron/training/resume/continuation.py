@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from flm_megatron.checkpoint.position import recorded_position
 from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.history import History, Segment, SegmentSource, history_from_json
 from flm_megatron.config.loader import run_from_dict, run_to_dict
@@ -36,7 +37,8 @@ def past_history(run: RunConfig, manifest: Mapping[str, Any], where: str) -> His
         DamagedError: it cannot be read.
         RequestError: the checkpoint is not one of a run, or of a stage that neither its run file nor this one has.
     """
-    if unknown := [field for field in ("stage", "step") if manifest.get(field) is None]:
+    at = recorded_position(manifest)
+    if unknown := [field for field in ("stage", "step") if getattr(at, field) is None]:
         raise RequestError(
             f"{where}: its manifest.json names no {' and no '.join(unknown)}, as those that no run has saved: move it "
             "out of the run's folder (another run can start from it with checkpoint.initial)"
@@ -46,9 +48,9 @@ def past_history(run: RunConfig, manifest: Mapping[str, Any], where: str) -> His
     saved = run_from_dict(manifest["run"], where) if "run" in manifest else run
     sources = tuple(SegmentSource(source_name(s), s.path, s.weight, s.epochs) for s in saved.data.train)
     names = [stage.name for stage in saved.stages]
-    if manifest["stage"] not in names:
-        raise RequestError(f"{where} is of stage {manifest['stage']!r}, its run file has {', '.join(map(repr, names))}")
-    last = names.index(manifest["stage"])
+    if at.stage not in names:
+        raise RequestError(f"{where} is of stage {at.stage!r}, its run file has {', '.join(map(repr, names))}")
+    last = names.index(at.stage)
     return tuple(replace(budget.segments[0], sources=sources) for budget in stage_budgets(saved)[: last + 1])
 
 
@@ -62,7 +64,7 @@ def is_finished(run: RunConfig, index: int, manifest: Mapping[str, Any], past: H
     segments = [segment for segment in past if segment.stage == run.stages[index].name]
     if not segments:  # grown, and not trained yet
         return False
-    return segments[-1].tokens_at(manifest["step"]) - segments[0].first_token >= run.stages[index].tokens
+    return segments[-1].tokens_at(stage_and_step(manifest)[1]) - segments[0].first_token >= run.stages[index].tokens
 
 
 def stage_of(run: RunConfig, manifest: Mapping[str, Any], past: History, where: str) -> int:
@@ -72,7 +74,7 @@ def stage_of(run: RunConfig, manifest: Mapping[str, Any], past: History, where: 
         RequestError: the run file has no such stage, or others before it than those that were gone through.
     """
     names = [stage.name for stage in run.stages]
-    gone = list(dict.fromkeys([*(segment.stage for segment in past), manifest["stage"]]))
+    gone = list(dict.fromkeys([*(segment.stage for segment in past), stage_and_step(manifest)[0]]))
     if names[: len(gone)] != gone:
         raise RequestError(
             f"{where}: the run went through stage {' and '.join(map(repr, gone))}, but the run file's stages are "
@@ -88,15 +90,9 @@ def continued(run: RunConfig, index: int, manifest: Mapping[str, Any], past: His
         Mistakes: what the run file asks for cannot be continued; one line for each reason.
         RequestError: as `mixture_at_end`.
     """
-    last = past[-1]
-    step = manifest["step"] if run.stages[index].name == manifest["stage"] else 0
-    under_way = last.stage == manifest["stage"]
-    sample, token = (
-        (last.sample_at(manifest["step"]), last.tokens_at(manifest["step"]))
-        if under_way
-        else (manifest["samples"], manifest["tokens"])
-    )
-    now = _segment(run, index, step, sample, token)
+    stage, step = stage_and_step(manifest)
+    sample, token = _stream_position(manifest, past[-1], where)
+    now = _segment(run, index, step if run.stages[index].name == stage else 0, sample, token)
     past = _with_datasets(past, now)
     if reasons := list(_reasons(run, index, manifest, past, now)):
         raise Mistakes(reasons, f"cannot go on from {where}")
@@ -104,6 +100,24 @@ def continued(run: RunConfig, index: int, manifest: Mapping[str, Any], past: His
     if run.data.chat is None:
         mixture_at_end(history)
     return history
+
+
+def stage_and_step(manifest: Mapping[str, Any]) -> tuple[str, int]:
+    """Name of the stage, and step, of a checkpoint that `past_history` did not refuse."""
+    at = recorded_position(manifest)
+    assert at.stage is not None and at.step is not None, "`past_history` comes first"
+    return at.stage, at.step
+
+
+def _stream_position(manifest: Mapping[str, Any], last: Segment, where: str) -> tuple[int, int]:
+    """Samples and tokens of the run up to a checkpoint: what its last segment says, or else its manifest."""
+    stage, step = stage_and_step(manifest)
+    if last.stage == stage:
+        return last.sample_at(step), last.tokens_at(step)
+    at = recorded_position(manifest)
+    if at.samples is None or at.tokens is None:
+        raise RequestError(f"{where}: its manifest.json does not say how many samples and tokens its run had seen")
+    return at.samples, at.tokens
 
 
 def _joined(past: History, now: Segment) -> History:

@@ -86,7 +86,7 @@ class MemoryCopies:
         Only the first call looks: what a stage is left with is on the disk.
         """
         from flm_megatron.checkpoint.memory.refresh import Refresher
-        from flm_megatron.training.resume.continuation import continued, past_history
+        from flm_megatron.training.resume.continuation import continued, past_history, stage_and_step
 
         if self.refresher is not None:
             self._let_go()
@@ -104,12 +104,14 @@ class MemoryCopies:
         if self.view is None:
             self.line += ": going on from the disk" if search.line else ""
             return start
-        manifest = self.view.manifest
-        stage, where = names.index(manifest["stage"]), "the copies in memory"
-        history = continued(self.run, stage, manifest, past_history(self.run, manifest, where), where)
-        taken = start.taken if stage == start.stage else self._taken(manifest["stage"])
-        found = {"stage": stage, "step": manifest["step"], "history": history, "taken": taken}
-        return replace(start, **found, source=None, resumes=True, passed_over=())
+        manifest, where = self.view.manifest, "the copies in memory"
+        past = past_history(self.run, manifest, where)
+        name, step = stage_and_step(manifest)
+        stage = names.index(name)
+        history = continued(self.run, stage, manifest, past, where)
+        taken = start.taken if stage == start.stage else self._taken(name)
+        found = replace(start, stage=stage, step=step, history=history, taken=taken)
+        return replace(found, source=None, resumes=True, passed_over=())
 
     def _taken(self, stage: str) -> tuple[str, ...]:
         """Names of the checkpoints on disk of a stage that is not the one that the disk goes on with."""

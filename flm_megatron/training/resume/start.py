@@ -32,6 +32,7 @@ from flm_megatron.training.resume.continuation import (
     is_finished,
     known_history,
     past_history,
+    stage_and_step,
     stage_of,
 )
 from flm_megatron.training.resume.first_view import first_view
@@ -145,8 +146,9 @@ def _after(run: RunConfig, path: Path | None) -> Start:
     stage = stage_of(run, manifest, past, str(path))
     if not is_finished(run, stage, manifest, past):
         history = continued(run, stage, manifest, past, str(path))
-        check_masks_open_in_time(run, stage, manifest["step"], saved_plan(manifest), history)
-        return Start(stage, manifest["step"], path, resumes=True, history=history)
+        _, step = stage_and_step(manifest)
+        check_masks_open_in_time(run, stage, step, saved_plan(manifest), history)
+        return Start(stage, step, path, resumes=True, history=history)
     if stage + 1 == len(run.stages):
         return Start(stage + 1, 0, path, resumes=False)
     return Start(stage + 1, 0, path, resumes=False, history=continued(run, stage + 1, manifest, past, str(path)))

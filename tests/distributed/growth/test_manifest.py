@@ -8,8 +8,9 @@ from typing import Any
 
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
+from flm_megatron.checkpoint.position import StagePosition
 from flm_megatron.checkpoint.run_file import open_run
-from flm_megatron.checkpoint.stage_manifest import StagePosition, stage_manifest
+from flm_megatron.checkpoint.stage_manifest import stage_manifest
 from flm_megatron.checkpoint.torch_dist.writer import write_view
 from flm_megatron.cli.main import main
 from flm_megatron.config.loader import dump_run, load_run

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from flm_megatron.checkpoint.opening import open_checkpoint
+from flm_megatron.checkpoint.position import StagePosition
 from flm_megatron.checkpoint.recorded_run import RecordedRun, RecordedStage, recorded_run
-from flm_megatron.checkpoint.stage_manifest import StagePosition, stage_manifest
+from flm_megatron.checkpoint.stage_manifest import stage_manifest
 from flm_megatron.config.schema import DataConfig, ModelConfig, RunConfig, SourceConfig, StageConfig
 from tests.fixtures import CHECKPOINT_V1
 

@@ -11,7 +11,8 @@ import yaml
 
 from flm_megatron.checkpoint.described import recorded_model
 from flm_megatron.checkpoint.opening import open_checkpoint
-from flm_megatron.checkpoint.stage_manifest import StagePosition, stage_manifest
+from flm_megatron.checkpoint.position import StagePosition
+from flm_megatron.checkpoint.stage_manifest import stage_manifest
 from flm_megatron.checkpoint.torch_dist.writer import write_view
 from flm_megatron.cli.main import main
 from flm_megatron.config.loader import load_run

@@ -100,6 +100,15 @@ def test_the_same_run_file_adds_nothing(folder: Path) -> None:
     assert [(source.name, Path(source.path).name) for source in segment.sources] == [("web", "web"), ("code", "moved")]
 
 
+def test_a_grown_checkpoint_has_to_say_what_its_run_had_seen(folder: Path) -> None:
+    """Nothing of its stage is in the history yet: the stream goes on where the manifest says."""
+    run = run_of(folder)
+    grown = saved_by(run) | {"stage": "b", "step": 0}
+    del grown["samples"]
+    with pytest.raises(RequestError, match="does not say how many samples and tokens its run had seen"):
+        go_on(run, grown)
+
+
 def test_each_change_begins_a_segment_where_the_run_stands(folder: Path) -> None:
     """One after the other, each at the position of its checkpoint; two at one position leave the second alone."""
     run = run_of(folder)
