@@ -64,7 +64,7 @@ def make(folder: Path, millions: int) -> Path:
 
     from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
     from flm_megatron.checkpoint.logical import Region
-    from flm_megatron.checkpoint.torch_dist.writer import write_view
+    from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
     from flm_megatron.config.schema import ModelConfig, RunConfig, StageConfig
     from flm_megatron.model.parameters import parameter_count
 
@@ -85,8 +85,8 @@ def make(folder: Path, millions: int) -> Path:
             return noise[: region.numel].view(region.sizes).to(self.tensors[name].dtype)
 
     run_file = asdict(RunConfig(stages=[StageConfig(name="measured", model=model)]))
-    view = Noise(model, 1, optimizer=True, dtype=torch.bfloat16)
-    write_view(view, path, {"run": run_file, "stage": "measured", "step": 1, "optimizer_step": 1})
+    checkpoint = Noise(model, 1, optimizer=True, dtype=torch.bfloat16)
+    copy_checkpoint(checkpoint, path, {"run": run_file, "stage": "measured", "step": 1, "optimizer_step": 1})
     print(f"<!-- {parameter_count(model):,} parameters, {size_of(path) / 1e9:.2f} GB -->", flush=True)
     return path
 
@@ -176,7 +176,7 @@ def processes(args: argparse.Namespace) -> None:
 
 
 def trillion(args: argparse.Namespace) -> None:
-    """One rank's whole shard of tensor 32 x pipeline 28 at the shapes of 1T, streamed out of an initial view."""
+    """One rank's whole shard of tensor 32 x pipeline 28 at the shapes of 1T, streamed out of an initial checkpoint."""
     import torch
 
     from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
@@ -187,12 +187,12 @@ def trillion(args: argparse.Namespace) -> None:
     from flm_megatron.config.schema import ModelConfig, ParallelConfig
 
     model = ModelConfig(**(load_preset("tele-flm-1t")["model"] | {"vocab_size": 80_000}))
-    view = InitialCheckpoint(model, 1, dtype=torch.bfloat16)
+    checkpoint = InitialCheckpoint(model, 1, dtype=torch.bfloat16)
     before, started, count, total = peak_mib(), time.perf_counter(), 0, 0
     for name, regions in rank_regions(model, ParallelConfig(tensor=32, pipeline=28), 17, 5).items():
         for region in regions:
             for part in split_region(region, 2**22):
-                total += partial_hash(view.tensors[name].shape, part, view.read(name, part))
+                total += partial_hash(checkpoint.tensors[name].shape, part, checkpoint.read(name, part))
                 count += part.numel
     seconds = time.perf_counter() - started
     print(f"{count:,} values of rank (17, 5) in {seconds:.0f} s, peak {peak_mib() - before:.0f} MiB above the imports")

@@ -25,7 +25,7 @@ import torch
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.tools.reshard import stored_bytes
-from flm_megatron.checkpoint.torch_dist.writer import write_view
+from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.config.schema import GrowthConfig, ModelConfig
 from flm_megatron.distributed.launched import launched_processes
 from flm_megatron.distributed.processes import Processes
@@ -66,12 +66,12 @@ def copy(source: Path, target: Path) -> float:
     return time.perf_counter() - began
 
 
-def turn(view: GrownCheckpoint, folder: Path, processes: Processes) -> tuple[float, float, float]:
+def turn(checkpoint: GrownCheckpoint, folder: Path, processes: Processes) -> tuple[float, float, float]:
     """Grow, then copy: seconds of growth, CPU seconds of this process, seconds of the copy."""
     grown = folder / "grown"
     processes.on_first(forget)
     began, cpu = time.perf_counter(), time.process_time()
-    write_grown(view, grown, processes)
+    write_grown(checkpoint, grown, processes)
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
 
     def compare() -> float:
@@ -98,17 +98,17 @@ def main() -> None:
     source = args.folder / "source"
     before = rss_gib()
     with launched_processes() as processes:
-        write_view(InitialCheckpoint(old, 1, optimizer=True, dtype=torch.bfloat16), source, {"optimizer_step": 1})
+        copy_checkpoint(InitialCheckpoint(old, 1, optimizer=True, dtype=torch.bfloat16), source, {"optimizer_step": 1})
         for operator in args.operators:
             operators = dict.fromkeys(("hidden", "ffn", "heads", "layers"), operator)
             plan = make_plan(old, new, GrowthConfig(**operators, layer_selection="interleave", mask_steps=1000), seed=1)
-            view = GrownCheckpoint(open_checkpoint(source), plan)
-            turns = [turn(view, args.folder, processes) for _ in range(args.repeats + 1)][1:]
+            checkpoint = GrownCheckpoint(open_checkpoint(source), plan)
+            turns = [turn(checkpoint, args.folder, processes) for _ in range(args.repeats + 1)][1:]
             seconds, cpu, copied = (statistics.median(column) for column in zip(*turns, strict=True))
             if processes.rank == 0:
                 print(
                     f"| {parameter_count(old) / 1e6:.0f} M -> {parameter_count(new) / 1e6:.0f} M | {operator} | "
-                    f"{processes.size} | {stored_bytes(view.tensors) / 2**30:.2f} | {seconds:.1f} | {cpu:.1f} | "
+                    f"{processes.size} | {stored_bytes(checkpoint.tensors) / 2**30:.2f} | {seconds:.1f} | {cpu:.1f} | "
                     f"{copied:.1f} | {copied / seconds:.0%} | {rss_gib() - before:.2f} |",
                     flush=True,
                 )

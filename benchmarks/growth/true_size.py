@@ -48,21 +48,23 @@ def rss_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def fill(view: GrownCheckpoint, name: str, region: Region) -> torch.Tensor:
+def fill(checkpoint: GrownCheckpoint, name: str, region: Region) -> torch.Tensor:
     """Compute a region in pieces."""
-    held = torch.empty(region.sizes, dtype=view.tensors[name].dtype)
+    held = torch.empty(region.sizes, dtype=checkpoint.tensors[name].dtype)
     for piece in split_region(region, PIECE_BYTES // held.dtype.itemsize):
-        held[piece.within(region).slices] = view.read(name, piece)
+        held[piece.within(region).slices] = checkpoint.read(name, piece)
     return held
 
 
-def count(view: GrownCheckpoint) -> None:
+def count(checkpoint: GrownCheckpoint) -> None:
     """Values that all ranks hold, and those of them that come from the old model, from the plan alone."""
     held, old, most = 0, 0, 0
     for tensor_rank in range(PARALLEL.tensor):
         for pipeline_rank in range(PARALLEL.pipeline):
-            parts = rank_regions(view.plan.new, PARALLEL, tensor_rank, pipeline_rank)
-            pieces = [p for name, regions in parts.items() for r in regions for p in view.operators.pieces(name, r)]
+            parts = rank_regions(checkpoint.plan.new, PARALLEL, tensor_rank, pipeline_rank)
+            pieces = [
+                p for name, regions in parts.items() for r in regions for p in checkpoint.operators.pieces(name, r)
+            ]
             held += sum(piece.region.numel for piece in pieces)
             mine = sum(piece.content.region.numel for piece in pieces if isinstance(piece.content, Old))
             old, most = old + mine, max(most, mine)
@@ -82,14 +84,14 @@ def main() -> None:
     operators = {"hidden": args.operator, "ffn": args.operator, "heads": args.operator, "layers": args.operator}
     growth = GrowthConfig(**operators, layer_selection="interleave", mask_steps=1000)
     source = Counting(InitialCheckpoint(old, 1, optimizer=args.optimizer, dtype=torch.bfloat16))
-    view = GrownCheckpoint(source, make_plan(old, new, growth, seed=1, stage="1t"))
+    checkpoint = GrownCheckpoint(source, make_plan(old, new, growth, seed=1, stage="1t"))
     if args.count:
-        count(view)
+        count(checkpoint)
         return
     regions = rank_regions(new, PARALLEL, args.tensor_rank, args.pipeline_rank)
     before, began, cpu = rss_gib(), time.perf_counter(), time.process_time()
     shard = [
-        fill(view, prefix + name, region)
+        fill(checkpoint, prefix + name, region)
         for prefix in ("", *(STATE_PREFIXES if args.optimizer else ()))
         for name, parts in regions.items()
         for region in parts

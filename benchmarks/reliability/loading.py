@@ -19,8 +19,8 @@ from benchmarks.reliability.timing import forget, timed
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.memory.blobs import NONE
 from flm_megatron.checkpoint.memory.peers import Peers
+from flm_megatron.checkpoint.memory.reader import MemoryCheckpoint
 from flm_megatron.checkpoint.memory.refresh import Refresher
-from flm_megatron.checkpoint.memory.view import MemoryCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.sharding.model_state import load_state, save_state, stored_state
 from flm_megatron.config.schema import DistributedConfig
@@ -52,9 +52,9 @@ def measure(layers: int, folder: Path) -> None:
         print(f"state {nbytes / GIB:.2f} GiB")
         print(f"copies are found and held against their checksums in {search_s:.2f} s")
         print("| from | s | GiB/s |\n|---|---|---|")
-        views: dict[str, LogicalCheckpoint] = {"own host's memory": near, "a neighbour's memory": Elsewhere(near)}
-        for name, view in views.items():
-            load = partial(load_state, view, engine.chunks, engine.optimizer)
+        checkpoints: dict[str, LogicalCheckpoint] = {"own host's memory": near, "a neighbour's memory": Elsewhere(near)}
+        for name, checkpoint in checkpoints.items():
+            load = partial(load_state, checkpoint, engine.chunks, engine.optimizer)
             report(name, [timed(load) for _ in range(TIMES)], nbytes)
         seconds = []
         for _ in range(TIMES):

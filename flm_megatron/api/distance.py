@@ -39,9 +39,9 @@ def layer_distances(
     """
     require_whole("samples", samples)
     check_run_file(run)
-    view = given_checkpoint(checkpoint)
-    stage = run.stages[stage_index(run, recorded_position(view.manifest).stage or run.stages[0].name)]
+    opened = given_checkpoint(checkpoint)
+    stage = run.stages[stage_index(run, recorded_position(opened.manifest).stage or run.stages[0].name)]
     tokens = run_tokens(run, samples) if text is None else file_tokens(given_path(text, "text"), run, samples)
     with tool_world(run.distributed):
-        model = recorded_model(view, stage.model.vocab_size) or stage.model
-        return measured(view, model, stage, tokens[:, :-1], partial(layout, timeout_s=run.distributed.timeout_s))
+        model = recorded_model(opened, stage.model.vocab_size) or stage.model
+        return measured(opened, model, stage, tokens[:, :-1], partial(layout, timeout_s=run.distributed.timeout_s))

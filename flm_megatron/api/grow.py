@@ -17,7 +17,7 @@ from flm_megatron.distributed.launched import launched_processes
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.distributed.world import Layouts, is_main_rank, tool_world
 from flm_megatron.errors import RequestError
-from flm_megatron.growth.boundary import grown_view, needs_distances
+from flm_megatron.growth.boundary import grown_checkpoint, needs_distances
 from flm_megatron.growth.certificate.forward import Layout
 from flm_megatron.growth.certificate.measure import boundary_certificate, boundary_distances
 from flm_megatron.growth.distance import read_distances
@@ -79,11 +79,13 @@ def grow(
     measures = needs_distances(run, index) and distances is None
     with _world(run, certify is not None or measures), Layouts(run.distributed.timeout_s) as under:
         chosen = _distances(distances, run, index, source, under) if needs_distances(run, index) else None
-        view, plan = grown_view(source, run, index, chosen)
-        certificate = None if certify is None else _certificate(given_path(certify, "certify"), run, index, view, under)
+        opened, plan = grown_checkpoint(source, run, index, chosen)
+        certificate = (
+            None if certify is None else _certificate(given_path(certify, "certify"), run, index, opened, under)
+        )
         if certificate is not None and on_certificate is not None and is_main_rank():
             on_certificate(certificate)
-        manifest = write_grown(view, out, Processes(), certificate)
+        manifest = write_grown(opened, out, Processes(), certificate)
     return Growth(out, plan, manifest["logical_hash"], certificate)
 
 
@@ -110,7 +112,9 @@ def _distances(
     return given
 
 
-def _certificate(text: Path, run: RunConfig, index: int, view: GrownCheckpoint, under: Layout) -> Certificate | None:
+def _certificate(
+    text: Path, run: RunConfig, index: int, checkpoint: GrownCheckpoint, under: Layout
+) -> Certificate | None:
     growth = run.stages[index].growth
     tokens = file_tokens(text, run, max(1, growth.certify_samples if growth else 4))
-    return boundary_certificate(view, run, index, under, tokens)
+    return boundary_certificate(checkpoint, run, index, under, tokens)

@@ -117,6 +117,6 @@ def import_hf(
     with launched_processes() as processes:
         source = HuggingFaceCheckpoint(path, vocab_size)
         model = required_model(source, str(path), vocab_size)
-        view = ConvertedCheckpoint(source, weights)
-        written = reshard(view, out, processes, manifest_for(view, model, path))
+        checkpoint = ConvertedCheckpoint(source, weights)
+        written = reshard(checkpoint, out, processes, manifest_for(checkpoint, model, path))
     return CheckpointCopy(out, written["logical_hash"])

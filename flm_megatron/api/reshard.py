@@ -80,11 +80,11 @@ def reshard(
     require_new(out)
     with launched_processes() as processes:
         source, model = _source(path, vocab_size, format, optimizer)
-        view = ConvertedCheckpoint(source, weights, optimizer=optimizer)
+        opened = ConvertedCheckpoint(source, weights, optimizer=optimizer)
         if format == "classic":
-            before, after = _megatron_legacy(view, out, (model, parallel or ParallelConfig()), processes)
+            before, after = _megatron_legacy(opened, out, (model, parallel or ParallelConfig()), processes)
         else:
-            before, after = _torch_dist(view, out, model, parallel, path, processes)
+            before, after = _torch_dist(opened, out, model, parallel, path, processes)
         require_unchanged(before, after, out, processes)
     return CheckpointCopy(out, combine_hashes(after))
 
@@ -111,17 +111,17 @@ def _target(format: str, tensor: int | None, pipeline: int | None, virtual_pipel
 
 
 def _megatron_legacy(
-    view: ConvertedCheckpoint, out: Path, target: tuple[ModelConfig, ParallelConfig], processes: Processes
+    checkpoint: ConvertedCheckpoint, out: Path, target: tuple[ModelConfig, ParallelConfig], processes: Processes
 ) -> tuple[Hashes, Hashes]:
     """Write Megatron-LM's format; hashes of the source, and of what is read back."""
-    sequence_length = recorded_run(view.manifest).sequence_length
-    before = shared_hashes(view, processes)
-    write_megatron_legacy(view, out, target, processes, sequence_length)
+    sequence_length = recorded_run(checkpoint.manifest).sequence_length
+    before = shared_hashes(checkpoint, processes)
+    write_megatron_legacy(checkpoint, out, target, processes, sequence_length)
     return before, shared_hashes(MegatronLegacyCheckpoint(out), processes)
 
 
 def _torch_dist(
-    view: ConvertedCheckpoint,
+    checkpoint: ConvertedCheckpoint,
     out: Path,
     model: ModelConfig,
     parallel: ParallelConfig | None,
@@ -129,7 +129,7 @@ def _torch_dist(
     processes: Processes,
 ) -> tuple[Hashes, Hashes]:
     """Write our format; hashes recorded for the source (computed where there are none), and of what was written."""
-    before = recorded_hashes(view.source, view) or shared_hashes(view, processes)
-    manifest = manifest_for(view, model, source)
-    written = copy(view, out, processes, manifest, (model, parallel) if parallel else None)
+    before = recorded_hashes(checkpoint.source, checkpoint) or shared_hashes(checkpoint, processes)
+    manifest = manifest_for(checkpoint, model, source)
+    written = copy(checkpoint, out, processes, manifest, (model, parallel) if parallel else None)
     return before, written["tensors"]

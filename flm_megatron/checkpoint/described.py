@@ -19,47 +19,47 @@ from flm_megatron.errors import RequestError
 from flm_megatron.model.parameters import EMBEDDING, parameter_specs
 
 
-def recorded_model(view: LogicalCheckpoint, vocab_size: int | None = None) -> ModelConfig | None:
+def recorded_model(checkpoint: LogicalCheckpoint, vocab_size: int | None = None) -> ModelConfig | None:
     """The model that a checkpoint says it is of; none if it does not say.
 
     Ours say it in the manifest, Hugging Face folders in `config.json`, Megatron-LM's in their arguments. `vocab_size`
     is the true vocabulary where that is not recorded.
     """
-    if (recorded := manifest_model(view.manifest)) is not None:
+    if (recorded := manifest_model(checkpoint.manifest)) is not None:
         return recorded
-    if isinstance(config := getattr(view, "config", None), ModelConfig):
+    if isinstance(config := getattr(checkpoint, "config", None), ModelConfig):
         return config
-    if isinstance(view, TorchDistCheckpoint) and (view.path / COMMON).exists():
-        common = load_torch_file(view.path / COMMON)
+    if isinstance(checkpoint, TorchDistCheckpoint) and (checkpoint.path / COMMON).exists():
+        common = load_torch_file(checkpoint.path / COMMON)
         arguments = common.get("args") if isinstance(common, dict) else None
-        return None if arguments is None else model_from_arguments(arguments, str(view.path), vocab_size)
+        return None if arguments is None else model_from_arguments(arguments, str(checkpoint.path), vocab_size)
     return None
 
 
-def model_of(view: LogicalCheckpoint, vocab_size: int | None = None) -> ModelConfig | None:
+def model_of(checkpoint: LogicalCheckpoint, vocab_size: int | None = None) -> ModelConfig | None:
     """`recorded_model`, for `vocab_size` as it was asked for on the command line.
 
     Raises:
         RequestError: the checkpoint records another vocabulary than the one asked for, or its tokenizer has more ids.
     """
-    model = recorded_model(view, vocab_size)
+    model = recorded_model(checkpoint, vocab_size)
     if model is None or vocab_size is None:
         return model
-    folder = getattr(view, "path", None)
+    folder = getattr(checkpoint, "path", None)
     if model.vocab_size != vocab_size:
         raise RequestError(
             f"--vocab-size is {vocab_size}, but {folder} records a vocabulary of {model.vocab_size}: leave the option "
             "out, it is for checkpoints that are padded and do not record their vocabulary"
         )
-    for file in tokenizer_files(folder, view.manifest):
+    for file in tokenizer_files(folder, checkpoint.manifest):
         if (ids := Tokenizer(file).vocab_size) > vocab_size:
             raise RequestError(f"--vocab-size is {vocab_size}, but the checkpoint's tokenizer {file} has {ids} ids")
     return model
 
 
-def required_model(view: LogicalCheckpoint, where: str, vocab_size: int | None = None) -> ModelConfig:
+def required_model(checkpoint: LogicalCheckpoint, where: str, vocab_size: int | None = None) -> ModelConfig:
     """The model of a checkpoint. Raises RequestError, naming `where` it lies, if it does not say."""
-    model = model_of(view, vocab_size)
+    model = model_of(checkpoint, vocab_size)
     if model is None:
         raise RequestError(f"{where} does not say what model it is of, which this needs")
     return model
@@ -110,7 +110,7 @@ class TrueVocabulary(LogicalCheckpoint):
         return TensorInfo((self.vocab_size, *info.shape[1:]), info.dtype)
 
 
-def without_padding(view: LogicalCheckpoint, model: ModelConfig) -> LogicalCheckpoint:
-    """`view` narrowed to the true vocabulary of `model`; `view` itself where it has no padding."""
-    rows = view.tensors[EMBEDDING].shape[0] if EMBEDDING in view.tensors else model.vocab_size
-    return view if rows == model.vocab_size else TrueVocabulary(view, model)
+def without_padding(checkpoint: LogicalCheckpoint, model: ModelConfig) -> LogicalCheckpoint:
+    """`checkpoint` narrowed to the true vocabulary of `model`; `checkpoint` itself where it has no padding."""
+    rows = checkpoint.tensors[EMBEDDING].shape[0] if EMBEDDING in checkpoint.tensors else model.vocab_size
+    return checkpoint if rows == model.vocab_size else TrueVocabulary(checkpoint, model)

@@ -73,9 +73,9 @@ class LogicalCheckpoint(ABC):
     """A set of logical tensors and what describes them.
 
     Names are those of `model.parameters.parameter_specs`; optimizer state has the same names behind
-    `optimizer.state.param.` (fp32 masters), `optimizer.state.exp_avg.` and `optimizer.state.exp_avg_sq.`.
-    `manifest` describes it: keys `run` (resolved run file as plain data), `stage` (name), `step` (of the stage),
-    `tokens` (of the run), `samples` (of the run), `optimizer_step` (Adam's); a view that has none of them gives {}.
+    `optimizer.state.param.` (fp32 masters), `optimizer.state.exp_avg.` and `optimizer.state.exp_avg_sq.`. `manifest`
+    describes it: keys `run` (resolved run file as plain data), `stage` (name), `step` (of the stage), `tokens` (of the
+    run), `samples` (of the run), `optimizer_step` (Adam's); a checkpoint that has none of them gives {}.
     """
 
     manifest: dict[str, Any]
@@ -94,15 +94,15 @@ class LogicalCheckpoint(ABC):
         return any(name.startswith(EXP_AVG) for name in self.tensors)
 
 
-def adam_step(view: LogicalCheckpoint) -> int:
+def adam_step(checkpoint: LogicalCheckpoint) -> int:
     """Adam's step, from which the moments of a checkpoint go on; 0 where it has none.
 
     Raises:
         RequestError: it has moments and does not say after how many steps; or raised by `has_optimizer`.
     """
-    if not view.has_optimizer():
+    if not checkpoint.has_optimizer():
         return 0
-    step = recorded_position(view.manifest).optimizer_step
+    step = recorded_position(checkpoint.manifest).optimizer_step
     if step is None:
         raise RequestError(
             "the checkpoint has Adam's moments but does not say after how many steps, which their bias correction"

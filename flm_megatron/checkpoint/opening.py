@@ -51,8 +51,8 @@ def open_with_model(path: Path, vocab_size: int | None = None) -> tuple[LogicalC
     """
     if (path / MANIFEST).exists():
         verify(path, quick=True)
-    view = open_checkpoint(path, vocab_size)
-    model = required_model(view, str(path), vocab_size)
-    view = without_padding(view, model)
-    check_structure(view.tensors, model, str(path))
-    return view, model
+    checkpoint = open_checkpoint(path, vocab_size)
+    model = required_model(checkpoint, str(path), vocab_size)
+    checkpoint = without_padding(checkpoint, model)
+    check_structure(checkpoint.tensors, model, str(path))
+    return checkpoint, model

@@ -67,12 +67,12 @@ def _initial_model(run: RunConfig) -> ModelConfig:
         raise RequestError(f"stage {names}: model is from_checkpoint, but checkpoint.initial is not set: name one")
     vocab_size = _vocabulary(run)
     try:
-        view = open_checkpoint(run.checkpoint.initial, vocab_size)
+        checkpoint = open_checkpoint(run.checkpoint.initial, vocab_size)
     except RequestError as error:
         resolved = Path(run.output) / "run.yaml"
         hint = f"; {resolved} has the model written out" if resolved.is_file() else ""
         raise RequestError(f"model is from_checkpoint in stage {names}: {error}{hint}") from None
-    found = recorded_model(view, vocab_size)
+    found = recorded_model(checkpoint, vocab_size)
     if found is None:
         raise RequestError(f"{run.checkpoint.initial} does not say what model it is of: state it in the run file")
     return found

@@ -72,22 +72,23 @@ def manifest_model(manifest: Mapping[str, Any], where: str = "manifest.json") ->
         ) from None
 
 
-def manifest_for(view: LogicalCheckpoint, model: ModelConfig, source: Path) -> dict[str, Any]:
-    """The manifest of a copy of `view`: its own if it names its run, else that of a run of one stage with `model`.
+def manifest_for(checkpoint: LogicalCheckpoint, model: ModelConfig, source: Path) -> dict[str, Any]:
+    """The manifest of a copy of `checkpoint`: its own if it names its run, else that of a run of one stage with
+    `model`.
 
-    The copy's stage is called `imported`; where it stands in its run is kept as far as `view` knows. A tokenizer that
-    lies beside the weights is named in the run. Adam's step is not made up: moments whose step `view` does not know
-    have none.
+    The copy's stage is called `imported`; where it stands in its run is kept as far as `checkpoint` knows. A tokenizer
+    that lies beside the weights is named in the run. Adam's step is not made up: moments whose step `checkpoint` does
+    not know have none.
     """
-    if view.manifest.get("run"):
-        return dict(view.manifest)
+    if checkpoint.manifest.get("run"):
+        return dict(checkpoint.manifest)
     tokenizer = source / TOKENIZER_FILE
     run = RunConfig(
         name=source.resolve().name,
         tokenizer=str(tokenizer.resolve()) if tokenizer.is_file() else None,
         stages=[StageConfig(name=IMPORTED, model=model)],
     )
-    known = recorded_position(view.manifest)
-    adam_step = known.optimizer_step if view.has_optimizer() else 0
+    known = recorded_position(checkpoint.manifest)
+    adam_step = known.optimizer_step if checkpoint.has_optimizer() else 0
     position = StagePosition(known.step or 0, known.samples or 0, known.tokens or 0, adam_step)
-    return view.manifest | stage_manifest(run, 0, model, position)
+    return checkpoint.manifest | stage_manifest(run, 0, model, position)

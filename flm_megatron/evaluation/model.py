@@ -21,8 +21,8 @@ def load_model(subject: Subject, parallel: ParallelConfig, precision: str | None
 
     check_layout(subject.model, parallel)
     stage = StageConfig(model=subject.model, parallel=parallel, precision=precision or subject.precision)  # type: ignore[arg-type]
-    chunks = chunks_to_evaluate(subject.view, stage)
-    plan, opening = saved_plan(subject.view.manifest), saved_mask_value(subject.view.manifest)
+    chunks = chunks_to_evaluate(subject.checkpoint, stage)
+    plan, opening = saved_plan(subject.checkpoint.manifest), saved_mask_value(subject.checkpoint.manifest)
     if plan is not None and opening < 1:
         GrowthMasks(chunks, subject.model, mask_plan(plan)).set(opening)
     return chunks[0]

@@ -21,7 +21,7 @@ class Subject:
     """What is evaluated. `precision` is that of its training, `context` the tokens it was trained on at a time."""
 
     path: Path
-    view: LogicalCheckpoint
+    checkpoint: LogicalCheckpoint
     model: ModelConfig
     tokenizer: Tokenizer
     precision: str
@@ -30,7 +30,7 @@ class Subject:
     @property
     def name(self) -> str:
         """Stage and step, or the folder's name where the checkpoint does not say."""
-        at = recorded_position(self.view.manifest)
+        at = recorded_position(self.checkpoint.manifest)
         return self.path.name if at.stage is None else f"{at.stage} {at.step}"
 
 
@@ -44,13 +44,13 @@ def open_subject(path: str | Path, tokenizer: str | Path | None = None, vocab_si
         DamagedError: the checkpoint or the tokenizer cannot be read.
     """
     path = Path(path)
-    view, model = open_with_model(path, vocab_size)
-    run = recorded_run(view.manifest)
-    stage = run.stage(recorded_position(view.manifest).stage)
-    found = Tokenizer(tokenizer or _own_tokenizer(path, view.manifest))
-    check_tokenizer(found, model, str(path), view.manifest, path)
+    checkpoint, model = open_with_model(path, vocab_size)
+    run = recorded_run(checkpoint.manifest)
+    stage = run.stage(recorded_position(checkpoint.manifest).stage)
+    found = Tokenizer(tokenizer or _own_tokenizer(path, checkpoint.manifest))
+    check_tokenizer(found, model, str(path), checkpoint.manifest, path)
     precision = stage.precision if stage else RecordedStage.precision
-    return Subject(path, view, model, found, precision, run.sequence_length)
+    return Subject(path, checkpoint, model, found, precision, run.sequence_length)
 
 
 def _own_tokenizer(path: Path, manifest: dict[str, Any]) -> Path:

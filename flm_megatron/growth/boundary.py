@@ -1,4 +1,4 @@
-"""From a finished stage to the next: the rules, the plan and the grown view, in one call."""
+"""From a finished stage to the next: the rules, the plan and the grown checkpoint, in one call."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from flm_megatron.growth.rules import check_source_stage
 from flm_megatron.growth.schedule import mask_value
 
 
-def grown_view(
+def grown_checkpoint(
     source: LogicalCheckpoint, run: RunConfig, stage_index: int, distances: Sequence[float] | None = None
 ) -> tuple[GrownCheckpoint, GrowthPlan]:
     """Stage `stage_index` of `run` as it starts: `source`, the checkpoint of the stage before, grown.
 
-    `distances` (one per old layer) are needed where `needs_distances` says so. The view's manifest is that of the
+    `distances` (one per old layer) are needed where `needs_distances` says so. The checkpoint's manifest is that of the
     new stage at step 0, with tokens, samples and Adam's step carried over. Nothing is read from `source` yet.
 
     Raises:

@@ -29,13 +29,13 @@ class LayerDistance:
 
 
 def layer_distances(
-    view: LogicalCheckpoint, model: ModelConfig, stage: StageConfig, tokens: torch.Tensor, layout: Layout
+    checkpoint: LogicalCheckpoint, model: ModelConfig, stage: StageConfig, tokens: torch.Tensor, layout: Layout
 ) -> list[LayerDistance]:
     """Distance of each layer of `model`, first to last, on `tokens` [samples, sequence]; the same on every rank.
 
     Runs on all processes of the world, on one replica under the stage's layout and in its precision.
     """
-    found = on_one_replica(view, model, stage, layout, partial(_distances, model.num_layers, tokens))
+    found = on_one_replica(checkpoint, model, stage, layout, partial(_distances, model.num_layers, tokens))
     return patient_processes().on_first(lambda: found) or []
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from flm_megatron.checkpoint.files.destination import reserved
 from flm_megatron.checkpoint.tools.reshard import stored_bytes
-from flm_megatron.checkpoint.torch_dist.writer import write_view
+from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.distributed.progress import progress_bar
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
@@ -15,9 +15,10 @@ from flm_megatron.growth.record import Certificate
 
 
 def write_grown(
-    view: GrownCheckpoint, path: Path, processes: Processes, certificate: Certificate | None = None
+    checkpoint: GrownCheckpoint, path: Path, processes: Processes, certificate: Certificate | None = None
 ) -> dict[str, Any]:
-    """Write a grown view to the new folder `path`; every process computes and writes its share in pieces of 8 MiB.
+    """Write a grown checkpoint to the new folder `path`; every process computes and writes its share in pieces of 8
+    MiB.
 
     Returns the manifest that was written, with the certificate beside the growth's plan.
 
@@ -25,7 +26,7 @@ def write_grown(
         RequestError: `path` exists or is being written, or the disk is too small.
         DamagedError: a tensor of the source cannot be read.
     """
-    nbytes = stored_bytes(view.tensors)
-    growth = view.record.certified(certificate).to_json()
+    nbytes = stored_bytes(checkpoint.tensors)
+    growth = checkpoint.record.certified(certificate).to_json()
     with reserved(path, processes, nbytes), progress_bar("grow", nbytes, processes) as moved:
-        return write_view(view, path, {**view.manifest, "growth": growth}, progress=moved)
+        return copy_checkpoint(checkpoint, path, {**checkpoint.manifest, "growth": growth}, progress=moved)

@@ -15,7 +15,7 @@ from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.subject import open_subject
 from flm_megatron.growth.foreseen import check_run_file
 from flm_megatron.launch.preflight import require_installed
-from flm_megatron.training.resume.first_view import check_no_mask
+from flm_megatron.training.resume.first_checkpoint import check_no_mask
 
 
 def prepared(run: RunConfig) -> tuple[RunConfig, list[str]]:
@@ -29,7 +29,7 @@ def prepared(run: RunConfig) -> tuple[RunConfig, list[str]]:
     if run.checkpoint.initial is None:
         raise RequestError("checkpoint.initial is not set: name the checkpoint to fine-tune")
     subject = open_subject(run.checkpoint.initial, run.tokenizer)
-    check_no_mask(subject.view.manifest, run.checkpoint.initial)
+    check_no_mask(subject.checkpoint.manifest, run.checkpoint.initial)
     return _of_model(run, subject.model, subject.tokenizer.path)
 
 

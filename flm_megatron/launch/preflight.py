@@ -115,7 +115,7 @@ def _with_models(run: RunConfig) -> RunConfig:
 
 def _require_beginning(run: RunConfig, start_anew: bool) -> None:
     """Where the run begins, hold `checkpoint.initial` against its first stage, and its budgets against its data."""
-    from flm_megatron.training.resume.first_view import check_initial
+    from flm_megatron.training.resume.first_checkpoint import check_initial
     from flm_megatron.training.resume.start import has_checkpoints
 
     if start_anew or not has_checkpoints(run):

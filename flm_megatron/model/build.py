@@ -23,7 +23,7 @@ def build_model(model: ModelConfig, stage: StageConfig) -> list[TeleFLM]:
     """Model chunks of this pipeline rank in the order of execution: one for each virtual pipeline stage.
 
     megatron-core's `parallel_state` must be initialised with the sizes of `stage.parallel`. `model` is the stage's
-    own, its vocabulary size known. All parameters are zero but for norm weights: load a checkpoint view into them.
+    own, its vocabulary size known. All parameters are zero but for norm weights: load a checkpoint into them.
 
     Raises:
         RequestError: the vocabulary size is not known, or the layers do not split over the pipeline as asked.

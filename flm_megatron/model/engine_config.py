@@ -44,7 +44,7 @@ class EngineConfig(TransformerConfig):
 def transformer_config(stage: StageConfig) -> EngineConfig:
     """Engine configuration of `stage`, with what the current device needs.
 
-    Weights are allocated but not initialised: they come out of a checkpoint view, under every layout alike.
+    Weights are allocated but not initialised: they come out of a checkpoint, under every layout alike.
 
     Raises:
         RequestError: the layers cannot be split over the pipeline as asked, or Transformer Engine or FP8 is asked

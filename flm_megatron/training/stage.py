@@ -62,7 +62,7 @@ def train_stage(run: RunConfig, start: Start, copies: MemoryCopies | None = None
         fp8.require(stage)
     try:
         with Layouts(run.distributed.timeout_s) as under:
-            beginning = begin(run, start, under, copies.view if copies else None)
+            beginning = begin(run, start, under, copies.checkpoint if copies else None)
             with under(beginning.stage.parallel), stop_on_signal() as stop:
                 trainer = StageTrainer(run, start, beginning, copies)
                 try:
@@ -89,11 +89,11 @@ class StageTrainer:
         self.stage, self.plan = beginning.stage, beginning.plan
         self.run = replace(run, stages=[*run.stages[: self.index], self.stage, *run.stages[self.index + 1 :]])
         self.state = TrainState(self.stage, run.data.sequence_length)
-        self.view = beginning.view
-        self._load(self.view)
-        self.watch = SpikeWatch(self.stage.stability, _watched(start, self.view.manifest))
+        self.checkpoint = beginning.checkpoint
+        self._load(self.checkpoint)
+        self.watch = SpikeWatch(self.stage.stability, _watched(start, self.checkpoint.manifest))
         self.growth = _growth_record(beginning)
-        self.earlier = earlier_growth(self.view, grows=self.growth is not None)
+        self.earlier = earlier_growth(self.checkpoint, grows=self.growth is not None)
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.data_size = parallel_state.get_data_parallel_world_size()
         self.log = _open_log(self.run, self.index, self.step)
@@ -145,7 +145,7 @@ class StageTrainer:
         if self.step:
             log.write(RestartEvent(*self.position()))
         if self.start.history[1:] or self.start.resumes:
-            changes = find_changes(self.run, self.start, self.view.manifest, self.data_size)
+            changes = find_changes(self.run, self.start, self.checkpoint.manifest, self.data_size)
             announce(log, changes, *self.position())
         if self.copies and self.copies.line:
             log.say(self.copies.line)
@@ -209,12 +209,12 @@ class StageTrainer:
             self.saving.finish(self)
             path = self.saving.saved_path
             with self.meter.stall("rollback", step=self.saving.saved_step if path else self.start.step):
-                self._load(open_checkpoint(path) if path else self.view)
+                self._load(open_checkpoint(path) if path else self.checkpoint)
 
-    def _load(self, view: LogicalCheckpoint) -> None:
+    def _load(self, checkpoint: LogicalCheckpoint) -> None:
         """Weights and optimizer of a checkpoint."""
-        load_state(view, self.state.chunks, self.state.optimizer)
-        load_births(view, self.state.chunks, self.state.optimizer)
+        load_state(checkpoint, self.state.chunks, self.state.optimizer)
+        load_births(checkpoint, self.state.chunks, self.state.optimizer)
 
     def _step_event(self, result: StepResult, lr: float, measured: dict[str, float]) -> StepEvent:
         """The metrics of the step that was just applied, with what hooks have measured."""
@@ -267,7 +267,7 @@ def _watched(start: Start, manifest: dict[str, Any]) -> dict[str, Any] | None:
 
 def _growth_record(beginning: Beginning) -> GrowthRecord | None:
     """The growth that the stage began with, as its checkpoints keep it."""
-    growth = growth_of(beginning.view.manifest) if beginning.plan else None
+    growth = growth_of(beginning.checkpoint.manifest) if beginning.plan else None
     return growth.certified(beginning.certificate) if growth else None
 
 

@@ -53,7 +53,7 @@ def accept_all(loss: float, grad_norm: float) -> str | None:
 class TrainState:
     """A stage's model chunks under megatron-core's data parallelism, with their optimizer.
 
-    Built under initialised parallel groups; the weights are whatever the engine left there until a checkpoint view
+    Built under initialised parallel groups; the weights are whatever the engine left there until a checkpoint
     is loaded.
     """
 

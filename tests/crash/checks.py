@@ -13,7 +13,7 @@ from pathlib import Path
 
 from flm_megatron.checkpoint.files.destination import PARTIAL
 from flm_megatron.checkpoint.opening import open_checkpoint
-from flm_megatron.checkpoint.torch_dist.writer import write_view
+from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.loader import load_run
 from flm_megatron.config.schema import RunConfig
@@ -104,9 +104,9 @@ def check_run(folder: Path, run: RunConfig, history: RunHistory, event: int, goe
     if newest is None:
         return None
     assert start is None or start.source == found[newest]
-    view = open_checkpoint(found[newest])
-    for name in view.tensors:
-        view.read(name)
+    checkpoint = open_checkpoint(found[newest])
+    for name in checkpoint.tensors:
+        checkpoint.read(name)
     if goes_on:
         _check_goes_on(run, found[newest])
     return newest
@@ -136,7 +136,7 @@ def _check_goes_on(run: RunConfig, path: Path) -> None:
     source = open_checkpoint(path)
     stage, step = source.manifest["stage"], source.manifest["step"] + 1
     new = store.new_path(stage, step, {entry.name for entry in path.parent.iterdir()})
-    write_view(source, new, {**source.manifest, "step": step})
+    copy_checkpoint(source, new, {**source.manifest, "step": step})
     store.prune(stage, keep_last=2)
     assert store.latest(names) == new
     assert path.is_dir(), "the checkpoint before the newest was pruned"

@@ -37,7 +37,7 @@ from flm_megatron.checkpoint.stage_manifest import manifest_model
 from flm_megatron.checkpoint.torch_dist import shard_file, writer
 from flm_megatron.checkpoint.torch_dist.metadata import parse_metadata
 from flm_megatron.checkpoint.torch_dist.reader import TorchDistCheckpoint
-from flm_megatron.checkpoint.torch_dist.writer import write_view
+from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.model.parameters import parameter_specs
 from tests.fuzzing.mutations import changed_bytes, changed_json, changed_object, opcodes, said
 from tests.fuzzing.watch import Violation
@@ -154,10 +154,10 @@ class Metadata(FileTarget):
 
     def read(self, data: bytes) -> None:
         """Open it and read the smallest tensor."""
-        view = TorchDistCheckpoint(self.file.parent)
-        name = min(view.tensors, key=lambda name: (len(view.tensors[name].shape), name), default=None)
-        if name is not None and len(view.tensors[name].shape) == 1 and view.tensors[name].shape[0] < 10**6:
-            view.read(name)
+        checkpoint = TorchDistCheckpoint(self.file.parent)
+        name = min(checkpoint.tensors, key=lambda name: (len(checkpoint.tensors[name].shape), name), default=None)
+        if name is not None and len(checkpoint.tensors[name].shape) == 1 and checkpoint.tensors[name].shape[0] < 10**6:
+            checkpoint.read(name)
 
 
 class TrainingStates(FileTarget):
@@ -263,7 +263,9 @@ def all_targets(folder: Path) -> dict[str, Target]:
     from tests.support.checkpoint_cases import MODEL, flm_checkpoint, write_small
 
     write_small(folder / "ours")
-    write_view(InitialCheckpoint(MODEL, 1), folder / "foreign", {"step": 1})  # few regions, so that opening it is fast
+    copy_checkpoint(
+        InitialCheckpoint(MODEL, 1), folder / "foreign", {"step": 1}
+    )  # few regions, so that opening it is fast
     for name in ("manifest.json", "common.pt"):
         (folder / "foreign" / name).unlink()
     assert flm_checkpoint("export-hf", folder / "ours", folder / "hf", "--shard-size", "100KB") == 0

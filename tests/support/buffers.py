@@ -46,10 +46,10 @@ def gradient_buffers(
     kernels.use(kernels.choose(wanted))
     with layout(stage.parallel, timeout_s=120):
         state = TrainState(stage, SEQUENCE)
-        view: Any = InitialCheckpoint(replace(stage.model, lora=None), 7)
+        checkpoint: Any = InitialCheckpoint(replace(stage.model, lora=None), 7)
         if stage.model.lora:
-            view = WithNewAdapters(view, stage.model, 7)
-        load_state(view, state.chunks, state.optimizer)
+            checkpoint = WithNewAdapters(checkpoint, stage.model, 7)
+        load_state(checkpoint, state.chunks, state.optimizer)
         modules = [module for chunk in state.chunks for module in chunk.modules()]
         linear = [module for module in modules if isinstance(module, (ColumnParallelLinear, RowParallelLinear))]
         if prepare:

@@ -9,7 +9,7 @@ import torch
 
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
-from flm_megatron.checkpoint.torch_dist.writer import write_view
+from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.cli.main import main
 from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import DataConfig, ModelConfig, MupConfig, RunConfig, StageConfig
@@ -68,9 +68,9 @@ def manifest_of(model: ModelConfig = MODEL, **fields: Any) -> dict[str, Any]:
 
 def write_small(path: Path, model: ModelConfig = MODEL, **manifest: Any) -> LogicalCheckpoint:
     """Write a checkpoint with its optimizer, weights in bf16, to `path`; returns what was written."""
-    view = Noisy(model, 5, optimizer=True, dtype=torch.bfloat16)
-    write_view(view, path, manifest_of(model, **manifest), chunk_bytes=9_999)
-    return view
+    checkpoint = Noisy(model, 5, optimizer=True, dtype=torch.bfloat16)
+    copy_checkpoint(checkpoint, path, manifest_of(model, **manifest), chunk_bytes=9_999)
+    return checkpoint
 
 
 def flm_checkpoint(*arguments: object) -> int:

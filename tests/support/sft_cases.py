@@ -12,7 +12,7 @@ from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region
 from flm_megatron.checkpoint.sharding.model_state import load_state
 from flm_megatron.checkpoint.sharding.placement import placements
-from flm_megatron.checkpoint.torch_dist.writer import write_view
+from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, StageConfig
 from flm_megatron.distributed.world import layout
@@ -35,13 +35,15 @@ def chat_folder(folder: Path) -> Path:
     stages = [StageConfig(name="base", model=MODEL, tokens=1)]
     run = RunConfig(tokenizer=model.path, data=DataConfig(sequence_length=512), stages=stages)
     known = dict.fromkeys(("step", "tokens", "samples", "optimizer_step"), 0)
-    view = InitialCheckpoint(MODEL, SEED)
-    write_view(view, folder / "base", {"run": run_to_dict(run), "stage": "base", **known})
+    checkpoint = InitialCheckpoint(MODEL, SEED)
+    copy_checkpoint(checkpoint, folder / "base", {"run": run_to_dict(run), "stage": "base", **known})
     return folder
 
 
-def gradients(parallel: ParallelConfig, model: ModelConfig, view: LogicalCheckpoint, batches: list[Batch]) -> list[Any]:
-    """With the weights of `view`, for each global batch: loss, trained tokens, this rank's parts of the gradient.
+def gradients(
+    parallel: ParallelConfig, model: ModelConfig, checkpoint: LogicalCheckpoint, batches: list[Batch]
+) -> list[Any]:
+    """With the weights of `checkpoint`, for each global batch: loss, trained tokens, this rank's parts of the gradient.
 
     The loss is the mean over trained tokens, the gradient the loss's.
     """
@@ -49,7 +51,7 @@ def gradients(parallel: ParallelConfig, model: ModelConfig, view: LogicalCheckpo
     found = []
     with layout(stage.parallel, 120):
         state = TrainState(stage, LENGTH)
-        load_state(view, state.chunks, state.optimizer)
+        load_state(checkpoint, state.chunks, state.optimizer)
         for batch in batches:
             for chunk in state.chunks:
                 chunk.zero_grad_buffer()
@@ -63,9 +65,9 @@ def gradients(parallel: ParallelConfig, model: ModelConfig, view: LogicalCheckpo
     return found
 
 
-def whole(ranks: list[Any], view: LogicalCheckpoint) -> Gradients:
+def whole(ranks: list[Any], checkpoint: LogicalCheckpoint) -> Gradients:
     """The logical gradient out of the parts of all ranks."""
-    result = {name: torch.zeros(info.shape) for name, info in view.tensors.items()}
+    result = {name: torch.zeros(info.shape) for name, info in checkpoint.tensors.items()}
     for parts in ranks:
         for name, region, values in parts:
             assert isinstance(region, Region)

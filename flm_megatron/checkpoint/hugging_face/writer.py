@@ -76,16 +76,18 @@ def write_hugging_face(
     """
     processes = processes or Processes()
     factors = folding(model) if options.flavour == "llama" else None
-    view = ConvertedCheckpoint(source, options.dtype, factors, optimizer=False)
+    checkpoint = ConvertedCheckpoint(source, options.dtype, factors, optimizer=False)
     targets = target_tensors(model)
     padded = -(-int(model.vocab_size or 0) // options.pad_vocab_to) * options.pad_vocab_to
-    infos = {name: _info(name, target, view, padded) for name, target in targets.items()}
+    infos = {name: _info(name, target, checkpoint, padded) for name, target in targets.items()}
     shards = shard_names(infos, options.shard_bytes)
     total = sum(_nbytes(info) for info in infos.values())
     with destination(path, processes, total) as folder:
         processes.on_first(write_errors(path)(lambda: _lay_out_all(folder, infos, shards)))
-        processes.together(write_errors(path)(lambda: _copy(view, targets, folder, shards, processes, total)))
-        processes.on_first(write_errors(path)(lambda: _describe(folder, model, view, shards, total, padded, options)))
+        processes.together(write_errors(path)(lambda: _copy(checkpoint, targets, folder, shards, processes, total)))
+        processes.on_first(
+            write_errors(path)(lambda: _describe(folder, model, checkpoint, shards, total, padded, options))
+        )
     return total
 
 
@@ -109,11 +111,11 @@ def shard_names(infos: Mapping[str, TensorInfo], shard_bytes: int) -> dict[str, 
     }
 
 
-def _info(name: str, target: TargetTensor, view: LogicalCheckpoint, padded: int) -> TensorInfo:
-    if target.source not in view.tensors:
+def _info(name: str, target: TargetTensor, checkpoint: LogicalCheckpoint, padded: int) -> TensorInfo:
+    if target.source not in checkpoint.tensors:
         raise RequestError(f"the checkpoint has no tensor {target.source}, which {name} is made of")
     shape = (padded, *target.shape[1:]) if target.padded else target.shape
-    return TensorInfo(shape, view.tensors[target.source].dtype)
+    return TensorInfo(shape, checkpoint.tensors[target.source].dtype)
 
 
 def _nbytes(info: TensorInfo) -> int:
@@ -126,7 +128,7 @@ def _lay_out_all(folder: Path, infos: Mapping[str, TensorInfo], shards: Mapping[
 
 
 def _copy(
-    view: LogicalCheckpoint,
+    checkpoint: LogicalCheckpoint,
     targets: Mapping[str, TargetTensor],
     folder: Path,
     shards: Mapping[str, str],
@@ -134,7 +136,7 @@ def _copy(
     total: int,
 ) -> None:
     """Copy this process's share of chunks into the laid-out files. Padding rows stay the zeros they are."""
-    chunks = [(name, *rows) for name, target in targets.items() for rows in _row_chunks(target, view)]
+    chunks = [(name, *rows) for name, target in targets.items() for rows in _row_chunks(target, checkpoint)]
     arrays: dict[str, StoredArray] = {}
     for shard in dict.fromkeys(shards.values()):
         arrays |= arrays_in(folder / shard)
@@ -142,7 +144,7 @@ def _copy(
     try:
         with progress_bar("export", total, processes) as moved:
             for name, first, rows in chunks[processes.rank :: processes.size]:
-                moved(_copy_rows(view, targets[name], first, rows, arrays[name], descriptors[shards[name]]))
+                moved(_copy_rows(checkpoint, targets[name], first, rows, arrays[name], descriptors[shards[name]]))
         for descriptor in descriptors.values():
             os.fsync(descriptor)
     finally:
@@ -150,19 +152,19 @@ def _copy(
             os.close(descriptor)
 
 
-def _row_chunks(target: TargetTensor, view: LogicalCheckpoint) -> Iterator[tuple[int, int]]:
-    width = max(1, math.prod(target.shape[1:]) * view.tensors[target.source].dtype.itemsize)
+def _row_chunks(target: TargetTensor, checkpoint: LogicalCheckpoint) -> Iterator[tuple[int, int]]:
+    width = max(1, math.prod(target.shape[1:]) * checkpoint.tensors[target.source].dtype.itemsize)
     rows = max(1, PIECE_BYTES // width)
     for first in range(0, target.shape[0], rows):
         yield first, min(rows, target.shape[0] - first)
 
 
 def _copy_rows(
-    view: LogicalCheckpoint, target: TargetTensor, first: int, rows: int, array: StoredArray, descriptor: int
+    checkpoint: LogicalCheckpoint, target: TargetTensor, first: int, rows: int, array: StoredArray, descriptor: int
 ) -> int:
     for start, region in target.sources(first, rows):
         sizes = region.sizes if target.layer is None else region.sizes[1:]
-        values = view.read(target.source, region).view(sizes)
+        values = checkpoint.read(target.source, region).view(sizes)
         array.write(descriptor, values.contiguous(), Region((start, *(0 for _ in sizes[1:])), sizes))
     return rows * math.prod(target.shape[1:]) * array.dtype.itemsize
 
@@ -170,7 +172,7 @@ def _copy_rows(
 def _describe(
     folder: Path,
     model: ModelConfig,
-    view: LogicalCheckpoint,
+    checkpoint: LogicalCheckpoint,
     shards: Mapping[str, str],
     total: int,
     padded: int,
@@ -179,7 +181,7 @@ def _describe(
     """Write everything but the weights: index, configuration, modelling files, tokenizer, generation settings."""
     if len(set(shards.values())) > 1:
         _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": shards})
-    dtype = DTYPE_NAMES.get(view.tensors[HEAD].dtype, "float32")
+    dtype = DTYPE_NAMES.get(checkpoint.tensors[HEAD].dtype, "float32")
     config = config_of(model, options.flavour, padded, options.sequence_length, dtype)
     special = write_tokenizer(folder, options.tokenizer, options.sequence_length) if options.tokenizer else SpecialIds()
     _write_json(folder / "config.json", config | special.settings())

@@ -55,9 +55,9 @@ class MergedAdapters(LogicalCheckpoint):
         return (values.float() + self._scale * b @ a).to(values.dtype)
 
 
-def merged(view: LogicalCheckpoint, model: ModelConfig) -> tuple[LogicalCheckpoint, ModelConfig]:
-    """The view and its model without adapters: merged where there are some, else as they are."""
+def merged(checkpoint: LogicalCheckpoint, model: ModelConfig) -> tuple[LogicalCheckpoint, ModelConfig]:
+    """The checkpoint and its model without adapters: merged where there are some, else as they are."""
     if model.lora is None:
-        return view, model
-    view = MergedAdapters(view, model)
-    return view, view.model
+        return checkpoint, model
+    checkpoint = MergedAdapters(checkpoint, model)
+    return checkpoint, checkpoint.model

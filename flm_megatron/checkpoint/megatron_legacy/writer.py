@@ -25,13 +25,14 @@ from flm_megatron.errors import RequestError
 
 
 def write_megatron_legacy(
-    view: LogicalCheckpoint,
+    checkpoint: LogicalCheckpoint,
     path: Path,
     target: tuple[ModelConfig, ParallelConfig],
     processes: Processes,
     sequence_length: int = 4096,
 ) -> int:
-    """Write the weights of `view` to the new folder `path`, as Megatron-LM would find them there; returns their bytes.
+    """Write the weights of `checkpoint` to the new folder `path`, as Megatron-LM would find them there; returns their
+    bytes.
 
     Every process writes some ranks' files; in memory is one chunk. Padding rows of the vocabulary are zero.
     Raises RequestError if `path` exists, does not fit on its disk, or if the model cannot be split so.
@@ -41,8 +42,8 @@ def write_megatron_legacy(
         raise RequestError("the legacy layout is written without a virtual pipeline: give tensor and pipeline sizes")
     ranks = [(t, p) for p in range(parallel.pipeline) for t in range(parallel.tensor)]
     plans = {rank: local_tensors(model, parallel, *rank) for rank in ranks}
-    nbytes = sum(_nbytes(view, tensors) for tensors in plans.values())
-    at = recorded_position(view.manifest)
+    nbytes = sum(_nbytes(checkpoint, tensors) for tensors in plans.values())
+    at = recorded_position(checkpoint.manifest)
     step = at.step or 0
     arguments = arguments_of(model, parallel, sequence_length, at.samples or 0)
     with destination(path, processes, nbytes) as folder, progress_bar("write", nbytes, processes) as moved:
@@ -51,8 +52,8 @@ def write_megatron_legacy(
             """This process's files."""
             for rank in ranks[processes.rank :: processes.size]:
                 file = folder / _iteration(step) / _rank_folder(rank, parallel) / FILE
-                arrays = _lay_out(file, view, plans[rank], {"args": arguments, "iteration": step})
-                _fill(file, view, plans[rank], arrays, moved)
+                arrays = _lay_out(file, checkpoint, plans[rank], {"args": arguments, "iteration": step})
+                _fill(file, checkpoint, plans[rank], arrays, moved)
 
         processes.together(write_errors(path)(write_share))
         latest = str(step) if step else "release"
@@ -68,20 +69,20 @@ def _rank_folder(rank: tuple[int, int], parallel: ParallelConfig) -> str:
     return f"mp_rank_{rank[0]:02d}" + (f"_{rank[1]:03d}" if parallel.pipeline > 1 else "")
 
 
-def _nbytes(view: LogicalCheckpoint, tensors: dict[str, LocalTensor]) -> int:
+def _nbytes(checkpoint: LogicalCheckpoint, tensors: dict[str, LocalTensor]) -> int:
     return sum(
-        Region.whole(local.shape).numel * view.tensors[local.parts[0].source].dtype.itemsize
+        Region.whole(local.shape).numel * checkpoint.tensors[local.parts[0].source].dtype.itemsize
         for local in tensors.values()
     )
 
 
 def _lay_out(
-    file: Path, view: LogicalCheckpoint, tensors: dict[str, LocalTensor], rest: dict[str, Any]
+    file: Path, checkpoint: LogicalCheckpoint, tensors: dict[str, LocalTensor], rest: dict[str, Any]
 ) -> dict[str, StoredArray]:
     """A file of torch.save with room for the values; says where each tensor's go."""
     with FakeTensorMode():
         model = {
-            name: torch.empty(local.shape, dtype=view.tensors[local.parts[0].source].dtype)
+            name: torch.empty(local.shape, dtype=checkpoint.tensors[local.parts[0].source].dtype)
             for name, local in tensors.items()
         }
     file.parent.mkdir(parents=True)
@@ -94,7 +95,11 @@ def _lay_out(
 
 
 def _fill(
-    file: Path, view: LogicalCheckpoint, tensors: dict[str, LocalTensor], arrays: dict[str, StoredArray], moved: Any
+    file: Path,
+    checkpoint: LogicalCheckpoint,
+    tensors: dict[str, LocalTensor],
+    arrays: dict[str, StoredArray],
+    moved: Any,
 ) -> None:
     descriptor = os.open(file, os.O_WRONLY)
     try:
@@ -105,7 +110,7 @@ def _fill(
                     inside = piece.within(part.region)
                     axes = len(array.shape)
                     offsets, sizes = inside.offsets[-axes:], inside.sizes[-axes:]
-                    values = view.read(part.source, piece).reshape(sizes)
+                    values = checkpoint.read(part.source, piece).reshape(sizes)
                     array.write(descriptor, values, Region((offsets[0] + part.row, *offsets[1:]), sizes))
                     moved(values.nbytes)
         os.fsync(descriptor)

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from flm_megatron.checkpoint.memory.blobs import NONE, Generation
 from flm_megatron.checkpoint.memory.client import Endpoint, LocalAgent, RemoteAgent
 from flm_megatron.checkpoint.memory.generations import Found, found, neighbour, required
+from flm_megatron.checkpoint.memory.reader import Held, MemoryCheckpoint
 from flm_megatron.checkpoint.memory.starting import agent_name, start_agent
-from flm_megatron.checkpoint.memory.view import Held, MemoryCheckpoint
 from flm_megatron.distributed.addresses import own_address
 from flm_megatron.distributed.processes import describe
 from flm_megatron.errors import ERRORS, DamagedError, FlmError, RequestError

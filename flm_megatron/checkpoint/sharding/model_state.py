@@ -1,4 +1,4 @@
-"""Between a running model with its optimizer and checkpoints: any view in, `torch_dist` folders out."""
+"""Between a running model with its optimizer and checkpoints: any checkpoint in, `torch_dist` folders out."""
 
 from __future__ import annotations
 
@@ -58,16 +58,16 @@ class Piece:
 
 @torch.no_grad()
 def load_state(
-    view: LogicalCheckpoint, chunks: list[torch.nn.Module], optimizer: Any = None, alone: bool = False
+    checkpoint: LogicalCheckpoint, chunks: list[torch.nn.Module], optimizer: Any = None, alone: bool = False
 ) -> None:
-    """Fill model chunks, and the optimizer's masters, moments and step, from a view.
+    """Fill model chunks, and the optimizer's masters, moments and step, from a checkpoint.
 
     Only the parts that this process holds are read; of what its data-parallel peers hold as well each reads a share,
     so all of them have to call, unless this replica loads `alone`.
 
-    Where the view has no master, a master starts from the view's weights in the view's own precision; where it has
-    no moments they are zero, and so is the step. fp32 parameters are their own masters. Rows of padding ids are
-    zero. Learning rates and other settings of parameter groups are left alone.
+    Where the checkpoint has no master, a master starts from the checkpoint's weights in the checkpoint's own precision;
+    where it has no moments they are zero, and so is the step. fp32 parameters are their own masters. Rows of padding
+    ids are zero. Learning rates and other settings of parameter groups are left alone.
 
     Raises:
         RequestError: a tensor is missing or of a shape that does not fit the model; moments without their step.
@@ -75,16 +75,18 @@ def load_state(
     """
     parts = placements(chunks)
     for placement in parts:
-        _check_shape(view, placement)
+        _check_shape(checkpoint, placement)
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.data.zero_()
-    state = list(_optimizer_pieces(optimizer, parts, view)) if optimizer is not None else []
+    state = list(_optimizer_pieces(optimizer, parts, checkpoint)) if optimizer is not None else []
     pieces = [*_weight_pieces(parts), *state]
     group = None if alone else _peers()
     if group is not None:
-        fill_shared((part for piece in pieces if piece.shared for part in _parts(piece, view, PART_BYTES)), group)
-    own = (part for piece in pieces if group is None or not piece.shared for part in _parts(piece, view, PIECE_BYTES))
+        fill_shared((part for piece in pieces if piece.shared for part in _parts(piece, checkpoint, PART_BYTES)), group)
+    own = (
+        part for piece in pieces if group is None or not piece.shared for part in _parts(piece, checkpoint, PIECE_BYTES)
+    )
     with ThreadPoolExecutor(WORKERS, "reading") as executor:
         for _ in in_order(executor, _fill, own):
             pass
@@ -148,18 +150,20 @@ def _weight_pieces(parts: list[Placement]) -> Iterator[Piece]:
         yield Piece(placement.name, info, placement.region, placement.tensor, placement.main, True)
 
 
-def _optimizer_pieces(optimizer: Any, parts: list[Placement], view: LogicalCheckpoint | None = None) -> Iterator[Piece]:
-    """Pieces of masters and moments; with a view to be loaded, the state is made ready for that first."""
+def _optimizer_pieces(
+    optimizer: Any, parts: list[Placement], checkpoint: LogicalCheckpoint | None = None
+) -> Iterator[Piece]:
+    """Pieces of masters and moments; with a checkpoint to be loaded, the state is made ready for that first."""
     initialise_state(optimizer)
-    if view is not None:
-        step = adam_step(view)
+    if checkpoint is not None:
+        step = adam_step(checkpoint)
         for part in unchained(optimizer):
             for group in part.optimizer.param_groups:
                 group["step"] = step
     by_parameter = placements_by_parameter(parts)
     for state in state_slices(optimizer):
         tensors = {MASTER: state.master, EXP_AVG: state.exp_avg, EXP_AVG_SQ: state.exp_avg_sq}
-        if view is not None:
+        if checkpoint is not None:
             if state.parameter.dtype == torch.float32:
                 del tensors[MASTER]  # the parameter itself, filled as a weight
             for tensor in tensors.values():
@@ -181,13 +185,13 @@ def _peers() -> dist.ProcessGroup | None:
     return group if dist.get_world_size(group) > 1 else None
 
 
-def _parts(piece: Piece, view: LogicalCheckpoint, largest: int) -> Iterator[Part]:
+def _parts(piece: Piece, checkpoint: LogicalCheckpoint, largest: int) -> Iterator[Part]:
     """A piece in parts of at most `largest` bytes; none where it stays zero."""
-    name = _source(piece, view)
+    name = _source(piece, checkpoint)
     if name is None:
         return
     for region in split_region(piece.region, largest // piece.tensor.element_size()):
-        yield Part(piece.tensor[region.within(piece.region).slices], partial(view.read, name, region))
+        yield Part(piece.tensor[region.within(piece.region).slices], partial(checkpoint.read, name, region))
 
 
 @torch.no_grad()  # of each thread
@@ -195,20 +199,20 @@ def _fill(part: Part) -> None:
     part.tensor.copy_(part.read())
 
 
-def _source(piece: Piece, view: LogicalCheckpoint) -> str | None:
-    """The tensor of the view that a piece is read from; none for moments that the view does not have."""
+def _source(piece: Piece, checkpoint: LogicalCheckpoint) -> str | None:
+    """The tensor of the checkpoint that a piece is read from; none for moments that the checkpoint does not have."""
     if piece.name.startswith((EXP_AVG, EXP_AVG_SQ)):
-        return piece.name if piece.name in view.tensors else None
+        return piece.name if piece.name in checkpoint.tensors else None
     weight = piece.name.removeprefix(MASTER)
     # fp32 weights are their own masters: both must come from one source.
     wants_master = piece.tensor.dtype == torch.float32
-    return MASTER + weight if wants_master and MASTER + weight in view.tensors else weight
+    return MASTER + weight if wants_master and MASTER + weight in checkpoint.tensors else weight
 
 
-def _check_shape(view: LogicalCheckpoint, placement: Placement) -> None:
-    if placement.name not in view.tensors:
+def _check_shape(checkpoint: LogicalCheckpoint, placement: Placement) -> None:
+    if placement.name not in checkpoint.tensors:
         raise RequestError(f"the checkpoint has no tensor {placement.name}, which the model needs")
-    found = view.tensors[placement.name].shape
+    found = checkpoint.tensors[placement.name].shape
     # Checkpoints of Megatron-LM keep their padding rows.
     longer = len(found) == len(placement.shape) and found[1:] == placement.shape[1:] and found[0] > placement.shape[0]
     if found != placement.shape and not (longer and placement.padded):
@@ -237,14 +241,14 @@ def _own_share(pieces: list[Piece]) -> Iterator[Stored]:
             position += part.nbytes if piece.shared else 0
 
 
-def chunks_to_evaluate(view: LogicalCheckpoint, stage: StageConfig, alone: bool = False) -> list[Any]:
-    """This rank's chunks of the stage's model with a view's weights, under the current layout, ready to evaluate.
+def chunks_to_evaluate(checkpoint: LogicalCheckpoint, stage: StageConfig, alone: bool = False) -> list[Any]:
+    """This rank's chunks of the stage's model with a checkpoint's weights, under the current layout, ready to evaluate.
 
-    `alone` is as in `load_state`. Raises DamagedError if the view cannot be read.
+    `alone` is as in `load_state`. Raises DamagedError if the checkpoint cannot be read.
     """
     from flm_megatron.model.build import build_model
 
     with torch.no_grad():
         chunks = [chunk.to(current().torch_device).eval() for chunk in build_model(stage.model, stage)]
-        load_state(view, chunks, alone=alone)
+        load_state(checkpoint, chunks, alone=alone)
     return chunks

@@ -1,4 +1,4 @@
-"""Logical hashes of a view: those that were recorded when it was written, or computed by several processes."""
+"""Logical hashes of a checkpoint: those that were recorded when it was written, or computed by several processes."""
 
 from __future__ import annotations
 
@@ -10,38 +10,40 @@ from flm_megatron.distributed.processes import Processes
 from flm_megatron.distributed.progress import progress_bar
 
 
-def recorded_hashes(source: LogicalCheckpoint, view: LogicalCheckpoint) -> dict[str, str] | None:
-    """Hashes of the tensors of `view` as the manifest of `source` has them; none if it lacks any.
+def recorded_hashes(source: LogicalCheckpoint, checkpoint: LogicalCheckpoint) -> dict[str, str] | None:
+    """Hashes of the tensors of `checkpoint` as the manifest of `source` has them; none if it lacks any.
 
-    `view` shows some or all of the tensors of `source`; a tensor that it changes has no recorded hash.
+    `checkpoint` shows some or all of the tensors of `source`; a tensor that it changes has no recorded hash.
     """
     recorded = source.manifest.get("tensors") or {}
-    unchanged = all(source.tensors[name] == info for name, info in view.tensors.items())
-    if not unchanged or any(name not in recorded for name in view.tensors):
+    unchanged = all(source.tensors[name] == info for name, info in checkpoint.tensors.items())
+    if not unchanged or any(name not in recorded for name in checkpoint.tensors):
         return None
-    return {name: recorded[name] for name in view.tensors}
+    return {name: recorded[name] for name in checkpoint.tensors}
 
 
-def shared_hashes(view: LogicalCheckpoint, processes: Processes) -> dict[str, str]:
+def shared_hashes(checkpoint: LogicalCheckpoint, processes: Processes) -> dict[str, str]:
     """Hashes of all tensors, their chunks shared over the processes; the same on every rank."""
     chunks = [
         (name, region)
-        for name, info in view.tensors.items()
+        for name, info in checkpoint.tensors.items()
         for region in split_region(Region.whole(info.shape), PIECE_BYTES // info.dtype.itemsize)
     ]
-    nbytes = sum(region.numel * view.tensors[name].dtype.itemsize for name, region in chunks)
+    nbytes = sum(region.numel * checkpoint.tensors[name].dtype.itemsize for name, region in chunks)
 
     def share() -> dict[str, int]:
         """Shares of the hashes of this process's chunks."""
-        sums = dict.fromkeys(view.tensors, 0)
+        sums = dict.fromkeys(checkpoint.tensors, 0)
         with progress_bar("hash", nbytes, processes) as moved:
             for name, region in chunks[processes.rank :: processes.size]:
-                values = view.read(name, region)
-                sums[name] += partial_hash(view.tensors[name].shape, region, values)
+                values = checkpoint.read(name, region)
+                sums[name] += partial_hash(checkpoint.tensors[name].shape, region, values)
                 moved(values.nbytes)
         return sums
 
     parts = processes.together(share)
     return processes.on_first(
-        lambda: {name: tensor_hash(info, sum(part[name] for part in parts)) for name, info in view.tensors.items()}
+        lambda: {
+            name: tensor_hash(info, sum(part[name] for part in parts)) for name, info in checkpoint.tensors.items()
+        }
     )

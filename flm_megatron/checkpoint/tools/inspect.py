@@ -18,7 +18,7 @@ CHUNK_VALUES = 2 * 2**20
 SHOWN = ("stage", "step", "tokens", "samples", "optimizer_step", "layout", "logical_hash", "weights_hash")
 
 
-def describe(view: LogicalCheckpoint, vocab_size: int | None = None) -> dict[str, Any]:
+def describe(checkpoint: LogicalCheckpoint, vocab_size: int | None = None) -> dict[str, Any]:
     """What a checkpoint holds: where it stands in its run, its model, and every tensor's shape, dtype and bytes."""
     tensors = {
         name: {
@@ -26,14 +26,14 @@ def describe(view: LogicalCheckpoint, vocab_size: int | None = None) -> dict[str
             "dtype": str(info.dtype).removeprefix("torch."),
             "bytes": math.prod(info.shape) * info.dtype.itemsize,
         }
-        for name, info in view.tensors.items()
+        for name, info in checkpoint.tensors.items()
     }
     weights = [name for name in tensors if not name.startswith(STATE_PREFIXES)]
-    model = model_of(view, vocab_size)
+    model = model_of(checkpoint, vocab_size)
     return {
-        **{key: view.manifest[key] for key in SHOWN if key in view.manifest},
+        **{key: checkpoint.manifest[key] for key in SHOWN if key in checkpoint.manifest},
         "model": _plain(model) if model else None,
-        "parameters": sum(math.prod(view.tensors[name].shape) for name in weights),
+        "parameters": sum(math.prod(checkpoint.tensors[name].shape) for name in weights),
         "optimizer": len(weights) < len(tensors),
         "bytes": sum(tensor["bytes"] for tensor in tensors.values()),
         "tensors": tensors,
@@ -41,14 +41,14 @@ def describe(view: LogicalCheckpoint, vocab_size: int | None = None) -> dict[str
 
 
 def add_statistics(
-    report: dict[str, Any], view: LogicalCheckpoint, processes: Processes, moved: Callable[[int], None]
+    report: dict[str, Any], checkpoint: LogicalCheckpoint, processes: Processes, moved: Callable[[int], None]
 ) -> None:
     """Add `norm`, `mean`, `std`, `largest` (magnitude) and `finite` to every tensor of a report, on rank 0.
 
     Tensors are shared over the processes and read in chunks; sums are in float64.
     """
-    names = list(view.tensors)[processes.rank :: processes.size]
-    for part in processes.together(lambda: {name: _statistics(view, name, moved) for name in names}):
+    names = list(checkpoint.tensors)[processes.rank :: processes.size]
+    for part in processes.together(lambda: {name: _statistics(checkpoint, name, moved) for name in names}):
         for name, values in part.items():
             report["tensors"][name] |= values
 
@@ -71,11 +71,11 @@ def as_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _statistics(view: LogicalCheckpoint, name: str, moved: Callable[[int], None]) -> dict[str, Any]:
-    info = view.tensors[name]
+def _statistics(checkpoint: LogicalCheckpoint, name: str, moved: Callable[[int], None]) -> dict[str, Any]:
+    info = checkpoint.tensors[name]
     count, mean, deviations, squares, largest, finite = 0, 0.0, 0.0, 0.0, 0.0, True
     for region in split_region(Region.whole(info.shape), CHUNK_VALUES):
-        values = view.read(name, region)
+        values = checkpoint.read(name, region)
         moved(values.nbytes)
         values = values.double()
         finite = finite and bool(torch.isfinite(values).all())

@@ -13,7 +13,7 @@ from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInf
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.sharding.layout import rank_regions
 from flm_megatron.checkpoint.torch_dist.shard_file import Rectangle
-from flm_megatron.checkpoint.torch_dist.writer import LARGEST_CHUNK, write_checkpoint, write_view
+from flm_megatron.checkpoint.torch_dist.writer import LARGEST_CHUNK, copy_checkpoint, write_checkpoint
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.distributed.progress import progress_bar
@@ -26,13 +26,14 @@ def stored_bytes(tensors: Mapping[str, TensorInfo]) -> int:
 
 
 def reshard(
-    view: LogicalCheckpoint,
+    checkpoint: LogicalCheckpoint,
     path: Path,
     processes: Processes,
     manifest: dict[str, Any],
     target: tuple[ModelConfig, ParallelConfig] | None = None,
 ) -> dict[str, Any]:
-    """Copy `view` to the new `torch_dist` folder `path`; returns `manifest` as it was written, with what is in it.
+    """Copy `checkpoint` to the new `torch_dist` folder `path`; returns `manifest` as it was written, with what is in
+    it.
 
     Without `target` the tensors are spread evenly over one file for each process that works on it; with it, rank r of
     the target's tensor x pipeline layout finds what it will load in the files `__r_*.distcp`.
@@ -40,16 +41,16 @@ def reshard(
     Raises RequestError if `path` exists or is being written, if the disk is too small, or if the model cannot be
     split so.
     """
-    nbytes = stored_bytes(view.tensors)
+    nbytes = stored_bytes(checkpoint.tensors)
     with reserved(path, processes, nbytes), progress_bar("reshard", nbytes, processes) as moved:
         if target is None:
-            return write_view(view, path, manifest, progress=moved)
+            return copy_checkpoint(checkpoint, path, manifest, progress=moved)
         shards = {
-            name: _rectangles(view, parts)
-            for number, (name, parts) in enumerate(_target_files(view, *target).items())
+            name: _rectangles(checkpoint, parts)
+            for number, (name, parts) in enumerate(_target_files(checkpoint, *target).items())
             if number % processes.size == processes.rank
         }
-        return write_checkpoint(path, view.tensors, shards, manifest, progress=moved)
+        return write_checkpoint(path, checkpoint.tensors, shards, manifest, progress=moved)
 
 
 def require_unchanged(before: Mapping[str, str], after: Mapping[str, str], path: Path, processes: Processes) -> None:
@@ -66,25 +67,25 @@ def require_unchanged(before: Mapping[str, str], after: Mapping[str, str], path:
 
 
 def _target_files(
-    view: LogicalCheckpoint, model: ModelConfig, parallel: ParallelConfig
+    checkpoint: LogicalCheckpoint, model: ModelConfig, parallel: ParallelConfig
 ) -> dict[str, list[tuple[str, Region]]]:
     """Regions that go into each file; a region that several ranks hold goes to the first of them."""
     known = set()
     files: dict[str, list[tuple[str, Region]]] = {}
     for rank in range(parallel.model_size):
         regions = rank_regions(model, parallel, rank % parallel.tensor, rank // parallel.tensor)
-        for name in view.tensors:
+        for name in checkpoint.tensors:
             for region in regions.get(split_name(name)[1], []):
                 if region.numel and (name, region) not in known:
                     known.add((name, region))
                     files.setdefault(f"__{rank}_0.distcp", []).append((name, region))
-    missing = set(view.tensors) - {name for parts in files.values() for name, _ in parts}
+    missing = set(checkpoint.tensors) - {name for parts in files.values() for name, _ in parts}
     if missing:
         raise RequestError(f"{min(missing)} is not a tensor of the configured model, so it has no place in a layout")
     return files
 
 
-def _rectangles(view: LogicalCheckpoint, parts: list[tuple[str, Region]]) -> Iterator[Rectangle]:
+def _rectangles(checkpoint: LogicalCheckpoint, parts: list[tuple[str, Region]]) -> Iterator[Rectangle]:
     for name, region in parts:
-        for piece in split_region(region, LARGEST_CHUNK // view.tensors[name].dtype.itemsize):
-            yield Rectangle(name, piece, partial(view.read, name))
+        for piece in split_region(region, LARGEST_CHUNK // checkpoint.tensors[name].dtype.itemsize):
+            yield Rectangle(name, piece, partial(checkpoint.read, name))

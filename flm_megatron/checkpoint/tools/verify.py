@@ -43,18 +43,18 @@ def verify_checkpoint(
         problems = _gather(processes, lambda: _file_problems(path, manifest, quick, processes, moved))
     if problems:
         return Verification(problems, "sizes" if quick else "sizes and checksums")
-    view = open_checkpoint(path, vocab_size)
-    model = model_of(view, vocab_size)
+    checkpoint = open_checkpoint(path, vocab_size)
+    model = model_of(checkpoint, vocab_size)
     if model is not None:
-        view = without_padding(view, model)
-        check_structure(view.tensors, model, str(path))
+        checkpoint = without_padding(checkpoint, model)
+        check_structure(checkpoint.tensors, model, str(path))
     structure = "structure" if model is not None else "no structure, for it does not say what model it is of"
     if manifest:
         return Verification(
             [], f"{'sizes' if quick else 'sizes and checksums'} of {len(manifest['files'])} files, {structure}"
         )
     if not quick:
-        problems = _gather(processes, lambda: _unreadable(view, processes, moved))
+        problems = _gather(processes, lambda: _unreadable(checkpoint, processes, moved))
     return Verification(problems, f"{structure}; {'' if quick else 'every tensor read; '}it has no checksums")
 
 
@@ -81,26 +81,26 @@ def _changed_tensors(path: Path, file: str, manifest: dict[str, Any]) -> str:
     A block holds parts of several small tensors, a record those of one: so records are looked at here.
     """
     try:
-        view = TorchDistCheckpoint(path, blocks=False)
-        names = [name for name, chunks in view.chunks.items() if any(chunk.file == file for chunk in chunks)]
-        changed = [name for name in names if _changed(view, name, manifest["tensors"][name])]
+        checkpoint = TorchDistCheckpoint(path, blocks=False)
+        names = [name for name, chunks in checkpoint.chunks.items() if any(chunk.file == file for chunk in chunks)]
+        changed = [name for name in names if _changed(checkpoint, name, manifest["tensors"][name])]
     except FlmError as error:
         return f"and the checkpoint cannot be opened: {error}"
     return ", ".join(changed) if changed else "no tensor's values are touched"
 
 
-def _changed(view: LogicalCheckpoint, name: str, recorded: str) -> bool:
+def _changed(checkpoint: LogicalCheckpoint, name: str, recorded: str) -> bool:
     try:
-        return tensor_hashes(view, [name])[name] != recorded
+        return tensor_hashes(checkpoint, [name])[name] != recorded
     except DamagedError:
         return True
 
 
-def _unreadable(view: LogicalCheckpoint, processes: Processes, moved: Callable[[int], None]) -> Iterator[str]:
+def _unreadable(checkpoint: LogicalCheckpoint, processes: Processes, moved: Callable[[int], None]) -> Iterator[str]:
     """One line for each tensor among this process's share that cannot be read."""
-    for name in list(view.tensors)[processes.rank :: processes.size]:
+    for name in list(checkpoint.tensors)[processes.rank :: processes.size]:
         try:
-            for region in split_region(Region.whole(view.tensors[name].shape), CHUNK_VALUES):
-                moved(view.read(name, region).nbytes)
+            for region in split_region(Region.whole(checkpoint.tensors[name].shape), CHUNK_VALUES):
+                moved(checkpoint.read(name, region).nbytes)
         except DamagedError as error:
             yield f"{name}: {error}"

@@ -63,26 +63,26 @@ def combine_hashes(hashes: Mapping[str, str]) -> str:
 
 
 def tensor_hashes(
-    view: LogicalCheckpoint, names: Iterable[str] | None = None, progress: Callable[[int], None] | None = None
+    checkpoint: LogicalCheckpoint, names: Iterable[str] | None = None, progress: Callable[[int], None] | None = None
 ) -> dict[str, str]:
-    """Hash of each tensor of a view (of `names` only, if given), reading at most 32 MiB at a time.
+    """Hash of each tensor of a checkpoint (of `names` only, if given), reading at most 32 MiB at a time.
 
     `progress` is called with the number of bytes read since its last call.
     """
     hashes = {}
-    for name in view.tensors if names is None else names:
-        info, total = view.tensors[name], 0
+    for name in checkpoint.tensors if names is None else names:
+        info, total = checkpoint.tensors[name], 0
         for region in split_region(Region.whole(info.shape), READ_BYTES // info.dtype.itemsize):
-            total += partial_hash(info.shape, region, view.read(name, region))
+            total += partial_hash(info.shape, region, checkpoint.read(name, region))
             if progress:
                 progress(region.numel * info.dtype.itemsize)
         hashes[name] = tensor_hash(info, total)
     return hashes
 
 
-def logical_hash(view: LogicalCheckpoint, names: Iterable[str] | None = None) -> str:
-    """One hash of all tensors of a view (of `names` only, if given), whatever its layout and format."""
-    return combine_hashes(tensor_hashes(view, names))
+def logical_hash(checkpoint: LogicalCheckpoint, names: Iterable[str] | None = None) -> str:
+    """One hash of all tensors of a checkpoint (of `names` only, if given), whatever its layout and format."""
+    return combine_hashes(tensor_hashes(checkpoint, names))
 
 
 @lru_cache(maxsize=8)

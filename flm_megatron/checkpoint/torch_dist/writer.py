@@ -48,28 +48,28 @@ CHUNKS_PER_PROCESS = 16
 FILE_BYTES = 8 * 2**30
 
 
-def write_view(
-    view: LogicalCheckpoint,
+def copy_checkpoint(
+    checkpoint: LogicalCheckpoint,
     path: str | Path,
     manifest: dict[str, Any] | None = None,
     processes: Processes | None = None,
     progress: Callable[[int], None] | None = None,
     chunk_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """Copy a view into a new checkpoint folder; its tensors are shared out over `processes` (all, if not given).
+    """Copy a checkpoint into a new checkpoint folder; its tensors are shared out over `processes` (all, if not given).
 
-    `manifest` is the view's own if not given. Tensors are cut into chunks of at most `chunk_bytes` (`chunk_size`'s
-    if not given), which are streamed. `progress` is called with the bytes done since its last call.
-    Returns the manifest that was written. Raises as `write_checkpoint`, and whatever reading the view raises.
+    `manifest` is the checkpoint's own if not given. Tensors are cut into chunks of at most `chunk_bytes`
+    (`chunk_size`'s if not given), which are streamed. `progress` is called with the bytes done since its last call.
+    Returns the manifest that was written. Raises as `write_checkpoint`, and whatever reading the checkpoint raises.
     """
     processes = processes or Processes()
-    files = plan_files(view.tensors, processes.rank, processes.size, chunk_bytes)
+    files = plan_files(checkpoint.tensors, processes.rank, processes.size, chunk_bytes)
     shards = {
-        name: [Rectangle(tensor, region, partial(view.read, tensor)) for tensor, region in parts]
+        name: [Rectangle(tensor, region, partial(checkpoint.read, tensor)) for tensor, region in parts]
         for name, parts in files.items()
     }
-    manifest = dict(view.manifest if manifest is None else manifest)
-    return write_checkpoint(path, view.tensors, shards, manifest, processes, progress)
+    manifest = dict(checkpoint.manifest if manifest is None else manifest)
+    return write_checkpoint(path, checkpoint.tensors, shards, manifest, processes, progress)
 
 
 def plan_files(

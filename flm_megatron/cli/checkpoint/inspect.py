@@ -26,11 +26,11 @@ def run(args: argparse.Namespace) -> int:
     from flm_megatron.distributed.progress import progress_bar
 
     with launched_processes() as processes:
-        view = open_checkpoint(args.path, args.vocab_size)
-        report = {"path": str(args.path), **describe(view, args.vocab_size)}
+        checkpoint = open_checkpoint(args.path, args.vocab_size)
+        report = {"path": str(args.path), **describe(checkpoint, args.vocab_size)}
         if args.statistics:
             with progress_bar("read", report["bytes"], processes) as moved:
-                add_statistics(report, view, processes, moved)
+                add_statistics(report, checkpoint, processes, moved)
         if processes.rank == 0:
             print(json.dumps(report) if args.json else as_text(report))
     return 0

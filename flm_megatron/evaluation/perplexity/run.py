@@ -103,7 +103,7 @@ def _score(request: BitsPerByteRequest, path: Path, documents: Mapping[str, list
     return CheckpointScore(
         path=str(path),
         name=subject.name,
-        tokens_trained=recorded_position(subject.view.manifest).tokens,
+        tokens_trained=recorded_position(subject.checkpoint.manifest).tokens,
         precision=request.precision or subject.precision,
         windows=windows,
         domains={name: score_documents(chunk, subject.tokenizer, texts, windows) for name, texts in documents.items()},

@@ -70,7 +70,7 @@ def _fields(stage: StageConfig) -> dict[str, Any]:
 
 
 def _evaluate(
-    view: LogicalCheckpoint,
+    checkpoint: LogicalCheckpoint,
     model: ModelConfig,
     stage: StageConfig,
     tokens: torch.Tensor,
@@ -87,7 +87,7 @@ def _evaluate(
             GrowthMasks(chunks, model, mask_plan(plan))
         return _logits(chunks, tokens)
 
-    return on_one_replica(view, model, stage, layout, evaluate)
+    return on_one_replica(checkpoint, model, stage, layout, evaluate)
 
 
 def _logits(chunks: list[Any], tokens: torch.Tensor) -> tuple[float, torch.Tensor] | None:

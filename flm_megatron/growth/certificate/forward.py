@@ -1,4 +1,4 @@
-"""Running a view's model over some text under a layout, for certificates and layer distances."""
+"""Running a checkpoint's model over some text under a layout, for certificates and layer distances."""
 
 from __future__ import annotations
 
@@ -53,17 +53,21 @@ def _fits(model: ModelConfig, parallel: ParallelConfig, world: int) -> bool:
 
 
 def on_one_replica(
-    view: LogicalCheckpoint, model: ModelConfig, stage: StageConfig, layout: Layout, measure: Callable[[list[Any]], T]
+    checkpoint: LogicalCheckpoint,
+    model: ModelConfig,
+    stage: StageConfig,
+    layout: Layout,
+    measure: Callable[[list[Any]], T],
 ) -> T | None:
     """What `measure(chunks)` gives on the ranks of the first data-parallel replica; none on the others, which wait.
 
-    The chunks are of `model` with a view's weights, ready to evaluate, under the stage's layout or one that fits. Other
-    replicas would read the same weights once more for the same numbers. They wait at the world's store, without a
-    collective that could time out. fp32 weights come from the view's masters where it has them. Products are not in
-    FP8: its noise would hide what is measured, and the sizes of the model that grows may not fit it.
+    The chunks are of `model` with a checkpoint's weights, ready to evaluate, under the stage's layout or one that fits.
+    Other replicas would read the same weights once more for the same numbers. They wait at the world's store, without a
+    collective that could time out. fp32 weights come from the checkpoint's masters where it has them. Products are not
+    in FP8: its noise would hide what is measured, and the sizes of the model that grows may not fit it.
 
     Raises:
-        DamagedError: (on every rank) the view cannot be read.
+        DamagedError: (on every rank) the checkpoint cannot be read.
     """
     from megatron.core import parallel_state
 
@@ -73,7 +77,7 @@ def on_one_replica(
     with layout(stage.parallel), torch.no_grad():
         first = parallel_state.get_data_parallel_rank() == 0
         chunks: list[Any] = []
-        processes.together(lambda: chunks.extend(chunks_to_evaluate(view, stage, alone=True)) if first else None)
+        processes.together(lambda: chunks.extend(chunks_to_evaluate(checkpoint, stage, alone=True)) if first else None)
         # Not together: a rank that fails in a collective has to end, or the rest of its replica would wait there.
         found = measure(chunks) if first else None
         processes.on_first(lambda: None)

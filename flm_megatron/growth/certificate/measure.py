@@ -32,9 +32,10 @@ def boundary_distances(
 
 
 def boundary_certificate(
-    view: GrownCheckpoint, run: RunConfig, stage_index: int, layout: Layout, tokens: torch.Tensor | None = None
+    checkpoint: GrownCheckpoint, run: RunConfig, stage_index: int, layout: Layout, tokens: torch.Tensor | None = None
 ) -> Certificate | None:
-    """The certificate of a grown view on `tokens` (the run's first validation samples without); none with 0 samples.
+    """The certificate of a grown checkpoint on `tokens` (the run's first validation samples without); none with 0
+    samples.
 
     Runs on all processes of the world, outside any layout.
 
@@ -45,6 +46,6 @@ def boundary_certificate(
     if growth.certify_samples == 0 and tokens is None:
         return None
     tokens = run_tokens(run, growth.certify_samples) if tokens is None else tokens
-    certificate = certify(view.source, view, view.plan, run.stages[stage_index], tokens, layout)
+    certificate = certify(checkpoint.source, checkpoint, checkpoint.plan, run.stages[stage_index], tokens, layout)
     check_certificate(certificate, growth, stage_index)
     return certificate

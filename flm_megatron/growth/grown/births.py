@@ -16,16 +16,16 @@ from flm_megatron.growth.grown.operators import Old, Operators
 from flm_megatron.growth.record import GrowthRecord, growth_behind
 
 
-def has_moments(view: LogicalCheckpoint) -> bool:
+def has_moments(checkpoint: LogicalCheckpoint) -> bool:
     """Whether a checkpoint has Adam's moments; without, its entries are all born anew."""
-    return any(name.startswith(EXP_AVG) for name in view.tensors)
+    return any(name.startswith(EXP_AVG) for name in checkpoint.tensors)
 
 
-def earlier_growth(view: LogicalCheckpoint, grows: bool) -> dict[str, Any]:
-    """What a stage that starts from or resumes `view` keeps of it in its manifests, unless the stage `grows` itself:
-    the growth that its births follow from, where there are some."""
-    growth = growth_behind(view.manifest)
-    if growth is None or grows or not has_moments(view) or not counts_births(growth):
+def earlier_growth(checkpoint: LogicalCheckpoint, grows: bool) -> dict[str, Any]:
+    """What a stage that starts from or resumes `checkpoint` keeps of it in its manifests, unless the stage `grows`
+    itself: the growth that its births follow from, where there are some."""
+    growth = growth_behind(checkpoint.manifest)
+    if growth is None or grows or not has_moments(checkpoint) or not counts_births(growth):
         return {}
     return {"earlier_growth": growth.to_json()}
 
@@ -52,10 +52,10 @@ def births(growth: GrowthRecord | None, name: str, region: Region) -> torch.Tens
     return out
 
 
-def load_births(view: LogicalCheckpoint, chunks: list[torch.nn.Module], optimizer: Any) -> None:
+def load_births(checkpoint: LogicalCheckpoint, chunks: list[torch.nn.Module], optimizer: Any) -> None:
     """Give a loaded optimizer the births that its AdamW counts bias correction from; nothing where all are 0.
 
-    Call it after `load_state`, with the same view. One without moments starts Adam anew, births and all.
+    Call it after `load_state`, with the same checkpoint. One without moments starts Adam anew, births and all.
 
     Raises:
         RequestError: births are asked for, but the optimizer is Transformer Engine's or Apex's.
@@ -69,8 +69,8 @@ def load_births(view: LogicalCheckpoint, chunks: list[torch.nn.Module], optimize
     from flm_megatron.checkpoint.sharding.placement import placements
     from flm_megatron.optim.adamw import AdamW
 
-    growth = growth_behind(view.manifest)
-    if not has_moments(view) or not counts_births(growth):
+    growth = growth_behind(checkpoint.manifest)
+    if not has_moments(checkpoint) or not counts_births(growth):
         return
     by_parameter = placements_by_parameter(placements(chunks))
     for part in unchained(optimizer):

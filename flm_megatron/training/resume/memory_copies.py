@@ -13,7 +13,7 @@ from flm_megatron.distributed.world import is_main_rank
 from flm_megatron.errors import FlmError, RequestError
 
 if TYPE_CHECKING:
-    from flm_megatron.checkpoint.memory.view import MemoryCheckpoint
+    from flm_megatron.checkpoint.memory.reader import MemoryCheckpoint
     from flm_megatron.training.resume.start import Start
 
 NOT_USED = "checkpoint.memory is not used: it is for runs under torchrun, which starts ranks again that were lost"
@@ -70,7 +70,7 @@ class MemoryCopies:
         self.run, self.config = run, config
         self.peers = Peers()
         self.refresher: Refresher | None = None
-        self.view: MemoryCheckpoint | None = None
+        self.checkpoint: MemoryCheckpoint | None = None
         """What this start goes on from, until newer copies take its place."""
         self.line = ""
         """What was found in memory, in words; empty if there was nothing that is newer than the disk."""
@@ -98,13 +98,13 @@ class MemoryCopies:
             """Whether it is of this run, and further than what the disk has."""
             return stage in names and only in (None, stage) and (names.index(stage), step) > (start.stage, start.step)
 
-        search, self.view = self.peers.search(wanted)
+        search, self.checkpoint = self.peers.search(wanted)
         self.refresher = Refresher(self.peers, search.newest, search.generation)
         self.line = search.line
-        if self.view is None:
+        if self.checkpoint is None:
             self.line += ": going on from the disk" if search.line else ""
             return start
-        manifest, where = self.view.manifest, "the copies in memory"
+        manifest, where = self.checkpoint.manifest, "the copies in memory"
         past = past_history(self.run, manifest, where)
         name, step = stage_and_step(manifest)
         stage = names.index(name)
@@ -129,12 +129,12 @@ class MemoryCopies:
         """Copy the state that `manifest` describes; returns a line for the log if something is not as it should be."""
         assert self.refresher is not None, "`newer` comes first"
         line = self.refresher.refresh(chunks, optimizer, manifest)
-        if self.view is not None and self.refresher.kept != self.view.generation:
+        if self.checkpoint is not None and self.refresher.kept != self.checkpoint.generation:
             self._let_go()
         return line
 
     def _let_go(self) -> None:
         """Give back the memory and the connections of what this start went on from."""
-        if self.view is not None:
-            self.view.close()
-            self.view = None
+        if self.checkpoint is not None:
+            self.checkpoint.close()
+            self.checkpoint = None

@@ -21,7 +21,7 @@ from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.config.stage_names import stage_index
 from flm_megatron.durable import sync
 from flm_megatron.errors import DamagedError, RequestError
-from flm_megatron.growth.boundary import grown_view, resumed_plan, saved_plan, source_model
+from flm_megatron.growth.boundary import grown_checkpoint, resumed_plan, saved_plan, source_model
 from flm_megatron.growth.certificate.forward import Layout
 from flm_megatron.growth.certificate.measure import boundary_certificate, boundary_distances
 from flm_megatron.growth.plan import GrowthPlan
@@ -35,7 +35,7 @@ from flm_megatron.training.resume.continuation import (
     stage_and_step,
     stage_of,
 )
-from flm_megatron.training.resume.first_view import first_view
+from flm_megatron.training.resume.first_checkpoint import first_checkpoint
 
 MADE = ("checkpoints", "metrics.jsonl", "log.txt", "goodput.jsonl", "tensorboard")
 """What a run makes in its output folder and goes on with."""
@@ -156,11 +156,11 @@ def _after(run: RunConfig, path: Path | None) -> Start:
 
 @dataclass(frozen=True)
 class Beginning:
-    """How a stage begins: as it is really trained (growth derives some of its model), the view that its state is
+    """How a stage begins: as it is really trained (growth derives some of its model), the checkpoint that its state is
     loaded from, the growth it began with, and what that growth changed, if it was measured now."""
 
     stage: StageConfig
-    view: LogicalCheckpoint
+    checkpoint: LogicalCheckpoint
     plan: GrowthPlan | None = None
     certificate: Certificate | None = None
 
@@ -177,16 +177,16 @@ def begin(run: RunConfig, start: Start, under: Layout, in_memory: LogicalCheckpo
     """
     stage = run.stages[start.stage]
     if start.stage == 0 and not start.resumes:
-        return Beginning(stage, first_view(run, stage.model, start.source))
+        return Beginning(stage, first_checkpoint(run, stage.model, start.source))
     source = in_memory or open_checkpoint(_saved(start))
     if start.resumes:
         plan = resumed_plan(run, start.stage, source.manifest)
         return Beginning(_resumed_stage(stage, source.manifest, plan, _where(start)), source, plan)
     if run.data.chat is not None:  # stages of a fine-tuning share one model
         return Beginning(stage, source)
-    view, plan = grown_view(source, run, start.stage, boundary_distances(source, run, start.stage, under))
-    certificate = boundary_certificate(view, run, start.stage, under)
-    return Beginning(replace(stage, model=plan.new), view, plan, certificate)
+    checkpoint, plan = grown_checkpoint(source, run, start.stage, boundary_distances(source, run, start.stage, under))
+    certificate = boundary_certificate(checkpoint, run, start.stage, under)
+    return Beginning(replace(stage, model=plan.new), checkpoint, plan, certificate)
 
 
 def _saved(start: Start) -> Path:
@@ -231,14 +231,14 @@ def check_start(run: RunConfig, start: Start) -> None:
     """
     stage = run.stages[start.stage]
     if start.source is None or (start.stage == 0 and not start.resumes):
-        first_view(run, stage.model, start.source)
+        first_checkpoint(run, stage.model, start.source)
         return
     source = open_checkpoint(start.source)
     if start.resumes:
         _resumed_stage(stage, source.manifest, resumed_plan(run, start.stage, source.manifest), _where(start))
     elif run.data.chat is None:
         unmeasured = [0.0] * source_model(source, run, start.stage).num_layers
-        grown_view(source, run, start.stage, unmeasured)
+        grown_checkpoint(source, run, start.stage, unmeasured)
 
 
 def _where(start: Start) -> str:

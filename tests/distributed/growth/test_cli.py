@@ -12,7 +12,7 @@ import pytest
 import flm_megatron as flm
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
-from flm_megatron.checkpoint.torch_dist.writer import write_view
+from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.cli.main import main
 from flm_megatron.config.loader import load_run, run_to_dict
 from flm_megatron.growth.boundary import saved_plan
@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "samples": 32,
         "optimizer_step": 8,
     }
-    write_view(InitialCheckpoint(run.stages[0].model, 3, optimizer=True), folder / "small", manifest)
+    copy_checkpoint(InitialCheckpoint(run.stages[0].model, 3, optimizer=True), folder / "small", manifest)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Growth through the engine: certificates, layer distances, and training on from the grown view."""
+"""Growth through the engine: certificates, layer distances, and training on from the grown checkpoint."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def certificates(parallel: ParallelConfig, precision: Precision = "fp32") -> lis
     found = []
     for operator in ("zero", "mask"):
         plan = plan_of(operator)
-        view = GrownCheckpoint(source, plan)
-        found.append(certify(source, view, plan, stage, TOKENS, partial(layout, timeout_s=120)))
+        checkpoint = GrownCheckpoint(source, plan)
+        found.append(certify(source, checkpoint, plan, stage, TOKENS, partial(layout, timeout_s=120)))
     return found
 
 

@@ -11,7 +11,7 @@ from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.position import StagePosition
 from flm_megatron.checkpoint.run_file import open_run
 from flm_megatron.checkpoint.stage_manifest import stage_manifest
-from flm_megatron.checkpoint.torch_dist.writer import write_view
+from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.cli.main import main
 from flm_megatron.config.loader import dump_run, load_run
 from flm_megatron.launch.preflight import resolve
@@ -62,7 +62,7 @@ def test_grown_on_disk_or_in_a_run_the_manifest_is_the_same(pool: Pool, tmp_path
     run = resolve(load_run(run_file))
     model = run.stages[0].model
     manifest = stage_manifest(run, 0, model, StagePosition(step=4, samples=16, tokens=512, optimizer_step=4))
-    write_view(InitialCheckpoint(model, 3, optimizer=True), folder / "small", {"history": [], **manifest})
+    copy_checkpoint(InitialCheckpoint(model, 3, optimizer=True), folder / "small", {"history": [], **manifest})
     assert main(["grow", str(folder / "small"), str(run_file), "--stage", "big", "--out", str(folder / "big")]) == 0
 
     (in_run,) = pool.run(1, manifest_in_a_run, str(run_file), str(folder / "small"), 1)
@@ -76,7 +76,7 @@ def test_grown_on_disk_or_in_a_run_the_manifest_is_the_same(pool: Pool, tmp_path
     onward = ["--stages", "[{name: onward, model: from_checkpoint, tokens: 512, global_batch: 4}]"]
     onward += ["--checkpoint.initial", str(folder / "open")]
     opened = {**on_disk, "step": 2, "optimizer_step": 6}
-    write_view(open_checkpoint(folder / "big"), folder / "open", opened)
+    copy_checkpoint(open_checkpoint(folder / "big"), folder / "open", opened)
     (new_run,) = pool.run(1, manifest_in_a_run, str(run_file), str(folder / "open"), 0, *onward)
     assert new_run["run"]["stages"][0]["model"] == on_disk["run"]["stages"][1]["model"]
     assert (new_run["stage"], new_run["optimizer_step"]) == ("onward", 6)

@@ -1,4 +1,4 @@
-"""Training on from a growth: the view against the written checkpoint, births through a resume, many processes."""
+"""Training on from a growth: the checkpoint against the written checkpoint, births through a resume, many processes."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def grown(operator: str = "zero", precision: Precision = "fp32", birth: bool = F
     return GrownCheckpoint(source, plan, MANIFEST)
 
 
-def stage_of(view: GrownCheckpoint, parallel: ParallelConfig, precision: Precision = "fp32") -> StageConfig:
-    """The stage that trains a grown view."""
-    return replace(STAGE, model=view.plan.new, parallel=parallel, precision=precision)
+def stage_of(checkpoint: GrownCheckpoint, parallel: ParallelConfig, precision: Precision = "fp32") -> StageConfig:
+    """The stage that trains a grown checkpoint."""
+    return replace(STAGE, model=checkpoint.plan.new, parallel=parallel, precision=precision)
 
 
 def written_hash(path: Path, operator: str) -> str:
@@ -50,24 +50,24 @@ def test_grown_checkpoints_are_the_same_bits_for_any_number_of_processes(
     alone = written_hash(tmp_path / "1", operator)
     for world in (2, 3):
         assert pool.run(world, written_hash, tmp_path / str(world), operator) == [alone] * world
-    written, view = open_checkpoint(tmp_path / "3"), grown(operator)
-    assert dict(written.tensors) == dict(view.tensors)
-    assert all(torch.equal(written.read(name), view.read(name)) for name in view.tensors)
-    assert saved_plan(written.manifest) == view.plan
+    written, checkpoint = open_checkpoint(tmp_path / "3"), grown(operator)
+    assert dict(written.tensors) == dict(checkpoint.tensors)
+    assert all(torch.equal(written.read(name), checkpoint.read(name)) for name in checkpoint.tensors)
+    assert saved_plan(written.manifest) == checkpoint.plan
 
 
 def trained_both_ways(path: Path, parallel: ParallelConfig, precision: Precision) -> Any:
-    """Ten steps from the view and from the written checkpoint, and the hashes of what they end at."""
+    """Ten steps from the checkpoint and from the written checkpoint, and the hashes of what they end at."""
     from flm_megatron.checkpoint.sharding.model_state import load_state, save_state
     from flm_megatron.distributed.world import layout
     from flm_megatron.training.step import TrainState
 
-    view = grown("zero", precision)
-    write_grown(view, path / "grown", Processes())
+    opened = grown("zero", precision)
+    write_grown(opened, path / "grown", Processes())
     results = []
-    for name, checkpoint in (("view", view), ("written", open_checkpoint(path / "grown"))):
+    for name, checkpoint in (("view", opened), ("written", open_checkpoint(path / "grown"))):
         with layout(parallel, timeout_s=120):
-            state = TrainState(stage_of(view, parallel, precision), SEQUENCE)
+            state = TrainState(stage_of(opened, parallel, precision), SEQUENCE)
             load_state(checkpoint, state.chunks, state.optimizer)
             losses = take_steps(state, range(10))
             save_state(path / name, state.chunks, state.optimizer, {**MANIFEST, "step": 10}).wait()
@@ -79,9 +79,9 @@ def trained_both_ways(path: Path, parallel: ParallelConfig, precision: Precision
 def test_training_from_the_view_is_training_from_the_written_checkpoint(
     pool: Pool, tmp_path: Path, precision: Precision
 ) -> None:
-    for view, written in pool.run(BOTH.model_size, trained_both_ways, tmp_path, BOTH, precision):
-        assert view == written
-        assert len({loss for loss, _ in view[0]}) == 10
+    for checkpoint, written in pool.run(BOTH.model_size, trained_both_ways, tmp_path, BOTH, precision):
+        assert checkpoint == written
+        assert len({loss for loss, _ in checkpoint[0]}) == 10
 
 
 def birth_run(path: Path, parallel: ParallelConfig, first: int, last: int, birth: bool = True) -> Any:
@@ -90,10 +90,10 @@ def birth_run(path: Path, parallel: ParallelConfig, first: int, last: int, birth
     from flm_megatron.distributed.world import layout
     from flm_megatron.training.step import TrainState
 
-    view = grown(birth=birth)
-    checkpoint = open_checkpoint(path / str(first)) if first else view
+    opened = grown(birth=birth)
+    checkpoint = open_checkpoint(path / str(first)) if first else opened
     with layout(parallel, timeout_s=120):
-        state = TrainState(stage_of(view, parallel), SEQUENCE)
+        state = TrainState(stage_of(opened, parallel), SEQUENCE)
         load_state(checkpoint, state.chunks, state.optimizer)
         load_births(checkpoint, state.chunks, state.optimizer)
         losses = take_steps(state, range(first, last))

@@ -55,8 +55,8 @@ def global_batch(chat: ChatStream, multiple: int) -> Batch:
 
 def reference(model: ModelConfig, chat: ChatStream) -> tuple[float, Gradients]:
     """Mean loss and its gradient in float64, one conversation after another, each by itself."""
-    view = InitialCheckpoint(model, SEED)
-    tensors = {name: view.read(name).double().requires_grad_() for name in view.tensors}
+    checkpoint = InitialCheckpoint(model, SEED)
+    tensors = {name: checkpoint.read(name).double().requires_grad_() for name in checkpoint.tensors}
     total, count = torch.zeros((), dtype=torch.float64), 0
     for item in chat.sources[0].conversations:
         ids, trained = torch.from_numpy(item.ids).long(), torch.from_numpy(item.trained[1:])
@@ -84,11 +84,11 @@ def test_packed_and_separate_conversations_train_alike(
     assert packed.samples < padded.samples / 1.5
     world, multiple = parallel.processes, 4 * (parallel.data or 1)
     batches = [global_batch(chat, multiple) for chat in (packed, padded)]
-    view = InitialCheckpoint(model, SEED)
-    ranks = pool.run(world, gradients, parallel, model, view, batches)
+    checkpoint = InitialCheckpoint(model, SEED)
+    ranks = pool.run(world, gradients, parallel, model, checkpoint, batches)
     loss, expected = reference(model, packed)
     for index in range(2):
-        found = whole([rank[index][2] for rank in ranks], view)
+        found = whole([rank[index][2] for rank in ranks], checkpoint)
         assert ranks[0][index][0] == pytest.approx(loss, rel=1e-5)
         assert furthest(found, expected) <= 1e-5
     assert ranks[0][0][1] == ranks[0][1][1]
@@ -134,9 +134,9 @@ def test_a_run_learns_half_of_the_weights_and_resumes_in_mid_epoch(folder: Path,
     assert train(replace(run, stages=[replace(stage, tokens=cut, schedule=schedule)])) == 0
     assert flm(["sft", str(tmp_path / "halves" / "sft.yaml")]) == 0
     assert losses(tmp_path / "halves") == whole_run
-    views = [open_checkpoint(last(tmp_path / name)) for name in ("whole", "halves")]
-    assert views[0].manifest["logical_hash"] == views[1].manifest["logical_hash"]
-    before, after, frozen = InitialCheckpoint(MODEL, SEED), views[0], frozen_units(MODEL, 0)
+    checkpoints = [open_checkpoint(last(tmp_path / name)) for name in ("whole", "halves")]
+    assert checkpoints[0].manifest["logical_hash"] == checkpoints[1].manifest["logical_hash"]
+    before, after, frozen = InitialCheckpoint(MODEL, SEED), checkpoints[0], frozen_units(MODEL, 0)
     for name in before.tensors:
         for layer in range(MODEL.num_layers) if name.startswith("decoder.layers.") else [0]:
             index = slice(None) if not name.startswith("decoder.layers.") else layer

@@ -28,11 +28,11 @@ from tests.support.sft_cases import LENGTH, MODEL, SEED, chat_folder, furthest, 
 LORA = replace(MODEL, lora=LoraConfig(rank=3, alpha=6.0))
 
 
-def trained_view(model: ModelConfig) -> InitialCheckpoint:
+def trained_checkpoint(model: ModelConfig) -> InitialCheckpoint:
     """A checkpoint whose adapters have learnt something: B is not zero."""
-    view = InitialCheckpoint(model, SEED)
-    view.specs = {n: replace(s, init_std=0.1) if n.endswith("lora_b") else s for n, s in view.specs.items()}
-    return view
+    checkpoint = InitialCheckpoint(model, SEED)
+    checkpoint.specs = {n: replace(s, init_std=0.1) if n.endswith("lora_b") else s for n, s in checkpoint.specs.items()}
+    return checkpoint
 
 
 def merged(tensors: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
@@ -51,16 +51,16 @@ def merged(tensors: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Te
     ids=layout_name,
 )
 def test_adapters_learn_as_in_plain_pytorch(pool: Pool, parallel: ParallelConfig) -> None:
-    view = trained_view(LORA)
+    checkpoint = trained_checkpoint(LORA)
     batch = synthetic_batch(0, 290, sequence=LENGTH, samples=4)
-    ranks = pool.run(parallel.model_size, gradients, parallel, LORA, view, [batch])
-    tensors = {name: view.read(name).double().requires_grad_("lora" in name) for name in view.tensors}
+    ranks = pool.run(parallel.model_size, gradients, parallel, LORA, checkpoint, [batch])
+    tensors = {name: checkpoint.read(name).double().requires_grad_("lora" in name) for name in checkpoint.tensors}
     each = reference_loss(LORA, merged(tensors, 2.0), batch["tokens"], batch["labels"])
     loss = (each * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
     loss.backward()
     expected = {name: tensor.grad for name, tensor in tensors.items() if tensor.grad is not None}
     assert len(expected) == 8 and ranks[0][0][0] == pytest.approx(loss.item(), rel=1e-5)
-    assert furthest(whole([rank[0][2] for rank in ranks], view), expected) <= 1e-5
+    assert furthest(whole([rank[0][2] for rank in ranks], checkpoint), expected) <= 1e-5
 
 
 RUN = """
@@ -94,14 +94,14 @@ def test_a_run_trains_adapters_alone_and_an_export_has_them_merged(tmp_path: Pat
     last = checkpoint_store(RunConfig(output=str(tmp_path / "none"))).latest(["tuned"])
     assert last is not None and open_subject(last).model.lora is not None
     assert flm(["checkpoint", "verify", str(last)]) == 0
-    view, base = open_checkpoint(last), InitialCheckpoint(MODEL, SEED)
-    assert all(torch.equal(view.read(name), base.read(name)) for name in base.tensors)
-    states = [name for name in view.tensors if name.startswith("optimizer.")]
+    checkpoint, base = open_checkpoint(last), InitialCheckpoint(MODEL, SEED)
+    assert all(torch.equal(checkpoint.read(name), base.read(name)) for name in base.tensors)
+    states = [name for name in checkpoint.tensors if name.startswith("optimizer.")]
     assert len(states) == 12 and all("lora" in name for name in states)
     exported = tmp_path / "hf"
     assert flm(["checkpoint", "export-hf", str(last), str(exported)]) == 0
     plain = HuggingFaceCheckpoint(exported)
-    expected = merged({name: view.read(name) for name in view.tensors if "optimizer" not in name}, 4.0)
+    expected = merged({name: checkpoint.read(name) for name in checkpoint.tensors if "optimizer" not in name}, 4.0)
     assert plain.config.lora is None and set(plain.tensors) == set(expected)
     for name, weight in expected.items():
         torch.testing.assert_close(plain.read(name), weight, rtol=1e-6, atol=1e-7)

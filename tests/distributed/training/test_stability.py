@@ -172,8 +172,8 @@ def step_with_options(parallel: ParallelConfig) -> list[tuple[float, float]]:
 
 def test_z_loss_and_embedding_shrink_are_those_of_plain_pytorch(pool: Pool) -> None:
     parallel = ParallelConfig(tensor=2, sequence=True)
-    view = InitialCheckpoint(STAGE.model, 7)
-    tensors = {name: view.read(name).double().requires_grad_() for name in view.tensors}
+    checkpoint = InitialCheckpoint(STAGE.model, 7)
+    tensors = {name: checkpoint.read(name).double().requires_grad_() for name in checkpoint.tensors}
     batch = synthetic_batch(0, STAGE.model.vocab_size or 0)
     logits, mask = reference_logits(STAGE.model, tensors, batch["tokens"]), batch["loss_mask"].double()
     denominator = logits.logsumexp(-1)

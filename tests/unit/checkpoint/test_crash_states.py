@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from flm_megatron.checkpoint.store import CheckpointStore
-from flm_megatron.checkpoint.torch_dist.writer import write_view
+from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.cli.main import main
 from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import DataConfig, ModelConfig, RunConfig, StageConfig
@@ -102,9 +102,9 @@ def test_what_is_not_synchronised_may_be_lost(
 
 def save_and_prune(root: Path) -> None:
     """Two saves of which the last is kept."""
-    store, view = CheckpointStore(root / "checkpoints"), Memory({"a": torch.ones(3, 2), "b": torch.zeros(5)})
+    store, checkpoint = CheckpointStore(root / "checkpoints"), Memory({"a": torch.ones(3, 2), "b": torch.zeros(5)})
     for step in (1, 2):
-        write_view(view, store.path("s", step), {"run": run_to_dict(RUN), "step": step, "stage": "s"})
+        copy_checkpoint(checkpoint, store.path("s", step), {"run": run_to_dict(RUN), "step": step, "stage": "s"})
         store.prune("s", keep_last=1)
 
 

@@ -18,12 +18,12 @@ from flm_megatron.checkpoint.files import manifest
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.store import CheckpointStore
-from flm_megatron.checkpoint.torch_dist.writer import write_view
+from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import DamagedError, RequestError
 from tests.support.checkpoint_cases import flip
 
-VIEW = InitialCheckpoint(ModelConfig(1, 8, 8, 1, vocab_size=16), seed=1)
+CHECKPOINT = InitialCheckpoint(ModelConfig(1, 8, 8, 1, vocab_size=16), seed=1)
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def store(tmp_path: Path) -> CheckpointStore:
 
 def save(store: CheckpointStore, stage: str, *steps: int) -> None:
     for step in steps:
-        write_view(VIEW, store.path(stage, step), {"step": step, "stage": stage})
+        copy_checkpoint(CHECKPOINT, store.path(stage, step), {"step": step, "stage": stage})
 
 
 def test_latest_is_the_newest_of_the_last_stage(store: CheckpointStore) -> None:
@@ -85,7 +85,7 @@ def test_pruning_counts_only_what_is_whole(store: CheckpointStore) -> None:
     assert store.clean(["s"]) == [] and store.steps("s") == [2, 3]  # nothing is renamed
     again = store.new_path("s", 3, [path.name for path in store.newest("s")])
     assert again.name == "step_00000003.1"
-    write_view(VIEW, again, {"step": 3, "stage": "s"})
+    copy_checkpoint(CHECKPOINT, again, {"step": 3, "stage": "s"})
     assert store.latest(["s"]) == again and store.steps("s") == [2, 3]
     assert [path.name for path in store.prune("s", keep_last=1)] == ["step_00000002", "step_00000003"]
     assert store.newest("s") == [again]
@@ -121,10 +121,10 @@ def test_a_checkpoint_that_was_found_changed_is_passed_over_until_its_note_is_re
     save(store, "s", 1, 2)
     newest = store.path("s", 2)
     flip(newest / "__0_0.distcp", (newest / "__0_0.distcp").stat().st_size // 2)
-    view = open_checkpoint(store.latest(["s"]) or "")
+    checkpoint = open_checkpoint(store.latest(["s"]) or "")
     with pytest.raises(DamagedError) as caught:
-        for name in view.tensors:
-            view.read(name)
+        for name in checkpoint.tensors:
+            checkpoint.read(name)
     store.note_damage(caught.value)
     assert store.latest(["s"]) == store.path("s", 1)
     store.prune("s", keep_last=1)
@@ -140,7 +140,7 @@ def test_a_note_whose_checkpoint_was_removed_does_not_speak_of_the_next_one(stor
     shutil.rmtree(store.path("s", 2))
     again = store.new_path("s", 2, store.taken("s"))
     assert again.name == "step_00000002.1"
-    write_view(VIEW, again, {"step": 2, "stage": "s"})
+    copy_checkpoint(CHECKPOINT, again, {"step": 2, "stage": "s"})
     assert store.latest(["s"]) == again
     assert store.taken("s") == ("step_00000001", "step_00000002", "step_00000002.1") and store.taken("t") == ()
 
@@ -228,7 +228,7 @@ def test_left_overs_are_cleaned_but_not_what_may_be_written_now(store: Checkpoin
 SLOW_WRITER = """
 import sys, time
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
-from flm_megatron.checkpoint.torch_dist.writer import write_view
+from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import DamagedError, RequestError
 from tests.support.checkpoint_cases import flip
@@ -238,7 +238,7 @@ class Slow(InitialCheckpoint):
         time.sleep(0.02)
         return super().read(name, region)
 
-write_view(Slow(ModelConfig(4, 64, 64, 4, vocab_size=999), 1), sys.argv[1], {}, chunk_bytes=4000)
+copy_checkpoint(Slow(ModelConfig(4, 64, 64, 4, vocab_size=999), 1), sys.argv[1], {}, chunk_bytes=4000)
 """
 
 

@@ -23,10 +23,10 @@ from tests.support.evaluation_cases import MODEL
 TOKENS = torch.randint(4, 400, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
-def logits(view: LogicalCheckpoint, model: ModelConfig) -> torch.Tensor:
+def logits(checkpoint: LogicalCheckpoint, model: ModelConfig) -> torch.Tensor:
     """Logits of TOKENS."""
     none: Any = None  # a forward pass needs no tokenizer
-    subject = Subject(Path("view"), view, model, none, "fp32", 16)
+    subject = Subject(Path("view"), checkpoint, model, none, "fp32", 16)
     return forward(load_model(subject, ParallelConfig()), [Batch(TOKENS)], 1, lambda _, x: x.clone())[0]
 
 

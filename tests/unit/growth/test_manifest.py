@@ -13,7 +13,7 @@ from flm_megatron.checkpoint.described import model_of
 from flm_megatron.checkpoint.files.manifest import MANIFEST, manifest_text
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.stage_manifest import manifest_model
-from flm_megatron.checkpoint.torch_dist.writer import write_view
+from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.cli.main import main
 from flm_megatron.config.loader import load_run, run_to_dict
 from flm_megatron.config.schema import ModelConfig
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("grown")
     train_tokenizer(prose(4), folder / "tokenizer.model", VOCABULARY)
     (folder / "run.yaml").write_text(RUN.format(folder=folder))
-    write_view(Memory(random_tensors(old_model(folder))), folder / "small", small_manifest(folder))
+    copy_checkpoint(Memory(random_tensors(old_model(folder))), folder / "small", small_manifest(folder))
     assert grow(folder, folder / "big") == 0
     return folder
 

@@ -17,7 +17,7 @@ from flm_megatron.growth.boundary import (
     check_boundary,
     check_masks_open,
     check_same_tokenizer,
-    grown_view,
+    grown_checkpoint,
     needs_distances,
     resumed_plan,
     saved_mask_value,
@@ -163,9 +163,9 @@ def small_run(**growth_changes: Any) -> RunConfig:
 def test_boundary_carries_the_position_on() -> None:
     source = trained(old_model(), optimizer=True)
     source.manifest |= {"tokens": 640, "samples": 40, "optimizer_step": 12}
-    view, plan = grown_view(source, small_run(), 1)
+    checkpoint, plan = grown_checkpoint(source, small_run(), 1)
     assert plan.stage == "big" and plan.new.vocab_size == 37
-    manifest = view.manifest
+    manifest = checkpoint.manifest
     assert [manifest[k] for k in ("stage", "step", "tokens", "samples", "optimizer_step")] == ["big", 0, 640, 40, 12]
     assert saved_plan(manifest) == plan
     model = manifest_model(manifest)
@@ -173,41 +173,41 @@ def test_boundary_carries_the_position_on() -> None:
     assert not needs_distances(small_run(), 1)
     assert needs_distances(small_run(layer_selection="distance"), 1)
     with pytest.raises(RequestError, match="no layer distances were measured"):
-        grown_view(source, small_run(layer_selection="distance"), 1)
+        grown_checkpoint(source, small_run(layer_selection="distance"), 1)
 
 
 def test_boundary_takes_the_trained_epsilon() -> None:
     source = trained(old_model())
     source.manifest["run"] = {"stages": [{"name": "small", "model": asdict(old_model(norm_epsilon=3e-3))}]}
-    assert grown_view(source, small_run(hidden="zero"), 1)[1].new.norm_epsilon == pytest.approx(3e-3 * 24 / 33)
+    assert grown_checkpoint(source, small_run(hidden="zero"), 1)[1].new.norm_epsilon == pytest.approx(3e-3 * 24 / 33)
 
 
 @pytest.mark.parametrize(("asked", "tokens", "steps"), [(None, 1280, 2), (None, 16 * 8 * 3, 1), (7, 1280, 7)])
 def test_masks_open_over_a_fifth_of_the_stage_unless_told(asked: int | None, tokens: int, steps: int) -> None:
     run = small_run(mask_steps=asked)
     run.stages[1].tokens = tokens
-    assert grown_view(trained(old_model()), run, 1)[1].mask_steps == steps
+    assert grown_checkpoint(trained(old_model()), run, 1)[1].mask_steps == steps
 
 
 def test_a_stage_made_longer_keeps_the_masks_that_it_began_with() -> None:
     run = small_run(mask_steps=None)
-    view, plan = grown_view(trained(old_model()), run, 1)
+    checkpoint, plan = grown_checkpoint(trained(old_model()), run, 1)
     run.stages[1].tokens *= 3
-    assert resumed_plan(run, 1, view.manifest) == plan
+    assert resumed_plan(run, 1, checkpoint.manifest) == plan
     asked = small_run(mask_steps=3)
     with pytest.raises(RequestError, match="was grown with mask_steps = 2, and the run file now gives 3"):
-        resumed_plan(asked, 1, view.manifest)
+        resumed_plan(asked, 1, checkpoint.manifest)
 
 
 def test_a_resumed_stage_copies_the_layers_that_it_began_with() -> None:
     """Chosen by distance they are those of the boundary; another way to choose them is another growth."""
     run = small_run(layer_selection="distance")
-    view, plan = grown_view(trained(old_model()), run, 1, distances=[0.1, 0.3, 0.2])
+    checkpoint, plan = grown_checkpoint(trained(old_model()), run, 1, distances=[0.1, 0.3, 0.2])
     assert [layer.source for layer in plan.layer_sources] == [0, 0, 1, 2, 2]
-    assert resumed_plan(run, 1, view.manifest) == plan
-    view, _ = grown_view(trained(old_model()), small_run(), 1)
+    assert resumed_plan(run, 1, checkpoint.manifest) == plan
+    checkpoint, _ = grown_checkpoint(trained(old_model()), small_run(), 1)
     with pytest.raises(RequestError, match="'big' was grown with layer_sources = "):
-        resumed_plan(small_run(layer_selection="stack"), 1, view.manifest)
+        resumed_plan(small_run(layer_selection="stack"), 1, checkpoint.manifest)
 
 
 def deeper_and_deeper(*layers: int) -> RunConfig:
@@ -260,7 +260,7 @@ def test_all_dimensions_grow_by_masks_unless_told() -> None:
     run = small_run()
     run.stages[1].growth = None
     distances = [0.0] * run.stages[0].model.num_layers
-    assert grown_view(trained(old_model()), run, 1, distances)[1].masked == ("hidden", "ffn", "heads", "layers")
+    assert grown_checkpoint(trained(old_model()), run, 1, distances)[1].masked == ("hidden", "ffn", "heads", "layers")
 
 
 def test_masks_are_a_function_of_the_step() -> None:
@@ -310,11 +310,11 @@ def test_only_what_grows_is_masked(case: str, masked: tuple[str, ...]) -> None:
 
 
 def test_growing_in_the_middle_of_a_mask() -> None:
-    view, _ = grown_view(trained(old_model()), small_run(), 1)
-    assert saved_mask_value({**view.manifest, "step": 3}) == 0.75
-    check_masks_open({**view.manifest, "step": 4})
+    checkpoint, _ = grown_checkpoint(trained(old_model()), small_run(), 1)
+    assert saved_mask_value({**checkpoint.manifest, "step": 3}) == 0.75
+    check_masks_open({**checkpoint.manifest, "step": 4})
     with pytest.raises(RequestError, match=r"'big' is at step 3, .* \(v = 0.750, open at step 4\)"):
-        check_masks_open({**view.manifest, "step": 3})
+        check_masks_open({**checkpoint.manifest, "step": 3})
 
 
 def test_boundary_refuses_before_reading() -> None:

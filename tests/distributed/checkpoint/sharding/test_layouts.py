@@ -96,16 +96,20 @@ def test_loaded_and_saved_again_under_another_layout(
 
 def test_checkpoint_holds_the_logical_tensors(canonical: Any) -> None:
     path, precision, _ = canonical
-    view = open_checkpoint(path)
+    checkpoint = open_checkpoint(path)
     specs = parameter_specs(MODEL)
     wanted = {prefix + n: s.shape for n, s in specs.items() for prefix in ("", MASTER, EXP_AVG, EXP_AVG_SQ)}
-    assert {n: info.shape for n, info in view.tensors.items()} == wanted
+    assert {n: info.shape for n, info in checkpoint.tensors.items()} == wanted
     for weight in specs:
-        assert view.tensors[weight].dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
-        assert torch.equal(view.read(weight), view.read(MASTER + weight).to(view.tensors[weight].dtype))
-        assert view.read(EXP_AVG + weight).any() and (view.read(EXP_AVG_SQ + weight) >= 0).all()
+        assert checkpoint.tensors[weight].dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+        assert torch.equal(
+            checkpoint.read(weight), checkpoint.read(MASTER + weight).to(checkpoint.tensors[weight].dtype)
+        )
+        assert checkpoint.read(EXP_AVG + weight).any() and (checkpoint.read(EXP_AVG_SQ + weight) >= 0).all()
     if precision == "bf16":
-        assert not torch.equal(view.read("output_layer.weight").float(), view.read(MASTER + "output_layer.weight"))
+        assert not torch.equal(
+            checkpoint.read("output_layer.weight").float(), checkpoint.read(MASTER + "output_layer.weight")
+        )
 
 
 def weights_to_masters(path: str) -> None:
@@ -123,11 +127,11 @@ def weights_to_masters(path: str) -> None:
 
 def test_masters_start_from_weights_in_their_own_precision(pool: Pool, tmp_path: Path) -> None:
     pool.run(4, weights_to_masters, str(tmp_path / "saved"))
-    view, source = open_checkpoint(tmp_path / "saved"), InitialCheckpoint(MODEL, seed=5)
+    checkpoint, source = open_checkpoint(tmp_path / "saved"), InitialCheckpoint(MODEL, seed=5)
     for weight in source.tensors:
-        assert torch.equal(view.read(MASTER + weight), source.read(weight))
-        assert torch.equal(view.read(weight), source.read(weight).bfloat16())
-        assert not view.read(EXP_AVG + weight).any() and not view.read(EXP_AVG_SQ + weight).any()
+        assert torch.equal(checkpoint.read(MASTER + weight), source.read(weight))
+        assert torch.equal(checkpoint.read(weight), source.read(weight).bfloat16())
+        assert not checkpoint.read(EXP_AVG + weight).any() and not checkpoint.read(EXP_AVG_SQ + weight).any()
 
 
 def fp32_from_masters(source: str, path: str) -> None:
@@ -143,10 +147,10 @@ def fp32_from_masters(source: str, path: str) -> None:
 def test_fp32_training_goes_on_from_the_masters_of_bf16(canonical: Any, pool: Pool, tmp_path: Path) -> None:
     path = canonical[0]
     pool.run(2, fp32_from_masters, str(path), str(tmp_path / "saved"))
-    view, source = open_checkpoint(tmp_path / "saved"), open_checkpoint(path)
-    assert not view.has_optimizer() and view.manifest["optimizer"] == "none"
-    for weight in view.tensors:
-        assert torch.equal(view.read(weight), source.read(MASTER + weight))
+    checkpoint, source = open_checkpoint(tmp_path / "saved"), open_checkpoint(path)
+    assert not checkpoint.has_optimizer() and checkpoint.manifest["optimizer"] == "none"
+    for weight in checkpoint.tensors:
+        assert torch.equal(checkpoint.read(weight), source.read(MASTER + weight))
 
 
 def padding_is_zero(path: str) -> bool:

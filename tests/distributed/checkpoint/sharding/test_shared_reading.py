@@ -39,18 +39,18 @@ class Counting(LogicalCheckpoint):
 
 def reads(parallel: ParallelConfig, alone: bool) -> Any:
     """What this rank reads to load the model, and how far its weights are from what they have to be."""
-    view = Counting()
+    checkpoint = Counting()
     with engine_under(parallel, STAGE, seed=99) as engine:
-        load_state(view, engine.chunks, engine.optimizer, alone)
+        load_state(checkpoint, engine.chunks, engine.optimizer, alone)
         wrong = sum(
-            not torch.equal(p.tensor, view.source.read("optimizer.state.param." + p.name, p.region))
+            not torch.equal(p.tensor, checkpoint.source.read("optimizer.state.param." + p.name, p.region))
             for p in placements(engine.chunks)
         )
-    return view.values, wrong
+    return checkpoint.values, wrong
 
 
 def failure(parallel: ParallelConfig) -> str:
-    """What loading a damaged view raises on this rank."""
+    """What loading a damaged checkpoint raises on this rank."""
     with engine_under(parallel, STAGE) as engine:
         try:
             load_state(Counting("optimizer.state.param.output_layer.weight"), engine.chunks, engine.optimizer)

@@ -20,7 +20,7 @@ from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.sharding.layout import rank_regions
 from flm_megatron.checkpoint.sharding.model_state import load_state
 from flm_megatron.checkpoint.sharding.placement import placements, unwrap
-from flm_megatron.checkpoint.torch_dist.writer import write_view
+from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
 from flm_megatron.distributed.processes import Processes
 from tests.support.checkpoint_cases import flm_checkpoint, write_small
@@ -63,9 +63,9 @@ def test_several_processes_share_every_command(pool: Pool, tmp_path: Path) -> No
     assert results[1][1] == results[2][1] == "", "only the first process speaks"
     assert results[0][1].count("logical hash before") == 3
     for folder in ("merged", "layout", "hf", "back", "classic"):
-        view = open_checkpoint(tmp_path / folder)
-        for tensor in view.tensors:
-            assert torch.equal(view.read(tensor), written.read(tensor)), (folder, tensor)
+        checkpoint = open_checkpoint(tmp_path / folder)
+        for tensor in checkpoint.tensors:
+            assert torch.equal(checkpoint.read(tensor), written.read(tensor)), (folder, tensor)
     assert {file.name for file in (tmp_path / "merged").glob("*.distcp")} == {f"__{n}_0.distcp" for n in range(3)}
 
 
@@ -81,9 +81,11 @@ class FailsOnOneRank(InitialCheckpoint):
 
 def failing_copy(folder: str) -> str:
     """The error that each rank gets when one fails."""
-    view = FailsOnOneRank(MODEL, 3)
+    checkpoint = FailsOnOneRank(MODEL, 3)
     with pytest.raises(Exception) as caught:
-        write_megatron_legacy(view, Path(folder) / "out", (MODEL, ParallelConfig(tensor=2, pipeline=1)), Processes())
+        write_megatron_legacy(
+            checkpoint, Path(folder) / "out", (MODEL, ParallelConfig(tensor=2, pipeline=1)), Processes()
+        )
     return f"{type(caught.value).__name__}: {caught.value}"
 
 
@@ -157,7 +159,7 @@ def train_from(path: str, parallel: ParallelConfig) -> list[tuple[float, float]]
 def test_training_starts_straight_from_a_hugging_face_folder(pool: Pool, tmp_path: Path) -> None:
     initial = InitialCheckpoint(MODEL, 3)
     write_hugging_face(initial, MODEL, tmp_path / "hf", ExportOptions(shard_bytes=50_000, pad_vocab_to=7))
-    write_view(initial, tmp_path / "ours")
+    copy_checkpoint(initial, tmp_path / "ours")
     parallel = ParallelConfig(tensor=2, pipeline=2, data=1)
     straight = pool.run(4, train_from, str(tmp_path / "hf"), parallel)
     assert straight == pool.run(4, train_from, str(tmp_path / "ours"), parallel)

@@ -50,12 +50,12 @@ def reshard_and_go_on(folder: str, parallel: ParallelConfig) -> list[tuple[str, 
     results = []
     with engine_under(parallel, STAGE_HERE, seed=99) as engine:
         for source in SOURCES:
-            view, target = (
+            checkpoint, target = (
                 open_checkpoint(Path(folder) / name(source)),
                 Path(folder) / f"{name(source)}-{name(parallel)}",
             )
             with launched_processes() as processes:
-                reshard(view, target, processes, dict(view.manifest), (MODEL, parallel))
+                reshard(checkpoint, target, processes, dict(checkpoint.manifest), (MODEL, parallel))
             load_state(open_checkpoint(target), engine.chunks, engine.optimizer)
             steps = take_steps(engine, STEPS)
             load_state(open_checkpoint(target), engine.chunks, engine.optimizer)

@@ -18,7 +18,7 @@ from flm_megatron.checkpoint.sharding.model_state import load_state, save_state
 from flm_megatron.checkpoint.sharding.placement import unwrap
 from flm_megatron.checkpoint.torch_dist.logical_hash import tensor_hashes
 from flm_megatron.checkpoint.torch_dist.reader import TorchDistCheckpoint
-from flm_megatron.checkpoint.torch_dist.writer import write_view
+from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.errors import RequestError
 from tests.support.layouts import engine_under, take_steps
@@ -113,10 +113,10 @@ def test_megatron_loads_ours(saved: Path, pool: Pool, tmp_path: Path) -> None:
 
 def load_foreign(path: str) -> None:
     with engine_under(ParallelConfig(data=1), _stage(), seed=99) as engine:
-        view = open_checkpoint(path)
+        checkpoint = open_checkpoint(path)
         with pytest.raises(RequestError, match="dp_reshardable"):
-            load_state(view, engine.chunks, engine.optimizer)
-        load_state(view, engine.chunks)
+            load_state(checkpoint, engine.chunks, engine.optimizer)
+        load_state(checkpoint, engine.chunks)
 
 
 def test_nameless_buckets_are_refused_but_the_weights_are_read(saved: Path, pool: Pool) -> None:
@@ -169,8 +169,8 @@ def test_a_smaller_vocabulary_is_refused_and_padding_is_left_out(pool: Pool) -> 
 
 
 def test_plain_torch_loads_a_written_view(tmp_path: Path) -> None:
-    view = InitialCheckpoint(MODEL, seed=3, optimizer=True, dtype=torch.bfloat16)
-    write_view(view, tmp_path / "a", {}, chunk_bytes=1000)
-    loaded = {name: torch.empty(info.shape, dtype=info.dtype) for name, info in view.tensors.items()}
+    checkpoint = InitialCheckpoint(MODEL, seed=3, optimizer=True, dtype=torch.bfloat16)
+    copy_checkpoint(checkpoint, tmp_path / "a", {}, chunk_bytes=1000)
+    loaded = {name: torch.empty(info.shape, dtype=info.dtype) for name, info in checkpoint.tensors.items()}
     dcp.load(loaded, checkpoint_id=str(tmp_path / "a"), no_dist=True)
-    assert all(torch.equal(loaded[name], view.read(name)) for name in view.tensors)
+    assert all(torch.equal(loaded[name], checkpoint.read(name)) for name in checkpoint.tensors)

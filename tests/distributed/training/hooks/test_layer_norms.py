@@ -30,9 +30,11 @@ def norms_after_a_step(parallel: ParallelConfig, precision: Precision = "fp32") 
 def test_norms_are_those_of_the_whole_model(pool: Pool, distributed_optimizer: bool, precision: str) -> None:
     parallel = ParallelConfig(tensor=2, data=2, distributed_optimizer=distributed_optimizer)
     norms, grad_norm = pool.run(4, norms_after_a_step, parallel, precision)[0]
-    view = InitialCheckpoint(replace(STAGE.model), 7)
-    assert norms[f"weight_norm/{EMBEDDING}"] == pytest.approx(view.read(EMBEDDING).double().norm().item(), rel=1e-6)
-    layer = [view.read(name)[3].double() for name in view.tensors if name.startswith("decoder.layers.")]
+    checkpoint = InitialCheckpoint(replace(STAGE.model), 7)
+    assert norms[f"weight_norm/{EMBEDDING}"] == pytest.approx(
+        checkpoint.read(EMBEDDING).double().norm().item(), rel=1e-6
+    )
+    layer = [checkpoint.read(name)[3].double() for name in checkpoint.tensors if name.startswith("decoder.layers.")]
     expected = torch.stack([part.square().sum() for part in layer]).sum().sqrt().item()
     assert norms["weight_norm/layer_003"] == pytest.approx(expected, rel=1e-6)
     # Gradients are clipped to norm 1 where they are longer.

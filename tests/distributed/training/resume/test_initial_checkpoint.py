@@ -13,7 +13,7 @@ from flm_megatron.checkpoint.described import recorded_model
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.position import StagePosition
 from flm_megatron.checkpoint.stage_manifest import stage_manifest
-from flm_megatron.checkpoint.torch_dist.writer import write_view
+from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.cli.main import main
 from flm_megatron.config.loader import load_run
 from flm_megatron.config.schema import ModelConfig, MupConfig, RunConfig, StageConfig
@@ -75,7 +75,7 @@ def test_the_function_of_the_checkpoint_is_trained_on(tmp_path: Path, capfd: pyt
     folder = make_data(tmp_path)
     run = RunConfig(tokenizer=str(folder / "tokenizer.model"), stages=[StageConfig(name="base", model=MODEL)])
     manifest = stage_manifest(run, 0, MODEL, StagePosition(9, 9, 9, 9))
-    write_view(Memory(random_tensors(MODEL)), folder / "base", manifest)
+    copy_checkpoint(Memory(random_tensors(MODEL)), folder / "base", manifest)
 
     path = run_file(folder, "from_checkpoint", tokens=64)
     assert main(["train", str(path)]) == 0

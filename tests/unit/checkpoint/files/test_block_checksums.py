@@ -31,7 +31,7 @@ from flm_megatron.checkpoint.files.torch_file import read_torch_file
 from flm_megatron.checkpoint.logical import Region
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.torch_dist.reader import TorchDistCheckpoint
-from flm_megatron.checkpoint.torch_dist.writer import write_view
+from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.errors import DamagedError, RequestError
 from tests.support.checkpoint_cases import Memory, flip
 
@@ -45,7 +45,7 @@ VALUES = {
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a few blocks."""
     path = tmp_path_factory.mktemp("blocks") / "a"
-    write_view(Memory(VALUES), path, {"step": 1}, chunk_bytes=2**20)
+    copy_checkpoint(Memory(VALUES), path, {"step": 1}, chunk_bytes=2**20)
     return path
 
 
@@ -93,9 +93,9 @@ def test_a_read_is_right_or_refused(whole: Path, tmp_path_factory: pytest.TempPa
     else:
         assert torch.equal(values, VALUES[name][region.slices])
         with pytest.raises(DamagedError):  # some other read finds it
-            view = open_checkpoint(copy)
-            for other in view.tensors:
-                view.read(other)
+            checkpoint = open_checkpoint(copy)
+            for other in checkpoint.tensors:
+                checkpoint.read(other)
     finally:
         shutil.rmtree(copy)
 
@@ -110,35 +110,35 @@ def test_a_checkpoint_without_block_checksums_is_held_against_its_records(whole:
         del manifest["files"][name]
     (old / "manifest.json").write_text(manifest_text(manifest))
     assert torch.equal(open_checkpoint(old).read("b"), VALUES["b"])
-    view = open_checkpoint(old)
-    assert isinstance(view, TorchDistCheckpoint)
-    chunk = view.chunks["decoder.layers.a"][0]
+    checkpoint = open_checkpoint(old)
+    assert isinstance(checkpoint, TorchDistCheckpoint)
+    chunk = checkpoint.chunks["decoder.layers.a"][0]
     flip(old / chunk.file, chunk.offset + chunk.length // 2)
     with pytest.raises(DamagedError, match=r"decoder\.layers\.a: .*have changed since"):
-        view.read("decoder.layers.a", Region((0, 0, 0), (1, 1, 1)))
+        checkpoint.read("decoder.layers.a", Region((0, 0, 0), (1, 1, 1)))
 
 
 @pytest.mark.parametrize("at", ["first record", "values"])
 def test_a_disk_that_does_not_answer_is_no_damage(whole: Path, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else one start without permission, or with a failing mount, would have every checkpoint noted as damaged."""
-    view = open_checkpoint(whole)
+    checkpoint = open_checkpoint(whole)
     if at == "values":
-        view.read("decoder.layers.a", Region((0, 0, 0), (1, 1, 1)))
+        checkpoint.read("decoder.layers.a", Region((0, 0, 0), (1, 1, 1)))
 
     def fail(*arguments: object) -> int:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(RequestError, match=r"distcp: cannot be read \(Stale file handle\): see to its disk first"):
-        view.read("decoder.layers.a")
+        checkpoint.read("decoder.layers.a")
 
 
 def test_a_shard_that_is_gone_is_damage(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "copy")
-    view = open_checkpoint(tmp_path / "copy")
+    checkpoint = open_checkpoint(tmp_path / "copy")
     (tmp_path / "copy" / "__0_0.distcp").unlink()
     with pytest.raises(DamagedError, match=r"b: .*__0_0\.distcp is missing"):
-        view.read("b")
+        checkpoint.read("b")
 
 
 def test_checksums_of_another_file_are_refused(tmp_path: Path) -> None:

@@ -159,8 +159,8 @@ def test_a_tied_model_may_store_its_head_once_more(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(saved | {"tie_word_embeddings": True}))
-    view = HuggingFaceCheckpoint(tmp_path)
-    assert torch.equal(view.read("output_layer.weight"), model.model.embed_tokens.weight)
+    checkpoint = HuggingFaceCheckpoint(tmp_path)
+    assert torch.equal(checkpoint.read("output_layer.weight"), model.model.embed_tokens.weight)
 
 
 LLAMA = {

@@ -105,22 +105,24 @@ def test_our_logits_from_a_folder_that_transformers_wrote(tmp_path: Path, pickle
         for file in tmp_path.glob("*.safetensors*"):
             file.unlink()
         torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    view = HuggingFaceCheckpoint(tmp_path)
+    checkpoint = HuggingFaceCheckpoint(tmp_path)
     with torch.no_grad():
         expected = model(IDS).logits
-    values = {name: view.read(name).double() for name in view.tensors}
-    torch.testing.assert_close(expected.double(), reference_logits(view.config, values, IDS), rtol=1e-5, atol=1e-5)
+    values = {name: checkpoint.read(name).double() for name in checkpoint.tensors}
+    torch.testing.assert_close(
+        expected.double(), reference_logits(checkpoint.config, values, IDS), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_teleflm_round_trip_keeps_every_bit_and_the_configuration(tmp_path: Path, dtype: torch.dtype) -> None:
     values = {name: value.to(dtype) for name, value in random_tensors(MUP).items()}
     write_hugging_face(Memory(values), MUP, tmp_path / "out", ExportOptions(shard_bytes=50_000, pad_vocab_to=64))
-    view = HuggingFaceCheckpoint(tmp_path / "out")
-    assert view.config == MUP
-    assert view.tensors == Memory(values).tensors
+    checkpoint = HuggingFaceCheckpoint(tmp_path / "out")
+    assert checkpoint.config == MUP
+    assert checkpoint.tensors == Memory(values).tensors
     for name, value in values.items():
-        assert torch.equal(view.read(name), value), name
+        assert torch.equal(checkpoint.read(name), value), name
 
 
 def test_llama_flavour_is_bit_exact_with_powers_of_two(tmp_path: Path) -> None:
@@ -143,9 +145,9 @@ def test_padding_ids_are_never_predicted(tmp_path: Path) -> None:
 def test_the_true_vocabulary_of_a_padded_folder_can_be_given(tmp_path: Path) -> None:
     values = export(MUP, tmp_path / "out")
     edit_config(tmp_path / "out", true_vocab_size=None)
-    view = HuggingFaceCheckpoint(tmp_path / "out", vocab_size=300)
-    assert view.config.vocab_size == 300
-    assert torch.equal(view.read("output_layer.weight"), values["output_layer.weight"][:300])
+    checkpoint = HuggingFaceCheckpoint(tmp_path / "out", vocab_size=300)
+    assert checkpoint.config.vocab_size == 300
+    assert torch.equal(checkpoint.read("output_layer.weight"), values["output_layer.weight"][:300])
     with pytest.raises(RequestError, match="332 asked for, 331 stored"):
         HuggingFaceCheckpoint(tmp_path / "out", vocab_size=332)
 
@@ -172,14 +174,14 @@ def odd_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[HuggingFaceChe
 def test_any_region_is_that_part_of_the_whole(
     odd_folder: tuple[HuggingFaceCheckpoint, dict[str, torch.Tensor]], data: st.DataObject
 ) -> None:
-    view, values = odd_folder
+    checkpoint, values = odd_folder
     name = data.draw(st.sampled_from(sorted(values)))
     offsets, sizes = [], []
     for length in values[name].shape:
         offsets.append(data.draw(st.integers(0, length - 1)))
         sizes.append(data.draw(st.integers(1, length - offsets[-1])))
     region = Region(tuple(offsets), tuple(sizes))
-    assert torch.equal(view.read(name, region), values[name][region.slices])
+    assert torch.equal(checkpoint.read(name, region), values[name][region.slices])
 
 
 @pytest.mark.parametrize(

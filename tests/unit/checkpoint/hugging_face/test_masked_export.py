@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
-from flm_megatron.checkpoint.torch_dist.writer import write_view
+from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.config.schema import GrowthConfig, ModelConfig
 from flm_megatron.growth.plan import GrowthPlan, make_plan
 from tests.support.checkpoint_cases import Memory, flm_checkpoint, manifest_of
@@ -29,7 +29,7 @@ def save(path: Path, new: ModelConfig, step: int) -> tuple[GrowthPlan, dict[str,
     """A checkpoint of `new` at a step of its growth out of OLD; its plan and weights."""
     plan = make_plan(OLD, new, MASKED, seed=1, stage="small")
     values = random_tensors(plan.new)
-    write_view(Memory(values), path, manifest_of(plan.new, step=step, growth={"plan": plan.to_json()}))
+    copy_checkpoint(Memory(values), path, manifest_of(plan.new, step=step, growth={"plan": plan.to_json()}))
     return plan, values
 
 
@@ -38,8 +38,8 @@ def test_masks_on_heads_and_feed_forward_units_are_folded_in(tmp_path: Path) -> 
 
     plan, values = save(tmp_path / "a", WIDER, step=2)
     assert flm_checkpoint("export-hf", tmp_path / "a", tmp_path / "out", "--fold-mask") == 0
-    view: LogicalCheckpoint = HuggingFaceCheckpoint(tmp_path / "out")
-    folded = {name: view.read(name).double() for name in view.tensors}
+    checkpoint: LogicalCheckpoint = HuggingFaceCheckpoint(tmp_path / "out")
+    folded = {name: checkpoint.read(name).double() for name in checkpoint.tensors}
     masked = logits(plan.new, values, TOKENS, masks_at(plan, 0.25))
     torch.testing.assert_close(reference_logits(plan.new, folded, TOKENS), masked, rtol=1e-9, atol=1e-9)
     open_model = reference_logits(plan.new, {name: value.double() for name, value in values.items()}, TOKENS)

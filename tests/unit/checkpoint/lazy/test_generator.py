@@ -114,23 +114,23 @@ def test_lower_precision_is_the_rounded_float32() -> None:
 
 def test_initial_checkpoint() -> None:
     model = ModelConfig(num_layers=2, hidden_size=64, ffn_hidden_size=96, vocab_size=300, matrix_init_std=0.05)
-    view = InitialCheckpoint(model, seed=1, optimizer=True, dtype=torch.bfloat16)
+    checkpoint = InitialCheckpoint(model, seed=1, optimizer=True, dtype=torch.bfloat16)
     name = "decoder.layers.mlp.linear_fc1.weight"
-    weights, masters = view.read(name), view.read(MASTER + name)
+    weights, masters = checkpoint.read(name), checkpoint.read(MASTER + name)
     assert weights.shape == (2, 192, 64) and weights.dtype == torch.bfloat16 and masters.dtype == torch.float32
     assert torch.equal(masters.bfloat16(), weights)
     assert masters.std().item() == pytest.approx(0.05 * 0.9866, rel=0.02)
-    assert torch.equal(view.read(name, Region((1, 5, 0), (1, 7, 64))), weights[1:2, 5:12])
-    assert not view.read(EXP_AVG + name).any()
-    assert (view.read("decoder.final_layernorm.weight") == 1).all()
-    assert view.has_optimizer() and not InitialCheckpoint(model, 1).has_optimizer()
+    assert torch.equal(checkpoint.read(name, Region((1, 5, 0), (1, 7, 64))), weights[1:2, 5:12])
+    assert not checkpoint.read(EXP_AVG + name).any()
+    assert (checkpoint.read("decoder.final_layernorm.weight") == 1).all()
+    assert checkpoint.has_optimizer() and not InitialCheckpoint(model, 1).has_optimizer()
     with pytest.raises(RequestError, match="nothing"):
-        view.read("nothing")
+        checkpoint.read("nothing")
 
 
 def test_true_shape_of_a_trillion_parameters() -> None:
     model = ModelConfig(140, 20480, 98304, 160, vocab_size=80000)
-    view = InitialCheckpoint(model, seed=1)
-    shard = view.read("decoder.layers.mlp.linear_fc2.weight", Region((135, 0, 3072 * 31), (1, 200, 3072)))
-    part = view.read("decoder.layers.mlp.linear_fc2.weight", Region((135, 100, 98304 - 10), (1, 1, 10)))
+    checkpoint = InitialCheckpoint(model, seed=1)
+    shard = checkpoint.read("decoder.layers.mlp.linear_fc2.weight", Region((135, 0, 3072 * 31), (1, 200, 3072)))
+    part = checkpoint.read("decoder.layers.mlp.linear_fc2.weight", Region((135, 100, 98304 - 10), (1, 1, 10)))
     assert torch.equal(shard[:, 100:101, -10:], part)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from flm_megatron.checkpoint.megatron_legacy.arguments import arguments_of, model_from_arguments
 from flm_megatron.checkpoint.megatron_legacy.reader import MegatronLegacyCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
-from flm_megatron.checkpoint.torch_dist.writer import write_view
+from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.config.same_model import differences
 from flm_megatron.config.schema import LoraConfig, ModelConfig, MupConfig, ParallelConfig
 from flm_megatron.errors import DamagedError, RequestError
@@ -91,13 +91,13 @@ def test_reads_what_megatron_cut(tmp_path: Path, model: ModelConfig) -> None:
             saved = {"args": arguments(model), "iteration": 12, "model": state, "rng_state": [torch.get_rng_state()]}
             torch.save(saved, folder / "model_optim_rng.pt")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("12\n")
-    view = open_checkpoint(tmp_path)
-    assert isinstance(view, MegatronLegacyCheckpoint)
-    assert view.config == model
-    assert view.manifest == {"step": 12, "samples": 5}
-    assert sorted(view.tensors) == sorted(values)
+    checkpoint = open_checkpoint(tmp_path)
+    assert isinstance(checkpoint, MegatronLegacyCheckpoint)
+    assert checkpoint.config == model
+    assert checkpoint.manifest == {"step": 12, "samples": 5}
+    assert sorted(checkpoint.tensors) == sorted(values)
     for name, value in values.items():
-        assert torch.equal(view.read(name), value), name
+        assert torch.equal(checkpoint.read(name), value), name
 
 
 def test_reads_virtual_pipeline_chunks_and_norms_that_are_modules(tmp_path: Path) -> None:
@@ -116,9 +116,9 @@ def test_reads_virtual_pipeline_chunks_and_norms_that_are_modules(tmp_path: Path
             saved[f"model{chunk}"] = state
         (tmp_path / f"mp_rank_00_{pipeline_rank:03d}").mkdir()
         torch.save(saved, tmp_path / f"mp_rank_00_{pipeline_rank:03d}/model_optim_rng.pt")
-    view = MegatronLegacyCheckpoint(tmp_path)
+    checkpoint = MegatronLegacyCheckpoint(tmp_path)
     for name, value in values.items():
-        assert torch.equal(view.read(name), value), name
+        assert torch.equal(checkpoint.read(name), value), name
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (3, 1), (2, 2), (6, 5)], ids=str)
@@ -212,11 +212,11 @@ def test_the_arguments_describe_the_same_model(
 def test_adapters_are_merged(tmp_path: Path) -> None:
     adapted = replace(GATED, lora=LoraConfig(rank=2, targets=["qkv"]))
     values = random_tensors(adapted)
-    write_view(Memory(values), tmp_path / "adapted", manifest_of(adapted))
+    copy_checkpoint(Memory(values), tmp_path / "adapted", manifest_of(adapted))
     assert flm_checkpoint("reshard", tmp_path / "adapted", tmp_path / "out", "--format", "classic") == 0
-    view, qkv = MegatronLegacyCheckpoint(tmp_path / "out"), "decoder.layers.self_attention.linear_qkv"
+    checkpoint, qkv = MegatronLegacyCheckpoint(tmp_path / "out"), "decoder.layers.self_attention.linear_qkv"
     delta = torch.einsum("lor,lri->loi", values[f"{qkv}.lora_b"], values[f"{qkv}.lora_a"]) * 16 / 2
-    torch.testing.assert_close(view.read(f"{qkv}.weight"), values[f"{qkv}.weight"] + delta)
+    torch.testing.assert_close(checkpoint.read(f"{qkv}.weight"), values[f"{qkv}.weight"] + delta)
 
 
 def test_older_layouts_and_missing_ranks_are_told(tmp_path: Path) -> None:

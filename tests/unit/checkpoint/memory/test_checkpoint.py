@@ -13,14 +13,14 @@ import torch
 
 from flm_megatron.checkpoint.files.stored_array import as_bytes
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region
-from flm_megatron.checkpoint.memory import view as view_module
+from flm_megatron.checkpoint.memory import reader as reader_module
 from flm_megatron.checkpoint.memory.blobs import NONE, Generation
 from flm_megatron.checkpoint.memory.client import LocalAgent, RemoteAgent
 from flm_megatron.checkpoint.memory.contents import header_of, parts_of, tensors_of
 from flm_megatron.checkpoint.memory.generations import found, required
 from flm_megatron.checkpoint.memory.peers import _check_budget, available_bytes
+from flm_megatron.checkpoint.memory.reader import Held, MemoryCheckpoint
 from flm_megatron.checkpoint.memory.starting import obstacle
-from flm_megatron.checkpoint.memory.view import Held, MemoryCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.sharding.snapshot import (
     HostBuffer,
@@ -102,33 +102,33 @@ def regions(shape: tuple[int, ...], seed: str) -> Iterator[Region]:
         yield Region(offsets, tuple(chance.randint(1, n - o) for n, o in zip(shape, offsets, strict=True)))
 
 
-def assert_same(view: LogicalCheckpoint, disk: LogicalCheckpoint) -> None:
-    assert dict(view.tensors) == dict(disk.tensors)
+def assert_same(checkpoint: LogicalCheckpoint, disk: LogicalCheckpoint) -> None:
+    assert dict(checkpoint.tensors) == dict(disk.tensors)
     for name, info in disk.tensors.items():
         for region in regions(info.shape, name):
-            ours, theirs = view.read(name, region), disk.read(name, region)
+            ours, theirs = checkpoint.read(name, region), disk.read(name, region)
             assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), (name, region)
 
 
 @pytest.mark.parametrize("lost", [(), (0,), (1,), (2,)])
 def test_every_region_is_that_of_the_disk(cluster: Cluster, lost: tuple[int, ...]) -> None:
-    view = cluster.view(*lost, host=1 if lost == (0,) else 0)
-    assert_same(view, cluster.disk)
-    assert view.has_optimizer() and view.manifest["step"] == cluster.disk.manifest["step"]
-    view.close()
+    checkpoint = cluster.view(*lost, host=1 if lost == (0,) else 0)
+    assert_same(checkpoint, cluster.disk)
+    assert checkpoint.has_optimizer() and checkpoint.manifest["step"] == cluster.disk.manifest["step"]
+    checkpoint.close()
     with pytest.raises(FlmError, match="no longer in memory"):
-        view.read(next(iter(view.tensors)))
+        checkpoint.read(next(iter(checkpoint.tensors)))
 
 
 def test_several_threads_read_at_once(cluster: Cluster) -> None:
-    view = cluster.view(0, host=1)
+    checkpoint = cluster.view(0, host=1)
     with ThreadPoolExecutor(4) as executor:
-        for done in [executor.submit(assert_same, view, cluster.disk) for _ in range(8)]:
+        for done in [executor.submit(assert_same, checkpoint, cluster.disk) for _ in range(8)]:
             done.result()
 
 
 def test_wide_regions_are_fetched_in_pieces(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(view_module, "LARGEST_READ", 2**13)
+    monkeypatch.setattr(reader_module, "LARGEST_READ", 2**13)
     assert_same(cluster.view(0, host=1), cluster.disk)
 
 
@@ -141,25 +141,25 @@ def test_two_neighbours_lost_is_too_much(cluster: Cluster) -> None:
 
 def test_a_copy_that_was_damaged_gives_way_to_the_other(cluster: Cluster) -> None:
     overwrite(cluster.agents[0], GENERATION, 1, 1000)
-    view = cluster.view()
-    assert view.blobs[1].holders == (1,) and view.blobs[0].holders == (0, 1)
-    assert_same(view, cluster.disk)
+    checkpoint = cluster.view()
+    assert checkpoint.blobs[1].holders == (1,) and checkpoint.blobs[0].holders == (0, 1)
+    assert_same(checkpoint, cluster.disk)
 
 
 def test_an_agent_that_goes_away_while_it_is_read_is_replaced_by_the_other(cluster: Cluster) -> None:
-    view = cluster.view(host=2)
+    checkpoint = cluster.view(host=2)
     cluster.agents[0].stop()
-    assert_same(view, cluster.disk)
+    assert_same(checkpoint, cluster.disk)
     cluster.agents[1].stop()
     with pytest.raises(DamagedError, match="the copy of rank 0 at step 7 cannot be read from memory"):
-        view._connections.clear()
-        assert_same(view, cluster.disk)
+        checkpoint._connections.clear()
+        assert_same(checkpoint, cluster.disk)
 
 
 @pytest.mark.parametrize("change", ["missing", "twice", "outside", "unknown", "type"])
 def test_a_description_that_does_not_cover_the_tensors_is_refused(cluster: Cluster, change: str) -> None:
-    view = cluster.view()
-    header = {**view.blobs[2].header, "parts": list(view.blobs[2].header["parts"])}
+    checkpoint = cluster.view()
+    header = {**checkpoint.blobs[2].header, "parts": list(checkpoint.blobs[2].header["parts"])}
     number, offsets, sizes, position = header["parts"][0]
     if change == "missing":
         header["parts"].pop()
@@ -171,9 +171,9 @@ def test_a_description_that_does_not_cover_the_tensors_is_refused(cluster: Clust
         header["parts"][0] = [9999, offsets, sizes, position]
     if change == "type":
         header["tensors"] = [[name, "torch.nn", shape] for name, _, shape in header["tensors"]]
-    blobs = {**view.blobs, 2: Held(header, (2,))}
+    blobs = {**checkpoint.blobs, 2: Held(header, (2,))}
     with pytest.raises(DamagedError):
-        MemoryCheckpoint(GENERATION, blobs, view.endpoints, view.local, view.host)
+        MemoryCheckpoint(GENERATION, blobs, checkpoint.endpoints, checkpoint.local, checkpoint.host)
 
 
 def test_descriptions_survive_the_way_there_and_back(cluster: Cluster) -> None:

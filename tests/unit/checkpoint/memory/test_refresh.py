@@ -89,11 +89,11 @@ def test_the_last_two_copies_are_kept_and_the_newest_is_found(peers: OneHost) ->
         settle(peers)
         assert kept(peers) == [step - 10, step][step == 10 :]
         STATE.fill_(-1)  # training goes on
-        search, view = peers.search(always)
-        assert view is not None and search.generation == Generation(1, step // 10)
+        search, checkpoint = peers.search(always)
+        assert checkpoint is not None and search.generation == Generation(1, step // 10)
         assert search.line.startswith(f"small goes on from step {step}, kept in the memory of ")
-        assert torch.equal(view.read("weight"), torch.full(SHAPE, float(step)))
-        view.close()
+        assert torch.equal(checkpoint.read("weight"), torch.full(SHAPE, float(step)))
+        checkpoint.close()
     assert peers.local.ask("list")["held"] == held  # the same memory all the time
 
 
@@ -102,18 +102,18 @@ def test_an_older_copy_takes_the_place_of_one_that_makes_no_sense(peers: OneHost
     settle(peers)
     fill(peers.local, Generation(1, 2), Generation(1, 1), b"x", header={"world": 1, "stage": "small", "step": 20})
     assert kept(peers) == [10, 20]
-    search, view = peers.search(always)
-    assert view is not None and search.generation == Generation(1, 1) and view.manifest["step"] == 10
-    view.close()
-    search, view = peers.search(lambda stage, step: step > 10)
-    assert view is None and "is not understood" in search.line
+    search, checkpoint = peers.search(always)
+    assert checkpoint is not None and search.generation == Generation(1, 1) and checkpoint.manifest["step"] == 10
+    checkpoint.close()
+    search, checkpoint = peers.search(lambda stage, step: step > 10)
+    assert checkpoint is None and "is not understood" in search.line
 
 
 def test_what_a_start_goes_on_from_is_kept_until_its_own_copy_is_whole(peers: OneHost) -> None:
     assert refresh(started(peers, NONE, None), 10) is None
     settle(peers)
-    search, view = peers.search(always)
-    assert view is not None
+    search, checkpoint = peers.search(always)
+    assert checkpoint is not None
     again = started(peers, search.newest, search.generation)
     refresh(again, 12)
     settle(peers)
@@ -126,8 +126,8 @@ def test_what_a_start_goes_on_from_is_kept_until_its_own_copy_is_whole(peers: On
 def test_a_start_from_the_disk_keeps_nothing_of_before(peers: OneHost) -> None:
     refresh(started(peers, NONE, None), 10)
     settle(peers)
-    search, view = peers.search(lambda stage, step: step > 10)
-    assert view is None and search.line == "" and search.newest == Generation(1, 1)
+    search, checkpoint = peers.search(lambda stage, step: step > 10)
+    assert checkpoint is None and search.line == "" and search.newest == Generation(1, 1)
     refresh(started(peers, search.newest, None), 4)
     settle(peers)
     assert kept(peers) == [4]
@@ -178,11 +178,11 @@ def test_a_damaged_copy_is_passed_over_for_an_older_one_then_for_the_disk(peers:
         refresh(refresher, step)
         settle(peers)
     overwrite(peers.local, Generation(1, 2), 0, 5000)
-    search, view = peers.search(always)
-    assert view is not None and view.manifest["step"] == 10
+    search, checkpoint = peers.search(always)
+    assert checkpoint is not None and checkpoint.manifest["step"] == 10
     overwrite(peers.local, Generation(1, 1), 0, 5000)
-    search, view = peers.search(always)
-    assert view is None
+    search, checkpoint = peers.search(always)
+    assert checkpoint is None
     assert search.line == ("step 10 of small was kept in memory, but of 1 of 1 ranks (0) no copy is left or right")
 
 
@@ -193,8 +193,8 @@ def test_a_description_that_makes_no_sense_is_passed_over_for_the_disk(peers: On
     with RemoteAgent(peers.endpoints[0]) as agent:
         ((_, header),) = agent.ask("describe", generation=Generation(1, 1))["headers"]
     fill(peers.local, Generation(1, 2), NONE, bytes(4 * STATE.numel()), header=header | {"step": 20} | change)
-    search, view = peers.search(always)
-    assert view is None and search.generation is None and search.line
+    search, checkpoint = peers.search(always)
+    assert checkpoint is None and search.generation is None and search.line
 
 
 def test_a_budget_that_is_too_small_is_refused(peers: OneHost) -> None:
@@ -238,14 +238,14 @@ def test_a_run_whose_ranks_are_lost_goes_on_from_memory_if_that_is_further_than_
             found = copies.newer(start, only)
             assert found.step == step
             assert found.taken == (start.taken if found.stage == start.stage else ("step_00000012",))
-            assert (copies.view is not None) == (found != start) == (found.source is None)
-            if copies.view is not None:
+            assert (copies.checkpoint is not None) == (found != start) == (found.source is None)
+            if copies.checkpoint is not None:
                 assert found.resumes and found.stage == 1 and "small goes on from step 10" in copies.line
-            view = copies.view
-            assert copies.newer(start, only) == start and copies.view is None  # only the first stage of a start
-            if view is not None:
+            checkpoint = copies.checkpoint
+            assert copies.newer(start, only) == start and copies.checkpoint is None  # only the first stage of a start
+            if checkpoint is not None:
                 with pytest.raises(FlmError, match="no longer in memory"):
-                    view.read(next(iter(view.tensors)))
+                    checkpoint.read(next(iter(checkpoint.tensors)))
 
 
 def test_copies_of_a_state_that_may_be_wrong_are_forgotten(peers: OneHost) -> None:

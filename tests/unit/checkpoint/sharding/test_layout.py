@@ -69,22 +69,24 @@ def test_any_region_of_any_layout_is_that_part_of_the_whole(
     source = InitialCheckpoint(model, 3, optimizer=True, dtype=torch.bfloat16)
     path = tmp_path_factory.mktemp("layout") / "out"
     reshard(source, path, Processes(), {}, (model, parallel))
-    view = TorchDistCheckpoint(path)
+    checkpoint = TorchDistCheckpoint(path)
     for name in data.draw(st.lists(st.sampled_from(sorted(source.tensors)), min_size=3, max_size=3)):
         shape = source.tensors[name].shape
         offsets = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
         region = Region(offsets, tuple(data.draw(st.integers(1, n - o)) for n, o in zip(shape, offsets, strict=True)))
-        assert torch.equal(view.read(name, region), source.read(name)[region.slices])
+        assert torch.equal(checkpoint.read(name, region), source.read(name)[region.slices])
 
 
 def test_a_target_rank_finds_its_part_in_its_own_files(tmp_path: Path) -> None:
     model = ModelConfig(num_layers=4, hidden_size=16, ffn_hidden_size=24, num_attention_heads=4, vocab_size=300)
     parallel = ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=2)
     reshard(InitialCheckpoint(model, 3), tmp_path / "out", Processes(), {}, (model, parallel))
-    view = TorchDistCheckpoint(tmp_path / "out")
+    checkpoint = TorchDistCheckpoint(tmp_path / "out")
     for rank in range(4):
         for name, regions in rank_regions(model, parallel, rank % 2, rank // 2).items():
-            files = {chunk.file for chunk in view.chunks[name] for region in regions if chunk.region.intersect(region)}
+            files = {
+                chunk.file for chunk in checkpoint.chunks[name] for region in regions if chunk.region.intersect(region)
+            }
             own = rank - rank % 2 if REPLICATED in name else rank
             assert files == {f"__{own}_0.distcp"}, (rank, name)
 
@@ -121,14 +123,16 @@ def test_the_shards_of_a_trillion_parameters_add_up() -> None:
 @pytest.mark.parametrize(("tensor_rank", "pipeline_rank"), [(0, 0), (17, 5), (31, 27)])
 def test_a_rank_of_a_trillion_parameters_has_the_bits_of_the_whole(tensor_rank: int, pipeline_rank: int) -> None:
     """The corners of each of a rank's regions, read as its own and as part of a larger region around them."""
-    view = InitialCheckpoint(TRILLION, 11, dtype=torch.bfloat16)
+    checkpoint = InitialCheckpoint(TRILLION, 11, dtype=torch.bfloat16)
     names = set()
     for name, regions in rank_regions(TRILLION, LAYOUT, tensor_rank, pipeline_rank).items():
-        shape = view.tensors[name].shape
+        shape = checkpoint.tensors[name].shape
         for region in regions:
             for part in (first_part(region), last_part(region)) if region.numel else ():
                 around = widened(part, shape)
-                assert torch.equal(view.read(name, part), view.read(name, around)[part.within(around).slices]), name
+                assert torch.equal(
+                    checkpoint.read(name, part), checkpoint.read(name, around)[part.within(around).slices]
+                ), name
                 names.add(name)
     middle = {EMBEDDING, HEAD, "decoder.final_layernorm.weight"}
     assert names >= set(parameter_specs(TRILLION)) - middle

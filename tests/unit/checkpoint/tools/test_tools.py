@@ -30,11 +30,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LogicalCheckp
 
 def assert_same(path: Path, expected: LogicalCheckpoint, optimizer: bool = True) -> None:
     """The checkpoint holds every bit of `expected`."""
-    view = open_checkpoint(path)
+    checkpoint = open_checkpoint(path)
     names = [name for name in expected.tensors if optimizer or not name.startswith(STATE_PREFIXES)]
-    assert sorted(view.tensors) == sorted(names)
+    assert sorted(checkpoint.tensors) == sorted(names)
     for name in names:
-        assert torch.equal(view.read(name), expected.read(name)), name
+        assert torch.equal(checkpoint.read(name), expected.read(name)), name
 
 
 def hashes(output: str) -> list[str]:
@@ -94,19 +94,19 @@ def test_a_resharded_checkpoint_keeps_its_place_in_the_run(
     small: tuple[Path, LogicalCheckpoint], tmp_path: Path
 ) -> None:
     assert flm_checkpoint("reshard", small[0], tmp_path / "out", "--no-optimizer") == 0
-    view = open_checkpoint(tmp_path / "out")
-    assert {key: view.manifest[key] for key in manifest_of()} == manifest_of()
-    assert not view.has_optimizer()
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert {key: checkpoint.manifest[key] for key in manifest_of()} == manifest_of()
+    assert not checkpoint.has_optimizer()
     assert_same(tmp_path / "out", small[1], optimizer=False)
 
 
 def test_reshard_to_a_wider_dtype_takes_the_masters(small: tuple[Path, LogicalCheckpoint], tmp_path: Path) -> None:
     path, values = small
     assert flm_checkpoint("reshard", path, tmp_path / "wide", "--dtype", "fp32") == 0
-    view = open_checkpoint(tmp_path / "wide")
+    checkpoint = open_checkpoint(tmp_path / "wide")
     for name in values.tensors:
         source = name if name.startswith(STATE_PREFIXES) else f"optimizer.state.param.{name}"
-        assert torch.equal(view.read(name), values.read(source)), name
+        assert torch.equal(checkpoint.read(name), values.read(source)), name
     assert flm_checkpoint("reshard", tmp_path / "wide", tmp_path / "narrow", "--dtype", "bf16") == 0
     assert_same(tmp_path / "narrow", values)
 
@@ -222,11 +222,11 @@ def test_nameless_optimizer_state_is_refused_and_the_weights_are_not(
 
 def test_verify_names_the_file_and_the_tensor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_small(tmp_path / "a")
-    view = TorchDistCheckpoint(tmp_path / "a")
-    chunk = view.chunks["decoder.layers.mlp.linear_fc2.weight"][-1]
+    checkpoint = TorchDistCheckpoint(tmp_path / "a")
+    chunk = checkpoint.chunks["decoder.layers.mlp.linear_fc2.weight"][-1]
     file = tmp_path / "a" / chunk.file
     data = bytearray(file.read_bytes())
-    start = data.index(view.read("decoder.layers.mlp.linear_fc2.weight")[-1].view(torch.uint8).numpy().tobytes())
+    start = data.index(checkpoint.read("decoder.layers.mlp.linear_fc2.weight")[-1].view(torch.uint8).numpy().tobytes())
     data[start + 11] ^= 1
     file.write_bytes(data)
     assert flm_checkpoint("verify", tmp_path / "a", "--quick") == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
 from flm_megatron.checkpoint.opening import open_checkpoint
-from flm_megatron.checkpoint.torch_dist.writer import write_view
+from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.device import current
 
 ROWS, COLUMNS = int(sys.argv[2]), 4096
@@ -29,17 +29,17 @@ path = Path(sys.argv[1])
 device = current()
 device.reset_peak_memory()
 before = device.peak_memory_gib()
-write_view(Ramp(), path / "a")
+copy_checkpoint(Ramp(), path / "a")
 writing = device.peak_memory_gib() - before
 torch.distributed.checkpoint.save({"x": Ramp().read("x", Region((0, 0), (ROWS, COLUMNS)))},
                                   checkpoint_id=str(path / "one"), no_dist=True)
 device.reset_peak_memory()
 before = device.peak_memory_gib()
-view = open_checkpoint(path / "one")  # one chunk
-column = view.read("x", Region((0, 1000), (ROWS, 8)))
-band = view.read("x", Region((0, 0), (ROWS, 256)))
-rows = view.read("x", Region((ROWS // 2, 5), (100, 77)))
-write_view(view, path / "b")
+checkpoint = open_checkpoint(path / "one")  # one chunk
+column = checkpoint.read("x", Region((0, 1000), (ROWS, 8)))
+band = checkpoint.read("x", Region((0, 0), (ROWS, 256)))
+rows = checkpoint.read("x", Region((ROWS // 2, 5), (100, 77)))
+copy_checkpoint(checkpoint, path / "b")
 reading = device.peak_memory_gib() - before
 assert torch.equal(column, Ramp().read("x", Region((0, 1000), (ROWS, 8))))
 assert torch.equal(band, Ramp().read("x", Region((0, 0), (ROWS, 256))))

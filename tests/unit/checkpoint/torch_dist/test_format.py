@@ -30,7 +30,7 @@ from flm_megatron.checkpoint.torch_dist.chunk_index import ChunkIndex, StoredChu
 from flm_megatron.checkpoint.torch_dist.logical_hash import logical_hash, partial_hash, tensor_hashes
 from flm_megatron.checkpoint.torch_dist.shard_file import Rectangle
 from flm_megatron.checkpoint.torch_dist.tensor_record import encode
-from flm_megatron.checkpoint.torch_dist.writer import plan_files, write_checkpoint, write_view
+from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint, plan_files, write_checkpoint
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import DamagedError, FlmError, RequestError
 from tests.support.checkpoint_cases import as_foreign, flip
@@ -57,7 +57,7 @@ def source() -> InitialCheckpoint:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, source: InitialCheckpoint) -> Path:
-    write_view(source, tmp_path / "a", {"step": 4, "stage": "first", "tokens": 10}, chunk_bytes=999)
+    copy_checkpoint(source, tmp_path / "a", {"step": 4, "stage": "first", "tokens": 10}, chunk_bytes=999)
     return tmp_path / "a"
 
 
@@ -87,13 +87,13 @@ def test_any_region_of_any_chunks(data: st.DataObject, tmp_path_factory: pytest.
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
     tensor = torch.randn(shape).to(dtype)
     folder = tmp_path_factory.mktemp("any")
-    written = write_view(InMemory({"x": tensor}), folder / "a", {}, chunk_bytes=data.draw(st.integers(1, 400)))
-    view = open_checkpoint(folder / "a")
+    written = copy_checkpoint(InMemory({"x": tensor}), folder / "a", {}, chunk_bytes=data.draw(st.integers(1, 400)))
+    checkpoint = open_checkpoint(folder / "a")
     for _ in range(4):
         region = random_region(data, shape)
-        assert torch.equal(view.read("x", region), tensor[region.slices])
-    assert torch.equal(view.read("x"), tensor)
-    assert written["logical_hash"] == logical_hash(view) == logical_hash(InMemory({"x": tensor}))
+        assert torch.equal(checkpoint.read("x", region), tensor[region.slices])
+    assert torch.equal(checkpoint.read("x"), tensor)
+    assert written["logical_hash"] == logical_hash(checkpoint) == logical_hash(InMemory({"x": tensor}))
 
 
 @settings(deadline=None)
@@ -167,7 +167,7 @@ def test_files_are_no_longer_than_asked(
     source: InitialCheckpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(writer, "FILE_BYTES", 20000)
-    manifest = write_view(source, tmp_path / "a", {}, chunk_bytes=1000)
+    manifest = copy_checkpoint(source, tmp_path / "a", {}, chunk_bytes=1000)
     shards = [entry["size"] for name, entry in manifest["files"].items() if name.endswith(".distcp")]
     assert len(shards) > 3 and max(shards) < 60000
     assert tensor_hashes(open_checkpoint(tmp_path / "a")) == tensor_hashes(source)
@@ -177,21 +177,21 @@ def test_foreign_chunks_that_are_views_or_transposed(tmp_path: Path) -> None:
     base = torch.randn(6, 10)
     state = {"narrowed": base[2:5], "column": base[:, 3:4], "transposed": base.t()}
     dcp.save(state, checkpoint_id=str(tmp_path / "a"), no_dist=True)
-    view = open_checkpoint(tmp_path / "a")
+    checkpoint = open_checkpoint(tmp_path / "a")
     for name, tensor in state.items():
-        assert torch.equal(view.read(name), tensor)
+        assert torch.equal(checkpoint.read(name), tensor)
         region = Region((1, 0), (2, 1))
-        assert torch.equal(view.read(name, region), tensor[region.slices])
+        assert torch.equal(checkpoint.read(name, region), tensor[region.slices])
 
 
 def test_manifest_says_what_was_given_and_written(checkpoint: Path, source: InitialCheckpoint) -> None:
-    view = open_checkpoint(checkpoint)
-    assert (view.manifest["step"], view.manifest["stage"], view.manifest["tokens"]) == (4, "first", 10)
-    assert view.manifest["optimizer"] == "logical" and view.has_optimizer()
-    assert view.manifest["logical_hash"] == logical_hash(source)
+    opened = open_checkpoint(checkpoint)
+    assert (opened.manifest["step"], opened.manifest["stage"], opened.manifest["tokens"]) == (4, "first", 10)
+    assert opened.manifest["optimizer"] == "logical" and opened.has_optimizer()
+    assert opened.manifest["logical_hash"] == logical_hash(source)
     present = {entry.name for entry in checkpoint.iterdir()} - {MANIFEST}
-    assert set(view.manifest["files"]) == present
-    assert verify(checkpoint) == verify(checkpoint, quick=True) == view.manifest
+    assert set(opened.manifest["files"]) == present
+    assert verify(checkpoint) == verify(checkpoint, quick=True) == opened.manifest
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "metadata.json", "common.pt"])
@@ -251,10 +251,10 @@ def test_a_changed_manifest(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_reading_a_truncated_or_missing_shard_names_tensor_and_file(checkpoint: Path) -> None:
     shard = checkpoint / "__0_0.distcp"
     os.truncate(shard, shard.stat().st_size // 2)
-    view = open_checkpoint(checkpoint)
-    last = list(view.tensors)[-1]
+    opened = open_checkpoint(checkpoint)
+    last = list(opened.tensors)[-1]
     with pytest.raises(DamagedError, match=rf"{last}: .*__0_0\.distcp"):
-        view.read(last)
+        opened.read(last)
     shard.unlink()
     with pytest.raises(DamagedError, match=r"output_layer\.weight: .*__0_0\.distcp"):
         open_checkpoint(checkpoint).read("output_layer.weight")
@@ -266,19 +266,19 @@ def test_a_tensor_that_is_not_stored_as_a_whole(checkpoint: Path) -> None:
     gone = chunks.pop()
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
     as_foreign(checkpoint)
-    view = open_checkpoint(checkpoint)
+    opened = open_checkpoint(checkpoint)
     with pytest.raises(DamagedError, match=r"output_layer\.weight is not stored as a whole"):
-        view.read("output_layer.weight")
+        opened.read("output_layer.weight")
     rows = gone.offsets[0]
-    assert view.read("output_layer.weight", Region((0, 0), (rows, 24))).shape == (rows, 24)
+    assert opened.read("output_layer.weight", Region((0, 0), (rows, 24))).shape == (rows, 24)
 
 
 def test_bad_requests(checkpoint: Path, tmp_path: Path) -> None:
-    view = open_checkpoint(checkpoint)
+    opened = open_checkpoint(checkpoint)
     with pytest.raises(RequestError, match="no tensor nothing"):
-        view.read("nothing")
+        opened.read("nothing")
     with pytest.raises(RequestError, match="does not lie in"):
-        view.read("output_layer.weight", Region((70, 0), (10, 24)))
+        opened.read("output_layer.weight", Region((70, 0), (10, 24)))
     with pytest.raises(RequestError, match="no such folder"):
         open_checkpoint(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
@@ -296,7 +296,7 @@ def test_bad_requests(checkpoint: Path, tmp_path: Path) -> None:
 def test_destination_exists(checkpoint: Path, source: InitialCheckpoint) -> None:
     before = verify(checkpoint)
     with pytest.raises(RequestError, match="exists already"):
-        write_view(source, checkpoint)
+        copy_checkpoint(source, checkpoint)
     assert verify(checkpoint) == before
 
 
@@ -330,7 +330,7 @@ def test_a_full_disk_is_a_request_error(tmp_path: Path, source: InitialCheckpoin
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (30000, before[1]))
         with pytest.raises(RequestError, match=r"__0_0\.distcp: cannot be written: File too large"):
-            write_view(source, tmp_path / "a")
+            copy_checkpoint(source, tmp_path / "a")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)

@@ -13,7 +13,7 @@ import pytest
 from flm_megatron.checkpoint.described import model_of
 from flm_megatron.checkpoint.megatron_legacy.arguments import model_from_arguments
 from flm_megatron.checkpoint.opening import open_checkpoint
-from flm_megatron.checkpoint.torch_dist.writer import write_view
+from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.cli.main import main
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.data.tokenizer import Tokenizer, train_tokenizer
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer([text[::-1]], folder / "same-size.model", VOCABULARY)
     train_tokenizer([text], folder / "smaller.model", 300)
     manifest = manifest_of(MODEL, run=run_of(MODEL, tokenizer=own.path), tokenizer_sha256=own.fingerprint)
-    write_view(Memory(random_tensors(MODEL)), folder / "ours", manifest)
+    copy_checkpoint(Memory(random_tensors(MODEL)), folder / "ours", manifest)
     for name, padding in (("hf", 1), ("padded", 64)):
         assert flm_checkpoint("export-hf", folder / "ours", folder / name, "--pad-vocab-to", padding) == 0
     shutil.copytree(folder / "padded", folder / "foreign")
@@ -121,7 +121,7 @@ def test_a_tokenizer_that_is_no_longer_the_checkpoints_is_not_exported(
 ) -> None:
     shutil.copy(folder / "smaller.model", tmp_path / "tokenizer.model")
     manifest = manifest_of(MODEL, run=run_of(MODEL, tokenizer=str(tmp_path / "tokenizer.model")))
-    write_view(Memory(random_tensors(MODEL)), tmp_path / "ours", manifest)
+    copy_checkpoint(Memory(random_tensors(MODEL)), tmp_path / "ours", manifest)
     assert flm_checkpoint("export-hf", tmp_path / "ours", tmp_path / "out") == 0
     assert "no tokenizer files were written: tokenizer" in (said := capsys.readouterr().out) and "300 ids" in said
     assert not list((tmp_path / "out").glob("tokenizer*"))

@@ -1,4 +1,4 @@
-"""The grown view: regions, optimizer state, new values, provenance."""
+"""The grown checkpoint: regions, optimizer state, new values, provenance."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from flm_megatron.model.parameters import parameter_specs
 from tests.support.growth_cases import MemoryCheckpoint, growth, old_model, plan_for, trained
 
 GPT3 = old_model(normalization="layernorm", activation="gelu", bias=True)
-VIEWS = [
+CHECKPOINTS = [
     GrownCheckpoint(
         trained(model, torch.float32, optimizer=True), plan_for("all", operator, model, {"optimizer_step": "birth"})
     )
     for operator in ("zero", "mask")
     for model in (old_model(), GPT3)
 ]
-WHOLE = [{name: view.read(name) for name in view.tensors} for view in VIEWS]
+WHOLE = [{name: checkpoint.read(name) for name in checkpoint.tensors} for checkpoint in CHECKPOINTS]
 
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_any_region_is_a_slice_of_the_whole(data: st.DataObject) -> None:
-    index = data.draw(st.integers(0, len(VIEWS) - 1))
-    name = data.draw(st.sampled_from(sorted(VIEWS[index].tensors)))
-    shape = VIEWS[index].tensors[name].shape
+    index = data.draw(st.integers(0, len(CHECKPOINTS) - 1))
+    name = data.draw(st.sampled_from(sorted(CHECKPOINTS[index].tensors)))
+    shape = CHECKPOINTS[index].tensors[name].shape
     offsets = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
     sizes = tuple(data.draw(st.integers(1, n - o)) for n, o in zip(shape, offsets, strict=True))
     region = Region(offsets, sizes)
-    assert torch.equal(VIEWS[index].read(name, region), WHOLE[index][name][region.slices])
+    assert torch.equal(CHECKPOINTS[index].read(name, region), WHOLE[index][name][region.slices])
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_moments_follow_the_weights(operator: str) -> None:
     old = old_model(mup=old_model().mup)
     plan = plan_for("hidden", operator, old)
     source = trained(old, torch.float32, optimizer=True)
-    view = GrownCheckpoint(source, plan)
+    checkpoint = GrownCheckpoint(source, plan)
     scales = {
         p.HEAD: 33 / 24,
         p.FINAL_NORM + ".weight": math.sqrt(24 / 33) if operator == "zero" else 1.0,
@@ -89,8 +89,8 @@ def test_moments_follow_the_weights(operator: str) -> None:
     for name, scale in scales.items():
         region = Region.whole(source.tensors[name].shape)
         for prefix, factor in (("", scale), (MASTER, scale), (EXP_AVG, 1 / scale), (EXP_AVG_SQ, scale**-2)):
-            torch.testing.assert_close(view.read(prefix + name, region), source.read(prefix + name) * factor)
-        new = view.read(EXP_AVG_SQ + name)
+            torch.testing.assert_close(checkpoint.read(prefix + name, region), source.read(prefix + name) * factor)
+        new = checkpoint.read(EXP_AVG_SQ + name)
         new[region.slices] = 0
         assert not new.any()
 
@@ -98,9 +98,9 @@ def test_moments_follow_the_weights(operator: str) -> None:
 def test_copied_layers_have_fresh_moments() -> None:
     plan = plan_for("layers", "mask", old_model())
     source = trained(plan.old, torch.float32, optimizer=True)
-    view = GrownCheckpoint(source, plan)
+    checkpoint = GrownCheckpoint(source, plan)
     name = f"{p.QKV}.weight"
-    moments, values = view.read(EXP_AVG + name), view.read(name)
+    moments, values = checkpoint.read(EXP_AVG + name), checkpoint.read(name)
     for i, layer in enumerate(plan.layer_sources):
         assert torch.equal(values[i], source.values[name][layer.source])
         expected = torch.zeros_like(moments[i]) if layer.copy else source.values[EXP_AVG + name][layer.source]
@@ -112,10 +112,10 @@ def test_optimizer_fits_the_scaled_problem() -> None:
     old = old_model()
     plan = plan_for("hidden", "mask", old)
     source, c = trained(old, torch.float32, optimizer=True), plan.head_scale
-    view, region = GrownCheckpoint(source, plan), Region.whole((37, 24))
+    opened, region = GrownCheckpoint(source, plan), Region.whole((37, 24))
     gradient = torch.randn(37, 24)
     steps = []
-    for checkpoint, g in ((source, gradient), (view, gradient / c)):
+    for checkpoint, g in ((source, gradient), (opened, gradient / c)):
         m = 0.9 * checkpoint.read(EXP_AVG + p.HEAD, region) + 0.1 * g
         s = 0.95 * checkpoint.read(EXP_AVG_SQ + p.HEAD, region) + 0.05 * g**2
         steps.append(m / s.sqrt())
@@ -125,13 +125,13 @@ def test_optimizer_fits_the_scaled_problem() -> None:
 def test_new_values_are_those_of_a_fresh_model_of_the_new_width() -> None:
     old = old_model(hidden_size=96, ffn_hidden_size=200, matrix_init_std=0.3)
     plan = make_plan(old, replace(old, ffn_hidden_size=900), growth("mask"), seed=5)
-    view = GrownCheckpoint(trained(old, torch.float32), plan)
+    checkpoint = GrownCheckpoint(trained(old, torch.float32), plan)
     name = f"{p.FC1}.weight"
-    new = torch.cat([view.read(name)[:, 200:900], view.read(name)[:, 1100:]])
+    new = torch.cat([checkpoint.read(name)[:, 200:900], checkpoint.read(name)[:, 1100:]])
     assert new.std().item() == pytest.approx(
         parameter_specs(plan.new)[name].init_std * 0.9866, rel=0.02
     )  # cut at 3 std
-    assert torch.equal(view.read(name)[:, 900:1100], trained(old, torch.float32).values[name][:, 200:])
+    assert torch.equal(checkpoint.read(name)[:, 900:1100], trained(old, torch.float32).values[name][:, 200:])
 
 
 def test_stages_and_seeds_draw_different_numbers() -> None:
@@ -147,9 +147,9 @@ def test_stages_and_seeds_draw_different_numbers() -> None:
 
 def test_bf16_weights_are_rounded_masters() -> None:
     plan = plan_for("all", "zero", old_model())
-    view = GrownCheckpoint(trained(plan.old, torch.bfloat16, optimizer=True), plan)
+    checkpoint = GrownCheckpoint(trained(plan.old, torch.bfloat16, optimizer=True), plan)
     for name in parameter_specs(plan.new):
-        assert torch.equal(view.read(name), view.read(MASTER + name).bfloat16()), name
+        assert torch.equal(checkpoint.read(name), checkpoint.read(MASTER + name).bfloat16()), name
 
 
 def test_births() -> None:
@@ -186,9 +186,9 @@ def test_without_moments_every_entry_is_born_anew() -> None:
 
 def test_births_outlive_the_start_of_a_new_run() -> None:
     plan = plan_for("ffn", "zero", old_model(), {"optimizer_step": "birth"})
-    view = GrownCheckpoint(trained(plan.old, torch.float32, optimizer=True), plan)
-    kept = earlier_growth(view, grows=False)
-    assert growth_behind(kept) == view.record and earlier_growth(view, grows=True) == {}
+    checkpoint = GrownCheckpoint(trained(plan.old, torch.float32, optimizer=True), plan)
+    kept = earlier_growth(checkpoint, grows=False)
+    assert growth_behind(kept) == checkpoint.record and earlier_growth(checkpoint, grows=True) == {}
     resumed = MemoryCheckpoint(trained(plan.new, torch.float32, optimizer=True).values, kept | {"optimizer_step": 50})
     assert earlier_growth(resumed, grows=False) == kept
     assert earlier_growth(MemoryCheckpoint(trained(plan.new).values, kept), grows=False) == {}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flm_megatron.checkpoint.torch_dist.writer import write_view
+from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.config.schema import DataConfig, LoraConfig, ModelConfig, MupConfig, RunConfig, StageConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.training.resume.start import checked_start
@@ -40,7 +40,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_checkpoint_that_no_run_has_saved_is_named(tmp_path: Path, left_out: str, words: str) -> None:
     path = tmp_path / "checkpoints/small/step_00000007"
     manifest = {key: value for key, value in manifest_of().items() if key != left_out}
-    write_view(Noisy(MODEL, 5), path, manifest)
+    copy_checkpoint(Noisy(MODEL, 5), path, manifest)
     with pytest.raises(RequestError, match=rf"step_00000007: its manifest\.json {words}.*move it out"):
         checked_start(run_at(tmp_path))
 

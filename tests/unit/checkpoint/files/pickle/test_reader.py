@@ -24,7 +24,7 @@ from flm_megatron.checkpoint.files.torch_file import load_torch_file
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.torch_dist.logical_hash import tensor_hashes
-from flm_megatron.checkpoint.torch_dist.writer import write_view
+from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import DamagedError
 from tests.support.checkpoint_cases import as_foreign
@@ -53,7 +53,7 @@ def payloads(trap: Path) -> list[Payload]:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    write_view(InitialCheckpoint(MODEL, 1), tmp_path / "a", {"step": 1})
+    copy_checkpoint(InitialCheckpoint(MODEL, 1), tmp_path / "a", {"step": 1})
     (tmp_path / "a" / MANIFEST).unlink()  # so that common.pt is read as well
     return tmp_path / "a"
 
@@ -83,9 +83,9 @@ def test_payload_in_a_byte_entry(tmp_path: Path) -> None:
     trap = tmp_path / "trap"
     state = {"weight": torch.arange(6.0), "extra": Payload(os.system, f"touch {trap}")}
     dcp.save(state, checkpoint_id=str(tmp_path / "a"), no_dist=True)
-    view = open_checkpoint(tmp_path / "a")
-    assert set(view.tensors) == {"weight"} and torch.equal(view.read("weight"), torch.arange(6.0))
-    tensor_hashes(view)
+    checkpoint = open_checkpoint(tmp_path / "a")
+    assert set(checkpoint.tensors) == {"weight"} and torch.equal(checkpoint.read("weight"), torch.arange(6.0))
+    tensor_hashes(checkpoint)
     assert not trap.exists()
     dcp.load({"extra": None}, checkpoint_id=str(tmp_path / "a"), no_dist=True)
     assert trap.exists()
@@ -166,9 +166,9 @@ def test_tensors_of_one_storage_share_it(tmp_path: Path) -> None:
     """A file of a few kilobytes may name one large storage very often."""
     whole = torch.arange(1000)
     torch.save([whole, *(whole[i:] for i in range(100))], tmp_path / "x.pt")
-    first, *views = load_torch_file(tmp_path / "x.pt")
+    first, *checkpoints = load_torch_file(tmp_path / "x.pt")
     first[999] = -1
-    assert all(view[-1] == -1 for view in views)
+    assert all(checkpoint[-1] == -1 for checkpoint in checkpoints)
 
 
 @pytest.mark.parametrize("size", [1000, 10**9])

@@ -19,7 +19,7 @@ from flm_megatron.checkpoint.logical import EXP_AVG
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.run_file import open_run
 from flm_megatron.checkpoint.torch_dist.reader import COMMON
-from flm_megatron.checkpoint.torch_dist.writer import write_view
+from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.cli.main import main
 from flm_megatron.config.schema import LoraConfig, ModelConfig, MupConfig, RunConfig
 from flm_megatron.data.corpus.build import build_dataset
@@ -27,7 +27,7 @@ from flm_megatron.data.tokenizer import train_tokenizer
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.plan import make_plan
 from flm_megatron.launch.preflight import resolve
-from flm_megatron.training.resume.first_view import first_view
+from flm_megatron.training.resume.first_checkpoint import first_checkpoint
 from tests.support.checkpoint_cases import Memory, flm_checkpoint, manifest_of, run_of
 from tests.support.growth_cases import growth
 from tests.support.prose import prose
@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer(["".join(texts)[::-1]], folder / "other.model", VOCABULARY)
     build_dataset(texts, own, folder / "text", workers=1)
     manifest = manifest_of(MODEL, run=run_of(MODEL, tokenizer=own.path), tokenizer_sha256=own.fingerprint)
-    write_view(Memory(random_tensors(MODEL)), folder / "ours", manifest)
+    copy_checkpoint(Memory(random_tensors(MODEL)), folder / "ours", manifest)
     for flavour in ("teleflm", "llama"):
         assert flm_checkpoint("export-hf", folder / "ours", folder / flavour, "--flavour", flavour) == 0
     assert flm_checkpoint("reshard", folder / "ours", folder / "classic", "--format", "classic") == 0
@@ -117,8 +117,8 @@ def folded(source: str) -> ModelConfig:
 def test_the_checkpoints_model_is_taken_from_any_form(folder: Path, tmp_path: Path, source: str) -> None:
     taken = resolve(open_run(run_file(folder, tmp_path, source, "from_checkpoint"))).stages[0].model
     assert taken == folded(source)
-    view = first_view(RunConfig(), taken, folder / source)
-    assert view.tensors["output_layer.weight"].shape == (VOCABULARY, 48)
+    checkpoint = first_checkpoint(RunConfig(), taken, folder / source)
+    assert checkpoint.tensors["output_layer.weight"].shape == (VOCABULARY, 48)
 
 
 @pytest.mark.parametrize("source", FORMS)
@@ -174,7 +174,9 @@ def test_moments_that_cannot_be_gone_on_from_are_refused_before_anything_starts(
 ) -> None:
     values = random_tensors(MODEL)
     stateless = {key: value for key, value in manifest_of(MODEL).items() if key != "optimizer_step"}
-    write_view(Memory(values | {EXP_AVG + name: value for name, value in values.items()}), tmp_path / "a", stateless)
+    copy_checkpoint(
+        Memory(values | {EXP_AVG + name: value for name, value in values.items()}), tmp_path / "a", stateless
+    )
     path = run_file(folder, tmp_path / "b", str(tmp_path / "a"), STATED)
     assert "has Adam's moments but does not say after how many steps" in refusal(capsys, path)
     assert flm_checkpoint("reshard", tmp_path / "a", tmp_path / "weights", "--no-optimizer") == 0
@@ -183,15 +185,15 @@ def test_moments_that_cannot_be_gone_on_from_are_refused_before_anything_starts(
 
 def test_tensors_of_another_kind_of_block_are_not_left_out(tmp_path: Path) -> None:
     biased = replace(MODEL, bias=True)
-    write_view(Memory(random_tensors(biased)), tmp_path / "biased", {"step": 1})
+    copy_checkpoint(Memory(random_tensors(biased)), tmp_path / "biased", {"step": 1})
     with pytest.raises(RequestError, match=r"has a tensor decoder\.layers\.self_attention\.linear_qkv\.bias, which"):
-        first_view(RunConfig(), MODEL, tmp_path / "biased")
-    first_view(RunConfig(), biased, tmp_path / "biased")
+        first_checkpoint(RunConfig(), MODEL, tmp_path / "biased")
+    first_checkpoint(RunConfig(), biased, tmp_path / "biased")
 
 
 def test_adapters_are_not_dropped_on_the_way(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapted = replace(MODEL, lora=LoraConfig(rank=2, targets=["qkv"]))
-    write_view(Memory(random_tensors(adapted)), tmp_path / "adapted", manifest_of(adapted))
+    copy_checkpoint(Memory(random_tensors(adapted)), tmp_path / "adapted", manifest_of(adapted))
     path = run_file(folder, tmp_path / "a", str(tmp_path / "adapted"), STATED)
     assert "model.lora is None in the run file and {'rank': 2" in refusal(capsys, path)
     path = run_file(folder, tmp_path / "b", str(tmp_path / "adapted"), "from_checkpoint")
@@ -203,7 +205,7 @@ def grown_out_of_model(path: Path, step: int, operator: str) -> ModelConfig:
     wider = replace(MODEL, hidden_size=64, num_attention_heads=16)
     plan = make_plan(MODEL, wider, growth(operator), seed=1, stage="small")
     manifest = manifest_of(wider, step=step, growth={"plan": plan.to_json()})  # as earlier versions wrote it
-    write_view(Memory(random_tensors(plan.new)), path, manifest)
+    copy_checkpoint(Memory(random_tensors(plan.new)), path, manifest)
     return plan.new
 
 

@@ -25,7 +25,7 @@ from flm_megatron.model.parameters import parameter_specs
 logger = logging.getLogger(__name__)
 
 
-def first_view(run: RunConfig, model: ModelConfig, source: Path | None) -> LogicalCheckpoint:
+def first_checkpoint(run: RunConfig, model: ModelConfig, source: Path | None) -> LogicalCheckpoint:
     """What the first stage starts from: a checkpoint's weights (`checkpoint.initial`), or fresh ones.
 
     Raises:
@@ -44,16 +44,16 @@ def check_initial(run: RunConfig) -> None:
     its model, another muP) is logged.
 
     Raises:
-        RequestError: as `first_view`, it was trained with another tokenizer, or its moments cannot be gone on from.
-        DamagedError: it cannot be read.
+        RequestError: as `first_checkpoint`, it was trained with another tokenizer, or its moments cannot be gone on
+        from. DamagedError: it cannot be read.
     """
     if run.checkpoint.initial is None or int(os.environ.get("RANK", 0)) > 0:
         return
     source, model = Path(run.checkpoint.initial), run.stages[0].model
-    view, found = _loaded(run, model, source)
-    adam_step(view)
+    checkpoint, found = _loaded(run, model, source)
+    adam_step(checkpoint)
     if run.tokenizer is not None:
-        check_tokenizer(Tokenizer(run.tokenizer), model, str(source), view.manifest, source)
+        check_tokenizer(Tokenizer(run.tokenizer), model, str(source), checkpoint.manifest, source)
     for line in _remarks(found, model):
         logger.warning("%s: %s", source, line)
 
@@ -68,20 +68,20 @@ def _remarks(found: ModelConfig | None, model: ModelConfig) -> list[str]:
 
 
 def _loaded(run: RunConfig, model: ModelConfig, source: Path) -> tuple[LogicalCheckpoint, ModelConfig | None]:
-    """`source` as a checkpoint of `model`, and the model that it says it is of; raises as `first_view`."""
-    view = open_checkpoint(source, model.vocab_size)
-    check_no_mask(view.manifest, str(source))
-    found = recorded_model(view, model.vocab_size)
+    """`source` as a checkpoint of `model`, and the model that it says it is of; raises as `first_checkpoint`."""
+    checkpoint = open_checkpoint(source, model.vocab_size)
+    check_no_mask(checkpoint.manifest, str(source))
+    found = recorded_model(checkpoint, model.vocab_size)
     if found is not None and (other := differences(model, found)):
         raise RequestError(
             f"{source} is of another model than the first stage: {'; '.join(other)}; set them as the checkpoint has "
             "them, or take its model with `model: from_checkpoint`"
         )
-    view = without_padding(view, model)
+    checkpoint = without_padding(checkpoint, model)
     if model.lora is not None:
-        view = WithNewAdapters(view, model, run.seed)
-    _check_shapes(view, model, run.seed, source)
-    return view, found
+        checkpoint = WithNewAdapters(checkpoint, model, run.seed)
+    _check_shapes(checkpoint, model, run.seed, source)
+    return checkpoint, found
 
 
 def check_no_mask(manifest: Mapping[str, Any], source: str) -> None:
@@ -97,14 +97,14 @@ def check_no_mask(manifest: Mapping[str, Any], source: str) -> None:
         )
 
 
-def _check_shapes(view: LogicalCheckpoint, model: ModelConfig, seed: int, source: Path) -> None:
+def _check_shapes(checkpoint: LogicalCheckpoint, model: ModelConfig, seed: int, source: Path) -> None:
     """Every tensor of the model is there in its shape, and none that another kind of block would have beside them."""
     wanted = InitialCheckpoint(model, seed).tensors
     for name, info in wanted.items():
-        found = view.tensors[name].shape if name in view.tensors else None
+        found = checkpoint.tensors[name].shape if name in checkpoint.tensors else None
         if found != info.shape:
             raise RequestError(f"{source}: {name} is {found}, but the first stage's model needs {info.shape}")
     fullest = parameter_specs(replace(model, bias=True, normalization="layernorm"))
     for name in fullest:
-        if name in view.tensors and name not in wanted:
+        if name in checkpoint.tensors and name not in wanted:
             raise RequestError(f"{source} has a tensor {name}, which the first stage's model has not")
