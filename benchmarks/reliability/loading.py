@@ -1,6 +1,6 @@
 """How long a rank takes to load its state: from its own host's memory, from a neighbour's, and from the disk.
 
-    OMP_NUM_THREADS=1 python benchmarks/reliability/loading.py [--layers 4] [--folder /tmp]
+    OMP_NUM_THREADS=1 python -m benchmarks.reliability.loading [--layers 4] [--folder /tmp]
 
 One rank with a real engine and optimizer, the neighbour's agent behind a TCP connection of this machine, the disk with
 its cache emptied of the checkpoint. Prints a Markdown table.

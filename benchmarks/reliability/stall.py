@@ -1,6 +1,6 @@
 """How long training waits for an asynchronous save, and for a copy into memory, beside a plain copy of the same bytes.
 
-    OMP_NUM_THREADS=1 python benchmarks/reliability/stall.py [--layers 6] [--only save|memory] [--folder /tmp]
+    OMP_NUM_THREADS=1 python -m benchmarks.reliability.stall [--layers 6] [--only save|memory] [--folder /tmp]
 
 One rank with a real engine and optimizer (bf16 weights, fp32 masters and moments). Prints one line per measure.
 """
