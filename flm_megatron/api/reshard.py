@@ -53,7 +53,7 @@ def reshard(
     dtype: Literal["fp32", "bf16", "fp16"] | None = None,
     vocab_size: int | None = None,
 ) -> CheckpointCopy:
-    """CheckpointCopy a checkpoint of any format, and compare the logical hashes of all its tensors with the source's.
+    """Copy a checkpoint of any format, and compare the logical hashes of all its tensors with the source's.
 
     Any layout loads any copy: with `tensor` and `pipeline` each rank of that layout finds what it loads in files of
     its own. Processes that torchrun or srun started share the work and all call.

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+KEYS = ("stage", "step", "samples", "tokens", "optimizer_step")
+"""In the order in which a manifest has them."""
+
 
 @dataclass(frozen=True)
 class StagePosition:
@@ -20,11 +23,10 @@ class StagePosition:
 
     def to_json(self) -> dict[str, Any]:
         """The entries of a manifest, without those that are not known."""
-        known = {key: getattr(self, key) for key in ("stage", "step", "samples", "tokens", "optimizer_step")}
+        known = {key: getattr(self, key) for key in KEYS}
         return {key: value for key, value in known.items() if value is not None}
 
 
 def recorded_position(manifest: Mapping[str, Any]) -> StagePosition:
     """The position that a manifest records; nothing is known where it says nothing."""
-    keys = ("step", "samples", "tokens", "optimizer_step", "stage")
-    return StagePosition(*(manifest.get(key) for key in keys))
+    return StagePosition(**{key: manifest.get(key) for key in KEYS})

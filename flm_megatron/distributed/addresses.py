@@ -20,6 +20,12 @@ def own_address() -> str:
     return _address_of(card) if card else _address_towards(os.environ.get("MASTER_ADDR", "127.0.0.1"))
 
 
+def listening(address: str, backlog: int = 128) -> socket.socket:
+    """A socket that listens on a free port of an address of this host; `backlog` connections may wait."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.create_server((address, 0), family=family, backlog=backlog)
+
+
 def _address_of(card: str) -> str:
     import psutil
 

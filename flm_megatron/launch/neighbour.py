@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
-from flm_megatron.distributed.addresses import own_address
+from flm_megatron.distributed.addresses import listening, own_address
 
 ANSWER_S = 3.0
 BACKLOG = 128
@@ -37,8 +37,7 @@ class Neighbour:
     def __init__(self, store: Store, key: Callable[[str], str], rank: int, size: int) -> None:
         """Listen, and say where, below `key` of the store. Raises RequestError without an address."""
         address = own_address()
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        self.socket = socket.create_server((address, 0), family=family, backlog=BACKLOG)
+        self.socket = listening(address, BACKLOG)
         self.socket.setblocking(False)
         self.store, self.key, self.own, self.rank = store, key, rank, (rank - 1) % size
         store.set(key(f"port/{rank}"), json.dumps([address, self.socket.getsockname()[1]]))

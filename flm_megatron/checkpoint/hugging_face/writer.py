@@ -21,6 +21,7 @@ from flm_megatron.checkpoint.hugging_face.safetensors import arrays_in, lay_out
 from flm_megatron.checkpoint.hugging_face.tokenizer import SpecialIds, write_tokenizer
 from flm_megatron.checkpoint.lazy.converted import ConvertedCheckpoint, is_power_of_two
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.recorded_run import UNRECORDED_LENGTH
 from flm_megatron.checkpoint.torch_dist.shard_file import PIECE_BYTES
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.distributed.processes import Processes
@@ -44,7 +45,7 @@ class ExportOptions:
     shard_bytes: int = 5 * 10**9
     pad_vocab_to: int = 1
     tokenizer: Path | None = None
-    sequence_length: int = 4096
+    sequence_length: int = UNRECORDED_LENGTH
 
 
 def folding(model: ModelConfig) -> dict[str, float]:

@@ -16,6 +16,7 @@ from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region
 from flm_megatron.checkpoint.megatron_legacy.arguments import arguments_of
 from flm_megatron.checkpoint.megatron_legacy.reader import FILE, LATEST, LocalTensor, local_tensors
 from flm_megatron.checkpoint.position import recorded_position
+from flm_megatron.checkpoint.recorded_run import UNRECORDED_LENGTH
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.torch_dist.shard_file import PIECE_BYTES
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
@@ -29,7 +30,7 @@ def write_megatron_legacy(
     path: Path,
     target: tuple[ModelConfig, ParallelConfig],
     processes: Processes,
-    sequence_length: int = 4096,
+    sequence_length: int = UNRECORDED_LENGTH,
 ) -> int:
     """Write the weights of `checkpoint` to the new folder `path`, as Megatron-LM would find them there; returns their
     bytes.

@@ -10,6 +10,7 @@ import sys
 from contextlib import ExitStack
 
 from flm_megatron.checkpoint.memory.agent import IDLE_S
+from flm_megatron.distributed.addresses import listening
 from flm_megatron.errors import FlmError
 
 
@@ -44,7 +45,7 @@ def start_agent(launcher: int, address: str, idle_s: float = IDLE_S) -> None:
             raise FlmError(f"the host agent's socket cannot be made: {error.strerror}") from error
         local.listen()
         try:
-            network = stack.enter_context(_listening(address))
+            network = stack.enter_context(listening(address))
             process = os.pidfd_open(launcher)
         except OSError as error:
             raise FlmError(f"the host agent cannot start on {address}: {error.strerror or error}") from error
@@ -58,8 +59,3 @@ def start_agent(launcher: int, address: str, idle_s: float = IDLE_S) -> None:
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # so that it outlives the ranks, whose group the launcher ends
         )
-
-
-def _listening(address: str) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    return socket.create_server((address, 0), family=family, backlog=128)
