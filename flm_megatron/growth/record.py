@@ -76,6 +76,7 @@ class GrowthRecord:
 
     `optimizer_step` is Adam's step at the growth, `moments` whether the source had Adam's moments (records of earlier
     versions do not say: it had), `before` the last growth behind the source, `extra` what a later version adds.
+    `absent` names the keys that an earlier version did not write: they are not written now either.
     """
 
     plan: GrowthPlan
@@ -89,13 +90,15 @@ class GrowthRecord:
     before: GrowthRecord | None = None
     certificate: Certificate | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    absent: frozenset[str] = frozenset()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for a checkpoint's manifest; a certificate is in it where there is one."""
         plain = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in NESTED}
         certificate = {"certificate": self.certificate.to_json()} if self.certificate else {}
         before = self.before.to_json() if self.before else None
-        return {"plan": self.plan.to_json(), **plain, "before": before, **certificate, **self.extra}
+        data = {"plan": self.plan.to_json(), **plain, "before": before}
+        return {key: value for key, value in data.items() if key not in self.absent} | certificate | dict(self.extra)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> GrowthRecord:
@@ -104,7 +107,7 @@ class GrowthRecord:
         Raises:
             RequestError: its plan or its certificate is not one that this program knows.
         """
-        known = {each.name for each in fields(cls)} - {"extra"}
+        known = {each.name for each in fields(cls)} - {"extra", "absent"}
         plain = {key: value for key, value in data.items() if key in known - NESTED}
         before, certificate = data.get("before"), data.get("certificate")
         try:
@@ -117,6 +120,7 @@ class GrowthRecord:
             before=cls.from_json(before) if before else None,
             certificate=Certificate.from_json(certificate) if certificate else None,
             extra={key: value for key, value in data.items() if key not in known},
+            absent=frozenset(known - data.keys() - {"certificate"}),
         )
 
     def certified(self, certificate: Certificate | None) -> GrowthRecord:
@@ -124,7 +128,7 @@ class GrowthRecord:
         return replace(self, certificate=certificate) if certificate else self
 
 
-NESTED = {"plan", "before", "certificate", "extra"}
+NESTED = {"plan", "before", "certificate", "extra", "absent"}
 
 
 def growth_of(manifest: Mapping[str, Any]) -> GrowthRecord | None:

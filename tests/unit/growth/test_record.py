@@ -64,6 +64,14 @@ def test_a_record_of_an_earlier_version_had_moments(grown: GrownCheckpoint) -> N
     assert GrowthRecord.from_json({k: v for k, v in on_disk(bare).items() if k != "moments"}).moments is True
 
 
+@pytest.mark.parametrize("missing", [{"moments"}, {"optimizer_step", "code_version", "before"}])
+def test_what_an_earlier_version_did_not_record_is_not_written_later(grown: GrownCheckpoint, missing: set[str]) -> None:
+    earlier = {key: value for key, value in on_disk(grown.record).items() if key not in missing}
+    record = GrowthRecord.from_json(earlier)
+    assert on_disk(record) == earlier
+    assert on_disk(record.certified(MEASURED)) == earlier | {"certificate": json.loads(json.dumps(MEASURED.to_json()))}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
