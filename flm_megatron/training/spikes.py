@@ -56,9 +56,9 @@ class SpikeWatch:
                 return f"{name} is {value}"
         if self._diverges(values):
             age, level = self._loss_levels()[0]
-            return (
-                f"loss {loss:.6g} is {100 * (loss / level - 1):.0f} % above {level:.6g}, a new level {age} steps before"
-            )
+            rise = 100 * (loss / level - 1)
+            since = {0: "no step", 1: "1 step"}.get(age, f"{age} steps")
+            return f"loss {loss:.6g} is {rise:.0f} % above {level:.6g}, a new level with {since} applied since"
         outliers = self._outliers(values)
         if not outliers or self._new_level(values):
             return None

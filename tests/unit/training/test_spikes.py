@@ -89,9 +89,9 @@ def test_a_new_level_is_told_and_spikes_above_it_are_seen_at_once() -> None:
 def test_a_level_is_held_against_what_follows_for_the_length_of_a_window() -> None:
     watch = shifted(16)
     watch.applied(2.5, 1.0)
-    for _ in range(3):
+    for since in ("no step", "1 step", "2 steps"):
+        assert watch.reason(3.5, 1.0) == f"loss 3.5 is 40 % above 2.5, a new level with {since} applied since"
         watch.applied(2.5, 1.0)
-    assert watch.reason(3.5, 1.0) == "loss 3.5 is 40 % above 2.5, a new level 3 steps before"
     for _ in range(13):
         watch.applied(2.5, 1.0)
     assert "sigma above 2.5" in (watch.reason(3.5, 1.0) or "")
