@@ -87,6 +87,7 @@ def bare_model(stage: StageConfig, sequence_length: int) -> Any:
         vocab_size=padded_vocab_size(stage.model.vocab_size or 0, 1),
         max_sequence_length=sequence_length,
         position_embedding_type="rope",
+        rotary_base=stage.model.rope_theta,  # type: ignore[arg-type]
         share_embeddings_and_output_weights=False,
     )
 

@@ -83,6 +83,8 @@ def llama_fields(model: ModelConfig, sequence_length: int) -> dict[str, Any]:
         "num_key_value_heads": model.query_groups,
         "head_dim": model.kv_channels,
         "rms_norm_eps": model.norm_epsilon,
+        "rope_theta": model.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
         "max_position_embeddings": sequence_length,
         "attn_implementation": "sdpa",
         "tie_word_embeddings": False,

@@ -98,6 +98,29 @@ def train_in_every_program(stage: StageConfig) -> tuple[dict[str, list[float]], 
         return dict(zip(steps, map(list, zip(*losses, strict=True)), strict=True)), count_parameters(stage)
 
 
+def rope_frequencies() -> dict[str, list[float]]:
+    """Radians per position of each pair of a head's channels, in models of other programs."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from flm_megatron.benchmarking.peers.bare_megatron import bare_model
+    from flm_megatron.benchmarking.peers.peer import llama_fields
+    from flm_megatron.device import current
+    from flm_megatron.distributed.world import layout
+
+    stage = replace(STAGE, model=replace(MODEL, rope_theta=500.0))
+    current().prepare()
+    with layout(ParallelConfig(), 120):
+        bare = bare_model(stage, SEQUENCE).rotary_pos_emb.inv_freq.tolist()
+    llama = LlamaForCausalLM(LlamaConfig(**llama_fields(stage.model, SEQUENCE)))
+    return {"bare-megatron": bare, "transformers": llama.model.rotary_emb.inv_freq.tolist()}
+
+
+def test_every_program_turns_by_the_rope_of_the_run_file(pool: Pool) -> None:
+    (found,) = pool.run(1, rope_frequencies)
+    for program, frequencies in found.items():
+        assert frequencies == pytest.approx([500.0 ** (-channel / 16) for channel in range(0, 16, 2)]), program
+
+
 def count_parameters(stage: StageConfig) -> dict[str, int]:
     """Parameters of each program's model."""
     from transformers import LlamaConfig, LlamaForCausalLM
