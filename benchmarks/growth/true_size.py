@@ -19,7 +19,7 @@ from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import STATE_PREFIXES, LogicalCheckpoint, Region
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.sharding.layout import rank_regions
-from flm_megatron.checkpoint.torch_dist.shard_file import PIECE_BYTES
+from flm_megatron.checkpoint.torch_dist.shard_file import BUFFER_BYTES
 from flm_megatron.config.loader import load_run
 from flm_megatron.config.schema import GrowthConfig, ParallelConfig
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
@@ -49,10 +49,10 @@ def rss_gib() -> float:
 
 
 def fill(checkpoint: GrownCheckpoint, name: str, region: Region) -> torch.Tensor:
-    """Compute a region in pieces."""
+    """Compute a region, 8 MiB at a time."""
     held = torch.empty(region.sizes, dtype=checkpoint.tensors[name].dtype)
-    for piece in split_region(region, PIECE_BYTES // held.dtype.itemsize):
-        held[piece.within(region).slices] = checkpoint.read(name, piece)
+    for sub in split_region(region, BUFFER_BYTES // held.dtype.itemsize):
+        held[sub.within(region).slices] = checkpoint.read(name, sub)
     return held
 
 
@@ -62,11 +62,11 @@ def count(checkpoint: GrownCheckpoint) -> None:
     for tensor_rank in range(PARALLEL.tensor):
         for pipeline_rank in range(PARALLEL.pipeline):
             parts = rank_regions(checkpoint.plan.new, PARALLEL, tensor_rank, pipeline_rank)
-            pieces = [
-                p for name, regions in parts.items() for r in regions for p in checkpoint.operators.pieces(name, r)
+            filled = [
+                p for name, regions in parts.items() for r in regions for p in checkpoint.operators.regions(name, r)
             ]
-            held += sum(piece.region.numel for piece in pieces)
-            mine = sum(piece.content.region.numel for piece in pieces if isinstance(piece.content, Old))
+            held += sum(one.region.numel for one in filled)
+            mine = sum(one.content.region.numel for one in filled if isinstance(one.content, Old))
             old, most = old + mine, max(most, mine)
     print(f"all ranks: {held:,} values, {old:,} of them old; at most {most:,} old ones on a rank")
 

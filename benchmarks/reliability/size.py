@@ -164,7 +164,7 @@ def replicas() -> int:
 def update(whole: bool) -> None:
     """One update by age of 128 million values: the most memory that it took beside them."""
     if whole:
-        birth.PIECE = 2**62
+        birth.CHUNK_VALUES = 2**62
     count = 2**27
     param = torch.nn.Parameter(torch.zeros(count))
     param.grad = torch.ones(count)

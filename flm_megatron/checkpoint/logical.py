@@ -27,7 +27,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Region:
-    """A rectangle of a logical tensor: where it starts and how far it goes along each axis."""
+    """A box of a logical tensor: where it starts and how far it goes along each axis."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -57,7 +57,7 @@ class Region:
         return Region(starts, sizes) if all(n > 0 for n in sizes) else None
 
     def within(self, outer: Region) -> Region:
-        """The same rectangle, counted from the corner of `outer`."""
+        """The same region, counted from the corner of `outer`."""
         return Region(tuple(a - b for a, b in zip(self.offsets, outer.offsets, strict=True)), self.sizes)
 
 

@@ -9,15 +9,15 @@ from flm_megatron.checkpoint.logical import Region
 
 
 def split_region(region: Region, limit: int) -> Iterator[Region]:
-    """Parts of at most `limit` values (at least one), in row-major order; each is one run of the region's values."""
+    """Regions of at most `limit` values (at least one), in row-major order; each is one run of the region's values."""
     if region.numel <= max(1, limit):
         yield region
         return
     axis = next(i for i, n in enumerate(region.sizes) if n > 1)
     step = max(1, limit // (region.numel // region.sizes[axis]))
     for start in range(0, region.sizes[axis], step):
-        part = slice_axis(region, axis, start, min(step, region.sizes[axis] - start))
-        yield from split_region(part, limit)
+        sub = slice_axis(region, axis, start, min(step, region.sizes[axis] - start))
+        yield from split_region(sub, limit)
 
 
 def slice_axis(region: Region, axis: int, start: int, size: int) -> Region:
@@ -28,8 +28,8 @@ def slice_axis(region: Region, axis: int, start: int, size: int) -> Region:
     return Region(tuple(offsets), tuple(sizes))
 
 
-def flat_rectangles(shape: tuple[int, ...], start: int, end: int) -> Iterator[Region]:
-    """Rectangles that cover values `start` to `end` of a row-major array of `shape`, in order.
+def flat_regions(shape: tuple[int, ...], start: int, end: int) -> Iterator[Region]:
+    """Regions that cover values `start` to `end` of a row-major array of `shape`, in order.
 
     At most three for two axes: the end of a row, whole rows, the start of a row.
     """
@@ -53,5 +53,5 @@ def flat_rectangles(shape: tuple[int, ...], start: int, end: int) -> Iterator[Re
 
 
 def _under(index: int, shape: tuple[int, ...], start: int, end: int) -> Iterator[Region]:
-    for part in flat_rectangles(shape, start, end):
-        yield Region((index, *part.offsets), (1, *part.sizes))
+    for sub in flat_regions(shape, start, end):
+        yield Region((index, *sub.offsets), (1, *sub.sizes))

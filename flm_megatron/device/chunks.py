@@ -1,4 +1,4 @@
-"""How large the pieces are that operations work on, by kind of device. No torch here: the planner counts them too."""
+"""How many values operations work on at a time, by kind of device. No torch here: the planner counts them too."""
 
 from __future__ import annotations
 

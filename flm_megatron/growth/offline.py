@@ -17,8 +17,8 @@ from flm_megatron.growth.record import Certificate
 def write_grown(
     checkpoint: GrownCheckpoint, path: Path, processes: Processes, certificate: Certificate | None = None
 ) -> dict[str, Any]:
-    """Write a grown checkpoint to the new folder `path`; every process computes and writes its share in pieces of 8
-    MiB.
+    """Write a grown checkpoint to the new folder `path`; every process computes and writes its shard, 8 MiB
+    at a time.
 
     Returns the manifest that was written, with the certificate beside the growth's plan.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 ROUNDING = 2.0**-25
 """1 - x rounds to 1 in fp32 for x up to this."""
-PIECE = 2**20
+CHUNK_VALUES = 2**20
 """Values that are updated at a time."""
 
 
@@ -32,17 +32,17 @@ def update_by_age(param: Tensor, state: Mapping[str, Tensor], group: Mapping[str
 
     `state` has `exp_avg`, `exp_avg_sq` and `birth` (int32, Adam's step at which each entry was born) in the shape of
     `param`; all are contiguous. `group` has AdamW's options and `step`, the number of this update. Beside them it
-    takes some 30 bytes for each of PIECE values at a time.
+    takes some 30 bytes for each of CHUNK_VALUES values at a time.
     """
     assert param.grad is not None
     names = ("exp_avg", "exp_avg_sq", "birth")
     flat = [param.view(-1), param.grad.reshape(-1), *(state[name].view(-1) for name in names)]
-    for pieces in zip(*(tensor.split(PIECE) for tensor in flat), strict=True):
-        _update_piece(pieces, group)
+    for chunks in zip(*(tensor.split(CHUNK_VALUES) for tensor in flat), strict=True):
+        _update_chunk(chunks, group)
 
 
-def _update_piece(piece: tuple[Tensor, ...], group: Mapping[str, Any]) -> None:
-    param, grad, exp_avg, exp_avg_sq, birth = piece
+def _update_chunk(chunk: tuple[Tensor, ...], group: Mapping[str, Any]) -> None:
+    param, grad, exp_avg, exp_avg_sq, birth = chunk
     beta1, beta2 = group["betas"]
     gradient = grad.to(param.dtype)
     exp_avg.lerp_(gradient, 1 - beta1)

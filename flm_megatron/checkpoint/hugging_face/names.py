@@ -45,8 +45,8 @@ class Band:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A rectangle of a logical tensor, and the same values as a rectangle of the Hugging Face tensor `target`."""
+class RegionPair:
+    """A region of a logical tensor, and the region of the Hugging Face tensor `target` with the same values."""
 
     target: str
     target_region: Region
@@ -116,8 +116,8 @@ def target_tensors(model: ModelConfig) -> dict[str, TargetTensor]:
     }
 
 
-def pieces(bands: tuple[Band, ...], stacked: bool, region: Region) -> Iterator[Piece]:
-    """The parts of Hugging Face tensors that make up `region` of a logical tensor with these bands."""
+def region_pairs(bands: tuple[Band, ...], stacked: bool, region: Region) -> Iterator[RegionPair]:
+    """The regions of Hugging Face tensors that make up `region` of a logical tensor with these bands."""
     layers = range(region.offsets[0], region.offsets[0] + region.sizes[0]) if stacked else [None]
     row_axis = 1 if stacked else 0
     first, count = region.offsets[row_axis], region.sizes[row_axis]
@@ -128,7 +128,7 @@ def pieces(bands: tuple[Band, ...], stacked: bool, region: Region) -> Iterator[P
             start, end = max(first, band.row), min(first + count, band.row + band.rows)
             if start < end:
                 sizes = (end - start, *other_sizes)
-                yield Piece(
+                yield RegionPair(
                     band.target.format(layer=layer),
                     Region((band.target_row + start - band.row, *other_offsets), sizes),
                     Region((*lead, start, *other_offsets), (*(1 for _ in lead), *sizes)),

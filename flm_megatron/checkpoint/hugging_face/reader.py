@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,11 @@ import torch
 from flm_megatron.checkpoint.files.stored_array import StoredArray
 from flm_megatron.checkpoint.files.torch_file import read_torch_file
 from flm_megatron.checkpoint.hugging_face.config import model_from_config, read_json
-from flm_megatron.checkpoint.hugging_face.names import bands_of, pieces, target_tensors
+from flm_megatron.checkpoint.hugging_face.names import RegionPair, bands_of, region_pairs, target_tensors
 from flm_megatron.checkpoint.hugging_face.safetensors import arrays_in
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
 from flm_megatron.checkpoint.regions import split_region
-from flm_megatron.checkpoint.torch_dist.shard_file import PIECE_BYTES
+from flm_megatron.checkpoint.torch_dist.shard_file import BUFFER_BYTES
 from flm_megatron.errors import DamagedError, RequestError
 from flm_megatron.model.parameters import parameter_specs
 from flm_megatron.paths import is_file_name
@@ -61,9 +61,9 @@ class HuggingFaceCheckpoint(LogicalCheckpoint):
         info = self.tensors[name]
         region = region or Region.whole(info.shape)
         out = torch.empty(region.sizes, dtype=info.dtype)
-        for piece in pieces(self._bands[name], self._specs[name].stacked, region):
-            values = self._array(piece.target).read(piece.target_region)
-            out[piece.region.within(region).slices] = values.view(piece.region.sizes)
+        for pair in region_pairs(self._bands[name], self._specs[name].stacked, region):
+            values = self._array(pair.target).read(pair.target_region)
+            out[pair.region.within(region).slices] = values.view(pair.region.sizes)
         return out
 
     def _tie_head(self) -> None:
@@ -80,17 +80,16 @@ class HuggingFaceCheckpoint(LogicalCheckpoint):
             )
 
     def _dtype(self, name: str) -> torch.dtype:
-        """dtype of a logical tensor: that of its parts, the wider one if they differ."""
-        parts = (piece.target for piece in self._all_pieces(name))
-        dtypes = {self._array(target).dtype for target in parts}
+        """dtype of a logical tensor: that of the tensors it is made of, the wider one if they differ."""
+        dtypes = {self._array(pair.target).dtype for pair in self._pairs(name)}
         result = dtypes.pop()
         for dtype in dtypes:
             result = torch.promote_types(result, dtype)
         return result
 
-    def _all_pieces(self, name: str) -> Any:
+    def _pairs(self, name: str) -> Iterator[RegionPair]:
         spec = self._specs[name]
-        return pieces(self._bands[name], spec.stacked, Region.whole(spec.shape))
+        return region_pairs(self._bands[name], spec.stacked, Region.whole(spec.shape))
 
     def _array(self, name: str) -> StoredArray:
         if name not in self._arrays:
@@ -118,10 +117,10 @@ class HuggingFaceCheckpoint(LogicalCheckpoint):
 
 
 def _same_values(one: StoredArray, other: StoredArray) -> bool:
-    """Whether two arrays hold the same, read in pieces."""
+    """Whether two arrays hold the same values; at most BUFFER_BYTES of each are in memory."""
     if one.shape != other.shape:
         return False
-    regions = split_region(Region.whole(one.shape), PIECE_BYTES // one.dtype.itemsize)
+    regions = split_region(Region.whole(one.shape), BUFFER_BYTES // one.dtype.itemsize)
     return all(torch.equal(one.read(region), other.read(region)) for region in regions)
 
 

@@ -22,7 +22,7 @@ from flm_megatron.checkpoint.hugging_face.tokenizer import SpecialIds, write_tok
 from flm_megatron.checkpoint.lazy.converted import ConvertedCheckpoint, is_power_of_two
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
 from flm_megatron.checkpoint.recorded_run import UNRECORDED_LENGTH
-from flm_megatron.checkpoint.torch_dist.shard_file import PIECE_BYTES
+from flm_megatron.checkpoint.torch_dist.shard_file import BUFFER_BYTES
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.distributed.progress import progress_bar
@@ -155,7 +155,7 @@ def _copy(
 
 def _row_chunks(target: TargetTensor, checkpoint: LogicalCheckpoint) -> Iterator[tuple[int, int]]:
     width = max(1, math.prod(target.shape[1:]) * checkpoint.tensors[target.source].dtype.itemsize)
-    rows = max(1, PIECE_BYTES // width)
+    rows = max(1, BUFFER_BYTES // width)
     for first in range(0, target.shape[0], rows):
         yield first, min(rows, target.shape[0] - first)
 

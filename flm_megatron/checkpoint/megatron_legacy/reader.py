@@ -31,7 +31,7 @@ NOT_WEIGHTS = ("_extra_state", "inv_freq")
 
 
 @dataclass(frozen=True)
-class LocalPart:
+class LocalRegion:
     """A region of the logical tensor `source` and the first row of a rank's own tensor at which its rows lie."""
 
     source: str
@@ -41,34 +41,34 @@ class LocalPart:
 
 @dataclass(frozen=True)
 class LocalTensor:
-    """A tensor of one rank: its shape, and what its rows are. Rows that no part covers are vocabulary padding.
+    """A tensor of one rank: its shape, and the regions its rows are. Rows that none covers are vocabulary padding.
 
     `names` are those that Megatron-LM may have for it: where norms are modules of their own, they have another.
     """
 
     shape: tuple[int, ...]
-    parts: tuple[LocalPart, ...]
+    regions: tuple[LocalRegion, ...]
     names: tuple[str, ...]
 
 
 def local_tensors(
-    model: ModelConfig, parallel: ParallelConfig, tensor_rank: int, part: int, padded_vocab: int | None = None
+    model: ModelConfig, parallel: ParallelConfig, tensor_rank: int, chunk: int, padded_vocab: int | None = None
 ) -> dict[str, LocalTensor]:
-    """The tensors of one tensor rank in one model chunk by Megatron-LM's names, layers counted within the part."""
+    """The tensors of one tensor rank in one model chunk by Megatron-LM's names, layers counted within the chunk."""
     padded = padded_vocab or padded_vocab_size(int(model.vocab_size or 0), parallel.tensor)
     specs, result = parameter_specs(model), {}
-    for name, regions in chunk_regions(model, parallel, tensor_rank, part, padded).items():
+    for name, regions in chunk_regions(model, parallel, tensor_rank, chunk, padded).items():
         spec = specs[name]
         if not spec.stacked:
             rows = padded // parallel.tensor if spec.padded else spec.shape[0]
-            parts = (LocalPart(name, regions[0], 0),)
-            result[name] = LocalTensor((rows, *regions[0].sizes[1:]), parts, module_names(spec))
+            whole = (LocalRegion(name, regions[0], 0),)
+            result[name] = LocalTensor((rows, *regions[0].sizes[1:]), whole, module_names(spec))
             continue
         for layer in range(regions[0].sizes[0]):
             local, row = [], 0
             for region in regions:
                 one = Region((region.offsets[0] + layer, *region.offsets[1:]), (1, *region.sizes[1:]))
-                local.append(LocalPart(name, one, row))
+                local.append(LocalRegion(name, one, row))
                 row += region.sizes[1]
             names = module_names(spec, layer)
             result[names[0]] = LocalTensor((row, *regions[0].sizes[2:]), tuple(local), names)
@@ -93,15 +93,15 @@ class MegatronLegacyCheckpoint(LogicalCheckpoint):
         first = saved[0, 0]
         self.config = model_from_arguments(first.get("args"), str(self.path), vocab_size)
         chunks = _chunk_names(first, files[0, 0])
-        parts = [(chunk, rank) for chunk in chunks for rank in range(pipeline)]
-        split = [_layer_count(saved[0, rank].get(chunk, {})) for chunk, rank in parts]
+        ordered = [(chunk, rank) for chunk in chunks for rank in range(pipeline)]
+        split = [_layer_count(saved[0, rank].get(chunk, {})) for chunk, rank in ordered]
         parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, virtual_pipeline=len(chunks), pipeline_layers=split)
         self.manifest: dict[str, Any] = _progress(first)
-        self._stored: dict[str, list[tuple[LocalPart, StoredArray]]] = {}
+        self._stored: dict[str, list[tuple[LocalRegion, StoredArray]]] = {}
         padded = tensor * _embedding_rows(first[chunks[0]], self.path)
         if int(self.config.vocab_size or 0) > padded:
             raise RequestError(f"{self.path}: vocabulary {self.config.vocab_size} asked for, {padded} rows stored")
-        for number, (chunk, pipeline_rank) in enumerate(parts):
+        for number, (chunk, pipeline_rank) in enumerate(ordered):
             for tensor_rank in range(tensor):
                 tensors = saved[tensor_rank, pipeline_rank].get(chunk, {})
                 self._place(local_tensors(self.config, parallel, tensor_rank, number, padded), tensors)
@@ -118,13 +118,13 @@ class MegatronLegacyCheckpoint(LogicalCheckpoint):
         region = region or Region.whole(info.shape)
         out = torch.empty(region.sizes, dtype=info.dtype)
         stacked = self._specs[name].stacked
-        for part, array in self._stored[name]:
-            common = part.region.intersect(region)
+        for local, array in self._stored[name]:
+            common = local.region.intersect(region)
             if common is None:
                 continue
-            inside = common.within(part.region)
+            inside = common.within(local.region)
             offsets, sizes = inside.offsets[stacked:], inside.sizes[stacked:]
-            values = array.read(Region((offsets[0] + part.row, *offsets[1:]), sizes))
+            values = array.read(Region((offsets[0] + local.row, *offsets[1:]), sizes))
             out[common.within(region).slices] = values.view(common.sizes)
         return out
 
@@ -135,8 +135,8 @@ class MegatronLegacyCheckpoint(LogicalCheckpoint):
                 raise DamagedError(f"{self.path}: tensor {name} is missing from a rank's file")
             if array.shape != local.shape:
                 raise RequestError(f"{self.path}: {name} has shape {array.shape}, the arguments ask for {local.shape}")
-            for part in local.parts:
-                self._stored.setdefault(part.source, []).append((part, array))
+            for local_region in local.regions:
+                self._stored.setdefault(local_region.source, []).append((local_region, array))
         known = {key for local in wanted.values() for key in local.names}
         for key, value in tensors.items():
             if isinstance(value, StoredArray) and key not in known and not key.endswith(NOT_WEIGHTS):
@@ -171,9 +171,9 @@ def _saved(file: Path) -> dict[str, Any]:
     saved = read_torch_file(file)
     if not isinstance(saved, dict):
         raise RequestError(f"{file}: not a checkpoint of Megatron-LM")
-    named = {key: part for key, part in saved.items() if isinstance(key, str)}
-    for key, part in named.items():
-        if CHUNK.fullmatch(key) and not (isinstance(part, dict) and all(isinstance(name, str) for name in part)):
+    named = {key: value for key, value in saved.items() if isinstance(key, str)}
+    for key, value in named.items():
+        if CHUNK.fullmatch(key) and not (isinstance(value, dict) and all(isinstance(name, str) for name in value)):
             raise DamagedError(f"{file}: {key} is not a table of tensors by name")
     return named
 

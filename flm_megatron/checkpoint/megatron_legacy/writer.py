@@ -18,7 +18,7 @@ from flm_megatron.checkpoint.megatron_legacy.reader import FILE, LATEST, LocalTe
 from flm_megatron.checkpoint.position import recorded_position
 from flm_megatron.checkpoint.recorded_run import UNRECORDED_LENGTH
 from flm_megatron.checkpoint.regions import split_region
-from flm_megatron.checkpoint.torch_dist.shard_file import PIECE_BYTES
+from flm_megatron.checkpoint.torch_dist.shard_file import BUFFER_BYTES
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.distributed.progress import progress_bar
@@ -72,7 +72,7 @@ def _rank_folder(rank: tuple[int, int], parallel: ParallelConfig) -> str:
 
 def _nbytes(checkpoint: LogicalCheckpoint, tensors: dict[str, LocalTensor]) -> int:
     return sum(
-        Region.whole(local.shape).numel * checkpoint.tensors[local.parts[0].source].dtype.itemsize
+        Region.whole(local.shape).numel * checkpoint.tensors[local.regions[0].source].dtype.itemsize
         for local in tensors.values()
     )
 
@@ -83,7 +83,7 @@ def _lay_out(
     """A file of torch.save with room for the values; says where each tensor's go."""
     with FakeTensorMode():
         model = {
-            name: torch.empty(local.shape, dtype=checkpoint.tensors[local.parts[0].source].dtype)
+            name: torch.empty(local.shape, dtype=checkpoint.tensors[local.regions[0].source].dtype)
             for name, local in tensors.items()
         }
     file.parent.mkdir(parents=True)
@@ -106,13 +106,13 @@ def _fill(
     try:
         for name, local in tensors.items():
             array = arrays[name]
-            for part in local.parts:
-                for piece in split_region(part.region, PIECE_BYTES // array.dtype.itemsize):
-                    inside = piece.within(part.region)
+            for local_region in local.regions:
+                for sub in split_region(local_region.region, BUFFER_BYTES // array.dtype.itemsize):
+                    inside = sub.within(local_region.region)
                     axes = len(array.shape)
                     offsets, sizes = inside.offsets[-axes:], inside.sizes[-axes:]
-                    values = checkpoint.read(part.source, piece).reshape(sizes)
-                    array.write(descriptor, values, Region((offsets[0] + part.row, *offsets[1:]), sizes))
+                    values = checkpoint.read(local_region.source, sub).reshape(sizes)
+                    array.write(descriptor, values, Region((offsets[0] + local_region.row, *offsets[1:]), sizes))
                     moved(values.nbytes)
         os.fsync(descriptor)
     finally:

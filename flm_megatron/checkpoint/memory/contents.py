@@ -17,7 +17,7 @@ DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.f
 
 
 @dataclass(frozen=True)
-class Part:
+class BlobRegion:
     """A region of a logical tensor that lies in a blob, row-major, from byte `position` on."""
 
     name: str
@@ -26,11 +26,11 @@ class Part:
 
 
 def header_of(
-    tensors: Mapping[str, TensorInfo], parts: Sequence[Stored], world: int, manifest: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo], stored: Sequence[Stored], world: int, manifest: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The header of a blob that holds `parts` as `snapshot` lays them out; `manifest` has `stage` and `step`."""
+    """The header of a blob that holds `stored` as `snapshot` lays them out; `manifest` has `stage` and `step`."""
     names = {name: number for number, name in enumerate(tensors)}
-    positions, _ = placed(parts)
+    positions, _ = placed(stored)
     at = recorded_position(manifest)
     return {
         "world": world,
@@ -40,7 +40,7 @@ def header_of(
         "tensors": [[name, str(info.dtype), info.shape] for name, info in tensors.items()],
         "parts": [
             [names[name], region.offsets, region.sizes, position]
-            for (name, region, _), position in zip(parts, positions, strict=True)
+            for (name, region, _), position in zip(stored, positions, strict=True)
         ],
     }
 
@@ -63,12 +63,12 @@ def tensors_of(header: Mapping[str, Any]) -> dict[str, TensorInfo]:
         raise DamagedError(f"the description of a copy in memory is not understood: {error}") from error
 
 
-def parts_of(header: Mapping[str, Any]) -> list[Part]:
-    """The parts that a header lists. Raises DamagedError where it is not one."""
+def regions_of(header: Mapping[str, Any]) -> list[BlobRegion]:
+    """The regions that a header lists. Raises DamagedError where it is not one."""
     try:
         names = [entry[0] for entry in header["tensors"]]
         return [
-            Part(names[number], Region(tuple(map(int, offsets)), tuple(map(int, sizes))), int(position))
+            BlobRegion(names[number], Region(tuple(map(int, offsets)), tuple(map(int, sizes))), int(position))
             for number, offsets, sizes, position in header["parts"]
         ]
     except (KeyError, IndexError, TypeError, ValueError) as error:

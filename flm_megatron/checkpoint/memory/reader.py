@@ -15,7 +15,7 @@ from flm_megatron.checkpoint.files.stored_array import StoredArray, as_bytes, is
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
 from flm_megatron.checkpoint.memory.blobs import Generation
 from flm_megatron.checkpoint.memory.client import Endpoint, LocalAgent, RemoteAgent
-from flm_megatron.checkpoint.memory.contents import manifest_of, parts_of, tensors_of
+from flm_megatron.checkpoint.memory.contents import manifest_of, regions_of, tensors_of
 from flm_megatron.checkpoint.position import recorded_position
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.torch_dist.chunk_index import ChunkIndex, StoredChunk
@@ -53,8 +53,8 @@ class MemoryCheckpoint(LogicalCheckpoint):
         self.chunks: dict[str, list[StoredChunk]] = {}
         for rank, blob in blobs.items():
             self.tensors |= tensors_of(blob.header)
-            for part in parts_of(blob.header):
-                self.chunks.setdefault(part.name, []).append(self._chunk(rank, part.name, part.region, part.position))
+            for sub in regions_of(blob.header):
+                self.chunks.setdefault(sub.name, []).append(self._chunk(rank, sub.name, sub.region, sub.position))
         self._check_cover()
         self._indices: dict[str, ChunkIndex] = {}
         self._files: dict[int, int] = {}
@@ -73,10 +73,10 @@ class MemoryCheckpoint(LogicalCheckpoint):
         if name not in self._indices:
             self._indices[name] = ChunkIndex(info.shape, self.chunks[name])
         out = torch.empty(region.sizes, dtype=info.dtype)
-        for chunk, part in self._indices[name].meeting(region):
-            if part == region:
-                return self._read_chunk(name, chunk, part.within(chunk.region))
-            out[part.within(region).slices] = self._read_chunk(name, chunk, part.within(chunk.region))
+        for chunk, sub in self._indices[name].meeting(region):
+            if sub == region:
+                return self._read_chunk(name, chunk, sub.within(chunk.region))
+            out[sub.within(region).slices] = self._read_chunk(name, chunk, sub.within(chunk.region))
         return out
 
     def close(self) -> None:
@@ -122,14 +122,14 @@ class MemoryCheckpoint(LogicalCheckpoint):
         return StoredArray(path, chunk.offset, chunk.region.sizes, self.tensors[name].dtype)
 
     def _fetch(self, host: int, rank: int, name: str, chunk: StoredChunk, region: Region) -> torch.Tensor:
-        """A region of a chunk from another host, in pieces whose span is not too large."""
+        """A region of a chunk from another host, cut so that no span is too large."""
         dtype, shape = self.tensors[name].dtype, chunk.region.sizes
         if is_contiguous(region, shape):
             return self._fetch_run(host, rank, chunk, region, dtype).view(region.sizes)
         out = torch.empty(region.sizes, dtype=dtype)
-        for piece in _bounded(region, shape, LARGEST_READ // dtype.itemsize):
-            run = self._fetch_run(host, rank, chunk, piece, dtype)
-            out[piece.within(region).slices] = out_of_run(run, piece, shape)
+        for sub in _bounded(region, shape, LARGEST_READ // dtype.itemsize):
+            run = self._fetch_run(host, rank, chunk, sub, dtype)
+            out[sub.within(region).slices] = out_of_run(run, sub, shape)
         return out
 
     def _fetch_run(self, host: int, rank: int, chunk: StoredChunk, region: Region, dtype: torch.dtype) -> torch.Tensor:
@@ -149,10 +149,10 @@ class MemoryCheckpoint(LogicalCheckpoint):
 
 
 def _bounded(region: Region, shape: tuple[int, ...], limit: int) -> Iterator[Region]:
-    """Parts of a region that each lie within `limit` values of an array of `shape`, if rows are not longer."""
+    """A region cut into some that each lie within `limit` values of an array of `shape`, if rows are not longer."""
     first, last = span(region, shape)
     if last - first <= limit or region.numel <= 1:
         yield region
         return
-    for part in split_region(region, -(-region.numel // 2)):
-        yield from _bounded(part, shape, limit)
+    for sub in split_region(region, -(-region.numel // 2)):
+        yield from _bounded(sub, shape, limit)

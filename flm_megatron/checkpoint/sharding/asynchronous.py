@@ -10,21 +10,21 @@ from typing import Any
 import torch.distributed as dist
 
 from flm_megatron.checkpoint.logical import TensorInfo
-from flm_megatron.checkpoint.torch_dist.shard_file import Rectangle
+from flm_megatron.checkpoint.torch_dist.shard_file import SourceRegion
 from flm_megatron.checkpoint.torch_dist.writer import write_checkpoint
 from flm_megatron.distributed.channels import world_channel
 from flm_megatron.distributed.processes import Processes
 
 
 class SaveHandle:
-    """A checkpoint being written by all processes. With `written` it is written in the background, so the rectangles
+    """A checkpoint being written by all processes. With `written` it is written in the background, so the regions
     must own their memory, and `written()` is called when that is no longer needed."""
 
     def __init__(
         self,
         path: Path,
         tensors: Mapping[str, TensorInfo],
-        shards: Mapping[str, list[Rectangle]],
+        shards: Mapping[str, list[SourceRegion]],
         manifest: dict[str, Any],
         processes: Processes,
         written: Callable[[], None] | None = None,

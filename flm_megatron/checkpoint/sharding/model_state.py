@@ -27,14 +27,14 @@ from flm_megatron.checkpoint.sharding.asynchronous import SaveHandle, writing_pr
 from flm_megatron.checkpoint.sharding.optimizer_state import (
     initialise_state,
     placements_by_parameter,
-    rectangles,
+    state_regions,
     state_slices,
     unchained,
 )
 from flm_megatron.checkpoint.sharding.placement import Placement, placements
-from flm_megatron.checkpoint.sharding.shared_reading import PART_BYTES, Part, fill_shared
+from flm_megatron.checkpoint.sharding.shared_reading import SHARED_READ_BYTES, RegionToFill, fill_shared
 from flm_megatron.checkpoint.sharding.snapshot import Stored, give_back, placed, prepare_buffer, snapshot, take_buffer
-from flm_megatron.checkpoint.torch_dist.shard_file import PIECE_BYTES, Rectangle
+from flm_megatron.checkpoint.torch_dist.shard_file import BUFFER_BYTES, SourceRegion
 from flm_megatron.checkpoint.torch_dist.writer import LARGEST_CHUNK, chunk_size
 from flm_megatron.config.schema import StageConfig
 from flm_megatron.device import current
@@ -42,7 +42,7 @@ from flm_megatron.errors import RequestError
 
 
 @dataclass(frozen=True)
-class Piece:
+class HeldRegion:
     """A region of a logical tensor and the memory of this process that holds it (a view of shape `region.sizes`).
 
     `stored` says whether this process, or one of its data-parallel peers if `shared`, stores it.
@@ -62,8 +62,8 @@ def load_state(
 ) -> None:
     """Fill model chunks, and the optimizer's masters, moments and step, from a checkpoint.
 
-    Only the parts that this process holds are read; of what its data-parallel peers hold as well each reads a share,
-    so all of them have to call, unless this replica loads `alone`.
+    Each process reads only the regions that it holds. Data-parallel peers, which hold the same weights, divide the
+    reading among them, so all of them have to call, unless this replica loads `alone`.
 
     Where the checkpoint has no master, a master starts from the checkpoint's weights in the checkpoint's own precision;
     where it has no moments they are zero, and so is the step. fp32 parameters are their own masters. Rows of padding
@@ -79,16 +79,15 @@ def load_state(
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.data.zero_()
-    state = list(_optimizer_pieces(optimizer, parts, checkpoint)) if optimizer is not None else []
-    pieces = [*_weight_pieces(parts), *state]
+    state = list(_optimizer_regions(optimizer, parts, checkpoint)) if optimizer is not None else []
+    regions = [*_weight_regions(parts), *state]
     group = None if alone else _peers()
     if group is not None:
-        fill_shared((part for piece in pieces if piece.shared for part in _parts(piece, checkpoint, PART_BYTES)), group)
-    own = (
-        part for piece in pieces if group is None or not piece.shared for part in _parts(piece, checkpoint, PIECE_BYTES)
-    )
+        shared = (held for held in regions if held.shared)
+        fill_shared((part for held in shared for part in _to_fill(held, checkpoint, SHARED_READ_BYTES)), group)
+    own = (held for held in regions if group is None or not held.shared)
     with ThreadPoolExecutor(WORKERS, "reading") as executor:
-        for _ in in_order(executor, _fill, own):
+        for _ in in_order(executor, _fill, (part for held in own for part in _to_fill(held, checkpoint, BUFFER_BYTES))):
             pass
 
 
@@ -114,7 +113,7 @@ def save_state(
     buffer = take_buffer(placed(stored)[1]) if asynchronous else None
     if buffer is not None:
         stored = snapshot(stored, buffer)
-    found = [Rectangle(name, region, _getter(region, tensor)) for name, region, tensor in stored]
+    found = [SourceRegion(name, region, _getter(region, tensor)) for name, region, tensor in stored]
     shards = {f"__{processes.rank}_0.distcp": found}
     return SaveHandle(Path(path), tensors, shards, manifest, processes, partial(give_back, buffer) if buffer else None)
 
@@ -124,8 +123,8 @@ def stored_state(chunks: list[torch.nn.Module], optimizer: Any) -> tuple[dict[st
     what of them this process stores: views of the training's own memory. All ranks must call."""
     finish_gathering(chunks)
     parts = placements(chunks)
-    pieces = [*_weight_pieces(parts), *(_optimizer_pieces(optimizer, parts) if optimizer is not None else ())]
-    return {piece.name: piece.info for piece in pieces}, list(_own_share(pieces))
+    regions = [*_weight_regions(parts), *(_optimizer_regions(optimizer, parts) if optimizer is not None else ())]
+    return {held.name: held.info for held in regions}, list(_own_share(regions))
 
 
 def prepare_asynchronous_save(chunks: list[torch.nn.Module], optimizer: Any) -> None:
@@ -144,16 +143,16 @@ def _getter(region: Region, tensor: torch.Tensor) -> Callable[[Region], torch.Te
     return lambda part: tensor[part.within(region).slices]
 
 
-def _weight_pieces(parts: list[Placement]) -> Iterator[Piece]:
+def _weight_regions(parts: list[Placement]) -> Iterator[HeldRegion]:
     for placement in parts:
         info = TensorInfo(placement.shape, placement.parameter.dtype)
-        yield Piece(placement.name, info, placement.region, placement.tensor, placement.main, True)
+        yield HeldRegion(placement.name, info, placement.region, placement.tensor, placement.main, True)
 
 
-def _optimizer_pieces(
+def _optimizer_regions(
     optimizer: Any, parts: list[Placement], checkpoint: LogicalCheckpoint | None = None
-) -> Iterator[Piece]:
-    """Pieces of masters and moments; with a checkpoint to be loaded, the state is made ready for that first."""
+) -> Iterator[HeldRegion]:
+    """Regions of masters and moments; with a checkpoint to load, the state is made ready for it first."""
     initialise_state(optimizer)
     if checkpoint is not None:
         step = adam_step(checkpoint)
@@ -168,13 +167,13 @@ def _optimizer_pieces(
                 del tensors[MASTER]  # the parameter itself, filled as a weight
             for tensor in tensors.values():
                 tensor.zero_()
-        for rectangle in rectangles(state, by_parameter):
-            placement = rectangle.placement
+        for state_region in state_regions(state, by_parameter):
+            placement = state_region.placement
             info = TensorInfo(placement.shape, torch.float32)
             for prefix, flat in tensors.items():
-                values = rectangle.values(flat)
+                values = state_region.values(flat)
                 name = prefix + placement.name
-                yield Piece(name, info, rectangle.region, values, placement.main, not state.sharded)
+                yield HeldRegion(name, info, state_region.region, values, placement.main, not state.sharded)
 
 
 def _peers() -> dist.ProcessGroup | None:
@@ -185,27 +184,27 @@ def _peers() -> dist.ProcessGroup | None:
     return group if dist.get_world_size(group) > 1 else None
 
 
-def _parts(piece: Piece, checkpoint: LogicalCheckpoint, largest: int) -> Iterator[Part]:
-    """A piece in parts of at most `largest` bytes; none where it stays zero."""
-    name = _source(piece, checkpoint)
+def _to_fill(held: HeldRegion, checkpoint: LogicalCheckpoint, largest: int) -> Iterator[RegionToFill]:
+    """`held` in regions of at most `largest` bytes; none if it stays zero."""
+    name = _source(held, checkpoint)
     if name is None:
         return
-    for region in split_region(piece.region, largest // piece.tensor.element_size()):
-        yield Part(piece.tensor[region.within(piece.region).slices], partial(checkpoint.read, name, region))
+    for region in split_region(held.region, largest // held.tensor.element_size()):
+        yield RegionToFill(held.tensor[region.within(held.region).slices], partial(checkpoint.read, name, region))
 
 
 @torch.no_grad()  # of each thread
-def _fill(part: Part) -> None:
+def _fill(part: RegionToFill) -> None:
     part.tensor.copy_(part.read())
 
 
-def _source(piece: Piece, checkpoint: LogicalCheckpoint) -> str | None:
-    """The tensor of the checkpoint that a piece is read from; none for moments that the checkpoint does not have."""
-    if piece.name.startswith((EXP_AVG, EXP_AVG_SQ)):
-        return piece.name if piece.name in checkpoint.tensors else None
-    weight = piece.name.removeprefix(MASTER)
+def _source(held: HeldRegion, checkpoint: LogicalCheckpoint) -> str | None:
+    """The tensor of the checkpoint that a region is read from; none for moments that the checkpoint does not have."""
+    if held.name.startswith((EXP_AVG, EXP_AVG_SQ)):
+        return held.name if held.name in checkpoint.tensors else None
+    weight = held.name.removeprefix(MASTER)
     # fp32 weights are their own masters: both must come from one source.
-    wants_master = piece.tensor.dtype == torch.float32
+    wants_master = held.tensor.dtype == torch.float32
     return MASTER + weight if wants_master and MASTER + weight in checkpoint.tensors else weight
 
 
@@ -222,23 +221,23 @@ def _check_shape(checkpoint: LogicalCheckpoint, placement: Placement) -> None:
         )
 
 
-def _own_share(pieces: list[Piece]) -> Iterator[Stored]:
-    """What this process stores: its own pieces, and its part of those that its data-parallel peers hold as well."""
+def _own_share(regions: list[HeldRegion]) -> Iterator[Stored]:
+    """What this process stores: regions that it alone holds, and its shard of those that data-parallel peers share."""
     from megatron.core import parallel_state
 
     rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-    total = sum(piece.tensor.nbytes for piece in pieces if piece.stored and piece.shared)
+    total = sum(held.tensor.nbytes for held in regions if held.stored and held.shared)
     position = 0
-    for piece in pieces:
-        if not piece.stored:
+    for held in regions:
+        if not held.stored:
             continue
-        limit = chunk_size(total, size) if piece.shared else LARGEST_CHUNK
-        for region in split_region(piece.region, limit // piece.tensor.element_size()):
-            part = piece.tensor[region.within(piece.region).slices]
-            if not piece.shared or position * size // max(total, 1) == rank:
-                yield piece.name, region, part
-            position += part.nbytes if piece.shared else 0
+        limit = chunk_size(total, size) if held.shared else LARGEST_CHUNK
+        for region in split_region(held.region, limit // held.tensor.element_size()):
+            part = held.tensor[region.within(held.region).slices]
+            if not held.shared or position * size // max(total, 1) == rank:
+                yield held.name, region, part
+            position += part.nbytes if held.shared else 0
 
 
 def chunks_to_evaluate(checkpoint: LogicalCheckpoint, stage: StageConfig, alone: bool = False) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Optimizer state as rectangles of logical tensors: what each process owns, without any gather."""
+"""Optimizer state as regions of logical tensors: what each process owns, without any gather."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from flm_megatron.checkpoint.logical import Region
-from flm_megatron.checkpoint.regions import flat_rectangles
+from flm_megatron.checkpoint.regions import flat_regions
 from flm_megatron.checkpoint.sharding.placement import Placement
 
 
@@ -32,8 +32,8 @@ class StateSlice:
 
 
 @dataclass(frozen=True)
-class StateRectangle:
-    """A rectangle of the logical tensor of `placement`, and the flat range of its values in a slice."""
+class StateRegion:
+    """A region of the logical tensor of `placement`; its values begin at `start` of a slice."""
 
     placement: Placement
     region: Region
@@ -67,23 +67,23 @@ def state_slices(optimizer: Any) -> Iterator[StateSlice]:
             yield from _replicated(part)
 
 
-def rectangles(state: StateSlice, by_parameter: dict[int, list[Placement]]) -> Iterator[StateRectangle]:
-    """Rectangles that cover a slice but for padding rows: three for each part of a matrix at most.
+def state_regions(state: StateSlice, by_parameter: dict[int, list[Placement]]) -> Iterator[StateRegion]:
+    """Regions that cover a slice but for padding rows: at most three for each placement of a matrix.
 
     `by_parameter` is `placements_by_parameter`'s.
     """
     shape = tuple(state.parameter.shape)
-    for rectangle in flat_rectangles(shape, state.start, state.end):
+    for covered in flat_regions(shape, state.start, state.end):
         for placement in by_parameter[id(state.parameter)]:
-            piece = rectangle.intersect(placement.local)
-            if piece is None:
+            held = covered.intersect(placement.local)
+            if held is None:
                 continue
-            inside = piece.within(placement.local)
+            inside = held.within(placement.local)
             layers = len(placement.region.offsets) - len(shape)
             corner = (0,) * layers + inside.offsets
             offsets = tuple(a + b for a, b in zip(placement.region.offsets, corner, strict=True))
-            start = sum(o * math.prod(shape[i + 1 :]) for i, o in enumerate(piece.offsets)) - state.start
-            yield StateRectangle(placement, Region(offsets, (1,) * layers + piece.sizes), start)
+            start = sum(o * math.prod(shape[i + 1 :]) for i, o in enumerate(held.offsets)) - state.start
+            yield StateRegion(placement, Region(offsets, (1,) * layers + held.sizes), start)
 
 
 def placements_by_parameter(parts: Iterable[Placement]) -> dict[int, list[Placement]]:

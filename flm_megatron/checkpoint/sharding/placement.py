@@ -14,13 +14,13 @@ from flm_megatron.model.parameters import ParameterSpec
 
 @dataclass(frozen=True)
 class Placement:
-    """A part of a local parameter and its place in a logical tensor.
+    """A region of a local parameter and its place in a logical tensor.
 
-    `region` lies in the logical tensor of `shape` (true vocabulary), `local` is the same rectangle in `parameter`,
+    `region` lies in the logical tensor of `shape` (true vocabulary), `local` is the same region in `parameter`,
     with as many values but without the axis of layers; `tensor` is a view of the parameter's storage of shape
     `region.sizes`. `replica_id` is megatron-core's: its last number is the data-parallel rank, the others are 0 on
-    the one rank of each data-parallel group that stores the part. Of a `padded` tensor checkpoints of Megatron-LM hold
-    padding rows after the values.
+    the one rank of each data-parallel group that stores the region. Megatron-LM's checkpoints hold padding rows after
+    the values of a `padded` tensor.
     """
 
     name: str
@@ -33,12 +33,12 @@ class Placement:
 
     @property
     def tensor(self) -> torch.Tensor:
-        """The part's values in the parameter's own storage, of shape `region.sizes`."""
+        """Its values in the parameter's own storage, of shape `region.sizes`."""
         return self.parameter.data[self.local.slices].view(self.region.sizes)
 
     @property
     def layer(self) -> int | None:
-        """The layer that the part lies in; none outside the layers."""
+        """The layer that the region lies in; none outside the layers."""
         stacked = len(self.region.sizes) > len(self.local.sizes)
         return self.region.offsets[0] if stacked else None
 
@@ -49,9 +49,9 @@ class Placement:
 
 
 def placements(chunks: list[torch.nn.Module]) -> list[Placement]:
-    """Parts of all parameters of the model chunks of this process, wrapped for data parallelism or not.
+    """Placements of all parameters of the model chunks of this process, wrapped for data parallelism or not.
 
-    Rows of padding ids belong to no part; a gated first feed-forward matrix has two, gate and up.
+    Rows of padding ids belong to none; a gated first feed-forward matrix has two, gate and up.
     """
     return [placement for chunk in chunks for placement in _placements(unwrap(chunk))]
 
@@ -87,7 +87,7 @@ def _placements(model: Any) -> Iterator[Placement]:
 def _placement(
     sharded: Any, local: Region, parameter: torch.nn.Parameter, spec: ParameterSpec | None
 ) -> Placement | None:
-    """The part without padding rows; none if all of it is padding. `spec` is none in a model that is not ours."""
+    """The placement without padding rows; none if it has no others. `spec` is none in a model that is not ours."""
     padded = spec is not None and spec.padded
     shape = spec.shape if spec is not None and spec.padded else tuple(sharded.global_shape)
     layers = sharded.prepend_axis_num

@@ -1,4 +1,4 @@
-"""Reading what several ranks hold alike: each of them reads a share, and gets the rest from the others.
+"""Reading what several ranks hold alike: each of them reads a shard of it and gets the rest from the others.
 
 Data-parallel replicas start from the same weights. If each read all of its own, 64 replicas of a model of 2 TB would
 ask the disks for 139 TB at every start.
@@ -18,39 +18,39 @@ from flm_megatron.device import current
 from flm_megatron.distributed.processes import describe
 from flm_megatron.errors import ERRORS, DamagedError, FlmError
 
-PART_BYTES = 32 * 2**20
+SHARED_READ_BYTES = 32 * 2**20
 """Read by one rank at a time, and held by all meanwhile: long enough that a disk reads on, and that few blocks of a
 file, which are checked as a whole, are read by two ranks."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """Memory of this rank that its peers hold alike, and what reads its values (of the same shape)."""
+class RegionToFill:
+    """The memory that a region is read into, and the call that reads its values (of the same shape)."""
 
     tensor: torch.Tensor
     read: Callable[[], torch.Tensor]
 
 
-def fill_shared(parts: Iterator[Part], group: dist.ProcessGroup) -> None:
-    """Fill `parts`, which all ranks of `group` give in the same order; the ranks read them in turn.
+def fill_shared(regions: Iterator[RegionToFill], group: dist.ProcessGroup) -> None:
+    """Fill `regions`, the same and in the same order on all ranks of `group`; the ranks read them in turn.
 
     If reading fails on any rank it fails on all, with the same kind of error and message.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    while several := list(islice(parts, size)):
+    while several := list(islice(regions, size)):
         mine = _read_agreed(several[rank] if rank < len(several) else None, group)
-        for owner, part in enumerate(several):
-            values = mine if mine is not None and owner == rank else torch.empty_like(part.tensor).contiguous()
+        for owner, region in enumerate(several):
+            values = mine if mine is not None and owner == rank else torch.empty_like(region.tensor).contiguous()
             dist.broadcast(values.view(-1).view(torch.uint8), dist.get_global_rank(group, owner), group)
-            part.tensor.copy_(values)
+            region.tensor.copy_(values)
 
 
-def _read_agreed(part: Part | None, group: dist.ProcessGroup) -> torch.Tensor | None:
-    """The values of a part as its tensor would hold them (none without one), once all ranks have read theirs."""
+def _read_agreed(region: RegionToFill | None, group: dist.ProcessGroup) -> torch.Tensor | None:
+    """The values of a region as its tensor would hold them (none without one), once all ranks have read theirs."""
     values, error = None, None
     try:
-        if part is not None:
-            values = part.read().to(part.tensor.device, part.tensor.dtype).contiguous()
+        if region is not None:
+            values = region.read().to(region.tensor.device, region.tensor.dtype).contiguous()
     except Exception as caught:
         error = caught
     failed = torch.tensor(error is not None, dtype=torch.int32, device=current().torch_device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.torch_dist.logical_hash import partial_hash, tensor_hash
-from flm_megatron.checkpoint.torch_dist.shard_file import PIECE_BYTES
+from flm_megatron.checkpoint.torch_dist.shard_file import BUFFER_BYTES
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.distributed.progress import progress_bar
 
@@ -27,7 +27,7 @@ def shared_hashes(checkpoint: LogicalCheckpoint, processes: Processes) -> dict[s
     chunks = [
         (name, region)
         for name, info in checkpoint.tensors.items()
-        for region in split_region(Region.whole(info.shape), PIECE_BYTES // info.dtype.itemsize)
+        for region in split_region(Region.whole(info.shape), BUFFER_BYTES // info.dtype.itemsize)
     ]
     nbytes = sum(region.numel * checkpoint.tensors[name].dtype.itemsize for name, region in chunks)
 

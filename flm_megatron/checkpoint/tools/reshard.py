@@ -12,7 +12,7 @@ from flm_megatron.checkpoint.files.destination import reserved
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo, split_name
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.sharding.layout import rank_regions
-from flm_megatron.checkpoint.torch_dist.shard_file import Rectangle
+from flm_megatron.checkpoint.torch_dist.shard_file import SourceRegion
 from flm_megatron.checkpoint.torch_dist.writer import LARGEST_CHUNK, copy_checkpoint, write_checkpoint
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
 from flm_megatron.distributed.processes import Processes
@@ -46,8 +46,8 @@ def reshard(
         if target is None:
             return copy_checkpoint(checkpoint, path, manifest, progress=moved)
         shards = {
-            name: _rectangles(checkpoint, parts)
-            for number, (name, parts) in enumerate(_target_files(checkpoint, *target).items())
+            name: _source_regions(checkpoint, regions)
+            for number, (name, regions) in enumerate(_target_files(checkpoint, *target).items())
             if number % processes.size == processes.rank
         }
         return write_checkpoint(path, checkpoint.tensors, shards, manifest, progress=moved)
@@ -79,13 +79,13 @@ def _target_files(
                 if region.numel and (name, region) not in known:
                     known.add((name, region))
                     files.setdefault(f"__{rank}_0.distcp", []).append((name, region))
-    missing = set(checkpoint.tensors) - {name for parts in files.values() for name, _ in parts}
+    missing = set(checkpoint.tensors) - {name for regions in files.values() for name, _ in regions}
     if missing:
         raise RequestError(f"{min(missing)} is not a tensor of the configured model, so it has no place in a layout")
     return files
 
 
-def _rectangles(checkpoint: LogicalCheckpoint, parts: list[tuple[str, Region]]) -> Iterator[Rectangle]:
-    for name, region in parts:
-        for piece in split_region(region, LARGEST_CHUNK // checkpoint.tensors[name].dtype.itemsize):
-            yield Rectangle(name, piece, partial(checkpoint.read, name))
+def _source_regions(checkpoint: LogicalCheckpoint, regions: list[tuple[str, Region]]) -> Iterator[SourceRegion]:
+    for name, region in regions:
+        for sub in split_region(region, LARGEST_CHUNK // checkpoint.tensors[name].dtype.itemsize):
+            yield SourceRegion(name, sub, partial(checkpoint.read, name))

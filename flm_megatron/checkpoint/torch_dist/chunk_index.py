@@ -13,7 +13,7 @@ BUCKETS = 256
 
 @dataclass(frozen=True)
 class StoredChunk:
-    """A rectangle of a tensor and the record that holds it."""
+    """A region of a tensor and the record that holds it."""
 
     region: Region
     file: str

@@ -1,7 +1,7 @@
-"""A hash of logical tensors that does not depend on how they are cut into rectangles.
+"""A hash of logical tensors that does not depend on how they are cut into regions.
 
 The hash of a tensor is sum(row_weight[r] * column_weight[c] * bits[r, c]) modulo 2^64, with the last axis as
-columns, the others as rows, and odd pseudo-random weights: a multilinear hash. Rectangles are hashed in any order
+columns, the others as rows, and odd pseudo-random weights: a multilinear hash. Regions are hashed in any order
 and their sums added. It guards against accidents (a flipped bit always changes it), not against forgery.
 """
 

@@ -70,19 +70,19 @@ class TorchDistCheckpoint(LogicalCheckpoint):
         return super().has_optimizer()
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:
-        """Values of a region; only its bytes (for bands of columns: the pages they lie in) are read."""
+        """Values of a region; only its bytes (for a range of columns: the pages they lie in) are read."""
         info = self._info(name)
         region = region or Region.whole(info.shape)
         if region.intersect(Region.whole(info.shape)) != region and region.numel:
             raise RequestError(f"{name}: region {region} does not lie in its shape {info.shape}")
         met = self._meeting(name, region)
-        if sum(part.numel for _, part in met) != region.numel:
+        if sum(common.numel for _, common in met) != region.numel:
             raise DamagedError(f"{self.path}: {name} is not stored as a whole: part of {region} is missing", self.path)
         if len(met) == 1:
             return self._read_chunk(name, *met[0])
         out = torch.empty(region.sizes, dtype=info.dtype)
-        for chunk, part in met:
-            out[part.within(region).slices] = self._read_chunk(name, chunk, part)
+        for chunk, common in met:
+            out[common.within(region).slices] = self._read_chunk(name, chunk, common)
         return out
 
     def _meeting(self, name: str, region: Region) -> list[tuple[StoredChunk, Region]]:
@@ -103,8 +103,8 @@ class TorchDistCheckpoint(LogicalCheckpoint):
             " saved it can use: save it again as fully_reshardable, or use the weights alone"
         )
 
-    def _read_chunk(self, name: str, chunk: StoredChunk, part: Region) -> torch.Tensor:
-        inside = part.within(chunk.region)
+    def _read_chunk(self, name: str, chunk: StoredChunk, common: Region) -> torch.Tensor:
+        inside = common.within(chunk.region)
         try:
             values, whole = self._array(chunk)
             if values.dtype != self.tensors[name].dtype:
@@ -112,12 +112,12 @@ class TorchDistCheckpoint(LogicalCheckpoint):
             if whole is not None:
                 flat = values.read().as_strided(*whole).reshape(chunk.region.sizes)
                 return flat[inside.slices].clone()
-            bands = list(_bands(inside, values))
-            if len(bands) == 1:
+            bounded = list(_bounded_regions(inside, values))
+            if len(bounded) == 1:
                 return values.read(inside)
-            out = torch.empty(part.sizes, dtype=values.dtype)
-            for band in bands:
-                out[band.within(inside).slices] = values.read(band)
+            out = torch.empty(common.sizes, dtype=values.dtype)
+            for sub in bounded:
+                out[sub.within(inside).slices] = values.read(sub)
             return out
         except DamagedError as error:
             raise DamagedError(f"{name}: {error}", self.path) from error
@@ -159,8 +159,8 @@ class TorchDistCheckpoint(LogicalCheckpoint):
         return StoredChunk(region, place.relative_path, place.offset, place.length)
 
 
-def _bands(inside: Region, values: StoredArray) -> Iterator[Region]:
-    """Parts of a region that each span few bytes of the file, so that memory does not grow with the chunk."""
+def _bounded_regions(inside: Region, values: StoredArray) -> Iterator[Region]:
+    """A region cut into some that each span few bytes of the file, so that memory does not grow with the chunk."""
     if is_contiguous(inside, values.shape) or inside.numel == 0:
         yield inside
         return
@@ -170,11 +170,11 @@ def _bands(inside: Region, values: StoredArray) -> Iterator[Region]:
         row_bytes //= outer
     step = max(1, SPAN_BYTES // max(1, row_bytes))
     for start in range(0, inside.sizes[axis], step):
-        part = slice_axis(inside, axis, start, min(step, inside.sizes[axis] - start))
-        if part.sizes[axis] == 1:
-            yield from _bands(part, values)
+        sub = slice_axis(inside, axis, start, min(step, inside.sizes[axis] - start))
+        if sub.sizes[axis] == 1:
+            yield from _bounded_regions(sub, values)
         else:
-            yield part
+            yield sub
 
 
 def _array(path: Path, chunk: StoredChunk, checked: CheckedFile | None) -> tuple[StoredArray, tuple[Any, ...] | None]:

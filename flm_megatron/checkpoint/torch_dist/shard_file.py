@@ -1,4 +1,4 @@
-"""One `.distcp` file: rectangles of logical tensors written one after the other, with checksums made on the way."""
+"""One `.distcp` file: regions of logical tensors written one after the other, with checksums made on the way."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from flm_megatron.checkpoint.torch_dist.tensor_record import encode
 from flm_megatron.durable import write_file
 from flm_megatron.errors import RequestError
 
-PIECE_BYTES = 8 * 2**20
+BUFFER_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
-class Rectangle:
+class SourceRegion:
     """A region of a logical tensor that is to be written as one record, of less than 2 GiB.
 
-    `values(part)` gives the values of a part of it, a region of the same tensor, when its turn comes.
+    `values(region)` gives the values of any region inside it when its turn comes.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Rectangle:
 
 @dataclass(frozen=True)
 class Record:
-    """A rectangle that was written, and where it lies."""
+    """A region that was written, and where it lies."""
 
     name: str
     region: Region
@@ -51,7 +51,7 @@ class Record:
 
 @dataclass
 class Written:
-    """What one process wrote: its tensors, records, size and CRC-32 of each file, and shares of the tensors' hashes."""
+    """What one process wrote: tensors, records, size and CRC-32 of each file, and its summands of tensors' hashes."""
 
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
@@ -60,10 +60,10 @@ class Written:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A piece of a rectangle's values and where in the file it goes; `last` if the rectangle ends with it."""
+class _SubRegion:
+    """A region inside of `source` and where in the file its values go; `last` if `source` ends with it."""
 
-    rectangle: Rectangle
+    source: SourceRegion
     info: TensorInfo
     region: Region
     record: int
@@ -78,74 +78,74 @@ class _Part:
 
 def write_shard(
     path: Path,
-    rectangles: Iterable[Rectangle],
+    regions: Iterable[SourceRegion],
     tensors: Mapping[str, TensorInfo],
     written: Written,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write one file and add it to `written`; each of WORKERS threads holds a piece of 8 MiB and a copy of it.
+    """Write one file and add it to `written`; each of WORKERS threads holds 8 MiB of values and a copy of them.
 
-    It makes, hashes and writes pieces of its own. Raises RequestError when the disk is full.
+    Raises RequestError when the disk is full.
     """
     sums, whole = BlockSums(), (0, 0)
     with _disk_errors(path), DirectFile(path) as file, ThreadPoolExecutor(WORKERS) as executor:
-        share, data = 0, list[Fragment]()
-        done = in_order(executor, partial(_write_part, file), _parts(rectangles, tensors))
-        for part, (part_share, part_data) in done:
-            share = (share + part_share) % MODULUS
-            data += part_data
+        hashed, data = 0, list[Fragment]()
+        done = in_order(executor, partial(_write_sub_region, file), _sub_regions(regions, tensors))
+        for sub, (sub_hash, sub_data) in done:
+            hashed = (hashed + sub_hash) % MODULUS
+            data += sub_data
             if progress:
-                progress(part.nbytes)
-            if part.last:
-                name, region = part.rectangle.name, part.rectangle.region
-                record = _end_record(file, part, data)
+                progress(sub.nbytes)
+            if sub.last:
+                name, region = sub.source.name, sub.source.region
+                record = _end_record(file, sub, data)
                 sums.add(record)
                 size = combined(record)[1]
-                written.hashes[name] = (written.hashes.get(name, 0) + share) % MODULUS
+                written.hashes[name] = (written.hashes.get(name, 0) + hashed) % MODULUS
                 written.records.append(Record(name, region, path.name, whole[1], size))
-                whole, share, data = combined([whole, *record]), 0, []
+                whole, hashed, data = combined([whole, *record]), 0, []
         stored = sums.to_bytes()
         write_file(path.with_name(path.name + SUFFIX), stored)
     written.files |= {path.name: entry(*whole), path.name + SUFFIX: file_entry(stored)}
 
 
-def _parts(rectangles: Iterable[Rectangle], tensors: Mapping[str, TensorInfo]) -> Iterator[_Part]:
-    """The pieces of all rectangles in the order in which they lie in the file."""
+def _sub_regions(regions: Iterable[SourceRegion], tensors: Mapping[str, TensorInfo]) -> Iterator[_SubRegion]:
+    """The regions cut to BUFFER_BYTES, in the order in which they lie in the file."""
     record = 0
-    for rectangle in rectangles:
-        info = tensors[rectangle.name]
-        head, tail = encode(info.dtype, rectangle.region.sizes, 0)
+    for source in regions:
+        info = tensors[source.name]
+        head, tail = encode(info.dtype, source.region.sizes, 0)
         position = record + len(head)
-        end = position + rectangle.region.numel * info.dtype.itemsize
-        for region in split_region(rectangle.region, PIECE_BYTES // info.dtype.itemsize):
-            part = _Part(rectangle, info, region, record, position, last=False)
-            position += part.nbytes
-            yield replace(part, last=position == end)
+        end = position + source.region.numel * info.dtype.itemsize
+        for region in split_region(source.region, BUFFER_BYTES // info.dtype.itemsize):
+            sub = _SubRegion(source, info, region, record, position, last=False)
+            position += sub.nbytes
+            yield replace(sub, last=position == end)
         record = end + len(tail)
 
 
-def _write_part(file: DirectFile, part: _Part) -> tuple[int, list[Fragment]]:
-    """Make and write one piece: its share in the tensor's hash, and the checksums of its bytes."""
-    values = part.rectangle.values(part.region).detach().cpu().contiguous()
-    assert tuple(values.shape) == part.region.sizes, f"{part}: values of shape {tuple(values.shape)}"
-    assert values.dtype == part.info.dtype, f"{part}: values of {values.dtype}"
-    if not part.nbytes:
+def _write_sub_region(file: DirectFile, sub: _SubRegion) -> tuple[int, list[Fragment]]:
+    """Make and write the values of one region: its summand of the tensor's hash, and the checksums of its bytes."""
+    values = sub.source.values(sub.region).detach().cpu().contiguous()
+    assert tuple(values.shape) == sub.region.sizes, f"{sub}: values of shape {tuple(values.shape)}"
+    assert values.dtype == sub.info.dtype, f"{sub}: values of {values.dtype}"
+    if not sub.nbytes:
         return 0, []
     data = as_bytes(values)
-    file.write(data, part.position)
-    return partial_hash(part.info.shape, part.region, values), fragments(data, part.position)
+    file.write(data, sub.position)
+    return partial_hash(sub.info.shape, sub.region, values), fragments(data, sub.position)
 
 
-def _end_record(file: DirectFile, part: _Part, data: list[Fragment]) -> list[Fragment]:
-    """Write the head and the tail of the record that ends with `part`; the head holds the CRC-32 of the values.
+def _end_record(file: DirectFile, sub: _SubRegion, data: list[Fragment]) -> list[Fragment]:
+    """Write the head and the tail of the record that ends with `sub`; the head holds the CRC-32 of the values.
 
     Returns the checksums of the whole record.
     """
-    head, tail = encode(part.info.dtype, part.rectangle.region.sizes, combined(data)[0])
-    after = part.position + part.nbytes
-    file.write(memoryview(head), part.record)
+    head, tail = encode(sub.info.dtype, sub.source.region.sizes, combined(data)[0])
+    after = sub.position + sub.nbytes
+    file.write(memoryview(head), sub.record)
     file.write(memoryview(tail), after)
-    return [*fragments(memoryview(head), part.record), *data, *fragments(memoryview(tail), after)]
+    return [*fragments(memoryview(head), sub.record), *data, *fragments(memoryview(tail), after)]
 
 
 @contextmanager

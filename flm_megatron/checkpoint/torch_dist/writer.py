@@ -32,7 +32,7 @@ from flm_megatron.checkpoint.position import recorded_position
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.torch_dist.logical_hash import combine_hashes, tensor_hash
 from flm_megatron.checkpoint.torch_dist.reader import COMMON, FORMAT, METADATA, OURS
-from flm_megatron.checkpoint.torch_dist.shard_file import Record, Rectangle, Written, write_shard
+from flm_megatron.checkpoint.torch_dist.shard_file import Record, SourceRegion, Written, write_shard
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.durable import write_file
 from flm_megatron.errors import FlmError
@@ -65,8 +65,8 @@ def copy_checkpoint(
     processes = processes or Processes()
     files = plan_files(checkpoint.tensors, processes.rank, processes.size, chunk_bytes)
     shards = {
-        name: [Rectangle(tensor, region, partial(checkpoint.read, tensor)) for tensor, region in parts]
-        for name, parts in files.items()
+        name: [SourceRegion(tensor, region, partial(checkpoint.read, tensor)) for tensor, region in regions]
+        for name, regions in files.items()
     }
     manifest = dict(checkpoint.manifest if manifest is None else manifest)
     return write_checkpoint(path, checkpoint.tensors, shards, manifest, processes, progress)
@@ -97,7 +97,7 @@ def chunk_size(total_bytes: int, processes: int) -> int:
 def write_checkpoint(
     path: str | Path,
     tensors: Mapping[str, TensorInfo],
-    shards: Mapping[str, Iterable[Rectangle]],
+    shards: Mapping[str, Iterable[SourceRegion]],
     manifest: dict[str, Any],
     processes: Processes | None = None,
     progress: Callable[[int], None] | None = None,
@@ -105,13 +105,13 @@ def write_checkpoint(
     """Write a checkpoint folder together with the others of `processes` (of all, if not given).
 
     `tensors` are at least those in `shards`, which are this process's files by name (unique over all processes), each
-    with its rectangles; together the rectangles of all processes cover every tensor once. Everything is written
+    with its regions; together the regions of all processes cover every tensor once. Everything is written
     under a temporary name, synchronised to the disk, and renamed when it is whole. Returns the manifest; all but the
     first process get it without its `files`, of which a large run has tens of thousands.
 
     Raises:
         RequestError: the destination exists or cannot be written (disk full, no permission).
-        FlmError: another process failed, or the rectangles do not cover a tensor. Nothing is left at the destination.
+        FlmError: another process failed, or the regions do not cover a tensor. Nothing is left at the destination.
     """
     path, processes = Path(path), processes or Processes()
     with new_folder(path, processes) as folder:
@@ -129,13 +129,13 @@ def write_checkpoint(
 
 def _write_shards(
     folder: Path,
-    shards: Mapping[str, Iterable[Rectangle]],
+    shards: Mapping[str, Iterable[SourceRegion]],
     tensors: Mapping[str, TensorInfo],
     progress: Callable[[int], None] | None,
 ) -> Written:
     written = Written(dict(tensors))
-    for name, rectangles in shards.items():
-        write_shard(folder / name, rectangles, tensors, written, progress)
+    for name, regions in shards.items():
+        write_shard(folder / name, regions, tensors, written, progress)
     return written
 
 
@@ -185,7 +185,7 @@ def check_cover(tensors: Mapping[str, TensorInfo], records: Iterable[Record]) ->
         corner = (record.name, record.region.offsets)
         outside = whole.numel and record.region.intersect(whole) != record.region
         if outside or corner in corners:
-            raise FlmError(f"{record.name}: rectangle {record.region} lies outside of it or is written twice")
+            raise FlmError(f"{record.name}: region {record.region} lies outside of it or is written twice")
         volumes[record.name] += record.region.numel
         corners.add(corner)
     for name, info in tensors.items():

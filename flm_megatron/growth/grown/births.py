@@ -45,10 +45,10 @@ def births(growth: GrowthRecord | None, name: str, region: Region) -> torch.Tens
     if growth is None or not growth.moments:
         return out
     born = growth.optimizer_step if growth.plan.optimizer_step == "birth" else 0
-    for piece in Operators(growth.plan).pieces(name, region):
-        old = isinstance(piece.content, Old) and not piece.content.copy
-        values = births(growth.before, name, piece.content.region) if old else born  # type: ignore[union-attr]
-        out[piece.region.within(region).slices] = values
+    for filled in Operators(growth.plan).regions(name, region):
+        old = isinstance(filled.content, Old) and not filled.content.copy
+        values = births(growth.before, name, filled.content.region) if old else born  # type: ignore[union-attr]
+        out[filled.region.within(region).slices] = values
     return out
 
 
@@ -62,7 +62,7 @@ def load_births(checkpoint: LogicalCheckpoint, chunks: list[torch.nn.Module], op
     """
     from flm_megatron.checkpoint.sharding.optimizer_state import (
         placements_by_parameter,
-        rectangles,
+        state_regions,
         state_slices,
         unchained,
     )
@@ -84,8 +84,8 @@ def load_births(checkpoint: LogicalCheckpoint, chunks: list[torch.nn.Module], op
         masters = {p.data_ptr(): p for group in inner.param_groups for p in group["params"] if p.numel()}
         for state in state_slices(part):
             values = torch.zeros(state.master.shape, dtype=torch.int32)
-            for rectangle in rectangles(state, by_parameter):
-                rectangle.values(values).copy_(births(growth, rectangle.placement.name, rectangle.region))
+            for held in state_regions(state, by_parameter):
+                held.values(values).copy_(births(growth, held.placement.name, held.region))
             if values.any():
                 master = masters[state.master.data_ptr()]
                 inner.state[master]["birth"] = values.view(master.shape).to(master.device)

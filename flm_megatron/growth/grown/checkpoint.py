@@ -22,7 +22,7 @@ from flm_megatron.checkpoint.logical import (
 from flm_megatron.checkpoint.position import recorded_position
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.grown.births import has_moments
-from flm_megatron.growth.grown.operators import Constant, Fresh, Mean, Old, Operators, Piece
+from flm_megatron.growth.grown.operators import Constant, FilledRegion, Fresh, Mean, Old, Operators
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.growth.record import GrowthRecord, growth_behind
 from flm_megatron.model.parameters import parameter_specs
@@ -55,13 +55,13 @@ class GrownCheckpoint(LogicalCheckpoint):
         region = region or Region.whole(info.shape)
         prefix, parameter = split_name(name)
         out: torch.Tensor | None = None
-        for piece in self.operators.pieces(parameter, region):
+        for filled in self.operators.regions(parameter, region):
             weights = prefix in ("", MASTER)
-            values = (self._weights if weights else self._moments)(prefix, parameter, piece)
+            values = (self._weights if weights else self._moments)(prefix, parameter, filled)
             if isinstance(values, torch.Tensor) and values.shape == region.sizes and values.dtype == info.dtype:
-                return values  # one piece is all of it: no copy
+                return values  # one source fills all of it: no copy
             out = torch.empty(region.sizes, dtype=info.dtype) if out is None else out
-            out[piece.region.within(region).slices] = values
+            out[filled.region.within(region).slices] = values
         return torch.empty(region.sizes, dtype=info.dtype) if out is None else out
 
     def _infos(self, name: str) -> list[tuple[str, TensorInfo]]:
@@ -70,15 +70,15 @@ class GrownCheckpoint(LogicalCheckpoint):
         prefixes = ("", *STATE_PREFIXES)
         return [(p + name, TensorInfo(shape, i.dtype)) for p in prefixes if (i := self.source.tensors.get(p + name))]
 
-    def _weights(self, prefix: str, name: str, piece: Piece) -> torch.Tensor | float:
-        """Weights or masters of one piece. A rounded weight that changes is rounded from its fp32 master."""
-        content = piece.content
+    def _weights(self, prefix: str, name: str, filled: FilledRegion) -> torch.Tensor | float:
+        """Weights or masters of one region. A rounded weight that changes is rounded from its fp32 master."""
+        content = filled.content
         if isinstance(content, Constant):
             return content.value
         if isinstance(content, Fresh):
             key, shape = f"growth:{self.plan.stage}:{name}", self.operators.specs[name].shape
             dtype = self.tensors[prefix + name].dtype
-            return truncated_normal(self.plan.seed, key, shape, piece.region, content.std, dtype=dtype)
+            return truncated_normal(self.plan.seed, key, shape, filled.region, content.std, dtype=dtype)
         if isinstance(content, Old) and content.scale == 1.0:
             return self.source.read(prefix + name, content.region)
         exact = MASTER + name if MASTER + name in self.source.tensors else prefix + name
@@ -88,9 +88,9 @@ class GrownCheckpoint(LogicalCheckpoint):
             values = axis_mean(values, content.axis)
         return values * content.scale
 
-    def _moments(self, prefix: str, name: str, piece: Piece) -> torch.Tensor | float:
-        """Moments of one piece: they go the other way than the weights' scale, and start at zero where new."""
-        content = piece.content
+    def _moments(self, prefix: str, name: str, filled: FilledRegion) -> torch.Tensor | float:
+        """Moments of one region: they go the other way than the weights' scale, and start at zero where new."""
+        content = filled.content
         if not isinstance(content, Old) or content.copy:
             return 0.0
         values = self.source.read(prefix + name, content.region)

@@ -1,4 +1,4 @@
-"""Growth as arithmetic on regions: for any region of a grown tensor, the pieces it is made of.
+"""Growth as arithmetic on regions: any region of a grown tensor as regions that each come from one source.
 
 `docs/growth.md` derives the rules. In short: old weights stay in the top-left block (times a scale where a norm or a
 multiplier changes); new weights are drawn as for a fresh model of the new shape; under `zero`, new weights that would
@@ -53,31 +53,31 @@ Content = Old | Mean | Constant | Fresh
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A rectangle of the grown tensor and what fills it."""
+class FilledRegion:
+    """A region of the grown tensor and what fills it."""
 
     region: Region
     content: Content
 
 
 class Operators:
-    """The pieces of every tensor of one growth."""
+    """What fills the regions of every tensor of one growth."""
 
     def __init__(self, plan: GrowthPlan) -> None:
         self.plan = plan
         self.specs = parameter_specs(plan.new)
         self._old_specs = parameter_specs(plan.old)
 
-    def pieces(self, name: str, region: Region) -> Iterator[Piece]:
-        """Pieces of `region` of parameter `name`: they cover it once, in row-major order of their corners."""
+    def regions(self, name: str, region: Region) -> Iterator[FilledRegion]:
+        """`region` of parameter `name` cut by what fills it: covered once, in row-major order of corners."""
         old, new = self._old_specs[name].axes, self.specs[name].axes
         axes = [
             [c for s in axis_segments(self.plan, before, after) if (c := s.clip(start, start + size))]
             for before, after, start, size in zip(old, new, region.offsets, region.sizes, strict=True)
         ]
         for segments in itertools.product(*axes):
-            rectangle = Region(tuple(s.start for s in segments), tuple(s.size for s in segments))
-            yield Piece(rectangle, self._content(self.specs[name], segments))
+            cut = Region(tuple(s.start for s in segments), tuple(s.size for s in segments))
+            yield FilledRegion(cut, self._content(self.specs[name], segments))
 
     def scale(self, spec: ParameterSpec) -> float:
         """Factor on the old values of a parameter; its first moment takes 1 / scale, its second 1 / scale^2."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from flm_megatron.checkpoint.sharding.optimizer_state import placements_by_parameter, rectangles, state_slices
+from flm_megatron.checkpoint.sharding.optimizer_state import placements_by_parameter, state_regions, state_slices
 from flm_megatron.checkpoint.sharding.placement import Placement, placements
 from flm_megatron.device import current
 from flm_megatron.model.parameters import parameter_specs
@@ -53,7 +53,7 @@ def _parts(state: TrainState) -> list[str]:
 
 
 def _owned(state: TrainState) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Part, masters and gradients of every rectangle that this rank owns and that is to be counted here."""
+    """Name, masters and gradients of every region that this rank owns and that is to be counted here."""
     from megatron.core import parallel_state
 
     first_replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
@@ -63,9 +63,9 @@ def _owned(state: TrainState) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]
         if not (owned.sharded or first_replica):
             continue
         flat = gradients[owned.master.data_ptr()].view(-1)
-        for rectangle in rectangles(owned, by_parameter):
-            if rectangle.placement.main:
-                yield _part(rectangle.placement), rectangle.values(owned.master), rectangle.values(flat)
+        for held in state_regions(owned, by_parameter):
+            if held.placement.main:
+                yield _part(held.placement), held.values(owned.master), held.values(flat)
 
 
 def _gradients(optimizer: Any) -> dict[int, torch.Tensor]:

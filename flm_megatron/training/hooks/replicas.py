@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from flm_megatron.training.resume.memory_copies import MemoryCopies
     from flm_megatron.training.stage import StageTrainer
 
-PIECE = 2**24
+CHUNK_VALUES = 2**24
 KEY_BYTES = 8
 Key = TypeVar("Key", bound=Hashable)
 
@@ -126,8 +126,8 @@ def checksum(tensor: torch.Tensor) -> int:
     whole = tensor.contiguous().view(-1)
     bits = whole.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[whole.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for start in range(0, bits.numel(), PIECE):
-        piece = bits[start : start + PIECE].to(torch.int64)
+    for start in range(0, bits.numel(), CHUNK_VALUES):
+        chunk = bits[start : start + CHUNK_VALUES].to(torch.int64)
         # Odd factors lose no bit; sums wrap around.
-        total += (piece * (2 * torch.arange(start, start + len(piece), device=tensor.device) + 1)).sum()
+        total += (chunk * (2 * torch.arange(start, start + len(chunk), device=tensor.device) + 1)).sum()
     return int(total.item())

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flm_megatron.optim.adamw import AdamW
-from flm_megatron.optim.birth import PIECE, settling_steps, update_by_age
+from flm_megatron.optim.birth import CHUNK_VALUES, settling_steps, update_by_age
 
 GROWN_AT = 50_000
 
@@ -142,8 +142,8 @@ def reference_update(param: torch.Tensor, state: dict[str, torch.Tensor], group:
     param.addcdiv_(mean, root.add_(group["eps"]), value=-group["lr"])
 
 
-def test_an_update_in_pieces_takes_little_memory_and_gives_the_same_bits() -> None:
-    shape = (3, PIECE + 1237)
+def test_an_update_in_chunks_takes_little_memory_and_gives_the_same_bits() -> None:
+    shape = (3, CHUNK_VALUES + 1237)
     draw = torch.Generator().manual_seed(4)
     birth = torch.randint(0, 40, shape, generator=draw, dtype=torch.int32)
     ours, whole = (torch.randn(shape, generator=torch.Generator().manual_seed(5)) for _ in range(2))
@@ -156,10 +156,10 @@ def test_an_update_in_pieces_takes_little_memory_and_gives_the_same_bits() -> No
             before = memory.now
             memory.most = before
             update_by_age(ours, states[0], {**group, "step": step})
-            in_pieces = memory.most - before
+            in_chunks = memory.most - before
             reference_update(whole, states[1], {**group, "step": step})
             at_once = memory.most - before
     assert torch.equal(ours, whole)
     assert all(torch.equal(states[0][name], states[1][name]) for name in ("exp_avg", "exp_avg_sq"))
-    assert in_pieces <= 40 * PIECE
+    assert in_chunks <= 40 * CHUNK_VALUES
     assert at_once >= 20 * ours.numel()

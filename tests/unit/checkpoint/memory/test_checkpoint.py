@@ -16,7 +16,7 @@ from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region
 from flm_megatron.checkpoint.memory import reader as reader_module
 from flm_megatron.checkpoint.memory.blobs import NONE, Generation
 from flm_megatron.checkpoint.memory.client import LocalAgent, RemoteAgent
-from flm_megatron.checkpoint.memory.contents import header_of, parts_of, tensors_of
+from flm_megatron.checkpoint.memory.contents import header_of, regions_of, tensors_of
 from flm_megatron.checkpoint.memory.generations import found, required
 from flm_megatron.checkpoint.memory.peers import _check_budget, available_bytes
 from flm_megatron.checkpoint.memory.reader import Held, MemoryCheckpoint
@@ -94,7 +94,7 @@ def cluster(disk: LogicalCheckpoint) -> Iterator[Cluster]:
 
 
 def regions(shape: tuple[int, ...], seed: str) -> Iterator[Region]:
-    """All of a tensor, and some rectangles of it."""
+    """All of a tensor, and some regions of it."""
     yield Region.whole(shape)
     chance = random.Random(seed)
     for _ in range(3):
@@ -127,7 +127,7 @@ def test_several_threads_read_at_once(cluster: Cluster) -> None:
             done.result()
 
 
-def test_wide_regions_are_fetched_in_pieces(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_regions_are_fetched_in_several_reads(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader_module, "LARGEST_READ", 2**13)
     assert_same(cluster.view(0, host=1), cluster.disk)
 
@@ -180,7 +180,7 @@ def test_descriptions_survive_the_way_there_and_back(cluster: Cluster) -> None:
     for rank, header in cluster.headers.items():
         with RemoteAgent(cluster.agents[max(0, rank - 1)].endpoint()) as agent:
             headers = dict(agent.ask("describe", generation=GENERATION)["headers"])
-        assert tensors_of(headers[rank]) == tensors_of(header) and parts_of(headers[rank]) == parts_of(header)
+        assert tensors_of(headers[rank]) == tensors_of(header) and regions_of(headers[rank]) == regions_of(header)
 
 
 # Which generation, and how much memory.

@@ -146,14 +146,14 @@ def first_part(region: Region) -> Region:
 
 
 def last_part(region: Region) -> Region:
-    """A small rectangle at the end of a region."""
+    """A small region at the end of a region."""
     sizes = tuple(min(n, 40) for n in region.sizes)
     offsets = tuple(o + n - m for o, n, m in zip(region.offsets, region.sizes, sizes, strict=True))
     return Region(offsets, sizes)
 
 
 def widened(region: Region, shape: tuple[int, ...]) -> Region:
-    """A rectangle around `region` that reaches into what its neighbours hold."""
+    """A region around `region` that reaches into what its neighbours hold."""
     offsets = tuple(max(0, o - 3) for o in region.offsets)
     ends = tuple(min(s, o + n + 5) for s, o, n in zip(shape, region.offsets, region.sizes, strict=True))
     return Region(offsets, tuple(e - o for e, o in zip(ends, offsets, strict=True)))

@@ -1,4 +1,4 @@
-"""A flat range of a parameter as rectangles of its logical tensor: each value once, in its place."""
+"""A flat range of a parameter as regions of its logical tensor: each value once, in its place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flm_megatron.checkpoint.logical import Region
-from flm_megatron.checkpoint.sharding.optimizer_state import StateSlice, placements_by_parameter, rectangles
+from flm_megatron.checkpoint.sharding.optimizer_state import StateSlice, placements_by_parameter, state_regions
 from flm_megatron.checkpoint.sharding.placement import Placement
 
 LAYERS, ROWS, COLUMNS = 3, 5, 4
@@ -44,11 +44,11 @@ def test_ranges_of_a_gated_matrix(layer: int, rank: int, cuts: list[int]) -> Non
     for start, end in itertools.pairwise(bounds):
         flat = parameter.data.flatten()[start:end]
         state = StateSlice(parameter, start, end, True, flat, flat, flat)
-        found = list(rectangles(state, placements_by_parameter(parts)))
+        found = list(state_regions(state, placements_by_parameter(parts)))
         most = max(most, len(found))
-        for rectangle in found:
-            assert torch.equal(rectangle.values(flat), whole[rectangle.region.slices])
-            covered[rectangle.region.slices] += 1
+        for held in found:
+            assert torch.equal(held.values(flat), whole[held.region.slices])
+            covered[held.region.slices] += 1
     wanted = torch.zeros_like(whole)
     for part in parts:
         wanted[part.region.slices] = 1
@@ -57,7 +57,7 @@ def test_ranges_of_a_gated_matrix(layer: int, rank: int, cuts: list[int]) -> Non
 
 @settings(deadline=None)
 @given(st.integers(0, 6), st.integers(0, 28), st.integers(0, 28))
-def test_padding_rows_belong_to_no_rectangle(true_rows: int, start: int, end: int) -> None:
+def test_padding_rows_belong_to_no_region(true_rows: int, start: int, end: int) -> None:
     parameter = torch.nn.Parameter(torch.zeros(7, 4))
     parts = [
         Placement("e", (100, 4), Region((50, 0), (true_rows, 4)), Region((0, 0), (true_rows, 4)), parameter, (0, 0, 0))
@@ -65,5 +65,7 @@ def test_padding_rows_belong_to_no_rectangle(true_rows: int, start: int, end: in
     start, end = sorted((start, end))
     flat = torch.arange(28.0)[start:end]
     state = StateSlice(parameter, start, end, True, flat, flat, flat)
-    values = [v for r in rectangles(state, placements_by_parameter(parts)) for v in r.values(flat).flatten().tolist()]
+    values = [
+        v for r in state_regions(state, placements_by_parameter(parts)) for v in r.values(flat).flatten().tolist()
+    ]
     assert values == [float(v) for v in range(start, min(end, true_rows * 4))]

@@ -24,11 +24,11 @@ from flm_megatron.checkpoint.files.stored_array import as_bytes
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
 from flm_megatron.checkpoint.opening import open_checkpoint
-from flm_megatron.checkpoint.regions import flat_rectangles, split_region
+from flm_megatron.checkpoint.regions import flat_regions, split_region
 from flm_megatron.checkpoint.torch_dist import writer
 from flm_megatron.checkpoint.torch_dist.chunk_index import ChunkIndex, StoredChunk
 from flm_megatron.checkpoint.torch_dist.logical_hash import logical_hash, partial_hash, tensor_hashes
-from flm_megatron.checkpoint.torch_dist.shard_file import Rectangle
+from flm_megatron.checkpoint.torch_dist.shard_file import SourceRegion
 from flm_megatron.checkpoint.torch_dist.tensor_record import encode
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint, plan_files, write_checkpoint
 from flm_megatron.config.schema import ModelConfig
@@ -98,12 +98,12 @@ def test_any_region_of_any_chunks(data: st.DataObject, tmp_path_factory: pytest.
 
 @settings(deadline=None)
 @given(SHAPES, st.data())
-def test_flat_ranges_are_rectangles(shape: tuple[int, ...], data: st.DataObject) -> None:
+def test_flat_ranges_are_covered_by_regions(shape: tuple[int, ...], data: st.DataObject) -> None:
     numel = torch.Size(shape).numel()
     start = data.draw(st.integers(0, numel))
     end = data.draw(st.integers(start, numel))
     whole = torch.arange(numel).reshape(shape)
-    parts = list(flat_rectangles(shape, start, end))
+    parts = list(flat_regions(shape, start, end))
     found = [value for part in parts for value in whole[part.slices].flatten().tolist()]
     assert found == list(range(start, end))
     assert len(parts) <= max(1, 2 * len(shape) - 1)
@@ -123,7 +123,7 @@ def test_split_regions_cover_each_value_once(shape: tuple[int, ...], limit: int,
 
 @settings(deadline=None)
 @given(SHAPES, st.data())
-def test_hash_is_the_sum_of_any_rectangles_and_sees_any_change(shape: tuple[int, ...], data: st.DataObject) -> None:
+def test_hash_is_the_sum_over_any_regions_and_sees_any_change(shape: tuple[int, ...], data: st.DataObject) -> None:
     tensor = torch.randn(shape)
     whole = partial_hash(shape, Region.whole(shape), tensor)
     parts = split_region(Region.whole(shape), data.draw(st.integers(1, 30)))
@@ -302,13 +302,13 @@ def test_destination_exists(checkpoint: Path, source: InitialCheckpoint) -> None
 
 def failing(kind: str, tensor: torch.Tensor) -> Any:
     infos = {"x": TensorInfo((4, 6), torch.float32)}
-    whole = Rectangle("x", Region((0, 0), (4, 6)), lambda part: tensor[part.slices])
-    half = Rectangle("x", Region((0, 0), (2, 6)), lambda part: tensor[part.slices])
+    whole = SourceRegion("x", Region((0, 0), (4, 6)), lambda part: tensor[part.slices])
+    half = SourceRegion("x", Region((0, 0), (2, 6)), lambda part: tensor[part.slices])
 
     def raises(part: Region) -> torch.Tensor:
         raise DamagedError("cannot be read")
 
-    broken = Rectangle("x", Region((2, 0), (2, 6)), raises)
+    broken = SourceRegion("x", Region((2, 0), (2, 6)), raises)
     return infos, {
         "a.distcp": {"gap": [half], "twice": [half, half], "source": [half, broken], "more": [whole, half]}[kind]
     }

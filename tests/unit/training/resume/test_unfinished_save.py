@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from flm_megatron.checkpoint.logical import Region, TensorInfo
 from flm_megatron.checkpoint.sharding.asynchronous import SaveHandle
-from flm_megatron.checkpoint.torch_dist.shard_file import Rectangle
+from flm_megatron.checkpoint.torch_dist.shard_file import SourceRegion
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.training.resume import unfinished_save
 from flm_megatron.training.resume.unfinished_save import bring_to_end
@@ -27,7 +27,7 @@ def slow_save(path: Path, seconds: float) -> SaveHandle:
         return torch.ones(region.sizes)
 
     region = Region.whole((2, 3))
-    shards = {"__0_0.distcp": [Rectangle("x", region, read)]}
+    shards = {"__0_0.distcp": [SourceRegion("x", region, read)]}
     return SaveHandle(path, {"x": TensorInfo((2, 3), torch.float32)}, shards, {}, Processes(), lambda: None)
 
 
