@@ -17,8 +17,8 @@ from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.foreseen import check_boundary, unmeasured_plan
-from flm_megatron.growth.grown.births import has_moments
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
+from flm_megatron.growth.grown.step_offsets import has_moments
 from flm_megatron.growth.plan import GrowthPlan, check_same_plan, make_plan, stage_growth
 from flm_megatron.growth.record import growth_of
 from flm_megatron.growth.rules import check_source_stage

@@ -16,7 +16,7 @@ import torch
 from torch.optim.adamw import adamw as functional_adamw
 
 from flm_megatron import kernels
-from flm_megatron.optim.birth import settling_steps, update_by_age
+from flm_megatron.optim.step_offset import settling_steps, update_by_age
 
 FUSED_DEVICES = ("cpu", "cuda")
 FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -28,7 +28,7 @@ class AdamW(torch.optim.Optimizer):
     Takes the keywords megatron-core gives to FusedAdam. Each group has an int `step`, 0 before the first update
     and counted in every group whether or not this rank owns a part of it, so that all groups always agree. The
     state of a parameter is `exp_avg` and `exp_avg_sq`, of its shape and dtype, made on its first update. A state that
-    also has `birth` (int32 steps) is updated by `optim.birth` until the births round away.
+    also has `step_offset` (int32 steps) is updated by `optim.step_offset` until the offsets round away.
 
     `clip(factor)` before a step lets that step multiply gradients, in place, as it reads them.
 
@@ -78,19 +78,19 @@ class AdamW(torch.optim.Optimizer):
         """Parameters of `group` that have values and a gradient; one kernel call takes one device and dtype."""
         batches: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = defaultdict(list)
         for param in group["params"]:
-            if param.grad is not None and param.numel() and "birth" not in self.state.get(param, ()):
+            if param.grad is not None and param.numel() and "step_offset" not in self.state.get(param, ()):
                 batches[param.device, param.dtype].append(param)
         return list(batches.values())
 
     def _update_young(self, group: dict[str, Any]) -> None:
-        """Update parameters that have entries still young enough for their birth to matter; forget other births."""
+        """Update parameters with entries so young that their step offset matters; drop the offsets of others."""
         for param in group["params"]:
             state = self.state.get(param, {})
-            if "birth" not in state or param.grad is None:
+            if "step_offset" not in state or param.grad is None:
                 continue
-            youngest = self._youngest.setdefault(param, int(state["birth"].max()) if param.numel() else 0)
+            youngest = self._youngest.setdefault(param, int(state["step_offset"].max()) if param.numel() else 0)
             if group["step"] - youngest >= settling_steps(group["betas"]):
-                del state["birth"], self._youngest[param]
+                del state["step_offset"], self._youngest[param]
             else:
                 self._scale([param.grad])
                 update_by_age(param, self._state_of(param), group)

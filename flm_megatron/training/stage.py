@@ -27,7 +27,7 @@ from flm_megatron.device.hardware import find_hardware
 from flm_megatron.distributed.signals import StopRequest, stop_on_signal
 from flm_megatron.distributed.world import Layouts, is_main_rank
 from flm_megatron.errors import DamagedError
-from flm_megatron.growth.grown.births import earlier_growth, load_births
+from flm_megatron.growth.grown.step_offsets import earlier_growth, load_step_offsets
 from flm_megatron.growth.record import GrowthRecord, growth_of
 from flm_megatron.kernels import fp8
 from flm_megatron.optim.learning_rate import learning_rate, set_learning_rates
@@ -214,7 +214,7 @@ class StageTrainer:
     def _load(self, checkpoint: LogicalCheckpoint) -> None:
         """Weights and optimizer of a checkpoint."""
         load_state(checkpoint, self.state.chunks, self.state.optimizer)
-        load_births(checkpoint, self.state.chunks, self.state.optimizer)
+        load_step_offsets(checkpoint, self.state.chunks, self.state.optimizer)
 
     def _step_event(self, result: StepResult, lr: float, measured: dict[str, float]) -> StepEvent:
         """The metrics of the step that was just applied, with what hooks have measured."""

@@ -52,7 +52,7 @@ class GrowthConfig:
     distance_metric: Literal["cosine", "l2"] = "cosine"
     """For `distance`: cosine or relative L2."""
     optimizer_step: Literal["keep", "birth"] = "keep"
-    """Adam's step of new entries: the old one, or counted from their birth."""
+    """Steps in Adam's bias correction of new entries: `keep` counts all, `birth` only those since the growth."""
     loss_tolerance: float | None = None
     """Largest relative change of the loss at the boundary; none means 1e-3 in bf16 and 1e-5 in fp32."""
     certify_samples: int = 4

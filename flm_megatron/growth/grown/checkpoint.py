@@ -21,8 +21,8 @@ from flm_megatron.checkpoint.logical import (
 )
 from flm_megatron.checkpoint.position import recorded_position
 from flm_megatron.errors import RequestError
-from flm_megatron.growth.grown.births import has_moments
 from flm_megatron.growth.grown.operators import Constant, FilledRegion, Fresh, Mean, Old, Operators
+from flm_megatron.growth.grown.step_offsets import has_moments
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.growth.record import GrowthRecord, growth_behind
 from flm_megatron.model.parameters import parameter_specs

@@ -1,4 +1,4 @@
-"""Training on from a growth: the checkpoint against the written checkpoint, births through a resume, many processes."""
+"""Training on from a growth: as from the written checkpoint, with step offsets through a resume, on many processes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from flm_megatron.config.schema import ParallelConfig, StageConfig
 from flm_megatron.config.schema.stage import Precision
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.growth.boundary import saved_plan
-from flm_megatron.growth.grown.births import load_births
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
+from flm_megatron.growth.grown.step_offsets import load_step_offsets
 from flm_megatron.growth.offline import write_grown
 from tests.distributed.growth.test_engine import OLD, plan_of
 from tests.support.growth_cases import trained
@@ -26,10 +26,10 @@ MANIFEST = {"stage": "big", "step": 0, "tokens": 0, "samples": 0, "optimizer_ste
 BOTH = ParallelConfig(tensor=2, pipeline=2, sequence=True)
 
 
-def grown(operator: str = "zero", precision: Precision = "fp32", birth: bool = False) -> GrownCheckpoint:
+def grown(operator: str = "zero", precision: Precision = "fp32", step_offset: bool = False) -> GrownCheckpoint:
     """A source with moments, grown in every dimension."""
     source = trained(OLD, torch.bfloat16 if precision == "bf16" else torch.float32, optimizer=True)
-    plan = replace(plan_of(operator), optimizer_step="birth" if birth else "keep")
+    plan = replace(plan_of(operator), optimizer_step="birth" if step_offset else "keep")
     return GrownCheckpoint(source, plan, MANIFEST)
 
 
@@ -84,18 +84,18 @@ def test_training_from_the_view_is_training_from_the_written_checkpoint(
         assert len({loss for loss, _ in checkpoint[0]}) == 10
 
 
-def birth_run(path: Path, parallel: ParallelConfig, first: int, last: int, birth: bool = True) -> Any:
+def offset_run(path: Path, parallel: ParallelConfig, first: int, last: int, step_offset: bool = True) -> Any:
     """Steps `first` to `last` from the growth, or from what was saved at `first`; saves at `last`."""
     from flm_megatron.checkpoint.sharding.model_state import load_state, save_state
     from flm_megatron.distributed.world import layout
     from flm_megatron.training.step import TrainState
 
-    opened = grown(birth=birth)
+    opened = grown(step_offset=step_offset)
     checkpoint = open_checkpoint(path / str(first)) if first else opened
     with layout(parallel, timeout_s=120):
         state = TrainState(stage_of(opened, parallel), SEQUENCE)
         load_state(checkpoint, state.chunks, state.optimizer)
-        load_births(checkpoint, state.chunks, state.optimizer)
+        load_step_offsets(checkpoint, state.chunks, state.optimizer)
         losses = take_steps(state, range(first, last))
         growth = checkpoint.manifest["growth"]
         manifest = {**MANIFEST, "step": last, "optimizer_step": 40 + last, "growth": growth}
@@ -103,11 +103,11 @@ def birth_run(path: Path, parallel: ParallelConfig, first: int, last: int, birth
     return losses
 
 
-def test_births_give_the_same_run_under_another_layout_and_after_a_resume(pool: Pool, tmp_path: Path) -> None:
+def test_step_offsets_give_the_same_run_under_another_layout_and_after_a_resume(pool: Pool, tmp_path: Path) -> None:
     whole, halves, kept = (tmp_path / name for name in ("whole", "halves", "kept"))
-    expected = pool.run(1, birth_run, whole, ParallelConfig(), 0, 8)[0]
-    first = pool.run(4, birth_run, halves, BOTH, 0, 4)[0]
-    second = pool.run(2, birth_run, halves, ParallelConfig(data=2), 4, 8)[0]
+    expected = pool.run(1, offset_run, whole, ParallelConfig(), 0, 8)[0]
+    first = pool.run(4, offset_run, halves, BOTH, 0, 4)[0]
+    second = pool.run(2, offset_run, halves, ParallelConfig(data=2), 4, 8)[0]
     assert relative_difference(first + second, expected) <= 1e-5
-    without = pool.run(1, birth_run, kept, ParallelConfig(), 0, 8, False)[0]
+    without = pool.run(1, offset_run, kept, ParallelConfig(), 0, 8, False)[0]
     assert relative_difference(without, expected) > 1e-4

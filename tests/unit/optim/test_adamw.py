@@ -129,7 +129,7 @@ def test_clipping_is_part_of_one_step_and_of_no_other() -> None:
             for param, gradient in zip(params, drawn, strict=True):
                 param.grad = gradient * scaled
             if number == 0:
-                optimizer.state[params[1]]["birth"] = torch.zeros(3, dtype=torch.int32)
+                optimizer.state[params[1]]["step_offset"] = torch.zeros(3, dtype=torch.int32)
         if number == 1:
             optimizers[0].clip(factor)
         for optimizer in optimizers:

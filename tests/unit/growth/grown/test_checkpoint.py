@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER, Region
 from flm_megatron.errors import RequestError
-from flm_megatron.growth.grown.births import births, counts_births, earlier_growth
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint, axis_mean
+from flm_megatron.growth.grown.step_offsets import earlier_growth, has_step_offsets, step_offsets
 from flm_megatron.growth.plan import GrowthPlan, make_plan
 from flm_megatron.growth.record import GrowthRecord, growth_behind
 from flm_megatron.model import parameters as p
@@ -152,23 +152,24 @@ def test_bf16_weights_are_rounded_masters() -> None:
         assert torch.equal(checkpoint.read(name), checkpoint.read(MASTER + name).bfloat16()), name
 
 
-def test_births() -> None:
+def test_step_offsets() -> None:
     plan = plan_for("ffn", "zero", old_model(), {"optimizer_step": "birth"})
     once = GrownCheckpoint(trained(plan.old, torch.float32, optimizer=True), plan).record
     name, whole = f"{p.FC2}.weight", Region.whole((3, 24, 87))
-    born = births(once, name, whole)
-    assert (born[:, :, 50:] == 40).all() and (born[:, :, :50] == 0).all()
+    added_at = step_offsets(once, name, whole)
+    assert (added_at[:, :, 50:] == 40).all() and (added_at[:, :, :50] == 0).all()
     values = trained(plan.new, torch.float32, optimizer=True).values
     held = MemoryCheckpoint(values, {"optimizer_step": 70, "growth": once.to_json()})
     deeper = plan_for("layers", "zero", plan.new, {"optimizer_step": "birth"})
     twice = GrownCheckpoint(held, deeper).record
-    born = births(twice, name, Region((1, 2, 48), (3, 4, 5)))
+    added_at = step_offsets(twice, name, Region((1, 2, 48), (3, 4, 5)))
     for i, layer in enumerate(deeper.layer_sources[1:4]):
         expected = [70] * 5 if layer.copy else [0, 0, 40, 40, 40]
-        assert (born[i] == torch.tensor(expected)).all()
+        assert (added_at[i] == torch.tensor(expected)).all()
     kept = GrownCheckpoint(held, plan_for("layers", "zero", plan.new)).record
-    assert counts_births(twice) and counts_births(kept) and births(kept, name, whole).unique().tolist() == [0, 40]
-    assert not counts_births(GrownCheckpoint(trained(plan.old), plan_for("ffn", "zero", plan.old)).record)
+    assert has_step_offsets(twice) and has_step_offsets(kept)
+    assert step_offsets(kept, name, whole).unique().tolist() == [0, 40]
+    assert not has_step_offsets(GrownCheckpoint(trained(plan.old), plan_for("ffn", "zero", plan.old)).record)
 
 
 def test_without_moments_every_entry_is_born_anew() -> None:
@@ -179,12 +180,12 @@ def test_without_moments_every_entry_is_born_anew() -> None:
     held = MemoryCheckpoint(trained(plan.new).values, {"optimizer_step": 70, "growth": bare.to_json()})
     twice = GrownCheckpoint(held, plan_for("layers", "zero", plan.new, {"optimizer_step": "birth"})).record
     for entry, layers in ((bare, 3), (twice, 5)):
-        assert not births(entry, f"{p.FC2}.weight", Region.whole((layers, 24, 87))).any()
+        assert not step_offsets(entry, f"{p.FC2}.weight", Region.whole((layers, 24, 87))).any()
     written_before = {key: value for key, value in bare.to_json().items() if key != "moments"} | {"optimizer_step": 40}
-    assert births(GrowthRecord.from_json(written_before), f"{p.FC2}.weight", Region.whole((3, 24, 87))).any()
+    assert step_offsets(GrowthRecord.from_json(written_before), f"{p.FC2}.weight", Region.whole((3, 24, 87))).any()
 
 
-def test_births_outlive_the_start_of_a_new_run() -> None:
+def test_step_offsets_outlive_the_start_of_a_new_run() -> None:
     plan = plan_for("ffn", "zero", old_model(), {"optimizer_step": "birth"})
     checkpoint = GrownCheckpoint(trained(plan.old, torch.float32, optimizer=True), plan)
     kept = earlier_growth(checkpoint, grows=False)
@@ -193,7 +194,7 @@ def test_births_outlive_the_start_of_a_new_run() -> None:
     assert earlier_growth(resumed, grows=False) == kept
     assert earlier_growth(MemoryCheckpoint(trained(plan.new).values, kept), grows=False) == {}
     deeper = GrownCheckpoint(resumed, plan_for("layers", "zero", plan.new)).record
-    assert births(deeper, f"{p.FC2}.weight", Region.whole((5, 24, 87))).unique().tolist() == [0, 40]
+    assert step_offsets(deeper, f"{p.FC2}.weight", Region.whole((5, 24, 87))).unique().tolist() == [0, 40]
 
 
 def test_provenance_and_wrong_source() -> None:

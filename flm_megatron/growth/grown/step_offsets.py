@@ -1,6 +1,6 @@
-"""When each entry of a grown model was born, in Adam's steps: a function of the growths behind it.
+"""Adam's step at which each entry of a grown model was added, its step offset: a function of the growths behind it.
 
-Births are not stored value by value: the plans in a checkpoint's manifest say which regions a growth added, so any
+Offsets are not stored value by value: the plans in a checkpoint's manifest say which regions a growth added, so any
 layout computes its own part when it loads.
 """
 
@@ -17,26 +17,26 @@ from flm_megatron.growth.record import GrowthRecord, growth_behind
 
 
 def has_moments(checkpoint: LogicalCheckpoint) -> bool:
-    """Whether a checkpoint has Adam's moments; without, its entries are all born anew."""
+    """Whether a checkpoint has Adam's moments; without, all entries count from 0."""
     return any(name.startswith(EXP_AVG) for name in checkpoint.tensors)
 
 
 def earlier_growth(checkpoint: LogicalCheckpoint, grows: bool) -> dict[str, Any]:
     """What a stage that starts from or resumes `checkpoint` keeps of it in its manifests, unless the stage `grows`
-    itself: the growth that its births follow from, where there are some."""
+    itself: the growth that its step offsets follow from, if it has any."""
     growth = growth_behind(checkpoint.manifest)
-    if growth is None or grows or not has_moments(checkpoint) or not counts_births(growth):
+    if growth is None or grows or not has_moments(checkpoint) or not has_step_offsets(growth):
         return {}
     return {"earlier_growth": growth.to_json()}
 
 
-def counts_births(growth: GrowthRecord | None) -> bool:
-    """Whether any growth behind a checkpoint asked for births (`optimizer_step: birth`)."""
-    return growth is not None and (growth.plan.optimizer_step == "birth" or counts_births(growth.before))
+def has_step_offsets(growth: GrowthRecord | None) -> bool:
+    """Whether any growth behind a checkpoint asked for step offsets (`optimizer_step: birth`)."""
+    return growth is not None and (growth.plan.optimizer_step == "birth" or has_step_offsets(growth.before))
 
 
-def births(growth: GrowthRecord | None, name: str, region: Region) -> torch.Tensor:
-    """Adam's step at the birth of each entry of a region of parameter `name` (int32, of shape `region.sizes`).
+def step_offsets(growth: GrowthRecord | None, name: str, region: Region) -> torch.Tensor:
+    """Adam's step at which each entry was added, of a region of parameter `name` (int32, of shape `region.sizes`).
 
     It is 0 for entries of the first stage, for those of growths that `keep` the step, and for all where a growth had
     no moments to start from.
@@ -44,21 +44,21 @@ def births(growth: GrowthRecord | None, name: str, region: Region) -> torch.Tens
     out = torch.zeros(region.sizes, dtype=torch.int32)
     if growth is None or not growth.moments:
         return out
-    born = growth.optimizer_step if growth.plan.optimizer_step == "birth" else 0
+    added_at = growth.optimizer_step if growth.plan.optimizer_step == "birth" else 0
     for filled in Operators(growth.plan).regions(name, region):
         old = isinstance(filled.content, Old) and not filled.content.copy
-        values = births(growth.before, name, filled.content.region) if old else born  # type: ignore[union-attr]
+        values = step_offsets(growth.before, name, filled.content.region) if old else added_at  # type: ignore[union-attr]
         out[filled.region.within(region).slices] = values
     return out
 
 
-def load_births(checkpoint: LogicalCheckpoint, chunks: list[torch.nn.Module], optimizer: Any) -> None:
-    """Give a loaded optimizer the births that its AdamW counts bias correction from; nothing where all are 0.
+def load_step_offsets(checkpoint: LogicalCheckpoint, chunks: list[torch.nn.Module], optimizer: Any) -> None:
+    """Give a loaded optimizer the step offsets that its AdamW counts bias correction from, unless all are 0.
 
-    Call it after `load_state`, with the same checkpoint. One without moments starts Adam anew, births and all.
+    Call it after `load_state`, with the same checkpoint. One without moments starts Adam anew, from offset 0.
 
     Raises:
-        RequestError: births are asked for, but the optimizer is Transformer Engine's or Apex's.
+        RequestError: a growth asked for step offsets, but the optimizer is Transformer Engine's or Apex's.
     """
     from flm_megatron.checkpoint.sharding.optimizer_state import (
         placements_by_parameter,
@@ -70,7 +70,7 @@ def load_births(checkpoint: LogicalCheckpoint, chunks: list[torch.nn.Module], op
     from flm_megatron.optim.adamw import AdamW
 
     growth = growth_behind(checkpoint.manifest)
-    if not has_moments(checkpoint) or not counts_births(growth):
+    if not has_moments(checkpoint) or not has_step_offsets(growth):
         return
     by_parameter = placements_by_parameter(placements(chunks))
     for part in unchained(optimizer):
@@ -85,7 +85,7 @@ def load_births(checkpoint: LogicalCheckpoint, chunks: list[torch.nn.Module], op
         for state in state_slices(part):
             values = torch.zeros(state.master.shape, dtype=torch.int32)
             for held in state_regions(state, by_parameter):
-                held.values(values).copy_(births(growth, held.placement.name, held.region))
+                held.values(values).copy_(step_offsets(growth, held.placement.name, held.region))
             if values.any():
                 master = masters[state.master.data_ptr()]
-                inner.state[master]["birth"] = values.view(master.shape).to(master.device)
+                inner.state[master]["step_offset"] = values.view(master.shape).to(master.device)

@@ -11,28 +11,28 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flm_megatron.optim.adamw import AdamW
-from flm_megatron.optim.birth import CHUNK_VALUES, settling_steps, update_by_age
+from flm_megatron.optim.step_offset import CHUNK_VALUES, settling_steps, update_by_age
 
 GROWN_AT = 50_000
 
 
-def grown_optimizer(beta2: float, birth: bool, lr: float = 1e-3) -> tuple[torch.nn.Parameter, AdamW]:
+def grown_optimizer(beta2: float, step_offset: bool, lr: float = 1e-3) -> tuple[torch.nn.Parameter, AdamW]:
     """A parameter whose second half is new, under an optimizer that has taken GROWN_AT steps."""
     param = torch.nn.Parameter(torch.zeros(2, 4))
     optimizer = AdamW([param], lr=lr, betas=(0.9, beta2), eps=0.0)
     optimizer.param_groups[0]["step"] = GROWN_AT
     old = torch.tensor([[1.0], [0.0]]).expand(2, 4)
     optimizer.state[param] = {"exp_avg": 0.5 * old, "exp_avg_sq": 0.25 * old.clone()}
-    if birth:
-        optimizer.state[param]["birth"] = (GROWN_AT * (1 - old)).int()
+    if step_offset:
+        optimizer.state[param]["step_offset"] = (GROWN_AT * (1 - old)).int()
     param.grad = torch.full((2, 4), 0.5)
     return param, optimizer
 
 
 @pytest.mark.parametrize(("beta2", "trap"), [(0.999, 3.16), (0.95, 0.447)])
 def test_first_update_of_new_entries(beta2: float, trap: float) -> None:
-    for birth, factor in ((False, trap), (True, 1.0)):
-        param, optimizer = grown_optimizer(beta2, birth)
+    for step_offset, factor in ((False, trap), (True, 1.0)):
+        param, optimizer = grown_optimizer(beta2, step_offset)
         optimizer.step()
         assert (-param[0] / 1e-3).tolist() == pytest.approx([1.0] * 4, rel=1e-4)
         assert (-param[1] / 1e-3).tolist() == pytest.approx([factor] * 4, rel=2e-3)
@@ -40,12 +40,12 @@ def test_first_update_of_new_entries(beta2: float, trap: float) -> None:
 
 def test_keep_needs_a_warm_up() -> None:
     """A learning rate that warms up from a hundredth keeps the first update of new entries below the peak rate."""
-    param, optimizer = grown_optimizer(0.999, birth=False, lr=1e-3 / 100)
+    param, optimizer = grown_optimizer(0.999, step_offset=False, lr=1e-3 / 100)
     optimizer.step()
     assert -param[1].min().item() < 1e-3 * 0.04
 
 
-def test_births_match_a_fresh_optimizer_beside_an_old_one() -> None:
+def test_step_offsets_match_a_fresh_optimizer_beside_an_old_one() -> None:
     """Old and new entries of one tensor move as two tensors under two torch optimizers do, over many steps."""
     draw = torch.Generator().manual_seed(1)
     start = torch.randn(6, generator=draw, dtype=torch.float64)
@@ -62,7 +62,7 @@ def test_births_match_a_fresh_optimizer_beside_an_old_one() -> None:
         if step == 7:
             with torch.no_grad():
                 param[3:] = start[3:]
-            mixed.state[param]["birth"] = torch.tensor([0, 0, 0, 7, 7, 7], dtype=torch.int32)
+            mixed.state[param]["step_offset"] = torch.tensor([0, 0, 0, 7, 7, 7], dtype=torch.int32)
         for part, optimizer, piece in zip(parts, optimizers, (grad[:3], grad[3:]), strict=True):
             if step >= 7 or part is parts[0]:
                 part.grad = piece.clone()
@@ -70,26 +70,26 @@ def test_births_match_a_fresh_optimizer_beside_an_old_one() -> None:
         param.grad = grad.clone()
         mixed.step()
     torch.testing.assert_close(param.detach(), torch.cat([part.detach() for part in parts]), rtol=1e-9, atol=1e-9)
-    assert "birth" not in mixed.state[param]
+    assert "step_offset" not in mixed.state[param]
 
 
 @pytest.mark.parametrize("beta2", [0.95, 0.999])
-def test_births_are_dropped_when_they_round_away(beta2: float) -> None:
+def test_step_offsets_are_dropped_when_they_round_away(beta2: float) -> None:
     age = settling_steps((0.9, beta2))
     assert torch.tensor(1 - beta2**age, dtype=torch.float32) == 1
     assert torch.tensor(1 - beta2 ** (age - 2), dtype=torch.float64) < 1 - 2.0**-26
-    param, optimizer = grown_optimizer(beta2, birth=True)
+    param, optimizer = grown_optimizer(beta2, step_offset=True)
     optimizer.param_groups[0]["step"] = GROWN_AT + age - 2
     optimizer.step()
-    assert "birth" in optimizer.state[param]
+    assert "step_offset" in optimizer.state[param]
     optimizer.step()
-    assert "birth" not in optimizer.state[param]
+    assert "step_offset" not in optimizer.state[param]
 
 
 def test_update_by_age_is_adam_where_all_are_old() -> None:
     draw = torch.Generator().manual_seed(2)
     ours, theirs = (torch.nn.Parameter(torch.randn(9, generator=torch.Generator().manual_seed(3))) for _ in range(2))
-    state = {"exp_avg": torch.zeros(9), "exp_avg_sq": torch.zeros(9), "birth": torch.zeros(9, dtype=torch.int32)}
+    state = {"exp_avg": torch.zeros(9), "exp_avg_sq": torch.zeros(9), "step_offset": torch.zeros(9, dtype=torch.int32)}
     options: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     reference = torch.optim.AdamW([theirs], **options)
     for step in range(1, 6):
@@ -135,7 +135,7 @@ def reference_update(param: torch.Tensor, state: dict[str, torch.Tensor], group:
     gradient = param.grad.to(param.dtype)
     state["exp_avg"].lerp_(gradient, 1 - beta1)
     state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    age = (group["step"] - state["birth"]).double()
+    age = (group["step"] - state["step_offset"]).double()
     mean = state["exp_avg"] / (1 - beta1**age).to(param.dtype)
     root = (state["exp_avg_sq"] / (1 - beta2**age).to(param.dtype)).sqrt_()
     param.mul_(1 - group["lr"] * group["weight_decay"])
@@ -145,9 +145,11 @@ def reference_update(param: torch.Tensor, state: dict[str, torch.Tensor], group:
 def test_an_update_in_chunks_takes_little_memory_and_gives_the_same_bits() -> None:
     shape = (3, CHUNK_VALUES + 1237)
     draw = torch.Generator().manual_seed(4)
-    birth = torch.randint(0, 40, shape, generator=draw, dtype=torch.int32)
+    step_offset = torch.randint(0, 40, shape, generator=draw, dtype=torch.int32)
     ours, whole = (torch.randn(shape, generator=torch.Generator().manual_seed(5)) for _ in range(2))
-    states = [{"exp_avg": torch.zeros(shape), "exp_avg_sq": torch.zeros(shape), "birth": birth} for _ in range(2)]
+    states = [
+        {"exp_avg": torch.zeros(shape), "exp_avg_sq": torch.zeros(shape), "step_offset": step_offset} for _ in range(2)
+    ]
     group = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     with torch.no_grad(), LargestMemory() as memory:
         for step in (41, 42):
