@@ -1,10 +1,12 @@
 """Fused operations of training: Triton kernels, each beside its PyTorch reference, and the choice between them.
 
-Each operation has a folder: its `__init__` is the operation as the model calls it, `reference` its formula in plain
-PyTorch, `triton_kernels` its kernels (with `tensor_list_triton` the only files that import Triton), `compiled` its
-formula for torch.compile. `choice` says which of them runs.
+Each operation has a folder: its `__init__` is the operation as the model calls it, with the table of its
+implementations and the Protocol that these satisfy, `reference` its formula in plain PyTorch, `triton_kernels` its
+kernels (with `tensor_list_triton` the only files that import Triton), `compiled` its formula for torch.compile.
+`registry` is what such a table is made of, `choice` says which of its rows runs.
 """
 
+from flm_megatron.kernels import fp8
 from flm_megatron.kernels.adam import adamw_
 from flm_megatron.kernels.choice import Choice, choose, current, use
 from flm_megatron.kernels.clip import NORM_FLOOR, clip_factor, clip_grad_norm_, grad_norm, scale_grads_
@@ -26,6 +28,7 @@ __all__ = [
     "clip_grad_norm_",
     "cross_entropy",
     "current",
+    "fp8",
     "fuses_head_and_loss",
     "grad_norm",
     "linear_cross_entropy",

@@ -8,7 +8,7 @@ changes no scale; with `rowwise` scaling a row that is split between ranks is sc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flm_megatron.kernels import fp8
+from flm_megatron.kernels.autograd import Context
 
 
 def in_fp8(base: type, scaling: fp8.Scaling | None, column: bool) -> type:
@@ -77,9 +78,13 @@ class _How:
         return fp8.product(a, b, dtype, fast_accumulation=forward or self.scaling == "rowwise")
 
 
+class _Context(Context, Protocol):
+    how: _How
+
+
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, how: _How) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, weight: Tensor, how: _How) -> Tensor:
         """x weight^T [..., out], from x [..., in] and weight [out, in], gathered and cast to E4M3."""
         rows = _gather(x, how.group)[0] if how.gather else x
         amax_x, amax_weight = how.amaxes((rows, not how.column), (weight, True))
@@ -95,7 +100,7 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of input and weight; exchanges run beside the products, as in the engine's own layers."""
         x, weight, amax_x, amax_weight = ctx.saved_tensors
         how, learns, rows, gathered = ctx.how, ctx.needs_input_grad[1], x, None

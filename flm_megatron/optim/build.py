@@ -28,7 +28,7 @@ def build_optimizer(stage: StageConfig, model_chunks: list[Any], frozen: Collect
     Raises:
         KeyError: the model has a parameter that the table of logical parameters does not know.
     """
-    install_adamw(replace=kernels.current().names["adamw"] not in ("te", "apex"))
+    install_adamw(replace=not kernels.current().engine_calls("adamw"))
     install_clipping()
     import torch
     from megatron.core.optimizer import get_megatron_optimizer

@@ -19,7 +19,7 @@ def install_clipping() -> bool:
     """Put our kernels in place unless the choice of kernels says `te` or `apex`; returns whether they are."""
     from megatron.core.optimizer import clip_grads
 
-    if kernels.current().names["grad_clip"] in ("te", "apex"):
+    if kernels.current().engine_calls("grad_clip"):
         return False
     clip_grads.multi_tensor_applier = _apply
     clip_grads.l2_norm_impl = _l2_norm

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flm_megatron import kernels
-from flm_megatron.kernels.choice import OFFERED, Choice, implementation
+from flm_megatron.kernels.choice import Choice, implementation
+from flm_megatron.kernels.fp8 import FP8_CAST
+from flm_megatron.kernels.registry import OPERATIONS
 from tests.support.fp8_oracle import FORMATS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -25,7 +27,7 @@ Errors = dict[str, float]
 
 def use(name: str, device: str) -> None:
     """Let every operation run as `name`, or in PyTorch where it is not offered as that."""
-    names = {operation: name if name in offered else "torch" for operation, offered in OFFERED.items()}
+    names = {key: name if name in operation.implementations else "torch" for key, operation in OPERATIONS.items()}
     kernels.use(Choice(device, names, {}))
 
 
@@ -316,7 +318,7 @@ def cast_errors(name: str, device: str, dtype: str, by_row: bool, transpose: boo
     factor = factor if by_row else factor[0, 0]
     errors: Errors = {}
     for fp8, (bits, lowest, limit) in FORMATS.items():
-        found = implementation("fp8_cast", x).cast(x, factor, fp8, transpose)
+        found = implementation(FP8_CAST, x).cast(x, factor, fp8, transpose)
         assert found.shape == matrix.shape and found.is_contiguous() and found.dtype is fp8
         expected = (matrix.float() * factor).double().clamp(-limit, limit)
         exponent = torch.frexp(expected)[1] - 1

@@ -3,10 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from flm_megatron.kernels.choice import implementation
+from flm_megatron.kernels.registry import ENGINE_CALLS_IT, Implementation, Operation
+
+
+class TensorLists(NamedTuple):
+    """What one update reads and writes: lists that go together, tensor by tensor."""
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    exp_avgs: Sequence[Tensor]
+    exp_avg_sqs: Sequence[Tensor]
+
+
+class Hyperparameters(NamedTuple):
+    """The numbers of one update; `step` counts from 1."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: int
+
+
+class AdamWKernel(Protocol):
+    """What an implementation of AdamW has."""
+
+    def update_(self, lists: TensorLists, hyper: Hyperparameters, grad_factor: Tensor | None) -> None:
+        """One update in place; see `adamw_`."""
+
+
+def _torch() -> AdamWKernel:
+    from flm_megatron.kernels.adam import reference
+
+    return reference
+
+
+def _triton() -> AdamWKernel:
+    from flm_megatron.kernels.adam import triton_kernels
+
+    return triton_kernels
+
+
+# PyTorch's own update is a single kernel too, so the Triton one runs when it is asked for.
+ADAMW: Operation[AdamWKernel] = Operation(
+    "adamw",
+    {
+        "te": ENGINE_CALLS_IT,
+        "apex": ENGINE_CALLS_IT,
+        "torch": Implementation(_torch),
+        "triton": Implementation(_triton),
+    },
+)
 
 
 def adamw_(
@@ -30,8 +83,6 @@ def adamw_(
     which is clipping without a pass of its own.
     """
     if params:
-        chosen = implementation("adamw", params[0])
-        chosen.adamw_(
-            params, grads, exp_avgs, exp_avg_sqs, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
-            weight_decay=weight_decay, step=step, grad_factor=grad_factor,
-        )  # fmt: skip
+        lists = TensorLists(params, grads, exp_avgs, exp_avg_sqs)
+        hyper = Hyperparameters(lr, beta1, beta2, eps, weight_decay, step)
+        implementation(ADAMW, params[0]).update_(lists, hyper, grad_factor)

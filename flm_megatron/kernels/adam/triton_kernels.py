@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language import tensor
 
+from flm_megatron.kernels.adam import Hyperparameters, TensorLists
 from flm_megatron.kernels.tensor_list_triton import BLOCK, addresses, spans
 
 
@@ -45,25 +44,14 @@ def _adamw_kernel(
         tl.store(square_ptr + at, square.to(square_ptr.dtype.element_ty), mask=inside)
 
 
-def adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_factor: Tensor | None = None,
-) -> None:
+def update_(lists: TensorLists, hyper: Hyperparameters, grad_factor: Tensor | None) -> None:
     """One AdamW update in place; see `kernels.adamw_`. The tensors of one list are contiguous and of one dtype."""
-    table, work = addresses(params, grads, exp_avgs, exp_avg_sqs), spans(params)
+    table, work = addresses(*lists), spans(lists.params)
+    step_size = hyper.lr / (1.0 - hyper.beta1**hyper.step)
+    root_correction = (1.0 - hyper.beta2**hyper.step) ** 0.5
     _adamw_kernel[(work.size(0),)](
-        table, work, len(params), table if grad_factor is None else grad_factor,
-        params[0], grads[0], exp_avgs[0],
-        1.0 - lr * weight_decay, beta1, beta2, lr / (1.0 - beta1**step), (1.0 - beta2**step) ** 0.5, eps,
+        table, work, len(lists.params), table if grad_factor is None else grad_factor,
+        lists.params[0], lists.grads[0], lists.exp_avgs[0],
+        1.0 - hyper.lr * hyper.weight_decay, hyper.beta1, hyper.beta2, step_size, root_correction, hyper.eps,
         HAS_FACTOR=grad_factor is not None,
     )  # fmt: skip

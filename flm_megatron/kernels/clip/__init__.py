@@ -3,14 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch.distributed as dist
 from torch import Tensor
 
 from flm_megatron.kernels.choice import implementation
+from flm_megatron.kernels.registry import ENGINE_CALLS_IT, Implementation, Operation
 
 # The engine adds the same to the norm before it divides.
 NORM_FLOOR = 1e-6
+
+
+class GradClipKernels(Protocol):
+    """What an implementation of the gradient norm and of clipping has; the tensors of a list are contiguous and of one
+    dtype and device."""
+
+    def squared_norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Sum of the squares of all values, 0-dim float64 on their device."""
+
+    def scale_(self, tensors: Sequence[Tensor], factor: Tensor) -> None:
+        """Multiply all values by `factor` (0-dim fp32 on their device) in place."""
+
+
+def _torch() -> GradClipKernels:
+    from flm_megatron.kernels.clip import reference
+
+    return reference
+
+
+def _triton() -> GradClipKernels:
+    from flm_megatron.kernels.clip import triton_kernels
+
+    return triton_kernels
+
+
+# PyTorch's own norms of lists of tensors are single kernels too, so the Triton ones run when they are asked for.
+GRAD_CLIP: Operation[GradClipKernels] = Operation(
+    "grad_clip",
+    {
+        "te": ENGINE_CALLS_IT,
+        "apex": ENGINE_CALLS_IT,
+        "torch": Implementation(_torch),
+        "triton": Implementation(_triton),
+    },
+)
 
 
 def grad_norm(grads: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> Tensor:
@@ -18,7 +55,7 @@ def grad_norm(grads: Sequence[Tensor], group: dist.ProcessGroup | None = None) -
 
     The gradients are contiguous and of one dtype and device; there is at least one.
     """
-    squares = implementation("grad_clip", grads[0]).squared_norm(grads)
+    squares = implementation(GRAD_CLIP, grads[0]).squared_norm(grads)
     if group is not None:
         dist.all_reduce(squares, group=group)
     return squares.sqrt().float()
@@ -31,7 +68,7 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
 
 def scale_grads_(grads: Sequence[Tensor], factor: Tensor) -> None:
     """Multiply `grads` by `factor` (0-dim fp32 on their device) in place; a factor of 1 costs nothing."""
-    implementation("grad_clip", grads[0]).scale_(grads, factor)
+    implementation(GRAD_CLIP, grads[0]).scale_(grads, factor)
 
 
 def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -8,7 +8,7 @@ throughout. On a CPU torch computes the same product without any gain in speed.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,12 +17,38 @@ from flm_megatron.config.schema import StageConfig
 from flm_megatron.device import current
 from flm_megatron.errors import RequestError
 from flm_megatron.kernels.choice import implementation
+from flm_megatron.kernels.registry import Implementation, Operation
 
 Scaling = Literal["tensorwise", "rowwise"]
 E4M3 = torch.float8_e4m3fn
 GRADIENT_DTYPE = {"tensorwise": torch.float8_e5m2, "rowwise": E4M3}
 SMALLEST = 1e-30
 """Largest values below this count as this, so that zeros have a finite scale too."""
+
+
+class Fp8CastKernel(Protocol):
+    """What an implementation of the cast to FP8 has."""
+
+    def cast(self, x: Tensor, factor: Tensor, dtype: torch.dtype, transpose: bool) -> Tensor:
+        """x [rows, columns], or its transpose, times `factor` ([] or [rows of the result, 1], fp32), within the range
+        of the FP8 format `dtype`, contiguous."""
+
+
+def _triton() -> Fp8CastKernel:
+    from flm_megatron.kernels.fp8 import triton_kernels
+
+    return triton_kernels
+
+
+def _torch() -> Fp8CastKernel:
+    from flm_megatron.kernels.fp8 import reference
+
+    return reference
+
+
+FP8_CAST: Operation[Fp8CastKernel] = Operation(
+    "fp8_cast", {"triton": Implementation(_triton), "torch": Implementation(_torch)}
+)
 
 
 class Quantized(NamedTuple):
@@ -49,7 +75,7 @@ def quantize(x: Tensor, dtype: torch.dtype, amax: Tensor | None = None, transpos
         factor = _power_of_two(_factor(amax, dtype)).unsqueeze(-1)
     else:
         factor = _factor(amax, dtype)
-    values = implementation("fp8_cast", x).cast(x.contiguous(), factor, dtype, transpose)
+    values = implementation(FP8_CAST, x).cast(x.contiguous(), factor, dtype, transpose)
     return Quantized(values, factor.reciprocal())
 
 

@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flm_megatron.kernels.autograd import Context
 from flm_megatron.kernels.choice import implementation
+from flm_megatron.kernels.registry import Implementation, Operation
+
+
+class SwiGLUKernels(Protocol):
+    """What an implementation of SwiGLU has; x is [rows, 2 ffn], the output [rows, ffn], `mask` [ffn]."""
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """silu(gate m) (up m) of x, whose first half is the gate."""
+
+    def backward(self, grad: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Gradient of x from that of the output."""
+
+
+def _triton() -> SwiGLUKernels:
+    from flm_megatron.kernels.glu import triton_kernels
+
+    return triton_kernels
+
+
+def _torch() -> SwiGLUKernels:
+    from flm_megatron.kernels.glu import reference
+
+    return reference
+
+
+def _compile() -> SwiGLUKernels:
+    from flm_megatron.kernels.glu import compiled
+
+    return compiled
+
+
+SWIGLU: Operation[SwiGLUKernels] = Operation(
+    "swiglu",
+    {
+        "triton": Implementation(_triton),
+        "torch": Implementation(_torch),
+        "compile": Implementation(_compile),
+    },
+)
 
 
 def swiglu(x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -17,22 +56,26 @@ def swiglu(x: Tensor, mask: Tensor | None = None) -> Tensor:
 
     With a growth mask m [ffn], 1 on old units and v on new ones: silu(gate m) * (up m). `mask` gets no gradient.
     """
-    return _SwiGLU.apply(x, mask, implementation("swiglu", x))
+    return _SwiGLU.apply(x, mask, implementation(SWIGLU, x))
+
+
+class _Context(Context, Protocol):
+    kernels: SwiGLUKernels
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor | None, chosen: ModuleType) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, mask: Tensor | None, kernels: SwiGLUKernels) -> Tensor:
         """Value of the operation; keeps what its gradient needs."""
         rows = x.reshape(-1, x.size(-1)).contiguous()
         ctx.save_for_backward(rows, mask)
-        ctx.chosen = chosen
-        return chosen.forward(rows, mask).view(*x.shape[:-1], -1)
+        ctx.kernels = kernels
+        return kernels.forward(rows, mask).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None]:
         """Gradients of the inputs."""
         rows, mask = ctx.saved_tensors
-        grad_x = ctx.chosen.backward(grad.reshape(rows.size(0), -1).contiguous(), rows, mask)
+        grad_x = ctx.kernels.backward(grad.reshape(rows.size(0), -1).contiguous(), rows, mask)
         return grad_x.view(*grad.shape[:-1], -1), None, None

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flm_megatron.kernels.autograd import Context
 from flm_megatron.kernels.choice import implementation
+from flm_megatron.kernels.registry import Implementation, Operation
 
 Group = dist.ProcessGroup | None
+
+
+class CrossEntropyKernels(Protocol):
+    """What an implementation of cross entropy over one rank's part of the vocabulary has.
+
+    `logits` is [rows, width], of which the first `valid` ids exist; `labels` [rows] counts from the part's first id.
+    """
+
+    def statistics(self, logits: Tensor, labels: Tensor, valid: int) -> Tensor:
+        """Log of the sum of exponentials, and the label's logit, of each row: [2, rows]; see `reference.statistics`."""
+
+    def gradient(self, logits: Tensor, labels: Tensor, valid: int, log_sum: Tensor, scale: Tensor, out: Tensor) -> None:
+        """Write scale (softmax - one at the label) to `out` [rows, width]; see `reference.gradient`."""
+
+
+def _triton() -> CrossEntropyKernels:
+    from flm_megatron.kernels.loss import triton_kernels
+
+    return triton_kernels
+
+
+def _torch() -> CrossEntropyKernels:
+    from flm_megatron.kernels.loss import reference
+
+    return reference
+
+
+CROSS_ENTROPY: Operation[CrossEntropyKernels] = Operation(
+    "cross_entropy", {"triton": Implementation(_triton), "torch": Implementation(_torch)}
+)
 
 
 def cross_entropy(
@@ -29,8 +60,8 @@ def cross_entropy(
     rows = logits.reshape(-1, logits.size(-1)).contiguous()
     start, valid = vocabulary_part(rows.size(1), vocab_size, group)
     local = labels.reshape(-1) - start
-    chosen = implementation("cross_entropy", logits)
-    return _CrossEntropy.apply(rows, local, valid, group, overwrite, chosen).view(labels.shape)
+    kernels = implementation(CROSS_ENTROPY, logits)
+    return _CrossEntropy.apply(rows, local, valid, group, overwrite, kernels).view(labels.shape)
 
 
 def vocabulary_part(width: int, vocab_size: int | None, group: Group) -> tuple[int, int]:
@@ -51,23 +82,35 @@ def over_vocabulary(found: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     return parts[0::2].logsumexp(0), parts[1::2].sum(0)
 
 
+class _Context(Context, Protocol):
+    valid: int
+    overwrite: bool
+    kernels: CrossEntropyKernels
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, valid: int, group: Group, overwrite: bool, chosen: ModuleType
+        ctx: _Context,
+        logits: Tensor,
+        labels: Tensor,
+        valid: int,
+        group: Group,
+        overwrite: bool,
+        kernels: CrossEntropyKernels,
     ) -> Tensor:
         """Value of the operation; keeps what its gradient needs."""
-        log_sum, at_label = over_vocabulary(chosen.statistics(logits, labels, valid), group)
+        log_sum, at_label = over_vocabulary(kernels.statistics(logits, labels, valid), group)
         ctx.save_for_backward(logits, labels, log_sum)
-        ctx.valid, ctx.overwrite, ctx.chosen = valid, overwrite, chosen
+        ctx.valid, ctx.overwrite, ctx.kernels = valid, overwrite, kernels
         return log_sum - at_label
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         """Gradients of the inputs."""
         logits, labels, log_sum = ctx.saved_tensors
         # Written through a detached view, which marks the logits as changed: a second backward pass is refused.
         out = logits.detach() if ctx.overwrite else torch.empty_like(logits)
-        ctx.chosen.gradient(logits, labels, ctx.valid, log_sum, grad.contiguous(), out)
+        ctx.kernels.gradient(logits, labels, ctx.valid, log_sum, grad.contiguous(), out)
         return out, None, None, None, None, None

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flm_megatron.device.chunks import LARGE_LOGITS_BYTES, SMALLEST_HEAD_CHUNK
+from flm_megatron.kernels.autograd import Context
 from flm_megatron.kernels.choice import current, implementation
-from flm_megatron.kernels.loss import Group, over_vocabulary, vocabulary_part
+from flm_megatron.kernels.loss import CROSS_ENTROPY, CrossEntropyKernels, Group, over_vocabulary, vocabulary_part
+from flm_megatron.kernels.weight_gradient import WEIGHT_GRADIENT, WeightGradientKernel
 
 
 def fuses_head_and_loss(hidden: Tensor, weight: Tensor) -> bool:
@@ -57,8 +58,8 @@ def linear_cross_entropy(
         needs_gradients=learns or (torch.is_grad_enabled() and hidden.requires_grad),
         learns=learns,
         buffer=buffer,
-        loss=implementation("cross_entropy", hidden),
-        accumulation=implementation("weight_gradient", hidden),
+        loss=implementation(CROSS_ENTROPY, hidden),
+        accumulation=implementation(WEIGHT_GRADIENT, hidden),
     )
     total, losses = _LinearCrossEntropy.apply(rows, weight, labels.reshape(-1) - start, token_weights.reshape(-1), plan)
     return total, losses.view(labels.shape)
@@ -75,8 +76,8 @@ class _Plan:
     needs_gradients: bool
     learns: bool
     buffer: Tensor | None
-    loss: ModuleType
-    accumulation: ModuleType
+    loss: CrossEntropyKernels
+    accumulation: WeightGradientKernel
 
 
 def _chunk_tokens(rows: Tensor, weight: Tensor) -> int:
@@ -85,17 +86,25 @@ def _chunk_tokens(rows: Tensor, weight: Tensor) -> int:
     return max(rows.numel() // weight.size(0), smallest)
 
 
+class _Context(Context, Protocol):
+    plan: _Plan
+    grad_rows: Tensor | None
+    grad_weight: Tensor | None
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, plan: _Plan
+        ctx: _Context, rows: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, plan: _Plan
     ) -> tuple[Tensor, Tensor]:
         """Value of the operation; computes its gradients too."""
         working = torch.float64 if rows.dtype is torch.float64 else torch.float32
         token_weights = token_weights.to(working)
         losses = torch.empty(rows.size(0), dtype=working, device=rows.device)
         grad_rows = torch.empty_like(rows) if plan.needs_gradients else None
-        grad_weight = plan.buffer
+        grad_weight = plan.buffer if plan.learns else None
         if plan.learns and grad_weight is None:
             grad_weight = torch.zeros(weight.shape, dtype=working, device=weight.device)
         space = rows.new_empty(min(plan.chunk_tokens, rows.size(0)), weight.size(0))  # one for all chunks
@@ -106,17 +115,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_rows is not None:
                 plan.loss.gradient(logits, labels[chunk], plan.valid, log_sum, token_weights[chunk], out=logits)
                 torch.mm(logits, weight, out=grad_rows[chunk])
-            if plan.learns:
+            if grad_weight is not None:
                 plan.accumulation.add_(grad_weight, rows[chunk], logits)
         ctx.plan, ctx.grad_rows = plan, grad_rows
-        ctx.grad_weight = grad_weight if plan.learns and plan.buffer is None else None
+        ctx.grad_weight = grad_weight if plan.buffer is None else None
         ctx.shape, ctx.dtype = weight.shape, weight.dtype
         ctx.mark_non_differentiable(losses)
         return torch.dot(losses, token_weights), losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _Context, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs."""
         assert ctx.grad_rows is not None, "the gradients of a fused loss are there for one backward pass"
         grad_rows = _scaled(ctx.grad_rows, grad)

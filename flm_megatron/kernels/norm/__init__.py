@@ -2,14 +2,99 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flm_megatron.kernels.choice import current, implementation
+from flm_megatron.kernels.autograd import Context
+from flm_megatron.kernels.choice import implementation
+from flm_megatron.kernels.registry import Implementation, Operation
+
+
+class Affine(NamedTuple):
+    """What normalised rows are multiplied by: `weight` and growth `mask` [hidden], and a constant."""
+
+    weight: Tensor
+    mask: Tensor | None
+    scale: float
+
+    def is_plain(self) -> bool:
+        """Whether it is a weight alone."""
+        return self.mask is None and self.scale == 1
+
+
+class RMSNorm(Protocol):
+    """What an implementation of RMSNorm has: the norm and its backward pass as one function of autograd's."""
+
+    def rms_norm(self, x: Tensor, affine: Affine, eps: float) -> Tensor:
+        """As `rms_norm` below."""
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, affine: Affine, eps: float) -> tuple[Tensor, Tensor]:
+        """As `add_rms_norm` below."""
+
+
+class RMSNormKernels(Protocol):
+    """Both passes over rows [rows, hidden], of which `FromKernels` makes an implementation."""
+
+    def forward(self, x: Tensor, residual: Tensor | None, affine: Affine, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised rows, the rows they came from (`x`, or x + residual), and 1 / rms of each row."""
+
+    def backward(
+        self, grad: Tensor, grad_rows: Tensor | None, rows: Tensor, affine: Affine, inverse_rms: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the rows and of the weight, from those of the normalised rows and of the rows themselves."""
+
+
+class FromKernels:
+    """RMSNorm by a forward and a backward kernel."""
+
+    def __init__(self, kernels: RMSNormKernels) -> None:
+        self._kernels = kernels
+
+    def rms_norm(self, x: Tensor, affine: Affine, eps: float) -> Tensor:
+        """As `rms_norm` below."""
+        return _RMSNorm.apply(x, *affine, eps, self._kernels)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, affine: Affine, eps: float) -> tuple[Tensor, Tensor]:
+        """As `add_rms_norm` below; the sum is written as it is normalised."""
+        return _AddRMSNorm.apply(x, residual, *affine, eps, self._kernels)
+
+
+def _apex() -> RMSNorm:
+    from flm_megatron.kernels.norm import apex
+
+    return apex
+
+
+def _triton() -> RMSNorm:
+    from flm_megatron.kernels.norm import triton_kernels
+
+    return FromKernels(triton_kernels)
+
+
+def _torch() -> RMSNorm:
+    from flm_megatron.kernels.norm import reference
+
+    return FromKernels(reference)
+
+
+def _compile() -> RMSNorm:
+    from flm_megatron.kernels.norm import compiled
+
+    return FromKernels(compiled)
+
+
+RMS_NORM: Operation[RMSNorm] = Operation(
+    "rms_norm",
+    {
+        "apex": Implementation(_apex, plain_only=True),
+        "triton": Implementation(_triton),
+        "torch": Implementation(_torch),
+        "compile": Implementation(_compile),
+    },
+)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
@@ -17,11 +102,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, mask: Tensor | None = None, 
 
     `x` is [..., hidden], `weight` and `mask` are [hidden]. With a mask m, which is 1 on old channels and v on new
     ones: x m / sqrt(sum((x m)^2) / sum(m) + eps) * weight * m * scale. `mask` gets no gradient.
+
+    Raises:
+        RequestError: the implementation that was asked for by name takes no mask and no factor.
     """
-    chosen = implementation("rms_norm", x, masked=mask is not None or scale != 1)
-    if hasattr(chosen, "rms_norm"):  # a library's own, with its own backward pass
-        return chosen.rms_norm(x, weight, eps)
-    return _RMSNorm.apply(x, weight, mask, eps, scale, chosen)
+    affine = Affine(weight, mask, scale)
+    return implementation(RMS_NORM, x, affine.is_plain()).rms_norm(x, affine, eps)
 
 
 def add_rms_norm(
@@ -29,70 +115,75 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """`rms_norm(x + residual)` and x + residual itself, both [..., hidden] in the dtype of `x`.
 
-    One operation but with a library's norm that was asked for by name and knows no sum.
+    One operation but with a library's norm that was asked for by name and knows no sum. Raises as `rms_norm`.
     """
-    plain = mask is None and scale == 1
-    chosen = implementation("rms_norm", x, masked=not plain or _fuses_residual())
-    if hasattr(chosen, "rms_norm"):
-        summed = x + residual
-        return chosen.rms_norm(summed, weight, eps), summed
-    return _AddRMSNorm.apply(x, residual, weight, mask, eps, scale, chosen)
+    affine = Affine(weight, mask, scale)
+    return implementation(RMS_NORM, x, plain=False).add_rms_norm(x, residual, affine, eps)
 
 
-def _fuses_residual() -> bool:
-    """Whether the norm of this process's choice can take the residual addition in."""
-    choice = current()
-    return choice.names["rms_norm"] != "apex" or "rms_norm" in choice.plain_only
+class _Context(Context, Protocol):
+    scale: float
+    kernels: RMSNormKernels
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, mask: Tensor | None, eps: float, scale: float, chosen: ModuleType
+        ctx: _Context,
+        x: Tensor,
+        weight: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        eps: float,
+        kernels: RMSNormKernels,
     ) -> Tensor:
         """Value of the operation; keeps what its gradient needs."""
-        out, rows, inverse_rms = chosen.forward(_rows(x), None, weight, mask, eps, scale)
+        out, rows, inverse_rms = kernels.forward(_rows(x), None, Affine(weight, mask, scale), eps)
         ctx.save_for_backward(rows, weight, mask, inverse_rms)
-        ctx.scale, ctx.chosen = scale, chosen
+        ctx.scale, ctx.kernels = scale, kernels
         return out.view(x.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs."""
-        rows, weight, mask, inverse_rms = ctx.saved_tensors
-        grad_x, grad_weight = ctx.chosen.backward(_rows(grad), None, rows, weight, mask, inverse_rms, ctx.scale)
-        return grad_x.view(grad.shape), grad_weight, None, None, None, None
+        grad_x, grad_weight = _gradients(ctx, grad, None)
+        return grad_x, grad_weight, None, None, None, None
 
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         x: Tensor,
         residual: Tensor,
         weight: Tensor,
         mask: Tensor | None,
-        eps: float,
         scale: float,
-        chosen: ModuleType,
+        eps: float,
+        kernels: RMSNormKernels,
     ) -> tuple[Tensor, Tensor]:
         """Value of the operation; keeps what its gradient needs."""
-        out, summed, inverse_rms = chosen.forward(_rows(x), _rows(residual), weight, mask, eps, scale)
+        out, summed, inverse_rms = kernels.forward(_rows(x), _rows(residual), Affine(weight, mask, scale), eps)
         ctx.save_for_backward(summed, weight, mask, inverse_rms)
-        ctx.scale, ctx.chosen = scale, chosen
+        ctx.scale, ctx.kernels = scale, kernels
         return out.view(x.shape), summed.view(x.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_summed: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _Context, grad: Tensor, grad_summed: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs."""
-        rows, weight, mask, inverse_rms = ctx.saved_tensors
-        grad_x, grad_weight = ctx.chosen.backward(
-            _rows(grad), _rows(grad_summed), rows, weight, mask, inverse_rms, ctx.scale
-        )
-        grad_x = grad_x.view(grad.shape)
+        grad_x, grad_weight = _gradients(ctx, grad, grad_summed)
         return grad_x, grad_x, grad_weight, None, None, None, None
+
+
+def _gradients(ctx: _Context, grad: Tensor, grad_summed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of what was normalised, in its shape, and of the weight."""
+    rows, weight, mask, inverse_rms = ctx.saved_tensors
+    grad_rows = None if grad_summed is None else _rows(grad_summed)
+    affine = Affine(weight, mask, ctx.scale)
+    grad_x, grad_weight = ctx.kernels.backward(_rows(grad), grad_rows, rows, affine, inverse_rms)
+    return grad_x.view(grad.shape), grad_weight
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from flm_megatron.kernels.compiled import compiled
+from flm_megatron.kernels.norm import Affine
 
 
 @compiled
-def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, mask: Tensor | None, eps: float, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(x: Tensor, residual: Tensor | None, affine: Affine, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.forward`, computed in fp32."""
+    weight, mask, scale = affine
     rows = x if residual is None else x + residual
     values = rows.float() if mask is None else rows.float() * mask
     count = x.size(-1) if mask is None else mask.sum()
@@ -24,15 +24,10 @@ def forward(
 
 @compiled
 def backward(
-    grad: Tensor,
-    grad_rows: Tensor | None,
-    rows: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    inverse_rms: Tensor,
-    scale: float,
+    grad: Tensor, grad_rows: Tensor | None, rows: Tensor, affine: Affine, inverse_rms: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As `reference.backward`, computed in fp32."""
+    weight, mask, scale = affine
     upstream, values = grad.float(), rows.float()
     gain = weight.float() * scale
     count: Tensor | int = rows.size(-1)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flm_megatron.kernels.norm import Affine
 
-def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, mask: Tensor | None, eps: float, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+
+def forward(x: Tensor, residual: Tensor | None, affine: Affine, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Normalised rows, the rows they came from (`x`, or x + residual), and 1 / rms of each row.
 
-    `x` and `residual` are [rows, hidden], `weight` and `mask` [hidden]. 1 / rms is fp32, or float64 for float64 rows.
+    `x` and `residual` are [rows, hidden]. 1 / rms is fp32, or float64 for float64 rows.
     """
+    weight, mask, scale = affine
     if residual is not None:
         x = x + residual
     values = _working(x)
@@ -25,13 +26,7 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    grad_rows: Tensor | None,
-    rows: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    inverse_rms: Tensor,
-    scale: float,
+    grad: Tensor, grad_rows: Tensor | None, rows: Tensor, affine: Affine, inverse_rms: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the rows and of the weight.
 
@@ -39,6 +34,7 @@ def backward(
     With u = x m, n = sum(m), r = 1 / rms and w' = w m scale the output is u r w', so its gradient by x is
     m (g w' r - u r^3 / n sum(g w' u)), and by w sum over rows of g u r m scale.
     """
+    weight, mask, scale = affine
     upstream, values = _working(grad), _working(rows)
     count: Tensor | float = rows.size(-1)
     if mask is not None:

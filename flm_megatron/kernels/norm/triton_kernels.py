@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import tensor
 
+from flm_megatron.kernels.norm import Affine
+
 # Backward programs: each walks over many rows and leaves one partial gradient of the weight.
 PARTIAL_SUMS = 256
 
@@ -80,10 +82,9 @@ def _backward_kernel(
     tl.store(partial_ptr + program * hidden + columns, grad_weight, mask=inside)
 
 
-def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, mask: Tensor | None, eps: float, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(x: Tensor, residual: Tensor | None, affine: Affine, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.forward`; 1 / rms is fp32."""
+    weight, mask, scale = affine
     rows, hidden = x.shape
     out = torch.empty_like(x)
     summed = x if residual is None else torch.empty_like(x)
@@ -99,15 +100,10 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    grad_rows: Tensor | None,
-    rows: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    inverse_rms: Tensor,
-    scale: float,
+    grad: Tensor, grad_rows: Tensor | None, rows: Tensor, affine: Affine, inverse_rms: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As `reference.backward`. The same number of partial sums at every call makes repeats equal to the bit."""
+    weight, mask, scale = affine
     count, hidden = rows.shape
     grad_x = torch.empty_like(rows)
     programs = min(PARTIAL_SUMS, count)

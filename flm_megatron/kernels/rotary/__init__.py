@@ -2,14 +2,55 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flm_megatron.kernels.autograd import Context
 from flm_megatron.kernels.choice import implementation
+from flm_megatron.kernels.registry import Implementation, Operation
+
+
+class RotaryKernels(Protocol):
+    """What an implementation of rotary positions has. `cos` and `sin` are [sequence, channels / 2] in fp32."""
+
+    def rotate_(self, packed: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Rotate queries and keys of `packed` [sequence, batch, groups, queries + 2, channels] in place."""
+
+    def packed_gradient(
+        self, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """Gradient of the packed projection, from those of its parts [sequence, batch, groups, heads, channels]."""
+
+
+def _triton() -> RotaryKernels:
+    from flm_megatron.kernels.rotary import triton_kernels
+
+    return triton_kernels
+
+
+def _torch() -> RotaryKernels:
+    from flm_megatron.kernels.rotary import reference
+
+    return reference
+
+
+def _compile() -> RotaryKernels:
+    from flm_megatron.kernels.rotary import compiled
+
+    return compiled
+
+
+ROTARY: Operation[RotaryKernels] = Operation(
+    "rotary",
+    {
+        "triton": Implementation(_triton),
+        "torch": Implementation(_torch),
+        "compile": Implementation(_compile),
+    },
+)
 
 
 def rotary_qkv(packed: Tensor, cos: Tensor, sin: Tensor, queries: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,13 +64,18 @@ def rotary_qkv(packed: Tensor, cos: Tensor, sin: Tensor, queries: int) -> tuple[
     """
     if not packed.is_contiguous():
         packed = packed.contiguous()
-    return _RotaryQKV.apply(packed, cos, sin, queries, implementation("rotary", packed))
+    return _RotaryQKV.apply(packed, cos, sin, queries, implementation(ROTARY, packed))
+
+
+class _Context(Context, Protocol):
+    batch: int
+    kernels: RotaryKernels
 
 
 class _RotaryQKV(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, packed: Tensor, cos: Tensor, sin: Tensor, queries: int, chosen: ModuleType
+        ctx: _Context, packed: Tensor, cos: Tensor, sin: Tensor, queries: int, kernels: RotaryKernels
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Value of the operation; keeps what its gradient needs."""
         sequence, batch, width = packed.shape
@@ -37,16 +83,16 @@ class _RotaryQKV(torch.autograd.Function):
         groups = width // ((queries + 2) * channels)
         # Detached, so that the results count as new tensors; writing to it still marks `packed` as changed.
         heads = packed.detach().view(sequence, batch, groups, queries + 2, channels)
-        chosen.rotate_(heads, cos, sin)
+        kernels.rotate_(heads, cos, sin)
         ctx.save_for_backward(cos, sin)
-        ctx.batch, ctx.chosen = batch, chosen
+        ctx.batch, ctx.kernels = batch, kernels
         folded = heads.view(sequence, batch * groups, queries + 2, channels)
         return folded[:, :, :queries], folded[:, :, queries : queries + 1], folded[:, :, queries + 1 :]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         """Gradients of the inputs."""
         cos, sin = ctx.saved_tensors
-        unfolded = [grad.unflatten(1, (ctx.batch, -1)) for grad in grads]
-        return ctx.chosen.packed_gradient(*unfolded, cos, sin).flatten(2), None, None, None, None
+        query, key, value = (grad.unflatten(1, (ctx.batch, -1)) for grad in grads)
+        return ctx.kernels.packed_gradient(query, key, value, cos, sin).flatten(2), None, None, None, None

@@ -2,9 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from torch import Tensor
 
 from flm_megatron.kernels.choice import implementation
+from flm_megatron.kernels.registry import Implementation, Operation
+
+
+class WeightGradientKernel(Protocol):
+    """What an implementation of the accumulation of weight gradients has."""
+
+    def add_(self, total: Tensor, rows: Tensor, grad: Tensor) -> None:
+        """As `add_weight_gradient_`."""
+
+
+def _apex() -> WeightGradientKernel:
+    from flm_megatron.kernels.weight_gradient import apex
+
+    return apex
+
+
+def _torch() -> WeightGradientKernel:
+    from flm_megatron.kernels.weight_gradient import reference
+
+    return reference
+
+
+# Apex builds this extension apart from its others.
+WEIGHT_GRADIENT: Operation[WeightGradientKernel] = Operation(
+    "weight_gradient",
+    {
+        "apex": Implementation(_apex, also_needs=("fused_weight_gradient_mlp_cuda",)),
+        "torch": Implementation(_torch),
+    },
+)
 
 
 def add_weight_gradient_(total: Tensor, rows: Tensor, grad: Tensor) -> None:
@@ -14,4 +46,4 @@ def add_weight_gradient_(total: Tensor, rows: Tensor, grad: Tensor) -> None:
     linear layer read and `grad` [tokens, outputs] the gradient of what it gave. Without this the product is written
     to a tensor of its own, in the precision of the weights, and added in a second pass.
     """
-    implementation("weight_gradient", rows).add_(total, rows, grad)
+    implementation(WEIGHT_GRADIENT, rows).add_(total, rows, grad)

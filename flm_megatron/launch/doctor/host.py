@@ -125,7 +125,8 @@ def devices(ranks_here: int) -> Finding:
 
 def implementations(run: RunConfig) -> Iterator[Finding]:
     """Transformer Engine, Apex and Triton: found and importable, or why not; and what the run file asks for."""
-    from flm_megatron.kernels.choice import choose, missing, obstacle
+    from flm_megatron.kernels import choose
+    from flm_megatron.kernels.backends import missing, obstacle
 
     device = current().name
     found, broken = [], []

@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,8 @@ import torch
 from flm_megatron import kernels
 from flm_megatron.config.schema import KernelsConfig
 from flm_megatron.errors import RequestError
-from flm_megatron.kernels import choice
+from flm_megatron.kernels import backends
+from flm_megatron.kernels.registry import OPERATIONS
 
 pytestmark = pytest.mark.usefixtures("choice_of_before")
 
@@ -27,7 +30,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         def find(name: str) -> Any:
             return ModuleSpec(name, None) if name in modules else None
 
-        monkeypatch.setattr(choice, "find_spec", find)
+        monkeypatch.setattr(backends, "find_spec", find)
 
     return install
 
@@ -110,8 +113,42 @@ def test_apex_gives_way_under_masks_only_where_it_was_not_asked_for(installed: C
     with pytest.raises(RequestError, match="apex takes no mask"):
         kernels.rms_norm(x, weight, 1e-5, mask=weight)
     automatic = kernels.choose(device="cuda")
-    assert automatic.plain_only == {"rms_norm": "triton"}
+    assert automatic.beyond_plain == {"rms_norm": "triton"}
     assert "apex (triton under masks): rms_norm" in automatic.describe()
+
+
+@pytest.fixture
+def norms_of_apex(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """What an Apex that is put in place was asked to normalise."""
+    seen: list[torch.Tensor] = []
+
+    def fused_rms_norm_affine(x: torch.Tensor, weight: torch.Tensor, shape: torch.Size, eps: float) -> torch.Tensor:
+        seen.append(x)
+        return torch.nn.functional.rms_norm(x, shape, weight, eps)
+
+    module = SimpleNamespace(fused_rms_norm_affine=fused_rms_norm_affine)
+    monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.normalization", ModuleType("apex.normalization"))
+    monkeypatch.setitem(sys.modules, "apex.normalization.fused_layer_norm", module)
+    return seen
+
+
+def test_apex_normalises_a_sum_only_where_it_was_asked_for(
+    installed: Callable[..., None], norms_of_apex: list[torch.Tensor]
+) -> None:
+    installed(*APEX)
+    x, weight = torch.ones(2, 4, device="meta"), torch.ones(4, device="meta")
+    kernels.use(kernels.choose(KernelsConfig(rms_norm="apex"), "cuda"))
+    assert kernels.add_rms_norm(x, x, weight, 1e-5)[1] is norms_of_apex[0]
+    kernels.use(kernels.choose(device="cuda"))
+    kernels.add_rms_norm(x, x, weight, 1e-5)
+    assert len(norms_of_apex) == 1
+    assert kernels.rms_norm(x, weight, 1e-5).shape == x.shape and norms_of_apex[1] is x
+
+
+def test_a_run_file_chooses_every_operation() -> None:
+    assert set(OPERATIONS) == {field.name for field in fields(KernelsConfig)} - {"head_and_loss"}
+    assert {name for operation in OPERATIONS.values() for name in operation.implementations} == set(backends.MODULES)
 
 
 def test_the_log_line_names_every_operation(installed: Callable[..., None]) -> None:

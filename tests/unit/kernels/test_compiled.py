@@ -7,7 +7,7 @@ import pytest
 from flm_megatron import kernels
 from flm_megatron.config.schema import KernelsConfig
 from flm_megatron.errors import RequestError
-from flm_megatron.kernels import choice, compiled
+from flm_megatron.kernels import backends, compiled
 from tests.support.kernel_cases import CASES, TOLERANCE, run_case
 
 pytestmark = pytest.mark.usefixtures("choice_of_before")
@@ -41,11 +41,11 @@ def test_a_missing_compiler_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_on_a_gpu_triton_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
     with pytest.raises(RequestError, match=r"kernels\.rotary: compile cannot run here: triton cannot be imported"):
         kernels.choose(KernelsConfig(rotary="compile"), "cuda")
 
 
 def test_nothing_is_compiled_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "find_spec", lambda name: object())
+    monkeypatch.setattr(backends, "find_spec", lambda name: object())
     assert all("compile" not in kernels.choose(device=device).names.values() for device in ("cpu", "cuda"))

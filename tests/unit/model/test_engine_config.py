@@ -10,7 +10,7 @@ import torch
 from flm_megatron.config.schema import ModelConfig, MupConfig, ParallelConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.errors import RequestError
-from flm_megatron.kernels import choice
+from flm_megatron.kernels import backends
 from flm_megatron.model.build import build_model
 from flm_megatron.model.engine_config import transformer_config
 
@@ -43,13 +43,13 @@ def test_pipeline_outputs_are_kept_on_a_cpu() -> None:
 
 
 def test_transformer_engine_is_refused_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
     with pytest.raises(RequestError, match="stage 'one' asks for transformer_engine, which is not installed"):
         transformer_config(StageConfig(name="one", transformer_engine=True))
 
 
 def test_transformer_engine_is_refused_with_xpos(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "find_spec", lambda name: object())
+    monkeypatch.setattr(backends, "find_spec", lambda name: object())
     with pytest.raises(RequestError, match="no xpos positions"):
         transformer_config(StageConfig(model=ModelConfig(position="xpos"), transformer_engine=True))
 

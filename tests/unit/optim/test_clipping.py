@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,6 +93,7 @@ def test_norms_are_ours_where_megatron_core_asks_for_one() -> None:
 
 
 def test_kernels_of_others_are_left_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = {**kernels.current().names, "grad_clip": "te"}
-    monkeypatch.setattr(kernels, "current", lambda: SimpleNamespace(names=names))
+    choice = kernels.current()
+    theirs = replace(choice, names={**choice.names, "grad_clip": "te"})
+    monkeypatch.setattr(kernels, "current", lambda: theirs)
     assert install_clipping() is False
