@@ -1,4 +1,4 @@
-"""Under `training.elastic` a rank that fails is one line: its own, or one that says how it was ended."""
+"""Under `launch.elastic` a rank that fails is one line: its own, or one that says how it was ended."""
 
 from __future__ import annotations
 
@@ -28,3 +28,12 @@ def test_two_ranks_that_fail_are_one_line(tmp_path: Path, script: str, status: i
     result = subprocess.run([*command, str(tmp_path / "rank.py")], capture_output=True, text=True, timeout=60)
     assert result.returncode == status
     assert line in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
+
+
+def test_a_script_of_an_earlier_version_starts_the_same_program(tmp_path: Path) -> None:
+    """`flm launch` wrote this name before there was a room for launching."""
+    (tmp_path / "rank.py").write_text(ENDS)
+    command = [sys.executable, "-m", "flm_megatron.training.elastic", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run([*command, str(tmp_path / "rank.py")], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert "ended with status 7" in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
