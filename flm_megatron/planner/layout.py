@@ -143,11 +143,10 @@ class Workload:
     def _specs(self) -> list[ParameterSpec]:
         return list(parameter_specs(self.model).values())
 
-    @cached_property
-    def layer_parameters(self) -> int:
-        """Parameters of one layer on one tensor rank."""
-        stacked = (spec for spec in self._specs if spec.place == "layers")
-        return sum(spec.shard_numel(self.parallel.tensor) // self.model.num_layers for spec in stacked)
+    @property
+    def trains_weights(self) -> bool:
+        """Whether the weights themselves are trained, not adapters beside them."""
+        return self.model.lora is None
 
     @cached_property
     def vocab_part(self) -> int:
@@ -159,14 +158,16 @@ class Workload:
         """Parameters of the embedding, or of the head, on one tensor rank."""
         return self.vocab_part * self.model.hidden_size
 
-    def rank_parameters(self, rank: int) -> int:
-        """Parameters on each tensor rank of pipeline rank `rank`."""
-        count = sum(self.chunks(rank)) * self.layer_parameters
+    def rank_parameters(self, rank: int, trained: bool = False) -> int:
+        """Parameters on each tensor rank of pipeline rank `rank`; if `trained`, those that have gradients alone."""
+        specs = [spec for spec in self._specs if spec.trained or not trained]
+        stacked = (spec for spec in specs if spec.place == "layers")
+        count = sum(self.chunks(rank)) * (self._shard_numel(stacked) // self.model.num_layers)
         if rank == 0:
-            count += self._shard_numel(spec for spec in self._specs if spec.place == "first")
+            count += self._shard_numel(spec for spec in specs if spec.place == "first")
         if rank == self.parallel.pipeline - 1:
             tied = self.implementation.tied_embeddings and rank == 0
-            last = (spec for spec in self._specs if spec.place == "last")
+            last = (spec for spec in specs if spec.place == "last")
             count += self._shard_numel(spec for spec in last if not (tied and spec.kind == "head"))
         return count
 

@@ -34,7 +34,7 @@ def layer_activations(work: Workload) -> LayerActivations:
     scores, attention, mlp = _scores(work), _attention(work), _feed_forward(work)
     norm = stream + _norm_extra(work)  # a norm's output, and what it keeps besides its input
     masks = 2 * stream / work.bytes if work.implementation.dropout else 0.0  # one byte per value
-    whole = 2 * stream + 2 * norm + attention + scores + mlp + masks
+    whole = 2 * stream + 2 * norm + attention + scores + mlp + masks + _adapters(work)
     if work.recompute == "full":
         return LayerActivations(stream, whole - stream)
     if work.recompute == "attention":
@@ -108,6 +108,12 @@ def _scores(work: Workload) -> float:
         return 4 * rows
     each = 2 * work.bytes + 1 if work.implementation.dropout else work.bytes
     return rows * work.sequence_length * each
+
+
+def _adapters(work: Workload) -> float:
+    """What the second factor of every adapter reads."""
+    lora = work.model.lora
+    return float(work.tokens * lora.rank * len(lora.targets) * work.bytes) if lora else 0.0
 
 
 def _feed_forward(work: Workload) -> float:

@@ -47,19 +47,20 @@ def rank_memory(work: Workload, rank: int, context_gib: float = 0.0, fragmentati
     """Peak memory of pipeline rank `rank`.
 
     Gradients are fp32; Adam has two fp32 moments, and an fp32 master beside bf16 weights, split over data ranks by
-    the distributed optimizer. `fragmentation` is a share of activations and working memory.
+    the distributed optimizer; weights that adapters leave as they are have neither. `fragmentation` is a share of
+    activations and working memory.
     """
-    parameters = work.rank_parameters(rank)
+    trained = work.rank_parameters(rank, trained=True)
     shards = work.data if work.parallel.distributed_optimizer else 1
-    optimizer = parameters * (8 if work.precision == "fp32" else 12) / shards
+    optimizer = trained * (8 if work.precision == "fp32" else 12) / shards
     activations, working = _dynamic(work, rank)
     copies = work.implementation.copies_gradients_to_reduce and work.data > 1
     if copies and work.parallel.distributed_optimizer:
         # The copy lives when no activation does.
-        working = max(working, 4.0 * parameters - activations)
+        working = max(working, 4.0 * trained - activations)
     return RankMemory(
-        weights=work.bytes * parameters,
-        gradients=4 * parameters,
+        weights=work.bytes * work.rank_parameters(rank),
+        gradients=4 * trained,
         optimizer=optimizer,
         activations=activations,
         working=working,
@@ -136,12 +137,13 @@ def _head_working(work: Workload) -> float:
 
 def _makes_weight_gradients(work: Workload) -> bool:
     """Whether there is a tensor for the gradient of a matrix, be it a placeholder."""
-    return work.implementation.gradient_placeholder or not work.implementation.fused_weight_gradient
+    made = work.implementation.gradient_placeholder or not work.implementation.fused_weight_gradient
+    return work.trains_weights and made
 
 
 def _embedding_working(work: Workload) -> float:
     """The gradient of the embedding, which is dense, and of its output."""
-    return _embedding_bytes(work) + stream_bytes(work)
+    return (_embedding_bytes(work) if work.trains_weights else 0.0) + stream_bytes(work)
 
 
 def _embedding_bytes(work: Workload) -> float:

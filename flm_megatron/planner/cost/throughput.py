@@ -100,7 +100,7 @@ def _transfer(work: Workload, machine: Machine, parts: ChunkPasses) -> float:
 
 def _data(work: Workload, machine: Machine, parts: ChunkPasses) -> float:
     """Reduction of fp32 gradients and gathering of new weights, less what one micro-batch's passes hide."""
-    parameters = max(work.rank_parameters(rank) for rank in range(work.parallel.pipeline))
+    parameters = max(work.rank_parameters(rank, trained=True) for rank in range(work.parallel.pipeline))
     reduce = data_time(work, machine, 4.0 * parameters)
     if not work.parallel.distributed_optimizer:
         return 2 * reduce
@@ -116,6 +116,6 @@ def _data(work: Workload, machine: Machine, parts: ChunkPasses) -> float:
 def _optimizer(work: Workload, machine: Machine) -> float:
     """Clear and scale the gradients (12 bytes each), then norm and update of this rank's share: read gradient, master
     and moments, write the latter and the weight."""
-    parameters = max(work.rank_parameters(rank) for rank in (0, work.parallel.pipeline - 1))
+    parameters = max(work.rank_parameters(rank, trained=True) for rank in (0, work.parallel.pipeline - 1))
     shards = work.data if work.parallel.distributed_optimizer else 1
     return memory_time(machine, parameters * (12 + (32 + work.bytes) / shards))

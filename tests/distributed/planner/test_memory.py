@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flm_megatron import kernels
-from flm_megatron.config.schema import KernelsConfig, ModelConfig, ParallelConfig, StageConfig
+from flm_megatron.config.schema import KernelsConfig, LoraConfig, ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.config.schema.stage import Precision, Recompute
 from flm_megatron.distributed.world import layout
 from flm_megatron.planner.cost.memory import rank_memory
@@ -137,3 +137,16 @@ def test_a_head_that_keeps_no_logits_needs_what_is_planned(
 ) -> None:
     stage = replace(STAGE, model=replace(TELE_FLM, vocab_size=4000), parallel=parallel, precision=precision)
     check(pool, stage, sequence=1024, wanted=KernelsConfig(head_and_loss="fused"))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "precision"),
+    [(ParallelConfig(pipeline=2), "fp32"), (ParallelConfig(tensor=2, sequence=True), "bf16")],
+    ids=str,
+)
+def test_adapters_beside_frozen_weights_need_what_is_planned(
+    pool: Pool, parallel: ParallelConfig, precision: Precision
+) -> None:
+    """No gradient and no optimizer state of the weights, the large embedding and head among them."""
+    model = replace(TELE_FLM, vocab_size=8000, lora=LoraConfig(rank=4))
+    check(pool, replace(STAGE, model=model, parallel=parallel, precision=precision))

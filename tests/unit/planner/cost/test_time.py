@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.planner.compare import memory_error, time_error
 from benchmarks.planner.rows import memory_rows, time_rows
-from flm_megatron.config.schema import ModelConfig, ParallelConfig
+from flm_megatron.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.planner.cost.communication import data_time, gather_time
 from flm_megatron.planner.cost.compute import layer_passes
@@ -131,6 +131,15 @@ def test_without_the_distributed_optimizer_gradients_are_reduced_to_all() -> Non
     whole = step_time(plain, perfect(A800)).data
     assert whole == pytest.approx(2 * 4 * parameters * 7 / 8 / 200e9)
     assert step_time(plain, A800).optimizer > step_time(work, A800).optimizer
+
+
+def test_frozen_weights_are_neither_reduced_nor_updated() -> None:
+    work = workload(data=8)
+    adapted = replace(work, model=replace(work.model, lora=LoraConfig(rank=4)))
+    share = adapted.rank_parameters(0, trained=True) / work.rank_parameters(0)
+    assert share < 0.01
+    times, whole = step_time(adapted, perfect(A800)), step_time(work, perfect(A800))
+    assert times.data == pytest.approx(share * whole.data) and times.optimizer == pytest.approx(share * whole.optimizer)
 
 
 def test_a_gpu_without_units_for_a_precision_is_refused() -> None:
