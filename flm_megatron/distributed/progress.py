@@ -12,9 +12,9 @@ from flm_megatron.distributed.processes import Processes
 
 @contextmanager
 def progress_bar(label: str, nbytes: int, processes: Processes) -> Iterator[Callable[[int], None]]:
-    """A bar over `nbytes` bytes, an equal part for every process; gives a function to be told how many were moved.
+    """A bar over `nbytes` bytes, an equal shard for every process; gives a function to be told how many were moved.
 
-    Only the first process shows it, of its own part, on standard error, and only where that is a terminal.
+    Only the first process shows it, for its own shard, on standard error, and only where that is a terminal.
     """
     hidden = True if processes.rank else None
     with tqdm(

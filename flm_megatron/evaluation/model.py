@@ -11,7 +11,7 @@ from flm_megatron.evaluation.subject import Subject
 
 
 def load_model(subject: Subject, parallel: ParallelConfig, precision: str | None = None) -> Any:
-    """This rank's part of a checkpoint's model, ready to evaluate, growth masks as far open as they were.
+    """This rank's chunk of a checkpoint's model, ready to evaluate, growth masks as far open as they were.
 
     Runs inside the groups of `parallel`. Raises RequestError if the model cannot be split over them.
     """

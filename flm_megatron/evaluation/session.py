@@ -61,7 +61,7 @@ class Session:
         return holder[0]
 
     def _answer(self, requests: Sequence[Any], on_text: OnText | None) -> list[Any]:
-        """Do this replica's share of the batches; returns everybody's results."""
+        """Do this replica's shard of the batches; returns the results of all."""
         from megatron.core import parallel_state
 
         # Alike lengths go together, so that little is padded.
@@ -71,9 +71,9 @@ class Session:
         mine: list[Any] = []
         for batch in batches[rank::size]:
             mine += self._run(batch, on_text)
-        shares: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, mine if is_output_rank() else [])
-        return [result for share in shares for result in share]
+        shards: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(shards, mine if is_output_rank() else [])
+        return [result for shard in shards for result in shard]
 
     def _run(self, batch: Sequence[Any], on_text: OnText | None) -> list[Any]:
         if isinstance(batch[0], GenerationRequest):

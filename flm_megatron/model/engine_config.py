@@ -94,15 +94,15 @@ def _shape(model: ModelConfig) -> dict[str, Any]:
 
 
 def _layout(num_layers: int, parallel: ParallelConfig) -> dict[str, Any]:
-    parts = [["decoder"] * count for count in pipeline_split(num_layers, parallel)]
-    parts[0].insert(0, "embedding")
-    parts[-1].append("loss")
+    chunks = [["decoder"] * count for count in pipeline_split(num_layers, parallel)]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
     interleaved = parallel.virtual_pipeline > 1
     return {
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if interleaved else None,
-        "pipeline_model_parallel_layout": parts if parallel.pipeline > 1 else None,
+        "pipeline_model_parallel_layout": chunks if parallel.pipeline > 1 else None,
         "sequence_parallel": parallel.sequence,
         # Only the interleaved schedule can overlap its transfers; it needs them one by one then.
         "overlap_p2p_comm": interleaved,

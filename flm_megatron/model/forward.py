@@ -30,7 +30,7 @@ class Batch:
 def forward(
     chunk: Any, batches: Iterable[Batch], count: int, finish: Callable[[Batch, Tensor], Result]
 ) -> list[Result]:
-    """Run `count` batches of one shape through the pipeline; results of `finish` on its last part, nothing elsewhere.
+    """Run `count` batches of one shape through the pipeline; results of `finish` on its last rank, nothing elsewhere.
 
     `finish(batch, output)` gets losses [batch, sequence] in nats, or logits [batch, positions, true vocabulary] on
     every tensor-parallel rank.

@@ -1,8 +1,8 @@
 """Linear layers of the engine whose three matrix products run in FP8, split over tensor-parallel ranks as before.
 
 Weights, activations and gradients stay in the training precision and are cast for each product. With `tensorwise`
-scaling the largest value is that of the whole matrix, over all ranks that hold a part of it, so that a layout
-changes no scale; with `rowwise` scaling a row that is split between ranks is scaled part by part.
+scaling the largest value is that of the whole matrix, over all ranks that hold a shard of it, so that a layout
+changes no scale; with `rowwise` scaling a row that is split between ranks is scaled shard by shard.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Fp8Products:
         sequence_parallel: bool,
         **_: Any,
     ) -> Tensor:
-        """input weight^T + bias [sequence, batch, output part], as the engine's functions of these arguments."""
+        """input weight^T + bias [sequence, batch, output shard], as the engine's functions of these arguments."""
         how = _How(self.scaling, self.column, self.tp_group, sequence_parallel, allreduce_dgrad)
         output = _Fp8Linear.apply(input, weight, how)
         return output if bias is None else output + bias
@@ -53,8 +53,8 @@ class _Fp8Products:
 
 @dataclass(frozen=True)
 class _How:
-    """Scaling, and which parts lie on other ranks of `group`: the output of a column-parallel layer is split, the
-    input of another; under sequence parallelism the input of a column-parallel layer has to be gathered first."""
+    """Scaling, and which operands are split over the ranks of `group`: the output of a column-parallel layer, the
+    input of a row-parallel one. Under sequence parallelism a column-parallel layer gathers its input first."""
 
     scaling: fp8.Scaling
     column: bool
@@ -63,11 +63,11 @@ class _How:
     reduce: bool
 
     def amaxes(self, *matrices: tuple[Tensor, bool]) -> list[Tensor | None]:
-        """Largest values of matrices, of which those marked are a part; none where rows have their own."""
+        """Largest values of matrices, those marked being shards; none where each row has its own scale."""
         if self.scaling == "rowwise":
             return [None] * len(matrices)
         found = torch.stack([fp8.largest(x) for x, _ in matrices])
-        split = [part for _, part in matrices]
+        split = [is_shard for _, is_shard in matrices]
         if any(split) and self.group.size() > 1:
             # The others are the same on every rank.
             dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
@@ -130,7 +130,7 @@ class _Fp8Linear(torch.autograd.Function):
 
 
 def _gather(x: Tensor, group: Any, wait: bool = True) -> tuple[Tensor, Any]:
-    """All parts of a sequence [sequence part, batch, channels], and what to wait for unless that is done."""
+    """All shards of a sequence [sequence shard, batch, channels], and what to wait for unless that is done."""
     whole = torch.empty(x.size(0) * group.size(), *x.shape[1:], dtype=x.dtype, device=x.device)
     return whole, dist.all_gather_into_tensor(whole, x.contiguous(), group=group, async_op=not wait)
 
@@ -139,6 +139,6 @@ def _reduce(grad: Tensor, x: Tensor, how: _How) -> tuple[Tensor, Any]:
     """The gradient summed over ranks, in the shape of `x`, and what to wait for; as it is where nothing is to be
     summed."""
     if how.gather:
-        part = torch.empty_like(x, memory_format=torch.contiguous_format)
-        return part, dist.reduce_scatter_tensor(part, grad, group=how.group, async_op=True)
+        shard = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return shard, dist.reduce_scatter_tensor(shard, grad, group=how.group, async_op=True)
     return grad, dist.all_reduce(grad, group=how.group, async_op=True) if how.reduce else None

@@ -47,7 +47,7 @@ class AdaptedColumnParallelLinear(ColumnParallelLinear):
         self.scale = _add_factors(self, config, split_a=False)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Output [sequence, batch, output part], and the bias if it is not added."""
+        """Output [sequence, batch, output shard], and the bias if it is not added."""
         output, bias = super().forward(input_, *args, **kwargs)
         inner = F.linear(input_, self.lora_a)
         inner = (
@@ -75,7 +75,7 @@ class AdaptedRowParallelLinear(RowParallelLinear):
         self.scale = _add_factors(self, config, split_a=True)
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Output [sequence part, batch, output], and the bias if it is not added."""
+        """Output [sequence shard, batch, output], and the bias if it is not added."""
         output, bias = super().forward(input_)
         inner = F.linear(input_, self.lora_a)
         inner = (
@@ -98,7 +98,7 @@ def _add_factors(layer: Any, config: Any, split_a: bool) -> float:
         factor = nn.Parameter(torch.zeros(shape, dtype=layer.weight.dtype, device=layer.weight.device))
         split = split_a == (name == "lora_a")
         set_tensor_model_parallel_attributes(factor, split, axis if split else -1, 1)
-        # A factor that is not split sees only this rank's part of the sequence.
+        # A factor that is not split sees only this rank's shard of the sequence.
         factor.sequence_parallel = config.sequence_parallel and not split  # type: ignore[attr-defined]
         setattr(layer, name, factor)
     return config.lora.alpha / rank

@@ -46,7 +46,7 @@ class GrowthMasks:
     """The masks on the model chunks of this rank, closed (v = 0) until `set` opens them.
 
     `model` is the grown model, `chunks` what `build_model` gave (wrapped for data parallelism or not). Works under
-    every layout: each rank masks its own part of heads and feed-forward units.
+    every layout: each rank masks its own shard of heads and feed-forward units.
 
     Raises:
         RequestError: the norms are fused into linear layers (Transformer Engine's), where masks cannot reach.
@@ -199,6 +199,6 @@ class MaskedNorm:
 
 
 def _this_rank(whole: Tensor) -> Tensor:
-    """This tensor-parallel rank's part along the first axis."""
+    """This tensor-parallel rank's shard along the first axis."""
     size = parallel_state.get_tensor_model_parallel_world_size()
     return whole.chunk(size)[parallel_state.get_tensor_model_parallel_rank()]

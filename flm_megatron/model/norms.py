@@ -16,7 +16,7 @@ from flm_megatron.device import current
 def _parameter(hidden_size: int, config: TransformerConfig, value: float) -> nn.Parameter:
     data = torch.full((hidden_size,), value, dtype=config.params_dtype, device=current().torch_device)
     parameter = nn.Parameter(data)
-    # Under sequence parallelism each rank sees a part of the sequence: the engine sums these gradients.
+    # Under sequence parallelism each rank sees a shard of the sequence: the engine sums these gradients.
     parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return parameter
 

@@ -77,7 +77,7 @@ class TeleFLM(GPTModel):
 
         `tokens` and `labels` are [batch, sequence]. Positions are those of the sequence whatever `position_ids`
         says; `attention_mask` [batch or 1, 1, sequence, sequence] is true where attention must not look, none
-        leaves it causal. Logits cover this tensor-parallel rank's part of the padded vocabulary, or all of it with
+        leaves it causal. Logits cover this tensor-parallel rank's shard of the padded vocabulary, or all of it with
         `runtime_gather_output`. A pipeline rank that is not the last returns hidden states.
         """
         return super().forward(
@@ -178,7 +178,7 @@ class TeleFLM(GPTModel):
         return total
 
     def _true_width(self, logits: Tensor) -> int:
-        """How many ids of this part of the vocabulary are no padding."""
+        """How many ids of this rank's shard of the vocabulary are no padding."""
         width = logits.size(-1)
         start = 0 if width == self.vocab_size else width * self.pg_collection.tp.rank()
         return max(0, min(width, self.true_vocab_size - start))
@@ -191,8 +191,8 @@ class TeleFLM(GPTModel):
 def _z_loss(logits: Tensor) -> Tensor:
     """The squared log of the softmax's denominator, which keeps logits from drifting (PaLM, arXiv 2204.02311).
 
-    log(sum of exponentials)^2 of each token [...] in fp32. `logits` [..., width] is this tensor-parallel rank's part of
-    the vocabulary without padding ids; it may be empty.
+    log(sum of exponentials)^2 of each token [...] in fp32. `logits` [..., width] is this tensor-parallel rank's
+    shard of the vocabulary without padding ids; it may be empty.
     """
     largest = logits.new_full((*logits.shape[:-1], 1), -torch.inf, dtype=torch.float32)
     if logits.size(-1):

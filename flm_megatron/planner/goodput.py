@@ -97,7 +97,7 @@ def plan_goodput(
     """Goodput of every stage on `gpus` accelerators that each fail once in `mtbf_gpu_hours` on average.
 
     A save that training waits for stalls it until the storage has all of it; one in the background only while each
-    accelerator copies its part to the host.
+    accelerator copies its shard to the host.
     """
     plans = []
     for stage in stages:

@@ -131,13 +131,13 @@ class Workload:
         return padded_vocab_size(self.model.vocab_size or 0, self.parallel.tensor)
 
     @cached_property
-    def parts(self) -> list[int]:
+    def chunk_layers(self) -> list[int]:
         """Layers of each model chunk, in the order of execution."""
         return pipeline_split(self.model.num_layers, self.parallel)
 
     def chunks(self, rank: int) -> list[int]:
         """Layers of each model chunk of pipeline rank `rank`."""
-        return self.parts[rank :: self.parallel.pipeline]
+        return self.chunk_layers[rank :: self.parallel.pipeline]
 
     @cached_property
     def _specs(self) -> list[ParameterSpec]:
@@ -149,14 +149,14 @@ class Workload:
         return self.model.lora is None
 
     @cached_property
-    def vocab_part(self) -> int:
+    def vocab_shard(self) -> int:
         """Rows of the embedding, or of the head, on one tensor rank."""
         return self.padded_vocab // self.parallel.tensor
 
     @cached_property
     def embedding_parameters(self) -> int:
         """Parameters of the embedding, or of the head, on one tensor rank."""
-        return self.vocab_part * self.model.hidden_size
+        return self.vocab_shard * self.model.hidden_size
 
     def rank_parameters(self, rank: int, trained: bool = False) -> int:
         """Parameters on each tensor rank of pipeline rank `rank`; if `trained`, those that have gradients alone."""

@@ -136,7 +136,7 @@ def _copy(
     processes: Processes,
     total: int,
 ) -> None:
-    """Copy this process's share of chunks into the laid-out files. Padding rows stay the zeros they are."""
+    """Copy this process's shard of the chunks into the laid-out files. Padding rows stay the zeros they are."""
     chunks = [(name, *rows) for name, target in targets.items() for rows in _row_chunks(target, checkpoint)]
     arrays: dict[str, StoredArray] = {}
     for shard in dict.fromkeys(shards.values()):

@@ -49,14 +49,14 @@ def write_megatron_legacy(
     arguments = arguments_of(model, parallel, sequence_length, at.samples or 0)
     with destination(path, processes, nbytes) as folder, progress_bar("write", nbytes, processes) as moved:
 
-        def write_share() -> None:
+        def write_own_files() -> None:
             """This process's files."""
             for rank in ranks[processes.rank :: processes.size]:
                 file = folder / _iteration(step) / _rank_folder(rank, parallel) / FILE
                 arrays = _lay_out(file, checkpoint, plans[rank], {"args": arguments, "iteration": step})
                 _fill(file, checkpoint, plans[rank], arrays, moved)
 
-        processes.together(write_errors(path)(write_share))
+        processes.together(write_errors(path)(write_own_files))
         latest = str(step) if step else "release"
         processes.on_first(write_errors(path)(lambda: (folder / LATEST).write_text(latest)))
     return nbytes

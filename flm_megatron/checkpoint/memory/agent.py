@@ -193,7 +193,7 @@ class _Local(_Conversation):
         send_header(self.connection, {"held": self.blobs.held})
 
     def do_begin(self, request: Message) -> None:
-        """Memory for a rank's part of a new generation, as a descriptor."""
+        """Memory for a rank's shard of a new generation, as a descriptor."""
         if self.filling is not None:
             self.blobs.abandon(self.filling)
             self.filling = None

@@ -1,6 +1,6 @@
 """What a host agent holds: blobs in memory that no file names, so that it is free when the last process lets go.
 
-A blob is one rank's part of one generation. While it is filled it is nowhere listed; it is listed once its checksums
+A blob is one rank's shard of one generation. While it is filled it is nowhere listed; it is listed once its checksums
 are known. Memory is taken over from generation to generation: pages that are touched for the first time make a copy
 several times slower.
 """

@@ -130,7 +130,7 @@ class LocalAgent(_Connection):
         self.socket.settimeout(SILENCE_S)
 
     def begin(self, generation: Generation, keep: Generation, rank: int, nbytes: int) -> tuple[int, list[int], int]:
-        """Memory for this rank's part of a generation; all generations but it and `keep` go.
+        """Memory for this rank's shard of a generation; all generations but it and `keep` go.
 
         Returns the memory's number, the numbers of all that is held, and a descriptor, to be closed by the caller.
         """

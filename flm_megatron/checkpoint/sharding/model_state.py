@@ -73,21 +73,22 @@ def load_state(
         RequestError: a tensor is missing or of a shape that does not fit the model; moments without their step.
         DamagedError: a tensor cannot be read.
     """
-    parts = placements(chunks)
-    for placement in parts:
+    held_here = placements(chunks)
+    for placement in held_here:
         _check_shape(checkpoint, placement)
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.data.zero_()
-    state = list(_optimizer_regions(optimizer, parts, checkpoint)) if optimizer is not None else []
-    regions = [*_weight_regions(parts), *state]
+    state = list(_optimizer_regions(optimizer, held_here, checkpoint)) if optimizer is not None else []
+    regions = [*_weight_regions(held_here), *state]
     group = None if alone else _peers()
     if group is not None:
         shared = (held for held in regions if held.shared)
-        fill_shared((part for held in shared for part in _to_fill(held, checkpoint, SHARED_READ_BYTES)), group)
+        fill_shared((region for held in shared for region in _to_fill(held, checkpoint, SHARED_READ_BYTES)), group)
     own = (held for held in regions if group is None or not held.shared)
     with ThreadPoolExecutor(WORKERS, "reading") as executor:
-        for _ in in_order(executor, _fill, (part for held in own for part in _to_fill(held, checkpoint, BUFFER_BYTES))):
+        to_fill = (region for held in own for region in _to_fill(held, checkpoint, BUFFER_BYTES))
+        for _ in in_order(executor, _fill, to_fill):
             pass
 
 
@@ -122,9 +123,10 @@ def stored_state(chunks: list[torch.nn.Module], optimizer: Any) -> tuple[dict[st
     """The tensors of a checkpoint of the model and (unless none) its optimizer that are held here at least in part, and
     what of them this process stores: views of the training's own memory. All ranks must call."""
     finish_gathering(chunks)
-    parts = placements(chunks)
-    regions = [*_weight_regions(parts), *(_optimizer_regions(optimizer, parts) if optimizer is not None else ())]
-    return {held.name: held.info for held in regions}, list(_own_share(regions))
+    held_here = placements(chunks)
+    state = _optimizer_regions(optimizer, held_here) if optimizer is not None else ()
+    regions = [*_weight_regions(held_here), *state]
+    return {held.name: held.info for held in regions}, list(_own_shard(regions))
 
 
 def prepare_asynchronous_save(chunks: list[torch.nn.Module], optimizer: Any) -> None:
@@ -140,26 +142,26 @@ def finish_gathering(chunks: list[Any]) -> None:
 
 
 def _getter(region: Region, tensor: torch.Tensor) -> Callable[[Region], torch.Tensor]:
-    return lambda part: tensor[part.within(region).slices]
+    return lambda inside: tensor[inside.within(region).slices]
 
 
-def _weight_regions(parts: list[Placement]) -> Iterator[HeldRegion]:
-    for placement in parts:
+def _weight_regions(held_here: list[Placement]) -> Iterator[HeldRegion]:
+    for placement in held_here:
         info = TensorInfo(placement.shape, placement.parameter.dtype)
         yield HeldRegion(placement.name, info, placement.region, placement.tensor, placement.main, True)
 
 
 def _optimizer_regions(
-    optimizer: Any, parts: list[Placement], checkpoint: LogicalCheckpoint | None = None
+    optimizer: Any, held_here: list[Placement], checkpoint: LogicalCheckpoint | None = None
 ) -> Iterator[HeldRegion]:
     """Regions of masters and moments; with a checkpoint to load, the state is made ready for it first."""
     initialise_state(optimizer)
     if checkpoint is not None:
         step = adam_step(checkpoint)
-        for part in unchained(optimizer):
-            for group in part.optimizer.param_groups:
+        for one in unchained(optimizer):
+            for group in one.optimizer.param_groups:
                 group["step"] = step
-    by_parameter = placements_by_parameter(parts)
+    by_parameter = placements_by_parameter(held_here)
     for state in state_slices(optimizer):
         tensors = {MASTER: state.master, EXP_AVG: state.exp_avg, EXP_AVG_SQ: state.exp_avg_sq}
         if checkpoint is not None:
@@ -194,8 +196,8 @@ def _to_fill(held: HeldRegion, checkpoint: LogicalCheckpoint, largest: int) -> I
 
 
 @torch.no_grad()  # of each thread
-def _fill(part: RegionToFill) -> None:
-    part.tensor.copy_(part.read())
+def _fill(region: RegionToFill) -> None:
+    region.tensor.copy_(region.read())
 
 
 def _source(held: HeldRegion, checkpoint: LogicalCheckpoint) -> str | None:
@@ -221,7 +223,7 @@ def _check_shape(checkpoint: LogicalCheckpoint, placement: Placement) -> None:
         )
 
 
-def _own_share(regions: list[HeldRegion]) -> Iterator[Stored]:
+def _own_shard(regions: list[HeldRegion]) -> Iterator[Stored]:
     """What this process stores: regions that it alone holds, and its shard of those that data-parallel peers share."""
     from megatron.core import parallel_state
 
@@ -234,10 +236,10 @@ def _own_share(regions: list[HeldRegion]) -> Iterator[Stored]:
             continue
         limit = chunk_size(total, size) if held.shared else LARGEST_CHUNK
         for region in split_region(held.region, limit // held.tensor.element_size()):
-            part = held.tensor[region.within(held.region).slices]
+            values = held.tensor[region.within(held.region).slices]
             if not held.shared or position * size // max(total, 1) == rank:
-                yield held.name, region, part
-            position += part.nbytes if held.shared else 0
+                yield held.name, region, values
+            position += values.nbytes if held.shared else 0
 
 
 def chunks_to_evaluate(checkpoint: LogicalCheckpoint, stage: StageConfig, alone: bool = False) -> list[Any]:

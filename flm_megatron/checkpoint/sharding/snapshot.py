@@ -66,20 +66,20 @@ def give_back(buffer: HostBuffer) -> None:
     _free.append(buffer)
 
 
-def placed(parts: Sequence[Stored]) -> tuple[list[int], int]:
-    """Where each part begins when they lie in one buffer, and how many bytes they take."""
+def placed(regions: Sequence[Stored]) -> tuple[list[int], int]:
+    """Where each region begins when they lie in one buffer, and how many bytes they take."""
     positions, end = [], 0
-    for _, _, tensor in parts:
+    for _, _, tensor in regions:
         positions.append(end)
         end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
     return positions, end
 
 
 @torch.no_grad()
-def snapshot(parts: Sequence[Stored], buffer: HostBuffer) -> list[Stored]:
-    """Copy parts into a buffer, at the places that `placed` gives; returns them as they lie there."""
+def snapshot(regions: Sequence[Stored], buffer: HostBuffer) -> list[Stored]:
+    """Copy regions into a buffer, at the places that `placed` gives; returns the copies."""
     copies = []
-    for (name, region, tensor), position in zip(parts, placed(parts)[0], strict=True):
+    for (name, region, tensor), position in zip(regions, placed(regions)[0], strict=True):
         flat = torch.frombuffer(buffer.mapped, dtype=torch.uint8, offset=position, count=tensor.nbytes)
         copy = flat.view(tensor.dtype).view(tensor.shape)
         copy.copy_(tensor.detach(), non_blocking=True)

@@ -61,7 +61,7 @@ def compare(
         for region in split_region(Region.whole(first.tensors[name].shape), CHUNK_VALUES)
     ]
 
-    def share() -> dict[str, tuple[float, float]]:
+    def own_differences() -> dict[str, tuple[float, float]]:
         """Largest difference and magnitude of each tensor among this process's chunks."""
         found: dict[str, tuple[float, float]] = {}
         for name, region in chunks[processes.rank :: processes.size]:
@@ -69,10 +69,10 @@ def compare(
             found[name] = tuple(map(max, before, _largest(first, second, name, region, moved)))  # type: ignore[assignment]
         return found
 
-    parts = processes.together(share)
+    by_rank = processes.together(own_differences)
     return processes.on_first(
         lambda: Comparison(
-            {name: _difference([part[name] for part in parts if name in part]) for name in common},
+            {name: _difference([own[name] for own in by_rank if name in own]) for name in common},
             [name for name in first.tensors if name not in second.tensors],
             [name for name in second.tensors if name not in first.tensors],
         )
@@ -93,9 +93,9 @@ def _largest(
     return apart.max().item(), a.abs().nan_to_num(nan=0.0, posinf=0.0).max().item()
 
 
-def _difference(parts: list[tuple[float, float]]) -> Difference:
-    absolute = max((part[0] for part in parts), default=0.0)
-    magnitude = max((part[1] for part in parts), default=0.0)
+def _difference(by_rank: list[tuple[float, float]]) -> Difference:
+    absolute = max((own[0] for own in by_rank), default=0.0)
+    magnitude = max((own[1] for own in by_rank), default=0.0)
     if absolute == 0:
         return Difference(0.0, 0.0)
     return Difference(absolute, absolute / magnitude if magnitude else math.inf)

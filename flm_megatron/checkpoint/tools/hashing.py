@@ -31,8 +31,8 @@ def shared_hashes(checkpoint: LogicalCheckpoint, processes: Processes) -> dict[s
     ]
     nbytes = sum(region.numel * checkpoint.tensors[name].dtype.itemsize for name, region in chunks)
 
-    def share() -> dict[str, int]:
-        """Shares of the hashes of this process's chunks."""
+    def own_sums() -> dict[str, int]:
+        """This process's summands of the hashes."""
         sums = dict.fromkeys(checkpoint.tensors, 0)
         with progress_bar("hash", nbytes, processes) as moved:
             for name, region in chunks[processes.rank :: processes.size]:
@@ -41,9 +41,9 @@ def shared_hashes(checkpoint: LogicalCheckpoint, processes: Processes) -> dict[s
                 moved(values.nbytes)
         return sums
 
-    parts = processes.together(share)
+    by_rank = processes.together(own_sums)
     return processes.on_first(
         lambda: {
-            name: tensor_hash(info, sum(part[name] for part in parts)) for name, info in checkpoint.tensors.items()
+            name: tensor_hash(info, sum(sums[name] for sums in by_rank)) for name, info in checkpoint.tensors.items()
         }
     )

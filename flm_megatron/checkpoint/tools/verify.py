@@ -66,7 +66,7 @@ def _gather(processes: Processes, problems: Callable[[], Iterator[str]]) -> list
 def _file_problems(
     path: Path, manifest: dict[str, Any], quick: bool, processes: Processes, moved: Callable[[int], None]
 ) -> Iterator[str]:
-    """One line for each bad file among this process's share."""
+    """One line for each bad file in this process's shard."""
     for name in list(manifest["files"])[processes.rank :: processes.size]:
         wanted, file = manifest["files"][name], path / name
         if problem := size_problem(file, wanted):
@@ -97,7 +97,7 @@ def _changed(checkpoint: LogicalCheckpoint, name: str, recorded: str) -> bool:
 
 
 def _unreadable(checkpoint: LogicalCheckpoint, processes: Processes, moved: Callable[[int], None]) -> Iterator[str]:
-    """One line for each tensor among this process's share that cannot be read."""
+    """One line for each tensor in this process's shard that cannot be read."""
     for name in list(checkpoint.tensors)[processes.rank :: processes.size]:
         try:
             for region in split_region(Region.whole(checkpoint.tensors[name].shape), CHUNK_VALUES):

@@ -26,7 +26,7 @@ UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 def partial_hash(shape: tuple[int, ...], region: Region, values: torch.Tensor) -> int:
-    """Share of a region in the hash of its tensor of `shape`: add the shares of all regions modulo 2^64.
+    """A region's summand of the hash of its tensor of `shape`: add those of all regions modulo 2^64.
 
     `values` is a CPU tensor of shape `region.sizes`; its bits are hashed, so the dtype matters.
     """
@@ -51,7 +51,7 @@ def partial_hash(shape: tuple[int, ...], region: Region, values: torch.Tensor) -
 
 
 def tensor_hash(info: TensorInfo, total: int) -> str:
-    """Hash of a whole tensor as hex digits: the sum of its regions' shares with its shape and dtype."""
+    """Hash of a whole tensor as hex digits: the sum over its regions with its shape and dtype."""
     text = f"{str(info.dtype).removeprefix('torch.')} {tuple(info.shape)} {total % MODULUS:016x}"
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

@@ -44,7 +44,7 @@ def expert_is_not_offered(stage: StageConfig, sequence_length: int, world_size: 
 
 
 def tensor_divides_model(stage: StageConfig, sequence_length: int, world_size: int | None) -> str | None:
-    """Every tensor-parallel rank holds whole heads, whole query groups and an equal part of the feed-forward layer."""
+    """Every tensor-parallel rank holds whole heads, whole query groups and an equal shard of the feed-forward layer."""
     tensor, model = stage.parallel.tensor, stage.model
     values = {
         "num_attention_heads": model.num_attention_heads,
@@ -66,7 +66,7 @@ def sequence_needs_tensor(stage: StageConfig, sequence_length: int, world_size: 
 
 
 def tensor_divides_sequence(stage: StageConfig, sequence_length: int, world_size: int | None) -> str | None:
-    """Under sequence parallelism every tensor-parallel rank holds an equal part of the sequence."""
+    """Under sequence parallelism every tensor-parallel rank holds an equal shard of the sequence."""
     tensor = stage.parallel.tensor
     if stage.parallel.sequence and sequence_length % tensor:
         return (

@@ -28,7 +28,7 @@ class ParallelConfig:
     """Expert-parallel size (refused above 1 for now)."""
     pipeline_layers: list[int] | None = None
     """Layers of each model chunk in the order of execution (pipeline x virtual_pipeline numbers);
-    none splits as evenly as possible, the first parts taking what is over."""
+    none splits as evenly as possible, the first chunks taking what is over."""
     distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks."""
     overlap_grad_reduce: bool = False

@@ -18,9 +18,9 @@ Batch = dict[str, "torch.Tensor"]
 
 
 def rank_samples(start: int, global_batch: int, data_rank: int, data_size: int) -> range:
-    """Samples of one rank in the global batch [start, start + global_batch): an equal, contiguous part."""
-    part = global_batch // data_size
-    return range(start + data_rank * part, start + (data_rank + 1) * part)
+    """Samples of one rank in the global batch [start, start + global_batch): an equal, contiguous shard."""
+    shard_size = global_batch // data_size
+    return range(start + data_rank * shard_size, start + (data_rank + 1) * shard_size)
 
 
 def batches(

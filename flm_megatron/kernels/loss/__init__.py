@@ -51,35 +51,35 @@ def cross_entropy(
 ) -> Tensor:
     """Loss of each token [...] in nats, in fp32.
 
-    `logits` [..., width] is this rank's part of the vocabulary, rank r of `group` having the ids from r width on;
+    `logits` [..., width] is this rank's shard of the vocabulary, rank r of `group` having the ids from r width on;
     `labels` [...] are global ids. Ids from `vocab_size` on are padding: they have probability 0 and gradient 0,
     whatever their logits are. A label outside the vocabulary counts as none: its loss is the log of the sum of
     exponentials, to be masked by the caller. With `overwrite` the backward pass writes the gradient over the
     logits, which nothing else may read afterwards; it then runs once only.
     """
     rows = logits.reshape(-1, logits.size(-1)).contiguous()
-    start, valid = vocabulary_part(rows.size(1), vocab_size, group)
+    start, valid = vocabulary_shard(rows.size(1), vocab_size, group)
     local = labels.reshape(-1) - start
     kernels = implementation(CROSS_ENTROPY, logits)
     return _CrossEntropy.apply(rows, local, valid, group, overwrite, kernels).view(labels.shape)
 
 
-def vocabulary_part(width: int, vocab_size: int | None, group: Group) -> tuple[int, int]:
-    """First id of this rank's part of the vocabulary, and how many of its `width` ids are no padding."""
+def vocabulary_shard(width: int, vocab_size: int | None, group: Group) -> tuple[int, int]:
+    """First id of this rank's shard of the vocabulary, and how many of its `width` ids are no padding."""
     start = 0 if group is None else dist.get_rank(group) * width
     return start, width if vocab_size is None else max(0, min(width, vocab_size - start))
 
 
 def over_vocabulary(found: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """Statistics [2, rows] of one part (see `reference.statistics`) made those of the whole vocabulary.
+    """Statistics [2, rows] of one shard (see `reference.statistics`) made those of the whole vocabulary.
 
     One gather of two numbers a row; every rank then adds them up in the same order.
     """
     if group is None or dist.get_world_size(group) == 1:
         return found[0], found[1]
-    parts = found.new_empty(dist.get_world_size(group) * 2, found.size(1))
-    dist.all_gather_into_tensor(parts, found, group=group)
-    return parts[0::2].logsumexp(0), parts[1::2].sum(0)
+    stats = found.new_empty(dist.get_world_size(group) * 2, found.size(1))
+    dist.all_gather_into_tensor(stats, found, group=group)
+    return stats[0::2].logsumexp(0), stats[1::2].sum(0)
 
 
 class _Context(Context, Protocol):

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from flm_megatron.device.chunks import LARGE_LOGITS_BYTES, SMALLEST_HEAD_CHUNK
 from flm_megatron.kernels.autograd import Context
 from flm_megatron.kernels.choice import current, implementation
-from flm_megatron.kernels.loss import CROSS_ENTROPY, CrossEntropyKernels, Group, over_vocabulary, vocabulary_part
+from flm_megatron.kernels.loss import CROSS_ENTROPY, CrossEntropyKernels, Group, over_vocabulary, vocabulary_shard
 from flm_megatron.kernels.weight_gradient import WEIGHT_GRADIENT, WeightGradientKernel
 
 
@@ -41,7 +41,7 @@ def linear_cross_entropy(
     `hidden` is [..., channels], `weight` [width, channels] this rank's rows of the head, `labels` and
     `token_weights` [...]. Ids, padding and `group` are as in `cross_entropy`. Gradients of hidden and weight are
     computed chunk by chunk in the forward pass, which is why token weights (such as a loss mask) come in here; the
-    backward pass only multiplies them. Under tensor parallelism the gradient of `hidden` is this rank's part of a
+    backward pass only multiplies them. Under tensor parallelism the gradient of `hidden` is this rank's shard of a
     sum over ranks, which the caller reduces.
 
     With `buffer` (fp32, like `weight`) the forward pass adds the gradient of `weight` to it, where gradients are
@@ -49,7 +49,7 @@ def linear_cross_entropy(
     a gradient of one, which is checked. What `weight` gets as its gradient is an unwritten placeholder.
     """
     rows = hidden.reshape(-1, hidden.size(-1)).contiguous()
-    start, valid = vocabulary_part(weight.size(0), vocab_size, group)
+    start, valid = vocabulary_shard(weight.size(0), vocab_size, group)
     learns = torch.is_grad_enabled() and weight.requires_grad
     plan = _Plan(
         valid=valid,

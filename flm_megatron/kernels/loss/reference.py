@@ -1,4 +1,4 @@
-"""Cross entropy over one rank's part of the vocabulary in plain PyTorch, some rows at a time."""
+"""Cross entropy over one rank's shard of the vocabulary in plain PyTorch, some rows at a time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from flm_megatron.kernels.row_chunks import row_chunks
 def statistics(logits: Tensor, labels: Tensor, valid: int) -> Tensor:
     """Log of the sum of exponentials, and the label's logit, of each row: [2, rows] in fp32 (float64 for float64).
 
-    `logits` [rows, width] is this rank's part of the vocabulary, of which the first `valid` ids exist. `labels`
-    [rows] counts from the part's first id; a row whose label is not in the part gets 0 for the label's logit.
+    `logits` [rows, width] is this rank's shard of the vocabulary, of which the first `valid` ids exist. `labels`
+    [rows] counts from the shard's first id; a row whose label is not in the shard gets 0 for the label's logit.
     """
     found = torch.full((2, logits.size(0)), -torch.inf, dtype=_working(logits), device=logits.device)
     here = (labels >= 0) & (labels < valid)
@@ -20,9 +20,9 @@ def statistics(logits: Tensor, labels: Tensor, valid: int) -> Tensor:
     found[1] = torch.where(here, at_label, 0)
     if valid:
         for rows in row_chunks(logits):
-            part = logits[rows, :valid].to(found.dtype)
-            largest = part.amax(-1, keepdim=True)
-            found[0, rows] = (part - largest).exp_().sum(-1).log_().add_(largest.squeeze(1))
+            values = logits[rows, :valid].to(found.dtype)
+            largest = values.amax(-1, keepdim=True)
+            found[0, rows] = (values - largest).exp_().sum(-1).log_().add_(largest.squeeze(1))
     return found
 
 
@@ -40,10 +40,10 @@ def gradient(logits: Tensor, labels: Tensor, valid: int, log_sum: Tensor, scale:
     direct = out.dtype is log_sum.dtype
     for rows in row_chunks(logits):
         target = out[rows, :valid]
-        part = torch.sub(logits[rows, :valid], log_sum[rows, None], out=target if direct else None)
-        part.exp_().mul_(scale[rows, None]).scatter_add_(1, index[rows], at_label[rows])
+        values = torch.sub(logits[rows, :valid], log_sum[rows, None], out=target if direct else None)
+        values.exp_().mul_(scale[rows, None]).scatter_add_(1, index[rows], at_label[rows])
         if not direct:
-            target.copy_(part)
+            target.copy_(values)
 
 
 def _working(x: Tensor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Cross entropy over one rank's part of the vocabulary as Triton kernels: logits are read in their own dtype, once for
+"""Cross entropy over one rank's shard of the vocabulary as Triton kernels: logits are read in their own dtype, once for
 the statistics and once for the gradient, and no fp32 copy of them is ever written."""
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def _statistics_kernel(
     largest, total = -float("inf"), 0.0
     for first in range(0, valid, BLOCK):
         columns = first + tl.arange(0, BLOCK)
-        part = tl.load(start + columns, mask=columns < valid, other=-float("inf")).to(tl.float32)
-        renewed = tl.maximum(largest, tl.max(part))
-        total = total * tl.exp(largest - renewed) + tl.sum(tl.exp(part - renewed))
+        values = tl.load(start + columns, mask=columns < valid, other=-float("inf")).to(tl.float32)
+        renewed = tl.maximum(largest, tl.max(values))
+        total = total * tl.exp(largest - renewed) + tl.sum(tl.exp(values - renewed))
         largest = renewed
     label = tl.load(labels_ptr + row)
     here = (label >= 0) & (label < valid)
@@ -43,9 +43,9 @@ def _gradient_kernel(
     row = tl.program_id(0)
     start = row.to(tl.int64) * width
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    part = tl.load(logits_ptr + start + columns, mask=columns < valid, other=-float("inf")).to(tl.float32)
+    values = tl.load(logits_ptr + start + columns, mask=columns < valid, other=-float("inf")).to(tl.float32)
     label = tl.load(labels_ptr + row)
-    probability = tl.exp(part - tl.load(log_sum_ptr + row))
+    probability = tl.exp(values - tl.load(log_sum_ptr + row))
     here = (columns == label) & (columns < valid)
     grad = tl.where(here, probability - 1.0, probability) * tl.load(scale_ptr + row)
     tl.store(out_ptr + start + columns, grad.to(out_ptr.dtype.element_ty), mask=columns < width)

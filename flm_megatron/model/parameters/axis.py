@@ -96,7 +96,7 @@ class Axis:
     def shards(self, tensor: int, rank: int, padded: int | None = None) -> list[tuple[int, int]]:
         """(first index, number of indices) of what tensor rank `rank` of `tensor` holds, in its own order.
 
-        Where the cut pads, `padded` is the size with padding (this program's own if none); a rank whose part is all
+        Where the cut pads, `padded` is the size with padding (this program's own if none); a rank whose shard is all
         padding holds 0 indices.
         """
         if self.cut is Cut.WHOLE:
@@ -104,14 +104,14 @@ class Axis:
         if self.cut is Cut.BANDS:
             return self._band_shards(tensor, rank)
         size = padded if padded and self.cut is Cut.PADDED else self.padded_size(tensor)
-        share = size // tensor
-        first = min(rank * share, self.size)
-        return [(first, min(share, self.size - first))]
+        shard_size = size // tensor
+        first = min(rank * shard_size, self.size)
+        return [(first, min(shard_size, self.size - first))]
 
     def _band_shards(self, tensor: int, rank: int) -> list[tuple[int, int]]:
         shards, start = [], 0
         for band in self.bands:
-            share = band.size // tensor
-            shards.append((start + rank * share, share))
+            shard_size = band.size // tensor
+            shards.append((start + rank * shard_size, shard_size))
             start += band.size
         return shards

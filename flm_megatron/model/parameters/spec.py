@@ -53,7 +53,7 @@ class ParameterSpec:
 
     @property
     def place(self) -> Place:
-        """Where in the pipeline it is: in its first part, in those of its layers, or in its last part."""
+        """Where in the pipeline it is: in the first model chunk, in those of its layers, or in the last one."""
         if self.stacked:
             return "layers"
         return "first" if self.kind == "embedding" else "last"

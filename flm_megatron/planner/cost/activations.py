@@ -56,19 +56,19 @@ def head_activations(work: Workload) -> float:
 
 def logits(work: Workload) -> float:
     """Number of logits on one tensor rank at a time."""
-    return head_tokens(work) * work.vocab_part
+    return head_tokens(work) * work.vocab_shard
 
 
 def fuses_head(work: Workload) -> bool:
     """Whether head and loss are one operation, as `kernels.fuses_head_and_loss` decides."""
-    return work.tokens * work.vocab_part * work.bytes >= work.implementation.fused_head_from_mib * 2**20
+    return work.tokens * work.vocab_shard * work.bytes >= work.implementation.fused_head_from_mib * 2**20
 
 
 def head_tokens(work: Workload) -> int:
     """Tokens whose logits are there at a time: a micro-batch's, or a chunk's of `kernels.linear_cross_entropy`."""
     if not fuses_head(work):
         return work.tokens
-    chunk = work.tokens * work.model.hidden_size // work.vocab_part
+    chunk = work.tokens * work.model.hidden_size // work.vocab_shard
     return min(work.tokens, max(chunk, work.implementation.head_chunk))
 
 

@@ -48,7 +48,7 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Passes:
-    """A part's forward pass, backward pass, and what of the forward pass the backward pass runs again."""
+    """Forward and backward pass of a layer, head or embedding; the backward pass includes recomputation."""
 
     forward: Seconds
     backward: Seconds
@@ -76,7 +76,7 @@ def layer_passes(work: Workload, machine: Machine) -> Passes:
 def head_passes(work: Workload, machine: Machine) -> Passes:
     """Final norm, head and loss. Where the latter two are one operation, forward also stands for their gradients."""
     tokens = head_tokens(work)
-    products = _linear(work, machine, work.vocab_part, work.model.hidden_size, tokens=tokens)
+    products = _linear(work, machine, work.vocab_shard, work.model.hidden_size, tokens=tokens)
     each = (work.bytes, 2 * work.bytes) if work.implementation.fused_loss or fuses_head(work) else LOSS_BYTES
     loss = [Seconds(memory_bound=memory_time(machine, size * logits(work))) for size in each]
     chunks = work.tokens / tokens

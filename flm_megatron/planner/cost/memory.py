@@ -89,7 +89,7 @@ def chunk_activations(work: Workload, rank: int) -> list[float]:
     sent = 0.0 if work.implementation.frees_pipeline_outputs else residual_bytes(work)
     kept = [layers * layer + sent for layers in work.chunks(rank)]
     if rank == work.parallel.pipeline - 1:
-        kept[-1] -= sent  # the last part's output is the head's input
+        kept[-1] -= sent  # the last chunk's output is the head's input
     return kept
 
 

@@ -35,7 +35,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class ChunkPasses:
-    """Passes of the parts that ranks are made of; the same for all layouts that differ in data or pipeline only."""
+    """Passes of a layer, the head and the embedding; the same in all layouts that differ in data or pipeline only."""
 
     layer: Passes
     head: Passes
@@ -47,23 +47,23 @@ def chunk_passes(work: Workload, machine: Machine) -> ChunkPasses:
     return ChunkPasses(layer_passes(work, machine), head_passes(work, machine), embedding_passes(work, machine))
 
 
-def step_time(work: Workload, machine: Machine, parts: ChunkPasses | None = None) -> StepTime:
+def step_time(work: Workload, machine: Machine, passes: ChunkPasses | None = None) -> StepTime:
     """Time of a step.
 
     The slowest pipeline rank works through all micro-batches; it waits besides while the first and the last ones
     pass the other ranks, which interleaving shortens by the number of chunks.
     """
-    parts = parts or chunk_passes(work, machine)
+    passes = passes or chunk_passes(work, machine)
     pipeline = work.parallel.pipeline
-    ranks = [_rank_compute(work, parts, rank) for rank in range(pipeline)]
+    ranks = [_rank_compute(work, passes, rank) for rank in range(pipeline)]
     slowest = max(ranks, key=lambda rank: rank.total)
-    transfer = _transfer(work, machine, parts)
+    transfer = _transfer(work, machine, passes)
     others = sum(rank.total + transfer for rank in ranks) - slowest.total - transfer
     return StepTime(
         compute=slowest * work.micro_batches,
         pipeline=transfer * work.micro_batches,
         bubble=others / work.parallel.virtual_pipeline,
-        data=_data(work, machine, parts),
+        data=_data(work, machine, passes),
         optimizer=_optimizer(work, machine),
     )
 
@@ -74,16 +74,16 @@ def tflops_per_device(work: Workload, seconds: float) -> float:
     return flops / seconds / work.world_size / 1e12
 
 
-def _rank_compute(work: Workload, parts: ChunkPasses, rank: int) -> Seconds:
-    time = parts.layer.total * sum(work.chunks(rank))
+def _rank_compute(work: Workload, passes: ChunkPasses, rank: int) -> Seconds:
+    time = passes.layer.total * sum(work.chunks(rank))
     if rank == 0:
-        time = time + parts.embedding.total
+        time = time + passes.embedding.total
     if rank == work.parallel.pipeline - 1:
-        time = time + parts.head.total
+        time = time + passes.head.total
     return time
 
 
-def _transfer(work: Workload, machine: Machine, parts: ChunkPasses) -> float:
+def _transfer(work: Workload, machine: Machine, passes: ChunkPasses) -> float:
     """Waiting for neighbours per micro-batch: 1F1B exchanges after each pass; the interleaved schedule's transfers
     run beside the next chunk's pass, and cost their start and what that does not hide."""
     if work.parallel.pipeline == 1:
@@ -93,12 +93,12 @@ def _transfer(work: Workload, machine: Machine, parts: ChunkPasses) -> float:
     chunks = work.parallel.virtual_pipeline
     if chunks == 1:
         return 2 * transfer
-    layers = min(work.parts)
-    passes = (parts.layer.forward.total * layers, parts.layer.backward.total * layers)
-    return chunks * sum(machine.latency_s + max(0.0, transfer - hidden) for hidden in passes)
+    layers = min(work.chunk_layers)
+    times = (passes.layer.forward.total * layers, passes.layer.backward.total * layers)
+    return chunks * sum(machine.latency_s + max(0.0, transfer - hidden) for hidden in times)
 
 
-def _data(work: Workload, machine: Machine, parts: ChunkPasses) -> float:
+def _data(work: Workload, machine: Machine, passes: ChunkPasses) -> float:
     """Reduction of fp32 gradients and gathering of new weights, less what one micro-batch's passes hide."""
     parameters = max(work.rank_parameters(rank, trained=True) for rank in range(work.parallel.pipeline))
     reduce = data_time(work, machine, 4.0 * parameters)
@@ -107,14 +107,14 @@ def _data(work: Workload, machine: Machine, parts: ChunkPasses) -> float:
     gather = data_time(work, machine, float(work.bytes * parameters))
     layers = max(sum(work.chunks(rank)) for rank in (0, work.parallel.pipeline - 1))
     if work.parallel.overlap_grad_reduce:
-        reduce = max(0.0, reduce - layers * parts.layer.backward.total)
+        reduce = max(0.0, reduce - layers * passes.layer.backward.total)
     if work.parallel.overlap_param_gather:
-        gather = max(0.0, gather - layers * parts.layer.forward.total)
+        gather = max(0.0, gather - layers * passes.layer.forward.total)
     return reduce + gather
 
 
 def _optimizer(work: Workload, machine: Machine) -> float:
-    """Clear and scale the gradients (12 bytes each), then norm and update of this rank's share: read gradient, master
+    """Clear and scale the gradients (12 bytes each), then norm and update of this rank's shard: read gradient, master
     and moments, write the latter and the weight."""
     parameters = max(work.rank_parameters(rank, trained=True) for rank in (0, work.parallel.pipeline - 1))
     shards = work.data if work.parallel.distributed_optimizer else 1

@@ -50,7 +50,7 @@ RECOMPUTED = [
 
 
 def label(parallel: ParallelConfig) -> str:
-    """Short name of a layout: t2s is tensor 2 with sequence parallelism, p2v2 two virtual parts."""
+    """Short name of a layout: t2s is tensor 2 with sequence parallelism, p2v2 a virtual pipeline of 2."""
     name = f"t{parallel.tensor}{'s' * parallel.sequence}p{parallel.pipeline}v{parallel.virtual_pipeline}"
     return name + "".join(f"-{count}" for count in parallel.pipeline_layers or [])
 

@@ -55,12 +55,12 @@ def by_hand(
                 yield name.replace(LAYER, f"{LAYER}{local}."), cut(name, value[layer], model, tensor, rank).contiguous()
         elif name.startswith(("embedding", "output_layer")):
             if layers.start == 0 if name.startswith("embedding") else layers.stop == model.num_layers:
-                yield name, vocabulary_part(value, tensor, rank, multiple)
+                yield name, vocabulary_shard(value, tensor, rank, multiple)
         elif name.startswith("decoder.final") and layers.stop == model.num_layers:
             yield name, value
 
 
-def vocabulary_part(value: torch.Tensor, tensor: int, rank: int, multiple: int) -> torch.Tensor:
+def vocabulary_shard(value: torch.Tensor, tensor: int, rank: int, multiple: int) -> torch.Tensor:
     """Rows of one rank, with rows of nine where there is padding."""
     padded = -(-len(value) // (multiple * tensor)) * multiple * tensor
     padding = torch.full((padded - len(value), value.shape[1]), 9.0, dtype=value.dtype)

@@ -95,7 +95,7 @@ def test_a_target_rank_finds_its_part_in_its_own_files(tmp_path: Path) -> None:
     ("layout", "message"),
     [
         ({"tensor": 3}, "linear_qkv.weight: its 4 query groups cannot be split over tensor size 3"),
-        ({"pipeline": 5}, "4 layers cannot be split into 5 parts"),
+        ({"pipeline": 5}, "4 layers cannot be split into 5 model chunks"),
         ({"tensor": 16}, "query groups"),
     ],
 )

@@ -25,7 +25,10 @@ ROWS = [
     Row("train run.yaml --start-anew=yes", "ignored explicit argument 'yes'"),
     Row("train run.yaml --stages.0.parallel.pipeline_layers [2]x", "--stages.0.parallel.pipeline_layers"),
     Row("train run.yaml --stages.0.parallel '{pipeline: 2, pipeline_layers: [2]}'", "[2] has 1 numbers"),
-    Row("train run.yaml --stages.0.parallel '{pipeline: 2, virtual_pipeline: 9}'", "cannot be split into 18 parts"),
+    Row(
+        "train run.yaml --stages.0.parallel '{pipeline: 2, virtual_pipeline: 9}'",
+        "split into 18 model chunks",
+    ),
     Row("train run.yaml --stages.0.parallel '{pipeline: 2, pipeline_layers: []}'", "pipeline_layers [] has 0 numbers"),
     Row("train run.yaml --stages.0.model.head_dim 7", "even number of channels"),
     Row("train run.yaml --stages.0.model.num_query_groups 3", "not a multiple of num_query_groups"),

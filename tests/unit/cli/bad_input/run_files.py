@@ -76,7 +76,7 @@ RULES = [
     Row("train run.yaml --stages.0.global_batch 0", "global_batch is 0"),
     Row("train run.yaml --stages.0.parallel.tensor 3", "do not divide by parallel.tensor 3"),
     Row("train run.yaml --stages.0.parallel.pipeline 100000000", "give at most 1048576"),
-    Row("train run.yaml --stages.0.parallel.pipeline 3", "cannot be split into 3 parts"),
+    Row("train run.yaml --stages.0.parallel.pipeline 3", "cannot be split into 3 model chunks"),
     Row("train run.yaml --stages.0.parallel.context 2", "context parallelism is not offered"),
     Row("train run.yaml --stages.0.parallel.sequence true", "parallel.sequence is true"),
     Row(f"train run.yaml --seed {HUGE}", "seed"),

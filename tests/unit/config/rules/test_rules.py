@@ -84,11 +84,11 @@ REFUSED: list[tuple[str, int | None, str]] = [
         None,
         "data.sequence_length 17 does not divide by parallel.tensor 2, as parallel.sequence needs",
     ),
-    ("stages.0.parallel.pipeline=9", None, "parallel: 8 layers cannot be split into 9 parts"),
+    ("stages.0.parallel.pipeline=9", None, "parallel: 8 layers cannot be split into 9 model chunks"),
     ("stages.0.parallel.virtual_pipeline=2", None, "parallel: virtual_pipeline 2 needs a pipeline of at least 2"),
     ("stages.0.parallel={pipeline: 2, pipeline_layers: [8]}", None, "pipeline_layers [8] has 1 numbers"),
     ("stages.0.parallel={pipeline: 2, pipeline_layers: [4, 5]}", None, "pipeline_layers [4, 5] adds up to 9"),
-    ("stages.0.parallel={pipeline: 2, pipeline_layers: [0, 8]}", None, "leaves a part without a layer"),
+    ("stages.0.parallel={pipeline: 2, pipeline_layers: [0, 8]}", None, "leaves a model chunk without a layer"),
     (
         "stages.0.parallel={tensor: 2, pipeline: 2}",
         6,
