@@ -111,19 +111,19 @@ def _judge(checkpoint: Path, file: Path, out: Path) -> int:
     from flm_megatron.config.schema import ParallelConfig
     from flm_megatron.data.conversations.conversation import read_conversations
     from flm_megatron.data.conversations.template import ChatTemplate
+    from flm_megatron.evaluation.evaluated import open_evaluated
     from flm_megatron.evaluation.perplexity.scoring import ScoringRequest
     from flm_megatron.evaluation.session import Session
-    from flm_megatron.evaluation.subject import open_subject
 
-    subject = open_subject(checkpoint)
-    template = ChatTemplate("tele-flm", subject.tokenizer)
+    evaluated = open_evaluated(checkpoint)
+    template = ChatTemplate("tele-flm", evaluated.tokenizer)
     whole: list[Any] = []
     words: list[Any] = []
     for index, item in enumerate(read_conversations(file)):
         (question, _), (answer, _) = template.pieces(item.messages, item.where)
         whole.append(ScoringRequest(index, [*question, *answer], len(question)))
-        words.append(replace(whole[-1], ids=[*question, *answer[: first_word(subject.tokenizer, answer)]]))
-    session = Session(subject, ParallelConfig(), batch=8)
+        words.append(replace(whole[-1], ids=[*question, *answer[: first_word(evaluated.tokenizer, answer)]]))
+    session = Session(evaluated, ParallelConfig(), batch=8)
     found = session.score(whole)
     values = {
         "loss": -sum(one.log_likelihood for one in found) / sum(len(one.ids) - one.start for one in whole),

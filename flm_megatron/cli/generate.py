@@ -56,16 +56,16 @@ def run(args: argparse.Namespace) -> int:
     from flm_megatron.data.conversations.template import ChatTemplate
     from flm_megatron.distributed.under_layout import run_under
     from flm_megatron.distributed.world import launched
+    from flm_megatron.evaluation.evaluated import open_evaluated
     from flm_megatron.evaluation.generation.run import run_generation
     from flm_megatron.evaluation.generation.terminal import relayed_lines
-    from flm_megatron.evaluation.subject import open_subject
 
     if args.out:
         require_file(args.out, "--out")
     request = _request(args)
-    subject = open_subject(args.checkpoint, args.tokenizer, args.vocab_size)
-    check_layout(subject.model, request.parallel)
-    ChatTemplate(request.template, subject.tokenizer)  # a file that is no template is refused here
+    evaluated = open_evaluated(args.checkpoint, args.tokenizer, args.vocab_size)
+    check_layout(evaluated.model, request.parallel)
+    ChatTemplate(request.template, evaluated.tokenizer)  # a file that is no template is refused here
     started_here = not launched() and request.parallel.processes > 1
     with relayed_lines() if args.chat and started_here else nullcontext() as lines:
         return run_under(request.parallel, run_generation, replace(request, lines=lines))

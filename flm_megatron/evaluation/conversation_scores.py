@@ -18,8 +18,8 @@ from flm_megatron.data.conversations.conversation import read_conversations
 from flm_megatron.data.conversations.screening import Score
 from flm_megatron.data.conversations.source import fitting
 from flm_megatron.data.conversations.template import ChatTemplate, Piece
+from flm_megatron.evaluation.evaluated import open_evaluated
 from flm_megatron.evaluation.model import load_model
-from flm_megatron.evaluation.subject import open_subject
 from flm_megatron.model.forward import Batch, forward, is_output_rank
 
 SMALLEST_LENGTH = 32
@@ -57,11 +57,11 @@ def score(request: ScoreRequest) -> int:
     """On every rank of the layout: score the conversations; returns 0.
 
     Raises:
-        RequestError: as `open_subject`, `read_conversations` and `ChatTemplate`.
+        RequestError: as `open_evaluated`, `read_conversations` and `ChatTemplate`.
     """
-    subject = open_subject(request.checkpoint, request.tokenizer, request.vocab_size)
-    template = ChatTemplate(request.template, subject.tokenizer)
-    window = request.window or subject.context
+    evaluated = open_evaluated(request.checkpoint, request.tokenizer, request.vocab_size)
+    template = ChatTemplate(request.template, evaluated.tokenizer)
+    window = request.window or evaluated.context
     conversations = [c for path in request.pool for c in read_conversations(path)]
     whole: dict[int, Row] = {}
     alone: dict[int, Row] = {}
@@ -71,8 +71,8 @@ def score(request: ScoreRequest) -> int:
         if pieces:
             whole[index] = _row(pieces)
             answers = [piece for piece in pieces if piece[1]]
-            alone[index] = _row(fitting([([subject.tokenizer.eod], False), *_merged(answers)], window + 1))
-    chunk = load_model(subject, request.parallel, request.precision)
+            alone[index] = _row(fitting([([evaluated.tokenizer.eod], False), *_merged(answers)], window + 1))
+    chunk = load_model(evaluated, request.parallel, request.precision)
     asked, unasked = (_measure(chunk, rows, request.batch) for rows in (whole, alone))
     if is_output_rank():
         scores = {

@@ -1,4 +1,4 @@
-"""A checkpoint to evaluate: its weights, its model, its tokenizer and where it stands in its run."""
+"""A checkpoint under evaluation: its weights, its model, its tokenizer and where it stands in its run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from flm_megatron.errors import RequestError
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is evaluated. `precision` is that of its training, `context` the tokens it was trained on at a time."""
+class EvaluatedCheckpoint:
+    """A checkpoint with its model and tokenizer. `precision` is that of its training, `context` its sequence length."""
 
     path: Path
     checkpoint: LogicalCheckpoint
@@ -34,8 +34,10 @@ class Subject:
         return self.path.name if at.stage is None else f"{at.stage} {at.step}"
 
 
-def open_subject(path: str | Path, tokenizer: str | Path | None = None, vocab_size: int | None = None) -> Subject:
-    """The checkpoint of any format at `path`, with `tokenizer` or the one that its run or its folder names.
+def open_evaluated(
+    path: str | Path, tokenizer: str | Path | None = None, vocab_size: int | None = None
+) -> EvaluatedCheckpoint:
+    """Open the checkpoint of any format at `path`, with `tokenizer` or the one that its run or its folder names.
 
     `vocab_size` is the true vocabulary, where the checkpoint is padded and does not record it.
 
@@ -50,7 +52,7 @@ def open_subject(path: str | Path, tokenizer: str | Path | None = None, vocab_si
     found = Tokenizer(tokenizer or _own_tokenizer(path, checkpoint.manifest))
     check_tokenizer(found, model, str(path), checkpoint.manifest, path)
     precision = stage.precision if stage else RecordedStage.precision
-    return Subject(path, checkpoint, model, found, precision, run.sequence_length)
+    return EvaluatedCheckpoint(path, checkpoint, model, found, precision, run.sequence_length)
 
 
 def _own_tokenizer(path: Path, manifest: dict[str, Any]) -> Path:

@@ -7,10 +7,10 @@ from typing import Any
 from flm_megatron.checkpoint.sharding.layout import check_layout
 from flm_megatron.checkpoint.sharding.model_state import chunks_to_evaluate
 from flm_megatron.config.schema import ParallelConfig, StageConfig
-from flm_megatron.evaluation.subject import Subject
+from flm_megatron.evaluation.evaluated import EvaluatedCheckpoint
 
 
-def load_model(subject: Subject, parallel: ParallelConfig, precision: str | None = None) -> Any:
+def load_model(evaluated: EvaluatedCheckpoint, parallel: ParallelConfig, precision: str | None = None) -> Any:
     """This rank's chunk of a checkpoint's model, ready to evaluate, growth masks as far open as they were.
 
     Runs inside the groups of `parallel`. Raises RequestError if the model cannot be split over them.
@@ -19,10 +19,10 @@ def load_model(subject: Subject, parallel: ParallelConfig, precision: str | None
     from flm_megatron.growth.schedule import mask_plan
     from flm_megatron.model.masks import GrowthMasks
 
-    check_layout(subject.model, parallel)
-    stage = StageConfig(model=subject.model, parallel=parallel, precision=precision or subject.precision)  # type: ignore[arg-type]
-    chunks = chunks_to_evaluate(subject.checkpoint, stage)
-    plan, opening = saved_plan(subject.checkpoint.manifest), saved_mask_value(subject.checkpoint.manifest)
+    check_layout(evaluated.model, parallel)
+    stage = StageConfig(model=evaluated.model, parallel=parallel, precision=precision or evaluated.precision)  # type: ignore[arg-type]
+    chunks = chunks_to_evaluate(evaluated.checkpoint, stage)
+    plan, opening = saved_plan(evaluated.checkpoint.manifest), saved_mask_value(evaluated.checkpoint.manifest)
     if plan is not None and opening < 1:
-        GrowthMasks(chunks, subject.model, mask_plan(plan)).set(opening)
+        GrowthMasks(chunks, evaluated.model, mask_plan(plan)).set(opening)
     return chunks[0]

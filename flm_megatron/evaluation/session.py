@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from flm_megatron.config.schema import ParallelConfig
+from flm_megatron.evaluation.evaluated import EvaluatedCheckpoint
 from flm_megatron.evaluation.generation.generate import Completion, GenerationRequest, OnText, generate
 from flm_megatron.evaluation.model import load_model
 from flm_megatron.evaluation.perplexity.scoring import Likelihood, ScoringRequest, score
-from flm_megatron.evaluation.subject import Subject
 from flm_megatron.model.forward import is_output_rank
 
 Request = TypeVar("Request", GenerationRequest, ScoringRequest)
@@ -24,10 +24,10 @@ class Session:
     """
 
     def __init__(
-        self, subject: Subject, parallel: ParallelConfig, precision: str | None = None, batch: int = 1
+        self, evaluated: EvaluatedCheckpoint, parallel: ParallelConfig, precision: str | None = None, batch: int = 1
     ) -> None:
-        self.tokenizer, self.batch = subject.tokenizer, batch
-        self._chunk = load_model(subject, parallel, precision)
+        self.tokenizer, self.batch = evaluated.tokenizer, batch
+        self._chunk = load_model(evaluated, parallel, precision)
 
     def generate(self, requests: Sequence[GenerationRequest], on_text: OnText | None = None) -> list[Completion]:
         """Completions in the order of the requests. `on_text` hears of those that rank 0's own replica completes."""
@@ -86,14 +86,14 @@ def _length(request: GenerationRequest | ScoringRequest) -> int:
 
 
 def hold_session(
-    subject: Subject,
+    evaluated: EvaluatedCheckpoint,
     parallel: ParallelConfig,
     precision: str | None,
     batch: int,
     lead: Callable[[Session], int],
 ) -> int:
     """On every rank: load the model; rank 0 runs `lead` with it, the others serve. Returns the exit status."""
-    session = Session(subject, parallel, precision, batch)
+    session = Session(evaluated, parallel, precision, batch)
     if dist.get_rank() != 0:
         session.serve()
         return 0

@@ -12,7 +12,7 @@ from flm_megatron.data.conversations.stream import ChatStream
 from flm_megatron.data.streams.stage_streams import training_stream
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import RequestError
-from flm_megatron.evaluation.subject import open_subject
+from flm_megatron.evaluation.evaluated import open_evaluated
 from flm_megatron.growth.foreseen import check_run_file
 from flm_megatron.launch.preflight import require_installed
 from flm_megatron.training.resume.first_checkpoint import check_no_mask
@@ -28,9 +28,9 @@ def prepared(run: RunConfig) -> tuple[RunConfig, list[str]]:
     """
     if run.checkpoint.initial is None:
         raise RequestError("checkpoint.initial is not set: name the checkpoint to fine-tune")
-    subject = open_subject(run.checkpoint.initial, run.tokenizer)
-    check_no_mask(subject.checkpoint.manifest, run.checkpoint.initial)
-    return _of_model(run, subject.model, subject.tokenizer.path)
+    evaluated = open_evaluated(run.checkpoint.initial, run.tokenizer)
+    check_no_mask(evaluated.checkpoint.manifest, run.checkpoint.initial)
+    return _of_model(run, evaluated.model, evaluated.tokenizer.path)
 
 
 def _of_model(run: RunConfig, model: ModelConfig, tokenizer: str) -> tuple[RunConfig, list[str]]:

@@ -9,7 +9,7 @@ from flm_megatron.checkpoint.hugging_face.writer import ExportOptions, write_hug
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.config.schema import ModelConfig, MupConfig
 from flm_megatron.data.tokenizer import Tokenizer, train_tokenizer
-from flm_megatron.evaluation.subject import Subject
+from flm_megatron.evaluation.evaluated import EvaluatedCheckpoint
 from tests.support.prose import prose
 
 VOCABULARY = 400
@@ -42,10 +42,10 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def subject_in(folder: Path, model: ModelConfig = MODEL) -> Subject:
+def evaluated_in(folder: Path, model: ModelConfig = MODEL) -> EvaluatedCheckpoint:
     """The same weights as fresh ones of `model`, multipliers and all, with the folder's tokenizer."""
     tokenizer = Tokenizer(folder / "tokenizer.model")
-    return Subject(folder, InitialCheckpoint(model, seed=3), model, tokenizer, "fp32", 64)
+    return EvaluatedCheckpoint(folder, InitialCheckpoint(model, seed=3), model, tokenizer, "fp32", 64)
 
 
 def reference_model(folder: Path) -> Any:

@@ -115,14 +115,14 @@ def _check_checkpoint(args: argparse.Namespace) -> None:
     from flm_megatron.checkpoint.sharding.layout import check_layout
     from flm_megatron.cli.options.model import layout_of
     from flm_megatron.data.conversations.template import ChatTemplate
-    from flm_megatron.evaluation.subject import open_subject
+    from flm_megatron.evaluation.evaluated import open_evaluated
 
     parallel = layout_of(args)
     if (parallel.data or 1) > 1:
         raise RequestError(f"--data is {parallel.data}: screening runs on one copy of the model, leave it out")
-    subject = open_subject(args.checkpoint, args.tokenizer, args.vocab_size)
-    check_layout(subject.model, parallel)
-    ChatTemplate(args.template, subject.tokenizer)
+    evaluated = open_evaluated(args.checkpoint, args.tokenizer, args.vocab_size)
+    check_layout(evaluated.model, parallel)
+    ChatTemplate(args.template, evaluated.tokenizer)
 
 
 def _scores(args: argparse.Namespace, indices: list[int]) -> dict[int, Score]:

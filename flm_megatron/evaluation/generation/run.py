@@ -16,11 +16,11 @@ from flm_megatron.data.conversations.template import TELE_FLM, ChatTemplate
 from flm_megatron.data.corpus.corpus import JSONL_SUFFIXES, Corpus
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import RequestError
+from flm_megatron.evaluation.evaluated import open_evaluated
 from flm_megatron.evaluation.generation.generate import GenerationRequest
 from flm_megatron.evaluation.generation.sampling import SamplingSettings
 from flm_megatron.evaluation.generation.terminal import line_reader
 from flm_megatron.evaluation.session import Session, hold_session
-from flm_megatron.evaluation.subject import open_subject
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 def run_generation(request: GenerateRequest) -> int:
     """On every rank of the layout: load the checkpoint, then complete the prompts or chat. Returns 0."""
-    subject = open_subject(request.checkpoint, request.tokenizer, request.vocab_size)
+    evaluated = open_evaluated(request.checkpoint, request.tokenizer, request.vocab_size)
     lead = _complete if request.prompts else _chat
     return hold_session(
-        subject, request.parallel, request.precision, request.batch, lambda session: lead(request, session)
+        evaluated, request.parallel, request.precision, request.batch, lambda session: lead(request, session)
     )
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from flm_megatron.config.schema import ParallelConfig
 from flm_megatron.data.conversations.template import TELE_FLM, ChatTemplate
+from flm_megatron.evaluation.evaluated import EvaluatedCheckpoint, open_evaluated
 from flm_megatron.evaluation.harness.tasks import load_tasks, task_files
 from flm_megatron.evaluation.session import Session, hold_session
-from flm_megatron.evaluation.subject import Subject, open_subject
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ def check_request(request: HarnessRequest) -> None:
     from flm_megatron.checkpoint.sharding.layout import check_layout
 
     for checkpoint in request.checkpoints:
-        subject = open_subject(checkpoint, request.tokenizer, request.vocab_size)
-        check_layout(subject.model, request.parallel)
-        ChatTemplate(request.template or TELE_FLM, subject.tokenizer)
+        evaluated = open_evaluated(checkpoint, request.tokenizer, request.vocab_size)
+        check_layout(evaluated.model, request.parallel)
+        ChatTemplate(request.template or TELE_FLM, evaluated.tokenizer)
     with task_files(request.tasks_folder, request.network):
         load_tasks(request.tasks, request.tasks_folder)
 
@@ -60,30 +60,30 @@ def evaluate(request: HarnessRequest) -> int:
     """On every rank of the layout: evaluate all checkpoints; rank 0 shows the result. Returns 0."""
     found: dict[str, Mapping[str, Any]] = {}
     for path in request.checkpoints:
-        subject = open_subject(path, request.tokenizer, request.vocab_size)
+        evaluated = open_evaluated(path, request.tokenizer, request.vocab_size)
 
-        def lead(session: Session, subject: Subject = subject) -> int:
+        def lead(session: Session, evaluated: EvaluatedCheckpoint = evaluated) -> int:
             """On rank 0, with the session ready."""
-            name = subject.name if subject.name not in found else str(subject.path)
-            found[name] = _run(request, session, subject)
+            name = evaluated.name if evaluated.name not in found else str(evaluated.path)
+            found[name] = _run(request, session, evaluated)
             return 0
 
-        hold_session(subject, request.parallel, request.precision, request.batch, lead)
+        hold_session(evaluated, request.parallel, request.precision, request.batch, lead)
     if found:
         _show(request, found)
     return 0
 
 
-def _run(request: HarnessRequest, session: Session, subject: Subject) -> Mapping[str, Any]:
+def _run(request: HarnessRequest, session: Session, evaluated: EvaluatedCheckpoint) -> Mapping[str, Any]:
     """What lm-evaluation-harness makes of one checkpoint. On rank 0 only."""
     from lm_eval.evaluator import simple_evaluate
 
     from flm_megatron.evaluation.harness.model import HarnessModel
 
-    template = ChatTemplate(request.template or TELE_FLM, subject.tokenizer)
+    template = ChatTemplate(request.template or TELE_FLM, evaluated.tokenizer)
     with task_files(request.tasks_folder, request.network):
         result = simple_evaluate(
-            HarnessModel(session, request.context or subject.context, template),
+            HarnessModel(session, request.context or evaluated.context, template),
             tasks=list(request.tasks),
             task_manager=load_tasks(request.tasks, request.tasks_folder),
             num_fewshot=request.fewshot,

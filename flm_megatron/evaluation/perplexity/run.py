@@ -12,6 +12,7 @@ from flm_megatron.checkpoint.position import recorded_position
 from flm_megatron.config.schema import ParallelConfig
 from flm_megatron.data.corpus.corpus import Corpus
 from flm_megatron.errors import RequestError
+from flm_megatron.evaluation.evaluated import EvaluatedCheckpoint, open_evaluated
 from flm_megatron.evaluation.model import load_model
 from flm_megatron.evaluation.perplexity.bits_per_byte import (
     DomainScore,
@@ -21,7 +22,6 @@ from flm_megatron.evaluation.perplexity.bits_per_byte import (
     weighted,
 )
 from flm_megatron.evaluation.perplexity.windows import check_window
-from flm_megatron.evaluation.subject import Subject, open_subject
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class BitsPerByteRequest:
     vocab_size: int | None = None
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
-    def windows(self, subject: Subject) -> WindowSettings:
+    def windows(self, evaluated: EvaluatedCheckpoint) -> WindowSettings:
         """The windows for one checkpoint."""
-        length = self.window or subject.context
+        length = self.window or evaluated.context
         return WindowSettings(length, self.stride or max(1, length // 2), self.batch)
 
 
@@ -71,9 +71,9 @@ def check_request(request: BitsPerByteRequest) -> None:
     if request.shares:
         check_shares(request.shares, list(request.texts))
     for checkpoint in request.checkpoints:
-        subject = open_subject(checkpoint, request.tokenizer, request.vocab_size)
-        check_layout(subject.model, request.parallel)
-        windows = request.windows(subject)
+        evaluated = open_evaluated(checkpoint, request.tokenizer, request.vocab_size)
+        check_layout(evaluated.model, request.parallel)
+        windows = request.windows(evaluated)
         check_window(windows.length, windows.stride)
 
 
@@ -97,16 +97,18 @@ def evaluate(request: BitsPerByteRequest) -> int:
 
 
 def _score(request: BitsPerByteRequest, path: Path, documents: Mapping[str, list[str]]) -> CheckpointScore:
-    subject = open_subject(path, request.tokenizer, request.vocab_size)
-    chunk = load_model(subject, request.parallel, request.precision)
-    windows = request.windows(subject)
+    evaluated = open_evaluated(path, request.tokenizer, request.vocab_size)
+    chunk = load_model(evaluated, request.parallel, request.precision)
+    windows = request.windows(evaluated)
     return CheckpointScore(
         path=str(path),
-        name=subject.name,
-        tokens_trained=recorded_position(subject.checkpoint.manifest).tokens,
-        precision=request.precision or subject.precision,
+        name=evaluated.name,
+        tokens_trained=recorded_position(evaluated.checkpoint.manifest).tokens,
+        precision=request.precision or evaluated.precision,
         windows=windows,
-        domains={name: score_documents(chunk, subject.tokenizer, texts, windows) for name, texts in documents.items()},
+        domains={
+            name: score_documents(chunk, evaluated.tokenizer, texts, windows) for name, texts in documents.items()
+        },
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from flm_megatron.cli.main import main
 from flm_megatron.config.schema import ParallelConfig
-from tests.support.evaluation_cases import TEXT, make_folder, subject_in
+from tests.support.evaluation_cases import TEXT, evaluated_in, make_folder
 from tests.support.pool import Pool
 
 LAYOUTS = [
@@ -59,7 +59,7 @@ def evaluate(parallel: ParallelConfig, folder: Path) -> dict[str, Any]:
     from flm_megatron.evaluation.perplexity.bits_per_byte import WindowSettings, score_documents
     from flm_megatron.evaluation.session import hold_session
 
-    subject = subject_in(folder)
+    evaluated = evaluated_in(folder)
     results: dict[str, Any] = {}
 
     def lead(session: Any) -> int:
@@ -67,10 +67,10 @@ def evaluate(parallel: ParallelConfig, folder: Path) -> dict[str, Any]:
         return 0
 
     with layout(parallel, 120):
-        chunk = load_model(subject, parallel)
-        score = score_documents(chunk, subject.tokenizer, [TEXT[:900], "x"], WindowSettings(32, 16, 3))
+        chunk = load_model(evaluated, parallel)
+        score = score_documents(chunk, evaluated.tokenizer, [TEXT[:900], "x"], WindowSettings(32, 16, 3))
         results["bits_per_byte"] = score.bits_per_byte
-        hold_session(subject, parallel, None, 3, lead)
+        hold_session(evaluated, parallel, None, 3, lead)
     return results
 
 

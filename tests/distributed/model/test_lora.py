@@ -14,7 +14,7 @@ from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.cli.main import main as flm
 from flm_megatron.config.schema import GrowthConfig, LoraConfig, ModelConfig, ParallelConfig, RunConfig
 from flm_megatron.errors import RequestError
-from flm_megatron.evaluation.subject import open_subject
+from flm_megatron.evaluation.evaluated import open_evaluated
 from flm_megatron.growth.plan import make_plan
 from flm_megatron.model.parameters import FC1, QKV
 from flm_megatron.training.resume.start import checkpoint_store
@@ -92,7 +92,7 @@ def test_a_run_trains_adapters_alone_and_an_export_has_them_merged(tmp_path: Pat
         results.append([line[2:] for line in losses(output)])
     assert results[0] == results[1] and results[0][-1][0] < results[0][0][0]
     last = checkpoint_store(RunConfig(output=str(tmp_path / "none"))).latest(["tuned"])
-    assert last is not None and open_subject(last).model.lora is not None
+    assert last is not None and open_evaluated(last).model.lora is not None
     assert flm(["checkpoint", "verify", str(last)]) == 0
     checkpoint, base = open_checkpoint(last), InitialCheckpoint(MODEL, SEED)
     assert all(torch.equal(checkpoint.read(name), base.read(name)) for name in base.tensors)

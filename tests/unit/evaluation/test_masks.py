@@ -12,8 +12,8 @@ import torch
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, ParallelConfig
+from flm_megatron.evaluation.evaluated import EvaluatedCheckpoint
 from flm_megatron.evaluation.model import load_model
-from flm_megatron.evaluation.subject import Subject
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 from flm_megatron.growth.plan import make_plan
 from flm_megatron.model.forward import Batch, forward
@@ -26,8 +26,8 @@ TOKENS = torch.randint(4, 400, (2, 16), generator=torch.Generator().manual_seed(
 def logits(checkpoint: LogicalCheckpoint, model: ModelConfig) -> torch.Tensor:
     """Logits of TOKENS."""
     none: Any = None  # a forward pass needs no tokenizer
-    subject = Subject(Path("view"), checkpoint, model, none, "fp32", 16)
-    return forward(load_model(subject, ParallelConfig()), [Batch(TOKENS)], 1, lambda _, x: x.clone())[0]
+    evaluated = EvaluatedCheckpoint(Path("view"), checkpoint, model, none, "fp32", 16)
+    return forward(load_model(evaluated, ParallelConfig()), [Batch(TOKENS)], 1, lambda _, x: x.clone())[0]
 
 
 def test_masks_are_as_far_open_as_the_step_says() -> None:
@@ -50,4 +50,7 @@ def test_a_model_that_does_not_fit_the_layout_is_refused() -> None:
 
     with one_process(), pytest.raises(RequestError, match="2 query groups cannot be split over tensor size 4"):
         none: Any = None
-        load_model(Subject(Path("x"), InitialCheckpoint(MODEL, 3), MODEL, none, "fp32", 16), ParallelConfig(tensor=4))
+        load_model(
+            EvaluatedCheckpoint(Path("x"), InitialCheckpoint(MODEL, 3), MODEL, none, "fp32", 16),
+            ParallelConfig(tensor=4),
+        )

@@ -19,7 +19,7 @@ from flm_megatron.config.loader import load_run, run_to_dict
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.data.tokenizer import Tokenizer, train_tokenizer
 from flm_megatron.errors import RequestError
-from flm_megatron.evaluation.subject import open_subject
+from flm_megatron.evaluation.evaluated import open_evaluated
 from tests.support.checkpoint_cases import Memory, flm_checkpoint
 from tests.support.evaluation_cases import reference_model
 from tests.support.prose import prose
@@ -80,8 +80,8 @@ def test_a_vocabulary_that_the_tokenizer_gave_is_in_the_manifest(
     assert manifest["tokenizer_sha256"] == Tokenizer(folder / "tokenizer.model").fingerprint
     assert flm_checkpoint("verify", folder / "big") == 0
     assert "sizes and checksums of" in capsys.readouterr().out
-    subject = open_subject(folder / "big")  # what `flm eval` and `flm generate` start with
-    assert subject.model.vocab_size == subject.tokenizer.vocab_size == VOCABULARY
+    evaluated = open_evaluated(folder / "big")  # what `flm eval` and `flm generate` start with
+    assert evaluated.model.vocab_size == evaluated.tokenizer.vocab_size == VOCABULARY
 
 
 def test_transformers_computes_the_small_models_logits_from_the_grown_export(folder: Path) -> None:

@@ -19,7 +19,7 @@ from flm_megatron.evaluation.generation.terminal import line_reader, relayed_lin
 from flm_megatron.evaluation.model import load_model
 from flm_megatron.model.forward import Batch, forward
 from tests.support.engine import one_process
-from tests.support.evaluation_cases import MODEL, make_folder, reference_model, subject_in
+from tests.support.evaluation_cases import MODEL, evaluated_in, make_folder, reference_model
 
 PROMPTS = ["import torch", "def", "class Batch:\n    tokens: Tensor", "文"]
 NEW = 24
@@ -38,11 +38,11 @@ def requests(tokenizer: Any, sampling: SamplingSettings, new: int = NEW) -> list
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_greedy_tokens_are_those_of_transformers(folder: Path, penalty: float) -> None:
-    subject, reference = subject_in(folder), reference_model(folder)
+    evaluated, reference = evaluated_in(folder), reference_model(folder)
     with one_process():
-        chunk = load_model(subject, ParallelConfig())
-        asked = requests(subject.tokenizer, SamplingSettings(repetition_penalty=penalty))
-        found = generate(chunk, subject.tokenizer, asked)
+        chunk = load_model(evaluated, ParallelConfig())
+        asked = requests(evaluated.tokenizer, SamplingSettings(repetition_penalty=penalty))
+        found = generate(chunk, evaluated.tokenizer, asked)
     for request, completion in zip(asked, found, strict=True):
         ids = torch.tensor([list(request.prompt)])
         with torch.no_grad():
@@ -52,33 +52,33 @@ def test_greedy_tokens_are_those_of_transformers(folder: Path, penalty: float) -
                 max_new_tokens=NEW,
                 do_sample=False,
                 repetition_penalty=penalty,
-                eos_token_id=subject.tokenizer.eod,
+                eos_token_id=evaluated.tokenizer.eod,
             )
         expected = output[0, ids.shape[1] :].tolist()
-        assert completion.ids == [i for i in expected if i != subject.tokenizer.eod]
-        assert completion.finish_reason == ("eod" if expected[-1] == subject.tokenizer.eod else "length")
-        assert completion.text == subject.tokenizer.decode(completion.ids)
+        assert completion.ids == [i for i in expected if i != evaluated.tokenizer.eod]
+        assert completion.finish_reason == ("eod" if expected[-1] == evaluated.tokenizer.eod else "length")
+        assert completion.text == evaluated.tokenizer.decode(completion.ids)
 
 
 def test_sampling_does_not_depend_on_the_batch(folder: Path) -> None:
-    subject = subject_in(folder)
+    evaluated = evaluated_in(folder)
     sampling = SamplingSettings(temperature=0.9, top_k=50, top_p=0.95, seed=5)
     with one_process():
-        chunk = load_model(subject, ParallelConfig())
-        asked = requests(subject.tokenizer, sampling)
-        together = generate(chunk, subject.tokenizer, asked)
-        alone = [generate(chunk, subject.tokenizer, [request])[0] for request in asked]
-        again = generate(chunk, subject.tokenizer, requests(subject.tokenizer, replace(sampling, seed=6)))
+        chunk = load_model(evaluated, ParallelConfig())
+        asked = requests(evaluated.tokenizer, sampling)
+        together = generate(chunk, evaluated.tokenizer, asked)
+        alone = [generate(chunk, evaluated.tokenizer, [request])[0] for request in asked]
+        again = generate(chunk, evaluated.tokenizer, requests(evaluated.tokenizer, replace(sampling, seed=6)))
     assert together == alone
     assert [c.ids for c in together] != [c.ids for c in again]
 
 
 @pytest.mark.parametrize("model", [MODEL, replace(MODEL, position="xpos", xpos_scale_base=8.0)], ids=["rope", "xpos"])
 def test_the_cache_gives_the_logits_of_whole_forward_passes(folder: Path, model: ModelConfig) -> None:
-    subject = subject_in(folder, model)
+    evaluated = evaluated_in(folder, model)
     ids = torch.randint(4, 400, (2, 12), generator=torch.Generator().manual_seed(0))
     with one_process():
-        chunk = load_model(subject, ParallelConfig())
+        chunk = load_model(evaluated, ParallelConfig())
         whole = forward(chunk, [Batch(ids)], 1, lambda _, logits: logits.clone())[0]
         with chunk.cached(12):
             for start, end in ((0, 5), (5, 9), (9, 10), (10, 11), (11, 12)):  # several new positions, then single ones
@@ -89,15 +89,15 @@ def test_the_cache_gives_the_logits_of_whole_forward_passes(folder: Path, model:
 
 
 def test_a_stop_string_ends_a_completion_and_is_not_part_of_it(folder: Path) -> None:
-    subject = subject_in(folder)
+    evaluated = evaluated_in(folder)
     with one_process():
-        chunk = load_model(subject, ParallelConfig())
-        prompt = subject.tokenizer.encode("import torch")
-        free = generate(chunk, subject.tokenizer, [GenerationRequest(0, prompt, NEW)])[0]
+        chunk = load_model(evaluated, ParallelConfig())
+        prompt = evaluated.tokenizer.encode("import torch")
+        free = generate(chunk, evaluated.tokenizer, [GenerationRequest(0, prompt, NEW)])[0]
         stop = free.text[6:8]
         shown: list[str] = []
         request = GenerationRequest(0, prompt, NEW, (stop,))
-        found = generate(chunk, subject.tokenizer, [request], lambda _, text: shown.append(text))[0]
+        found = generate(chunk, evaluated.tokenizer, [request], lambda _, text: shown.append(text))[0]
     assert found.finish_reason == "stop"
     assert found.text == free.text[: free.text.index(stop)] == "".join(shown)
     assert len(found.ids) < len(free.ids)
@@ -110,14 +110,14 @@ def test_a_chat_remembers_what_was_said(
     settings = ["--max-new-tokens", "5", "--system", "be brief", "--no-stream"]
     assert main(["generate", str(folder / "llama"), "--chat", *settings]) == 0
     answers = capsys.readouterr().out
-    subject = subject_in(folder)
-    encode, eod = subject.tokenizer.encode, subject.tokenizer.eod
+    evaluated = evaluated_in(folder)
+    encode, eod = evaluated.tokenizer.encode, evaluated.tokenizer.eod
     first = encode("<_system>be brief<_user>import torch<_bot>")
     with one_process():
-        chunk = load_model(subject, ParallelConfig())
-        one = generate(chunk, subject.tokenizer, [GenerationRequest(0, first, 5)])[0]
+        chunk = load_model(evaluated, ParallelConfig())
+        one = generate(chunk, evaluated.tokenizer, [GenerationRequest(0, first, 5)])[0]
         again = [*first, *encode(one.text), eod, *encode("<_user>again<_bot>")]
-        two = generate(chunk, subject.tokenizer, [GenerationRequest(0, again, 5)])[0]
+        two = generate(chunk, evaluated.tokenizer, [GenerationRequest(0, again, 5)])[0]
     assert answers == f"{one.text}\n{two.text}\n"
 
 

@@ -24,7 +24,7 @@ from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.harness.model import HarnessModel
 from flm_megatron.evaluation.session import Session
 from tests.support.engine import one_process
-from tests.support.evaluation_cases import TEXT, make_folder, reference_model, subject_in
+from tests.support.evaluation_cases import TEXT, evaluated_in, make_folder, reference_model
 
 TASKS = REPOSITORY / "examples" / "evaluation"
 CONTEXT = 32
@@ -48,10 +48,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def with_model(folder: Path, ask: Callable[[HarnessModel], Any], batch: int = 3) -> Any:
     """What `ask` makes of the harness's model over the folder's weights."""
-    subject = subject_in(folder)
+    evaluated = evaluated_in(folder)
     with one_process():
-        session = Session(subject, ParallelConfig(), None, batch)
-        return ask(HarnessModel(session, CONTEXT, ChatTemplate(TELE_FLM, subject.tokenizer)))
+        session = Session(evaluated, ParallelConfig(), None, batch)
+        return ask(HarnessModel(session, CONTEXT, ChatTemplate(TELE_FLM, evaluated.tokenizer)))
 
 
 def instances(kind: Any, arguments: list[tuple[Any, ...]]) -> list[Instance]:
@@ -68,7 +68,7 @@ def reference(folder: Path, ids: list[int], start: int) -> tuple[float, bool]:
 
 
 def test_log_likelihoods_are_those_of_transformers(folder: Path) -> None:
-    tokenizer = subject_in(folder).tokenizer
+    tokenizer = evaluated_in(folder).tokenizer
     found = with_model(folder, lambda model: model.loglikelihood(instances("loglikelihood", PAIRS), disable_tqdm=True))
     for (context, continuation), (value, greedy) in zip(PAIRS, found, strict=True):
         whole = tokenizer.encode(context + continuation)
@@ -96,7 +96,7 @@ def test_rolling_log_likelihood_counts_every_token_once(folder: Path) -> None:
     found = with_model(
         folder, lambda m: m.loglikelihood_rolling(instances("loglikelihood_rolling", [(text,) for text in texts]))
     )
-    tokenizer = subject_in(folder).tokenizer
+    tokenizer = evaluated_in(folder).tokenizer
     for text, value in zip(texts, found, strict=True):
         ids = [tokenizer.eod, *tokenizer.encode(text)]
         total, end = 0.0, 1
@@ -124,7 +124,7 @@ def test_unknown_generation_options_are_refused(folder: Path) -> None:
 
 
 def test_chats_are_written_in_the_template(folder: Path) -> None:
-    tokenizer = subject_in(folder).tokenizer
+    tokenizer = evaluated_in(folder).tokenizer
     messages = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b"},
@@ -147,7 +147,7 @@ def test_tasks_run_over_local_files(folder: Path, tmp_path: Path, capsys: pytest
     assert [record["target"] for record in judged] == ["Thank you for the careful review.", "Yes."]
     assert all(isinstance(record["answers"][0], str) for record in judged)
     texts = [json.loads(line)["text"] for line in (TASKS / "prose.jsonl").read_text().splitlines()]
-    tokenizer = subject_in(folder).tokenizer
+    tokenizer = evaluated_in(folder).tokenizer
     nats = -sum(reference(folder, [tokenizer.eod, *tokenizer.encode(text)], 1)[0] for text in texts)
     expected = nats / math.log(2) / sum(len(text.encode()) for text in texts)
     assert scores["prose"]["bits_per_byte,none"] == pytest.approx(expected, rel=2e-2)  # windows of 64 tokens

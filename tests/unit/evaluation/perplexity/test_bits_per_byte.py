@@ -15,7 +15,7 @@ from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.evaluation.model import load_model
 from flm_megatron.evaluation.perplexity.bits_per_byte import DomainScore, WindowSettings, score_documents, weighted
 from tests.support.engine import one_process
-from tests.support.evaluation_cases import TEXT, make_folder, make_tokenizer, reference_model, subject_in
+from tests.support.evaluation_cases import TEXT, evaluated_in, make_folder, make_tokenizer, reference_model
 
 DOCUMENTS = [TEXT[:500], "x", "naïve — 文字\n" + TEXT[700:900]]
 
@@ -48,12 +48,12 @@ def reference_nats(folder: Path, documents: list[str], length: int, stride: int)
 
 @pytest.mark.parametrize(("length", "stride"), [(64, 32), (16, 16), (10, 3)])
 def test_nats_are_those_of_transformers(folder: Path, length: int, stride: int) -> None:
-    subject = subject_in(folder)
+    evaluated = evaluated_in(folder)
     with one_process():
         from flm_megatron.config.schema import ParallelConfig
 
-        chunk = load_model(subject, ParallelConfig())
-        score = score_documents(chunk, subject.tokenizer, DOCUMENTS, WindowSettings(length, stride, batch=3))
+        chunk = load_model(evaluated, ParallelConfig())
+        score = score_documents(chunk, evaluated.tokenizer, DOCUMENTS, WindowSettings(length, stride, batch=3))
     expected = reference_nats(folder, DOCUMENTS, length, stride)
     assert score.nats == pytest.approx(expected, rel=2e-6)
     assert score.text_bytes == len("".join(DOCUMENTS).encode())
