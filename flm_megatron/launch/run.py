@@ -112,19 +112,21 @@ def _train_as_rank(run: RunConfig, only: str | None) -> int:
     from flm_megatron.launch.heartbeat import heartbeat
     from flm_megatron.launch.outcome import report_end
     from flm_megatron.launch.run_lease import run_lease
-    from flm_megatron.training.resume.memory_copies import memory_copies
-    from flm_megatron.training.resume.start import checked_start, find_start
+    from flm_megatron.training.resume.memory_copies import first_start, memory_copies
+    from flm_megatron.training.resume.start import find_start
     from flm_megatron.training.stage import train_stage
 
     check(run, int(os.environ["WORLD_SIZE"]), stages=[only] if only else None)
     with world(run.distributed), heartbeat(run.distributed.timeout_s), run_lease(run), memory_copies(run) as copies:
-        start = Processes().on_first(partial(checked_start, run, only))
+        start = first_start(run, only, copies)
         if is_main_rank():
             write_run_file(run)
         goes_on = True
         while start is not None and goes_on:
-            goes_on = train_stage(run, copies.newer(start, only) if copies else start, copies)
+            goes_on = train_stage(run, start, copies)
             start = Processes().on_first(partial(find_start, run, only))
+            if start is not None and copies is not None:
+                start = copies.newer(start, only)
         finished = start is None
         training_ended(*((FINISHED, "") if finished else (STOPPED, SAVED)))
         if is_main_rank():

@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flm_megatron.config.schema import MemoryConfig, RunConfig
 from flm_megatron.distributed.world import is_main_rank
-from flm_megatron.errors import FlmError, RequestError
+from flm_megatron.errors import DamagedError, FlmError, RequestError
 
 if TYPE_CHECKING:
     from flm_megatron.checkpoint.memory.reader import MemoryCheckpoint
@@ -58,6 +59,30 @@ def forgotten_on_error(copies: MemoryCopies | None) -> Iterator[None]:
         if copies is not None:
             copies.peers.stop()
         raise
+
+
+def first_start(run: RunConfig, only: str | None, copies: MemoryCopies | None) -> Start | None:
+    """What the ranks of a world begin with: the run's newest whole checkpoint, or newer copies in memory; none where
+    nothing is left to do. All ranks call.
+
+    Raises:
+        RequestError: as `checked_start`.
+        DamagedError: there are checkpoints, all of them are damaged, and memory has no copies.
+    """
+    from flm_megatron.distributed.processes import Processes
+    from flm_megatron.training.resume.start import Start, checked_start
+
+    try:
+        start = Processes().on_first(partial(checked_start, run, only))
+    except DamagedError:
+        if copies is None:
+            raise
+        found = copies.newer(Start(-1, 0, None, resumes=False), only)  # whatever memory has is newer than nothing
+        if not found.resumes:
+            raise
+        copies.line += "; every checkpoint on the disk is damaged"
+        return found
+    return start if start is None or copies is None else copies.newer(start, only)
 
 
 class MemoryCopies:

@@ -22,8 +22,14 @@ from flm_megatron.checkpoint.memory.starting import agent_name, obstacle
 from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import CheckpointConfig, MemoryConfig, RunConfig, StageConfig
 from flm_megatron.distributed.process_group import process_group
-from flm_megatron.errors import FlmError, RequestError
-from flm_megatron.training.resume.memory_copies import NOT_USED, MemoryCopies, forgotten_on_error, memory_copies
+from flm_megatron.errors import DamagedError, FlmError, RequestError
+from flm_megatron.training.resume.memory_copies import (
+    NOT_USED,
+    MemoryCopies,
+    first_start,
+    forgotten_on_error,
+    memory_copies,
+)
 from flm_megatron.training.resume.start import Start
 from tests.support.memory_cases import agents, fill, overwrite, wait_until
 
@@ -246,6 +252,27 @@ def test_a_run_whose_ranks_are_lost_goes_on_from_memory_if_that_is_further_than_
             if checkpoint is not None:
                 with pytest.raises(FlmError, match="no longer in memory"):
                     checkpoint.read(next(iter(checkpoint.tensors)))
+
+
+def test_memory_is_looked_at_where_every_checkpoint_on_disk_is_damaged(
+    peers: OneHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    (tmp_path / "checkpoints/small/step_00000012").mkdir(parents=True)  # without its manifest
+    stages = [StageConfig(name=name, tokens=10**6) for name in ("tiny", "small")]
+    run = RunConfig(stages=stages, checkpoint=CheckpointConfig(memory=MemoryConfig()), output=str(tmp_path))
+    with memory_copies(run) as copies:
+        assert copies is not None
+        copies.peers.stop = lambda: None  # type: ignore[method-assign]
+        with pytest.raises(DamagedError, match="none of the 1 checkpoints"):
+            first_start(run, None, copies)
+    refresh(started(peers, NONE, None), 10, run=run_to_dict(run))
+    settle(peers)
+    with memory_copies(run) as copies:
+        found = first_start(run, None, copies)
+        assert found is not None and copies is not None and copies.checkpoint is not None
+        assert (found.stage, found.step, found.resumes, found.source) == (1, 10, True, None)
+        assert found.taken == ("step_00000012",) and copies.line.endswith("every checkpoint on the disk is damaged")
 
 
 def test_copies_of_a_state_that_may_be_wrong_are_forgotten(peers: OneHost) -> None:
