@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.reliability.loading [--layers 4] [--folder /tmp]
 
-One rank with a real engine and optimizer, the neighbour's agent behind a TCP connection of this machine, the disk with
+One rank with a real model and optimizer, the neighbour's agent behind a TCP connection of this machine, the disk with
 its cache emptied of the checkpoint. Prints a Markdown table.
 """
 
@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from benchmarks.reliability.stall import GIB, MANIFEST, engine_of, wait_whole
+from benchmarks.reliability.stall import GIB, MANIFEST, train_state_of, wait_whole
 from benchmarks.reliability.timing import forget, timed
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.memory.blobs import NONE
@@ -38,28 +38,28 @@ class Elsewhere(MemoryCheckpoint):
 
 def measure(layers: int, folder: Path) -> None:
     """Load the same state from everywhere."""
-    with engine_of(layers) as engine:
-        nbytes = sum(tensor.nbytes for _, _, tensor in stored_state(engine.chunks, engine.optimizer)[1])
+    with train_state_of(layers) as state:
+        nbytes = sum(tensor.nbytes for _, _, tensor in stored_state(state.chunks, state.optimizer)[1])
         peers = Peers()
         refresher = Refresher(peers, NONE, None)
-        refresher.reserve(engine.chunks, engine.optimizer, None)
-        refresher.refresh(engine.chunks, engine.optimizer, MANIFEST)
+        refresher.reserve(state.chunks, state.optimizer, None)
+        refresher.refresh(state.chunks, state.optimizer, MANIFEST)
         wait_whole(peers.local)
         search_s = timed(lambda: peers.search(lambda stage, step: True))
         _, near = peers.search(lambda stage, step: True)
         assert near is not None
-        save_state(folder / "saved", engine.chunks, engine.optimizer, MANIFEST).wait()
+        save_state(folder / "saved", state.chunks, state.optimizer, MANIFEST).wait()
         print(f"state {nbytes / GIB:.2f} GiB")
         print(f"copies are found and held against their checksums in {search_s:.2f} s")
         print("| from | s | GiB/s |\n|---|---|---|")
         checkpoints: dict[str, LogicalCheckpoint] = {"own host's memory": near, "a neighbour's memory": Elsewhere(near)}
         for name, checkpoint in checkpoints.items():
-            load = partial(load_state, checkpoint, engine.chunks, engine.optimizer)
+            load = partial(load_state, checkpoint, state.chunks, state.optimizer)
             report(name, [timed(load) for _ in range(TIMES)], nbytes)
         seconds = []
         for _ in range(TIMES):
             forget(folder)
-            load = partial(load_state, open_checkpoint(folder / "saved"), engine.chunks, engine.optimizer)
+            load = partial(load_state, open_checkpoint(folder / "saved"), state.chunks, state.optimizer)
             seconds.append(timed(load))
         report("the disk", seconds, nbytes)
         peers.stop()

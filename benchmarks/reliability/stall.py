@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.reliability.stall [--layers 6] [--only save|memory] [--folder /tmp]
 
-One rank with a real engine and optimizer (bf16 weights, fp32 masters and moments). Prints one line per measure.
+One rank with a real model and optimizer (bf16 weights, fp32 masters and moments). Prints one line per measure.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ class WithNeighbour(Peers):
 
 
 @contextmanager
-def engine_of(layers: int) -> Iterator[TrainState]:
-    """A real engine on one rank."""
+def train_state_of(layers: int) -> Iterator[TrainState]:
+    """A real model and optimizer on one rank."""
     from flm_megatron.training.step import TrainState
 
     kernels.use(kernels.choose(KernelsConfig()))
@@ -101,7 +101,7 @@ def engine_of(layers: int) -> Iterator[TrainState]:
 
 def measure(layers: int, only: str | None, folder: Path) -> None:
     """All measures, or those of one kind, one after the other."""
-    with engine_of(layers) as state:
+    with train_state_of(layers) as state:
         parts = stored_state(state.chunks, state.optimizer)[1]
         nbytes = sum(tensor.nbytes for _, _, tensor in parts)
         print(f"state {nbytes / GIB:.2f} GiB in {len(parts)} regions")

@@ -54,7 +54,7 @@ def _keep_result(path: Path, function: Callable[..., object], args: tuple[Any, .
     return 0
 
 
-def measure_engine(request: Request) -> dict[str, Any]:
+def measure_training_step(request: Request) -> dict[str, Any]:
     """Measure our training step, on each rank of a world under the stage's layout; a `Measurement` as plain data."""
     from megatron.core import parallel_state
 

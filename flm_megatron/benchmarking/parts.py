@@ -1,4 +1,4 @@
-"""Marks the parts of the engine's model for the profiler, and profiles steps by part."""
+"""Marks the parts of the model for the profiler, and profiles steps by part."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from flm_megatron import kernels
 from flm_megatron.benchmarking.environment import command_line, environment
-from flm_megatron.benchmarking.measure import measure_engine, on_ranks
+from flm_megatron.benchmarking.measure import measure_training_step, on_ranks
 from flm_megatron.benchmarking.report import Report
 from flm_megatron.benchmarking.result import Measurement
 from flm_megatron.benchmarking.workload import Request, describe, local_layouts
@@ -44,7 +44,7 @@ def benchmark(request: Request, wanted: Wanted) -> Report | None:
 
 def _measure(request: Request) -> list[Measurement]:
     """The stage under its own layout; nothing on ranks that do not report."""
-    values = on_ranks(request.stage.parallel, request.timeout_s, measure_engine, request)
+    values = on_ranks(request.stage.parallel, request.timeout_s, measure_training_step, request)
     return [Measurement(**values)] if values else []
 
 

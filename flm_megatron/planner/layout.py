@@ -19,7 +19,7 @@ BYTES = {"fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True)
 class Implementation:
-    """What kernels keep and move. The defaults are this project's engine on CUDA."""
+    """What kernels keep and move. The defaults are this program's on CUDA."""
 
     flash_attention: bool = True
     """Attention that never stores the matrix of scores."""

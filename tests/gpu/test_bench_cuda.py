@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flm_megatron.benchmarking.measure import measure_engine, on_ranks
+from flm_megatron.benchmarking.measure import measure_training_step, on_ranks
 from flm_megatron.benchmarking.result import Measurement
 from flm_megatron.benchmarking.workload import Request
 from flm_megatron.config.schema import KernelsConfig, ModelConfig, ParallelConfig, StageConfig
@@ -23,7 +23,7 @@ STAGE = StageConfig(name="small", model=MODEL, micro_batch=2, global_batch=4, pr
 def measured() -> Measurement:
     """One measurement of the stage."""
     values: dict[str, Any] = on_ranks(
-        ParallelConfig(), 600, measure_engine, Request(STAGE, 2048, KernelsConfig(), steps=10)
+        ParallelConfig(), 600, measure_training_step, Request(STAGE, 2048, KernelsConfig(), steps=10)
     )
     return Measurement(**values)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flm_megatron.benchmarking.measure import measure_engine, on_ranks
+from flm_megatron.benchmarking.measure import measure_training_step, on_ranks
 from flm_megatron.benchmarking.result import Measurement
 from flm_megatron.benchmarking.workload import Request, layer_stack
 from flm_megatron.config.schema import KernelsConfig, ModelConfig, OptimizerConfig, ParallelConfig, StageConfig
@@ -16,8 +16,8 @@ from flm_megatron.device import current
 from flm_megatron.kernels import fp8
 from flm_megatron.optim.learning_rate import set_learning_rates
 from flm_megatron.training.step import Batch, TrainState
-from tests.support.engine import one_process
 from tests.support.fp8_oracle import linear
+from tests.support.one_process import one_process
 
 pytestmark = [
     pytest.mark.gpu,
@@ -104,4 +104,4 @@ def test_a_step_of_the_52b_shape_is_faster() -> None:
 def step_time_s(stage: StageConfig) -> float:
     """Median seconds of a step on one GPU."""
     request = Request(stage, 4096, KernelsConfig(), steps=10, profiled=0)
-    return Measurement(**on_ranks(ParallelConfig(), 600, measure_engine, request)).step_time_s
+    return Measurement(**on_ranks(ParallelConfig(), 600, measure_training_step, request)).step_time_s

@@ -91,8 +91,8 @@ def micro_batches(batch: Batch, micro: int) -> list[Batch]:
 
 
 @contextmanager
-def engine_under(parallel: ParallelConfig, stage: StageConfig = STAGE, seed: int = 7) -> Iterator[TrainState]:
-    """An engine with the initial weights of `seed` under a layout."""
+def train_state_under(parallel: ParallelConfig, stage: StageConfig = STAGE, seed: int = 7) -> Iterator[TrainState]:
+    """A model and optimizer with the initial weights of `seed` under a layout."""
     # As few micro-batches as exercise accumulation and the pipeline: each costs collectives in every layer.
     micro = max(1, GLOBAL_BATCH // (parallel.data or 1) // max(2, parallel.pipeline))
     stage = replace(stage, parallel=parallel, micro_batch=micro)
@@ -118,7 +118,7 @@ def take_steps(state: TrainState, steps: range) -> list[tuple[float, float]]:
 
 def train_under(parallel: ParallelConfig, stage: StageConfig = STAGE, steps: int = 10) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step under a layout, from the same initial bits."""
-    with engine_under(parallel, stage) as state:
+    with train_state_under(parallel, stage) as state:
         return take_steps(state, range(steps))
 
 

@@ -1,4 +1,4 @@
-"""Tele-FLM in plain PyTorch, independent of megatron-core: what the engine's model is held against.
+"""Tele-FLM in plain PyTorch, independent of megatron-core: what the model is compared with.
 
 Driven by a table of logical tensors (names and shapes of `model.parameters`) in any floating dtype. Written for
 reading, not for speed: one sequence of formulas, attention with its full matrix of scores.

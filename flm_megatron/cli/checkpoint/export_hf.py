@@ -2,7 +2,7 @@
 
 The `teleflm` flavour has the released form, with its multipliers in config.json and code that `transformers` loads
 with trust_remote_code. The `llama` flavour has the multipliers folded into embedding and head, so that plain Llama
-gives the same logits and every serving engine can load it.
+gives the same logits and every inference server can load it.
 """
 
 from __future__ import annotations

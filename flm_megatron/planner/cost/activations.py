@@ -1,6 +1,6 @@
 """Bytes of activations of one micro-batch on one tensor-parallel rank, kept from forward to backward or made again.
 
-After arXiv 2205.05198, with the tensors that this engine's layers were seen to keep (a test counts them).
+After arXiv 2205.05198, with the tensors that this program's layers keep (a test counts them).
 """
 
 from __future__ import annotations

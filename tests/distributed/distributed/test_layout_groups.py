@@ -20,7 +20,7 @@ from flm_megatron.distributed.world import Layouts, layout
 from flm_megatron.errors import FlmError
 from flm_megatron.launch import run as launch
 from flm_megatron.launch.preflight import resolve
-from tests.support.layouts import all_layouts, engine_under, take_steps
+from tests.support.layouts import all_layouts, take_steps, train_state_under
 from tests.support.pool import Pool
 from tests.support.runs import make_data, make_run
 
@@ -38,9 +38,9 @@ def six_layouts() -> list[tuple[int, int, int, int]]:
     layouts = [parallel for parallel in all_layouts(dist.get_world_size()) if not parallel.sequence][:6]
     found = []
     for parallel in (layouts * 6)[:6]:
-        with engine_under(parallel) as engine:
-            take_steps(engine, range(1))
-            del engine
+        with train_state_under(parallel) as state:
+            take_steps(state, range(1))
+            del state
         dist.barrier()  # a rank that is already in the next layout has sockets to those that are not
         found.append(held())
         dist.barrier()

@@ -40,7 +40,7 @@ def masked_run(plan: GrowthPlan, parallel: ParallelConfig, recompute: str) -> di
     """Per-token losses of each v, gradients of the first, and what is left on the modules after the last."""
     from flm_megatron.growth.schedule import mask_plan
     from flm_megatron.model.masks import GrowthMasks
-    from tests.support.engine import filled_model, gradients, initialize_parallel
+    from tests.support.one_process import filled_model, gradients, initialize_parallel
 
     initialize_parallel(parallel)
     tensors = grown_weights(plan, trained(plan.old))

@@ -14,7 +14,7 @@ from flm_megatron.kernels.fp8 import Scaling
 from flm_megatron.launch.run import train
 from flm_megatron.training.metrics.events import GrowthEvent, read_events
 from tests.distributed.growth.test_run import make_run
-from tests.support.layouts import GLOBAL_BATCH, SEQUENCE, engine_under, relative_difference, take_steps
+from tests.support.layouts import GLOBAL_BATCH, SEQUENCE, relative_difference, take_steps, train_state_under
 from tests.support.pool import Pool
 from tests.support.runs import losses, make_data
 
@@ -38,8 +38,8 @@ def curves(parallel: ParallelConfig, stages: list[StageConfig], steps: int, batc
 
 def curve(parallel: ParallelConfig, stage: StageConfig, steps: int, batches: int) -> list[tuple[float, float]]:
     """Loss and gradient norm of every step of one stage."""
-    with engine_under(parallel, stage) as engine:
-        return [take_steps(engine, range(step % batches, step % batches + 1))[0] for step in range(steps)]
+    with train_state_under(parallel, stage) as state:
+        return [take_steps(state, range(step % batches, step % batches + 1))[0] for step in range(steps)]
 
 
 def test_a_layout_changes_the_order_of_sums_only(pool: Pool) -> None:

@@ -58,7 +58,7 @@ def label(parallel: ParallelConfig) -> str:
 @cache
 def expected(name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Loss of every token [micro-batch, sequence] and gradients of their sum, in float64."""
-    from tests.support.engine import seeded_batch
+    from tests.support.one_process import seeded_batch
 
     model = MODELS[name]
     tensors = {key: x.double().requires_grad_() for key, x in random_tensors(model).items()}
@@ -102,7 +102,7 @@ def losses_and_gradients(parallel: ParallelConfig, recompute: str) -> dict[str, 
     from flm_megatron.device import current
 
     current().prepare()
-    from tests.support.engine import initialize_parallel
+    from tests.support.one_process import initialize_parallel
 
     initialize_parallel(parallel)
     return {name: run_model(model, parallel, recompute) for name, model in MODELS.items()}
@@ -113,7 +113,7 @@ def run_model(model: ModelConfig, parallel: ParallelConfig, recompute: str) -> R
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from tests.support.engine import filled_model, gradients, seeded_batch
+    from tests.support.one_process import filled_model, gradients, seeded_batch
 
     tensors = random_tensors(model)
     chunks = filled_model(model, tensors, parallel=parallel, recompute=recompute)

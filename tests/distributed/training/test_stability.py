@@ -24,7 +24,7 @@ from flm_megatron.training.metrics.goodput import read_goodput
 from flm_megatron.training.resume.start import begin, checkpoint_store, find_start
 from flm_megatron.training.stage import StageTrainer
 from flm_megatron.training.step import Batch, Told
-from tests.support.layouts import STAGE, engine_under, relative_difference, synthetic_batch, take_steps
+from tests.support.layouts import STAGE, relative_difference, synthetic_batch, take_steps, train_state_under
 from tests.support.pool import Pool, RankFailed
 from tests.support.reference_model import reference_logits
 from tests.support.runs import make_run
@@ -134,7 +134,7 @@ def test_replicas_that_differ_are_not_saved(pool: Pool, data: Path, tmp_path: Pa
 
 def corrupted(rank: int, name: str, parallel: ParallelConfig) -> str:
     """Flip one bit of a weight on one rank after a step; what the comparison says before and after."""
-    with engine_under(parallel, replace(STAGE, model=replace(STAGE.model, num_layers=2))) as state:
+    with train_state_under(parallel, replace(STAGE, model=replace(STAGE.model, num_layers=2))) as state:
         take_steps(state, range(1))
         with pytest.MonkeyPatch.context() as patch:  # objects of thousands of ranks are a gigabyte
             patch.delattr(torch.distributed, "all_gather_object")
@@ -166,7 +166,7 @@ def test_silent_corruption_names_the_rank(pool: Pool, name: str, parallel: Paral
 
 def step_with_options(parallel: ParallelConfig) -> list[tuple[float, float]]:
     """Loss and gradient norm of a first step with both options."""
-    with engine_under(parallel, OPTIONS) as state:
+    with train_state_under(parallel, OPTIONS) as state:
         return take_steps(state, range(1))
 
 

@@ -17,8 +17,8 @@ from flm_megatron.evaluation.model import load_model
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 from flm_megatron.growth.plan import make_plan
 from flm_megatron.model.forward import Batch, forward
-from tests.support.engine import one_process
 from tests.support.evaluation_cases import MODEL
+from tests.support.one_process import one_process
 
 TOKENS = torch.randint(4, 400, (2, 16), generator=torch.Generator().manual_seed(0))
 

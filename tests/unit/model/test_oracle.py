@@ -11,7 +11,7 @@ import torch
 
 from flm_megatron.config.schema import ModelConfig, MupConfig
 from flm_megatron.model.parameters import parameter_specs
-from tests.support.engine import filled_model, gradients, one_process, seeded_batch
+from tests.support.one_process import filled_model, gradients, one_process, seeded_batch
 from tests.support.reference_model import random_tensors, reference_logits, reference_loss
 
 SHAPE: dict[str, Any] = {

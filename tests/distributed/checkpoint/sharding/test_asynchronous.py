@@ -22,7 +22,7 @@ from flm_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.config.schema.stage import Precision
 from flm_megatron.distributed import channels
 from flm_megatron.errors import FlmError
-from tests.support.layouts import engine_under, take_steps
+from tests.support.layouts import take_steps, train_state_under
 from tests.support.pool import Pool
 
 MODEL = ModelConfig(num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, vocab_size=250)
@@ -40,17 +40,17 @@ def slow_encode(dtype: torch.dtype, shape: tuple[int, ...], crc: int) -> tuple[b
 
 def change_while_writing(folder: str, precision: Precision) -> list[bool]:
     """A plain save, then a slow one in the background during which weights and state change: by training, then all."""
-    with engine_under(LAYOUT, _stage(precision)) as engine:
-        take_steps(engine, range(1))
-        save_state(f"{folder}/plain", engine.chunks, engine.optimizer, {"step": 1}).wait()
+    with train_state_under(LAYOUT, _stage(precision)) as state:
+        take_steps(state, range(1))
+        save_state(f"{folder}/plain", state.chunks, state.optimizer, {"step": 1}).wait()
         shard_file.encode = slow_encode
-        handle = save_state(f"{folder}/slow", engine.chunks, engine.optimizer, {"step": 1}, asynchronous=True)
+        handle = save_state(f"{folder}/slow", state.chunks, state.optimizer, {"step": 1}, asynchronous=True)
         early = handle.done
-        take_steps(engine, range(1, 3))
-        for chunk in engine.chunks:
+        take_steps(state, range(1, 3))
+        for chunk in state.chunks:
             for parameter in chunk.parameters():
                 parameter.data.fill_(3.0)
-        for group in engine.optimizer.param_groups:
+        for group in state.optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.data.fill_(3.0)
         handle.wait()
@@ -66,7 +66,7 @@ def test_weights_that_change_during_a_slow_write(pool: Pool, tmp_path: Path, pre
 
 
 def fail_on_one_rank(folder: str, asynchronous: bool) -> str:
-    with engine_under(LAYOUT, _stage()) as engine:
+    with train_state_under(LAYOUT, _stage()) as state:
         if dist.get_rank() == 2:
 
             def full(dtype: torch.dtype, shape: tuple[int, ...], crc: int) -> tuple[bytes, bytes]:
@@ -74,11 +74,11 @@ def fail_on_one_rank(folder: str, asynchronous: bool) -> str:
 
             shard_file.encode = full
         try:
-            save_state(f"{folder}/a", engine.chunks, engine.optimizer, {}, asynchronous=asynchronous).wait()
+            save_state(f"{folder}/a", state.chunks, state.optimizer, {}, asynchronous=asynchronous).wait()
         except FlmError as error:
             message = f"{type(error).__name__} {error}"
         shard_file.encode = encode
-        save_state(f"{folder}/b", engine.chunks, engine.optimizer, {}, asynchronous=asynchronous).wait()
+        save_state(f"{folder}/b", state.chunks, state.optimizer, {}, asynchronous=asynchronous).wait()
         total = torch.ones(1)
         dist.all_reduce(total)  # training's own group is still in step
         assert total == 4
@@ -96,10 +96,10 @@ def test_a_failed_write_fails_on_all_ranks(pool: Pool, tmp_path: Path, asynchron
 
 
 def exists_already(folder: str) -> str:
-    with engine_under(ParallelConfig(data=2), _stage()) as engine:
-        save_state(f"{folder}/a", engine.chunks, engine.optimizer, {}).wait()
+    with train_state_under(ParallelConfig(data=2), _stage()) as state:
+        save_state(f"{folder}/a", state.chunks, state.optimizer, {}).wait()
         with pytest.raises(FlmError) as caught:
-            save_state(f"{folder}/a", engine.chunks, engine.optimizer, {}).wait()
+            save_state(f"{folder}/a", state.chunks, state.optimizer, {}).wait()
         return str(caught.value)
 
 
@@ -110,15 +110,15 @@ def test_an_existing_checkpoint_is_not_overwritten(pool: Pool, tmp_path: Path) -
 
 def connections_of_saves(folder: str) -> list[tuple[int, int]]:
     """Process groups and open files before the first save, after it and after the second."""
-    with engine_under(LAYOUT, _stage()) as engine:
-        take_steps(engine, range(1))
+    with train_state_under(LAYOUT, _stage()) as state:
+        take_steps(state, range(1))
         found = []
         for name in ("a", "b", None):
             dist.barrier()
             found.append((len(_world.pg_map), psutil.Process().num_fds()))
             dist.barrier()
             if name:
-                save_state(f"{folder}/{name}", engine.chunks, engine.optimizer, {}, asynchronous=True).wait()
+                save_state(f"{folder}/{name}", state.chunks, state.optimizer, {}, asynchronous=True).wait()
         return found
 
 
@@ -130,7 +130,7 @@ def test_saving_makes_no_connection(pool: Pool, tmp_path: Path) -> None:
 def stop_in_a_save(folder: str) -> str:
     """Rank 1 stops in the middle of a save, as one does that is frozen or gone; what the others are told."""
     channels.SLOWEST_WORK = timedelta(seconds=2)
-    with engine_under(LAYOUT, _stage()) as engine:
+    with train_state_under(LAYOUT, _stage()) as state:
         if dist.get_rank() == 1:
 
             def stop(dtype: torch.dtype, shape: tuple[int, ...], crc: int) -> tuple[bytes, bytes]:
@@ -138,7 +138,7 @@ def stop_in_a_save(folder: str) -> str:
                 return encode(dtype, shape, crc)
 
             shard_file.encode = stop
-        handle = save_state(f"{folder}/a", engine.chunks, engine.optimizer, {}, asynchronous=True)
+        handle = save_state(f"{folder}/a", state.chunks, state.optimizer, {}, asynchronous=True)
         total = torch.ones(1)
         dist.all_reduce(total)  # training goes on meanwhile
         if dist.get_rank() == 1:

@@ -18,7 +18,7 @@ from flm_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.config.schema.stage import Precision
 from flm_megatron.errors import RequestError
 from flm_megatron.model.parameters import parameter_specs
-from tests.support.layouts import STAGE, engine_under, name, relative_difference, take_steps
+from tests.support.layouts import STAGE, name, relative_difference, take_steps, train_state_under
 from tests.support.pool import Pool
 
 # Odd on purpose: each tensor size pads the vocabulary differently, and heads share keys and values.
@@ -54,19 +54,19 @@ def world_of(parallel: ParallelConfig) -> int:
 
 def train_and_save(path: str, parallel: ParallelConfig, precision: Precision) -> list[tuple[float, float]]:
     """Two steps, a checkpoint, and the loss and gradient norm of two more steps."""
-    with engine_under(parallel, stage_of(precision)) as engine:
-        take_steps(engine, range(2))
-        save_state(path, engine.chunks, engine.optimizer, {"step": 2, "optimizer_step": 2}).wait()
-        return take_steps(engine, range(2, 4))
+    with train_state_under(parallel, stage_of(precision)) as state:
+        take_steps(state, range(2))
+        save_state(path, state.chunks, state.optimizer, {"step": 2, "optimizer_step": 2}).wait()
+        return take_steps(state, range(2, 4))
 
 
 def load_and_save(path: str, out: str, parallel: ParallelConfig, precision: Precision) -> Any:
     """Steps of the optimizer's groups after loading, loss and gradient norm of two more steps; saved before these."""
-    with engine_under(parallel, stage_of(precision), seed=99) as engine:
-        load_state(open_checkpoint(path), engine.chunks, engine.optimizer)
-        steps = {group["step"] for group in engine.optimizer.param_groups}
-        save_state(out, engine.chunks, engine.optimizer, {"step": 2, "optimizer_step": 2}).wait()
-        return steps, take_steps(engine, range(2, 4))
+    with train_state_under(parallel, stage_of(precision), seed=99) as state:
+        load_state(open_checkpoint(path), state.chunks, state.optimizer)
+        steps = {group["step"] for group in state.optimizer.param_groups}
+        save_state(out, state.chunks, state.optimizer, {"step": 2, "optimizer_step": 2}).wait()
+        return steps, take_steps(state, range(2, 4))
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
@@ -113,16 +113,16 @@ def test_checkpoint_holds_the_logical_tensors(canonical: Any) -> None:
 
 
 def weights_to_masters(path: str) -> None:
-    with engine_under(ParallelConfig(tensor=2, data=2), stage_of("bf16"), seed=1) as engine:
-        take_steps(engine, range(1))
-        load_state(InitialCheckpoint(MODEL, seed=5), engine.chunks, engine.optimizer)
-        assert all(group["step"] == 0 for group in engine.optimizer.param_groups)
-        save_state(path, engine.chunks, engine.optimizer, {}).wait()
+    with train_state_under(ParallelConfig(tensor=2, data=2), stage_of("bf16"), seed=1) as state:
+        take_steps(state, range(1))
+        load_state(InitialCheckpoint(MODEL, seed=5), state.chunks, state.optimizer)
+        assert all(group["step"] == 0 for group in state.optimizer.param_groups)
+        save_state(path, state.chunks, state.optimizer, {}).wait()
         with pytest.raises(RequestError, match="does not say after how many steps"):
-            load_state(open_checkpoint(path), engine.chunks, engine.optimizer)
+            load_state(open_checkpoint(path), state.chunks, state.optimizer)
         wrong = InitialCheckpoint(replace(MODEL, ffn_hidden_size=72), seed=5)
         with pytest.raises(RequestError, match=r"linear_fc1.weight has shape \(4, 144, 48\) .* \(4, 140, 48\)"):
-            load_state(wrong, engine.chunks, engine.optimizer)
+            load_state(wrong, state.chunks, state.optimizer)
 
 
 def test_masters_start_from_weights_in_their_own_precision(pool: Pool, tmp_path: Path) -> None:
@@ -135,10 +135,10 @@ def test_masters_start_from_weights_in_their_own_precision(pool: Pool, tmp_path:
 
 
 def fp32_from_masters(source: str, path: str) -> None:
-    with engine_under(ParallelConfig(data=2), stage_of("fp32"), seed=1) as engine:
-        load_state(open_checkpoint(source), engine.chunks, engine.optimizer)
-        weights = [p.detach().clone() for chunk in engine.chunks for p in chunk.parameters()]
-        save_state(path, engine.chunks, None, {}).wait()
+    with train_state_under(ParallelConfig(data=2), stage_of("fp32"), seed=1) as state:
+        load_state(open_checkpoint(source), state.chunks, state.optimizer)
+        weights = [p.detach().clone() for chunk in state.chunks for p in chunk.parameters()]
+        save_state(path, state.chunks, None, {}).wait()
         gathered: list[Any] = [None] * 2
         torch.distributed.all_gather_object(gathered, weights)
         assert all(torch.equal(a, b) for a, b in zip(*gathered, strict=True))
@@ -154,12 +154,12 @@ def test_fp32_training_goes_on_from_the_masters_of_bf16(canonical: Any, pool: Po
 
 
 def padding_is_zero(path: str) -> bool:
-    with engine_under(ParallelConfig(tensor=2, data=1), stage_of("fp32"), seed=1) as engine:
-        for chunk in engine.chunks:
+    with train_state_under(ParallelConfig(tensor=2, data=1), stage_of("fp32"), seed=1) as state:
+        for chunk in state.chunks:
             for parameter in chunk.parameters():
                 parameter.data.fill_(7.0)
-        load_state(open_checkpoint(path), engine.chunks, engine.optimizer)
-        model = engine.chunks[-1].module
+        load_state(open_checkpoint(path), state.chunks, state.optimizer)
+        model = state.chunks[-1].module
         weight = model.output_layer.weight
         start = torch.distributed.get_rank() * weight.shape[0]
         return bool(weight[max(0, MODEL.vocab_size - start) :].count_nonzero() == 0) and bool(weight.any() or start)

@@ -13,7 +13,7 @@ from flm_megatron.checkpoint.sharding.model_state import load_state
 from flm_megatron.checkpoint.sharding.placement import placements
 from flm_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.errors import DamagedError
-from tests.support.layouts import engine_under
+from tests.support.layouts import train_state_under
 from tests.support.pool import Pool
 
 MODEL = ModelConfig(num_layers=2, hidden_size=48, ffn_hidden_size=70, num_attention_heads=6, vocab_size=301)
@@ -40,20 +40,20 @@ class Counting(LogicalCheckpoint):
 def reads(parallel: ParallelConfig, alone: bool) -> Any:
     """What this rank reads to load the model, and how far its weights are from what they have to be."""
     checkpoint = Counting()
-    with engine_under(parallel, STAGE, seed=99) as engine:
-        load_state(checkpoint, engine.chunks, engine.optimizer, alone)
+    with train_state_under(parallel, STAGE, seed=99) as state:
+        load_state(checkpoint, state.chunks, state.optimizer, alone)
         wrong = sum(
             not torch.equal(p.tensor, checkpoint.source.read("optimizer.state.param." + p.name, p.region))
-            for p in placements(engine.chunks)
+            for p in placements(state.chunks)
         )
     return checkpoint.values, wrong
 
 
 def failure(parallel: ParallelConfig) -> str:
     """What loading a damaged checkpoint raises on this rank."""
-    with engine_under(parallel, STAGE) as engine:
+    with train_state_under(parallel, STAGE) as state:
         try:
-            load_state(Counting("optimizer.state.param.output_layer.weight"), engine.chunks, engine.optimizer)
+            load_state(Counting("optimizer.state.param.output_layer.weight"), state.chunks, state.optimizer)
         except DamagedError as error:
             return f"{error} in {error.checkpoint}"
     return "nothing"

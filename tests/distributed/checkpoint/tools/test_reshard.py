@@ -24,7 +24,7 @@ from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
 from flm_megatron.distributed.processes import Processes
 from tests.support.checkpoint_cases import flm_checkpoint, write_small
-from tests.support.layouts import STAGE, engine_under, name, take_steps
+from tests.support.layouts import STAGE, name, take_steps, train_state_under
 from tests.support.pool import Pool
 
 MODEL = ModelConfig(
@@ -99,17 +99,17 @@ def test_the_failure_of_one_process_is_everyones_and_leaves_nothing(pool: Pool, 
 def engine_against_tools(parallel: ParallelConfig, folder: str) -> list[str]:
     """Parameters of this rank where the engine and the tools disagree about what it holds."""
     stage = replace(STAGE, model=MODEL)
-    with engine_under(parallel, stage, seed=3) as engine:
+    with train_state_under(parallel, stage, seed=3) as state:
         from megatron.core import parallel_state
 
         tensor = parallel_state.get_tensor_model_parallel_rank()
         pipeline = parallel_state.get_pipeline_model_parallel_rank()
-        problems = _regions_differ(engine.chunks, rank_regions(MODEL, parallel, tensor, pipeline))
+        problems = _regions_differ(state.chunks, rank_regions(MODEL, parallel, tensor, pipeline))
         if parallel.virtual_pipeline == 1 and not parallel.pipeline_layers:
             rank = f"mp_rank_{tensor:02d}" + (f"_{pipeline:03d}" if parallel.pipeline > 1 else "")
             file = Path(folder) / "release" / rank / "model_optim_rng.pt"
             saved = torch.load(file, weights_only=False)["model"]
-            own = dict(unwrap(engine.chunks[0]).named_parameters())
+            own = dict(unwrap(state.chunks[0]).named_parameters())
             problems += sorted(set(saved) ^ {classic_name(key) for key in own})
             problems += [key for key, value in own.items() if not torch.equal(saved[classic_name(key)], value)]
         return problems
@@ -151,9 +151,9 @@ def test_the_tools_cut_tensors_as_the_engine_does(pool: Pool, tmp_path: Path, pa
 
 def train_from(path: str, parallel: ParallelConfig) -> list[tuple[float, float]]:
     """Loss and gradient norm of three steps from a checkpoint's weights."""
-    with engine_under(parallel, replace(STAGE, model=MODEL), seed=99) as engine:
-        load_state(open_checkpoint(path), engine.chunks, engine.optimizer)
-        return take_steps(engine, range(3))
+    with train_state_under(parallel, replace(STAGE, model=MODEL), seed=99) as state:
+        load_state(open_checkpoint(path), state.chunks, state.optimizer)
+        return take_steps(state, range(3))
 
 
 def test_training_starts_straight_from_a_hugging_face_folder(pool: Pool, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from flm_megatron.checkpoint.sharding.model_state import load_state, save_state
 from flm_megatron.checkpoint.tools.reshard import reshard
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
 from flm_megatron.distributed.launched import launched_processes
-from tests.support.layouts import STAGE, engine_under, name, relative_difference, take_steps
+from tests.support.layouts import STAGE, name, relative_difference, take_steps, train_state_under
 from tests.support.pool import Pool
 
 # 301 is padded to 384 without tensor parallelism and to 512 under tensor 2.
@@ -39,16 +39,16 @@ STEPS = range(2, 5)
 
 def save_and_go_on(path: str, parallel: ParallelConfig) -> list[tuple[float, float]]:
     """Two steps, a checkpoint, and three more steps' loss and gradient norm."""
-    with engine_under(parallel, STAGE_HERE) as engine:
-        take_steps(engine, range(2))
-        save_state(path, engine.chunks, engine.optimizer, {"step": 2, "optimizer_step": 2}).wait()
-        return take_steps(engine, STEPS)
+    with train_state_under(parallel, STAGE_HERE) as state:
+        take_steps(state, range(2))
+        save_state(path, state.chunks, state.optimizer, {"step": 2, "optimizer_step": 2}).wait()
+        return take_steps(state, STEPS)
 
 
 def reshard_and_go_on(folder: str, parallel: ParallelConfig) -> list[tuple[str, Any]]:
     """Logical hash and three steps of every source, its files re-sharded for this layout by its own processes."""
     results = []
-    with engine_under(parallel, STAGE_HERE, seed=99) as engine:
+    with train_state_under(parallel, STAGE_HERE, seed=99) as state:
         for source in SOURCES:
             checkpoint, target = (
                 open_checkpoint(Path(folder) / name(source)),
@@ -56,11 +56,11 @@ def reshard_and_go_on(folder: str, parallel: ParallelConfig) -> list[tuple[str, 
             )
             with launched_processes() as processes:
                 reshard(checkpoint, target, processes, dict(checkpoint.manifest), (MODEL, parallel))
-            load_state(open_checkpoint(target), engine.chunks, engine.optimizer)
-            steps = take_steps(engine, STEPS)
-            load_state(open_checkpoint(target), engine.chunks, engine.optimizer)
+            load_state(open_checkpoint(target), state.chunks, state.optimizer)
+            steps = take_steps(state, STEPS)
+            load_state(open_checkpoint(target), state.chunks, state.optimizer)
             again = Path(folder) / f"{target.name}-again"
-            save_state(again, engine.chunks, engine.optimizer, {"step": 2, "optimizer_step": 2}).wait()
+            save_state(again, state.chunks, state.optimizer, {"step": 2, "optimizer_step": 2}).wait()
             results.append((open_checkpoint(again).manifest["logical_hash"], steps))
     return results
 

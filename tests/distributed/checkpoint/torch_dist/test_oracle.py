@@ -21,7 +21,7 @@ from flm_megatron.checkpoint.torch_dist.reader import TorchDistCheckpoint
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.errors import RequestError
-from tests.support.layouts import engine_under, take_steps
+from tests.support.layouts import take_steps, train_state_under
 from tests.support.pool import Pool
 
 MODEL = ModelConfig(num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, vocab_size=256)
@@ -33,22 +33,22 @@ def _stage() -> StageConfig:
     return StageConfig(model=MODEL, precision="bf16", global_batch=8, tokens=10 * 8 * 16)
 
 
-def _model(engine: Any) -> Any:
+def _model(state: Any) -> Any:
     """The engine's model, whose sharded state is megatron-core's own."""
-    return unwrap(engine.chunks[0])
+    return unwrap(state.chunks[0])
 
 
-def _state(engine: Any, kind: str, loading: bool) -> dict[str, Any]:
+def _state(state: Any, kind: str, loading: bool) -> dict[str, Any]:
     from megatron.core import parallel_state
 
     metadata = {
         "distrib_optim_sharding_type": kind,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    model = _model(engine).sharded_state_dict(metadata=metadata)
+    model = _model(state).sharded_state_dict(metadata=metadata)
     return {
         "model": model,
-        "optimizer": engine.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
+        "optimizer": state.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
         "iteration": 3,
     }
 
@@ -57,33 +57,33 @@ def save_with_megatron(folder: str) -> None:
     """The same state saved by megatron-core, in its two formats, and by this project."""
     from megatron.core import dist_checkpointing
 
-    with engine_under(LAYOUT, _stage()) as engine:
-        take_steps(engine, range(2))
+    with train_state_under(LAYOUT, _stage()) as state:
+        take_steps(state, range(2))
         for kind in KINDS:
             path = Path(folder) / kind
             if dist.get_rank() == 0:
                 path.mkdir()
             dist.barrier()
-            dist_checkpointing.save(_state(engine, kind, False), str(path), async_sharded_save=False)
+            dist_checkpointing.save(_state(state, kind, False), str(path), async_sharded_save=False)
         manifest = {"step": 3, "optimizer_step": 2}
-        save_state(Path(folder) / "ours", engine.chunks, engine.optimizer, manifest).wait()
+        save_state(Path(folder) / "ours", state.chunks, state.optimizer, manifest).wait()
 
 
 def load_with_megatron(ours: str, again: str) -> None:
     """Our checkpoint of two data-parallel ranks loaded by megatron-core into one, and saved again by us."""
     from megatron.core import dist_checkpointing
 
-    with engine_under(ParallelConfig(data=1), _stage(), seed=99) as engine:
+    with train_state_under(ParallelConfig(data=1), _stage(), seed=99) as state:
         loaded = dist_checkpointing.load(
-            {"model": _model(engine).sharded_state_dict(), "iteration": 0}, ours, strict="log_unexpected"
+            {"model": _model(state).sharded_state_dict(), "iteration": 0}, ours, strict="log_unexpected"
         )
         assert loaded["iteration"] == 3
-        _model(engine).load_state_dict(loaded["model"])
-        state = _state(engine, "fully_reshardable", True)
-        tensors = {"param_state": state["optimizer"]["param_state"]}
+        _model(state).load_state_dict(loaded["model"])
+        saved = _state(state, "fully_reshardable", True)
+        tensors = {"param_state": saved["optimizer"]["param_state"]}
         filled = dist_checkpointing.load(tensors, ours)["param_state"]
-        engine.optimizer.chained_optimizers[0].load_parameter_state_from_fully_reshardable(filled)
-        save_state(again, engine.chunks, engine.optimizer, {}).wait()
+        state.optimizer.chained_optimizers[0].load_parameter_state_from_fully_reshardable(filled)
+        save_state(again, state.chunks, state.optimizer, {}).wait()
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +112,11 @@ def test_megatron_loads_ours(saved: Path, pool: Pool, tmp_path: Path) -> None:
 
 
 def load_foreign(path: str) -> None:
-    with engine_under(ParallelConfig(data=1), _stage(), seed=99) as engine:
+    with train_state_under(ParallelConfig(data=1), _stage(), seed=99) as state:
         checkpoint = open_checkpoint(path)
         with pytest.raises(RequestError, match="dp_reshardable"):
-            load_state(checkpoint, engine.chunks, engine.optimizer)
-        load_state(checkpoint, engine.chunks)
+            load_state(checkpoint, state.chunks, state.optimizer)
+        load_state(checkpoint, state.chunks)
 
 
 def test_nameless_buckets_are_refused_but_the_weights_are_read(saved: Path, pool: Pool) -> None:
@@ -133,9 +133,9 @@ def save_in_small_chunks(path: str) -> None:
     from flm_megatron.checkpoint.torch_dist import writer
 
     writer.SMALLEST_CHUNK = 4096
-    with engine_under(LAYOUT, _stage()) as engine:
-        take_steps(engine, range(2))
-        save_state(path, engine.chunks, engine.optimizer, {"step": 3, "optimizer_step": 2}).wait()
+    with train_state_under(LAYOUT, _stage()) as state:
+        take_steps(state, range(2))
+        save_state(path, state.chunks, state.optimizer, {"step": 3, "optimizer_step": 2}).wait()
 
 
 def test_chunks_of_a_weight_are_shared_out_among_its_replicas(saved: Path, pool: Pool, tmp_path: Path) -> None:
@@ -155,12 +155,12 @@ def test_chunks_of_a_weight_are_shared_out_among_its_replicas(saved: Path, pool:
 
 def load_other_vocabularies() -> None:
     """One that is too small, and one with rows of padding, as Megatron-LM's have."""
-    with engine_under(ParallelConfig(data=1), _stage(), seed=99) as engine:
+    with train_state_under(ParallelConfig(data=1), _stage(), seed=99) as state:
         with pytest.raises(RequestError, match=r"embeddings\.weight has shape \(255, 32\) .* and \(256, 32\)"):
-            load_state(InitialCheckpoint(replace(MODEL, vocab_size=255), seed=3), engine.chunks)
+            load_state(InitialCheckpoint(replace(MODEL, vocab_size=255), seed=3), state.chunks)
         padded = InitialCheckpoint(replace(MODEL, vocab_size=384), seed=3)
-        load_state(padded, engine.chunks)
-        weight = _model(engine).embedding.word_embeddings.weight[:256]
+        load_state(padded, state.chunks)
+        weight = _model(state).embedding.word_embeddings.weight[:256]
         assert torch.equal(weight, padded.read("embedding.word_embeddings.weight")[:256].bfloat16())
 
 

@@ -12,7 +12,7 @@ from flm_megatron.config.schema import ParallelConfig
 from flm_megatron.config.schema.stage import Precision
 from flm_megatron.model.parameters import EMBEDDING
 from flm_megatron.training.hooks.layer_norms import layer_norms
-from tests.support.layouts import STAGE, engine_under, take_steps
+from tests.support.layouts import STAGE, take_steps, train_state_under
 from tests.support.pool import Pool
 
 FROZEN = replace(STAGE, optimizer=replace(STAGE.optimizer, lr=1e-30, matrix_lr=1e-30, min_lr=0, weight_decay=0))
@@ -20,9 +20,9 @@ FROZEN = replace(STAGE, optimizer=replace(STAGE.optimizer, lr=1e-30, matrix_lr=1
 
 def norms_after_a_step(parallel: ParallelConfig, precision: Precision = "fp32") -> tuple[dict[str, float], float]:
     """Norms and the whole gradient's norm after a step that moves nothing."""
-    with engine_under(parallel, replace(FROZEN, precision=precision)) as engine:
-        ((_, grad_norm),) = take_steps(engine, range(1))
-        return layer_norms(engine), grad_norm
+    with train_state_under(parallel, replace(FROZEN, precision=precision)) as state:
+        ((_, grad_norm),) = take_steps(state, range(1))
+        return layer_norms(state), grad_norm
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -18,8 +18,8 @@ from flm_megatron.evaluation.generation.sampling import SamplingSettings
 from flm_megatron.evaluation.generation.terminal import line_reader, relayed_lines
 from flm_megatron.evaluation.model import load_model
 from flm_megatron.model.forward import Batch, forward
-from tests.support.engine import one_process
 from tests.support.evaluation_cases import MODEL, evaluated_in, make_folder, reference_model
+from tests.support.one_process import one_process
 
 PROMPTS = ["import torch", "def", "class Batch:\n    tokens: Tensor", "文"]
 NEW = 24

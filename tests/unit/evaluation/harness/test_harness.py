@@ -23,8 +23,8 @@ from flm_megatron.data.conversations.template import TELE_FLM, ChatTemplate
 from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.harness.model import HarnessModel
 from flm_megatron.evaluation.session import Session
-from tests.support.engine import one_process
 from tests.support.evaluation_cases import TEXT, evaluated_in, make_folder, reference_model
+from tests.support.one_process import one_process
 
 TASKS = REPOSITORY / "examples" / "evaluation"
 CONTEXT = 32

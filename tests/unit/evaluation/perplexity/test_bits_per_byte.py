@@ -14,8 +14,8 @@ from flm_megatron.cli.main import main
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.evaluation.model import load_model
 from flm_megatron.evaluation.perplexity.bits_per_byte import DomainScore, WindowSettings, score_documents, weighted
-from tests.support.engine import one_process
 from tests.support.evaluation_cases import TEXT, evaluated_in, make_folder, make_tokenizer, reference_model
+from tests.support.one_process import one_process
 
 DOCUMENTS = [TEXT[:500], "x", "naïve — 文字\n" + TEXT[700:900]]
 

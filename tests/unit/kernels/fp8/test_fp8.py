@@ -19,9 +19,9 @@ from flm_megatron.growth.schedule import mask_plan
 from flm_megatron.kernels import fp8
 from flm_megatron.launch.preflight import require_installed
 from flm_megatron.model.masks import GrowthMasks
-from tests.support.engine import filled_model, gradients, one_process, seeded_batch
 from tests.support.fp8_oracle import FORMATS, dequantized, linear, rounded
 from tests.support.growth_cases import grown_weights, growth, trained, weights
+from tests.support.one_process import filled_model, gradients, one_process, seeded_batch
 from tests.support.reference_model import random_tensors
 
 SCALINGS = ["tensorwise", "rowwise"]

@@ -1,4 +1,4 @@
-"""The engine's model on one process, and logical tensors put into it or read out of it."""
+"""The model in a world of one process, and logical tensors put into it or read out of it."""
 
 from __future__ import annotations
 
