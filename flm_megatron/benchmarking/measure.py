@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from flm_megatron.engine import parallel_state
 from flm_megatron import kernels
 from flm_megatron.benchmarking.flops import hardware_flops_per_token, training_flops_per_token
 from flm_megatron.benchmarking.parts import profile_parts
@@ -56,8 +57,6 @@ def _keep_result(path: Path, function: Callable[..., object], args: tuple[Any, .
 
 def measure_training_step(request: Request) -> dict[str, Any]:
     """Measure our training step, on each rank of a world under the stage's layout; a `Measurement` as plain data."""
-    from megatron.core import parallel_state
-
     stage, sequence = request.stage, request.sequence_length
     kernels.use(kernels.choose(request.kernels))
     before = held_gib()

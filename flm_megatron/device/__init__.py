@@ -1,15 +1,15 @@
 """The device of this process. Nothing outside this package tests for CUDA.
 
-`current()` is the one that runs, with `prepare()` before megatron-core is first imported; `cpu` and `cuda` are the two.
+`current()` is the one that runs; `cpu` and `cuda` are the two.
 """
 
 from __future__ import annotations
 
 from functools import cache
 
-from flm_megatron.device.base import ENGINE_VERSION, Device
+from flm_megatron.device.base import Device
 
-__all__ = ["ENGINE_VERSION", "Device", "current"]
+__all__ = ["Device", "current"]
 
 
 @cache

@@ -1,19 +1,22 @@
-"""What a device offers to the rest of the program, and the engine version that the devices were made for."""
+"""What a device offers to the rest of the program."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
-
-from flm_megatron.errors import RequestError
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import mmap
 
     import torch
 
-ENGINE_VERSION = "0.16.1"
+
+class RandomState(NamedTuple):
+    """The device's random-number generator, with the arguments of megatron-core's functions for CUDA's."""
+
+    get: Callable[..., torch.Tensor]
+    set: Callable[..., None]
 
 
 class Device(ABC):
@@ -25,6 +28,8 @@ class Device(ABC):
     """Backend of torch.distributed: `gloo` or `nccl`."""
     start_method: str
     """How processes are started here: `forkserver`, or `spawn` where the device must not be forked."""
+    random_state: RandomState | None = None
+    """What stands in for the generator of CUDA; none where there is CUDA."""
 
     @property
     @abstractmethod
@@ -33,11 +38,7 @@ class Device(ABC):
 
     @abstractmethod
     def prepare(self) -> None:
-        """Make the process ready for megatron-core; call it before the first megatron import, any number of times.
-
-        Raises:
-            RequestError: megatron-core is missing, or is not the version that this program was made for.
-        """
+        """Make the process ready for this device and, before its first import, for megatron-core; any number of times."""
 
     @abstractmethod
     def engine_options(self) -> dict[str, Any]:
@@ -70,18 +71,3 @@ class Device(ABC):
     @abstractmethod
     def hardware_name(self) -> str:
         """Name of the processor as the system gives it, for `hardware.find_hardware` and for reports."""
-
-
-def require_engine() -> None:
-    """Check that the installed megatron-core is `ENGINE_VERSION`, without importing it.
-
-    Raises:
-        RequestError: it is another version, or it is not there.
-    """
-    fix = f"install it with: pip install megatron-core=={ENGINE_VERSION}"
-    try:
-        installed = version("megatron-core")
-    except PackageNotFoundError:
-        raise RequestError(f"megatron-core is not installed; {fix}") from None
-    if installed != ENGINE_VERSION:
-        raise RequestError(f"megatron-core {installed} is installed, but {ENGINE_VERSION} is needed; {fix}")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from flm_megatron.device.base import Device, require_engine
+from flm_megatron.device.base import Device, RandomState
 
 PROCESS = Path("/proc/self")
 KIB_PER_GIB = 2**20
@@ -26,6 +26,7 @@ class CpuDevice(Device):
     name = "cpu"
     backend = "gloo"
     start_method = "forkserver"
+    random_state = RandomState(lambda *_, **__: torch.get_rng_state(), lambda state, *_, **__: torch.set_rng_state(state))
 
     @property
     def torch_device(self) -> torch.device:
@@ -33,8 +34,7 @@ class CpuDevice(Device):
         return torch.device("cpu")
 
     def prepare(self) -> None:
-        """Check the engine's version, then answer its requests for CUDA with the CPU."""
-        require_engine()
+        """Answer the engine's requests for CUDA with the CPU."""
         _install_adapter()
 
     def engine_options(self) -> dict[str, Any]:

@@ -1,14 +1,13 @@
 """Answers to megatron-core's requests for CUDA, on a machine that has none.
 
 megatron-core names CUDA in its factory calls (`torch.zeros(..., device="cuda")`), moves tensors with `.cuda()`,
-tells GPU tensors by `Tensor.type()` and keeps CUDA random-number states. Each of these is answered by the CPU.
+tells GPU tensors by `Tensor.type()` and asks for CUDA's generator. Each of these is answered by the CPU.
 The functions themselves are replaced rather than a `TorchFunctionMode` entered: a mode is off inside backward,
 where recomputed layers call factories again, and it slows every other call of torch.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -34,7 +33,6 @@ def install() -> None:
     _answer_tensor_methods()
     _answer_cuda_module()
     cpu_collectives.install()
-    _answer_rng_tracker()
 
 
 def _names_cuda(device: Any) -> bool:
@@ -97,22 +95,3 @@ def _answer_cuda_module() -> None:
 
     for answer in (set_device, synchronize, empty_cache, get_rng_state, set_rng_state, manual_seed, current_device):
         setattr(torch.cuda, answer.__name__, answer)
-
-
-def _answer_rng_tracker() -> None:
-    with warnings.catch_warnings():
-        # The engine says at import which optional packages it goes without; the program never needs them.
-        warnings.simplefilter("ignore")
-        from megatron.core.models.gpt import gpt_model  # noqa: F401
-        from megatron.core.tensor_parallel import random
-
-    def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
-        """State of the CPU's generator."""
-        return torch.get_rng_state()
-
-    def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
-        """Set the CPU's generator."""
-        torch.set_rng_state(new_state)
-
-    random._get_cuda_rng_state = get_state
-    random._set_cuda_rng_state = set_state

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from flm_megatron.device.base import Device, require_engine
+from flm_megatron.device.base import Device
 
 GIB = 2**30
 FP8_CAPABILITY = (8, 9)
@@ -27,12 +27,11 @@ class CudaDevice(Device):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
     def prepare(self) -> None:
-        """Check the engine's version and make this process's GPU the current one.
+        """Make this process's GPU the current one.
 
         Before Blackwell, communication overlaps with computation as the engine schedules it only if all kernels
         go through one hardware queue; a setting of the environment is left as it is.
         """
-        require_engine()
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(self.torch_device)
 

@@ -17,12 +17,9 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)
 os.register_at_fork(after_in_child=_listen_again)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from flm_megatron.device import current  # noqa: E402
+from flm_megatron.engine.prepare import prepare  # noqa: E402
 
-current().prepare()
-
-from megatron.core import distributed, optimizer  # noqa: E402, F401
-from megatron.core.models.gpt import gpt_model  # noqa: E402, F401
+prepare()
 
 # What is imported here lives as long as the process: its garbage collector need not look at it, nor copy its pages.
 gc.freeze()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -19,14 +17,8 @@ from flm_megatron.config.schema import DistributedConfig, ParallelConfig
 from flm_megatron.device import current
 from flm_megatron.distributed.layout_groups import LayoutGroups
 from flm_megatron.distributed.process_group import process_group
-
-IGNORED = (
-    r"The \.grad attribute of a Tensor that is not a leaf",  # the engine probes its flat shards
-    r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",  # called by the engine
-    # The device sets it where there is CUDA.
-    r"When using (sequence parallelism|async grad allreduce) it is recommended to set .*CUDA_DEVICE_MAX_CONNECTIONS",
-)
-
+from flm_megatron.engine import parallel_state
+from flm_megatron.engine.prepare import prepare
 
 def launched() -> bool:
     """Whether a launcher such as torchrun started this process as a rank of a world."""
@@ -36,11 +28,9 @@ def launched() -> bool:
 @contextmanager
 def world(config: DistributedConfig, rank: int = -1, size: int = -1, store: str = "env://") -> Iterator[None]:
     """The world of all processes, from the environment (torchrun) or from a shared file; left when the block ends."""
-    device = current()
-    device.prepare()
-    _quiet_engine()
+    prepare()
     timeout = timedelta(seconds=config.timeout_s)
-    with process_group(device.backend, init_method=store, timeout=timeout, rank=rank, world_size=size):
+    with process_group(current().backend, init_method=store, timeout=timeout, rank=rank, world_size=size):
         yield
 
 
@@ -58,14 +48,6 @@ def tool_world(config: DistributedConfig) -> Iterator[None]:
         yield
 
 
-def _quiet_engine() -> None:
-    """Ignore, in this process, exactly the warnings of torch and the engine that tell a user nothing to act on."""
-    # The engine does not know our feed-forward module by name, and says so once per layer.
-    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
-    for message in IGNORED:
-        warnings.filterwarnings("ignore", message=message)
-
-
 @contextmanager
 def layout(parallel: ParallelConfig, timeout_s: int) -> Iterator[None]:
     """megatron-core's groups for one stage, whose collectives give up after `timeout_s` seconds.
@@ -73,30 +55,15 @@ def layout(parallel: ParallelConfig, timeout_s: int) -> Iterator[None]:
     They are destroyed when the block ends well, so that the next stage may differ; after an error they stay until the
     world is left: other ranks may wait in them, and should hear why before their connections break.
     """
-    from megatron.core import parallel_state
-
     gc.collect()  # the model before lies in cycles, and its memory is wanted for the next
     groups = LayoutGroups(timedelta(seconds=timeout_s))
     with groups.installed():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor,
-            pipeline_model_parallel_size=parallel.pipeline,
-            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-            create_gloo_process_groups=False,
-        )
+        parallel_state.initialize_model_parallel(parallel)
     try:
         yield
     finally:
         parallel_state.destroy_model_parallel()
-    _forget_rotary_embeddings()
     groups.destroy()
-
-
-def _forget_rotary_embeddings() -> None:
-    """The engine keeps the angles of the last 32 calls, with the modules that made them and the groups of these."""
-    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-
-    RotaryEmbedding.forward.cache_clear()
 
 
 class Layouts:

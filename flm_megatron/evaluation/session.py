@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from flm_megatron.engine import parallel_state
 from flm_megatron.config.schema import ParallelConfig
 from flm_megatron.evaluation.evaluated import EvaluatedCheckpoint
 from flm_megatron.evaluation.generation.generate import Completion, GenerationRequest, OnText, generate
@@ -62,8 +63,6 @@ class Session:
 
     def _answer(self, requests: Sequence[Any], on_text: OnText | None) -> list[Any]:
         """Do this replica's shard of the batches; returns the results of all."""
-        from megatron.core import parallel_state
-
         # Alike lengths go together, so that little is padded.
         ordered = sorted(requests, key=_length, reverse=True)
         batches = [ordered[start : start + self.batch] for start in range(0, len(ordered), self.batch)]

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from flm_megatron.engine import parallel_state
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.config.schema import ModelConfig, StageConfig
 from flm_megatron.device import current
@@ -41,8 +42,6 @@ def layer_distances(
 
 def _distances(num_layers: int, tokens: torch.Tensor, chunks: list[Any]) -> list[LayerDistance]:
     """The distances, on every rank of one replica."""
-    from megatron.core import parallel_state
-
     sums = torch.zeros(num_layers, 3, dtype=torch.float64, device=current().torch_device)
     handles = [hook for chunk in chunks for hook in _watch(chunk, sums)]
     forward_samples(chunks, tokens, lambda sample, logits: None)
@@ -107,7 +106,7 @@ def plot_distances(found: list[LayerDistance], path: str) -> None:
 
 def _watch(chunk: Any, sums: torch.Tensor) -> list[Any]:
     """Hooks that add each layer's distances to its row of `sums`."""
-    from megatron.core.transformer.transformer_layer import TransformerLayer
+    from flm_megatron.engine.transformer import TransformerLayer
 
     def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Add one layer's distances over its tokens."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
 from flm_megatron.device import current
+from flm_megatron.engine.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from flm_megatron.model.norms import LayerNorm, RMSNorm
 from flm_megatron.model.parameters.names import layer_number
 from flm_megatron.model.teleflm import TeleFLM

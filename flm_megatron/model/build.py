@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from flm_megatron.engine import parallel_state
+from flm_megatron.engine.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, model_parallel_cuda_manual_seed, set_tensor_model_parallel_attributes
 from flm_megatron.config.schema import ModelConfig, StageConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.model.engine_config import transformer_config
@@ -42,8 +40,8 @@ def build_model(model: ModelConfig, stage: StageConfig) -> list[TeleFLM]:
             model,
             config,
             vocab,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            pre_process=parallel_state.is_pipeline_first_stage(vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(vp_stage),
             vp_stage=vp_stage,
         )
         for vp_stage in (range(virtual) if virtual else [None])

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from flm_megatron.config.rules.pipeline import pipeline_split
 from flm_megatron.config.schema import LoraConfig, ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.device import current
+from flm_megatron.engine.transformer import TransformerConfig, without_cuda_graphs
 from flm_megatron.kernels import fp8
 from flm_megatron.kernels.choice import require_transformer_engine
 
@@ -88,7 +88,7 @@ def _shape(model: ModelConfig) -> dict[str, Any]:
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "perform_initialization": False,
-        "cuda_graph_scope": [],  # the engine's default is a name that it warns of
+        **without_cuda_graphs(),
         "xpos_scale_base": model.xpos_scale_base if model.position == "xpos" else None,
     }
 

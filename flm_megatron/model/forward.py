@@ -9,6 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from flm_megatron.engine import parallel_state
+from flm_megatron.engine.schedules import Report, forward_backward
+from flm_megatron.engine.types import ModelChunk
 from flm_megatron.device import current
 
 Result = TypeVar("Result")
@@ -28,21 +31,19 @@ class Batch:
 
 @torch.no_grad()
 def forward(
-    chunk: Any, batches: Iterable[Batch], count: int, finish: Callable[[Batch, Tensor], Result]
+    chunk: ModelChunk, batches: Iterable[Batch], count: int, finish: Callable[[Batch, Tensor], Result]
 ) -> list[Result]:
     """Run `count` batches of one shape through the pipeline; results of `finish` on its last rank, nothing elsewhere.
 
     `finish(batch, output)` gets losses [batch, sequence] in nats, or logits [batch, positions, true vocabulary] on
     every tensor-parallel rank.
     """
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
     batches = iter(batches)
     first = next(batches, None)
     if first is None or count == 0:
         return []
 
-    def step(data: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+    def step(data: Iterator[Batch], model: ModelChunk) -> tuple[Tensor, Report[Result]]:
         """The engine's forward step over one batch."""
         batch = next(data)
         device = current().torch_device
@@ -57,13 +58,13 @@ def forward(
 
         return output, done
 
-    return get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=_chain(first, batches),
-        model=chunk,
-        num_microbatches=count,
-        seq_length=first.tokens.shape[1],
-        micro_batch_size=first.tokens.shape[0],
+    return forward_backward(
+        step,
+        [_chain(first, batches)],
+        [chunk],
+        micro_batches=count,
+        micro_batch=first.tokens.shape[0],
+        sequence_length=first.tokens.shape[1],
         forward_only=True,
     )
 
@@ -75,6 +76,4 @@ def _chain(first: Batch, rest: Iterator[Batch]) -> Iterator[Batch]:
 
 def is_output_rank() -> bool:
     """Whether this rank's results count: one tensor rank at the end of each pipeline."""
-    from megatron.core import parallel_state
-
     return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0

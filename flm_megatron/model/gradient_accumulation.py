@@ -6,32 +6,27 @@ they are the operation `weight_gradient` of our kernels, which need no Apex.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from flm_megatron import kernels
+from flm_megatron.engine import tensor_parallel
+from flm_megatron.engine.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 
 def install_weight_gradient() -> None:
     """Put our operation where megatron-core's linear layers look for the extension of Apex."""
-    from megatron.core.tensor_parallel import layers
-
-    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(  # type: ignore[attr-defined]
-        wgrad_gemm_accum_fp32=_accumulate, wgrad_gemm_accum_fp16=_accumulate
-    )
-    layers._grad_accum_fusion_available = True
+    tensor_parallel.install_weight_gradient(_accumulate)
 
 
-def accumulate_in_buffers(chunks: list[nn.Module]) -> None:
+def accumulate_in_buffers(chunks: Sequence[nn.Module]) -> None:
     """From now on linear layers of `chunks` add the gradients of their weights to `weight.main_grad`.
 
     The chunks are wrapped in megatron-core's DistributedDataParallel, which gives every weight that learns its part
     of a gradient buffer; what it then finds in `weight.grad` is an unwritten placeholder. Frozen weights have
     neither gradient nor buffer.
     """
-    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-
     install_weight_gradient()
     for chunk in chunks:
         for module in chunk.modules():

@@ -6,13 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import checkpoint
-from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
-from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from flm_megatron import kernels
+from flm_megatron.engine.tensor_parallel import CheckpointWithoutOutput, checkpoint
+from flm_megatron.engine.transformer import MLP, TransformerLayer
 from flm_megatron.model.norms import RMSNorm
 
 

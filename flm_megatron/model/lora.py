@@ -11,20 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from flm_megatron.config.schema import LoraConfig
+from flm_megatron.engine.tensor_parallel import (ColumnParallelLinear, RowParallelLinear, apply_swiglu_sharded_factory, copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region, make_sharded_tensors_for_checkpoint, reduce_from_tensor_model_parallel_region, reduce_scatter_to_sequence_parallel_region, set_tensor_model_parallel_attributes)
 from flm_megatron.model.parameters import ParameterSpec
 from flm_megatron.model.parameters.names import logical_name
 

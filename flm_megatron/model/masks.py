@@ -12,10 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
+from flm_megatron.engine import parallel_state
+from flm_megatron.engine.transformer import TransformerLayer
 from flm_megatron import kernels
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.device import current

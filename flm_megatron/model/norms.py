@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from flm_megatron import kernels
 from flm_megatron.device import current
+from flm_megatron.engine.transformer import TransformerConfig
 
 
 def _parameter(hidden_size: int, config: TransformerConfig, value: float) -> nn.Parameter:

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from flm_megatron.engine.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from flm_megatron.engine.transformer import (MLP, AttnMaskType, MLPSubmodules, ModuleSpec, SelfAttentionSubmodules, TransformerBlockSubmodules, TransformerLayerSubmodules, get_bias_dropout_add, get_num_layers_to_build, mlp_spec, transformer_engine_block)
 from flm_megatron.model.attention.core import CoreAttention
 from flm_megatron.model.attention.self_attention import PackedSelfAttention
 from flm_megatron.model.engine_config import EngineConfig
@@ -31,11 +25,7 @@ def block_spec(config: EngineConfig, vp_stage: int | None) -> TransformerBlockSu
     """Layers and final norm of model chunk `vp_stage` of this pipeline rank."""
     layers = get_num_layers_to_build(config, vp_stage)
     if config.transformer_engine:
-        from megatron.core.extensions.transformer_engine import TENorm
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-
-        spec = get_gpt_layer_with_transformer_engine_spec()
-        return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=TENorm)
+        return transformer_engine_block(layers)
     return TransformerBlockSubmodules(layer_specs=[layer_spec(config)] * layers, layer_norm=_norm(config))
 
 
@@ -47,7 +37,7 @@ def layer_spec(config: EngineConfig) -> ModuleSpec:
         core_attention=CoreAttention,
         linear_proj=_row("projection", config),
     )
-    feed_forward = MLPSubmodules(_column("fc1", config), None, _row("fc2", config))
+    feed_forward = MLPSubmodules(linear_fc1=_column("fc1", config), linear_fc2=_row("fc2", config))
     return ModuleSpec(
         module=TeleFLMLayer,
         submodules=TransformerLayerSubmodules(
@@ -55,7 +45,7 @@ def layer_spec(config: EngineConfig) -> ModuleSpec:
             self_attention=ModuleSpec(PackedSelfAttention, {"attn_mask_type": AttnMaskType.causal}, attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(GatedMLP if config.gated_linear_unit else MLP, submodules=feed_forward),
+            mlp=mlp_spec(GatedMLP if config.gated_linear_unit else MLP, feed_forward),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=NORM_NAMES,
         ),

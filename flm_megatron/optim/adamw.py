@@ -16,6 +16,7 @@ import torch
 from torch.optim.adamw import adamw as functional_adamw
 
 from flm_megatron import kernels
+from flm_megatron.engine.optimizer import install_fused_adam
 from flm_megatron.optim.step_offset import settling_steps, update_by_age
 
 FUSED_DEVICES = ("cpu", "cuda")
@@ -139,18 +140,4 @@ def install_adamw(replace: bool = False) -> bool:
     Returns:
         Whether `AdamW` is what megatron-core will use.
     """
-    import megatron.core.optimizer as engine
-    from megatron.core.optimizer import distrib_optimizer
-
-    if engine.Adam is AdamW:
-        return True
-    if not (replace or engine.USING_PYTORCH_OPTIMIZER):
-        return False
-    engine.Adam = AdamW
-    engine.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.Adam = AdamW
-    distrib_optimizer.HAVE_APEX_OR_TE = True
-    # megatron-core knows two owners of this convention; "Apex" is the one without Transformer Engine's extra state.
-    distrib_optimizer.USING_APEX_OPTIMIZER = True
-    distrib_optimizer.USING_TE_OPTIMIZER = False
-    return True
+    return install_fused_adam(AdamW, instead_of_a_library=replace)

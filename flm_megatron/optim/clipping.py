@@ -6,45 +6,39 @@ Without either it falls back to one norm per parameter, each of which the host w
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from flm_megatron import kernels
+from flm_megatron.engine import optimizer as engine
+from flm_megatron.engine.types import ChainedPart
 from flm_megatron.optim.adamw import AdamW
 
 
 def install_clipping() -> bool:
     """Put our kernels in place unless the choice of kernels says `te` or `apex`; returns whether they are."""
-    from megatron.core.optimizer import clip_grads
-
     if kernels.current().engine_calls("grad_clip"):
         return False
-    clip_grads.multi_tensor_applier = _apply
-    clip_grads.l2_norm_impl = _l2_norm
-    clip_grads.multi_tensor_scale_impl = _scale
+    engine.install_clipping(_apply, _l2_norm, _scale)
     return True
 
 
-def clip_at_step(optimizer: Any, norm: float) -> None:
+def clip_at_step(optimizer: ChainedPart, norm: float) -> None:
     """Clip the gradients of one of megatron-core's optimizers to its `clip_grad`, `norm` being their global norm.
 
     Ours multiplies them when it reads them for its update; others do now, in a pass of its own. Nothing is done where
     the norm is small enough.
     """
-    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-
     if getattr(optimizer, "is_stub_optimizer", False) or optimizer.config.clip_grad <= 0:
         return
     largest = optimizer.config.clip_grad
     if not isinstance(optimizer.optimizer, AdamW):
-        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), max_norm=largest, total_norm=norm)
+        engine.clip_grads_by_norm(optimizer, norm)
     elif norm + kernels.NORM_FLOOR > largest:
         optimizer.optimizer.clip(largest / (norm + kernels.NORM_FLOOR))
 
 
-def _apply(operation: Callable[..., Any], overflow: Tensor, lists: list[list[Tensor]], *arguments: Any) -> Any:
+def _apply(operation: Callable[..., object], overflow: Tensor, lists: list[list[Tensor]], *arguments: object) -> object:
     return operation(overflow, lists, *arguments)
 
 

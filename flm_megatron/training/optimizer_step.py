@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from flm_megatron.device import current
+from flm_megatron.engine.types import Optimizer
 from flm_megatron.optim.clipping import clip_at_step
 
 Judge = Callable[[float], str | None]
 
 
 @torch.no_grad()
-def guarded_step(optimizer: Any, judge: Judge) -> tuple[float, str | None]:
+def guarded_step(optimizer: Optimizer, judge: Judge) -> tuple[float, str | None]:
     """Clip the gradients and update the weights, unless `judge(gradient norm)` gives a reason on any rank.
 
     The stages are those of megatron-core's ChainedOptimizer.step, in its order, but clipping is part of the update

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
+from flm_megatron.engine import parallel_state
 from flm_megatron import kernels
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
@@ -81,8 +82,6 @@ class StageTrainer:
     """One stage under way: its model with its optimizer, its place in the stream, its log and its checkpoints."""
 
     def __init__(self, run: RunConfig, start: Start, beginning: Beginning, copies: MemoryCopies | None = None) -> None:
-        from megatron.core import parallel_state
-
         self.index, self.step, self.start = start.stage, start.step, start
         self.budgets = stage_budgets(run, start.history)
         self.budget = self.budgets[start.stage]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
+from flm_megatron.engine.data_parallel import connect, replicate
+from flm_megatron.engine.schedules import Report, forward_backward
+from flm_megatron.engine.types import ModelChunk
+from flm_megatron.model.forward import is_output_rank
 from flm_megatron.config.schema import StageConfig
 from flm_megatron.device import current
 from flm_megatron.training.frozen_weights import freeze, frozen_parameters
@@ -64,11 +68,12 @@ class TrainState:
 
         self.stage = stage
         self.sequence_length = sequence_length
-        self.chunks = wrap_chunks(build_model(stage.model, stage), stage)
+        device = current().torch_device
+        self.chunks = replicate([chunk.to(device) for chunk in build_model(stage.model, stage)], stage.parallel)
         accumulate_in_buffers(self.chunks)
         frozen = frozen_parameters(self.chunks, stage)
         self.optimizer = build_optimizer(stage, self.chunks, {id(parameter) for parameter in frozen})
-        _connect(self.chunks, stage, self.optimizer)
+        connect(self.chunks, self.optimizer, stage.parallel)
         if frozen:
             freeze(self.chunks, frozen)
 
@@ -105,22 +110,19 @@ class TrainState:
 
     def _losses(self, batches: list[Batch], forward_only: bool, told: Told = NOTHING) -> tuple[float, int, Told]:
         """Sum of losses and number of tokens over all ranks, and what any of them told."""
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-
-        iterators = [iter(batches) for _ in self.chunks]
-        outputs = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=len(batches),
-            seq_length=self.sequence_length,
-            micro_batch_size=self.stage.micro_batch,
+        outputs = forward_backward(
+            forward_step,
+            [iter(batches) for _ in self.chunks],
+            self.chunks,
+            micro_batches=len(batches),
+            micro_batch=self.stage.micro_batch,
+            sequence_length=self.sequence_length,
             forward_only=forward_only,
         )
         return _reduce(outputs, told)
 
 
-def forward_step(data_iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+def forward_step(data_iterator: Iterator[Batch], model: ModelChunk) -> tuple[torch.Tensor, Report[torch.Tensor]]:
     """megatron-core's forward step: the sum of the losses of unmasked tokens, and how to report it."""
     device = current().torch_device
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(data_iterator).items()}
@@ -139,42 +141,6 @@ def cross_document_mask(segments: torch.Tensor) -> torch.Tensor:
     return (segments[:, :, None] != segments[:, None, :]).unsqueeze(1)
 
 
-def wrap_chunks(chunks: list[Any], stage: StageConfig) -> list[Any]:
-    """Model chunks under megatron-core's distributed data parallel, gradients accumulated in fp32 buffers."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-
-    parallel = stage.parallel
-    config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
-        use_distributed_optimizer=parallel.distributed_optimizer,
-    )
-    device = current().torch_device
-    return [
-        DistributedDataParallel(chunk.config, config, chunk.to(device), disable_bucketing=index > 0)
-        for index, chunk in enumerate(chunks)
-    ]
-
-
-def _connect(chunks: list[Any], stage: StageConfig, optimizer: Any) -> None:
-    """Tell the schedules how gradients are finished and which communication overlaps."""
-    from megatron.core.distributed import finalize_model_grads
-
-    config = chunks[0].config
-    config.finalize_model_grads_func = finalize_model_grads
-    config.grad_scale_func = optimizer.scale_loss
-    if stage.parallel.overlap_grad_reduce:
-        config.no_sync_func = _one_or_list([chunk.no_sync for chunk in chunks])
-        config.grad_sync_func = _one_or_list([chunk.start_grad_sync for chunk in chunks])
-    if stage.parallel.overlap_param_gather:
-        config.param_sync_func = _one_or_list([chunk.start_param_sync for chunk in chunks])
-
-
-def _one_or_list(functions: list[Any]) -> Any:
-    return functions[0] if len(functions) == 1 else functions
-
-
 def _with_tokens(mask: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sum over unmasked tokens, their number, and both in float64 for the log (a copy: the engine scales in place)."""
     tokens = mask.sum()
@@ -183,11 +149,8 @@ def _with_tokens(mask: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor,
 
 def _reduce(outputs: list[torch.Tensor], told: Told) -> tuple[float, int, Told]:
     """Add up over the world; only one tensor rank of each last pipeline rank puts its losses in."""
-    from megatron.core import parallel_state
-
-    counted = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
     sums = torch.zeros(2 + len(told), dtype=torch.float64, device=current().torch_device)
-    if counted and outputs:
+    if outputs and is_output_rank():
         sums[:2] = torch.stack(outputs).sum(0)
     sums[2:] = torch.tensor(told, dtype=torch.float64)
     dist.all_reduce(sums)
@@ -195,6 +158,6 @@ def _reduce(outputs: list[torch.Tensor], told: Told) -> tuple[float, int, Told]:
     return loss, int(tokens), Told(*(count > 0 for count in heard))
 
 
-def _set_training(chunks: list[Any], training: bool) -> None:
+def _set_training(chunks: Sequence[ModelChunk], training: bool) -> None:
     for chunk in chunks:
         chunk.train(training)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -11,31 +9,24 @@ from torch import Tensor
 from flm_megatron.benchmarking.steps import Step, draw_weights
 from flm_megatron.config.schema import StageConfig
 from flm_megatron.device import current
-from flm_megatron.training.step import Batch, TrainState, wrap_chunks
-
-PATCHED = {
-    "megatron.core.optimizer": ("Adam", "USING_PYTORCH_OPTIMIZER"),
-    "megatron.core.optimizer.distrib_optimizer": (
-        "Adam",
-        "HAVE_APEX_OR_TE",
-        "USING_APEX_OPTIMIZER",
-        "USING_TE_OPTIMIZER",
-    ),
-    "megatron.core.optimizer.clip_grads": ("multi_tensor_applier", "l2_norm_impl", "multi_tensor_scale_impl"),
-    "megatron.core.tensor_parallel.layers": ("fused_weight_gradient_mlp_cuda",),
-}
-"""Names that `optim` and `model.gradient_accumulation` give another meaning in megatron-core, by module; one that is
-not there counts as none."""
+from flm_megatron.engine.data_parallel import connect, replicate
+from flm_megatron.engine.optimizer import get_megatron_optimizer
+from flm_megatron.engine.replaced import as_shipped
+from flm_megatron.engine.tensor_parallel import model_parallel_cuda_manual_seed, weight_gradient_is_fused
+from flm_megatron.engine.transformer import GPTModel, get_gpt_layer_local_spec
+from flm_megatron.model.engine_config import transformer_config
+from flm_megatron.model.parameters.axis import padded_vocab_size
+from flm_megatron.training.step import Batch, TrainState
 
 
 def bare_megatron_step(stage: StageConfig, sequence_length: int) -> Step:
-    """Its training step; called before our own optimizer is built in this process."""
-    shipped = _names()
-    state = BareTrainState(stage, sequence_length)
+    """Its training step."""
+    with as_shipped():
+        state = BareTrainState(stage, sequence_length)
 
     def step(batches: list[Batch]) -> float:
         """A step with megatron-core as it is shipped."""
-        with _put(shipped):
+        with as_shipped():
             return state.train_step(batches).loss
 
     return step
@@ -45,42 +36,28 @@ class BareTrainState(TrainState):
     """The training step over megatron-core's own model, one chunk on one process."""
 
     def __init__(self, stage: StageConfig, sequence_length: int) -> None:
-        from megatron.core.distributed import finalize_model_grads
-        from megatron.core.optimizer import get_megatron_optimizer
-
-        from flm_megatron.optim.build import engine_config
-
         self.stage, self.sequence_length = stage, sequence_length
-        self.chunks = wrap_chunks([bare_model(stage, sequence_length)], stage)
-        draw_weights(self.chunks[0])
-        self.optimizer = get_megatron_optimizer(engine_config(stage), self.chunks, use_gloo_process_groups=False)
-        config = self.chunks[0].config
-        config.finalize_model_grads_func = finalize_model_grads
-        config.grad_scale_func = self.optimizer.scale_loss
+        model = bare_model(stage, sequence_length).to(current().torch_device)
+        draw_weights(model)
+        self.chunks = replicate([model], stage.parallel)
+        self.optimizer = get_megatron_optimizer(stage, self.chunks)
+        connect(self.chunks, self.optimizer, stage.parallel)
 
 
-def bare_model(stage: StageConfig, sequence_length: int) -> Any:
+class SummingGPT(GPTModel):
+    """megatron-core's model; the training step wants the sum of the losses of unmasked tokens."""
+
+    def forward(self, *args: Any, loss_mask: Tensor, **kwargs: Any) -> Tensor:
+        """Sum over tokens (0-dim) of mask times loss."""
+        return (super().forward(*args, **kwargs) * loss_mask).sum()
+
+
+def bare_model(stage: StageConfig, sequence_length: int) -> SummingGPT:
     """megatron-core's GPTModel of the stage's shape with local modules."""
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.tensor_parallel import layers
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    from flm_megatron.model.engine_config import transformer_config
-    from flm_megatron.model.parameters.axis import padded_vocab_size
-
-    class SummingGPT(GPTModel):
-        """The training step wants the sum of the losses of unmasked tokens."""
-
-        def forward(self, *args: Any, loss_mask: Tensor, **kwargs: Any) -> Tensor:
-            """Sum over tokens (0-dim) of mask times loss."""
-            return (super().forward(*args, **kwargs) * loss_mask).sum()
-
-    current().prepare()
     model_parallel_cuda_manual_seed(0, force_reset_rng=True)
     config = transformer_config(stage)
     # The engine's own way with weight gradients: fused where Apex's extension is.
-    config.gradient_accumulation_fusion = bool(layers._grad_accum_fusion_available)
+    config.gradient_accumulation_fusion = weight_gradient_is_fused()
     return SummingGPT(
         config,
         get_gpt_layer_local_spec(normalization="RMSNorm"),
@@ -90,27 +67,3 @@ def bare_model(stage: StageConfig, sequence_length: int) -> Any:
         rotary_base=stage.model.rope_theta,  # type: ignore[arg-type]
         share_embeddings_and_output_weights=False,
     )
-
-
-def _names() -> dict[tuple[Any, str], Any]:
-    from importlib import import_module
-
-    modules = {name: import_module(name) for name in PATCHED}
-    return {
-        (modules[name], attribute): getattr(modules[name], attribute, None)
-        for name in PATCHED
-        for attribute in PATCHED[name]
-    }
-
-
-@contextmanager
-def _put(values: dict[tuple[Any, str], Any]) -> Iterator[None]:
-    """Give names in modules these values while the block runs."""
-    before = {(module, name): getattr(module, name, None) for module, name in values}
-    try:
-        for (module, name), value in values.items():
-            setattr(module, name, value)
-        yield
-    finally:
-        for (module, name), value in before.items():
-            setattr(module, name, value)

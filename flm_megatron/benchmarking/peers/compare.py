@@ -21,7 +21,7 @@ from flm_megatron.device import current
 from flm_megatron.training.step import Batch
 
 BUILDERS: dict[str, Callable[[StageConfig, int], Step]] = {
-    BARE: bare_megatron_step,  # first: it takes note of what our optimizer replaces in megatron-core
+    BARE: bare_megatron_step,
     "transformers": transformers_step,
     "transformers-compiled": partial(transformers_step, compiled=True),
     "torchtitan": torchtitan_step,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from flm_megatron.engine import parallel_state
+from flm_megatron.engine.data_parallel import finish_gathering
+from flm_megatron.engine.optimizer import initialise_state
+from flm_megatron.engine.types import ModelChunk, Optimizer
 from flm_megatron.checkpoint.files.in_order import WORKERS, in_order
 from flm_megatron.checkpoint.logical import (
     EXP_AVG,
@@ -25,11 +29,9 @@ from flm_megatron.checkpoint.logical import (
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.sharding.asynchronous import SaveHandle, writing_processes
 from flm_megatron.checkpoint.sharding.optimizer_state import (
-    initialise_state,
     placements_by_parameter,
     state_regions,
     state_slices,
-    unchained,
 )
 from flm_megatron.checkpoint.sharding.placement import Placement, placements
 from flm_megatron.checkpoint.sharding.shared_reading import SHARED_READ_BYTES, RegionToFill, fill_shared
@@ -58,7 +60,7 @@ class HeldRegion:
 
 @torch.no_grad()
 def load_state(
-    checkpoint: LogicalCheckpoint, chunks: list[torch.nn.Module], optimizer: Any = None, alone: bool = False
+    checkpoint: LogicalCheckpoint, chunks: Sequence[ModelChunk], optimizer: Optimizer | None = None, alone: bool = False
 ) -> None:
     """Fill model chunks, and the optimizer's masters, moments and step, from a checkpoint.
 
@@ -94,8 +96,8 @@ def load_state(
 
 def save_state(
     path: str | Path,
-    chunks: list[torch.nn.Module],
-    optimizer: Any,
+    chunks: Sequence[ModelChunk],
+    optimizer: Optimizer | None,
     manifest: dict[str, Any],
     asynchronous: bool = False,
 ) -> SaveHandle:
@@ -119,7 +121,7 @@ def save_state(
     return SaveHandle(Path(path), tensors, shards, manifest, processes, partial(give_back, buffer) if buffer else None)
 
 
-def stored_state(chunks: list[torch.nn.Module], optimizer: Any) -> tuple[dict[str, TensorInfo], list[Stored]]:
+def stored_state(chunks: Sequence[ModelChunk], optimizer: Optimizer | None) -> tuple[dict[str, TensorInfo], list[Stored]]:
     """The tensors of a checkpoint of the model and (unless none) its optimizer that are held here at least in part, and
     what of them this process stores: views of the training's own memory. All ranks must call."""
     finish_gathering(chunks)
@@ -129,16 +131,9 @@ def stored_state(chunks: list[torch.nn.Module], optimizer: Any) -> tuple[dict[st
     return {held.name: held.info for held in regions}, list(_own_shard(regions))
 
 
-def prepare_asynchronous_save(chunks: list[torch.nn.Module], optimizer: Any) -> None:
+def prepare_asynchronous_save(chunks: Sequence[ModelChunk], optimizer: Optimizer | None) -> None:
     """Get the memory for copies of the state ready in the background, before the first save. All ranks must call."""
     prepare_buffer(placed(stored_state(chunks, optimizer)[1])[1])
-
-
-def finish_gathering(chunks: list[Any]) -> None:
-    """With overlapped gathering, weights of other ranks' ranges are updated only when the next step needs them."""
-    for chunk in chunks:
-        if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
-            chunk.start_param_sync(force_sync=True)
 
 
 def _getter(region: Region, tensor: torch.Tensor) -> Callable[[Region], torch.Tensor]:
@@ -152,15 +147,14 @@ def _weight_regions(held_here: list[Placement]) -> Iterator[HeldRegion]:
 
 
 def _optimizer_regions(
-    optimizer: Any, held_here: list[Placement], checkpoint: LogicalCheckpoint | None = None
+    optimizer: Optimizer, held_here: list[Placement], checkpoint: LogicalCheckpoint | None = None
 ) -> Iterator[HeldRegion]:
     """Regions of masters and moments; with a checkpoint to load, the state is made ready for it first."""
     initialise_state(optimizer)
     if checkpoint is not None:
         step = adam_step(checkpoint)
-        for one in unchained(optimizer):
-            for group in one.optimizer.param_groups:
-                group["step"] = step
+        for group in optimizer.param_groups:
+            group["step"] = step
     by_parameter = placements_by_parameter(held_here)
     for state in state_slices(optimizer):
         tensors = {MASTER: state.master, EXP_AVG: state.exp_avg, EXP_AVG_SQ: state.exp_avg_sq}
@@ -180,9 +174,7 @@ def _optimizer_regions(
 
 def _peers() -> dist.ProcessGroup | None:
     """The ranks that hold the same weights as this one; none where it is the only one."""
-    from megatron.core import parallel_state
-
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    group = parallel_state.get_data_parallel_group()
     return group if dist.get_world_size(group) > 1 else None
 
 
@@ -225,10 +217,8 @@ def _check_shape(checkpoint: LogicalCheckpoint, placement: Placement) -> None:
 
 def _own_shard(regions: list[HeldRegion]) -> Iterator[Stored]:
     """What this process stores: regions that it alone holds, and its shard of those that data-parallel peers share."""
-    from megatron.core import parallel_state
-
-    rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    rank = parallel_state.get_data_parallel_rank()
+    size = parallel_state.get_data_parallel_world_size()
     total = sum(held.tensor.nbytes for held in regions if held.stored and held.shared)
     position = 0
     for held in regions:
@@ -242,7 +232,7 @@ def _own_shard(regions: list[HeldRegion]) -> Iterator[Stored]:
             position += values.nbytes if held.shared else 0
 
 
-def chunks_to_evaluate(checkpoint: LogicalCheckpoint, stage: StageConfig, alone: bool = False) -> list[Any]:
+def chunks_to_evaluate(checkpoint: LogicalCheckpoint, stage: StageConfig, alone: bool = False) -> list[ModelChunk]:
     """This rank's chunks of the stage's model with a checkpoint's weights, under the current layout, ready to evaluate.
 
     `alone` is as in `load_state`. Raises DamagedError if the checkpoint cannot be read.

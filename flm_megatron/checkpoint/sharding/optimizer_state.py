@@ -6,13 +6,14 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from flm_megatron.checkpoint.logical import Region
 from flm_megatron.checkpoint.regions import flat_regions
 from flm_megatron.checkpoint.sharding.placement import Placement
+from flm_megatron.engine.optimizer import owned_ranges, parts
+from flm_megatron.engine.types import ChainedPart, Optimizer
 
 
 @dataclass(frozen=True)
@@ -44,27 +45,20 @@ class StateRegion:
         return flat[self.start : self.start + self.region.numel].view(self.region.sizes)
 
 
-def unchained(optimizer: Any) -> list[Any]:
-    """The optimizers in megatron-core's ChainedOptimizer, without those that own no parameters."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
-
-
-def initialise_state(optimizer: Any) -> None:
-    """Make the moments exist (zero) where no step has been taken yet."""
-    for part in unchained(optimizer):
-        part.init_state_fn(part.optimizer, part.config)
-
-
-def state_slices(optimizer: Any) -> Iterator[StateSlice]:
+def state_slices(optimizer: Optimizer) -> Iterator[StateSlice]:
     """Optimizer state that this process owns; its moments must exist."""
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    for part in parts(optimizer):
+        yield from part_slices(part)
 
-    for part in unchained(optimizer):
-        if isinstance(part, DistributedOptimizer):
-            yield from _distributed(part)
-        else:
-            yield from _replicated(part)
+
+def part_slices(part: ChainedPart) -> Iterator[StateSlice]:
+    """What one of the optimizers in it owns."""
+    for owned in owned_ranges(part):
+        flat = [owned.state[key].detach().view(-1) for key in ("param", "exp_avg", "exp_avg_sq")]
+        assert all(values.dtype == torch.float32 for values in flat), "optimizer state is kept in fp32"
+        count = owned.end - owned.start
+        assert flat[0].numel() == count, f"{flat[0].numel()} values for the range {owned.start} to {owned.end}"
+        yield StateSlice(owned.parameter, owned.start, owned.end, owned.sharded, *flat)
 
 
 def state_regions(state: StateSlice, by_parameter: dict[int, list[Placement]]) -> Iterator[StateRegion]:
@@ -92,37 +86,3 @@ def placements_by_parameter(parts: Iterable[Placement]) -> dict[int, list[Placem
     for placement in parts:
         table[id(placement.parameter)].append(placement)
     return table
-
-
-def _distributed(optimizer: Any) -> Iterator[StateSlice]:
-    """Ranges of the data-parallel buffers, as megatron-core's DistributedOptimizer has divided them."""
-    for buffer in optimizer.gbuf_ranges:
-        for buckets in buffer.values():
-            for bucket in buckets:
-                for parameter, ranges in bucket["param_map"].items():
-                    owned = ranges["param"]
-                    state = optimizer._get_main_param_and_optimizer_states(parameter)
-                    yield _slice(parameter, owned.start, owned.end, True, state)
-
-
-def _replicated(optimizer: Any) -> Iterator[StateSlice]:
-    """Whole parameters: the fp32 optimizer's own, the mixed-precision optimizer's fp32 copies."""
-    inner = optimizer.optimizer
-    pairs = [
-        pair
-        for copied, copies in zip(
-            getattr(optimizer, "float16_groups", []), getattr(optimizer, "fp32_from_float16_groups", []), strict=True
-        )
-        for pair in zip(copied, copies, strict=True)
-    ]
-    copies = {id(copy) for _, copy in pairs}
-    pairs += [(p, p) for group in inner.param_groups for p in group["params"] if id(p) not in copies]
-    for parameter, master in pairs:
-        yield _slice(parameter, 0, parameter.numel(), False, {"param": master, **inner.state[master]})
-
-
-def _slice(parameter: Any, start: int, end: int, sharded: bool, state: dict[str, torch.Tensor]) -> StateSlice:
-    master, exp_avg, exp_avg_sq = (state[key].detach().view(-1) for key in ("param", "exp_avg", "exp_avg_sq"))
-    assert master.dtype == exp_avg.dtype == exp_avg_sq.dtype == torch.float32, "optimizer state is kept in fp32"
-    assert master.numel() == end - start, f"{master.numel()} values for the range {start} to {end}"
-    return StateSlice(parameter, start, end, sharded, master, exp_avg, exp_avg_sq)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from flm_megatron.checkpoint.logical import Region
+from flm_megatron.engine.data_parallel import unwrap
+from flm_megatron.engine.sharded_tensors import ParameterShard, parameter_shards
+from flm_megatron.engine.types import ModelChunk
 from flm_megatron.model.parameters import ParameterSpec
 
 
@@ -48,7 +50,7 @@ class Placement:
         return not any(self.replica_id[:-1])
 
 
-def placements(chunks: list[torch.nn.Module]) -> list[Placement]:
+def placements(chunks: Sequence[ModelChunk]) -> list[Placement]:
     """Placements of all parameters of the model chunks of this process, wrapped for data parallelism or not.
 
     Rows of padding ids belong to none; a gated first feed-forward matrix has two, gate and up.
@@ -56,44 +58,22 @@ def placements(chunks: list[torch.nn.Module]) -> list[Placement]:
     return [placement for chunk in chunks for placement in _placements(unwrap(chunk))]
 
 
-def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
-    """The model inside megatron-core's wrappers."""
-    from megatron.core.utils import unwrap_model
-
-    return unwrap_model(chunk)
-
-
-def _placements(model: Any) -> Iterator[Placement]:
-    from megatron.core import parallel_state
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-
+def _placements(model: ModelChunk) -> Iterator[Placement]:
     specs: Mapping[str, ParameterSpec] = getattr(model, "specs", {})
-    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    for entry in model.sharded_state_dict(metadata=metadata).values():
-        if not isinstance(entry, ShardedTensor | ShardedTensorFactory) or not isinstance(
-            entry.data, torch.nn.Parameter
-        ):
-            continue  # extra state of modules, buffers
-        built = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
-        start = 0
-        for sharded in built:
-            local = Region((start, *(0,) * (len(sharded.local_shape) - 1)), tuple(sharded.local_shape))
-            start += sharded.local_shape[0]
-            placement = _placement(sharded, local, entry.data, specs.get(sharded.key))
-            if placement is not None:
-                yield placement
+    for shard in parameter_shards(model):
+        placement = _placement(shard, specs.get(shard.name))
+        if placement is not None:
+            yield placement
 
 
-def _placement(
-    sharded: Any, local: Region, parameter: torch.nn.Parameter, spec: ParameterSpec | None
-) -> Placement | None:
+def _placement(shard: ParameterShard, spec: ParameterSpec | None) -> Placement | None:
     """The placement without padding rows; none if it has no others. `spec` is none in a model that is not ours."""
     padded = spec is not None and spec.padded
-    shape = spec.shape if spec is not None and spec.padded else tuple(sharded.global_shape)
-    layers = sharded.prepend_axis_num
-    region = Region(tuple(sharded.global_offset), (1,) * layers + local.sizes).intersect(Region.whole(shape))
+    shape = spec.shape if spec is not None and spec.padded else shard.global_shape
+    layers = (1,) * shard.prepended
+    region = Region(shard.global_offset, layers + shard.local_shape).intersect(Region.whole(shape))
     if region is None:
         return None
-    cut = Region(local.offsets, region.sizes[layers:])
-    replica = sharded.replica_id if isinstance(sharded.replica_id, tuple) else (sharded.replica_id,)
-    return Placement(sharded.key, shape, region, cut, parameter, replica, padded)
+    start = (shard.start, *(0,) * (len(shard.local_shape) - 1))
+    local = Region(start, region.sizes[shard.prepended :])
+    return Placement(shard.name, shape, region, local, shard.parameter, shard.replica_id, padded)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from flm_megatron.data.corpus.description import LARGEST_COUNT, Description, file_of, refuse_too_many
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.durable import make_folders, sync, sync_tree
+from flm_megatron.engine.datasets import id_dtype, indexed_builder
 from flm_megatron.errors import FlmError, RequestError
 from flm_megatron.paths import require_file
 
@@ -91,14 +92,9 @@ class Writer:
 
     def __init__(self, prefix: Path, tokenizer: Tokenizer) -> None:
         """Open PREFIX.bin, to which documents are added in their order."""
-        from flm_megatron.device import current
-
-        current().prepare()
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
         self._prefix, self._tokenizer = prefix, tokenizer
-        self._dtype = DType.optimal_dtype(tokenizer.vocab_size)
-        self._builder = IndexedDatasetBuilder(str(file_of(prefix, "bin")), dtype=self._dtype)
+        self._dtype = id_dtype(tokenizer.vocab_size)
+        self._builder = indexed_builder(str(file_of(prefix, "bin")), self._dtype)
         self._hash = hashlib.sha256()
         self._tokens = self._text_bytes = self._documents = 0
 

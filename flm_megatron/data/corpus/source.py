@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy
 
 from flm_megatron.config.schema import SourceConfig
 from flm_megatron.data.corpus.description import Description, read_description, require_a_sample, source_name
 from flm_megatron.durable import make_folders, sync, sync_tree
+from flm_megatron.engine.datasets import IndexedDataset, SampleIndex, open_indexed, sample_index, save_index
 from flm_megatron.errors import DamagedError, RequestError, read_error
 
 if TYPE_CHECKING:
     import torch
-    from megatron.core.datasets.gpt_dataset import GPTDataset
 
 WHOLE = "whole"
 NPY_MAGIC = b"\x93NUMPY"
@@ -88,13 +86,8 @@ class Source:
             place, offset = place + 1, max(0, offset - length)
 
 
-def _open(prefix: str, description: Description, length: int, seed: int, cache: str | None) -> GPTDataset:
-    from flm_megatron.device import current
-
-    current().prepare()
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    indexed = IndexedDataset(prefix)
+def _open(prefix: str, description: Description, length: int, seed: int, cache: str | None) -> SampleIndex:
+    indexed = open_indexed(prefix)
     key = f"{description.sha256}/{description.eod}/{description.pad}/{length}/{seed}"
     folder = _cache_root(prefix, cache) / hashlib.sha256(key.encode()).hexdigest()[:24]
     if not (folder / WHOLE).exists():
@@ -102,14 +95,14 @@ def _open(prefix: str, description: Description, length: int, seed: int, cache: 
     return _load(indexed, description, length, seed, folder)
 
 
-def _load(indexed: Any, description: Description, length: int, seed: int, folder: Path) -> GPTDataset:
+def _load(indexed: IndexedDataset, description: Description, length: int, seed: int, folder: Path) -> SampleIndex:
     """Open a built index. numpy would unpickle a file that is not an array, which can run code: only arrays pass."""
     try:
         for path in folder.glob("*.npy"):
             with path.open("rb") as file:
                 if file.read(len(NPY_MAGIC)) != NPY_MAGIC:
                     raise ValueError(f"{path.name} is not an array")
-        return _gpt_dataset(indexed, description, length, seed, str(folder))
+        return _sample_index(indexed, description, length, seed, str(folder))
     except (FileNotFoundError, ValueError) as error:
         raise DamagedError(
             f"sample index {folder} cannot be read ({error}): remove that folder, and it is built again"
@@ -122,7 +115,7 @@ def _cache_root(prefix: str, cache: str | None) -> Path:
     return Path(cache) if cache else Path(f"{prefix}_cache")
 
 
-def _build_index(indexed: Any, description: Description, length: int, seed: int, folder: Path) -> None:
+def _build_index(indexed: IndexedDataset, description: Description, length: int, seed: int, folder: Path) -> None:
     """Build the index in a folder of our own, then rename it into place.
 
     Processes that come at the same time on one machine wait for the first one; wherever locks do not reach (some
@@ -138,7 +131,8 @@ def _build_index(indexed: Any, description: Description, length: int, seed: int,
                 return
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            _save_index(_gpt_dataset(indexed, description, length, seed, ""), partial)
+            save_index(_sample_index(indexed, description, length, seed, ""), partial)
+            (partial / WHOLE).touch()
             sync_tree(partial)
             partial.rename(folder)
             sync(folder.parent)
@@ -151,37 +145,10 @@ def _build_index(indexed: Any, description: Description, length: int, seed: int,
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _save_index(dataset: GPTDataset, folder: Path) -> None:
-    """Write an index under the names that GPTDataset looks for.
-
-    Its own saving is left to the process of rank 0 of the run, which need not be on this machine.
-    """
-    base = f"{dataset.unique_description_hash}-{type(dataset).__name__}-{dataset.index_split.name}"
-    for affix in ("document_index", "sample_index", "shuffle_index"):
-        numpy.save(folder / f"{base}-{affix}.npy", getattr(dataset, affix))
-    (folder / f"{base}-description.txt").write_text(dataset.unique_description)
-    (folder / WHOLE).touch()
-
-
-def _gpt_dataset(indexed: Any, description: Description, length: int, seed: int, folder: str) -> GPTDataset:
-    """The dataset with the index in `folder`; without a folder its index is built in memory."""
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.datasets.utils import Split
-
+def _sample_index(
+    indexed: IndexedDataset, description: Description, length: int, seed: int, folder: str
+) -> SampleIndex:
+    """The samples with the index in `folder`; without a folder it is built in memory."""
     ids = {"eod": description.eod, "pad": description.pad, "vocab_size": description.vocab_size}
-    config = GPTDatasetConfig(
-        random_seed=seed % 2**32,
-        sequence_length=length,
-        blend_per_split=[([description.sha256], None), None, None],
-        path_to_cache=folder,
-        tokenizer=SimpleNamespace(**ids, unique_identifiers=ids),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
-    # It warns that an index without a folder is not saved.
-    logging.getLogger(GPTDataset.__module__).setLevel(logging.ERROR)
-    documents = numpy.arange(len(indexed), dtype=numpy.int32)
     # The hash stands for the path: a dataset that is moved keeps its indices.
-    return GPTDataset(indexed, description.sha256, documents, None, Split.train, config)
+    return sample_index(indexed, description.sha256, length, seed % 2**32, folder, ids)

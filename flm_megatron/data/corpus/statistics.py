@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy
 
 from flm_megatron.data.corpus.description import file_of, read_description
+from flm_megatron.engine.datasets import id_dtype
 from flm_megatron.errors import RequestError
 
 CHUNK = 1 << 24
@@ -44,12 +45,7 @@ def unigram_entropy(train: str | os.PathLike[str], validation: str | os.PathLike
 
 def _counts(prefix: str | os.PathLike[str], vocab_size: int) -> numpy.ndarray:
     """How often each id stands in a dataset, int64 [vocab_size]."""
-    from flm_megatron.device import current
-
-    current().prepare()
-    from megatron.core.datasets.indexed_dataset import DType
-
-    ids = numpy.memmap(file_of(prefix, "bin"), dtype=DType.optimal_dtype(vocab_size), mode="r")
+    ids = numpy.memmap(file_of(prefix, "bin"), dtype=id_dtype(vocab_size), mode="r")
     counts = numpy.zeros(vocab_size, dtype=numpy.int64)
     for start in range(0, len(ids), CHUNK):
         counts += numpy.bincount(ids[start : start + CHUNK], minlength=vocab_size)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flm_megatron.engine import parallel_state
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.device import current
 from flm_megatron.errors import RequestError
@@ -134,8 +135,6 @@ def _hidden(padding: Tensor, start: int, positions: int) -> Tensor | None:
 
 def _agreed(chosen: list[int], count: int) -> list[int]:
     """The `count` ids that the output rank chose, on every process of the replica."""
-    from megatron.core import parallel_state
-
     group = parallel_state.get_model_parallel_group()
     first_of_last_stage = dist.get_process_group_ranks(group)[-parallel_state.get_tensor_model_parallel_world_size()]
     assert is_output_rank() == (dist.get_rank() == first_of_last_stage)

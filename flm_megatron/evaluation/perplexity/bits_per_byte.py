@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flm_megatron.engine import parallel_state
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.device import current
 from flm_megatron.errors import RequestError
@@ -55,8 +56,6 @@ def score_documents(
 
     The end-of-document id comes before each document, as in training, so that its first token is predicted too.
     """
-    from megatron.core import parallel_state
-
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     texts = [[tokenizer.eod, *tokenizer.encode(text)] for text in documents]
     windows = [

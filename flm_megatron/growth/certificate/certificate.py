@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from flm_megatron.engine import parallel_state
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, StageConfig
 from flm_megatron.device import current
@@ -108,8 +109,6 @@ def _logits(chunks: list[Any], tokens: torch.Tensor) -> tuple[float, torch.Tenso
 
 def _to_first(losses: list[float], logits: list[torch.Tensor]) -> tuple[float, torch.Tensor] | None:
     """Bring the results from a rank of the first replica that has them to rank 0, which is of it too."""
-    from megatron.core import parallel_state
-
     group, device = parallel_state.get_model_parallel_group(), current().torch_device
     has, rank = bool(losses), dist.get_rank()
     holder = torch.tensor(rank if has else dist.get_world_size(), device=device)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from flm_megatron.engine import parallel_state
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.sharding.layout import check_layout
 from flm_megatron.checkpoint.sharding.model_state import chunks_to_evaluate
@@ -69,8 +70,6 @@ def on_one_replica(
     Raises:
         DamagedError: (on every rank) the checkpoint cannot be read.
     """
-    from megatron.core import parallel_state
-
     parallel = fitting_layout(model, stage.parallel, dist.get_world_size())
     stage = replace(stage, model=model, parallel=parallel, micro_batch=1, recompute="none", fp8="none")
     processes = patient_processes()

@@ -17,8 +17,8 @@ from pathlib import Path
 from flm_megatron.config.rules import check
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.device import current
-from flm_megatron.device.base import require_engine
 from flm_megatron.device.hardware import find_hardware
+from flm_megatron.engine.version import require_engine
 from flm_megatron.errors import FlmError
 from flm_megatron.launch.doctor.findings import Finding, Level
 

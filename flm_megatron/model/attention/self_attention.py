@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from megatron.core import parallel_state
-from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
+from flm_megatron.engine import parallel_state
+from flm_megatron.engine.transformer import SelfAttention
 from flm_megatron import kernels
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from flm_megatron.checkpoint.sharding.optimizer_state import placements_by_parameter, state_regions, state_slices
+from flm_megatron.engine import parallel_state
+from flm_megatron.engine.types import Optimizer
 from flm_megatron.checkpoint.sharding.placement import Placement, placements
 from flm_megatron.device import current
 from flm_megatron.model.parameters import parameter_specs
@@ -54,9 +56,7 @@ def _parts(state: TrainState) -> list[str]:
 
 def _owned(state: TrainState) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Name, masters and gradients of every region that this rank owns and that is to be counted here."""
-    from megatron.core import parallel_state
-
-    first_replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    first_replica = parallel_state.get_data_parallel_rank() == 0
     by_parameter = placements_by_parameter(placements(state.chunks))
     gradients = _gradients(state.optimizer)
     for owned in state_slices(state.optimizer):
@@ -68,7 +68,7 @@ def _owned(state: TrainState) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]
                 yield _part(held.placement), held.values(owned.master), held.values(flat)
 
 
-def _gradients(optimizer: Any) -> dict[int, torch.Tensor]:
+def _gradients(optimizer: Optimizer) -> dict[int, torch.Tensor]:
     """Gradients by the address of the masters that they belong to."""
     masters = [master for group in optimizer.param_groups for master in group["params"]]
     return {master.data_ptr(): master.grad for master in masters if master.grad is not None}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from flm_megatron.checkpoint.sharding.model_state import finish_gathering
+from flm_megatron.engine.data_parallel import finish_gathering
 from flm_megatron.checkpoint.sharding.placement import Placement, placements
 from flm_megatron.device import current
 from flm_megatron.errors import FlmError
