@@ -68,13 +68,9 @@ def six_layouts(bare: bool) -> int:
 
 def _bare_layout(parallel: ParallelConfig) -> None:
     """As megatron-core alone does it."""
-    from megatron.core import parallel_state
+    from flm_megatron.engine import parallel_state
 
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        create_gloo_process_groups=False,
-    )
+    parallel_state.initialize_model_parallel(parallel)
     parallel_state.destroy_model_parallel()
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from flm_megatron.engine import parallel_state
 from flm_megatron import kernels
 from flm_megatron.benchmarking.flops import hardware_flops_per_token, training_flops_per_token
 from flm_megatron.benchmarking.parts import profile_parts
@@ -23,6 +22,7 @@ from flm_megatron.device import current
 from flm_megatron.device.hardware import find_hardware
 from flm_megatron.distributed.under_layout import run_under
 from flm_megatron.distributed.world import is_main_rank
+from flm_megatron.engine import parallel_state
 from flm_megatron.planner.cost.memory import GIB, all_rank_memory
 from flm_megatron.planner.layout import CPU, CUDA, as_chosen, stage_workload
 from flm_megatron.training.step import TrainState

@@ -38,7 +38,7 @@ class Device(ABC):
 
     @abstractmethod
     def prepare(self) -> None:
-        """Make the process ready for this device and, before its first import, for megatron-core; any number of times."""
+        """Make the process ready for this device, before megatron-core is imported; any number of times."""
 
     @abstractmethod
     def engine_options(self) -> dict[str, Any]:

@@ -26,7 +26,9 @@ class CpuDevice(Device):
     name = "cpu"
     backend = "gloo"
     start_method = "forkserver"
-    random_state = RandomState(lambda *_, **__: torch.get_rng_state(), lambda state, *_, **__: torch.set_rng_state(state))
+    random_state = RandomState(
+        lambda *_, **__: torch.get_rng_state(), lambda state, *_, **__: torch.set_rng_state(state)
+    )
 
     @property
     def torch_device(self) -> torch.device:

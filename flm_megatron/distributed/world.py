@@ -20,6 +20,7 @@ from flm_megatron.distributed.process_group import process_group
 from flm_megatron.engine import parallel_state
 from flm_megatron.engine.prepare import prepare
 
+
 def launched() -> bool:
     """Whether a launcher such as torchrun started this process as a rank of a world."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ

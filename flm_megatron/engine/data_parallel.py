@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 from flm_megatron.config.schema import ParallelConfig
 from flm_megatron.engine.types import ModelChunk, Optimizer, ReplicatedChunk, SyncFunctions
@@ -42,7 +43,7 @@ def finish_gathering(chunks: Sequence[ModelChunk]) -> None:
     """With overlapped gathering, weights of other ranks' ranges are updated only when the next step needs them."""
     for chunk in chunks:
         if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
-            chunk.start_param_sync(force_sync=True)  # type: ignore[attr-defined]
+            cast(ReplicatedChunk, chunk).start_param_sync(force_sync=True)
 
 
 def unwrap(chunk: ModelChunk) -> ModelChunk:

@@ -85,15 +85,11 @@ def install_fused_adam(adam: type[torch.optim.Optimizer], instead_of_a_library: 
         return False
     replace(optimizer, Adam=adam, USING_PYTORCH_OPTIMIZER=False)
     # It knows two owners of this convention; "Apex" is the one without Transformer Engine's extra state.
-    replace(
-        distrib_optimizer, Adam=adam, HAVE_APEX_OR_TE=True, USING_APEX_OPTIMIZER=True, USING_TE_OPTIMIZER=False
-    )
+    replace(distrib_optimizer, Adam=adam, HAVE_APEX_OR_TE=True, USING_APEX_OPTIMIZER=True, USING_TE_OPTIMIZER=False)
     return True
 
 
-def install_clipping(
-    applier: Callable[..., object], norm: Callable[..., object], scale: Callable[..., object]
-) -> None:
+def install_clipping(applier: Callable[..., object], norm: Callable[..., object], scale: Callable[..., object]) -> None:
     """Put functions where megatron-core looks for the operations on lists of tensors of Transformer Engine or Apex.
 
     `applier(operation, overflow, lists, *arguments)` calls `norm(overflow, lists, per_tensor)` or

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from flm_megatron.engine import parallel_state
 from flm_megatron.config.schema import ParallelConfig
+from flm_megatron.engine import parallel_state
 from flm_megatron.evaluation.evaluated import EvaluatedCheckpoint
 from flm_megatron.evaluation.generation.generate import Completion, GenerationRequest, OnText, generate
 from flm_megatron.evaluation.model import load_model

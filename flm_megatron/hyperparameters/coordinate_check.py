@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from statistics import fmean
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from flm_megatron.config.schema import (
 from flm_megatron.distributed.world import layout, lone_world
 from flm_megatron.errors import RequestError
 from flm_megatron.hyperparameters.coordinate_probe import Probe
+from flm_megatron.model.teleflm import TeleFLM
 from flm_megatron.optim.learning_rate import set_learning_rates
 from flm_megatron.training.step import TrainState
 
@@ -154,7 +155,7 @@ def _sizes(model: ModelConfig, settings: CheckSettings, seed: int) -> dict[tuple
     state = TrainState(stage, settings.sequence_length)
     load_state(InitialCheckpoint(model, seed), state.chunks)
     batch = _batch(model, settings, seed)
-    probe = Probe(state.chunks[0].module)
+    probe = Probe(cast(TeleFLM, state.chunks[0].module))
     probe.start(batch["tokens"])
     for _ in range(settings.steps):
         set_learning_rates(state.optimizer, stage, settings.lr)

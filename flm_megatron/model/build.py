@@ -6,9 +6,15 @@ from dataclasses import replace
 
 import torch
 
-from flm_megatron.engine import parallel_state
-from flm_megatron.engine.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, model_parallel_cuda_manual_seed, set_tensor_model_parallel_attributes
 from flm_megatron.config.schema import ModelConfig, StageConfig
+from flm_megatron.engine import parallel_state
+from flm_megatron.engine.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    model_parallel_cuda_manual_seed,
+    set_tensor_model_parallel_attributes,
+)
 from flm_megatron.errors import RequestError
 from flm_megatron.model.engine_config import transformer_config
 from flm_megatron.model.gradient_accumulation import install_weight_gradient

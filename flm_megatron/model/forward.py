@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from flm_megatron.device import current
 from flm_megatron.engine import parallel_state
 from flm_megatron.engine.schedules import Report, forward_backward
 from flm_megatron.engine.types import ModelChunk
-from flm_megatron.device import current
 
 Result = TypeVar("Result")
 

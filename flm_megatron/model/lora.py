@@ -14,7 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flm_megatron.config.schema import LoraConfig
-from flm_megatron.engine.tensor_parallel import (ColumnParallelLinear, RowParallelLinear, apply_swiglu_sharded_factory, copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region, make_sharded_tensors_for_checkpoint, reduce_from_tensor_model_parallel_region, reduce_scatter_to_sequence_parallel_region, set_tensor_model_parallel_attributes)
+from flm_megatron.engine.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    apply_swiglu_sharded_factory,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    make_sharded_tensors_for_checkpoint,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
 from flm_megatron.model.parameters import ParameterSpec
 from flm_megatron.model.parameters.names import logical_name
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flm_megatron.engine import parallel_state
-from flm_megatron.engine.transformer import TransformerLayer
 from flm_megatron import kernels
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.device import current
+from flm_megatron.engine import parallel_state
+from flm_megatron.engine.transformer import TransformerLayer
 from flm_megatron.errors import RequestError
 from flm_megatron.model.mask_plan import MaskPlan
 from flm_megatron.model.norms import LayerNorm, RMSNorm

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-
 from flm_megatron.engine.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from flm_megatron.engine.transformer import (MLP, AttnMaskType, MLPSubmodules, ModuleSpec, SelfAttentionSubmodules, TransformerBlockSubmodules, TransformerLayerSubmodules, get_bias_dropout_add, get_num_layers_to_build, mlp_spec, transformer_engine_block)
+from flm_megatron.engine.transformer import (
+    MLP,
+    AttnMaskType,
+    MLPSubmodules,
+    ModuleSpec,
+    SelfAttentionSubmodules,
+    TransformerBlockSubmodules,
+    TransformerLayerSubmodules,
+    get_bias_dropout_add,
+    get_num_layers_to_build,
+    mlp_spec,
+    transformer_engine_block,
+)
 from flm_megatron.model.attention.core import CoreAttention
 from flm_megatron.model.attention.self_attention import PackedSelfAttention
 from flm_megatron.model.engine_config import EngineConfig

@@ -10,11 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flm_megatron.engine import parallel_state
-from flm_megatron.engine.tensor_parallel import (copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region, reduce_from_tensor_model_parallel_region)
-from flm_megatron.engine.transformer import GPTModel
 from flm_megatron import kernels
 from flm_megatron.config.schema import ModelConfig
+from flm_megatron.engine import parallel_state
+from flm_megatron.engine.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from flm_megatron.engine.transformer import GPTModel
 from flm_megatron.model.attention.cache import KeyValueCache
 from flm_megatron.model.attention.core import CoreAttention
 from flm_megatron.model.engine_config import EngineConfig

@@ -6,6 +6,7 @@ Without either it falls back to one norm per parameter, each of which the host w
 from __future__ import annotations
 
 from collections.abc import Callable
+
 import torch
 from torch import Tensor
 

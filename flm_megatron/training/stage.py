@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from flm_megatron.engine import parallel_state
 from flm_megatron import kernels
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
@@ -27,6 +26,7 @@ from flm_megatron.device import current
 from flm_megatron.device.hardware import find_hardware
 from flm_megatron.distributed.signals import StopRequest, stop_on_signal
 from flm_megatron.distributed.world import Layouts, is_main_rank
+from flm_megatron.engine import parallel_state
 from flm_megatron.errors import DamagedError
 from flm_megatron.growth.grown.step_offsets import earlier_growth, load_step_offsets
 from flm_megatron.growth.record import GrowthRecord, growth_of

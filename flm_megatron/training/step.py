@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
+from flm_megatron.config.schema import StageConfig
+from flm_megatron.device import current
 from flm_megatron.engine.data_parallel import connect, replicate
 from flm_megatron.engine.schedules import Report, forward_backward
 from flm_megatron.engine.types import ModelChunk
 from flm_megatron.model.forward import is_output_rank
-from flm_megatron.config.schema import StageConfig
-from flm_megatron.device import current
 from flm_megatron.training.frozen_weights import freeze, frozen_parameters
 from flm_megatron.training.optimizer_step import guarded_step
 

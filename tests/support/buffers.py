@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -41,7 +41,7 @@ def gradient_buffers(
     stage: StageConfig, wanted: KernelsConfig, prepare: Callable[[list[Any]], None] | None = None
 ) -> Found:
     """Run all micro-batches of one step; `prepare` may change the linear layers before."""
-    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from flm_megatron.engine.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
     kernels.use(kernels.choose(wanted))
     with layout(stage.parallel, timeout_s=120):
@@ -58,7 +58,7 @@ def gradient_buffers(
             chunk.zero_grad_buffer()
         batch = micro_batches(synthetic_batch(0, stage.model.vocab_size or 0), stage.micro_batch)
         loss, tokens, _ = state._losses(batch, forward_only=False)
-        buffers = [buffer.grad_data for chunk in state.chunks for buffer in chunk.buffers]
+        buffers = [buffer.grad_data for chunk in state.chunks for buffer in cast(Any, chunk).buffers]
         assert all(buffer.dtype is torch.float32 for buffer in buffers)
         learning = [module.weight for module in linear if module.weight.requires_grad]
         added = sum(weight.grad_added_to_main_grad for weight in learning)

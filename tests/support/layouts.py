@@ -82,7 +82,7 @@ def synthetic_batch(step: int, vocab: int, sequence: int = SEQUENCE, samples: in
 
 def micro_batches(batch: Batch, micro: int) -> list[Batch]:
     """This data rank's part of a global batch, in micro-batches."""
-    from megatron.core import parallel_state
+    from flm_megatron.engine import parallel_state
 
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     samples = len(batch["tokens"])

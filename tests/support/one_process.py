@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from flm_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.device import current
+from flm_megatron.engine import parallel_state
+from flm_megatron.engine.prepare import prepare
 from flm_megatron.model.build import build_model
 from flm_megatron.model.teleflm import TeleFLM
 
@@ -23,7 +24,7 @@ from flm_megatron.model.teleflm import TeleFLM
 @contextmanager
 def one_process() -> Iterator[None]:
     """A world of this process alone, with megatron-core's parallel state over it."""
-    current().prepare()
+    prepare()
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group(current().backend, init_method=f"file://{Path(folder) / 'store'}", rank=0, world_size=1)
         try:
@@ -36,11 +37,7 @@ def one_process() -> Iterator[None]:
 
 def initialize_parallel(parallel: ParallelConfig) -> None:
     """megatron-core's process groups for `parallel`, over the whole world."""
-    parallel_state.initialize_model_parallel(
-        parallel.tensor,
-        parallel.pipeline,
-        parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-    )
+    parallel_state.initialize_model_parallel(parallel)
 
 
 def filled_model(model: ModelConfig, tensors: Mapping[str, torch.Tensor], **stage: Any) -> list[TeleFLM]:

@@ -29,6 +29,7 @@ ROOMS = (
     "data",
     "kernels",
     "distributed",
+    "engine",
     "device",
     "config",
 )
@@ -79,6 +80,33 @@ def test_no_room_imports_one_above_it(room: str) -> None:
     assert inside
     wrong = [(module, other) for module in inside for other in imported(module) if other.split("/")[0] in above]
     assert not wrong
+
+
+def engines(tree: ast.AST) -> bool:
+    """Whether a module imports megatron-core, for type checkers alone too."""
+    packages = {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+    }
+    return "megatron" in packages
+
+
+def test_the_engine_is_imported_through_its_gate_alone() -> None:
+    importing = {module for module, tree in trees().items() if engines(tree)}
+    assert importing and all(module.startswith("engine/") for module in importing), importing
+    for folder in ("tools", "examples"):
+        assert not [path for path in (REPOSITORY / folder).rglob("*.py") if engines(ast.parse(path.read_text()))]
+
+
+def test_the_gate_makes_the_device_ready_before_it_imports_the_engine() -> None:
+    for module in (module for module in trees() if module.startswith("engine/") and module != "engine/prepare"):
+        ready = False
+        for node in trees()[module].body:
+            ready |= ast.unparse(node) == "prepare()"
+            own = isinstance(node, ast.Import | ast.ImportFrom) and engines(node)
+            assert ready or not own, f"{module} imports the engine at line {node.lineno} before prepare()"
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:

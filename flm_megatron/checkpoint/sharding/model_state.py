@@ -12,10 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from flm_megatron.engine import parallel_state
-from flm_megatron.engine.data_parallel import finish_gathering
-from flm_megatron.engine.optimizer import initialise_state
-from flm_megatron.engine.types import ModelChunk, Optimizer
 from flm_megatron.checkpoint.files.in_order import WORKERS, in_order
 from flm_megatron.checkpoint.logical import (
     EXP_AVG,
@@ -40,6 +36,10 @@ from flm_megatron.checkpoint.torch_dist.shard_file import BUFFER_BYTES, SourceRe
 from flm_megatron.checkpoint.torch_dist.writer import LARGEST_CHUNK, chunk_size
 from flm_megatron.config.schema import StageConfig
 from flm_megatron.device import current
+from flm_megatron.engine import parallel_state
+from flm_megatron.engine.data_parallel import finish_gathering
+from flm_megatron.engine.optimizer import initialise_state
+from flm_megatron.engine.types import ModelChunk, Optimizer
 from flm_megatron.errors import RequestError
 
 
@@ -121,7 +121,9 @@ def save_state(
     return SaveHandle(Path(path), tensors, shards, manifest, processes, partial(give_back, buffer) if buffer else None)
 
 
-def stored_state(chunks: Sequence[ModelChunk], optimizer: Optimizer | None) -> tuple[dict[str, TensorInfo], list[Stored]]:
+def stored_state(
+    chunks: Sequence[ModelChunk], optimizer: Optimizer | None
+) -> tuple[dict[str, TensorInfo], list[Stored]]:
     """The tensors of a checkpoint of the model and (unless none) its optimizer that are held here at least in part, and
     what of them this process stores: views of the training's own memory. All ranks must call."""
     finish_gathering(chunks)

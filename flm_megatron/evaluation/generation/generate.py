@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flm_megatron.engine import parallel_state
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.device import current
+from flm_megatron.engine import parallel_state
 from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.generation.sampling import Sampler, SamplingSettings
 from flm_megatron.evaluation.perplexity.text_stream import TextStream

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flm_megatron.engine import parallel_state
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.device import current
+from flm_megatron.engine import parallel_state
 from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.perplexity.windows import sliding_windows, window_batch
 from flm_megatron.model.forward import Batch, forward, is_output_rank

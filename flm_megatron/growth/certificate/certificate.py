@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from flm_megatron.engine import parallel_state
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, StageConfig
 from flm_megatron.device import current
+from flm_megatron.engine import parallel_state
 from flm_megatron.errors import FlmError
 from flm_megatron.growth.certificate.forward import Layout, forward_samples, on_one_replica, patient_processes
 from flm_megatron.growth.plan import GrowthPlan

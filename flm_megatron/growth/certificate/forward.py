@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from flm_megatron.engine import parallel_state
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.sharding.layout import check_layout
 from flm_megatron.checkpoint.sharding.model_state import chunks_to_evaluate
@@ -19,6 +18,7 @@ from flm_megatron.config.rules.pipeline import divisors
 from flm_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.distributed.channels import world_channel
 from flm_megatron.distributed.processes import Processes
+from flm_megatron.engine import parallel_state
 from flm_megatron.errors import RequestError
 from flm_megatron.model.forward import Batch, forward
 

@@ -6,11 +6,13 @@ layout computes its own part when it loads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from flm_megatron.checkpoint.logical import EXP_AVG, LogicalCheckpoint, Region
+from flm_megatron.engine.types import ModelChunk, Optimizer
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.grown.operators import Old, Operators
 from flm_megatron.growth.record import GrowthRecord, growth_behind
@@ -52,7 +54,7 @@ def step_offsets(growth: GrowthRecord | None, name: str, region: Region) -> torc
     return out
 
 
-def load_step_offsets(checkpoint: LogicalCheckpoint, chunks: list[torch.nn.Module], optimizer: Any) -> None:
+def load_step_offsets(checkpoint: LogicalCheckpoint, chunks: Sequence[ModelChunk], optimizer: Optimizer) -> None:
     """Give a loaded optimizer the step offsets that its AdamW counts bias correction from, unless all are 0.
 
     Call it after `load_state`, with the same checkpoint. One without moments starts Adam anew, from offset 0.
@@ -61,19 +63,19 @@ def load_step_offsets(checkpoint: LogicalCheckpoint, chunks: list[torch.nn.Modul
         RequestError: a growth asked for step offsets, but the optimizer is Transformer Engine's or Apex's.
     """
     from flm_megatron.checkpoint.sharding.optimizer_state import (
+        part_slices,
         placements_by_parameter,
         state_regions,
-        state_slices,
-        unchained,
     )
     from flm_megatron.checkpoint.sharding.placement import placements
+    from flm_megatron.engine.optimizer import parts
     from flm_megatron.optim.adamw import AdamW
 
     growth = growth_behind(checkpoint.manifest)
     if not has_moments(checkpoint) or not has_step_offsets(growth):
         return
     by_parameter = placements_by_parameter(placements(chunks))
-    for part in unchained(optimizer):
+    for part in parts(optimizer):
         inner = part.optimizer
         if not isinstance(inner, AdamW):
             kind = f"{type(inner).__module__}.{type(inner).__name__}"
@@ -82,7 +84,7 @@ def load_step_offsets(checkpoint: LogicalCheckpoint, chunks: list[torch.nn.Modul
                 "or train without Transformer Engine and Apex"
             )
         masters = {p.data_ptr(): p for group in inner.param_groups for p in group["params"] if p.numel()}
-        for state in state_slices(part):
+        for state in part_slices(part):
             values = torch.zeros(state.master.shape, dtype=torch.int32)
             for held in state_regions(state, by_parameter):
                 held.values(values).copy_(step_offsets(growth, held.placement.name, held.region))

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from flm_megatron import kernels
 from flm_megatron.engine import parallel_state
 from flm_megatron.engine.transformer import SelfAttention
-from flm_megatron import kernels
 
 
 class PackedSelfAttention(SelfAttention):

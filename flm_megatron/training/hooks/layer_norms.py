@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 
 from flm_megatron.checkpoint.sharding.optimizer_state import placements_by_parameter, state_regions, state_slices
-from flm_megatron.engine import parallel_state
-from flm_megatron.engine.types import Optimizer
 from flm_megatron.checkpoint.sharding.placement import Placement, placements
 from flm_megatron.device import current
+from flm_megatron.engine import parallel_state
+from flm_megatron.engine.types import Optimizer
 from flm_megatron.model.parameters import parameter_specs
 from flm_megatron.training.hooks.hook import Hook
 from flm_megatron.training.step import StepResult, TrainState

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from flm_megatron.engine.data_parallel import finish_gathering
 from flm_megatron.checkpoint.sharding.placement import Placement, placements
 from flm_megatron.device import current
+from flm_megatron.engine.data_parallel import finish_gathering
 from flm_megatron.errors import FlmError
 from flm_megatron.training.hooks.hook import Hook
 from flm_megatron.training.resume.memory_copies import forgotten_on_error

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,10 +87,10 @@ def train_in_every_program(stage: StageConfig) -> tuple[dict[str, list[float]], 
     from flm_megatron.benchmarking.measure import PROGRAM
     from flm_megatron.benchmarking.peers.compare import BUILDERS
     from flm_megatron.benchmarking.steps import synthetic_batches
-    from flm_megatron.device import current
     from flm_megatron.distributed.world import layout
+    from flm_megatron.engine.prepare import prepare
 
-    current().prepare()
+    prepare()
     batches = synthetic_batches(stage, SEQUENCE, 1)
     with layout(ParallelConfig(), 120):
         steps = {name: build(stage, SEQUENCE) for name, build in BUILDERS.items() if name in (PROGRAM, *PEERS)}
@@ -104,11 +105,11 @@ def rope_frequencies() -> dict[str, list[float]]:
 
     from flm_megatron.benchmarking.peers.bare_megatron import bare_model
     from flm_megatron.benchmarking.peers.peer import llama_fields
-    from flm_megatron.device import current
     from flm_megatron.distributed.world import layout
+    from flm_megatron.engine.prepare import prepare
 
     stage = replace(STAGE, model=replace(MODEL, rope_theta=500.0))
-    current().prepare()
+    prepare()
     with layout(ParallelConfig(), 120):
         bare = bare_model(stage, SEQUENCE).rotary_pos_emb.inv_freq.tolist()
     llama = LlamaForCausalLM(LlamaConfig(**llama_fields(stage.model, SEQUENCE)))
@@ -128,7 +129,7 @@ def count_parameters(stage: StageConfig) -> dict[str, int]:
     from flm_megatron.benchmarking.peers.bare_megatron import bare_model
     from flm_megatron.benchmarking.peers.peer import llama_fields
 
-    models = {
+    models: dict[str, Any] = {
         "bare-megatron": bare_model(stage, SEQUENCE),
         "transformers": LlamaForCausalLM(LlamaConfig(**llama_fields(stage.model, SEQUENCE))),
     }
@@ -155,10 +156,10 @@ def compare_with_transformers() -> list[dict[str, object]]:
     """A short comparison in a world of one process."""
     from flm_megatron.benchmarking.peers.compare import measure_side_by_side
     from flm_megatron.benchmarking.workload import Request
-    from flm_megatron.device import current
     from flm_megatron.distributed.world import layout
+    from flm_megatron.engine.prepare import prepare
 
-    current().prepare()
+    prepare()
     with layout(ParallelConfig(), 120):
         return measure_side_by_side(Request(STAGE, SEQUENCE, KernelsConfig(), steps=3, warmup=1), ["transformers"])
 

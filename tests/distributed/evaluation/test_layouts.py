@@ -51,9 +51,9 @@ def test_a_layout_changes_nothing(pool: Pool, folder: Path, alone: dict[str, Any
 
 def evaluate(parallel: ParallelConfig, folder: Path) -> dict[str, Any]:
     """On each rank: bits per byte; on rank 0 also completions and likelihoods, three requests at a time."""
-    from flm_megatron.device import current
+    from flm_megatron.engine.prepare import prepare
 
-    current().prepare()
+    prepare()
     from flm_megatron.distributed.world import layout
     from flm_megatron.evaluation.model import load_model
     from flm_megatron.evaluation.perplexity.bits_per_byte import WindowSettings, score_documents

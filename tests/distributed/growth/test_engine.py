@@ -54,10 +54,10 @@ def plan_of(operator: str) -> GrowthPlan:
 
 def certificates(parallel: ParallelConfig, precision: Precision = "fp32") -> list[Certificate]:
     """Certificates of `zero` and `mask` growth of random weights, as this rank has them."""
-    from flm_megatron.device import current
     from flm_megatron.distributed.world import layout
+    from flm_megatron.engine.prepare import prepare
 
-    current().prepare()
+    prepare()
     source = trained(OLD, torch.bfloat16 if precision == "bf16" else torch.float32, optimizer=True)
     stage = StageConfig(name="big", model=NEW, parallel=parallel, precision=precision)
     found = []
@@ -122,10 +122,10 @@ def test_one_replica_reads_and_the_others_wait_as_long_as_it_takes(pool: Pool, t
 
 def unreadable() -> str:
     """The error of this rank where rank 1's share of the source is damaged."""
-    from flm_megatron.device import current
     from flm_megatron.distributed.world import Layouts
+    from flm_megatron.engine.prepare import prepare
 
-    current().prepare()
+    prepare()
     source = trained(OLD, torch.float32, optimizer=True)
     if torch.distributed.get_rank() == 1:
 
@@ -154,11 +154,11 @@ def reference_loss() -> float:
 
 def bf16_between_layouts() -> torch.Tensor:
     """Logits of the ungrown model in bf16 on this world, gathered [samples, sequence, vocabulary]."""
-    from flm_megatron.device import current
     from flm_megatron.distributed.world import layout
+    from flm_megatron.engine.prepare import prepare
     from flm_megatron.growth.certificate.certificate import _evaluate
 
-    current().prepare()
+    prepare()
     world = torch.distributed.get_world_size()
     stage = StageConfig(parallel=ParallelConfig(tensor=world, sequence=world > 1), precision="bf16")
     source = trained(OLD, torch.bfloat16, optimizer=True)
@@ -194,11 +194,11 @@ def test_a_certificate_is_checked() -> None:
 
 def measured_distances(parallel: ParallelConfig) -> list[tuple[float, float]]:
     """(cosine, l2) of each layer on this rank."""
-    from flm_megatron.device import current
     from flm_megatron.distributed.world import layout
+    from flm_megatron.engine.prepare import prepare
     from flm_megatron.growth.distance import layer_distances
 
-    current().prepare()
+    prepare()
     stage = StageConfig(parallel=parallel)
     model = replace(NEW, num_layers=4)
     found = layer_distances(trained(model, torch.float32), model, stage, TOKENS[:, :-1], partial(layout, timeout_s=120))

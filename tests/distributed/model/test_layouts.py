@@ -99,7 +99,7 @@ def relative(got: np.ndarray, exact: np.ndarray) -> float:
 
 def losses_and_gradients(parallel: ParallelConfig, recompute: str) -> dict[str, Result]:
     """On each rank: token losses (at the end of the pipeline), gradients of its shards, ones where they lie."""
-    from flm_megatron.device import current
+    from flm_megatron.engine.prepare import prepare
 
     current().prepare()
     from tests.support.one_process import initialize_parallel
@@ -110,7 +110,6 @@ def losses_and_gradients(parallel: ParallelConfig, recompute: str) -> dict[str, 
 
 def run_model(model: ModelConfig, parallel: ParallelConfig, recompute: str) -> Result:
     """One forward and backward pass of all micro-batches by the engine's schedule."""
-    from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from tests.support.one_process import filled_model, gradients, seeded_batch

@@ -40,7 +40,8 @@ def trained(stage: StageConfig, ours: bool) -> tuple[list[float], dict[str, floa
             if ours:
                 norms.append(guarded_step(state.optimizer, lambda norm: accept_all(0.0, norm))[0])
             else:
-                norms.append(float(state.optimizer.step()[1]))
+                engine: Any = state.optimizer
+                norms.append(float(engine.step()[1]))
         weights = torch.cat([x.detach().float().flatten() for chunk in state.chunks for x in chunk.parameters()])
         return norms, layer_norms(state), weights.numpy().copy()
 

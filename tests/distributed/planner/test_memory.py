@@ -50,9 +50,9 @@ TOLERANCE = 0.03
 
 def peak_of_a_step(stage: StageConfig, sequence: int, wanted: KernelsConfig) -> int:
     """Most bytes of tensors alive during this rank's second step, what is always there included."""
-    from flm_megatron.device import current
+    from flm_megatron.engine.prepare import prepare
 
-    current().prepare()
+    prepare()
     kernels.use(kernels.choose(wanted))
     with layout(stage.parallel, timeout_s=120):
         state = TrainState(stage, sequence)

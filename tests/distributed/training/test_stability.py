@@ -43,7 +43,8 @@ class FaultyTrainer(StageTrainer):
             loss, tokens, heard = honest(*args, **kwargs)
             fault = None if kwargs.get("forward_only") else faults.get(self.step + 1)
             if fault == "gradient" and torch.distributed.get_rank() == 1:
-                next(iter(self.state.chunks[0].parameters())).main_grad.view(-1)[0] = math.nan
+                weight: Any = next(iter(self.state.chunks[0].parameters()))
+                weight.main_grad.view(-1)[0] = math.nan
             return (loss * 50 if fault == "loss" else loss), tokens, heard
 
         self.state._losses = faulty  # type: ignore[method-assign]

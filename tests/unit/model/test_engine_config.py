@@ -9,12 +9,13 @@ import torch
 
 from flm_megatron.config.schema import ModelConfig, MupConfig, ParallelConfig, StageConfig
 from flm_megatron.device import current
+from flm_megatron.engine.prepare import prepare
 from flm_megatron.errors import RequestError
 from flm_megatron.kernels import backends
 from flm_megatron.model.build import build_model
 from flm_megatron.model.engine_config import transformer_config
 
-current().prepare()
+prepare()
 
 
 def test_shape_and_precision_reach_the_engine() -> None:

@@ -30,7 +30,6 @@ def _stage(block: str = "tele-flm", **options: Any) -> StageConfig:
 
 def _engine_model(stage: StageConfig) -> Any:
     """megatron-core's own GPT in the shape of the stage, wrapped for data parallelism: the engine's names."""
-    from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -38,8 +37,9 @@ def _engine_model(stage: StageConfig) -> Any:
     from megatron.core.transformer import TransformerConfig
 
     from flm_megatron.device import current
+    from flm_megatron.engine import parallel_state
 
-    parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+    parallel_state.initialize_model_parallel(ParallelConfig())
     model_parallel_cuda_manual_seed(1)
     model, bf16 = stage.model, stage.precision == "bf16"
     norm = "RMSNorm" if model.normalization == "rmsnorm" else "LayerNorm"
@@ -102,7 +102,7 @@ def _resumed(stage: StageConfig) -> tuple[list[float], list[float], list[int], l
         group["lr"] = group["max_lr"] = 77.0
     from flm_megatron.optim.build import build_optimizer
 
-    second = build_optimizer(stage, [chunk])
+    second: Any = build_optimizer(stage, [chunk])
     second.load_state_dict(saved)
     set_learning_rates(second, stage, stage.optimizer.lr)
     pick = lambda key, optimizer: [group[key] for group in optimizer.param_groups]  # noqa: E731

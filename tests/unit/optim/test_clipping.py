@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flm_megatron import kernels
-from flm_megatron.device import current
+from flm_megatron.engine.prepare import prepare
 from flm_megatron.optim.adamw import AdamW
 from flm_megatron.optim.clipping import clip_at_step, install_clipping
 
@@ -21,7 +21,7 @@ LARGEST = 0.5
 @pytest.fixture(autouse=True)
 def engine_as_before() -> Iterator[None]:
     """What the engine has where our kernels are put is put back."""
-    current().prepare()
+    prepare()
     from megatron.core.optimizer import clip_grads
 
     names = ("multi_tensor_applier", "l2_norm_impl", "multi_tensor_scale_impl")

@@ -7,14 +7,14 @@ from types import ModuleType
 import pytest
 import torch
 
-from flm_megatron.device import current
+from flm_megatron.engine.prepare import prepare
 from flm_megatron.optim.adamw import AdamW, install_adamw
 
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, ModuleType]:
     """megatron-core's two optimizer modules as they are after import without Transformer Engine and Apex."""
-    current().prepare()
+    prepare()
     import megatron.core.optimizer as optimizer
     from megatron.core.optimizer import distrib_optimizer as distributed
 

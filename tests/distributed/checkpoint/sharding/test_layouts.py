@@ -159,7 +159,7 @@ def padding_is_zero(path: str) -> bool:
             for parameter in chunk.parameters():
                 parameter.data.fill_(7.0)
         load_state(open_checkpoint(path), state.chunks, state.optimizer)
-        model = state.chunks[-1].module
+        model: Any = state.chunks[-1].module
         weight = model.output_layer.weight
         start = torch.distributed.get_rank() * weight.shape[0]
         return bool(weight[max(0, MODEL.vocab_size - start) :].count_nonzero() == 0) and bool(weight.any() or start)

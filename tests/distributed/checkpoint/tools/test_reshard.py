@@ -19,10 +19,11 @@ from flm_megatron.checkpoint.megatron_legacy.writer import write_megatron_legacy
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.sharding.layout import rank_regions
 from flm_megatron.checkpoint.sharding.model_state import load_state
-from flm_megatron.checkpoint.sharding.placement import placements, unwrap
+from flm_megatron.checkpoint.sharding.placement import placements
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
 from flm_megatron.distributed.processes import Processes
+from flm_megatron.engine.data_parallel import unwrap
 from tests.support.checkpoint_cases import flm_checkpoint, write_small
 from tests.support.layouts import STAGE, name, take_steps, train_state_under
 from tests.support.pool import Pool
@@ -100,7 +101,7 @@ def engine_against_tools(parallel: ParallelConfig, folder: str) -> list[str]:
     """Parameters of this rank where the engine and the tools disagree about what it holds."""
     stage = replace(STAGE, model=MODEL)
     with train_state_under(parallel, stage, seed=3) as state:
-        from megatron.core import parallel_state
+        from flm_megatron.engine import parallel_state
 
         tensor = parallel_state.get_tensor_model_parallel_rank()
         pipeline = parallel_state.get_pipeline_model_parallel_rank()

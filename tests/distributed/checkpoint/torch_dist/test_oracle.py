@@ -15,11 +15,11 @@ from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import EXP_AVG, MASTER, STATE_PREFIXES, Region
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.sharding.model_state import load_state, save_state
-from flm_megatron.checkpoint.sharding.placement import unwrap
 from flm_megatron.checkpoint.torch_dist.logical_hash import tensor_hashes
 from flm_megatron.checkpoint.torch_dist.reader import TorchDistCheckpoint
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
+from flm_megatron.engine.data_parallel import unwrap
 from flm_megatron.errors import RequestError
 from tests.support.layouts import take_steps, train_state_under
 from tests.support.pool import Pool
@@ -39,11 +39,11 @@ def _model(state: Any) -> Any:
 
 
 def _state(state: Any, kind: str, loading: bool) -> dict[str, Any]:
-    from megatron.core import parallel_state
+    from flm_megatron.engine import parallel_state
 
     metadata = {
         "distrib_optim_sharding_type": kind,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "dp_cp_group": parallel_state.get_data_parallel_group(),
     }
     model = _model(state).sharded_state_dict(metadata=metadata)
     return {
@@ -82,7 +82,8 @@ def load_with_megatron(ours: str, again: str) -> None:
         saved = _state(state, "fully_reshardable", True)
         tensors = {"param_state": saved["optimizer"]["param_state"]}
         filled = dist_checkpointing.load(tensors, ours)["param_state"]
-        state.optimizer.chained_optimizers[0].load_parameter_state_from_fully_reshardable(filled)
+        part: Any = state.optimizer.chained_optimizers[0]
+        part.load_parameter_state_from_fully_reshardable(filled)
         save_state(again, state.chunks, state.optimizer, {}).wait()
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from flm_megatron.data.streams.blend import BLOCK, Blend
 from flm_megatron.data.streams.permutation import Permutation
-from flm_megatron.device import current
+from flm_megatron.engine.prepare import prepare
 
 
 @settings(max_examples=100, deadline=None)
@@ -69,7 +69,7 @@ def test_every_prefix_keeps_the_shares(weights: list[float]) -> None:
 @pytest.mark.parametrize("weights", [[1.0], [0.7, 0.3], [5, 3, 1, 1], [0.7521, 0.0981, 0.0717, 0.0287, 0.0494]])
 def test_counts_agree_with_the_engines_blending(weights: list[float]) -> None:
     """megatron-core's greedy blending has taken the same number from each source at every place, but for two."""
-    current().prepare()
+    prepare()
     from megatron.core.datasets import helpers_cpp
 
     size = 3000
