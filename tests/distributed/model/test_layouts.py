@@ -99,9 +99,6 @@ def relative(got: np.ndarray, exact: np.ndarray) -> float:
 
 def losses_and_gradients(parallel: ParallelConfig, recompute: str) -> dict[str, Result]:
     """On each rank: token losses (at the end of the pipeline), gradients of its shards, ones where they lie."""
-    from flm_megatron.engine.prepare import prepare
-
-    current().prepare()
     from tests.support.one_process import initialize_parallel
 
     initialize_parallel(parallel)
@@ -112,6 +109,7 @@ def run_model(model: ModelConfig, parallel: ParallelConfig, recompute: str) -> R
     """One forward and backward pass of all micro-batches by the engine's schedule."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    from flm_megatron.engine import parallel_state
     from tests.support.one_process import filled_model, gradients, seeded_batch
 
     tensors = random_tensors(model)
