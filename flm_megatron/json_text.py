@@ -11,18 +11,23 @@ from flm_megatron.errors import FlmError, RequestError
 DEEPEST = 100
 """Brackets in brackets: more is nothing that this program reads, and what prints or compares it would fail."""
 MOST_DIGITS = 18  # of an integer, so that it fits into 64 bits
+Json = Any
+"""Any value as it was parsed from JSON or YAML: their readers give it no type."""
+JsonObject = dict[str, Any]
+"""A JSON object as it was parsed: json gives its values no type."""
 
 
 def parse_json(
     text: str | bytes, where: str, error: type[FlmError] = RequestError, strict: bool = False, name: str = "JSON"
-) -> Any:
+) -> Json:
     """The value of a JSON text; `where` and `name` tell in errors what it is, `error` is raised when it is none.
 
     `strict`, for what the program relies on: no key twice (of which the last would count), integers of 64 bits.
     """
-    rules: dict[str, Any] = {"object_pairs_hook": _unique, "parse_int": _integer} if strict else {}
+    pairs, integer = (_unique, _integer) if strict else (None, None)
     try:
-        value = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, **rules)
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        value = json.loads(text, object_pairs_hook=pairs, parse_int=integer)
         _check_depth(value)
         return value
     except json.JSONDecodeError as problem:
@@ -37,8 +42,8 @@ def parse_json(
         raise error(f"{where} is not {name} that can be read: {str(problem).partition(';')[0]}") from None
 
 
-def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _unique(pairs: Iterable[tuple[str, Json]]) -> JsonObject:
+    found: JsonObject = {}
     for key, value in pairs:
         if key in found:
             raise ValueError(f"the key {key!r:.80} is given twice")
@@ -52,7 +57,7 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def _check_depth(value: Any) -> None:
+def _check_depth(value: Json) -> None:
     """Raise RecursionError unless brackets end within DEEPEST."""
     level = [value]
     for _ in range(DEEPEST):
