@@ -1,6 +1,6 @@
-"""The loop: `stage` trains one stage, `step` makes one step of it.
+"""The training loop: `stage` trains one stage, `step` makes one step of it.
 
-`resume` finds where a run goes on, `hooks` are what is done between steps, `metrics` writes what happened, `spikes`
-refuses steps that went wrong, `frozen_weights` keeps half of the weights as they are. `elastic` is an earlier name of
-what starts torchrun, for scripts that were written with it.
+`resume` finds where a run continues, `hooks` are called between steps, `metrics` writes logs and metrics, `spikes`
+refuses steps that went wrong, `frozen_weights` freezes half of the weights. `elastic` is the earlier name of the module
+that starts torchrun, kept for scripts that call it.
 """

@@ -1,6 +1,6 @@
-"""The name under which scripts of earlier versions start torchrun: `python -m flm_megatron.training.elastic ARGUMENTS`.
+"""The earlier name of `launch.elastic`, kept for scripts that run `python -m flm_megatron.training.elastic ARGUMENTS`.
 
-Nothing is imported from `launch`, which lies above: this runs the program of today's name in its own place.
+It imports nothing from `launch`, which lies above this room: it replaces itself by the program under its new name.
 """
 
 from __future__ import annotations

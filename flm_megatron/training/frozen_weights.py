@@ -1,4 +1,4 @@
-"""Half fine-tuning: half of the parameters stay as they are, chosen by seed (arXiv 2404.18466)."""
+"""Half fine-tuning: half of the parameters are frozen, chosen by seed (arXiv 2404.18466)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Unit = tuple[str, int]
 
 
 def frozen_units(model: ModelConfig, seed: int) -> set[Unit]:
-    """What half fine-tuning leaves alone: of every tensor of the layers half of them, and embedding or head.
+    """The units that half fine-tuning freezes: half of the layers of every tensor, and either embedding or head.
 
-    With an odd number of layers every second tensor has one more frozen than the other half.
+    With an odd number of layers every second tensor has one more frozen layer than the others.
     """
     specs = parameter_specs(model).values()
     end = "embedding" if Permutation(2, f"{seed}/vocabulary")[0] else "head"
@@ -41,7 +41,7 @@ def frozen_parameters(chunks: list[Any], stage: StageConfig) -> list[torch.nn.Pa
 
 
 def freeze(chunks: list[Any], frozen: list[torch.nn.Parameter]) -> None:
-    """Make the gradients of `frozen` zero once they are complete: they count in no norm and start no moment."""
+    """Zero the gradients of `frozen` once they are complete, so that they count in no norm and start no moment."""
     config = chunks[0].config
     finalize = config.finalize_model_grads_func
 

@@ -1,4 +1,4 @@
-"""The optimizer's step, with a look at the gradient norm before anything is changed."""
+"""The optimizer's step, with a check of the gradient norm before anything changes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Judge = Callable[[float], str | None]
 def guarded_step(optimizer: Optimizer, judge: Judge) -> tuple[float, str | None]:
     """Clip the gradients and update the weights, unless `judge(gradient norm)` gives a reason on any rank.
 
-    The stages are those of megatron-core's ChainedOptimizer.step, in its order, but clipping is part of the update
-    (`clip_at_step`): gradients are read once for their norm and once for the update. Returns the norm before clipping,
-    and the reason on every rank if nothing was changed.
+    Follows the order of megatron-core's ChainedOptimizer.step, but clipping is part of the update (`clip_at_step`):
+    gradients are read once for their norm and once for the update. Returns the norm before clipping, and, on every
+    rank, the reason if nothing was changed.
     """
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
@@ -34,7 +34,7 @@ def guarded_step(optimizer: Optimizer, judge: Judge) -> tuple[float, str | None]
 
 
 def _any_rank(flag: bool) -> bool:
-    """Norms are the same everywhere unless a replica is corrupt; then ranks must still do the same."""
+    """Norms are equal on all ranks unless a replica is corrupt; even then all ranks must decide alike."""
     flags = torch.tensor(float(flag), device=current().torch_device)
     dist.all_reduce(flags, dist.ReduceOp.MAX)
     return bool(flags.item())

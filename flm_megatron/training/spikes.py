@@ -1,8 +1,8 @@
-"""Steps that must not be applied: loss or gradient norm not finite, or far above those of the steps before.
+"""Refuses steps whose loss or gradient norm is not finite or far above those of the steps before.
 
-What stays high is no spike. Outliers in a row that agree with each other, or come down, are a new level, such as that
-of other data: the last of them is applied, and the window moves to it with its spread. Levels that follow each other
-too fast are a divergence.
+Values that stay high are not a spike. Outliers in a row that agree with each other, or come down, are a new level, such
+as that of other data: the last of them is applied, and the window moves to the new level and keeps its spread. New
+levels that follow each other too fast are a divergence.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from flm_megatron.config.schema import StabilityConfig
 from flm_megatron.errors import FlmError
 
 SMALLEST_SPREAD = 1e-3
-"""A window of nearly equal values has nearly no spread; less than this share of the mean is noise."""
+"""Smallest spread, as a fraction of the mean: a window of nearly equal values has almost none."""
 AGREEMENT = 0.1
-"""Outliers agree if none is above one before it by more than this share, or by `sigmas` of the window's spread."""
+"""Outliers agree if none exceeds an earlier one by more than this fraction, or by `sigmas` of the window's spread."""
 MOST_LEVELS = 4
-"""New levels within a window's length; one more is a divergence."""
+"""New levels allowed within a window's length; one more is a divergence."""
 MOST_RISE = 0.25
-"""So is a loss that, within a window's length of a new level, lies higher above it than this share of it."""
+"""A loss that exceeds a new level by more than this fraction within a window's length is a divergence too."""
 Values = Mapping[str, float]
 
 
 class SpikeWatch:
-    """Remembers the losses and gradient norms of applied steps and says which new ones do not belong with them.
+    """Remembers losses and gradient norms of applied steps and says which new ones are outliers.
 
-    Its state goes into checkpoints, so that a run that is resumed decides as one that never stopped.
+    Its state is part of checkpoints, so that a resumed run decides as an uninterrupted one would.
     """
 
     def __init__(self, config: StabilityConfig, saved: dict[str, Any] | None = None) -> None:
-        """Start from nothing, or from what `to_json` gave; an earlier version saved no refused values."""
+        """Start empty, or from `to_json`'s result; earlier versions saved no refused values."""
         self.config = config
         saved = saved or {}
         self._windows = {
@@ -71,14 +71,14 @@ class SpikeWatch:
         )
 
     def _diverges(self, values: Values) -> bool:
-        """Whether the loss goes on rising from a new level."""
+        """Whether the loss keeps rising after a new level."""
         return any(values["loss"] > (1 + MOST_RISE) * level for _, level in self._loss_levels()[:1])
 
     def _loss_levels(self) -> list[tuple[int, float]]:
         return [(age, level) for age, level in self._levels if level is not None]
 
     def _outliers(self, values: Values) -> list[str]:
-        """Names of the values that lie too far above what was seen; none before there is enough of it."""
+        """Names of the values that are too far above the window; none until the window has enough values."""
         limit = self.config.sigmas
         if not limit:
             return []
@@ -87,7 +87,7 @@ class SpikeWatch:
         return [name for name, window in windows.items() if window.sigmas(values[name]) > limit]
 
     def _new_level(self, values: Values) -> list[str]:
-        """Names of what has a new level with this step: enough outliers in a row, all finite, agree."""
+        """Names of the values that reach a new level with this step: enough finite outliers in a row agree."""
         recent = self._recent(values)
         if not recent or len(self._levels) >= MOST_LEVELS or self.config.policy == "stop":
             return []
@@ -96,13 +96,13 @@ class SpikeWatch:
         return names if agree else []
 
     def _recent(self, values: Values) -> list[Values]:
-        """The steps that would make a level with this one, and this one; none if there are too few yet."""
+        """The steps that would make a level together with this one, and this one; none if they are too few."""
         needed = min(self.config.new_level_steps, self.config.max_in_a_row)
         before = [seen for seen in self._refused[-(needed - 1) :] if seen is not None]
         return [*before, values] if len(before) == needed - 1 > 0 else []
 
     def applied(self, loss: float, grad_norm: float) -> str | None:
-        """Remember a step that was applied; returns what to say if it has begun a new level."""
+        """Remember a step that was applied; returns a message if it begins a new level."""
         values = {"loss": loss, "grad_norm": grad_norm}
         moved = self._new_level(values) if self._outliers(values) else []
         told = [self._move(name, values[name]) for name in moved]
@@ -114,7 +114,7 @@ class SpikeWatch:
         return f"{', '.join(told)}; {_steps(count)} refused before it" if told else None
 
     def _move(self, name: str, level: float) -> str:
-        """Take the window of `name` to a level."""
+        """Move the window of `name` to a new level."""
         window = self._windows[name]
         before = window.mean
         window.move(level)
@@ -138,7 +138,7 @@ class SpikeWatch:
             )
 
     def _advice(self) -> str:
-        """What to do about the refused steps: the same command meets the same samples again."""
+        """What the user can do about refused steps: the same command would meet the same samples again."""
         if None in self._refused:
             return (
                 "Look at the samples with `flm data show`; values that are not finite come from a learning rate that "
@@ -160,7 +160,7 @@ class SpikeWatch:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """What `saved` takes."""
+        """The state that `saved` takes."""
         seen = {name: list(window.values) for name, window in self._windows.items()}
         return {
             **seen,
@@ -173,14 +173,14 @@ class SpikeWatch:
 
 @dataclass
 class Window:
-    """The last values of one kind. Gradient norms are about log-normal: their logarithms are judged."""
+    """The last values of one kind. Gradient norms are about log-normal, so their logarithms are used."""
 
     values: deque[float]
     logarithmic: bool
 
     @property
     def mean(self) -> float:
-        """The mean, geometric if logarithms are judged."""
+        """The mean; the geometric one where logarithms are used."""
         return self._unscaled(fmean(self._scaled(self.values)))
 
     def sigmas(self, value: float) -> float:
@@ -189,14 +189,14 @@ class Window:
         return (self._scaled([value])[0] - fmean(seen)) / self._spread(seen)
 
     def agree(self, values: Sequence[float], sigmas: float) -> bool:
-        """Whether values, in their order, rise no further than those of one level do."""
+        """Whether values, in order, rise no further than values of one level do."""
         scaled = self._scaled(values)
         rise = max(later - before for at, later in enumerate(scaled) for before in scaled[: at + 1])
         share = AGREEMENT if self.logarithmic else AGREEMENT * abs(scaled[-1])
         return rise <= max(share, sigmas * self._spread(self._scaled(self.values)))
 
     def append(self, value: float) -> None:
-        """Remember a value; a norm of zero has no logarithm and is not remembered."""
+        """Remember a value; a norm of zero has no logarithm and is skipped."""
         if value > 0 or not self.logarithmic:
             self.values.append(value)
 
@@ -223,7 +223,7 @@ def _steps(count: int) -> str:
 
 
 def joined(names: Iterable[str], most: int = 8) -> str:
-    """Sample names in one line, the first `most` of them."""
+    """The first `most` sample names in one line."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -1,4 +1,4 @@
-"""Training one stage from where it stands to its end, or until a signal."""
+"""Trains one stage from where it stands to its end, or until a signal."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ RECENT_STEPS = 20
 
 
 def train_stage(run: RunConfig, start: Start, copies: MemoryCopies | None = None) -> bool:
-    """Train the stage that `start` names, on every rank of the world; returns whether the run may go on.
+    """Train the stage of `start`, on every rank of the world; returns whether the run may go on.
 
-    False means that a signal asked for a stop, perhaps in the stage's last step; a checkpoint was saved. With `copies`
-    the state is also kept in memory, and what was found there is where it goes on.
+    False means that a signal asked for a stop, perhaps in the stage's last step, and a checkpoint was saved. With
+    `copies` the state is also kept in memory, and the stage continues from copies that were found there.
 
     Raises:
         RequestError: a kernel that the run file asks for by name, or FP8 in any of its stages, is not there.
@@ -79,7 +79,7 @@ def train_stage(run: RunConfig, start: Start, copies: MemoryCopies | None = None
 
 
 class StageTrainer:
-    """One stage under way: its model with its optimizer, its place in the stream, its log and its checkpoints."""
+    """A stage in training: its model with its optimizer, its position in the stream, its log and its checkpoints."""
 
     def __init__(self, run: RunConfig, start: Start, beginning: Beginning, copies: MemoryCopies | None = None) -> None:
         self.index, self.step, self.start = start.stage, start.step, start
@@ -106,7 +106,7 @@ class StageTrainer:
         self.validation_sha256 = validation_hashes(run)
 
     def train(self, stop: StopRequest) -> bool:
-        """Train to the end of the budget, or to a stop request; saves, and returns whether no stop was asked for."""
+        """Train to the end of the budget or to a stop request and save; returns whether no stop was requested."""
         first = self.budget.sample_at(self.step)
         feed = batches(
             self.stream, first, self.stage.global_batch, self.stage.micro_batch, self.data_rank, self.data_size
@@ -131,11 +131,11 @@ class StageTrainer:
         return not stopped
 
     def position(self) -> tuple[str, int, int]:
-        """Where the stage stands, as every event of the metrics says it: its name, steps done, tokens of the run."""
+        """Where the stage stands, as every metrics event records it: stage name, steps done, tokens of the run."""
         return self.stage.name, self.step, self.budget.tokens_at(self.step)
 
     def _announce(self, log: MetricsLog) -> None:
-        """Say how the stage begins."""
+        """Log how the stage begins."""
         if self.growth and self.step == 0:
             certificate = self.growth.certificate
             log.write(GrowthEvent(*self.position(), certificate))
@@ -156,13 +156,13 @@ class StageTrainer:
         log.begin(self.stage.name, self.step, self.budget.steps)
 
     def close(self) -> None:
-        """End the logs."""
+        """Close the logs."""
         self.meter.close()
         if self.log:
             self.log.close()
 
     def _train_step(self, group: list[Batch], stop: StopRequest, waited_s: float) -> bool:
-        """One step with its learning rate, its check and its report; returns whether a stop was asked for."""
+        """One step with its learning rate, its check and its report; returns whether a stop was requested."""
         began = time.perf_counter()
         lr = learning_rate(self.budget.tokens_at(self.step + 1), self.run, self.index, self.budgets)
         set_learning_rates(self.state.optimizer, self.stage, lr)
@@ -181,7 +181,7 @@ class StageTrainer:
         return result.heard.stop
 
     def _report(self, result: StepResult, lr: float) -> None:
-        """The metrics of a step that was applied, and what hooks have measured."""
+        """Log the metrics of a step that was applied, with those of hooks."""
         level = self.watch.applied(result.loss, result.grad_norm)
         measured = {name: value for hook in self.hooks for name, value in hook.after_step(self, result).items()}
         if self.log:
@@ -193,7 +193,7 @@ class StageTrainer:
                 self.log.say(f"{self.stage.name} step {self.step} | {level}")
 
     def _refuse(self, result: StepResult, reason: str) -> None:
-        """Say which samples a step that was not applied had, and do what the policy asks for."""
+        """Report the samples of a step that was not applied, and act as the policy says."""
         samples = range(self.budget.sample_at(self.step - 1), self.budget.sample_at(self.step))
         policy = self.stage.stability.policy
         if self.log:
@@ -211,12 +211,12 @@ class StageTrainer:
                 self._load(open_checkpoint(path) if path else self.checkpoint)
 
     def _load(self, checkpoint: LogicalCheckpoint) -> None:
-        """Weights and optimizer of a checkpoint."""
+        """Load weights and optimizer from a checkpoint."""
         load_state(checkpoint, self.state.chunks, self.state.optimizer)
         load_step_offsets(checkpoint, self.state.chunks, self.state.optimizer)
 
     def _step_event(self, result: StepResult, lr: float, measured: dict[str, float]) -> StepEvent:
-        """The metrics of the step that was just applied, with what hooks have measured."""
+        """The metrics of the step that was just applied, with those of hooks."""
         device = current()
         per_device = self.budget.segments[-1].step_tokens / self.times[-1] / dist.get_world_size()
         tflops = per_device * training_flops_per_token(self.stage.model, self.run.data.sequence_length) / 1e12
@@ -242,7 +242,7 @@ class StageTrainer:
                 hook.at_interval(self)
 
     def manifest(self) -> dict[str, Any]:
-        """What a checkpoint of this step says of itself."""
+        """The manifest of a checkpoint of this step."""
         growth = self.growth.to_json() if self.growth else None
         samples = self.budget.sample_at(self.step)
         adam_step = max((group.get("step", 0) for group in self.state.optimizer.param_groups), default=0)
@@ -258,14 +258,17 @@ class StageTrainer:
 
 
 def _watched(start: Start, manifest: dict[str, Any]) -> dict[str, Any] | None:
-    """What the spike guard remembers of a stage that resumes. Where batch, length or mixture change, losses and norms
-    may change too: only the count of refused steps goes on then."""
+    """The state of the spike guard for a stage that resumes.
+
+    Where batch, length or mixture change, losses and norms may change too: then only the count of refused steps is
+    kept.
+    """
     saved = manifest.get("stability") if start.resumes else None
     return {"skipped": saved["skipped"]} if saved and segment_begins(start) else saved
 
 
 def _growth_record(beginning: Beginning) -> GrowthRecord | None:
-    """The growth that the stage began with, as its checkpoints keep it."""
+    """The growth that the stage began with, for its checkpoints."""
     growth = growth_of(beginning.checkpoint.manifest) if beginning.plan else None
     return growth.certified(beginning.certificate) if growth else None
 

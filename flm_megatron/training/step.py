@@ -1,4 +1,4 @@
-"""One stage's model, wrapped for training, and what is done with it: a training step and a validation loss."""
+"""One stage's model, wrapped for training, with its training step and its validation loss."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from flm_megatron.training.optimizer_step import guarded_step
 
 Batch = dict[str, torch.Tensor]
 OPTIMIZER = "optimizer"
-"""Name that a profiler shows for clearing gradients, their norm and clipping, and the update."""
+"""Profiler name of clearing gradients, computing their norm, clipping and updating."""
 
 
 class Told(NamedTuple):
-    """What any rank may tell all others along with a step's losses."""
+    """Flags that any rank can pass to all others along with a step's losses."""
 
     stop: bool = False
-    """It was asked to stop."""
+    """A stop was requested."""
     save_failed: bool = False
-    """It knows that the save under way has failed."""
+    """The save in progress is known to have failed."""
 
 
 NOTHING = Told()
@@ -39,8 +39,10 @@ NOTHING = Told()
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step measured, the same on every rank. `heard` says what some rank told, `refused` why the weights were
-    left as they were."""
+    """What a step measured, equal on every rank.
+
+    `heard` are the flags that any rank passed, `refused` says why the weights were not changed.
+    """
 
     loss: float
     tokens: int
@@ -50,15 +52,14 @@ class StepResult:
 
 
 def accept_all(loss: float, grad_norm: float) -> str | None:
-    """No step is refused."""
+    """Refuse no step."""
     return None
 
 
 class TrainState:
     """A stage's model chunks under megatron-core's data parallelism, with their optimizer.
 
-    Built under initialised parallel groups; the weights are whatever the engine left there until a checkpoint
-    is loaded.
+    Built under initialised parallel groups. Weights are uninitialised until a checkpoint is loaded.
     """
 
     def __init__(self, stage: StageConfig, sequence_length: int) -> None:
@@ -109,7 +110,7 @@ class TrainState:
         return total / max(count, 1)
 
     def _losses(self, batches: list[Batch], forward_only: bool, told: Told = NOTHING) -> tuple[float, int, Told]:
-        """Sum of losses and number of tokens over all ranks, and what any of them told."""
+        """Sum of losses and number of tokens over all ranks, and the flags of any of them."""
         outputs = forward_backward(
             forward_step,
             [iter(batches) for _ in self.chunks],
@@ -133,10 +134,10 @@ def forward_step(data_iterator: Iterator[Batch], model: ModelChunk) -> tuple[tor
 
 
 def cross_document_mask(segments: torch.Tensor) -> torch.Tensor:
-    """Where attention must not look [batch, 1, sequence, sequence]: at positions of another segment.
+    """True where attention must not look [batch, 1, sequence, sequence]: at positions of another segment.
 
-    `segments` is [batch, sequence]. Rotary positions (xPos too) act through differences of positions alone, so
-    within a segment they are as if they started with it.
+    `segments` is [batch, sequence]. Rotary positions (xPos too) act through differences of positions alone, so within a
+    segment they are as if it began at position 0.
     """
     return (segments[:, :, None] != segments[:, None, :]).unsqueeze(1)
 
@@ -148,7 +149,7 @@ def _with_tokens(mask: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def _reduce(outputs: list[torch.Tensor], told: Told) -> tuple[float, int, Told]:
-    """Add up over the world; only one tensor rank of each last pipeline rank puts its losses in."""
+    """Sum over the world; only one tensor rank of each last pipeline rank contributes losses."""
     sums = torch.zeros(2 + len(told), dtype=torch.float64, device=current().torch_device)
     if outputs and is_output_rank():
         sums[:2] = torch.stack(outputs).sum(0)

@@ -1,6 +1,6 @@
-"""What is done between the steps of a stage, a file for each thing, and hooks of the user's own.
+"""Hooks called between the steps of a stage: one file each, and those of the user.
 
-`Hook` is what all of them derive from; `stage_hooks` are those of a stage, in the order in which they are called.
+`Hook` is their base class; `stage_hooks` gives those of a stage in the order in which they are called.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["Hook", "load_hook", "stage_hooks"]
 
 
 def stage_hooks(trainer: StageTrainer, copies: MemoryCopies | None) -> list[Hook]:
-    """What this stage asks for, then the hooks of the run file; saving and copying come after all that looks."""
+    """The hooks that this stage needs, then those of the run file; saving and copying come after all that only read."""
     from flm_megatron.training.hooks.layer_norms import LayerNorms
     from flm_megatron.training.hooks.masks import OpenMasks
     from flm_megatron.training.hooks.memory_copies import CopyToMemory

@@ -1,4 +1,4 @@
-"""What is done at certain moments of a stage besides training it, and hooks of the user's own."""
+"""The base class of hooks, and loading the user's own."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Hook:
     """Steps between two calls of `at_interval`; 0 for none."""
 
     def on_start(self, trainer: StageTrainer) -> None:
-        """Before the first step, when weights and optimizer are those that training goes on from."""
+        """Before the first step; weights and optimizer are loaded."""
 
     def before_step(self, trainer: StageTrainer) -> None:
         """Before each step."""
 
     def after_step(self, trainer: StageTrainer, result: StepResult) -> Mapping[str, float]:
-        """After each step that was applied; returns what is to be recorded beside the step's own metrics."""
+        """After each step that was applied; returns metrics to record with the step's own."""
         return {}
 
     def at_interval(self, trainer: StageTrainer) -> None:
@@ -42,11 +42,11 @@ class Hook:
         """Before a checkpoint is saved."""
 
     def on_end(self, trainer: StageTrainer, finished: bool) -> None:
-        """After the last step, and, unless `finished`, after the step at which a signal stopped the stage."""
+        """After the last step. Unless `finished`, after the step at which a signal stopped the stage."""
 
 
 def load_hook(path: str) -> type[Hook]:
-    """The class that an entry of the run file's `hooks` names.
+    """Import the class that an entry of the run file's `hooks` names.
 
     Raises:
         RequestError: it cannot be imported, is no hook, or cannot be made without arguments.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class LayerNorms(Hook):
-    """The norms as metrics of every step."""
+    """Logs the norms with every step."""
 
     def after_step(self, trainer: StageTrainer, result: StepResult) -> Mapping[str, float]:
         """See `layer_norms`."""
@@ -55,7 +55,7 @@ def _parts(state: TrainState) -> list[str]:
 
 
 def _owned(state: TrainState) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Name, masters and gradients of every region that this rank owns and that is to be counted here."""
+    """Name, masters and gradients of every region that this rank owns and has to count."""
     first_replica = parallel_state.get_data_parallel_rank() == 0
     by_parameter = placements_by_parameter(placements(state.chunks))
     gradients = _gradients(state.optimizer)
@@ -69,7 +69,7 @@ def _owned(state: TrainState) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]
 
 
 def _gradients(optimizer: Optimizer) -> dict[int, torch.Tensor]:
-    """Gradients by the address of the masters that they belong to."""
+    """Gradients by the address of their masters."""
     masters = [master for group in optimizer.param_groups for master in group["params"]]
     return {master.data_ptr(): master.grad for master in masters if master.grad is not None}
 

@@ -1,4 +1,4 @@
-"""Growth masks open from step to step, and come off when they are open."""
+"""Growth masks: opened step by step, and removed when they are fully open."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 
 class OpenMasks(Hook):
-    """The masks of the growth that the stage began with."""
+    """Opens the masks of the growth that the stage began with."""
 
     def __init__(self, plan: GrowthPlan) -> None:
         self.plan = plan
         self.masks: GrowthMasks | None = None
 
     def on_start(self, trainer: StageTrainer) -> None:
-        """Put the masks in that are not open yet."""
+        """Install the masks unless they are open already."""
         if self.plan.masked and mask_value(self.plan, trainer.step) < 1:
             self.masks = GrowthMasks(trainer.state.chunks, trainer.stage.model, mask_plan(self.plan))
 
     def before_step(self, trainer: StageTrainer) -> None:
-        """Set them to this step's value; at 1 they come off."""
+        """Set them to this step's value; at 1 they are removed."""
         if self.masks is None:
             return
         self.masks.set(mask_value(self.plan, trainer.step))

@@ -1,4 +1,4 @@
-"""The state is kept in the memory of hosts at an interval."""
+"""Copies the state into the hosts' memory at an interval."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 
 class CopyToMemory(Hook):
-    """Copies of what is trained, and its metrics on the disk, which may outlive this host."""
+    """Copies model and optimizer to the host agents, and syncs the metrics to disk, which may outlive this host."""
 
     def __init__(self, copies: MemoryCopies) -> None:
         self.copies, self.interval_steps = copies, copies.interval_steps
 
     def on_start(self, trainer: StageTrainer) -> None:
-        """Have the hosts set memory aside."""
+        """Reserve the memory on the hosts."""
         self.copies.reserve(trainer.state.chunks, trainer.state.optimizer)
 
     def at_interval(self, trainer: StageTrainer) -> None:
-        """Keep this step; the last one is saved on the disk instead."""
+        """Copy the state of this step; the last step is saved to disk instead."""
         if trainer.step >= trainer.budget.steps:
             return
         with trainer.meter.stall("copy"):

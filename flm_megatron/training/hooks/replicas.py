@@ -1,4 +1,4 @@
-"""Finding silent corruption: weights that several ranks hold must be the same bits on all of them."""
+"""Detects silent corruption: weights that several ranks hold must be bit-identical on all of them."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class CompareReplicas(Hook):
-    """Compares at `stability.checksum_interval_steps` and before each checkpoint."""
+    """Compares replicas every `stability.checksum_interval_steps` steps and before each checkpoint."""
 
     def __init__(self, interval_steps: int, copies: MemoryCopies | None) -> None:
         self.interval_steps, self.copies = interval_steps, copies
         self.compared_step = -1
 
     def at_interval(self, trainer: StageTrainer) -> None:
-        """Once in a step; where they differ, copies in memory that were made since the last time are worth nothing."""
+        """Compare, once a step. If replicas differ, the copies in memory are dropped: they may be corrupt too."""
         if self.compared_step == trainer.step:
             return
         with trainer.meter.stall("replicas"), forgotten_on_error(self.copies):
@@ -44,7 +44,7 @@ class CompareReplicas(Hook):
         self.compared_step = trainer.step
 
     def on_save(self, trainer: StageTrainer) -> None:
-        """No checkpoint of replicas that differ."""
+        """Never save replicas that differ."""
         self.at_interval(trainer)
 
 
@@ -52,8 +52,8 @@ class CompareReplicas(Hook):
 def check_replicas(chunks: list[Any], step: int, equal_step: int) -> None:
     """Compare the weights that several ranks hold, over the whole world.
 
-    Copies are held by data-parallel peers, and of norms and some biases by tensor-parallel peers too. They were equal
-    for the last time after `equal_step`, which is what a run can go on from.
+    Data-parallel ranks hold copies of all weights, tensor-parallel ranks of norms and some biases. `equal_step` is the
+    last step at which all were equal, from which the run can continue.
 
     Raises:
         FlmError: (on every rank) copies differ; names the ranks that the majority disagrees with, and a tensor.
@@ -67,13 +67,13 @@ def check_replicas(chunks: list[Any], step: int, equal_step: int) -> None:
 
 
 def _number(place: Placement) -> int:
-    """A number, not 0, that stands for a part of a tensor on all ranks: names would be a hundred times as long."""
+    """A nonzero number that identifies a region of a tensor on all ranks: a hundredth of the bytes of its name."""
     text = f"{place.name} {place.region.offsets}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=KEY_BYTES).digest(), "big", signed=True) or 1
 
 
 def _gathered(sums: dict[int, int]) -> list[dict[int, int]]:
-    """Every rank's checksums by the numbers of their tensors, through tensors of one size (16 bytes a checksum)."""
+    """Every rank's checksums by region number, gathered in tensors of equal size (16 bytes a checksum)."""
     device = current().torch_device
     count = torch.tensor([len(sums)], device=device)
     dist.all_reduce(count, dist.ReduceOp.MAX)
@@ -86,7 +86,7 @@ def _gathered(sums: dict[int, int]) -> list[dict[int, int]]:
 
 
 def _difference(mismatched: dict[int, int], mine: Placement | None, step: int, equal_step: int) -> str:
-    """The message, once all ranks know which of them are mismatched; `mine` is the part of this one, if it is."""
+    """The error message, once all ranks know which of them are mismatched; `mine` is this rank's region, if any."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (socket.gethostname(), _label(mine) if mine else None))
     first, where = next((rank, everyone[rank][1]) for rank in mismatched)
@@ -103,9 +103,9 @@ def _label(part: Placement) -> str:
 
 
 def mismatched_replicas(everyone: list[dict[Key, int]]) -> dict[int, Key]:
-    """Ranks whose checksum of a tensor is not the one that most of its copies have, each with such a tensor.
+    """Ranks whose checksum differs from that of most copies, each with one such tensor.
 
-    Where no value has a majority (two copies that differ), all ranks that hold the tensor are mismatched.
+    Without a majority (two copies that differ) all ranks that hold the tensor are mismatched.
     """
     holders: dict[Key, dict[int, int]] = {}
     for rank, sums in enumerate(everyone):
@@ -122,7 +122,7 @@ def mismatched_replicas(everyone: list[dict[Key, int]]) -> dict[int, Key]:
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    """A 64-bit number that changes with any bit of `tensor`, and with the order of its values."""
+    """A 64-bit checksum that changes with any bit of `tensor` and with the order of its values."""
     whole = tensor.contiguous().view(-1)
     bits = whole.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[whole.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)

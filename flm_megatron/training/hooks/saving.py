@@ -1,4 +1,4 @@
-"""Checkpoints of the stage under way."""
+"""Saves the checkpoints of a stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Saving(Hook):
-    """At its interval and at the end. `pending` is the save under way, `saved_path` the newest checkpoint."""
+    """Saves at an interval and at the end. `pending` is the save in progress, `saved_path` the newest checkpoint."""
 
     def __init__(self, trainer: StageTrainer) -> None:
         self.wanted = trainer.run.checkpoint
@@ -31,26 +31,26 @@ class Saving(Hook):
 
     @property
     def failed(self) -> bool:
-        """Whether this rank knows that the save under way has failed."""
+        """Whether this rank knows that the save in progress has failed."""
         return self.pending is not None and self.pending.failed
 
     def on_start(self, trainer: StageTrainer) -> None:
-        """A rollback needs a checkpoint: copies in memory are not kept for ever."""
+        """Save at once if a rollback would find no checkpoint on disk: copies in memory do not last."""
         if trainer.step and self.saved_step < 0 and trainer.stage.stability.policy == "rollback":
             self.save(trainer)
 
     def at_interval(self, trainer: StageTrainer) -> None:
-        """Save; the last step is saved at the end, when everything else is done."""
+        """Save, except at the last step, which `on_end` saves after all else."""
         if trainer.step < trainer.budget.steps:
             self.save(trainer)
 
     def on_end(self, trainer: StageTrainer, finished: bool) -> None:
-        """Save, and wait until it is whole."""
+        """Save and wait for it."""
         self.save(trainer)
         self.finish(trainer)
 
     def save(self, trainer: StageTrainer) -> None:
-        """Save this step if it is not saved yet, after the save before it is whole."""
+        """Save this step unless it is saved already; waits for the save before it."""
         if self.saved_step == trainer.step:
             return
         self.finish(trainer)
@@ -67,9 +67,9 @@ class Saving(Hook):
             self.finish(trainer)
 
     def finish(self, trainer: StageTrainer) -> None:
-        """Wait for the save under way; when it is whole, drop checkpoints that are no longer wanted.
+        """Wait for the save in progress, then remove checkpoints that are no longer kept.
 
-        Raises, on every rank, what failed on any.
+        Raises, on every rank, whatever failed on any.
         """
         if self.pending is None:
             return

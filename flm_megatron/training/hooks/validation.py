@@ -1,4 +1,4 @@
-"""Loss of every validation set, over the same samples in every stage and layout."""
+"""Validation loss, over the same samples in every stage and layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Validation(Hook):
-    """At its interval, and at the end of the stage."""
+    """Validates at an interval and at the end of the stage."""
 
     def __init__(self, trainer: StageTrainer) -> None:
         self.interval_steps = trainer.stage.validation.interval_steps
@@ -36,7 +36,7 @@ class Validation(Hook):
             trainer.log.say(f"{trainer.stage.name} step {trainer.step} | validation loss {mean:.4f} ({parts})")
 
     def on_end(self, trainer: StageTrainer, finished: bool) -> None:
-        """The last step is measured whatever the interval is."""
+        """Validate after the last step whatever the interval."""
         if finished and self.measured_step != trainer.step:
             self.at_interval(trainer)
 

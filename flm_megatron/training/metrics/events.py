@@ -28,7 +28,7 @@ E = TypeVar("E", bound="MetricsEvent")
 
 @dataclass(frozen=True)
 class MetricsEvent:
-    """A line of a kind that is known: what happened after `step` steps of `stage`, at `tokens` of the whole run."""
+    """A line of a known kind: what happened after `step` steps of `stage`, at `tokens` tokens of the run."""
 
     KEY: ClassVar[str]
     """The key that only lines of this kind have."""
@@ -37,37 +37,39 @@ class MetricsEvent:
     step: int
     tokens: int
     extra: Values = field(default_factory=dict, kw_only=True)
-    """What else the line has: numbers that hooks recorded with a step, or what a later version adds."""
+    """Other keys of the line: metrics of hooks, or fields of a later version."""
 
     @classmethod
     def read(cls: type[E], values: Values) -> E:
-        """The event of a line's values, without `extra`; they have a usable place and `KEY`."""
+        """The event for a line's values, which have a usable position and `KEY`; `extra` is left empty."""
         return cls(*(values[key] for key in PLACE), **cls.own_fields(values))
 
     @classmethod
     def own_fields(cls, values: Values) -> dict[str, Any]:
-        """What the values say beyond the place, as arguments of the class."""
+        """The constructor's arguments, apart from the position."""
         raise NotImplementedError
 
     @classmethod
     def problem(cls, values: Values) -> str:
-        """What is wrong with the values at the kind's own keys; empty if nothing is."""
+        """What is wrong with the values of the kind's own keys; empty if nothing is."""
         return ""
 
     def own_values(self) -> dict[str, Any]:
-        """The kind's own keys and values, as the line has them."""
+        """The kind's own keys and values, as they are in the line."""
         raise NotImplementedError
 
     def to_json(self) -> dict[str, Any]:
-        """The line's values in their order."""
+        """The line's values in order."""
         return {key: getattr(self, key) for key in PLACE} | self.own_values() | dict(self.extra)
 
 
 @dataclass(frozen=True)
 class StepEvent(MetricsEvent):
-    """A step that was applied. Times in seconds, memory in GiB, TFLOP/s are model FLOPs; `mfu` is none for an unknown
-    device; `skipped_steps` counts the steps of the stage that were refused so far. A number that the line of another
-    program lacks is NaN."""
+    """A step that was applied. Times are in seconds, memory in GiB, TFLOP/s are model FLOPs.
+
+    `mfu` is none for an unknown device, `skipped_steps` counts the refused steps of the stage so far. A number that
+    another program's line lacks is NaN.
+    """
 
     KEY: ClassVar[str] = "loss"
 
@@ -89,7 +91,7 @@ class StepEvent(MetricsEvent):
 
     @classmethod
     def problem(cls, values: Values) -> str:
-        """Numbers that are none."""
+        """Fields that are not numbers."""
         given = {name: values[name] for name in STEP_NUMBERS if name in values}
         wrong = [name for name, value in given.items() if not _is_number(value) and (name, value) != ("mfu", None)]
         return f"no number as {wrong[0]}" if wrong else ""
@@ -135,13 +137,13 @@ class ValidationEvent(MetricsEvent):
 
     @classmethod
     def own_fields(cls, values: Values) -> dict[str, Any]:
-        """The mean, and what stands under `val_loss/NAME`."""
+        """The mean, and the losses under `val_loss/NAME`."""
         by_set = {key.removeprefix(SET): value for key, value in values.items() if key.startswith(SET)}
         return {"loss": values["val_loss"], "by_set": by_set}
 
     @classmethod
     def problem(cls, values: Values) -> str:
-        """Losses that are no numbers."""
+        """Losses that are not numbers."""
         wrong = [key for key, value in values.items() if f"{key}/".startswith(SET) and not _is_number(value)]
         return f"no number as {wrong[0]}" if wrong else ""
 
@@ -152,23 +154,23 @@ class ValidationEvent(MetricsEvent):
 
 @dataclass(frozen=True)
 class RestartEvent(MetricsEvent):
-    """The run goes on here from a checkpoint inside a stage."""
+    """The run continued from a checkpoint inside a stage."""
 
     KEY: ClassVar[str] = "restart"
 
     @classmethod
     def own_fields(cls, values: Values) -> dict[str, Any]:
-        """The place says it all."""
+        """Nothing besides the position."""
         return {}
 
     def own_values(self) -> dict[str, Any]:
-        """A mark."""
+        """The key that marks a restart."""
         return {"restart": True}
 
 
 @dataclass(frozen=True)
 class ChangeEvent(MetricsEvent):
-    """Something that the run goes on with otherwise than its checkpoint was trained: JSON values before and now."""
+    """A setting that changed between the checkpoint and now, with both values as JSON."""
 
     KEY: ClassVar[str] = "changed"
 
@@ -183,13 +185,13 @@ class ChangeEvent(MetricsEvent):
 
     @classmethod
     def problem(cls, values: Values) -> str:
-        """No mapping of the three."""
+        """`changed` is not a mapping with the three keys."""
         changed = values["changed"]
         lacking = [name for name in CHANGE if not isinstance(changed, Mapping) or name not in changed]
         return f"no {lacking[0]} in changed" if lacking else ""
 
     def own_values(self) -> dict[str, Any]:
-        """All three below one key."""
+        """All three values under one key."""
         return {"changed": {name: getattr(self, name) for name in CHANGE}}
 
 
@@ -198,7 +200,7 @@ CHANGE = ("what", "before", "now")
 
 @dataclass(frozen=True)
 class GrowthEvent(MetricsEvent):
-    """The stage was grown into; `certificate` is what was measured, none if nothing was."""
+    """The stage began with a growth; `certificate` is its measurement, none if it was not measured."""
 
     KEY: ClassVar[str] = "certificate"
 
@@ -226,7 +228,7 @@ class GrowthEvent(MetricsEvent):
 
 @dataclass(frozen=True)
 class NewLevelEvent(MetricsEvent):
-    """The spike guard took what stays high for a new level; `level` says it in words."""
+    """The spike guard accepted persistently high values as a new level; `level` is its message."""
 
     KEY: ClassVar[str] = "new_level"
 
@@ -234,24 +236,24 @@ class NewLevelEvent(MetricsEvent):
 
     @classmethod
     def own_fields(cls, values: Values) -> dict[str, Any]:
-        """The words."""
+        """The message."""
         return {"level": values["new_level"]}
 
     def own_values(self) -> dict[str, Any]:
-        """The words."""
+        """The message."""
         return {"new_level": self.level}
 
 
 @dataclass(frozen=True)
 class OtherEvent:
-    """A line of a kind that is not known, or, with a `problem`, of a known kind without what this kind has."""
+    """A line of an unknown kind or, with a `problem`, of a known kind whose fields are unusable."""
 
     values: Values
     problem: str = ""
 
     @property
     def stage(self) -> str | None:
-        """The stage, if the line names one."""
+        """The stage, if the line has one."""
         found = self.values.get("stage")
         return found if isinstance(found, str) else None
 
@@ -262,7 +264,7 @@ class OtherEvent:
         return found if isinstance(found, int) else None
 
     def to_json(self) -> dict[str, Any]:
-        """The values as they came."""
+        """The values as they were read."""
         return dict(self.values)
 
 
@@ -270,11 +272,11 @@ Line = MetricsEvent | OtherEvent
 KINDS: tuple[type[MetricsEvent], ...] = (
     StepEvent, RefusedEvent, ValidationEvent, RestartEvent, ChangeEvent, GrowthEvent, NewLevelEvent
 )  # fmt: skip
-"""A step comes first: hooks may record with it what another kind is known by."""
+"""Steps come first: a hook may record with a step the key by which another kind is known."""
 
 
 def line_of(values: Values) -> Line:
-    """The event that the values of a line tell of."""
+    """The event for the values of a line."""
     kind = next((kind for kind in KINDS if kind.KEY in values), None)
     if kind is None:
         return OtherEvent(values)
@@ -286,7 +288,7 @@ def line_of(values: Values) -> Line:
 
 
 def parse_line(text: str) -> Line | None:
-    """The event of a line of the file; none for one in whose middle the process died."""
+    """The event for a line of the file; none for one that was cut off when the process died."""
     try:
         values = parse_json(text, FILE)
     except RequestError:
@@ -295,12 +297,12 @@ def parse_line(text: str) -> Line | None:
 
 
 def line_text(line: Line) -> str:
-    """The line of the file, without its end."""
+    """The event's line, without the line end."""
     return json.dumps(line.to_json())
 
 
 def read_lines(folder: Path) -> list[Line]:
-    """All lines of the metrics in a run's output folder, in order; torn ones are left out.
+    """All lines of the metrics in a run's output folder, in order, without those that were cut off.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
@@ -310,7 +312,7 @@ def read_lines(folder: Path) -> list[Line]:
 
 
 def of_kind(lines: Iterable[Line], kind: type[E]) -> list[E]:
-    """Those lines that are of a kind; of `MetricsEvent` for all kinds that are known."""
+    """The events of one kind; of all known kinds for `MetricsEvent`."""
     return [line for line in lines if isinstance(line, kind)]
 
 

@@ -9,8 +9,11 @@ CONVENTION = "model FLOPs, causal attention counted half, no recomputation"
 
 
 def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """Floating-point operations of one token's forward pass: two per weight of every matrix and of the head, and
-    the two attention products over the half of the keys that causality leaves (the convention of Megatron-LM)."""
+    """FLOPs of one token's forward pass, by Megatron-LM's convention.
+
+    Two per weight of every matrix and of the head, and the two attention products over half of the keys, as attention
+    is causal.
+    """
     weights = sum(spec.numel for spec in parameter_specs(model).values() if spec.kind in ("matrix", "head"))
     keys = sequence_length / 2
     attention = 2 * 2 * keys * model.num_attention_heads * model.kv_channels * model.num_layers

@@ -1,7 +1,7 @@
-"""Where a run's wall time went: steps that count, steps that were lost, stalls, starts, and times when nothing ran.
+"""Where a run's wall time went: steps that count, lost steps, stalls, starts, and time without a process.
 
-The main rank adds a line to `goodput.jsonl` for every step and stall. Unlike `metrics.jsonl` the file is never cut
-back, so that what was trained and lost stays in it.
+The main rank adds a line to `goodput.jsonl` for every step and stall. Unlike `metrics.jsonl` the file is never
+truncated, so it keeps what was trained and lost.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ Line = dict[str, Any]
 
 
 class Meter:
-    """Writes the file in `folder`; without a folder, as on all ranks but the main one, it does nothing."""
+    """Writes the file in `folder`; does nothing without one, as on all ranks but the main one."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self._file: TextIO | None = None if folder is None else _opened(folder / FILE)
 
     def begin(self, index: int, stage: str, step: int) -> None:
-        """This process has begun to train stage number `index` after `step` steps of it."""
+        """This process begins to train stage number `index` after `step` steps of it."""
         self._write("begin", index=index, stage=stage, step=step, started=psutil.Process(os.getpid()).create_time())
 
     def step(self, step: int, seconds: float, data_s: float, applied: bool) -> None:
-        """A step took `seconds`, after `data_s` of waiting for its samples."""
+        """A step took `seconds`, after waiting `data_s` for its samples."""
         self._write("step" if applied else "refused", step=step, seconds=seconds, data_s=data_s)
 
     @contextmanager
     def stall(self, kind: Stall, **values: Any) -> Iterator[None]:
-        """Training stands still while the block runs. A rollback has the `step` whose state it goes back to."""
+        """Training stands still during the block. A rollback gives the `step` it goes back to."""
         began = time.perf_counter()
         try:
             yield
@@ -62,9 +62,12 @@ class Meter:
 
 @dataclass
 class Goodput:
-    """Seconds of a run by what they went into. `steps_s` holds all applied steps, `lost_s` those of them whose result
-    was lost, `start_s` from the start of a process, or the end of the stage before in it, to the first step, `down_s`
-    when no process was there. `starts` are those of processes: under a launcher one goes from stage to stage."""
+    """Seconds of a run by where they went.
+
+    `steps_s` holds all applied steps, `lost_s` those whose result was lost, `start_s` the time from a process's start
+    (or the end of its previous stage) to its first step, `down_s` the time without a process. `starts` counts starts of
+    processes: under a launcher one process trains several stages.
+    """
 
     wall_s: float = 0.0
     steps_s: float = 0.0
@@ -79,12 +82,12 @@ class Goodput:
 
     @property
     def share(self) -> float:
-        """Goodput: share of the wall time that is steps which count."""
+        """Goodput: the fraction of wall time spent on steps that count."""
         return (self.steps_s - self.lost_s) / self.wall_s if self.wall_s else 0.0
 
     @property
     def parts(self) -> dict[str, float]:
-        """Everything but the steps that count, in seconds, by name; what is over is `other`."""
+        """Seconds of everything but the steps that count, by name; `other` is the rest."""
         known = {
             "lost steps": self.lost_s,
             "refused steps": self.refused_s,
@@ -101,7 +104,7 @@ class Goodput:
         return {**known, "other": max(0.0, rest)}
 
     def text(self) -> str:
-        """The share of the time that counted, and where the rest went, as one line."""
+        """Goodput and where the rest of the time went, in one line."""
         spent = sorted(((s, name) for name, s in self.parts.items() if s >= 0.001 * self.wall_s), reverse=True)
         rest = ", ".join(f"{name} {100 * seconds / self.wall_s:.1f}%" for seconds, name in spent)
         return (
@@ -111,7 +114,7 @@ class Goodput:
 
 
 def read_goodput(folder: Path) -> Goodput | None:
-    """What the file in a run's output folder adds up to; none where there is none."""
+    """The totals of the file in a run's output folder; none if there is no file."""
     try:
         text = (folder / FILE).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -120,7 +123,7 @@ def read_goodput(folder: Path) -> Goodput | None:
 
 
 def add_up(lines: Iterator[Line]) -> Goodput:
-    """The account of a run's lines, in the order in which they were written."""
+    """The totals of a run's lines, in the order in which they were written."""
     total = Goodput()
     done: dict[tuple[int, int], float] = {}  # seconds of each step that counts, by stage and step
     stage, first, last, began, starting, process = 0, None, 0.0, 0.0, False, None
@@ -153,14 +156,14 @@ def add_up(lines: Iterator[Line]) -> Goodput:
 
 
 def _lose(total: Goodput, done: dict[tuple[int, int], float], place: tuple[int, int]) -> None:
-    """A run goes on from the state at `place`: what was done beyond it is lost."""
+    """The run goes back to the state at `place`: all steps after it are lost."""
     for step in [step for step in done if step > place]:
         total.lost_s += done.pop(step)
         total.lost_steps += 1
 
 
 def _opened(path: Path) -> TextIO:
-    """The file, to be added to; a last line in whose middle the process died does not swallow the next one."""
+    """The file, opened to append; a last line that was cut off gets its line end first."""
     file = path.open("a+", encoding="utf-8")
     if file.tell() > 0:
         with path.open("rb") as end:
@@ -171,7 +174,7 @@ def _opened(path: Path) -> TextIO:
 
 
 def _parsed(row: str) -> Line | None:
-    """A line; none for one in whose middle the process died."""
+    """A line; none for one that was cut off when the process died."""
     try:
         line = json.loads(row)
     except json.JSONDecodeError:

@@ -1,4 +1,4 @@
-"""What a step is reported as: one log line, one JSON object, TensorBoard scalars."""
+"""How a step is reported: a log line, a JSON line, TensorBoard scalars."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flm_megatron.training.metrics.events import FILE, Line, OtherEvent, Refused
 
 
 def step_line(event: StepEvent, steps: int) -> str:
-    """A step of a stage of `steps` steps as a line for people."""
+    """The log line for a step of a stage of `steps` steps."""
     mfu = "n/a" if event.mfu is None else f"{100 * event.mfu:.1f}%"
     return (
         f"{event.stage} step {event.step}/{steps} | tokens {short(event.tokens)} | loss {event.loss:.4f} | "
@@ -35,7 +35,7 @@ def short(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Time as days, hours, minutes and seconds, the two largest that matter."""
+    """Time in its two largest units of days, hours, minutes and seconds."""
     whole = round(seconds)
     days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
     if days:
@@ -46,10 +46,10 @@ def duration(seconds: float) -> str:
 
 
 class MetricsLog:
-    """Writes the run's `metrics.jsonl`, `log.txt` and TensorBoard events, and speaks on the terminal.
+    """Writes the run's `metrics.jsonl`, `log.txt` and TensorBoard events, and prints to the terminal.
 
-    Only the main rank makes one. Opened at a step that a checkpoint holds, it drops lines of later steps, which
-    will be made again.
+    Only the main rank makes one. When it is opened at a checkpoint's step it drops the lines of later steps, which will
+    be trained again.
     """
 
     def __init__(self, folder: Path, tensorboard: bool, stages: list[str], stage: str, step: int) -> None:
@@ -64,13 +64,13 @@ class MetricsLog:
         self._bar = tqdm(total=steps, initial=step, desc=stage, unit="step", disable=not sys.stderr.isatty())
 
     def say(self, line: str) -> None:
-        """A line for people."""
+        """Print a line and add it to `log.txt`."""
         print(line, file=self._text, flush=True)
         tqdm.write(line)
         sys.stdout.flush()
 
     def write(self, line: Line) -> None:
-        """A line of `metrics.jsonl`, and its numbers as TensorBoard scalars, if it names a stage, at its step."""
+        """Write a line of `metrics.jsonl`; its numbers become TensorBoard scalars if it names a stage."""
         print(line_text(line), file=self._jsonl, flush=True)
         if self._writer is not None and line.stage is not None:
             for name, value in line.to_json().items():
@@ -78,7 +78,7 @@ class MetricsLog:
                     self._writer.add_scalar(f"{line.stage}/{name}", value, line.step)
 
     def record(self, values: Mapping[str, Any]) -> None:
-        """A line of a hook, as it is given; one that names `stage` and `step` goes to TensorBoard too."""
+        """Write a hook's line unchanged; if it names `stage` and `step` its numbers go to TensorBoard too."""
         self.write(OtherEvent(values))
 
     def step(self, event: StepEvent, steps: int, speak: bool) -> None:
@@ -90,14 +90,14 @@ class MetricsLog:
             self.say(step_line(event, steps))
 
     def refused(self, event: RefusedEvent, line: str) -> None:
-        """Report a step that was not applied, with a line for people."""
+        """Report a step that was not applied, and print a line about it."""
         self.write(event)
         if self._bar is not None:
             self._bar.update(1)
         self.say(line)
 
     def sync(self) -> None:
-        """Have the disk hold what was recorded: a checkpoint must not outlive the metrics of the steps before it."""
+        """Sync `metrics.jsonl` to disk, so that no checkpoint outlives the metrics of the steps before it."""
         os.fsync(self._jsonl.fileno())
 
     def close(self) -> None:
@@ -111,7 +111,7 @@ class MetricsLog:
 
 
 def _reopen(path: Path, stages: list[str], stage: str, step: int) -> TextIO:
-    """Open for appending, keeping only what happened up to `step` of `stage`."""
+    """Open for appending, dropping what came after `step` of `stage`."""
     if path.exists():
         kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _is_before(line, stages, stage, step)]
         check_fences()

@@ -16,10 +16,10 @@ from flm_megatron.training.metrics.events import (
 
 
 def plot_loss(folder: Path, baseline: tuple[str, float] | None = None) -> Path:
-    """Draw training and validation loss against tokens and against training FLOPs into `loss.png`.
+    """Plot training and validation loss against tokens and against training FLOPs; writes `loss.png`.
 
-    Growths are marked, each with what its certificate measured. `baseline` is a labelled loss in nats to draw across,
-    such as the unigram entropy. Returns the picture's path.
+    Growths are marked with what their certificates measured. `baseline` is a labelled loss in nats, such as the unigram
+    entropy, drawn as a line. Returns the picture's path.
     """
     import matplotlib
 

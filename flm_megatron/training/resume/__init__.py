@@ -1,5 +1,6 @@
-"""Where a run goes on and with what: `start.find_start` looks, `continuation` holds the run file against the past.
+"""Where a run continues and with what.
 
-`changes` announces what is otherwise than before, `first_checkpoint` is what a new run starts from, `memory_copies` are
-the copies at neighbours, `unfinished_save` ends what was being saved.
+`start.find_start` finds the checkpoint, `continuation` compares the run file with the run's history, `changes` reports
+what has changed, `first_checkpoint` is what a new run starts from, `memory_copies` are the copies in hosts' memory,
+`unfinished_save` completes a save that an error interrupts.
 """

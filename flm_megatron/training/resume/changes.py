@@ -1,4 +1,4 @@
-"""What a run goes on with otherwise than its checkpoint was trained, in words and as metrics."""
+"""Settings that changed between a checkpoint and the run that continues it, as text and as metrics."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from flm_megatron.training.metrics.log import MetricsLog
 from flm_megatron.training.resume.start import Start
 
 SILENT = ("name", "output", "checkpoint", "logging", "distributed")
-"""Sections of the run file that do not touch what is trained, or are compared elsewhere."""
+"""Sections of the run file that do not affect training, or are compared elsewhere."""
 LONGEST, SHOWN = 200, 12
 
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that was `before` and is `now`."""
+    """A setting that was `before` and is `now`."""
 
     what: str
     before: Any
@@ -29,7 +29,7 @@ class Change:
     note: str = ""
 
     def line(self) -> str:
-        """What was and what is, in words."""
+        """Old and new value as text."""
         return f"{self.what} was {_text(self.before)}, is {_text(self.now)}{self.note}"
 
 
@@ -39,18 +39,18 @@ def _text(value: Any) -> str:
 
 
 def announce(log: MetricsLog, changes: list[Change], stage: str, step: int, tokens: int) -> None:
-    """A line in the log and a record in the metrics for each change."""
+    """Log each change and record it in the metrics."""
     for change in changes:
         log.write(ChangeEvent(stage, step, tokens, what=change.what, before=change.before, now=change.now))
         log.say(f"{stage} step {step}: {change.line()}")
 
 
 def find_changes(run: RunConfig, start: Start, manifest: Mapping[str, Any], data_size: int) -> list[Change]:
-    """What is another than in the checkpoint of `manifest`, with which a stage goes on or begins.
+    """The settings that differ from the checkpoint of `manifest`.
 
-    Batch, sequence length and mixture, if a segment of the history begins here; the data-parallel size; and every
-    other field of the run file that touches what is trained: of the stage itself if it resumes, of those before it
-    to say that they stay as they were.
+    Batch, sequence length and mixture if a new segment of the history begins here; the data-parallel size; and every
+    other field of the run file that affects training: of the stage itself if it resumes, and of earlier stages, to say
+    that those keep their values.
     """
     resumes = start.resumes
     found = list(_segment_changes(start.history[-2:], resumes)) if segment_begins(start) else []
@@ -64,21 +64,21 @@ def find_changes(run: RunConfig, start: Start, manifest: Mapping[str, Any], data
 
 
 def validation_hashes(run: RunConfig) -> dict[str, str]:
-    """The hash of each validation set's dataset, by name; none of conversations."""
+    """The hash of each validation set by name; empty for conversations."""
     if run.data.chat is not None:
         return {}
     return {source_name(source): read_description(source.path).sha256 for source in run.data.validation}
 
 
 def _validation_changes(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Change]:
-    """Sets whose text is another under the same name: their losses are no longer the same measure."""
+    """Validation sets with another text under the same name: their losses can no longer be compared."""
     for name, hashed in now.items():
         if before.get(name, hashed) != hashed:
             yield Change(f"text of validation set {name!r}", before[name][:SHOWN], hashed[:SHOWN])
 
 
 def segment_begins(start: Start) -> bool:
-    """Whether the run goes on in another way than before: a segment begins that is not the run's first."""
+    """Whether a segment begins that is not the run's first."""
     return len(start.history) > 1 and start.history[-1].first_step == start.step
 
 
@@ -95,7 +95,7 @@ def _segment_changes(history: History, resumes: bool) -> Iterator[Change]:
 
 
 def _mixture(segment: Segment) -> dict[str, str]:
-    """Each source's share, in words."""
+    """Each source's share of the mixture, as text."""
     return {
         source.name: f"weight {source.weight:g}" if source.weight is not None
         else f"{source.epochs:g} epochs" if source.epochs is not None else "by size"
@@ -108,7 +108,7 @@ def _listed(mixture: Mapping[str, str]) -> str:
 
 
 def _field_changes(before: Mapping[str, Any], now: Mapping[str, Any], index: int, resumes: bool) -> Iterator[Change]:
-    """Fields of two run files that differ, but for those of stages that are still to come."""
+    """Fields in which two run files differ, apart from stages still to come."""
     for key, value in now.items():
         if key == "data":
             yield from _leaves("data", _without(before.get(key, {}), "train"), _without(value, "train"), "")
@@ -124,12 +124,12 @@ def _field_changes(before: Mapping[str, Any], now: Mapping[str, Any], index: int
 
 
 def _without(section: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """A section without what is compared elsewhere."""
+    """A section without the fields that are compared elsewhere."""
     return {key: value for key, value in section.items() if key not in (*names, "sequence_length", "cache")}
 
 
 def _leaves(name: str, before: Any, now: Any, note: str) -> Iterator[Change]:
-    """Values that differ, section by section; a field that was not there yet is none's business."""
+    """Values that differ, section by section; fields that are new in this version are skipped."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key, value in now.items():
             if key in before:

@@ -1,7 +1,7 @@
-"""How a run goes on from a checkpoint: its history so far, and the segment that begins with what the run file asks for.
+"""How a run continues from a checkpoint: its history so far, and the segment that begins with this run file.
 
-Batch, sequence length and mixture may be others than they were: from the next token of the stream on, nothing is
-repeated and nothing left out. What cannot be continued so is refused by name.
+Batch, sequence length and mixture may change: training goes on with the next token of the stream, without repeating or
+skipping any. Changes that cannot be made this way are refused by name.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ BACK = "put it back, or begin another run with another `output`"
 
 
 def first_history(run: RunConfig) -> History:
-    """The history of a run that begins."""
+    """The history of a new run."""
     return (_segment(run, 0, 0, 0, 0),)
 
 
 def past_history(run: RunConfig, manifest: Mapping[str, Any], where: str) -> History:
-    """The history that a checkpoint has; of one that was saved before there were any, what its run file says.
+    """The history in a checkpoint; if it was saved before there were histories, one made from its run file.
 
     Raises:
         DamagedError: it cannot be read.
@@ -55,12 +55,12 @@ def past_history(run: RunConfig, manifest: Mapping[str, Any], where: str) -> His
 
 
 def known_history(run: RunConfig, manifest: Mapping[str, Any], where: str) -> History:
-    """The history that a checkpoint has, with the datasets that the run file names. Raises as `past_history`."""
+    """The history in a checkpoint, completed with the datasets that the run file names. Raises as `past_history`."""
     return _with_datasets(past_history(run, manifest, where), _segment(run, 0, 0, 0, 0))
 
 
 def is_finished(run: RunConfig, index: int, manifest: Mapping[str, Any], past: History) -> bool:
-    """Whether the checkpoint of stage `index` has all of the stage's tokens."""
+    """Whether the checkpoint of stage `index` has trained all of the stage's tokens."""
     segments = [segment for segment in past if segment.stage == run.stages[index].name]
     if not segments:  # grown, and not trained yet
         return False
@@ -84,7 +84,7 @@ def stage_of(run: RunConfig, manifest: Mapping[str, Any], past: History, where: 
 
 
 def continued(run: RunConfig, index: int, manifest: Mapping[str, Any], past: History, where: str) -> History:
-    """`past` with the segment that begins where the checkpoint stands, if stage `index` goes on otherwise than there.
+    """`past`, with a new segment where the checkpoint stands if stage `index` continues with other settings.
 
     Raises:
         Mistakes: what the run file asks for cannot be continued; one line for each reason.
@@ -103,14 +103,14 @@ def continued(run: RunConfig, index: int, manifest: Mapping[str, Any], past: His
 
 
 def stage_and_step(manifest: Mapping[str, Any]) -> tuple[str, int]:
-    """Name of the stage, and step, of a checkpoint that `past_history` did not refuse."""
+    """Stage name and step of a checkpoint that `past_history` accepts."""
     at = recorded_position(manifest)
     assert at.stage is not None and at.step is not None, "`past_history` comes first"
     return at.stage, at.step
 
 
 def _stream_position(manifest: Mapping[str, Any], last: Segment, where: str) -> tuple[int, int]:
-    """Samples and tokens of the run up to a checkpoint: what its last segment says, or else its manifest."""
+    """Samples and tokens of the run at a checkpoint, from its last segment or else its manifest."""
     stage, step = stage_and_step(manifest)
     if last.stage == stage:
         return last.sample_at(step), last.tokens_at(step)
@@ -146,11 +146,11 @@ def _present_sources(run: RunConfig) -> tuple[SegmentSource, ...]:
 
 
 def _with_datasets(past: History, now: Segment) -> History:
-    """What old segments do not know of their datasets, from the present ones of the same name."""
+    """Old segments completed with what they lack about their datasets, from the present ones of the same name."""
     known = {source.name: source for segment in (now, *past) for source in segment.sources if source.sha256}
 
     def filled(source: SegmentSource) -> SegmentSource:
-        """The source with its hash and its size."""
+        """The source with its hash and size."""
         found = known.get(source.name)
         if source.sha256 or found is None:
             return source
@@ -160,7 +160,7 @@ def _with_datasets(past: History, now: Segment) -> History:
 
 
 def _reasons(run: RunConfig, index: int, manifest: Mapping[str, Any], past: History, now: Segment) -> Iterator[str]:
-    """Why the run cannot go on as its run file now asks."""
+    """Why the run cannot continue with this run file."""
     saved = manifest.get("run") or {}
     if saved.get("seed", run.seed) != run.seed:
         yield f"seed was {saved['seed']} and is {run.seed}: it orders the samples of the whole run; {BACK}"
@@ -178,7 +178,7 @@ def _reasons(run: RunConfig, index: int, manifest: Mapping[str, Any], past: Hist
 
 
 def _dataset_reasons(past: History, now: Segment) -> Iterator[str]:
-    """A name stands for one dataset, and a dataset that goes on for one name."""
+    """A name must keep its dataset, and a dataset its name."""
     earlier = {source.name: source for segment in past for source in segment.sources}
     names = {source.name for source in now.sources}
     stopped = {source.sha256: name for name, source in earlier.items() if name not in names and source.sha256}
@@ -201,7 +201,7 @@ def _dataset_reasons(past: History, now: Segment) -> Iterator[str]:
 
 
 def _mixture_reasons(last: Segment, now: Segment) -> Iterator[str]:
-    """Passes are counted, and shares are not."""
+    """Sources with epochs cannot be mixed with sources with weights."""
     were, are = (any(source.epochs is not None for source in segment.sources) for segment in (last, now))
     if were != are:
         yield (
@@ -213,7 +213,7 @@ def _mixture_reasons(last: Segment, now: Segment) -> Iterator[str]:
 def _chat_reasons(
     run: RunConfig, index: int, manifest: Mapping[str, Any], past: History, now: Segment
 ) -> Iterator[str]:
-    """In the middle of a stage its conversations stay: they are packed into samples all at once."""
+    """Conversations cannot change in the middle of a stage: they are packed into samples all at once."""
     if past[-1].stage != now.stage or now.first_step == 0 or "run" not in manifest:
         return
     saved = run_from_dict(manifest["run"])
@@ -229,7 +229,7 @@ def _chat_reasons(
 
 
 def _identities(segment: Segment) -> list[str]:
-    """Conversations of a segment: the name of each source, and the beginning of its file's hash."""
+    """Conversations of a segment: each source's name and the beginning of its file's hash."""
     return [f"{source.name} ({(source.sha256 or '')[:12]})" for source in segment.sources]
 
 

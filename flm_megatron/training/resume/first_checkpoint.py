@@ -1,4 +1,4 @@
-"""What the first stage starts from: `checkpoint.initial`, held against the model it is to be, or fresh weights."""
+"""What the first stage starts from: `checkpoint.initial`, checked against the model, or fresh weights."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def first_checkpoint(run: RunConfig, model: ModelConfig, source: Path | None) ->
 
 
 def check_initial(run: RunConfig) -> None:
-    """Hold `checkpoint.initial` against the first stage and the run's tokenizer before any process starts.
+    """Check `checkpoint.initial` against the first stage and the run's tokenizer before any process starts.
 
-    Of processes that a launcher started the first does it. What may be of interest (a checkpoint that says nothing of
-    its model, another muP) is logged.
+    Of the processes that a launcher started only the first checks. Things worth knowing (a checkpoint that does not
+    record its model, another muP) are logged.
 
     Raises:
         RequestError: as `first_checkpoint`, it was trained with another tokenizer, or its moments cannot be gone on
@@ -68,7 +68,7 @@ def _remarks(found: ModelConfig | None, model: ModelConfig) -> list[str]:
 
 
 def _loaded(run: RunConfig, model: ModelConfig, source: Path) -> tuple[LogicalCheckpoint, ModelConfig | None]:
-    """`source` as a checkpoint of `model`, and the model that it says it is of; raises as `first_checkpoint`."""
+    """`source` as a checkpoint of `model`, and the model that it records; raises as `first_checkpoint`."""
     checkpoint = open_checkpoint(source, model.vocab_size)
     check_no_mask(checkpoint.manifest, str(source))
     found = recorded_model(checkpoint, model.vocab_size)
@@ -85,7 +85,7 @@ def _loaded(run: RunConfig, model: ModelConfig, source: Path) -> tuple[LogicalCh
 
 
 def check_no_mask(manifest: Mapping[str, Any], source: str) -> None:
-    """A checkpoint whose growth masks are half open is not the function of its weights alone.
+    """Refuse a checkpoint whose growth masks are half open: its weights alone are not its function.
 
     Raises:
         RequestError: it has such masks.
@@ -98,7 +98,7 @@ def check_no_mask(manifest: Mapping[str, Any], source: str) -> None:
 
 
 def _check_shapes(checkpoint: LogicalCheckpoint, model: ModelConfig, seed: int, source: Path) -> None:
-    """Every tensor of the model is there in its shape, and none that another kind of block would have beside them."""
+    """Every tensor of the model must be there in its shape, with none that only another kind of block has."""
     wanted = InitialCheckpoint(model, seed).tensors
     for name, info in wanted.items():
         found = checkpoint.tensors[name].shape if name in checkpoint.tensors else None

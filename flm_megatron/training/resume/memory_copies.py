@@ -1,4 +1,4 @@
-"""Copies of the state in the memory of hosts, as a launched run keeps them, and looks for them when it starts."""
+"""Copies of the state in the hosts' memory: making them while a launched run trains, finding them when it starts."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 NOT_USED = "checkpoint.memory is not used: it is for runs under torchrun, which starts ranks again that were lost"
 ELASTIC = "TORCHELASTIC_RUN_ID"
-"""What torchrun sets in the environment of its ranks."""
+"""Environment variable that torchrun sets for its ranks."""
 
 
 @contextmanager
 def memory_copies(run: RunConfig) -> Iterator[MemoryCopies | None]:
-    """While the block runs the hosts of the world keep copies; they let go when it ends without an error. None where
-    the run file does not ask for it, or the launcher does not start ranks again. All ranks of a world must call.
+    """During the block the hosts of the world keep copies; they are released when it ends without an error.
+
+    None where the run file does not ask for it, or the launcher does not restart ranks. All ranks of a world must call.
 
     Raises:
         RequestError: the system cannot.
@@ -51,8 +52,10 @@ def memory_copies(run: RunConfig) -> Iterator[MemoryCopies | None]:
 
 @contextmanager
 def forgotten_on_error(copies: MemoryCopies | None) -> Iterator[None]:
-    """All ranks enter. An FlmError in the block, which all of them raise, ends the agents with what they keep: it says
-    that the state may be wrong, and the next start must not go on from a copy of that."""
+    """Discard the copies if the block raises an FlmError, which all ranks raise together.
+
+    Such an error says that the state may be wrong, so the next start must not continue from a copy of it.
+    """
     try:
         yield
     except FlmError:
@@ -62,8 +65,9 @@ def forgotten_on_error(copies: MemoryCopies | None) -> Iterator[None]:
 
 
 def first_start(run: RunConfig, only: str | None, copies: MemoryCopies | None) -> Start | None:
-    """What the ranks of a world begin with: the run's newest whole checkpoint, or newer copies in memory; none where
-    nothing is left to do. All ranks call.
+    """What the ranks of a world start from: the run's newest whole checkpoint, or newer copies in memory.
+
+    None if all is trained. All ranks call.
 
     Raises:
         RequestError: as `checked_start`.
@@ -86,7 +90,7 @@ def first_start(run: RunConfig, only: str | None, copies: MemoryCopies | None) -
 
 
 class MemoryCopies:
-    """The copies of one start of the ranks. All ranks call its methods together."""
+    """The copies seen by one start of the ranks. All ranks call its methods together."""
 
     def __init__(self, run: RunConfig, config: MemoryConfig) -> None:
         from flm_megatron.checkpoint.memory.peers import Peers
@@ -96,9 +100,9 @@ class MemoryCopies:
         self.peers = Peers()
         self.refresher: Refresher | None = None
         self.checkpoint: MemoryCheckpoint | None = None
-        """What this start goes on from, until newer copies take its place."""
+        """The copies that this start continued from, until newer ones replace them."""
         self.line = ""
-        """What was found in memory, in words; empty if there was nothing that is newer than the disk."""
+        """What was found in memory, as text; empty if nothing was newer than the disk."""
 
     @property
     def interval_steps(self) -> int:
@@ -106,9 +110,9 @@ class MemoryCopies:
         return self.config.interval_steps
 
     def newer(self, start: Start, only: str | None) -> Start:
-        """`start`, or a later step of the run, of its stage `only` if given, that is whole in memory.
+        """`start`, or a later step of the run (of its stage `only`, if given) that is whole in memory.
 
-        Only the first call looks: what a stage is left with is on the disk.
+        Only the first call looks: each stage ends with a checkpoint on disk.
         """
         from flm_megatron.checkpoint.memory.refresh import Refresher
         from flm_megatron.training.resume.continuation import continued, past_history, stage_and_step
@@ -120,7 +124,7 @@ class MemoryCopies:
         names = [stage.name for stage in self.run.stages]
 
         def wanted(stage: str, step: int) -> bool:
-            """Whether it is of this run, and further than what the disk has."""
+            """Whether the copy is of this run and newer than the checkpoint on disk."""
             return stage in names and only in (None, stage) and (names.index(stage), step) > (start.stage, start.step)
 
         search, self.checkpoint = self.peers.search(wanted)
@@ -139,19 +143,19 @@ class MemoryCopies:
         return replace(found, source=None, resumes=True, passed_over=())
 
     def _taken(self, stage: str) -> tuple[str, ...]:
-        """Names of the checkpoints on disk of a stage that is not the one that the disk goes on with."""
+        """Names of a stage's checkpoints on disk, for a stage other than the one that the disk continues with."""
         from flm_megatron.distributed.processes import Processes
         from flm_megatron.training.resume.start import checkpoint_store
 
         return Processes().on_first(lambda: checkpoint_store(self.run).taken(stage))
 
     def reserve(self, chunks: list[Any], optimizer: Any) -> None:
-        """Have the hosts set memory aside for a stage. Raises RequestError where the budget or a host is too small."""
+        """Reserve memory on the hosts for a stage. Raises RequestError where the budget or a host is too small."""
         assert self.refresher is not None, "`newer` comes first"
         self.refresher.reserve(chunks, optimizer, self.config.budget_gib)
 
     def refresh(self, chunks: list[Any], optimizer: Any, manifest: Mapping[str, Any]) -> str | None:
-        """Copy the state that `manifest` describes; returns a line for the log if something is not as it should be."""
+        """Copy the state that `manifest` describes; returns a line for the log if something is wrong."""
         assert self.refresher is not None, "`newer` comes first"
         line = self.refresher.refresh(chunks, optimizer, manifest)
         if self.checkpoint is not None and self.refresher.kept != self.checkpoint.generation:
@@ -159,7 +163,7 @@ class MemoryCopies:
         return line
 
     def _let_go(self) -> None:
-        """Give back the memory and the connections of what this start went on from."""
+        """Release the memory and connections of the copies that this start continued from."""
         if self.checkpoint is not None:
             self.checkpoint.close()
             self.checkpoint = None

@@ -1,4 +1,4 @@
-"""Where a run goes on: which stage, which step, from which checkpoint, and with which model."""
+"""Where a run continues: which stage, which step, from which checkpoint, and with which model."""
 
 from __future__ import annotations
 
@@ -38,16 +38,18 @@ from flm_megatron.training.resume.continuation import (
 from flm_megatron.training.resume.first_checkpoint import first_checkpoint
 
 MADE = ("checkpoints", "metrics.jsonl", "log.txt", "goodput.jsonl", "tensorboard")
-"""What a run makes in its output folder and goes on with."""
+"""Names in the output folder that a run makes and continues with."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """The next stage to train, of which `step` steps are done. `source` is read first: the stage's own checkpoint if
-    it `resumes`, else the last of the stage before, or what the first stage starts from; none means fresh weights, or
-    copies in memory if it `resumes`. `passed_over` says why each newer checkpoint was not taken, `taken` which names
-    the stage's checkpoints bear, `history` how the run came here, with the segment that begins or goes on as its
-    last."""
+    """The next stage to train, of which `step` steps are done.
+
+    `source` is loaded first: the stage's own checkpoint if it `resumes`, else the last one of the stage before or the
+    first stage's initial checkpoint; none means fresh weights, or copies in memory if it `resumes`. `passed_over` says
+    why each newer checkpoint was not used, `taken` lists the names of the stage's checkpoints. `history` is the run's
+    history, whose last segment is the one that begins or continues.
+    """
 
     stage: int
     step: int
@@ -64,12 +66,12 @@ def checkpoint_store(run: RunConfig) -> CheckpointStore:
 
 
 def has_checkpoints(run: RunConfig) -> bool:
-    """Whether the run has checkpoints, whole or not: it goes on from these and does not begin."""
+    """Whether the run has checkpoints, whole or not; if so it continues and does not begin anew."""
     return any(checkpoint_store(run).newest(stage.name) for stage in run.stages)
 
 
 def set_aside(run: RunConfig) -> list[Path]:
-    """Make room for a run that begins anew: what the one before has made gets `.before-N` behind its name.
+    """Rename what an earlier run left in the output folder to `NAME.before-N`, so that a run can begin anew.
 
     Returns the new names; nothing is removed.
     """
@@ -84,7 +86,7 @@ def set_aside(run: RunConfig) -> list[Path]:
 
 
 def find_start(run: RunConfig, only: str | None = None) -> Start | None:
-    """What is left to do, from the newest whole checkpoint; none when every stage (or the one named `only`) is done.
+    """The stage that comes next, from the newest whole checkpoint; none if all stages (or the stage `only`) are done.
 
     Raises:
         RequestError: `only` is not a stage, or the stage before it is not finished; or there are checkpoints that this
@@ -107,20 +109,20 @@ def find_start(run: RunConfig, only: str | None = None) -> Start | None:
 
 
 def run_history(run: RunConfig) -> History:
-    """The history of a run by its newest checkpoint; none if it has none. Raises as `find_start`."""
+    """The history in the newest checkpoint of a run; none if it has no checkpoint. Raises as `find_start`."""
     path = checkpoint_store(run).latest([stage.name for stage in run.stages])
     return known_history(run, _manifest(path), str(path)) if path else ()
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint of the run; its metadata, which may take seconds to read, is not looked at."""
+    """The manifest of a checkpoint of the run. Its metadata, which may take seconds to read, is not read."""
     manifest = read_manifest(path)
     assert manifest is not None, "the search passes over what has none"
     return manifest
 
 
 def _refuse_other_stages(run: RunConfig) -> None:
-    """A run of which only stages of other names are saved was renamed, and must not begin anew unnoticed."""
+    """A run all of whose checkpoints belong to unknown stages was renamed: it must not silently begin anew."""
     store = checkpoint_store(run)
     folders = sorted(folder.name for folder in store.root.iterdir()) if store.root.is_dir() else []
     names = [stage.name for stage in run.stages]
@@ -132,7 +134,7 @@ def _refuse_other_stages(run: RunConfig) -> None:
 
 
 def _after(run: RunConfig, path: Path | None) -> Start:
-    """What follows the checkpoint at `path`.
+    """The stage that follows the checkpoint at `path`.
 
     Raises:
         RequestError: the run file asks for what cannot be continued.
@@ -156,8 +158,11 @@ def _after(run: RunConfig, path: Path | None) -> Start:
 
 @dataclass(frozen=True)
 class Beginning:
-    """How a stage begins: as it is really trained (growth derives some of its model), the checkpoint that its state is
-    loaded from, the growth it began with, and what that growth changed, if it was measured now."""
+    """How a stage begins.
+
+    The stage as it is trained (growth derives some of its model), the checkpoint that its state is loaded from, the
+    growth it began with, and that growth's certificate if it was measured now.
+    """
 
     stage: StageConfig
     checkpoint: LogicalCheckpoint
@@ -166,10 +171,10 @@ class Beginning:
 
 
 def begin(run: RunConfig, start: Start, under: Layout, in_memory: LogicalCheckpoint | None = None) -> Beginning:
-    """What `start` begins with (`in_memory` if given); where it grows, layer distances and the certificate are measured
+    """The beginning of `start` (`in_memory` if given); for a growth, layer distances and certificate are measured
     first.
 
-    Runs on all processes of the world, outside any layout; `under` makes the layouts of what is measured.
+    Runs on all processes of the world, outside any layout; `under` makes the layouts to measure in.
 
     Raises:
         RequestError: the checkpoint is of another model or another growth than the run file asks for.
@@ -195,7 +200,7 @@ def _saved(start: Start) -> Path:
 
 
 def check_masks_open_in_time(run: RunConfig, index: int, step: int, plan: GrowthPlan | None, history: History) -> None:
-    """Masks open by steps, of whatever batch: a stage that is to end in fewer would end with them half open.
+    """Masks open over a number of steps, whatever the batch: a stage of fewer steps would end with them half open.
 
     Raises:
         RequestError: it would.
@@ -210,7 +215,7 @@ def check_masks_open_in_time(run: RunConfig, index: int, step: int, plan: Growth
 
 
 def checked_start(run: RunConfig, only: str | None = None) -> Start | None:
-    """`find_start`, and what it gives held against the run file before anything of the run is written.
+    """`find_start`, checked against the run file before anything of the run is written.
 
     Raises:
         RequestError, DamagedError: as `find_start`; or the checkpoint is of another model or growth.
@@ -223,7 +228,7 @@ def checked_start(run: RunConfig, only: str | None = None) -> Start | None:
 
 
 def check_start(run: RunConfig, start: Start) -> None:
-    """What `begin` refuses, as far as it can be told without a world: no tensor is read, no distance measured.
+    """Check what `begin` refuses, as far as possible without a world: no tensor is read, no distance measured.
 
     Raises:
         RequestError: as `begin`.
@@ -246,7 +251,7 @@ def _where(start: Start) -> str:
 
 
 def _resumed_stage(stage: StageConfig, saved: dict[str, Any], plan: GrowthPlan | None, where: str) -> StageConfig:
-    """The stage with the model of its own checkpoint, and everything that may change from the run file."""
+    """The stage with the model of its own checkpoint; all else that may change comes from the run file."""
     if plan is not None:
         return replace(stage, model=plan.new)
     model = manifest_model(saved, where)

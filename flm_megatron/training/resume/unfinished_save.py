@@ -1,7 +1,7 @@
-"""What becomes of the save under way when training fails: it is brought to its end where the other ranks still live.
+"""Completes the save in progress when training fails, if the other ranks are still alive.
 
-The rank that fails first waits, while the others wait for it in a collective: their threads write all the same. A rank
-whose collective broke hears that a peer is gone, and what was written is as whole as it will be.
+The rank that fails first waits for its save, while the others wait for it in a collective; their writing threads go on.
+A rank whose collective broke knows that a peer is gone, so it waits only for a moment.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch.distributed as dist
 from flm_megatron.checkpoint.sharding.asynchronous import SaveHandle
 
 SHARE = 0.5
-"""Of `distributed.timeout_s`: as long as the others surely still wait in their collective."""
+"""Fraction of `distributed.timeout_s` for which the others surely still wait in their collective."""
 BROKEN_S = 5.0
-"""For what may be a matter of moments: the last rename."""
+"""For what may only take moments: the last rename."""
 
 
 def bring_to_end(save: SaveHandle | None, error: BaseException, timeout_s: float) -> None:
-    """After `error` in training: wait for a save, if there is one; says on stderr if it did not become whole."""
+    """After `error` in training, wait for a save in progress; prints to stderr if it was not completed."""
     if save is None or save.done:
         return
     try:
@@ -29,5 +29,5 @@ def bring_to_end(save: SaveHandle | None, error: BaseException, timeout_s: float
 
 
 def is_of_a_collective(error: BaseException) -> bool:
-    """Whether torch.distributed raised it, whose gloo has no class of error of its own."""
+    """Whether torch.distributed raised it; gloo's errors have no class of their own."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
