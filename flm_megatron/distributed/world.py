@@ -67,6 +67,14 @@ def layout(parallel: ParallelConfig, timeout_s: int) -> Iterator[None]:
     groups.destroy()
 
 
+@contextmanager
+def one_process() -> Iterator[None]:
+    """A world of this process alone, laid out for one model."""
+    config = DistributedConfig()
+    with lone_world(config), layout(ParallelConfig(), config.timeout_s):
+        yield
+
+
 class Layouts:
     """Layouts over one world, one at a time: `self(parallel)` makes one, or keeps that before where it is the same."""
 

@@ -9,8 +9,7 @@ Everything measured is the training program's own: initial weights, multipliers,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Literal, cast
@@ -21,14 +20,13 @@ from torch import Tensor
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.sharding.model_state import load_state
 from flm_megatron.config.schema import (
-    DistributedConfig,
     ModelConfig,
     MupConfig,
     OptimizerConfig,
     ParallelConfig,
     StageConfig,
 )
-from flm_megatron.distributed.world import layout, lone_world
+from flm_megatron.distributed.world import one_process
 from flm_megatron.errors import RequestError
 from flm_megatron.hyperparameters.coordinate_probe import Probe
 from flm_megatron.model.teleflm import TeleFLM
@@ -179,11 +177,3 @@ def _batch(model: ModelConfig, settings: CheckSettings, seed: int) -> dict[str, 
         "position_ids": torch.arange(length).repeat(samples, 1),
         "loss_mask": torch.ones(samples, length),
     }
-
-
-@contextmanager
-def one_process() -> Iterator[None]:
-    """A world of this process alone, laid out for one model."""
-    config = DistributedConfig()
-    with lone_world(config), layout(ParallelConfig(), config.timeout_s):
-        yield

@@ -19,8 +19,9 @@ from flm_megatron.checkpoint.sharding.model_state import load_state
 from flm_megatron.config.schema import ParallelConfig, RunConfig, ScheduleConfig, StageConfig
 from flm_megatron.data.streams.loader import batches
 from flm_megatron.data.streams.stream import SampleStream
+from flm_megatron.distributed.world import one_process
 from flm_megatron.errors import RequestError
-from flm_megatron.hyperparameters.coordinate_check import one_process, power_of_width, scaled_model
+from flm_megatron.hyperparameters.coordinate_check import power_of_width, scaled_model
 from flm_megatron.optim.learning_rate import learning_rate, set_learning_rates
 from flm_megatron.training.step import TrainState
 

@@ -13,11 +13,11 @@ from flm_megatron.benchmarking.result import Measurement
 from flm_megatron.benchmarking.workload import Request, layer_stack
 from flm_megatron.config.schema import KernelsConfig, ModelConfig, OptimizerConfig, ParallelConfig, StageConfig
 from flm_megatron.device import current
+from flm_megatron.distributed.world import one_process
 from flm_megatron.kernels import fp8
 from flm_megatron.optim.learning_rate import set_learning_rates
 from flm_megatron.training.step import Batch, TrainState
 from tests.support.fp8_oracle import linear
-from tests.support.one_process import one_process
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,7 +9,8 @@ import torch
 
 from flm_megatron.config.schema import ModelConfig, MupConfig
 from flm_megatron.device import current
-from tests.support.one_process import filled_model, gradients, one_process, seeded_batch
+from flm_megatron.distributed.world import one_process
+from tests.support.filled_model import filled_model, gradients, seeded_batch
 from tests.support.reference_model import random_tensors, reference_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(current().name != "cuda", reason="needs a CUDA device")]

@@ -186,9 +186,14 @@ def source_names_are_words(run: RunConfig) -> list[str]:
 
 def validation_names_are_unique(run: RunConfig) -> str | None:
     """Each validation source is reported by its name."""
-    names = [source.name or source.path.rstrip("/").split("/")[-1] for source in run.data.validation]
-    twice = sorted(name for name, count in Counter(names).items() if count > 1)
-    return f"data.validation has two sources named {twice[0]!r}: give each a name" if twice else None
+    return names_mistake(run.data.validation, "data.validation")
+
+
+def names_mistake(sources: Sequence[SourceConfig], place: str) -> str | None:
+    """No two sources are called the same in logs."""
+    names = Counter(source.display_name for source in sources)
+    twice = sorted(name for name, count in names.items() if count > 1)
+    return f"{place} has two sources named {twice[0]!r}: give each a name" if twice else None
 
 
 def z_loss_has_logits(run: RunConfig) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
+from pathlib import Path
 
 from flm_megatron.config.numbers import dataclass
 from flm_megatron.config.schema.settings import SETTINGS
@@ -20,6 +21,11 @@ class SourceConfig:
     """Share of the blend; give a weight to every source or to none."""
     epochs: float | None = None
     """Passes over the source in one run of the whole blend; give epochs to every source or to none."""
+
+    @property
+    def display_name(self) -> str:
+        """What logs call it: its name, or the last part of its path."""
+        return self.name or Path(self.path).name
 
 
 @dataclass(config=SETTINGS)

@@ -10,7 +10,6 @@ import numpy
 from flm_megatron.config.schema import SourceConfig
 from flm_megatron.data.conversations.conversation import read_conversations
 from flm_megatron.data.conversations.template import ChatTemplate, Piece
-from flm_megatron.data.corpus.description import source_name
 from flm_megatron.errors import RequestError
 
 
@@ -38,7 +37,7 @@ class ChatSource:
         Raises:
             RequestError: as `read_conversations` and `ChatTemplate.pieces`, or nothing fits.
         """
-        self.name = source_name(config)
+        self.name = config.display_name
         self.conversations: list[EncodedConversation] = []
         self.shortened = self.dropped = 0
         for conversation in read_conversations(config.path):

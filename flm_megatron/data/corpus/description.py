@@ -123,11 +123,6 @@ def _parse(path: Path) -> Description:
     return description
 
 
-def source_name(source: SourceConfig) -> str:
-    """Name of a source in logs: given, or the last part of its path."""
-    return source.name or Path(source.path).name
-
-
 def check_datasets(data: DataConfig, tokenizer: Tokenizer | None, vocab_size: int | None = None) -> None:
     """Check every dataset of a run against its files, the run's tokenizer and the model's vocabulary.
 

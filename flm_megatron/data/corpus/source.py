@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from flm_megatron.config.schema import SourceConfig
-from flm_megatron.data.corpus.description import Description, read_description, require_a_sample, source_name
+from flm_megatron.data.corpus.description import Description, read_description, require_a_sample
 from flm_megatron.durable import make_folders, sync, sync_tree
 from flm_megatron.engine.datasets import IndexedDataset, SampleIndex, open_indexed, sample_index, save_index
 from flm_megatron.errors import DamagedError, RequestError, read_error
@@ -40,7 +40,7 @@ class Source:
             RequestError: the dataset is missing or smaller than one sample, or the cache cannot be written.
             DamagedError: its files do not agree with what was written.
         """
-        self.name, self.sequence_length = source_name(config), sequence_length
+        self.name, self.sequence_length = config.display_name, sequence_length
         self.description = read_description(config.path)
         require_a_sample(config.path, self.description, sequence_length)
         self._dataset = _open(config.path, self.description, sequence_length, seed, cache)

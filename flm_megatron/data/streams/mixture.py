@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from flm_megatron.config.history import Segment, SegmentSource
 from flm_megatron.config.schema import SourceConfig
-from flm_megatron.data.corpus.description import read_description, source_name
+from flm_megatron.data.corpus.description import read_description
 from flm_megatron.data.streams.blend import Blend
 from flm_megatron.data.streams.cuts import Cut, Place
 from flm_megatron.errors import RequestError
@@ -151,6 +151,6 @@ def segment_sources(configs: Sequence[SourceConfig]) -> tuple[SegmentSource, ...
     """
     described = [(config, read_description(config.path)) for config in configs]
     return tuple(
-        SegmentSource(source_name(config), config.path, config.weight, config.epochs, found.sha256, found.tokens)
+        SegmentSource(config.display_name, config.path, config.weight, config.epochs, found.sha256, found.tokens)
         for config, found in described
     )

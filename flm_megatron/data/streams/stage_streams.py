@@ -11,7 +11,6 @@ from flm_megatron.config.schema import ChatConfig, DataConfig, RunConfig, Source
 from flm_megatron.data.conversations.source import ChatSource
 from flm_megatron.data.conversations.stream import ChatStream
 from flm_megatron.data.conversations.template import ChatTemplate
-from flm_megatron.data.corpus.description import source_name
 from flm_megatron.data.streams.mixture import mixture_at_end
 from flm_megatron.data.streams.stream import SampleStream, check_names, validation_streams
 from flm_megatron.data.tokenizer import Tokenizer
@@ -41,7 +40,7 @@ def training_stream(run: RunConfig, stage: int, history: Sequence[Segment] = ())
 
 def _data_of(data: DataConfig, segment: Segment) -> DataConfig:
     """The data of a segment, from where the run file says that it lies now."""
-    present = {source_name(source): source.path for source in data.train}
+    present = {source.display_name: source.path for source in data.train}
     train = [
         SourceConfig(present.get(source.name, source.path), source.name, source.weight, source.epochs)
         for source in segment.sources
@@ -86,9 +85,8 @@ def _chat_sources(run: RunConfig, chat: ChatConfig, configs: Sequence[SourceConf
         if config.weight is not None or config.epochs is not None:
             raise RequestError(f"data.{split}: weight and epochs of {config.path!r} are for text: use data.chat.mix")
     template = ChatTemplate(chat.template, Tokenizer(run.tokenizer))
-    sources = [ChatSource(config, template, run.data.sequence_length) for config in configs]
-    check_names([source.name for source in sources])
-    return sources
+    check_names(configs, split)
+    return [ChatSource(config, template, run.data.sequence_length) for config in configs]
 
 
 def _chat_stream(

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from flm_megatron.config.history import Segment
-from flm_megatron.config.rules import shares_mistake
+from flm_megatron.config.rules import names_mistake, shares_mistake
 from flm_megatron.config.schema import DataConfig, SourceConfig
-from flm_megatron.data.corpus.description import check_same_tokenizer, source_name
+from flm_megatron.data.corpus.description import check_same_tokenizer
 from flm_megatron.data.corpus.source_line import SourceLine
 from flm_megatron.data.streams.blend import Blend
 from flm_megatron.data.streams.cuts import Cut
@@ -55,7 +55,7 @@ class SampleStream:
         mixture = mixture or _from_the_beginning(configs, data.sequence_length)
         self.sequence_length = data.sequence_length
         self.first_sample, self._first_token = mixture.first_sample, mixture.first_token
-        by_name = {source_name(config): config for config in configs}
+        by_name = {config.display_name: config for config in configs}
         configs = [by_name[mixed.source.name] for mixed in mixture.sources]
         self._lines = [
             SourceLine(config, mixed.place, mixed.cuts, seed, data.cache)
@@ -147,14 +147,14 @@ def validation_streams(data: DataConfig, seed: int) -> dict[str, SampleStream]:
     Raises:
         RequestError, DamagedError: as SampleStream.
     """
+    check_names(data.validation, "validation")
     alone = [SourceConfig(path=source.path, name=source.name, epochs=1.0) for source in data.validation]
-    streams = [
-        SampleStream(DataConfig(data.sequence_length, validation=[source], cache=data.cache), seed, "validation")
+    return {
+        source.display_name: SampleStream(
+            DataConfig(data.sequence_length, validation=[source], cache=data.cache), seed, "validation"
+        )
         for source in alone
-    ]
-    names = [stream.sources[0].name for stream in streams]
-    check_names(names)
-    return dict(zip(names, streams, strict=True))
+    }
 
 
 def check_sources(configs: list[SourceConfig], split: str) -> None:
@@ -163,14 +163,13 @@ def check_sources(configs: list[SourceConfig], split: str) -> None:
         raise RequestError(f"data.{split} has no sources: give each a path")
     if mistake := shares_mistake(configs, f"data.{split}"):
         raise RequestError(mistake)
-    check_names([source_name(config) for config in configs])
+    check_names(configs, split)
 
 
-def check_names(names: list[str]) -> None:
+def check_names(configs: Sequence[SourceConfig], split: str) -> None:
     """Raise RequestError if two sources bear one name."""
-    for name in names:
-        if names.count(name) > 1:
-            raise RequestError(f"two data sources are named {name!r}: give each a name of its own")
+    if mistake := names_mistake(configs, f"data.{split}"):
+        raise RequestError(mistake)
 
 
 def _from_the_beginning(configs: Sequence[SourceConfig], length: int) -> Mixture:

@@ -9,7 +9,7 @@ from typing import Any
 from flm_megatron.config.history import History, Segment
 from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import RunConfig
-from flm_megatron.data.corpus.description import read_description, source_name
+from flm_megatron.data.corpus.description import read_description
 from flm_megatron.training.metrics.events import ChangeEvent
 from flm_megatron.training.metrics.log import MetricsLog
 from flm_megatron.training.resume.start import Start
@@ -67,7 +67,7 @@ def validation_hashes(run: RunConfig) -> dict[str, str]:
     """The hash of each validation set by name; empty for conversations."""
     if run.data.chat is not None:
         return {}
-    return {source_name(source): read_description(source.path).sha256 for source in run.data.validation}
+    return {source.display_name: read_description(source.path).sha256 for source in run.data.validation}
 
 
 def _validation_changes(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Change]:

@@ -15,7 +15,6 @@ from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.history import History, Segment, SegmentSource, history_from_json
 from flm_megatron.config.loader import run_from_dict, run_to_dict
 from flm_megatron.config.schema import RunConfig
-from flm_megatron.data.corpus.description import source_name
 from flm_megatron.data.streams.mixture import mixture_at_end, segment_sources
 from flm_megatron.data.streams.stage_streams import chat_passes
 from flm_megatron.data.streams.stream import check_sources
@@ -46,7 +45,7 @@ def past_history(run: RunConfig, manifest: Mapping[str, Any], where: str) -> His
     if "history" in manifest:
         return history_from_json(manifest["history"], where)
     saved = run_from_dict(manifest["run"], where) if "run" in manifest else run
-    sources = tuple(SegmentSource(source_name(s), s.path, s.weight, s.epochs) for s in saved.data.train)
+    sources = tuple(SegmentSource(s.display_name, s.path, s.weight, s.epochs) for s in saved.data.train)
     names = [stage.name for stage in saved.stages]
     if at.stage not in names:
         raise RequestError(f"{where} is of stage {at.stage!r}, its run file has {', '.join(map(repr, names))}")
@@ -140,7 +139,7 @@ def _present_sources(run: RunConfig) -> tuple[SegmentSource, ...]:
             check_sources(run.data.train, "train")
         return segment_sources(run.data.train)
     return tuple(
-        SegmentSource(source_name(source), source.path, sha256=file_fingerprint(source.path))
+        SegmentSource(source.display_name, source.path, sha256=file_fingerprint(source.path))
         for source in run.data.train
     )
 
@@ -235,4 +234,4 @@ def _identities(segment: Segment) -> list[str]:
 
 def _passes(run: RunConfig, index: int) -> list[float]:
     assert run.data.chat is not None
-    return chat_passes(run, run.data.chat, index, [source_name(source) for source in run.data.train])
+    return chat_passes(run, run.data.chat, index, [source.display_name for source in run.data.train])

@@ -38,22 +38,23 @@ def grown(masked: str = "all", **changes: Any) -> GrowthPlan:
 
 def masked_run(plan: GrowthPlan, parallel: ParallelConfig, recompute: str) -> dict[str, Any]:
     """Per-token losses of each v, gradients of the first, and what is left on the modules after the last."""
+    from flm_megatron.distributed.world import layout
     from flm_megatron.growth.schedule import mask_plan
     from flm_megatron.model.masks import GrowthMasks
-    from tests.support.one_process import filled_model, gradients, initialize_parallel
+    from tests.support.filled_model import filled_model, gradients
 
-    initialize_parallel(parallel)
-    tensors = grown_weights(plan, trained(plan.old))
-    chunks = filled_model(plan.new, tensors, parallel=parallel, recompute=recompute)
-    before = _fingerprint(chunks)
-    masks = GrowthMasks(chunks, plan.new, mask_plan(plan))
-    losses, grads = [], {}
-    for v in VALUES:
-        masks.set(v)
-        losses.append(_losses(chunks))
-        if v == 0:
-            grads = gradients(chunks, tensors)
-    return {"losses": losses, "gradients": grads, "clean": _fingerprint(chunks) == before and not masks.installed}
+    with layout(parallel, timeout_s=120):
+        tensors = grown_weights(plan, trained(plan.old))
+        chunks = filled_model(plan.new, tensors, parallel=parallel, recompute=recompute)
+        before = _fingerprint(chunks)
+        masks = GrowthMasks(chunks, plan.new, mask_plan(plan))
+        losses, grads = [], {}
+        for v in VALUES:
+            masks.set(v)
+            losses.append(_losses(chunks))
+            if v == 0:
+                grads = gradients(chunks, tensors)
+        return {"losses": losses, "gradients": grads, "clean": _fingerprint(chunks) == before and not masks.installed}
 
 
 def _fingerprint(chunks: list[Any]) -> list[Any]:

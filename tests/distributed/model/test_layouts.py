@@ -58,7 +58,7 @@ def label(parallel: ParallelConfig) -> str:
 @cache
 def expected(name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Loss of every token [micro-batch, sequence] and gradients of their sum, in float64."""
-    from tests.support.one_process import seeded_batch
+    from tests.support.filled_model import seeded_batch
 
     model = MODELS[name]
     tensors = {key: x.double().requires_grad_() for key, x in random_tensors(model).items()}
@@ -99,10 +99,10 @@ def relative(got: np.ndarray, exact: np.ndarray) -> float:
 
 def losses_and_gradients(parallel: ParallelConfig, recompute: str) -> dict[str, Result]:
     """On each rank: token losses (at the end of the pipeline), gradients of its shards, ones where they lie."""
-    from tests.support.one_process import initialize_parallel
+    from flm_megatron.distributed.world import layout
 
-    initialize_parallel(parallel)
-    return {name: run_model(model, parallel, recompute) for name, model in MODELS.items()}
+    with layout(parallel, timeout_s=120):
+        return {name: run_model(model, parallel, recompute) for name, model in MODELS.items()}
 
 
 def run_model(model: ModelConfig, parallel: ParallelConfig, recompute: str) -> Result:
@@ -110,7 +110,7 @@ def run_model(model: ModelConfig, parallel: ParallelConfig, recompute: str) -> R
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from flm_megatron.engine import parallel_state
-    from tests.support.one_process import filled_model, gradients, seeded_batch
+    from tests.support.filled_model import filled_model, gradients, seeded_batch
 
     tensors = random_tensors(model)
     chunks = filled_model(model, tensors, parallel=parallel, recompute=recompute)

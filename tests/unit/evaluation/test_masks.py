@@ -12,13 +12,13 @@ import torch
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, ParallelConfig
+from flm_megatron.distributed.world import one_process
 from flm_megatron.evaluation.evaluated import EvaluatedCheckpoint
 from flm_megatron.evaluation.model import load_model
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 from flm_megatron.growth.plan import make_plan
 from flm_megatron.model.forward import Batch, forward
 from tests.support.evaluation_cases import MODEL
-from tests.support.one_process import one_process
 
 TOKENS = torch.randint(4, 400, (2, 16), generator=torch.Generator().manual_seed(0))
 

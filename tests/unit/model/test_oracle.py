@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from flm_megatron.config.schema import ModelConfig, MupConfig
+from flm_megatron.distributed.world import one_process
 from flm_megatron.model.parameters import parameter_specs
-from tests.support.one_process import filled_model, gradients, one_process, seeded_batch
+from tests.support.filled_model import filled_model, gradients, seeded_batch
 from tests.support.reference_model import random_tensors, reference_logits, reference_loss
 
 SHAPE: dict[str, Any] = {

@@ -195,7 +195,7 @@ BAD_SOURCES: dict[str, tuple[list[dict[str, Any]], str]] = {
     "a weight of 0": ([{"weight": 1.0}, {"weight": 0.0}], "weight is 0.0 for .*, give above 0"),
     "epochs below 0": ([{"epochs": -1.0}], "epochs is -1.0 for .*, give above 0"),
     "weights and epochs": ([{"weight": 1.0, "epochs": 1.0}], "weight and epochs are both given"),
-    "one name twice": ([{}, {"name": "web"}], "two data sources are named 'web'"),
+    "one name twice": ([{}, {"name": "web"}], "data.train has two sources named 'web'"),
 }
 
 

@@ -12,6 +12,7 @@ import torch
 
 from flm_megatron.cli.main import main
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
+from flm_megatron.distributed.world import one_process
 from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.generation.generate import GenerationRequest, generate
 from flm_megatron.evaluation.generation.sampling import SamplingSettings
@@ -19,7 +20,6 @@ from flm_megatron.evaluation.generation.terminal import line_reader, relayed_lin
 from flm_megatron.evaluation.model import load_model
 from flm_megatron.model.forward import Batch, forward
 from tests.support.evaluation_cases import MODEL, evaluated_in, make_folder, reference_model
-from tests.support.one_process import one_process
 
 PROMPTS = ["import torch", "def", "class Batch:\n    tokens: Tensor", "文"]
 NEW = 24

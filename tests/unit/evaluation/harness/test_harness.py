@@ -20,11 +20,11 @@ from lm_eval.api.instance import Instance
 from flm_megatron.cli.main import main
 from flm_megatron.config.schema import ParallelConfig
 from flm_megatron.data.conversations.template import TELE_FLM, ChatTemplate
+from flm_megatron.distributed.world import one_process
 from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.harness.model import HarnessModel
 from flm_megatron.evaluation.session import Session
 from tests.support.evaluation_cases import TEXT, evaluated_in, make_folder, reference_model
-from tests.support.one_process import one_process
 
 TASKS = REPOSITORY / "examples" / "evaluation"
 CONTEXT = 32

@@ -12,10 +12,10 @@ import torch
 
 from flm_megatron.cli.main import main
 from flm_megatron.data.tokenizer import Tokenizer
+from flm_megatron.distributed.world import one_process
 from flm_megatron.evaluation.model import load_model
 from flm_megatron.evaluation.perplexity.bits_per_byte import DomainScore, WindowSettings, score_documents, weighted
 from tests.support.evaluation_cases import TEXT, evaluated_in, make_folder, make_tokenizer, reference_model
-from tests.support.one_process import one_process
 
 DOCUMENTS = [TEXT[:500], "x", "naïve — 文字\n" + TEXT[700:900]]
 

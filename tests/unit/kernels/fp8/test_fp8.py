@@ -13,15 +13,16 @@ from torch import Tensor
 from flm_megatron.config.schema import LoraConfig, ModelConfig, RunConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.device.cuda import CudaDevice
+from flm_megatron.distributed.world import one_process
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.plan import make_plan
 from flm_megatron.growth.schedule import mask_plan
 from flm_megatron.kernels import fp8
 from flm_megatron.launch.preflight import require_installed
 from flm_megatron.model.masks import GrowthMasks
+from tests.support.filled_model import filled_model, gradients, seeded_batch
 from tests.support.fp8_oracle import FORMATS, dequantized, linear, rounded
 from tests.support.growth_cases import grown_weights, growth, trained, weights
-from tests.support.one_process import filled_model, gradients, one_process, seeded_batch
 from tests.support.reference_model import random_tensors
 
 SCALINGS = ["tensorwise", "rowwise"]

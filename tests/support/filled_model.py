@@ -1,43 +1,17 @@
-"""The model in a world of one process, and logical tensors put into it or read out of it."""
+"""A model of the engine in this process, and logical tensors put into it or read out of it."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from flm_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
-from flm_megatron.device import current
-from flm_megatron.engine import parallel_state
-from flm_megatron.engine.prepare import prepare
+from flm_megatron.config.schema import ModelConfig, StageConfig
 from flm_megatron.model.build import build_model
 from flm_megatron.model.teleflm import TeleFLM
-
-
-@contextmanager
-def one_process() -> Iterator[None]:
-    """A world of this process alone, with megatron-core's parallel state over it."""
-    prepare()
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group(current().backend, init_method=f"file://{Path(folder) / 'store'}", rank=0, world_size=1)
-        try:
-            initialize_parallel(ParallelConfig())
-            yield
-        finally:
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
-
-
-def initialize_parallel(parallel: ParallelConfig) -> None:
-    """megatron-core's process groups for `parallel`, over the whole world."""
-    parallel_state.initialize_model_parallel(parallel)
 
 
 def filled_model(model: ModelConfig, tensors: Mapping[str, torch.Tensor], **stage: Any) -> list[TeleFLM]:
