@@ -7,7 +7,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from flm_megatron.cli.options.parser import count, path, positive, processes
+from flm_megatron.cli.options.parser import count, path, positive, processes, take_overrides
 from flm_megatron.errors import RequestError
 from flm_megatron.paths import require_file, require_folder
 from flm_megatron.planner.chosen_stages import only_stage, with_vocabulary
@@ -39,8 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--profile", type=count, default=3, metavar="STEPS", help="steps that are divided into parts (default 3)"
     )
     parser.add_argument("--out", type=path, metavar="DIR", help="also write bench-STAGE.md, .json and .svg here")
-    parser.epilog = "Any field of the run file can be overridden: --stages.0.parallel.tensor 2 (see `flm config`)."
-    parser.set_defaults(accepts_overrides=True)
+    take_overrides(parser)
 
 
 def run(args: argparse.Namespace) -> int:

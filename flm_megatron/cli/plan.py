@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from flm_megatron.cli.options.parser import path, positive, processes, real
+from flm_megatron.cli.options.parser import path, positive, processes, real, take_overrides
 
 if TYPE_CHECKING:
     from flm_megatron.config.schema import RunConfig
@@ -45,8 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--plot", type=path, metavar="FILE", help="draw the memory of every pipeline rank (.png, .svg)")
     parser.add_argument("--json", action="store_true", help="print plain data instead of tables")
-    parser.epilog = "Any field of the run file can be overridden: --stages.0.parallel.tensor 2 (see `flm config`)."
-    parser.set_defaults(accepts_overrides=True)
+    take_overrides(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from flm_megatron.cli.options.parser import path
+from flm_megatron.cli.options.parser import path, take_overrides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,12 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run_file", type=path, help="run file (YAML) whose data.chat says how conversations are written"
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved run file and stop")
-    parser.epilog = "Any field of the run file can be overridden: --stages.0.parallel.tensor 2 (see `flm config`)."
-    parser.set_defaults(accepts_overrides=True)
+    take_overrides(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train what is left to do."""
+    """Fine-tune what is left to do."""
     from flm_megatron.api.train import STOPPED_EARLY, fine_tune
     from flm_megatron.checkpoint.run_file import open_run
     from flm_megatron.config.loader import dump_run

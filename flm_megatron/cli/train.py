@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from flm_megatron.cli.options.parser import path
+from flm_megatron.cli.options.parser import path, take_overrides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,8 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--print-config", action="store_true", help="check the run file by its rules, print it resolved and stop"
     )
-    parser.epilog = "Any field of the run file can be overridden: --stages.0.parallel.tensor 2 (see `flm config`)."
-    parser.set_defaults(accepts_overrides=True)
+    take_overrides(parser)
 
 
 def run(args: argparse.Namespace) -> int:

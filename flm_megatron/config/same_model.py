@@ -11,6 +11,12 @@ from flm_megatron.config.schema import LoraConfig, ModelConfig
 
 CLOSE = 1e-7
 """Relative difference of two constants below which fp32 does not tell them apart."""
+FUNCTION = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim"),
+    *("vocab_size", "normalization", "activation", "bias", "position", "norm_epsilon", "rope_theta"),
+    *("xpos_scale_base", "input_mult", "output_mult", "lora"),
+)
+"""Fields that the function of a model with given weights follows from."""
 LABELS = {"output_mult": "the factor on the logits (model.output_mult over muP's width factor)"}
 
 
@@ -43,25 +49,14 @@ def laid_over(given: ModelConfig, found: ModelConfig) -> tuple[ModelConfig, list
 
 def _function(model: ModelConfig) -> Mapping[str, Any]:
     """All that the function of a model with given weights follows from, by the fields of the run file."""
-    return {
-        "num_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "ffn_hidden_size": model.ffn_hidden_size,
-        "num_attention_heads": model.num_attention_heads,
+    effective = {
         "num_query_groups": model.query_groups,
         "head_dim": model.kv_channels,
-        "vocab_size": model.vocab_size,
-        "normalization": model.normalization,
-        "activation": model.activation,
-        "bias": model.bias,
-        "position": model.position,
-        "norm_epsilon": model.norm_epsilon,
-        "rope_theta": model.rope_theta,
         "xpos_scale_base": model.xpos_scale_base if model.position == "xpos" else None,
-        "input_mult": model.input_mult,
         "output_mult": model.logit_multiplier,
         "lora": _adapters(model.lora),
     }
+    return {name: effective.get(name, getattr(model, name)) for name in FUNCTION}
 
 
 def _adapters(lora: LoraConfig | None) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from flm_megatron.benchmarking.steps import Step, draw_weights
+from flm_megatron.checkpoint.hugging_face.config import llama_shape
 from flm_megatron.config.schema import ModelConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.errors import RequestError
@@ -75,13 +76,8 @@ def transformers_step(stage: StageConfig, sequence_length: int, compiled: bool =
 def llama_fields(model: ModelConfig, sequence_length: int) -> dict[str, Any]:
     """Fields of `transformers`' LlamaConfig for a model's shape."""
     return {
+        **llama_shape(model),
         "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.query_groups,
-        "head_dim": model.kv_channels,
         "rms_norm_eps": model.norm_epsilon,
         "rope_theta": model.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},

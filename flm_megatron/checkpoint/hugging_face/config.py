@@ -55,6 +55,18 @@ def model_from_config(config: dict[str, Any], where: str) -> ModelConfig:
     return _with_multipliers(model, fields, where) if fields.use_mup else model
 
 
+def llama_shape(model: ModelConfig) -> dict[str, int]:
+    """The sizes of a model's layers by their names in a Llama's `config.json`."""
+    return {
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.query_groups,
+        "head_dim": model.kv_channels,
+    }
+
+
 def config_of(
     model: ModelConfig, flavour: Flavour, padded_vocab: int, sequence_length: int, dtype: str
 ) -> dict[str, Any]:
@@ -62,12 +74,7 @@ def config_of(
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.query_groups,
-        "head_dim": model.kv_channels,
+        **llama_shape(model),
         "vocab_size": padded_vocab,
         "true_vocab_size": model.vocab_size,
         "hidden_act": "silu",

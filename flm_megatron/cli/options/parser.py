@@ -33,6 +33,12 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{self.prog}: {shown}; see {self.prog} --help")
 
 
+def take_overrides(parser: argparse.ArgumentParser) -> None:
+    """Let a command that reads a run file take `--field value` for every field of it."""
+    parser.epilog = "Any field of the run file can be overridden: --stages.0.parallel.tensor 2 (see `flm config`)."
+    parser.set_defaults(accepts_overrides=True)
+
+
 def path(text: str) -> Path:
     """A path, `~` replaced by the home."""
     try:

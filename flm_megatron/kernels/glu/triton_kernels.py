@@ -12,16 +12,24 @@ BLOCK = 1024
 
 
 @triton.jit
+def _halves(x_ptr: tensor, ffn: tensor, BLOCK: tl.constexpr) -> tuple[tensor, ...]:
+    """Where this program works (row, columns, which of these exist), and gate and up there."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < ffn
+    start = x_ptr + row * 2 * ffn + columns
+    gate = tl.load(start, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(start + ffn, mask=inside, other=0.0).to(tl.float32)
+    return row, columns, inside, gate, up
+
+
+@triton.jit
 def _forward_kernel(
     x_ptr: tensor, mask_ptr: tensor, out_ptr: tensor,
     ffn: tensor,
     HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < ffn
-    gate = tl.load(x_ptr + row * 2 * ffn + columns, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(x_ptr + row * 2 * ffn + ffn + columns, mask=inside, other=0.0).to(tl.float32)
+    row, columns, inside, gate, up = _halves(x_ptr, ffn, BLOCK)
     if HAS_MASK:
         m = tl.load(mask_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         gate *= m
@@ -36,11 +44,7 @@ def _backward_kernel(
     ffn: tensor,
     HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < ffn
-    gate = tl.load(x_ptr + row * 2 * ffn + columns, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(x_ptr + row * 2 * ffn + ffn + columns, mask=inside, other=0.0).to(tl.float32)
+    row, columns, inside, gate, up = _halves(x_ptr, ffn, BLOCK)
     grad = tl.load(grad_ptr + row * ffn + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_MASK:
         m = tl.load(mask_ptr + columns, mask=inside, other=0.0).to(tl.float32)
