@@ -8,7 +8,7 @@ asked for by name and cannot run is an error.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from flm_megatron.config.schema import KernelsConfig, StageConfig
 from flm_megatron.device import current as current_device
@@ -107,7 +107,7 @@ def implementation(operation: Operation[Functions], tensor: Tensor, plain: bool 
     return operation.load(name)
 
 
-def _check(operation: Operation[Any], asked: str, device: str) -> None:
+def _check(operation: Operation[Functions], asked: str, device: str) -> None:
     offered = operation.implementations
     if asked not in offered:
         raise RequestError(
