@@ -1,6 +1,6 @@
-"""Growing a model without changing its function: what may grow into what, where new values come from, and the proof.
+"""Growing a model without changing its function.
 
-`boundary` is what a run does between two stages, `offline` what `flm grow` does on disk; both decide a `plan` (by
-`rules` and `layers`) and read a `grown` checkpoint. `certificate` measures that the function is kept, `distance` which
-layers do least, `schedule` opens masks.
+`boundary` grows between two stages of a run, `offline` is `flm grow`; both make a `plan` (checked by `rules`, with
+copied layers from `layers`) and read a `grown` checkpoint. `certificate` measures that the function is preserved,
+`distance` which layers change their input least, `schedule` says how far masks are open.
 """

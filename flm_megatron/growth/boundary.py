@@ -1,4 +1,4 @@
-"""From a finished stage to the next: the rules, the plan and the grown checkpoint, in one call."""
+"""From a finished stage to the next: rules, plan and grown checkpoint in one call."""
 
 from __future__ import annotations
 
@@ -55,8 +55,7 @@ def needs_distances(run: RunConfig, stage_index: int) -> bool:
 
 
 def source_model(source: LogicalCheckpoint, run: RunConfig, stage_index: int) -> ModelConfig:
-    """The model that `source` was trained as: what it says of itself has the last word, the run file's only where it
-    says nothing."""
+    """The model that `source` was trained as: the one it records, else the run file's."""
     before = run.stages[stage_index - 1].model
     model = recorded_model(source, before.vocab_size) or before
     if not model.vocab_size:
@@ -71,7 +70,7 @@ def saved_plan(manifest: Mapping[str, Any]) -> GrowthPlan | None:
 
 
 def resumed_plan(run: RunConfig, index: int, saved: Mapping[str, Any]) -> GrowthPlan | None:
-    """The plan that the stage of a checkpoint was grown with, held against the one that the run file now asks for.
+    """The plan that the stage of a checkpoint was grown with, compared with the plan of this run file.
 
     Raises:
         RequestError: they differ; the message names the first difference.
@@ -96,7 +95,7 @@ def saved_mask_value(manifest: Mapping[str, Any]) -> float:
 
 
 def check_masks_open(manifest: Mapping[str, Any]) -> None:
-    """A checkpoint in the middle of a growth mask does not grow again.
+    """Refuse to grow a checkpoint whose growth masks are not fully open.
 
     Raises:
         RequestError: its masks are not fully open.
@@ -111,7 +110,7 @@ def check_masks_open(manifest: Mapping[str, Any]) -> None:
 
 
 def check_same_tokenizer(manifest: Mapping[str, Any], run: RunConfig, model: ModelConfig) -> None:
-    """The run's tokenizer is the one that the checkpoint, of `model`, was trained with, as far as both are known.
+    """Check that the checkpoint, of `model`, was trained with the run's tokenizer, as far as both are known.
 
     Raises:
         RequestError: it is another one.
@@ -125,7 +124,7 @@ def check_same_tokenizer(manifest: Mapping[str, Any], run: RunConfig, model: Mod
 
 
 def _manifest(source: LogicalCheckpoint, run: RunConfig, stage_index: int, plan: GrowthPlan) -> dict[str, Any]:
-    """The grown stage's at step 0; where its run stands is carried over."""
+    """The manifest of the grown stage at step 0, with the run's position carried over."""
     known = source.manifest
     at = recorded_position(known)
     position = StagePosition(0, at.samples, at.tokens, at.optimizer_step if has_moments(source) else 0)

@@ -1,4 +1,4 @@
-"""How near each layer is to the identity: the distance between its input and its output on given text."""
+"""How close each layer is to the identity: the distance between its input and output on given text."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def _distances(num_layers: int, tokens: torch.Tensor, chunks: list[Any]) -> list
 
 
 def distances_of(found: list[LayerDistance], metric: Literal["cosine", "l2"]) -> list[float]:
-    """One number per layer, as `growth.distance_metric` asks."""
+    """One number per layer, of the configured `growth.distance_metric`."""
     return [getattr(layer, metric) for layer in found]
 
 
 def distance_table(found: list[LayerDistance]) -> str:
-    """The distances as text, the nearest to the identity marked by its rank."""
+    """The distances as text, ranked by closeness to the identity."""
     order = sorted(range(len(found)), key=lambda i: found[i].cosine)
     rows = [f"{i:5d}  {layer.cosine:10.3e}  {layer.l2:10.3e}  {order.index(i) + 1:5d}" for i, layer in enumerate(found)]
     return "\n".join(["layer      cosine  relative L2   rank", *rows])
@@ -71,7 +71,7 @@ def write_distances(found: list[LayerDistance], path: str) -> None:
 
 
 def read_distances(path: str, metric: Literal["cosine", "l2"]) -> list[float]:
-    """Distances of one metric from what `write_distances` wrote.
+    """Distances of one metric from a file of `write_distances`.
 
     Raises:
         RequestError: the file is missing or holds something else.
@@ -86,7 +86,7 @@ def read_distances(path: str, metric: Literal["cosine", "l2"]) -> list[float]:
 
 
 def plot_distances(found: list[LayerDistance], path: str) -> None:
-    """Draw both distances of every layer into a picture."""
+    """Plot both distances of every layer; writes a picture."""
     import matplotlib
 
     matplotlib.use("Agg")

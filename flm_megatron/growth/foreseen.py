@@ -1,4 +1,4 @@
-"""What follows from a run file alone, its growths included: no checkpoint is opened, no data read, no torch used."""
+"""Checks a run file with its growths from the file alone: no checkpoint, no data, no torch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from flm_megatron.growth.rules import check_epsilons, check_mask_length, check_m
 
 
 def check_run_file(run: RunConfig, world_size: int | None = None, stages: Collection[str] | None = None) -> None:
-    """Check the rules of the run file and those of every growth in it; what is on disk is not looked at.
+    """Check the rules of the run file and of every growth in it, without looking at the disk.
 
-    `world_size` and `stages` are as in `config.rules.check`. A fine-tuning has no token budgets, for they follow from
-    its epochs, and no models (nor rules on them) until its checkpoint is opened.
+    `world_size` and `stages` are as in `config.rules.check`. A fine-tuning's token budgets follow from its epochs and
+    its models from its checkpoint, so neither they nor the rules on them are checked.
 
     Raises:
         Mistakes: one line for every rule that is broken.
@@ -34,7 +34,7 @@ def check_run_file(run: RunConfig, world_size: int | None = None, stages: Collec
 
 
 def _growth_mistakes(run: RunConfig) -> list[str]:
-    """What is wrong with each growth."""
+    """One line for each growth that breaks a rule."""
     mistakes = []
     for index in range(1, len(run.stages)):
         try:
@@ -45,7 +45,7 @@ def _growth_mistakes(run: RunConfig) -> list[str]:
 
 
 def check_boundary(run: RunConfig, stage_index: int) -> None:
-    """All that can be said about a growth from the run file alone, for use before anything starts.
+    """Check a growth as far as the run file alone allows, before anything starts.
 
     Raises:
         RequestError: the growth cannot be done as asked.
@@ -61,5 +61,5 @@ def check_boundary(run: RunConfig, stage_index: int) -> None:
 
 
 def unmeasured_plan(old: ModelConfig, run: RunConfig, stage: StageConfig, growth: GrowthConfig) -> GrowthPlan:
-    """The plan but for which layers are copied, where that is measured."""
+    """The plan, without the choice of copied layers where that depends on measured distances."""
     return make_plan(old, stage.model, growth, run.seed, [0.0] * old.num_layers, stage.name)

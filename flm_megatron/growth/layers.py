@@ -22,10 +22,10 @@ def select_layers(
 ) -> tuple[LayerSource, ...]:
     """Source of every new layer, in the order of the new model.
 
-    Every old layer appears once as the original, in its old order. `distance` copies the layers with the smallest
-    of `distances` (one number per old layer), `interleave` spreads copies evenly, `top` copies the last layers and
-    `list` those of `growth.copied_layers`; each copy follows its source. `stack` puts copies of layers 0, 1, 2, ...
-    on top. More copies than old layers go round again, so any ratio is possible.
+    Every old layer appears once as the original, in its old order. `distance` copies the layers with the smallest of
+    `distances` (one number per old layer), `interleave` spreads copies evenly, `top` copies the last layers and `list`
+    those of `growth.copied_layers`; each copy follows its source. `stack` puts copies of layers 0, 1, 2, ... on top. If
+    there are more copies than old layers, copying starts over, so any ratio is possible.
 
     Raises:
         RequestError: distances or the list of copied layers are missing or do not fit the layers.
@@ -55,7 +55,7 @@ def _copies(old_layers: int, extra: int, growth: GrowthConfig, distances: Sequen
 
 
 def _by_distance(old_layers: int, distances: Sequence[float] | None) -> list[int]:
-    """Old layers, the one nearest to the identity first; of equal ones the lower index first."""
+    """Old layers in order of closeness to the identity; ties go to the lower index."""
     if distances is None:
         raise RequestError(
             "growth.layer_selection is `distance`, but no layer distances were measured: measure them with "

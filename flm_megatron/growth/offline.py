@@ -1,4 +1,4 @@
-"""Growing a checkpoint on disk, without a model, shared out over any number of processes."""
+"""Grows a checkpoint on disk, without a model, on any number of processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A growth, decided: everything that the grown tensors follow from, as one value that goes into the checkpoint."""
+"""The plan of a growth: one value, stored in checkpoints, that determines all grown tensors."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from flm_megatron.growth.rules import check_growth
 
 Operator = Literal["mask", "zero"]
 MASKED_SHARE = 5
-"""Masks open over the first 1 / MASKED_SHARE of a stage; benchmarks/growth/study.md has what other lengths do."""
+"""Masks open over the first 1 / MASKED_SHARE of a stage; benchmarks/growth/study.md measures other lengths."""
 
 
 @dataclass(frozen=True)
 class GrowthPlan:
     """Old and new model, an operator per dimension, and the source of every layer.
 
-    `new` is the model that the grown stage trains: as configured, but for what preserves the
-    function. New values are drawn from `seed` and `stage` (the grown stage's name), so that two growths of one run
-    never draw the same numbers.
+    `new` is the model that the grown stage trains: as configured, but for changes that preserve the function. New
+    values are drawn from `seed` and `stage` (the grown stage's name), so two growths of one run never draw the same
+    numbers.
     """
 
     stage: str
@@ -85,7 +85,7 @@ class GrowthPlan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> GrowthPlan:
-        """The plan that `to_json` gave."""
+        """The plan from `to_json`'s result."""
         values = dict(data)
         values["old"], values["new"] = ModelConfig(**values["old"]), ModelConfig(**values["new"])
         values["layer_sources"] = tuple(LayerSource(**source) for source in values["layer_sources"])
@@ -93,7 +93,7 @@ class GrowthPlan:
 
 
 def stage_growth(stage: StageConfig, sequence_length: int) -> GrowthConfig:
-    """How a stage grows: what its run file says, with the length of its masks."""
+    """The stage's growth settings with `mask_steps` filled in."""
     growth = stage.growth or GrowthConfig()
     if growth.mask_steps is not None:
         return growth
@@ -110,8 +110,8 @@ def make_plan(
 ) -> GrowthPlan:
     """Plan the growth of `old`, the model as it was trained, into the configured `new`.
 
-    `growth` has a length for its masks (see `stage_growth`). `distances` has one number per old layer and is needed
-    only where layers are selected by distance.
+    `mask_steps` of `growth` must be set (see `stage_growth`). `distances` has one number per old layer and is needed
+    only if layers are selected by distance.
 
     Raises:
         RequestError: the growth is not possible as asked.
@@ -135,7 +135,7 @@ def make_plan(
 
 
 def check_same_plan(saved: GrowthPlan, now: GrowthPlan) -> None:
-    """A resumed stage goes on under the plan it was grown with.
+    """Check that a resumed stage continues under the plan it was grown with.
 
     Raises:
         RequestError: the plans differ; the message names the first difference.
@@ -165,8 +165,8 @@ def _brief(value: object) -> str:
 def _effective(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> ModelConfig:
     """`new` with the old vocabulary, and the epsilon that preserves the function.
 
-    Under `zero` on the hidden size, norm_epsilon is d_old / d_new of the old one: the mean square falls by that
-    factor when zero channels join it. output_mult stays as configured; LM-head weights take up its change.
+    Under `zero` on the hidden size, norm_epsilon is d_old / d_new of the old one: the mean square falls by that factor
+    when zero channels are added. output_mult stays as configured; LM-head weights make up for its change.
     """
     ratio = old.hidden_size / new.hidden_size if growth.hidden == "zero" else 1.0
     return replace(new, vocab_size=old.vocab_size, norm_epsilon=old.norm_epsilon * ratio)

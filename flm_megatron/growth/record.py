@@ -1,7 +1,7 @@
-"""What a checkpoint's manifest says of the growth behind it: the plan, where it came from, what was measured.
+"""The record of a growth in a checkpoint's manifest: the plan, the source, what was measured.
 
-It stands under `growth` where the checkpoint's stage grew, and under `earlier_growth` where the run of the stage
-started from a grown checkpoint. No torch here: reports read it.
+It is under `growth` if the checkpoint's stage grew, and under `earlier_growth` if the run started from a grown
+checkpoint. No torch here: reports read it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flm_megatron.growth.plan import GrowthPlan
 
 @dataclass(frozen=True)
 class Comparison:
-    """Before against after in one precision: differences of logits, their standard deviation before, losses in nats."""
+    """Before and after in one precision: differences of logits, their standard deviation before, losses in nats."""
 
     precision: str
     max_difference: float
@@ -47,7 +47,7 @@ class Certificate:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Certificate:
-        """The certificate that `to_json` gave.
+        """The certificate from `to_json`'s result.
 
         Raises:
             RequestError: it has other fields, as those of a later version may.
@@ -72,11 +72,11 @@ class Certificate:
 
 @dataclass(frozen=True)
 class GrowthRecord:
-    """One growth: its plan, hash, manifest and place of the checkpoint that it grew, and the version that did it.
+    """One growth: its plan; hash, manifest and path of its source; and the version of the program that did it.
 
-    `optimizer_step` is Adam's step at the growth, `moments` whether the source had Adam's moments (records of earlier
-    versions do not say: it had), `before` the last growth behind the source, `extra` what a later version adds.
-    `absent` names the keys that an earlier version did not write: they are not written now either.
+    `optimizer_step` is Adam's step at the growth, `moments` whether the source had Adam's moments (true where an
+    earlier version did not record it), `before` the last growth of the source, `extra` the keys of later versions.
+    `absent` names keys that an earlier version did not write; they are not written now either.
     """
 
     plan: GrowthPlan
@@ -93,7 +93,7 @@ class GrowthRecord:
     absent: frozenset[str] = frozenset()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, for a checkpoint's manifest; a certificate is in it where there is one."""
+        """Plain data, for a checkpoint's manifest, with the certificate if there is one."""
         plain = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in NESTED}
         certificate = {"certificate": self.certificate.to_json()} if self.certificate else {}
         before = self.before.to_json() if self.before else None
@@ -102,7 +102,7 @@ class GrowthRecord:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> GrowthRecord:
-        """The record that `to_json` gave.
+        """The record from `to_json`'s result.
 
         Raises:
             RequestError: its plan or its certificate is not one that this program knows.
@@ -138,7 +138,7 @@ def growth_of(manifest: Mapping[str, Any]) -> GrowthRecord | None:
 
 
 def growth_behind(manifest: Mapping[str, Any]) -> GrowthRecord | None:
-    """The last growth behind a checkpoint: that of its stage, or of the checkpoint that its run started from."""
+    """The last growth of a checkpoint's history: that of its stage, or of the checkpoint that its run started from."""
     growth = manifest.get("growth") or manifest.get("earlier_growth")
     return GrowthRecord.from_json(growth) if growth else None
 

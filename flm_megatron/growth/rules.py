@@ -1,4 +1,4 @@
-"""What can be grown into what: one small rule per function, each raising RequestError with the values and the fix."""
+"""Which models can grow into which: a small rule per function, each raising RequestError with values and fix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WIDTHS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
 
 
 def check_growth(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> None:
-    """All rules that concern two models and the growth between them."""
+    """Check all rules on two models and the growth between them."""
     check_no_adapters(old, new)
     check_kept(old, new)
     check_vocabulary(old, new)
@@ -23,7 +23,7 @@ def check_growth(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> No
 
 
 def check_no_adapters(old: ModelConfig, new: ModelConfig) -> None:
-    """Adapters are merged before a model grows."""
+    """Adapters must be merged before a model grows."""
     if old.lora is not None or new.lora is not None:
         raise RequestError(
             "model.lora: a model with adapters does not grow: merge them with `flm checkpoint export-hf` first"
@@ -31,7 +31,7 @@ def check_no_adapters(old: ModelConfig, new: ModelConfig) -> None:
 
 
 def check_kept(old: ModelConfig, new: ModelConfig) -> None:
-    """The kind of block and its constants stay."""
+    """The kind of block and its constants must stay."""
     for name in KEPT_FIELDS:
         before, after = getattr(old, name), getattr(new, name)
         if before != after:
@@ -47,7 +47,7 @@ def check_kept(old: ModelConfig, new: ModelConfig) -> None:
 
 
 def check_vocabulary(old: ModelConfig, new: ModelConfig) -> None:
-    """The vocabulary stays; none in the new model means the old one's, none in the old that it is not known yet."""
+    """The vocabulary must stay; none in `new` means the old one, none in `old` that it is not known yet."""
     if None not in (old.vocab_size, new.vocab_size) and new.vocab_size != old.vocab_size:
         raise RequestError(
             f"model.vocab_size is {old.vocab_size} in the stage before and {new.vocab_size} in the grown one: "
@@ -56,7 +56,7 @@ def check_vocabulary(old: ModelConfig, new: ModelConfig) -> None:
 
 
 def check_no_shrinking(old: ModelConfig, new: ModelConfig) -> None:
-    """No dimension gets smaller."""
+    """No dimension may shrink."""
     for name in WIDTHS:
         before, after = getattr(old, name), getattr(new, name)
         if after < before:
@@ -64,7 +64,7 @@ def check_no_shrinking(old: ModelConfig, new: ModelConfig) -> None:
 
 
 def check_heads(old: ModelConfig, new: ModelConfig) -> None:
-    """Head dim stays; every old query group keeps its queries together."""
+    """Head dim must stay; every old query group must keep its queries together."""
     if new.kv_channels != old.kv_channels:
         raise RequestError(
             f"head dim changes from {old.kv_channels} to {new.kv_channels}: growth adds heads of the same size; "
@@ -86,7 +86,7 @@ def check_heads(old: ModelConfig, new: ModelConfig) -> None:
 
 
 def check_depth_operator(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> None:
-    """G_stack's plain copy stands alone: it changes the function, so preserving widths beside it would mislead."""
+    """G_stack's plain copy must be the only operator: it changes the function, so preserving widths would mislead."""
     grows_width = any(getattr(old, n) != getattr(new, n) for n in WIDTHS if n != "num_layers")
     if growth.layers == "copy" and grows_width:
         raise RequestError(
@@ -96,7 +96,7 @@ def check_depth_operator(old: ModelConfig, new: ModelConfig, growth: GrowthConfi
 
 
 def check_mask_length(stage: StageConfig, mask_steps: int, sequence_length: int) -> None:
-    """The mask opens within the stage."""
+    """The mask must open within the stage."""
     steps = stage_steps(stage, sequence_length)
     if mask_steps > steps:
         raise RequestError(
@@ -117,7 +117,7 @@ def check_masks_reach_norms(stage: StageConfig, masked: Collection[str]) -> None
 
 
 def check_source_stage(run: RunConfig, stage_index: int, source_stage: str | None) -> None:
-    """A stage grows from the stage before it; a source that names no stage is taken on trust."""
+    """A stage must grow from the stage before it; a source that records no stage is accepted."""
     if stage_index < 1:
         raise RequestError(f"stage {run.stages[0].name!r} is the first: only later stages grow")
     before = run.stages[stage_index - 1].name

@@ -1,4 +1,4 @@
-"""How far growth masks are open: a function of the plan and the stage's step, so nothing else has to be saved."""
+"""How far growth masks are open: a function of the plan and the stage's step, so it need not be saved."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def mask_value(plan: GrowthPlan, step: int) -> float:
 
 
 def mask_plan(plan: GrowthPlan) -> MaskPlan:
-    """What the model has to mask under a growth plan."""
+    """What the model masks under a growth plan."""
     old, masked = plan.old, plan.masked
     return MaskPlan(
         hidden=old.hidden_size if "hidden" in masked else None,

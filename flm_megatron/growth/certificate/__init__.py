@@ -1,1 +1,1 @@
-"""The proof that a growth kept the function: `certificate.certify` runs both models on the same text."""
+"""Measures that a growth preserved the function: `certificate.certify` runs both models on the same text."""

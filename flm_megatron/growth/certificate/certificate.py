@@ -1,4 +1,4 @@
-"""What a growth changed, measured: logits and loss before and after, on given text."""
+"""Measures what a growth changed: logits and loss before and after, on the same text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flm_megatron.growth.record import Certificate, Comparison
 from flm_megatron.growth.schedule import mask_plan
 
 POSITIONS = 256
-"""Positions of each sample whose logits are compared (evenly spaced); the loss is over all."""
+"""Positions of each sample whose logits are compared, evenly spaced; the loss is over all positions."""
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
 
 
@@ -49,7 +49,7 @@ def certify(
 def check_certificate(certificate: Certificate, growth: GrowthConfig, stage_index: int) -> None:
     """Refuse a growth whose loss changed by more than its tolerance.
 
-    A plain copy of layers is not meant to preserve anything and is held only against an explicit tolerance.
+    A plain copy of layers does not preserve the function, so only a tolerance that the run file sets applies to it.
 
     Raises:
         FlmError: the change is too large; the message says how to go on all the same.
@@ -81,7 +81,7 @@ def _evaluate(
     """Loss and logits at POSITIONS of each sample, on rank 0; none elsewhere. A plan's masks are closed."""
 
     def evaluate(chunks: list[Any]) -> tuple[float, torch.Tensor] | None:
-        """Do so on the ranks of one replica."""
+        """Evaluate on the ranks of one replica."""
         if plan is not None and plan.masked:
             from flm_megatron.model.masks import GrowthMasks
 
@@ -98,7 +98,7 @@ def _logits(chunks: list[Any], tokens: torch.Tensor) -> tuple[float, torch.Tenso
     spread = torch.linspace(0, tokens.shape[1] - 2, min(POSITIONS, tokens.shape[1] - 1)).long()
 
     def keep(sample: int, logits: torch.Tensor) -> None:
-        """Take the loss and the wanted logits of a sample."""
+        """Keep the loss and the compared logits of a sample."""
         labels = tokens[sample, 1:].to(logits.device)
         losses.append(F.cross_entropy(logits.float().double(), labels).item())
         kept.append(logits[spread.to(logits.device)].float().cpu())
@@ -108,7 +108,7 @@ def _logits(chunks: list[Any], tokens: torch.Tensor) -> tuple[float, torch.Tenso
 
 
 def _to_first(losses: list[float], logits: list[torch.Tensor]) -> tuple[float, torch.Tensor] | None:
-    """Bring the results from a rank of the first replica that has them to rank 0, which is of it too."""
+    """Send the results to rank 0 from the first rank of its replica that has them."""
     group, device = parallel_state.get_model_parallel_group(), current().torch_device
     has, rank = bool(losses), dist.get_rank()
     holder = torch.tensor(rank if has else dist.get_world_size(), device=device)
@@ -126,7 +126,7 @@ def _to_first(losses: list[float], logits: list[torch.Tensor]) -> tuple[float, t
 
 
 def _compare(before: Any, after: Any, precision: str) -> Comparison:
-    """The comparison, on rank 0."""
+    """Compare the results, on rank 0."""
     (loss_before, old), (loss_after, new) = before, after
     difference = (new - old).double()
     return Comparison(

@@ -1,4 +1,4 @@
-"""Running a checkpoint's model over some text under a layout, for certificates and layer distances."""
+"""Runs a checkpoint's model on text under a layout, for certificates and layer distances."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from flm_megatron.model.forward import Batch, forward
 
 T = TypeVar("T")
 Layout = Callable[[ParallelConfig], AbstractContextManager[None]]
-"""Makes megatron-core's groups for a layout over all processes of the world, and takes them down again."""
+"""A context manager with megatron-core's groups for a layout over all processes of the world."""
 
 
 def fitting_layout(model: ModelConfig, parallel: ParallelConfig, world: int) -> ParallelConfig:
-    """`parallel` if `model` and the `world` processes fit it, else a smaller one; the rest is data parallel.
+    """`parallel` if `model` and the `world` processes fit it, else a smaller one; data parallelism takes the rest.
 
-    A stage's layout fits its own model, but the smaller model it grows from may have too few heads or layers for it,
-    and a tool may run on fewer processes than training. Virtual pipelines, which only hide waiting, are left out.
+    A stage's layout fits its own model, but the smaller model that it grows from may have too few heads or layers for
+    it, and a tool may run on fewer processes than training. Virtual pipelines are left out: they only save time.
     """
     if parallel.virtual_pipeline > 1:
         parallel = replace(parallel, virtual_pipeline=1, pipeline_layers=None)
@@ -60,12 +60,12 @@ def on_one_replica(
     layout: Layout,
     measure: Callable[[list[Any]], T],
 ) -> T | None:
-    """What `measure(chunks)` gives on the ranks of the first data-parallel replica; none on the others, which wait.
+    """The result of `measure(chunks)` on the ranks of the first data-parallel replica; none on the other ranks.
 
-    The chunks are of `model` with a checkpoint's weights, ready to evaluate, under the stage's layout or one that fits.
-    Other replicas would read the same weights once more for the same numbers. They wait at the world's store, without a
-    collective that could time out. fp32 weights come from the checkpoint's masters where it has them. Products are not
-    in FP8: its noise would hide what is measured, and the sizes of the model that grows may not fit it.
+    The chunks are of `model` with a checkpoint's weights, ready to evaluate, under the stage's layout or a smaller one
+    that fits. The other replicas, which would read the same weights for the same numbers, wait at the world's store,
+    without a collective that could time out. fp32 weights come from the checkpoint's masters if it has them. FP8 is
+    off: its noise would hide what is measured, and the old model's sizes may not fit it.
 
     Raises:
         DamagedError: (on every rank) the checkpoint cannot be read.
@@ -84,7 +84,7 @@ def on_one_replica(
 
 
 def patient_processes() -> Processes:
-    """All processes of the world, which may wait for hours for each other."""
+    """All processes of the world, which may wait hours for each other."""
     return Processes(world_channel("measuring"))
 
 

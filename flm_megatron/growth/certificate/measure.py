@@ -1,4 +1,4 @@
-"""What is measured at a boundary before a stage starts: layer distances, and the growth's certificate."""
+"""Measured at a boundary before a stage starts: layer distances, and the growth's certificate."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from flm_megatron.growth.text import run_tokens
 def boundary_distances(
     source: LogicalCheckpoint, run: RunConfig, stage_index: int, layout: Layout, tokens: torch.Tensor | None = None
 ) -> list[float] | None:
-    """Distance of each old layer on `tokens` (the run's first validation samples without), where growth needs them.
+    """Distance of each old layer on `tokens` (by default the run's first validation samples).
 
-    Runs on all processes of the world, outside any layout. None where layers are not chosen by distance.
+    Runs on all processes of the world, outside any layout. None if layers are not chosen by distance.
     """
     if not needs_distances(run, stage_index):
         return None
@@ -34,10 +34,9 @@ def boundary_distances(
 def boundary_certificate(
     checkpoint: GrownCheckpoint, run: RunConfig, stage_index: int, layout: Layout, tokens: torch.Tensor | None = None
 ) -> Certificate | None:
-    """The certificate of a grown checkpoint on `tokens` (the run's first validation samples without); none with 0
-    samples.
+    """The certificate of a grown checkpoint on `tokens` (by default the run's first validation samples).
 
-    Runs on all processes of the world, outside any layout.
+    Runs on all processes of the world, outside any layout. None with 0 samples.
 
     Raises:
         FlmError: the loss changes by more than the run file allows.

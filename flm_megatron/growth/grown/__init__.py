@@ -1,5 +1,5 @@
-"""The grown checkpoint: `checkpoint.GrownCheckpoint` computes any region of it when it is read.
+"""The grown checkpoint: `checkpoint.GrownCheckpoint` computes each region when it is read.
 
-`operators` says of which old and new values a region is made, `axes` how indices map along one axis, `step_offsets`
-from which of Adam's steps each entry counts, `folding` multiplies a half-open mask into the weights.
+`operators` says which old and new values fill a region, `axes` maps indices along one axis, `step_offsets` says at
+which of Adam's steps each entry was added, `folding` multiplies a half-open mask into the weights.
 """

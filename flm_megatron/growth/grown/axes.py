@@ -11,7 +11,7 @@ from flm_megatron.model.parameters import Axis, Unit
 
 @dataclass(frozen=True)
 class Segment:
-    """`size` indices of the grown axis from `start`; `source` is the old index of the first, none where new.
+    """`size` indices of the grown axis from `start`; `source` is the old index of the first, none if they are new.
 
     `copy` marks a layer that is a copy of its source rather than the original.
     """
@@ -22,7 +22,7 @@ class Segment:
     copy: bool = False
 
     def clip(self, start: int, stop: int) -> Segment | None:
-        """What lies within [start, stop); none if nothing does."""
+        """The segment's overlap with [start, stop); none if there is none."""
         first, last = max(self.start, start), min(self.start + self.size, stop)
         if first >= last:
             return None
@@ -52,7 +52,7 @@ def _segments(old: Axis, new: Axis) -> Iterator[Segment]:
 
 
 def _joined(segments: Iterator[Segment]) -> Iterator[Segment]:
-    """Neighbours whose sources follow each other (or are all new) become one."""
+    """Merge neighbours whose sources are consecutive or that are all new."""
     held: Segment | None = None
     for segment in segments:
         follows = None if held is None or held.source is None else held.source + held.size

@@ -1,4 +1,4 @@
-"""A grown checkpoint that is never written: each region is computed from the source when it is asked for."""
+"""A grown checkpoint that is never stored: each region is computed from the source when it is read."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class GrownCheckpoint(LogicalCheckpoint):
         self.manifest = {**(manifest or {}), "growth": self.record.to_json()}
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:
-        """Values of `region` of `name`; only the old regions it is made of are read."""
+        """Values of `region` of `name`; reads only the old regions that fill it."""
         if name not in self.tensors:
             raise RequestError(f"the grown checkpoint has no tensor {name!r}")
         info = self.tensors[name]
@@ -65,13 +65,13 @@ class GrownCheckpoint(LogicalCheckpoint):
         return torch.empty(region.sizes, dtype=info.dtype) if out is None else out
 
     def _infos(self, name: str) -> list[tuple[str, TensorInfo]]:
-        """The parameter and its optimizer state, as far as the source has them."""
+        """The parameter, and its optimizer state if the source has it."""
         shape = self.operators.specs[name].shape
         prefixes = ("", *STATE_PREFIXES)
         return [(p + name, TensorInfo(shape, i.dtype)) for p in prefixes if (i := self.source.tensors.get(p + name))]
 
     def _weights(self, prefix: str, name: str, filled: FilledRegion) -> torch.Tensor | float:
-        """Weights or masters of one region. A rounded weight that changes is rounded from its fp32 master."""
+        """Weights or masters of one region. A low-precision weight that changes is rounded from its fp32 master."""
         content = filled.content
         if isinstance(content, Constant):
             return content.value
@@ -89,7 +89,7 @@ class GrownCheckpoint(LogicalCheckpoint):
         return values * content.scale
 
     def _moments(self, prefix: str, name: str, filled: FilledRegion) -> torch.Tensor | float:
-        """Moments of one region: they go the other way than the weights' scale, and start at zero where new."""
+        """Moments of one region: scaled inversely to the weights, zero where new."""
         content = filled.content
         if not isinstance(content, Old) or content.copy:
             return 0.0
@@ -98,7 +98,7 @@ class GrownCheckpoint(LogicalCheckpoint):
 
 
 def axis_mean(values: torch.Tensor, axis: int) -> torch.Tensor:
-    """Mean over `axis` (kept with size 1), summed in float64 by halves: the same bits however the rest is cut."""
+    """Mean over `axis` (kept with size 1), summed pairwise in float64: the same bits however the region is cut."""
     size, total = values.shape[axis], values.double()
     while (n := total.shape[axis]) > 1:
         half = n // 2
@@ -108,7 +108,7 @@ def axis_mean(values: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 def growth_record(source: LogicalCheckpoint, plan: GrowthPlan) -> GrowthRecord:
-    """Where a grown checkpoint comes from: the plan, the source's checksum and place, the code's version."""
+    """The record of a growth: the plan, the source's hash and path, the program's version."""
     text = json.dumps(source.manifest, sort_keys=True, default=str)
     at = recorded_position(source.manifest)
     return GrowthRecord(

@@ -17,11 +17,11 @@ FOLDABLE = {"ffn", "heads"}
 
 
 def folded(source: LogicalCheckpoint, fold: bool) -> LogicalCheckpoint:
-    """`source` with its masks folded in if `fold`; refused without.
+    """`source` with its masks folded in if `fold`, else refused.
 
-    Masks on feed-forward units and heads multiply what single rows (or columns) of weights put out, so they can be
-    moved into these. A mask on the hidden size changes the norms, one on layers blends input and output: no weights
-    do the same.
+    Masks on feed-forward units and heads scale the outputs of single rows or columns of weights, so the weights can
+    take them up. A mask on the hidden size changes the norms and one on layers blends input and output, which no
+    weights can do.
 
     Raises:
         RequestError: the masks are not fully open and folding was not asked for, or cannot be done.
@@ -40,12 +40,12 @@ def folded(source: LogicalCheckpoint, fold: bool) -> LogicalCheckpoint:
 
 
 def without_mask(source: LogicalCheckpoint, fold: bool) -> LogicalCheckpoint:
-    """The source itself where its masks are open or it has none, else `folded`. Raises RequestError as that does."""
+    """The source itself if it has no masks or they are open, else `folded`. Raises RequestError as that does."""
     return source if saved_mask_value(source.manifest) == 1 else folded(source, fold)
 
 
 class FoldedMask(LogicalCheckpoint):
-    """Weights of `source` times factors along one axis: {name: (axis, factors along it)}; no optimizer state."""
+    """Weights of `source` times factors along one axis: {name: (axis, factors)}; no optimizer state."""
 
     def __init__(self, source: LogicalCheckpoint, factors: dict[str, tuple[int, torch.Tensor]]) -> None:
         self.source, self.factors = source, factors
@@ -74,10 +74,10 @@ def _factors(plan: GrowthPlan, v: float) -> dict[str, tuple[int, torch.Tensor]]:
 
 
 def _is_masked(plan: GrowthPlan, axis: Axis) -> bool:
-    """Whether a mask of the plan hides what lies along this axis: outputs of feed-forward units; heads, on both sides.
+    """Whether a mask of the plan applies along this axis: outputs of feed-forward units; heads, on both sides.
 
-    Queries of new heads and everything of new groups are times v; what new heads of old groups put out, too, because
-    their keys and values are old.
+    Queries of new heads and all of new groups are multiplied by v. So are the outputs of new heads in old groups,
+    because the keys and values of these are old.
     """
     if axis.unit is Unit.FFN:
         return "ffn" in plan.masked and axis.side == "out"

@@ -1,8 +1,8 @@
-"""Growth as arithmetic on regions: any region of a grown tensor as regions that each come from one source.
+"""Growth as arithmetic on regions: cuts a region of a grown tensor into regions that each have one source.
 
 `docs/growth.md` derives the rules. In short: old weights stay in the top-left block (times a scale where a norm or a
 multiplier changes); new weights are drawn as for a fresh model of the new shape; under `zero`, new weights that would
-write into what the old model computes are zero instead.
+write into old activations are zero instead.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Old:
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean over `axis` of the old tensor's `region` times `scale`, the same for every new index along that axis."""
+    """The mean over `axis` of the old tensor's `region`, times `scale`; the same for every new index along that
+    axis."""
 
     region: Region
     axis: int
@@ -37,14 +38,14 @@ class Mean:
 
 @dataclass(frozen=True)
 class Constant:
-    """New values that are all the same."""
+    """New values that are all equal."""
 
     value: float
 
 
 @dataclass(frozen=True)
 class Fresh:
-    """Truncated normal values, a function of seed, tensor name and global index."""
+    """Truncated normal values: a function of seed, tensor name and global index."""
 
     std: float
 
@@ -61,7 +62,7 @@ class FilledRegion:
 
 
 class Operators:
-    """What fills the regions of every tensor of one growth."""
+    """Says what fills each region of every tensor of one growth."""
 
     def __init__(self, plan: GrowthPlan) -> None:
         self.plan = plan
@@ -111,8 +112,8 @@ class Operators:
     def _zero_hidden(self, spec: ParameterSpec, segments: tuple[Segment, ...]) -> Content:
         """What writes into new hidden channels: zero; under LayerNorm the mean of the old channels.
 
-        LayerNorm subtracts the mean over all channels: new channels that hold the old mean leave it as it is, and are
-        zero once it is subtracted. RMSNorm subtracts nothing.
+        LayerNorm subtracts the mean over all channels: new channels that hold the old mean leave it unchanged and are
+        zero after the subtraction. RMSNorm subtracts nothing.
         """
         axis = spec.find(Unit.HIDDEN, "out")
         assert axis is not None

@@ -1,7 +1,7 @@
-"""Adam's step at which each entry of a grown model was added, its step offset: a function of the growths behind it.
+"""Adam's step at which each entry of a grown model was added, its step offset: it follows from the growths so far.
 
-Offsets are not stored value by value: the plans in a checkpoint's manifest say which regions a growth added, so any
-layout computes its own part when it loads.
+Offsets are not stored: the plans in a checkpoint's manifest say which regions a growth added, so each rank computes
+those of its shard.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ def has_moments(checkpoint: LogicalCheckpoint) -> bool:
 
 
 def earlier_growth(checkpoint: LogicalCheckpoint, grows: bool) -> dict[str, Any]:
-    """What a stage that starts from or resumes `checkpoint` keeps of it in its manifests, unless the stage `grows`
-    itself: the growth that its step offsets follow from, if it has any."""
+    """What the manifests of a stage that starts from or resumes `checkpoint` keep of its growth.
+
+    The growth that its step offsets follow from, if it has any; nothing if the stage `grows` itself.
+    """
     growth = growth_behind(checkpoint.manifest)
     if growth is None or grows or not has_moments(checkpoint) or not has_step_offsets(growth):
         return {}
@@ -55,9 +57,10 @@ def step_offsets(growth: GrowthRecord | None, name: str, region: Region) -> torc
 
 
 def load_step_offsets(checkpoint: LogicalCheckpoint, chunks: Sequence[ModelChunk], optimizer: Optimizer) -> None:
-    """Give a loaded optimizer the step offsets that its AdamW counts bias correction from, unless all are 0.
+    """Set the step offsets of a loaded optimizer's AdamW, unless all are 0.
 
-    Call it after `load_state`, with the same checkpoint. One without moments starts Adam anew, from offset 0.
+    Call it after `load_state`, with the same checkpoint. Without moments in the checkpoint Adam starts anew, from
+    offset 0.
 
     Raises:
         RequestError: a growth asked for step offsets, but the optimizer is Transformer Engine's or Apex's.
