@@ -26,8 +26,8 @@ from flm_megatron.model.teleflm import TeleFLM
 def build_model(model: ModelConfig, stage: StageConfig) -> list[TeleFLM]:
     """Model chunks of this pipeline rank in the order of execution: one for each virtual pipeline stage.
 
-    megatron-core's `parallel_state` must be initialised with the sizes of `stage.parallel`. `model` is the stage's
-    own, its vocabulary size known. All parameters are zero but for norm weights: load a checkpoint into them.
+    megatron-core's `parallel_state` must be initialised with the sizes of `stage.parallel`. `model` is the stage's own,
+    with its vocabulary size. All parameters but norm weights are zero: load a checkpoint into them.
 
     Raises:
         RequestError: the vocabulary size is not known, or the layers do not split over the pipeline as asked.
@@ -61,11 +61,11 @@ def build_model(model: ModelConfig, stage: StageConfig) -> list[TeleFLM]:
 
 @torch.no_grad()
 def _prepare_parameters(chunk: TeleFLM) -> None:
-    """Zero what the engine has left unset, and mark what is split over tensor-parallel ranks.
+    """Zero what the engine left uninitialised, and mark parameters that are split over tensor-parallel ranks.
 
     The engine sets the marks only together with initial weights; without them the gradient norm would count split
-    matrices on one rank only. Rows of padding ids must be finite: their logits are discarded, but 0 times their
-    weight still enters the gradient of the hidden state.
+    matrices on one rank only. Rows of padding ids must be finite: their logits are discarded, but 0 times their weight
+    still enters the gradient of the hidden state.
     """
     for module in chunk.modules():
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):

@@ -1,4 +1,4 @@
-"""The engine's configuration of one stage."""
+"""megatron-core's configuration of one stage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class EngineConfig(TransformerConfig):
-    """megatron-core's configuration, and what our own modules read besides."""
+    """megatron-core's configuration, with the fields that our own modules read."""
 
     recompute_norms_and_mlp: bool = False
     """Compute the norms and the feed-forward layers again in the backward pass (`recompute: selective`).
@@ -37,14 +37,14 @@ class EngineConfig(TransformerConfig):
     lora: LoraConfig | None = None
     """Adapters of the linear layers."""
     fp8_scaling: fp8.Scaling | None = None
-    """FP8 products in the linear layers; none runs them in `params_dtype`. (The engine's `fp8` is Transformer
-    Engine's.)"""
+    """Scaling of FP8 products in the linear layers; none computes them in `params_dtype`. (The engine's own `fp8` is
+    Transformer Engine's.)"""
 
 
 def transformer_config(stage: StageConfig) -> EngineConfig:
-    """Engine configuration of `stage`, with what the current device needs.
+    """megatron-core's configuration of `stage` for the current device.
 
-    Weights are allocated but not initialised: they come out of a checkpoint, under every layout alike.
+    Weights are allocated but not initialised: they come from a checkpoint, under every layout alike.
 
     Raises:
         RequestError: the layers cannot be split over the pipeline as asked, or Transformer Engine or FP8 is asked

@@ -1,4 +1,4 @@
-"""Forward passes through the pipeline, without gradients: what evaluation, generation and certificates run."""
+"""Forward passes through the pipeline without gradients, for evaluation, generation and certificates."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids [batch, sequence], all batches of one call alike; `labels` of the same shape ask for losses instead
-    of logits; `hidden` [batch, 1, sequence, keys] is true where attention must not look; `weights` [batch, sequence]
-    travel along."""
+    """Token ids [batch, sequence], of one shape in all batches of a call.
+
+    With `labels` of the same shape the output is losses instead of logits; `hidden` [batch, 1, sequence, keys] is true
+    where attention must not look; `weights` [batch, sequence] are passed on to `finish`.
+    """
 
     tokens: Tensor
     labels: Tensor | None = None
@@ -33,7 +35,8 @@ class Batch:
 def forward(
     chunk: ModelChunk, batches: Iterable[Batch], count: int, finish: Callable[[Batch, Tensor], Result]
 ) -> list[Result]:
-    """Run `count` batches of one shape through the pipeline; results of `finish` on its last rank, nothing elsewhere.
+    """Run `count` batches of one shape through the pipeline; returns results of `finish` on its last rank, else
+    nothing.
 
     `finish(batch, output)` gets losses [batch, sequence] in nats, or logits [batch, positions, true vocabulary] on
     every tensor-parallel rank.
@@ -52,7 +55,7 @@ def forward(
         output = model(batch.tokens.to(device), None, hidden, labels=labels, runtime_gather_output=labels is None)
 
         def done(result: Tensor) -> tuple[Tensor, Tensor, Result]:
-            """Nothing to minimise, and what `finish` makes of the output."""
+            """A loss of zero, and the result of `finish`."""
             shown = result if labels is not None else result[..., : model.true_vocab_size]
             return result.new_zeros(()), torch.ones((), dtype=torch.int, device=result.device), finish(batch, shown)
 

@@ -1,8 +1,8 @@
-"""Linear layers of the engine whose three matrix products run in FP8, split over tensor-parallel ranks as before.
+"""The engine's linear layers with their three matrix products in FP8, split over tensor-parallel ranks as before.
 
 Weights, activations and gradients stay in the training precision and are cast for each product. With `tensorwise`
-scaling the largest value is that of the whole matrix, over all ranks that hold a shard of it, so that a layout
-changes no scale; with `rowwise` scaling a row that is split between ranks is scaled shard by shard.
+scaling the largest value is taken over the whole matrix, that is over all ranks that hold a shard of it, so that a
+layout changes no scale; with `rowwise` scaling each shard of a split row has its own scale.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flm_megatron.kernels.autograd import Context
 def in_fp8(base: type, scaling: fp8.Scaling | None, column: bool) -> type:
     """The engine's (or our adapted) linear layer `base`, with products in FP8 unless `scaling` is none.
 
-    `column` says that its output is split over tensor-parallel ranks; else its input is.
+    With `column` its output is split over tensor-parallel ranks, else its input.
     """
     if scaling is None:
         return base
@@ -30,7 +30,7 @@ def in_fp8(base: type, scaling: fp8.Scaling | None, column: bool) -> type:
 
 
 class _Fp8Products:
-    """What takes the place of the products in the engine's linear layers."""
+    """Replaces the products in the engine's linear layers."""
 
     scaling: fp8.Scaling
     column: bool
@@ -45,7 +45,7 @@ class _Fp8Products:
         sequence_parallel: bool,
         **_: Any,
     ) -> Tensor:
-        """input weight^T + bias [sequence, batch, output shard], as the engine's functions of these arguments."""
+        """input weight^T + bias [sequence, batch, output shard], with the signature of the engine's functions."""
         how = _How(self.scaling, self.column, self.tp_group, sequence_parallel, allreduce_dgrad)
         output = _Fp8Linear.apply(input, weight, how)
         return output if bias is None else output + bias
@@ -101,7 +101,7 @@ class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of input and weight; exchanges run beside the products, as in the engine's own layers."""
+        """Gradients of input and weight; communication overlaps with the products, as in the engine's own layers."""
         x, weight, amax_x, amax_weight = ctx.saved_tensors
         how, learns, rows, gathered = ctx.how, ctx.needs_input_grad[1], x, None
         if how.gather and learns:
@@ -130,14 +130,13 @@ class _Fp8Linear(torch.autograd.Function):
 
 
 def _gather(x: Tensor, group: Any, wait: bool = True) -> tuple[Tensor, Any]:
-    """All shards of a sequence [sequence shard, batch, channels], and what to wait for unless that is done."""
+    """All shards of a sequence [sequence shard, batch, channels], and the handle to wait on if not `wait`."""
     whole = torch.empty(x.size(0) * group.size(), *x.shape[1:], dtype=x.dtype, device=x.device)
     return whole, dist.all_gather_into_tensor(whole, x.contiguous(), group=group, async_op=not wait)
 
 
 def _reduce(grad: Tensor, x: Tensor, how: _How) -> tuple[Tensor, Any]:
-    """The gradient summed over ranks, in the shape of `x`, and what to wait for; as it is where nothing is to be
-    summed."""
+    """The gradient summed over ranks, in the shape of `x`, with the handle to wait on; unchanged if there is no sum."""
     if how.gather:
         shard = torch.empty_like(x, memory_format=torch.contiguous_format)
         return shard, dist.reduce_scatter_tensor(shard, grad, group=how.group, async_op=True)

@@ -1,7 +1,7 @@
 """Weight gradients that megatron-core's linear layers add straight to the fp32 gradient buffers.
 
-The engine has the code for it (`gradient_accumulation_fusion`) and calls two functions of an extension of Apex. Here
-they are the operation `weight_gradient` of our kernels, which need no Apex.
+The engine has the code path (`gradient_accumulation_fusion`), which calls two functions of an Apex extension. Here they
+are our kernel operation `weight_gradient`, which does not need Apex.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flm_megatron.engine.tensor_parallel import ColumnParallelLinear, RowParalle
 
 
 def install_weight_gradient() -> None:
-    """Put our operation where megatron-core's linear layers look for the extension of Apex."""
+    """Install our operation where megatron-core's linear layers look for Apex's extension."""
     tensor_parallel.install_weight_gradient(_accumulate)
 
 

@@ -17,8 +17,8 @@ from flm_megatron.model.norms import RMSNorm
 class TeleFLMLayer(TransformerLayer):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
-    The engine's layer, with a forward pass of its own: what it leaves out (cross attention, experts, inference
-    kernels) Tele-FLM does not have.
+    The engine's layer with a forward pass of its own, without what Tele-FLM does not have: cross attention, experts,
+    inference kernels.
     """
 
     def forward(
@@ -30,7 +30,7 @@ class TeleFLMLayer(TransformerLayer):
         packed_seq_params: Any = None,
         **unused: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Output [sequence, batch, hidden] of the layer, and `context` as it came."""
+        """Output [sequence, batch, hidden] of the layer, and `context` unchanged."""
         recompute = self.config.recompute_norms_and_mlp and self.training and torch.is_grad_enabled()
         attended = self._attention(hidden_states, recompute, attention_mask, rotary_pos_emb, packed_seq_params)
         if recompute or attended[1] is not None or not isinstance(self.pre_mlp_layernorm, RMSNorm):
@@ -72,7 +72,7 @@ class TeleFLMLayer(TransformerLayer):
 
 
 class GatedMLP(MLP):
-    """linear_fc2(silu(gate) * up), gate and up being the two halves of linear_fc1's output."""
+    """linear_fc2(silu(gate) * up); gate and up are the two halves of linear_fc1's output."""
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **unused: Any

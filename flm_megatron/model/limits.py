@@ -1,4 +1,4 @@
-"""Sizes that a model in a foreign file may have: far above any that was trained, far below what a table can hold."""
+"""Limits on the sizes of a model in a foreign file: far above any trained model, low enough for the parameter table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LARGEST_VOCABULARY = 2**27
 
 
 def check_limits(model: ModelConfig, where: str) -> ModelConfig:
-    """`model`, whose tables (`parameter_specs`) can be made. Raises RequestError, naming `where` and the field."""
+    """Return `model` if its sizes are within the limits; raise RequestError, naming `where` and the field, if not."""
     limits = (
         ("num_layers", model.num_layers, MOST_LAYERS),
         ("hidden_size", model.hidden_size, LARGEST_HIDDEN),

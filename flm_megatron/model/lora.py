@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): linear layers whose frozen weight W learns as W + alpha / rank x B A.
 
-Under tensor parallelism the factor on the side that W is split is split with it, the other is on every rank; what is
-added up or gathered between ranks has the width of the rank, not of the layer.
+Under tensor parallelism the factor on the side on which W is split is split with it; the other is on every rank.
+Communication is of the width of the rank of B A, not of the layer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from flm_megatron.model.parameters.names import logical_name
 
 
 def linear(base: type, target: str, lora: LoraConfig | None) -> type:
-    """The class of the linear layer `target`: `base`, or `base` with adapters if `lora` names it."""
+    """The class of the linear layer `target`: `base`, with adapters if `lora` names it."""
     if lora is None or target not in lora.targets:
         return base
     adapted = {ColumnParallelLinear: AdaptedColumnParallelLinear, RowParallelLinear: AdaptedRowParallelLinear}[base]

@@ -1,8 +1,8 @@
-"""Growth masks: what hides new units of a grown model until they are let in.
+"""Growth masks, which hide new units of a grown model and fade them in.
 
-The masks of MSG (Yao et al., arXiv 2305.02869) are 1 on old units and v on new ones. They are put on a built model
-from outside, as hooks, and taken off again when v reaches 1: from then on the modules run exactly as without masks.
-Masked units are hidden on both sides, so at v = 0 they get no gradient: the first step trains old units only.
+The masks of MSG (Yao et al., arXiv 2305.02869) are 1 on old units and v on new ones. They are installed on a built
+model as hooks and removed when v reaches 1: from then on the modules run exactly as without masks. Masked units are
+hidden on both sides, so at v = 0 they get no gradient: the first step trains old units only.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Mask:
         self.values = torch.ones(old.shape, device=self.new.device)
 
     def set(self, v: float) -> None:
-        """Open to v."""
+        """Open the mask to v."""
         self.values[self.new] = v
 
     def hide(self, x: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class Mask:
 class GrowthMasks:
     """The masks on the model chunks of this rank, closed (v = 0) until `set` opens them.
 
-    `model` is the grown model, `chunks` what `build_model` gave (wrapped for data parallelism or not). Works under
+    `model` is the grown model, `chunks` the result of `build_model` (wrapped for data parallelism or not). Works under
     every layout: each rank masks its own shard of heads and feed-forward units.
 
     Raises:
@@ -66,11 +66,11 @@ class GrowthMasks:
 
     @property
     def installed(self) -> bool:
-        """Whether any mask is still on the model."""
+        """Whether any mask is still installed."""
         return bool(self._handles or self._norms)
 
     def set(self, v: float) -> None:
-        """Open to v in [0, 1]; at 1 everything is taken off for good."""
+        """Open the masks to v in [0, 1]; at 1 they are removed for good."""
         assert 0.0 <= v <= 1.0
         assert v == 1.0 or self.v < 1.0, "masks that were taken off do not come back"
         self.v = v

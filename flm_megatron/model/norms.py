@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm that take part in sequence parallelism."""
+"""RMSNorm and LayerNorm for sequence parallelism."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RMSNorm(nn.Module):
         self.weight = _parameter(hidden_size, config, 1.0)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        """Normalise x [sequence, batch, hidden]; with a residual, normalise their sum, and return it beside."""
+        """Normalise x [sequence, batch, hidden]; with a residual, normalise their sum and return it too."""
         if residual is None:
             return kernels.rms_norm(x, self.weight, self.eps)
         return kernels.add_rms_norm(x, residual, self.weight, self.eps)

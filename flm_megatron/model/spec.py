@@ -1,4 +1,4 @@
-"""Which modules a layer is made of."""
+"""The modules that a layer is made of."""
 
 from __future__ import annotations
 

@@ -27,11 +27,11 @@ from flm_megatron.model.spec import block_spec
 
 
 class TeleFLM(GPTModel):
-    """A decoder with Tele-FLM's two multipliers, whose padding ids cannot be predicted.
+    """A decoder with Tele-FLM's two multipliers, which never predicts padding ids.
 
-    The embedding output is multiplied by `input_mult`, the final hidden state by `logit_multiplier` before the
-    head. Logits of ids from the true vocabulary size on are -inf, so that no padding changes the loss; the rows
-    behind them get zero gradients.
+    The embedding output is multiplied by `input_mult`, the final hidden state by `logit_multiplier` before the head.
+    Logits of ids from the true vocabulary size on are -inf, so padding does not change the loss and the rows behind it
+    get zero gradients.
     """
 
     def __init__(
@@ -91,10 +91,10 @@ class TeleFLM(GPTModel):
 
     @contextmanager
     def cached(self, capacity: int) -> Iterator[KeyValueCache]:
-        """While the block runs, forward passes go on where the last one ended, one sequence after another.
+        """During the block each forward pass continues where the last one ended, one sequence after another.
 
-        The model must be built without sequence parallelism, from this program's own attention. With a cache it
-        gives the logits of the last position only.
+        The model must be built without sequence parallelism, from this program's own attention. With a cache it gives
+        the logits of the last position only.
         """
         layers = [module for module in self.modules() if isinstance(module, CoreAttention)]
         assert layers and not self.config.sequence_parallel
@@ -144,7 +144,7 @@ class TeleFLM(GPTModel):
         return losses if loss_mask is None else (losses * loss_mask).sum()
 
     def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """What is minimised of each token [sequence, batch]; overwrites the logits in the backward pass."""
+        """The value to minimise for each token [sequence, batch]; overwrites the logits in the backward pass."""
         # Nothing else reads the logits, so their gradient may take their place.
         losses = kernels.cross_entropy(logits, labels.t(), self.true_vocab_size, self.pg_collection.tp, overwrite=True)
         if self.training and self.config.z_loss:
@@ -154,7 +154,7 @@ class TeleFLM(GPTModel):
         return losses
 
     def _fuses(self, hidden_states: Tensor) -> bool:
-        """Whether head and loss are one operation; the z-loss needs the logits."""
+        """Whether head and loss run as one operation; the z-loss needs the logits."""
         if self.training and self.config.z_loss:
             return False
         return kernels.fuses_head_and_loss(hidden_states, self.output_layer.weight)

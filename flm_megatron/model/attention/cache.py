@@ -1,4 +1,4 @@
-"""Keys and values of the positions that a model has seen, so that generation computes each position once."""
+"""Keys and values of past positions, so that generation computes each position once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class KeyValueCache:
-    """What the attention layers of one model chunk have seen: up to `capacity` positions.
+    """Keys and values of one model chunk's attention layers, for up to `capacity` positions.
 
     Each forward pass calls `begin` once, then every layer `append`.
     """
@@ -18,7 +18,7 @@ class KeyValueCache:
         self._stored: dict[int, tuple[Tensor, Tensor]] = {}
 
     def begin(self, positions: int) -> slice:
-        """Open a forward pass over the next `positions` positions; returns where they lie."""
+        """Start a forward pass over the next `positions` positions; returns their indices."""
         assert self.length + positions <= self.capacity, "the cache was made for fewer positions"
         self._start, self.length = self.length, self.length + positions
         return slice(self._start, self.length)

@@ -1,4 +1,4 @@
-"""Core attention over torch's scaled dot product, which never builds the matrix of scores where it can avoid it."""
+"""Core attention on torch's scaled dot product, which avoids building the matrix of scores where it can."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ XPOS_SMOOTHING = 0.4
 
 
 class CoreAttention(nn.Module):
-    """Causal attention with grouped queries; takes the place of megatron-core's DotProductAttention.
+    """Causal attention with grouped queries; replaces megatron-core's DotProductAttention.
 
-    The scale is 1/sqrt(channels) unless `softmax_scale` is given. Heads may be split over tensor-parallel ranks:
-    each rank calls this with its own.
+    The scale is 1/sqrt(channels) unless `softmax_scale` is given. Heads may be split over tensor-parallel ranks: each
+    rank passes its own.
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class CoreAttention(nn.Module):
     ) -> Tensor:
         """Attention output [sequence, batch, heads x channels].
 
-        `query` is [sequence, batch, heads, channels], `key` and `value` have query groups in place of heads.
-        Position i sees positions up to i; `attention_mask` [batch or 1, 1, sequence, keys] is true where it must
-        not look besides. With a cache the keys are those of all positions so far, the queries the last of them.
+        `query` is [sequence, batch, heads, channels], `key` and `value` have query groups in place of heads. Position i
+        sees positions up to i, except where `attention_mask` [batch or 1, 1, sequence, keys] is true. With a cache the
+        keys are those of all positions so far, and the queries belong to the last ones.
         """
         if self.cache is not None:
             key, value = self.cache.append(self.layer_number, key, value)
@@ -74,7 +74,7 @@ class CoreAttention(nn.Module):
 
 
 def _allowed(attention_mask: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:
-    """True where a query, the last `queries` of `keys` positions, may look."""
+    """True where a query may look; the queries are the last `queries` of `keys` positions."""
     causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     return causal if attention_mask is None else causal & ~attention_mask
 

@@ -1,4 +1,4 @@
-"""Self-attention that rotates queries and keys where they lie in the packed projection."""
+"""Self-attention that rotates queries and keys in place in the packed projection."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from flm_megatron.engine.transformer import SelfAttention
 
 
 class PackedSelfAttention(SelfAttention):
-    """The engine's self-attention, with query groups folded into the batch instead of queries being copied out.
+    """The engine's self-attention, with query groups folded into the batch instead of queries copied out.
 
-    What it leaves out of the engine's forward pass (inference contexts, output gates, norms of queries and keys)
-    Tele-FLM does not have.
+    It skips what Tele-FLM does not have: inference contexts, output gates, norms of queries and keys.
     """
 
     def forward(
@@ -47,13 +46,14 @@ class PackedSelfAttention(SelfAttention):
         return self.linear_proj(output.view(sequence, batch, -1))
 
     def _own_queries(self, query: Tensor) -> Tensor:
-        """This rank's queries of a group that several ranks share."""
+        """This rank's queries of a query group that several ranks share."""
         sharing = self.world_size // self.config.num_query_groups
         return query.chunk(sharing, dim=2)[parallel_state.get_tensor_model_parallel_rank() % sharing]
 
 
 @lru_cache(maxsize=2)
 def _tables(angles: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [sequence, channels / 2]; the engine gives one tensor of angles to all layers and steps."""
+    """Cosines and sines [sequence, channels / 2]; the engine passes the same tensor of angles to all layers and
+    steps."""
     half = angles[:, 0, 0, : angles.size(-1) // 2]
     return half.cos(), half.sin()

@@ -16,7 +16,7 @@ def padded_vocab_size(vocab_size: int, tensor: int) -> int:
 
 
 class Unit(Enum):
-    """What an axis counts; the value is the word for what a cut goes between."""
+    """What an axis counts; the value is the word for it in error messages about cuts."""
 
     LAYER = "layers"
     VOCABULARY = "tokens"
@@ -32,17 +32,17 @@ class Cut(Enum):
     """How tensor parallelism divides an axis over T ranks."""
 
     WHOLE = "whole"
-    """Not at all: every rank has all of it."""
+    """Not cut: every rank has all of it."""
     BANDS = "bands"
     """Every band evenly: a rank has 1/T of each band, one after the other."""
     GROUPS = "groups"
     """Between groups: a rank has 1/T of the groups, whole."""
     PADDED = "padded"
-    """Evenly, once padding at the end has made it divisible; the padding belongs to nobody."""
+    """Evenly, after padding at the end has made it divisible; the padding is part of no shard."""
 
 
 Side = Literal["out", "in"]
-"""Whether the axis counts what a matrix gives or what it takes."""
+"""Whether the axis counts a matrix's outputs or its inputs."""
 
 BandName = Literal["", "gate", "up", "query", "key", "value"]
 
@@ -81,7 +81,7 @@ class Axis:
 
     @property
     def size(self) -> int:
-        """Indices in all."""
+        """All indices."""
         return self.groups * self.group_size
 
     def padded_size(self, tensor: int) -> int:
@@ -89,7 +89,7 @@ class Axis:
         return padded_vocab_size(self.size, tensor) if self.cut is Cut.PADDED else self.size
 
     def indivisible(self, tensor: int) -> int | None:
-        """The number of units that `tensor` ranks cannot share evenly; none if they can, or need not."""
+        """The number of units that cannot be split evenly over `tensor` ranks; none if it can, or need not."""
         counts = {Cut.BANDS: [band.size for band in self.bands], Cut.GROUPS: [self.groups]}.get(self.cut, [])
         return next((count for count in counts if count % tensor), None)
 

@@ -1,4 +1,4 @@
-"""Names of logical parameters in module trees, where every layer has its own and norms may be their own modules."""
+"""Names of logical parameters in module trees, where each layer has its own parameters and norms may be own modules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from flm_megatron.model.parameters.spec import ParameterSpec
 
 LAYERS = "decoder.layers."
-"""What the names of all parameters in layers start with; the number of the layer comes next in a module tree."""
+"""Prefix of the names of all parameters in layers; in a module tree the layer's number follows."""
 
 _WRAPPERS = re.compile(r"^.*?(?=\b(?:embedding|decoder|output_layer)\.)")
 _LAYER_NUMBER = re.compile(rf"^{re.escape(LAYERS)}(\d+)\.")

@@ -1,4 +1,4 @@
-"""What one logical parameter is: one row of the table."""
+"""One row of the table: one logical parameter."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class ParameterSpec:
     """One logical parameter.
 
     `axes` say what its global shape counts and how tensor parallelism cuts it; if the first counts layers, the
-    parameters of all layers are stacked on it. `value` is what it is of its module, the last word of its name.
-    `init_std` is the standard deviation of the truncated normal it starts from; at 0 it starts at the constant
-    `init_mean`. `lr_scale` multiplies the learning rate of its kind (muP: 1/m for matrices). One that is not
-    `trained`, beside adapters, has no optimizer state. `module_name` is its name in a module tree, without the
-    layer's number, where that may differ: checkpoints name the norms of a layer after the linear layer that reads
-    them, as Transformer Engine's fused modules do.
+    parameters of all layers are stacked on it. `value` is the last word of its name, such as `weight`. `init_std` is
+    the standard deviation of the truncated normal it starts from; at 0 it starts at the constant `init_mean`.
+    `lr_scale` multiplies the learning rate of its kind (muP: 1/m for matrices). A parameter that is not `trained`,
+    beside adapters, has no optimizer state. `module_name` is its name in a module tree, without the layer's number, if
+    that differs: checkpoints name the norms of a layer after the linear layer that reads them, as Transformer Engine's
+    fused modules do.
     """
 
     name: str
