@@ -12,9 +12,9 @@ DEEPEST = 100
 """Brackets in brackets: more is nothing that this program reads, and what prints or compares it would fail."""
 MOST_DIGITS = 18  # of an integer, so that it fits into 64 bits
 Json = Any
-"""Any value as it was parsed from JSON or YAML: their readers give it no type."""
+"""A JSON or YAML value as it was parsed: their readers give it no type."""
 JsonObject = dict[str, Any]
-"""A JSON object as it was parsed: json gives its values no type."""
+"""A JSON or YAML object as it was parsed: their readers give its values no type."""
 
 
 def parse_json(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 from flm_megatron.config.schema import RunConfig, StageConfig
 
 DEFAULTS = "defaults"
 """Key at the top of a run file whose fields are merged under every stage."""
 
-WORDS = {int: "integer", float: "number", str: "text", bool: "true or false", NoneType: "null"}
+WORDS: dict[object, str] = {int: "integer", float: "number", str: "text", bool: "true or false", NoneType: "null"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Field:
 
     path: str
     type: str
-    default: Any
+    default: object
     help: str
 
 
@@ -39,7 +39,7 @@ def all_fields(owner: type = RunConfig, prefix: str = "") -> Iterator[Field]:
             yield from all_fields(section, f"{path}.")
 
 
-def type_words(annotation: Any) -> str:
+def type_words(annotation: object) -> str:
     """What a value of this type is, in words."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Literal:
@@ -57,7 +57,7 @@ def type_words(annotation: Any) -> str:
     return WORDS[annotation]
 
 
-def section_of(annotation: Any) -> type | None:
+def section_of(annotation: object) -> type | None:
     """The dataclass that an annotation is, or holds as an option or in a list; none for a plain value."""
     if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         return annotation
@@ -65,14 +65,14 @@ def section_of(annotation: Any) -> type | None:
     return next((section for section in found if section), None)
 
 
-def resolve_field(location: Sequence[str | int]) -> tuple[str, Any]:
+def resolve_field(location: Sequence[str | int]) -> tuple[str, object]:
     """Dotted path and annotation of the deepest field on the way to `location`, such as ("stages", 0, "tokens").
 
     Inside a list of sections the path keeps the index; inside a list of values it ends at the list.
     """
     owner: type | None = RunConfig
     path: list[str] = []
-    annotation: Any = RunConfig
+    annotation: object = RunConfig
     for part in location:
         if part == DEFAULTS and owner is RunConfig:
             path.append(part)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from flm_megatron.errors import DamagedError
+from flm_megatron.json_text import Json
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -66,7 +66,7 @@ class Segment:
         return self.global_batch * self.sequence_length
 
     @property
-    def mixture(self) -> tuple[Any, ...]:
+    def mixture(self) -> tuple[int, dict[str, tuple[float | None, float | None]]]:
         """What the order of samples depends on, besides the seed and where it started: length and shares."""
         return self.sequence_length, {source.name: source.amount for source in self.sources}
 
@@ -83,12 +83,12 @@ History = tuple[Segment, ...]
 _HISTORY = TypeAdapter(History)
 
 
-def history_to_json(history: Sequence[Segment]) -> list[dict[str, Any]]:
+def history_to_json(history: Sequence[Segment]) -> list[dict[str, object]]:
     """The history as plain data, for a manifest."""
     return [asdict(segment) for segment in history]
 
 
-def history_from_json(data: Any, where: str) -> History:
+def history_from_json(data: Json, where: str) -> History:
     """The history that `history_to_json` wrote; `where` names it in errors.
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.errors import Mistakes, RequestError
@@ -26,9 +25,9 @@ def expand_paths(run: RunConfig, source: str) -> None:
         raise Mistakes(mistakes, source)
 
 
-def _paths(run: RunConfig) -> Iterator[tuple[Any, str, str]]:
+def _paths(run: RunConfig) -> Iterator[tuple[object, str, str]]:
     """Section, field and dotted path of every path that is given."""
-    fields: list[tuple[Any, str, str]] = [
+    fields: list[tuple[object, str, str]] = [
         (run, "output", "output"),
         (run, "tokenizer", "tokenizer"),
         (run.data, "cache", "data.cache"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -16,6 +15,7 @@ from flm_megatron.config.presets import load_preset
 from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.config.yaml_text import format_yaml, parse_yaml, read_yaml
 from flm_megatron.errors import Mistakes, RequestError
+from flm_megatron.json_text import Json, JsonObject
 
 _RUN = TypeAdapter(RunConfig)
 _STAGE = TypeAdapter(StageConfig)
@@ -55,7 +55,7 @@ def _read(source: str) -> str:
         raise RequestError(f"{source}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
-def _merged(document: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _merged(document: JsonObject) -> tuple[JsonObject, list[str]]:
     """The document with presets and defaults merged into its stages and both keys gone, and what is wrong with them.
 
     A preset or defaults that are wrong are left out, so that they hide no other mistake.
@@ -71,7 +71,7 @@ def _merged(document: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return document, mistakes
 
 
-def _default_mistakes(defaults: Any) -> list[str]:
+def _default_mistakes(defaults: Json) -> list[str]:
     """Defaults have to make a stage by themselves, so that a mistake is named where it stands."""
     if not isinstance(defaults, dict):
         return [f"{DEFAULTS}: {defaults!r:.60} does not fit, expected the fields of a stage"]
@@ -82,7 +82,7 @@ def _default_mistakes(defaults: Any) -> list[str]:
     return []
 
 
-def _merged_stage(stage: Any, defaults: dict[str, Any], mistakes: list[str]) -> Any:
+def _merged_stage(stage: Json, defaults: JsonObject, mistakes: list[str]) -> Json:
     """One stage over its preset over the defaults; an unknown preset is added to the `mistakes`."""
     if not isinstance(stage, dict):
         return stage  # its type is refused with everything else's
@@ -97,7 +97,7 @@ def _merged_stage(stage: Any, defaults: dict[str, Any], mistakes: list[str]) -> 
     return _over(own, defaults)
 
 
-def _over(upper: dict[str, Any], lower: dict[str, Any]) -> dict[str, Any]:
+def _over(upper: JsonObject, lower: JsonObject) -> JsonObject:
     """`upper` laid over `lower`: sections key by key, anything else replaced."""
     merged = dict(lower)
     for key, value in upper.items():
@@ -106,7 +106,7 @@ def _over(upper: dict[str, Any], lower: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def run_from_dict(data: dict[str, Any], source: str = "run") -> RunConfig:
+def run_from_dict(data: JsonObject, source: str = "run") -> RunConfig:
     """The run of plain data as `run_to_dict` makes it; `source` names it in errors.
 
     Raises:
@@ -118,7 +118,7 @@ def run_from_dict(data: dict[str, Any], source: str = "run") -> RunConfig:
         raise Mistakes(explain(error), source) from None
 
 
-def run_to_dict(run: RunConfig) -> dict[str, Any]:
+def run_to_dict(run: RunConfig) -> JsonObject:
     """The run as plain data (mappings, lists, text and numbers), fit for JSON and YAML."""
     return _RUN.dump_python(run, mode="json")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from flm_megatron.config.fields import all_fields, resolve_field, section_of, type_words
 
@@ -21,11 +21,11 @@ def explain(error: ValidationError, of: tuple[str, ...] = ()) -> list[str]:
     return list(dict.fromkeys(_explain_one({**mistake, "loc": (*of, *mistake["loc"])}) for mistake in mistakes))
 
 
-def _is_unknown(mistake: Any) -> bool:
+def _is_unknown(mistake: ErrorDetails) -> bool:
     return mistake["type"] in ("unexpected_keyword_argument", "extra_forbidden")
 
 
-def _explain_one(mistake: Any) -> str:
+def _explain_one(mistake: ErrorDetails) -> str:
     location: tuple[str | int, ...] = mistake["loc"]
     if _is_unknown(mistake):
         return f"{dotted(location)}: unknown key, {_nearest_key(location)}"
@@ -40,12 +40,12 @@ def _explain_one(mistake: Any) -> str:
     return f"{place}: {_shown(value)} does not fit, expected {words}{_hint(value, words)}"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _hint(value: Any, words: str) -> str:
+def _hint(value: object, words: str) -> str:
     if words.startswith("text") and isinstance(value, int | float | bool):
         return " (put it in quotes)"
     if words.endswith("null") and value == "none":

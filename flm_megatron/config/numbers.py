@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Union, get_args, get_origin, get_type_hints
 
 import pydantic.dataclasses
 from pydantic import BeforeValidator, ConfigDict
 
-T = TypeVar("T")
 
-
-def _number(value: Any) -> Any:
+def _number(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("a boolean is not a number")
     return value
@@ -25,7 +23,7 @@ def _number(value: Any) -> Any:
 CHECK = BeforeValidator(_number)
 
 
-def checked(annotation: Any) -> Any:
+def checked(annotation: object) -> object:
     """`annotation` with the check in front of every integer and number in it, but for one beside a boolean."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if annotation in (int, float):
@@ -37,10 +35,10 @@ def checked(annotation: Any) -> Any:
     return annotation
 
 
-def number_checked(*, config: ConfigDict) -> Callable[[type[T]], type[Any]]:
+def number_checked(*, config: ConfigDict) -> Callable[[type], type]:
     """pydantic's `dataclass`, with numbers that are `checked`."""
 
-    def decorate(cls: type[T]) -> type[Any]:
+    def decorate(cls: type) -> type:
         """The class as a dataclass whose numbers are checked by their annotations."""
         hints = get_type_hints(cls, include_extras=True)
         cls.__annotations__ = {name: checked(hints[name]) for name in cls.__annotations__}

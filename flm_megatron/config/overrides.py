@@ -10,12 +10,13 @@ from typing import Any
 from flm_megatron.config.messages import nearest
 from flm_megatron.config.yaml_text import parse_yaml
 from flm_megatron.errors import RequestError
+from flm_megatron.json_text import Json, JsonObject
 
-Overrides = Sequence[str] | Mapping[str, Any]
+Overrides = Sequence[str] | Mapping[str, object]
 """Words as on the command line, or `{"stages.0.parallel.tensor": 2}`."""
 
 
-def apply_overrides(document: dict[str, Any], overrides: Overrides) -> None:
+def apply_overrides(document: JsonObject, overrides: Overrides) -> None:
     """Write overrides into the plain data of a run file, before presets and defaults are merged.
 
     Values of words are YAML, those of a mapping are themselves. An element of a list is named by its index, a stage
@@ -28,7 +29,7 @@ def apply_overrides(document: dict[str, Any], overrides: Overrides) -> None:
         _assign(document, path.split("."), value, path)
 
 
-def _values(overrides: Overrides) -> Iterator[tuple[str, Any]]:
+def _values(overrides: Overrides) -> Iterator[tuple[str, object]]:
     """Dotted path and plain value of each."""
     if isinstance(overrides, Mapping):
         for path, value in overrides.items():
@@ -54,7 +55,7 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield path, value
 
 
-def _assign(place: Any, keys: list[str], value: Any, path: str) -> None:
+def _assign(place: Json, keys: list[str], value: object, path: str) -> None:
     """Set what `keys` lead to from `place`, making sections on the way where there are none."""
     for depth, key in enumerate(keys):
         if not isinstance(place, list | dict):
@@ -68,7 +69,7 @@ def _assign(place: Any, keys: list[str], value: Any, path: str) -> None:
         place = place[index]
 
 
-def _index(items: list[Any], key: str, path: str) -> int:
+def _index(items: list[Json], key: str, path: str) -> int:
     index = element_index(items, key)
     if index is not None:
         return index
@@ -78,7 +79,7 @@ def _index(items: list[Any], key: str, path: str) -> int:
     raise RequestError(f"--{path}: no element is named {key!r}, {nearest(key, known) if known else 'give an index'}")
 
 
-def element_index(items: list[Any], key: str) -> int | None:
+def element_index(items: list[Json], key: str) -> int | None:
     """Index of the element that `key` names, by number or by name; none if there is none."""
     if key.isdigit():
         return int(key) if int(key) < len(items) else None
@@ -86,6 +87,6 @@ def element_index(items: list[Any], key: str) -> int | None:
     return names.index(key) if key in names else None
 
 
-def stage_name(stage: Any) -> str | None:
+def stage_name(stage: Json) -> str | None:
     """Name of a stage as plain data; a stage from a preset that has no name of its own bears the preset's."""
     return stage.get("name", stage.get("preset")) if isinstance(stage, dict) else None

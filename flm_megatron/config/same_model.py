@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
-from typing import Any
 
 from flm_megatron.config.schema import LoraConfig, ModelConfig
 
@@ -47,7 +46,7 @@ def laid_over(given: ModelConfig, found: ModelConfig) -> tuple[ModelConfig, list
     return model, differences(model, found)
 
 
-def _function(model: ModelConfig) -> Mapping[str, Any]:
+def _function(model: ModelConfig) -> Mapping[str, object]:
     """All that the function of a model with given weights follows from, by the fields of the run file."""
     effective = {
         "num_query_groups": model.query_groups,
@@ -59,11 +58,11 @@ def _function(model: ModelConfig) -> Mapping[str, Any]:
     return {name: effective.get(name, getattr(model, name)) for name in FUNCTION}
 
 
-def _adapters(lora: LoraConfig | None) -> dict[str, Any] | None:
+def _adapters(lora: LoraConfig | None) -> dict[str, object] | None:
     return asdict(replace(lora, targets=sorted(lora.targets))) if lora else None
 
 
-def _same(name: str, ours: Any, theirs: Any) -> bool:
+def _same(name: str, ours: object, theirs: object) -> bool:
     if name == "lora" and theirs is None:
         return True
     if name in ("vocab_size", "xpos_scale_base") and None in (ours, theirs):

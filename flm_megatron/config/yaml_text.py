@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from flm_megatron.errors import RequestError
+from flm_megatron.json_text import Json
 
 LONGEST = 2**18  # characters; a run file has a few thousand
 MOST_NODES = 100_000
@@ -18,7 +18,7 @@ DEEPEST = 100
 class RunFileLoader(yaml.SafeLoader):
     """PyYAML's safe loader with the numbers of YAML 1.2 (1.1 reads `1e-4` as text) and without repeated keys."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Json, Json]:
         """A mapping with text for keys; a key that stands twice is an error rather than the last one winning."""
         seen: set[str] = set()
         for key, _ in node.value:
@@ -43,7 +43,7 @@ def read_yaml(path: str | Path) -> str:
         return file.read(LONGEST + 1)
 
 
-def parse_yaml(text: str, source: str) -> Any:
+def parse_yaml(text: str, source: str) -> Json:
     """Plain data of a YAML document; `source` names it in errors.
 
     Raises:
@@ -96,6 +96,6 @@ def _check_size(node: yaml.Node, sizes: dict[int, tuple[int, int]], depth: int =
     return count, height
 
 
-def format_yaml(data: Any, flow: bool = False) -> str:
+def format_yaml(data: object, flow: bool = False) -> str:
     """YAML text of plain data, keys in their order, which `parse_yaml` reads back; in braces with `flow`."""
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120, default_flow_style=flow)

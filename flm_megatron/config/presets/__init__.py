@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from importlib.resources import files
-from typing import Any
 
 from flm_megatron.config.messages import nearest
 from flm_megatron.config.yaml_text import parse_yaml
 from flm_megatron.errors import RequestError
+from flm_megatron.json_text import Json, JsonObject
 
 _SUFFIX = ".yaml"
 
@@ -18,7 +18,7 @@ def preset_names() -> list[str]:
     return sorted(name.removesuffix(_SUFFIX) for name in found if name.endswith(_SUFFIX))
 
 
-def load_preset(name: Any) -> dict[str, Any]:
+def load_preset(name: Json) -> JsonObject:
     """Fields of a stage as plain data.
 
     Raises:

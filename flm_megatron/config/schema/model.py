@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Any, Literal
+from typing import Literal
 
 from flm_megatron.config.numbers import dataclass
 from flm_megatron.config.schema.settings import SETTINGS
+from flm_megatron.json_text import Json
 
 
 @dataclass(config=SETTINGS)
@@ -107,6 +108,6 @@ class ModelConfig:
         return self.activation == "swiglu"
 
 
-def spelled_out(model: Any) -> Any:
+def spelled_out(model: Json) -> Json:
     """`from_checkpoint` where a model is expected, as the field of a model that it stands for."""
     return {"from_checkpoint": True} if model == "from_checkpoint" else model
