@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from flm_megatron.checkpoint.sharding.placement import placements
 from flm_megatron.config.schema import ModelConfig, StageConfig
 from flm_megatron.data.streams.permutation import Permutation
+from flm_megatron.engine.types import ModelChunk
 from flm_megatron.model.parameters import parameter_specs
 
 Unit = tuple[str, int]
@@ -31,7 +32,7 @@ def frozen_units(model: ModelConfig, seed: int) -> set[Unit]:
     return units
 
 
-def frozen_parameters(chunks: list[Any], stage: StageConfig) -> list[torch.nn.Parameter]:
+def frozen_parameters(chunks: Sequence[ModelChunk], stage: StageConfig) -> list[torch.nn.Parameter]:
     """Parameters of this rank's chunks that a stage does not train."""
     if stage.trainable == "all":
         return []
@@ -40,12 +41,12 @@ def frozen_parameters(chunks: list[Any], stage: StageConfig) -> list[torch.nn.Pa
     return list(found.values())
 
 
-def freeze(chunks: list[Any], frozen: list[torch.nn.Parameter]) -> None:
+def freeze(chunks: Sequence[ModelChunk], frozen: list[torch.nn.Parameter]) -> None:
     """Zero the gradients of `frozen` once they are complete, so that they count in no norm and start no moment."""
     config = chunks[0].config
     finalize = config.finalize_model_grads_func
 
-    def finalize_and_freeze(*args: Any, **kwargs: Any) -> None:
+    def finalize_and_freeze(*args: object, **kwargs: object) -> None:
         """Finish the gradients, then clear those of frozen weights."""
         finalize(*args, **kwargs)
         for parameter in frozen:

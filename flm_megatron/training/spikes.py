@@ -12,10 +12,10 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from flm_megatron.config.schema import StabilityConfig
 from flm_megatron.errors import FlmError
+from flm_megatron.json_text import JsonObject
 
 SMALLEST_SPREAD = 1e-3
 """Smallest spread, as a fraction of the mean: a window of nearly equal values has almost none."""
@@ -34,7 +34,7 @@ class SpikeWatch:
     Its state is part of checkpoints, so that a resumed run decides as an uninterrupted one would.
     """
 
-    def __init__(self, config: StabilityConfig, saved: dict[str, Any] | None = None) -> None:
+    def __init__(self, config: StabilityConfig, saved: JsonObject | None = None) -> None:
         """Start empty, or from `to_json`'s result; earlier versions saved no refused values."""
         self.config = config
         saved = saved or {}
@@ -159,7 +159,7 @@ class SpikeWatch:
             "the values keep rising, lower the learning rate and go on from an earlier checkpoint"
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The state that `saved` takes."""
         seen = {name: list(window.values) for name, window in self._windows.items()}
         return {

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from flm_megatron.checkpoint.sharding.placement import Placement, placements
 from flm_megatron.device import current
 from flm_megatron.engine.data_parallel import finish_gathering
+from flm_megatron.engine.types import ReplicatedChunk
 from flm_megatron.errors import FlmError
 from flm_megatron.training.hooks.hook import Hook
 from flm_megatron.training.resume.memory_copies import forgotten_on_error
@@ -49,7 +50,7 @@ class CompareReplicas(Hook):
 
 
 @torch.no_grad()
-def check_replicas(chunks: list[Any], step: int, equal_step: int) -> None:
+def check_replicas(chunks: list[ReplicatedChunk], step: int, equal_step: int) -> None:
     """Compare the weights that several ranks hold, over the whole world.
 
     Data-parallel ranks hold copies of all weights, tensor-parallel ranks of norms and some biases. `equal_step` is the

@@ -12,17 +12,17 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.record import Certificate
-from flm_megatron.json_text import parse_json
+from flm_megatron.json_text import Json, parse_json
 
 FILE = "metrics.jsonl"
 PLACE = ("stage", "step", "tokens")
 SET = "val_loss/"
 """What the key of a validation set's loss begins with."""
-Values = Mapping[str, Any]
+Values = Mapping[str, Json]
 E = TypeVar("E", bound="MetricsEvent")
 
 
@@ -42,11 +42,6 @@ class MetricsEvent:
     @classmethod
     def read(cls: type[E], values: Values) -> E:
         """The event for a line's values, which have a usable position and `KEY`; `extra` is left empty."""
-        return cls(*(values[key] for key in PLACE), **cls.own_fields(values))
-
-    @classmethod
-    def own_fields(cls, values: Values) -> dict[str, Any]:
-        """The constructor's arguments, apart from the position."""
         raise NotImplementedError
 
     @classmethod
@@ -54,11 +49,11 @@ class MetricsEvent:
         """What is wrong with the values of the kind's own keys; empty if nothing is."""
         return ""
 
-    def own_values(self) -> dict[str, Any]:
+    def own_values(self) -> dict[str, object]:
         """The kind's own keys and values, as they are in the line."""
         raise NotImplementedError
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The line's values in order."""
         return {key: getattr(self, key) for key in PLACE} | self.own_values() | dict(self.extra)
 
@@ -85,9 +80,9 @@ class StepEvent(MetricsEvent):
     skipped_steps: int = 0
 
     @classmethod
-    def own_fields(cls, values: Values) -> dict[str, Any]:
+    def read(cls, values: Values) -> StepEvent:
         """Its numbers."""
-        return {name: values.get(name, ABSENT.get(name, math.nan)) for name in STEP_NUMBERS}
+        return cls(*_place(values), **{name: values.get(name, ABSENT.get(name, math.nan)) for name in STEP_NUMBERS})
 
     @classmethod
     def problem(cls, values: Values) -> str:
@@ -96,7 +91,7 @@ class StepEvent(MetricsEvent):
         wrong = [name for name, value in given.items() if not _is_number(value) and (name, value) != ("mfu", None)]
         return f"no number as {wrong[0]}" if wrong else ""
 
-    def own_values(self) -> dict[str, Any]:
+    def own_values(self) -> dict[str, object]:
         """Its numbers."""
         return {name: getattr(self, name) for name in STEP_NUMBERS}
 
@@ -116,12 +111,11 @@ class RefusedEvent(MetricsEvent):
     samples: tuple[str, ...]
 
     @classmethod
-    def own_fields(cls, values: Values) -> dict[str, Any]:
+    def read(cls, values: Values) -> RefusedEvent:
         """Reason, policy, samples."""
-        samples = tuple(values.get("samples") or ())
-        return {"reason": values["refused"], "policy": values.get("policy", ""), "samples": samples}
+        return cls(*_place(values), values["refused"], values.get("policy", ""), tuple(values.get("samples") or ()))
 
-    def own_values(self) -> dict[str, Any]:
+    def own_values(self) -> dict[str, object]:
         """The reason is what the line is known by."""
         return {"refused": self.reason, "policy": self.policy, "samples": list(self.samples)}
 
@@ -136,10 +130,10 @@ class ValidationEvent(MetricsEvent):
     by_set: Mapping[str, float]
 
     @classmethod
-    def own_fields(cls, values: Values) -> dict[str, Any]:
+    def read(cls, values: Values) -> ValidationEvent:
         """The mean, and the losses under `val_loss/NAME`."""
         by_set = {key.removeprefix(SET): value for key, value in values.items() if key.startswith(SET)}
-        return {"loss": values["val_loss"], "by_set": by_set}
+        return cls(*_place(values), values["val_loss"], by_set)
 
     @classmethod
     def problem(cls, values: Values) -> str:
@@ -147,7 +141,7 @@ class ValidationEvent(MetricsEvent):
         wrong = [key for key, value in values.items() if f"{key}/".startswith(SET) and not _is_number(value)]
         return f"no number as {wrong[0]}" if wrong else ""
 
-    def own_values(self) -> dict[str, Any]:
+    def own_values(self) -> dict[str, object]:
         """The mean, then each set."""
         return {"val_loss": self.loss, **{SET + name: loss for name, loss in self.by_set.items()}}
 
@@ -159,11 +153,11 @@ class RestartEvent(MetricsEvent):
     KEY: ClassVar[str] = "restart"
 
     @classmethod
-    def own_fields(cls, values: Values) -> dict[str, Any]:
+    def read(cls, values: Values) -> RestartEvent:
         """Nothing besides the position."""
-        return {}
+        return cls(*_place(values))
 
-    def own_values(self) -> dict[str, Any]:
+    def own_values(self) -> dict[str, object]:
         """The key that marks a restart."""
         return {"restart": True}
 
@@ -175,13 +169,13 @@ class ChangeEvent(MetricsEvent):
     KEY: ClassVar[str] = "changed"
 
     what: str
-    before: Any
-    now: Any
+    before: object
+    now: object
 
     @classmethod
-    def own_fields(cls, values: Values) -> dict[str, Any]:
+    def read(cls, values: Values) -> ChangeEvent:
         """What `changed` holds."""
-        return {name: values["changed"][name] for name in CHANGE}
+        return cls(*_place(values), *(values["changed"][name] for name in CHANGE))
 
     @classmethod
     def problem(cls, values: Values) -> str:
@@ -190,7 +184,7 @@ class ChangeEvent(MetricsEvent):
         lacking = [name for name in CHANGE if not isinstance(changed, Mapping) or name not in changed]
         return f"no {lacking[0]} in changed" if lacking else ""
 
-    def own_values(self) -> dict[str, Any]:
+    def own_values(self) -> dict[str, object]:
         """All three values under one key."""
         return {"changed": {name: getattr(self, name) for name in CHANGE}}
 
@@ -207,21 +201,21 @@ class GrowthEvent(MetricsEvent):
     certificate: Certificate | None
 
     @classmethod
-    def own_fields(cls, values: Values) -> dict[str, Any]:
+    def read(cls, values: Values) -> GrowthEvent:
         """The certificate."""
         given = values["certificate"]
-        return {"certificate": Certificate.from_json(given) if given else None}
+        return cls(*_place(values), Certificate.from_json(given) if given else None)
 
     @classmethod
     def problem(cls, values: Values) -> str:
         """Neither a certificate nor null."""
         try:
-            cls.own_fields(values)
+            cls.read(values)
         except RequestError:
             return "no certificate that this program knows"
         return ""
 
-    def own_values(self) -> dict[str, Any]:
+    def own_values(self) -> dict[str, object]:
         """The certificate."""
         return {"certificate": self.certificate.to_json() if self.certificate else None}
 
@@ -235,11 +229,11 @@ class NewLevelEvent(MetricsEvent):
     level: str
 
     @classmethod
-    def own_fields(cls, values: Values) -> dict[str, Any]:
+    def read(cls, values: Values) -> NewLevelEvent:
         """The message."""
-        return {"level": values["new_level"]}
+        return cls(*_place(values), values["new_level"])
 
-    def own_values(self) -> dict[str, Any]:
+    def own_values(self) -> dict[str, object]:
         """The message."""
         return {"new_level": self.level}
 
@@ -263,7 +257,7 @@ class OtherEvent:
         found = self.values.get("step")
         return found if isinstance(found, int) else None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The values as they were read."""
         return dict(self.values)
 
@@ -319,6 +313,10 @@ def of_kind(lines: Iterable[Line], kind: type[E]) -> list[E]:
 def read_events(folder: Path, kind: type[E]) -> list[E]:
     """The lines of one kind in a run's output folder, in order; raises as `read_lines` does."""
     return of_kind(read_lines(folder), kind)
+
+
+def _place(values: Values) -> tuple[str, int, int]:
+    return values["stage"], values["step"], values["tokens"]
 
 
 def _place_problem(values: Values) -> str:

@@ -14,15 +14,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Literal, TextIO
 
 import psutil
 
+from flm_megatron.json_text import JsonObject
 from flm_megatron.training.metrics.log import duration
 
 FILE = "goodput.jsonl"
 Stall = Literal["save", "copy", "validation", "replicas", "rollback"]
-Line = dict[str, Any]
+Line = JsonObject
 
 
 class Meter:
@@ -41,7 +42,7 @@ class Meter:
         self._write("step" if applied else "refused", step=step, seconds=seconds, data_s=data_s)
 
     @contextmanager
-    def stall(self, kind: Stall, **values: Any) -> Iterator[None]:
+    def stall(self, kind: Stall, **values: object) -> Iterator[None]:
         """Training stands still during the block. A rollback gives the `step` it goes back to."""
         began = time.perf_counter()
         try:
@@ -55,7 +56,7 @@ class Meter:
             self._file.close()
             self._file = None
 
-    def _write(self, what: str, **values: Any) -> None:
+    def _write(self, what: str, **values: object) -> None:
         if self._file is not None:
             print(json.dumps({"what": what, "time": time.time(), **values}), file=self._file, flush=True)
 

@@ -6,13 +6,16 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from tqdm import tqdm
 
 from flm_megatron.checkpoint.lease.fence import check_fences
 from flm_megatron.durable import make_folders, replace_file
 from flm_megatron.training.metrics.events import FILE, Line, OtherEvent, RefusedEvent, StepEvent, line_text, parse_line
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 def step_line(event: StepEvent, steps: int) -> str:
@@ -57,7 +60,7 @@ class MetricsLog:
         self._jsonl = _reopen(folder / FILE, stages, stage, step)
         self._text = (folder / "log.txt").open("a", encoding="utf-8")
         self._writer = _tensorboard(folder / "tensorboard", step) if tensorboard else None
-        self._bar: Any = None
+        self._bar: tqdm[NoReturn] | None = None
 
     def begin(self, stage: str, step: int, steps: int) -> None:
         """Start a stage's progress bar (on a terminal only)."""
@@ -77,7 +80,7 @@ class MetricsLog:
                 if isinstance(value, float):
                     self._writer.add_scalar(f"{line.stage}/{name}", value, line.step)
 
-    def record(self, values: Mapping[str, Any]) -> None:
+    def record(self, values: Mapping[str, object]) -> None:
         """Write a hook's line unchanged; if it names `stage` and `step` its numbers go to TensorBoard too."""
         self.write(OtherEvent(values))
 
@@ -128,7 +131,7 @@ def _is_before(text: str, stages: list[str], stage: str, step: int) -> bool:
     return (stages.index(line.stage), line.step) <= (stages.index(stage), step)
 
 
-def _tensorboard(folder: Path, step: int) -> Any:
+def _tensorboard(folder: Path, step: int) -> SummaryWriter:
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=step + 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from flm_megatron.training.metrics.events import (
     GrowthEvent,
@@ -13,6 +13,9 @@ from flm_megatron.training.metrics.events import (
     ValidationEvent,
     read_events,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def plot_loss(folder: Path, baseline: tuple[str, float] | None = None) -> Path:
@@ -57,7 +60,7 @@ def cumulative_flops(events: Sequence[MetricsEvent]) -> list[float]:
     return spent
 
 
-def _draw(axes: Any, placed: list[tuple[float, MetricsEvent]], baseline: tuple[str, float] | None) -> None:
+def _draw(axes: Axes, placed: list[tuple[float, MetricsEvent]], baseline: tuple[str, float] | None) -> None:
     """One panel: every stage's training loss, the validation loss, and the growths."""
     for stage in dict.fromkeys(event.stage for _, event in placed):
         part = [(x, event.loss) for x, event in placed if isinstance(event, StepEvent) and event.stage == stage]

@@ -10,6 +10,7 @@ from flm_megatron.config.history import History, Segment
 from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.data.corpus.description import read_description
+from flm_megatron.json_text import JsonObject
 from flm_megatron.training.metrics.events import ChangeEvent
 from flm_megatron.training.metrics.log import MetricsLog
 from flm_megatron.training.resume.start import Start
@@ -24,8 +25,8 @@ class Change:
     """A setting that was `before` and is `now`."""
 
     what: str
-    before: Any
-    now: Any
+    before: object
+    now: object
     note: str = ""
 
     def line(self) -> str:
@@ -33,7 +34,7 @@ class Change:
         return f"{self.what} was {_text(self.before)}, is {_text(self.now)}{self.note}"
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     text = str(value)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
@@ -107,7 +108,7 @@ def _listed(mixture: Mapping[str, str]) -> str:
     return f"({', '.join(f'{name} {share}' for name, share in mixture.items())})"
 
 
-def _field_changes(before: Mapping[str, Any], now: Mapping[str, Any], index: int, resumes: bool) -> Iterator[Change]:
+def _field_changes(before: JsonObject, now: JsonObject, index: int, resumes: bool) -> Iterator[Change]:
     """Fields in which two run files differ, apart from stages still to come."""
     for key, value in now.items():
         if key == "data":
@@ -123,12 +124,12 @@ def _field_changes(before: Mapping[str, Any], now: Mapping[str, Any], index: int
             yield from _leaves(f"stages.{stage['name']}", was, is_now, over)
 
 
-def _without(section: Mapping[str, Any], *names: str) -> dict[str, Any]:
+def _without(section: JsonObject, *names: str) -> JsonObject:
     """A section without the fields that are compared elsewhere."""
     return {key: value for key, value in section.items() if key not in (*names, "sequence_length", "cache")}
 
 
-def _leaves(name: str, before: Any, now: Any, note: str) -> Iterator[Change]:
+def _leaves(name: str, before: object, now: object, note: str) -> Iterator[Change]:
     """Values that differ, section by section; fields that are new in this version are skipped."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key, value in now.items():

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flm_megatron.config.schema import MemoryConfig, RunConfig
 from flm_megatron.distributed.world import is_main_rank
@@ -15,6 +15,7 @@ from flm_megatron.errors import DamagedError, FlmError, RequestError
 
 if TYPE_CHECKING:
     from flm_megatron.checkpoint.memory.reader import MemoryCheckpoint
+    from flm_megatron.engine.types import Optimizer, ReplicatedChunk
     from flm_megatron.training.resume.start import Start
 
 NOT_USED = "checkpoint.memory is not used: it is for runs under torchrun, which starts ranks again that were lost"
@@ -149,12 +150,14 @@ class MemoryCopies:
 
         return Processes().on_first(lambda: checkpoint_store(self.run).taken(stage))
 
-    def reserve(self, chunks: list[Any], optimizer: Any) -> None:
+    def reserve(self, chunks: list[ReplicatedChunk], optimizer: Optimizer) -> None:
         """Reserve memory on the hosts for a stage. Raises RequestError where the budget or a host is too small."""
         assert self.refresher is not None, "`newer` comes first"
         self.refresher.reserve(chunks, optimizer, self.config.budget_gib)
 
-    def refresh(self, chunks: list[Any], optimizer: Any, manifest: Mapping[str, Any]) -> str | None:
+    def refresh(
+        self, chunks: list[ReplicatedChunk], optimizer: Optimizer, manifest: Mapping[str, object]
+    ) -> str | None:
         """Copy the state that `manifest` describes; returns a line for the log if something is wrong."""
         assert self.refresher is not None, "`newer` comes first"
         line = self.refresher.refresh(chunks, optimizer, manifest)
