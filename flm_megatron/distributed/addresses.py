@@ -1,4 +1,4 @@
-"""Under which address other hosts reach this one."""
+"""The address under which other hosts reach this one."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""How processes that work together tell each other: over a group of their own, or over the store of their world.
+"""How processes that work together exchange messages: over a group of their own, or over the store of their world.
 
-A group is what there is between the processes of a tool. Beside training it will not do: gloo connects every rank
-with every other, so a group of the world costs N - 1 sockets a rank. The store connects each rank with one server
-already. What passes through it is small and seldom: a few kilobytes of each rank once in a save, its outcome back.
+Tools use a group. Beside training a group will not do: gloo connects every rank with every other, so a group of the
+world costs N - 1 sockets a rank. The store connects each rank with one server already. Messages over it are small and
+rare: a few kilobytes from each rank per save, and the outcome back.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from torch.distributed.distributed_c10d import _get_default_store
 from flm_megatron.errors import FlmError
 
 SLOWEST_WORK = timedelta(hours=6)
-"""What one rank may take longer than another, while each does its part: to write 16 GiB to a slow disk, say."""
+"""How much longer than the others a rank may work, such as to write 16 GiB to a slow disk."""
 WINDOW = 64
-"""Ranks whose values rank 0 asks for at once."""
+"""Ranks whose values rank 0 requests at once."""
 VALUE_BYTES = 2**20
-"""Of one entry of a store; longer values are cut."""
+"""Largest entry of a store; longer values are split."""
 POLLS_PER_S = 5000
-"""Of all ranks together, asked of the store at most: some tenth of what it can answer."""
+"""Polls of the store by all ranks together: about a tenth of what it can answer."""
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.002, 0.2
 
 
 class Channel(Protocol):
-    """Between `size` processes, of which this one is number `rank`. All of them call the same methods in turn."""
+    """Between `size` processes, of which this is number `rank`. All of them must call the same methods in the same
+    order."""
 
     rank: int
     size: int
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks on rank 0, nothing elsewhere. Raises FlmError on rank 0 where one does not come."""
+        """The values of all ranks on rank 0, nothing elsewhere. Raises FlmError on rank 0 if one is missing."""
 
     def broadcast(self, value: Any) -> Any:
-        """What rank 0 gives. Raises FlmError where that does not come."""
+        """The value of rank 0, on all ranks. Raises FlmError if it does not arrive."""
 
 
 class GroupChannel:
@@ -65,8 +66,8 @@ class GroupChannel:
 class StoreChannel:
     """Over a store that all processes reach, from any thread.
 
-    No call holds the store's client for long: whoever waits asks again and again, the more seldom the longer it took
-    and the more ranks there are. Entries are deleted once they were read.
+    No call holds the store's client for long: a waiting rank polls, less often the longer it waits and the more ranks
+    there are. Entries are deleted once they were read.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, patience: timedelta = SLOWEST_WORK) -> None:
@@ -114,7 +115,7 @@ class StoreChannel:
         return f"{self._round}/{rank}"
 
     def _come(self, keys: list[str], deadline: float) -> bool:
-        """Wait until all of `keys` are there; whether they came in time."""
+        """Wait for all of `keys`; returns whether they came in time."""
         began = time.monotonic()
         while not self._store.check(keys):
             now = time.monotonic()
@@ -149,7 +150,7 @@ class StoreChannel:
 
 
 def _parts(key: str, head: bytes) -> list[str]:
-    """Entries of a value beside its first."""
+    """The keys of a value's further entries."""
     return [f"{key}/{number}" for number in range(1, int.from_bytes(head[:4], "little"))]
 
 
@@ -162,7 +163,8 @@ _channels: WeakKeyDictionary[dist.ProcessGroup, dict[str, StoreChannel]] = WeakK
 
 
 def world_channel(purpose: str) -> StoreChannel:
-    """The world's channel for one purpose, over its own store, made once. All ranks call, in their main threads."""
+    """The world's channel for one purpose, over a store of its own, made once. All ranks call, in their main
+    threads."""
     world = dist.group.WORLD
     assert world is not None, "there is no world"
     channels = _channels.setdefault(world, {})

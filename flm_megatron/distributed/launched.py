@@ -1,4 +1,4 @@
-"""Tools that a launcher may start several times, to share one piece of work."""
+"""Tools that a launcher may start as several processes, which divide the work."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from flm_megatron.distributed.processes import Processes
 from flm_megatron.errors import RequestError
 
 WAIT = datetime.timedelta(days=2)
-"""Longest that a process waits for another; copying a 1T checkpoint with one process can take many hours."""
+"""Longest wait of a process for another: copying a 1T checkpoint with one process can take many hours."""
 
 
 @contextmanager
 def launched_processes() -> Iterator[Processes]:
-    """The processes that `torchrun` or `srun` started for this program; this one alone without them.
+    """The processes that `torchrun` or `srun` started for this program; without them this one alone.
 
-    They are recognised by the variables these set; `srun` needs MASTER_ADDR and MASTER_PORT beside them. A process
-    group that already runs is used as it is.
+    They are recognised by their environment variables; `srun` needs MASTER_ADDR and MASTER_PORT too. A process group
+    that already exists is used as it is.
     """
     rank, size = _place()
     if size == 1 or dist.is_initialized():
@@ -36,7 +36,7 @@ def launched_processes() -> Iterator[Processes]:
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that speaks for all that were started; so it is where nobody started several."""
+    """Whether this process speaks for all that were started, or is the only one."""
     return (dist.get_rank() if dist.is_initialized() else _place()[0]) == 0
 
 

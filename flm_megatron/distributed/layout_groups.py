@@ -1,8 +1,8 @@
-"""The process groups of one layout: one for each set of ranks while it lasts, and none of them afterwards.
+"""The process groups of one layout: one for each set of ranks while it lasts, and none afterwards.
 
 megatron-core asks for some 20 groups over 2 to 4 distinct sets of ranks, and `destroy_model_parallel` only forgets
-them: each keeps its sockets and threads, on NCCL its buffers too. Groups of one set of ranks can be one: every rank
-issues what it sends over them in the same order.
+them: each keeps its sockets and threads, on NCCL its buffers too. Groups of one set of ranks can share one: every rank
+issues their communication in the same order.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from flm_megatron.device import current
 
 
 class LayoutGroups:
-    """Makes groups in place of torch's `new_group`, and destroys what it has made."""
+    """Makes groups in place of torch's `new_group`, and destroys those that it made."""
 
     def __init__(self, timeout: timedelta) -> None:
-        """`timeout` is that of every group, whatever the engine asks for: it counts in whole minutes."""
+        """`timeout` applies to every group, whatever the engine asks for in whole minutes."""
         self._timeout = timeout
         self._make = dist.new_group
         self._made: list[Any] = []
@@ -31,7 +31,7 @@ class LayoutGroups:
     def new_group(
         self, ranks: Sequence[int] | None = None, timeout: Any = None, backend: str | None = None, **options: Any
     ) -> Any:
-        """As torch's: the group of `ranks`, or its mark for a group without this rank. All ranks of the world call."""
+        """Like torch's: the group of `ranks`, or a marker on ranks outside of it. All ranks of the world call."""
         members = tuple(sorted(range(dist.get_world_size()) if ranks is None else ranks))
         options = {name: value for name, value in options.items() if value}
         description = options.pop("group_desc", None)
@@ -49,7 +49,7 @@ class LayoutGroups:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """While the block runs, `torch.distributed.new_group` is this one."""
+        """During the block `torch.distributed.new_group` is this one."""
         dist.new_group = self.new_group  # type: ignore[assignment]
         try:
             yield
@@ -57,9 +57,9 @@ class LayoutGroups:
             dist.new_group = self._make
 
     def destroy(self) -> None:
-        """Destroy every group that was made, the newest first. Runs on all ranks of the world, at the same place.
+        """Destroy every group that was made, the newest first. All ranks of the world call, at the same place.
 
-        Raises what a barrier raises where another rank is gone; the groups then go with the world.
+        Raises what a barrier raises if another rank is gone; the groups then go with the world.
         """
         current().synchronize()
         dist.barrier()  # nobody still reads from a group, nor from this rank's end of it

@@ -1,4 +1,4 @@
-"""A world of processes on this machine, started here and ended here: what one machine has in place of torchrun."""
+"""Starts a world of processes on this machine, without torchrun."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ QUIET_TRACKER = "ignore:resource_tracker"
 
 
 def require_processes(size: int, what: str) -> None:
-    """Check that this machine may be asked to start `size` processes. Raises RequestError, naming `what` needs them."""
+    """Check that this machine can be asked to start `size` processes. Raises RequestError, naming `what` needs them."""
     most = max(MOST_PROCESSES, PROCESSES_PER_CORE * (os.cpu_count() or 1))
     if size > most:
         raise RequestError(
@@ -46,7 +46,7 @@ def require_processes(size: int, what: str) -> None:
 
 @dataclass(frozen=True)
 class _World:
-    """What a started process needs to know to join the others."""
+    """What a started process needs to join the others."""
 
     size: int
     folder: str
@@ -88,7 +88,7 @@ def run_processes(size: int, function: Callable[..., int], args: tuple[Any, ...]
 
 
 def _start_method() -> str:
-    """Fork from a server that has imported torch once; with CUDA, which must not be forked, start afresh."""
+    """Fork from a server that has imported torch once; with CUDA, which does not survive a fork, spawn."""
     import multiprocessing
 
     from flm_megatron.device import current
@@ -101,20 +101,20 @@ def _start_method() -> str:
 
 
 def _stopped_early(processes: list[Any], error: Any, asked: bool) -> bool:
-    """Whether a rank was stopped before it trained: it says so, or died of the signal before it could listen."""
+    """Whether a rank was stopped before it trained: it says so, or the signal killed it before it could listen."""
     died = asked and getattr(error, "signal_name", None) == signal.SIGTERM.name
     return died or any(process.exitcode == STOPPED for process in processes)
 
 
 class _Passing:
-    """Passes signals on to processes; one that comes while they are being started, when they are."""
+    """Passes signals on to processes; signals that come while these are being started are passed on afterwards."""
 
     def __init__(self) -> None:
         self.asked = False
         self.processes: list[Any] = []
 
     def again(self) -> None:
-        """Repeat a signal that has come, for a process that could not hear it yet."""
+        """Repeat a signal for a process that could not hear it yet."""
         if self.asked:
             self._send()
 
@@ -124,7 +124,7 @@ class _Passing:
         self.again()
 
     def hear(self, number: int, frame: Any) -> None:
-        """Pass a signal to this process on to those that it started."""
+        """Pass a signal to this process on to the processes that it started."""
         self.asked = True
         self._send()
 
@@ -136,14 +136,14 @@ class _Passing:
 
 @contextmanager
 def _passing_signals() -> Iterator[_Passing]:
-    """While the block runs, SIGTERM and SIGINT go to the processes, which stop after their step."""
+    """During the block SIGTERM and SIGINT go to the processes, which stop after their step."""
     passing = _Passing()
     with handling(passing.hear):
         yield passing
 
 
 def _process_main(rank: int, world_info: _World, function: Callable[..., int], args: tuple[Any, ...]) -> None:
-    """A started process: join the world, run, and leave word of how it ended."""
+    """Main function of a started process: join the world, run, and report how it ended."""
     from flm_megatron.config.schema import DistributedConfig
     from flm_megatron.distributed.world import world
 
@@ -163,7 +163,7 @@ def _process_main(rank: int, world_info: _World, function: Callable[..., int], a
 
 
 def _in_world(folder: Path, rank: int, function: Callable[..., int], args: tuple[Any, ...]) -> int:
-    """The status of `function(*args)`; where it fails, this process leaves word and ends."""
+    """The status of `function(*args)`; if it fails, report the error and end the process."""
     try:
         return function(*args)
     except StoppedBeforeTraining:
@@ -175,7 +175,7 @@ def _in_world(folder: Path, rank: int, function: Callable[..., int], args: tuple
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that started it is gone, even by SIGKILL."""
+    """End this process when its parent is gone, even by SIGKILL."""
     import multiprocessing
 
     parent = multiprocessing.parent_process()
@@ -190,7 +190,7 @@ def _end_with_parent() -> None:
 
 
 def _leave_error(folder: Path, rank: int, error: BaseException) -> None:
-    """The first rank to fail says why; later ones mostly fail because of it."""
+    """Report the error of the first rank to fail; later ranks mostly fail because of it."""
     known = isinstance(error, FlmError)
     left = {
         "rank": rank,
@@ -208,7 +208,7 @@ def _leave_error(folder: Path, rank: int, error: BaseException) -> None:
 
 
 def _first_error(folder: Path, error: Any) -> FlmError:
-    """The error to show: a rank killed by a signal, or the first that left word."""
+    """The error to show: of a rank killed by a signal, or of the first rank that reported one."""
     killed = getattr(error, "signal_name", None)
     if killed is not None:
         return FlmError(f"rank {error.error_index} was killed by {killed}; the other ranks were ended")

@@ -7,7 +7,7 @@ import signal
 
 
 def _listen_again() -> None:
-    """What the server forks is not to ignore the signal as it does."""
+    """Undo, in each forked process, the server's ignoring of the signal."""
     if signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

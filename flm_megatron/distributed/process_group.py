@@ -1,4 +1,4 @@
-"""Joining the world of all processes, and leaving it so that nothing of it stays."""
+"""Joining the world of all processes, and leaving it without leftovers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # noqa: F401
 
 joined = False
-"""Whether this process has been part of a world: what fails from then on may be wrong with this rank alone."""
+"""Whether this process has ever been part of a world; from then on an error may concern this rank alone."""
 
 
 @contextmanager
 def process_group(backend: str, **place: Any) -> Iterator[None]:
-    """The world, from torch's `init_process_group` with these arguments until the block ends, well or not."""
+    """The world, made by torch's `init_process_group` with these arguments and destroyed when the block ends."""
     global joined
     dist.init_process_group(backend, **place)
     joined = True

@@ -1,4 +1,4 @@
-"""Processes that do one piece of work together and agree on whether it went well."""
+"""Processes that work together and agree on whether the work succeeded."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Processes:
         self.rank, self.size = (channel.rank, channel.size) if channel is not None else (0, 1)
 
     def together(self, work: Callable[[], T]) -> list[T]:
-        """Do `work` everywhere; the results of all ranks on rank 0, this rank's own in the others' stead elsewhere.
+        """Do `work` on every rank. Rank 0 gets the results of all ranks, the others their own one in every place.
 
-        If it fails on any rank it fails on all: on the failing rank with its own error, elsewhere with the same kind
-        of error and the rank's number.
+        If it fails on any rank it fails on all: on the failing rank with its own error, elsewhere with the same kind of
+        error and the rank's number.
         """
         result: Any = None
         error: Exception | None = None
@@ -49,7 +49,7 @@ class Processes:
         return [result for result, _ in outcomes] if outcomes else [result] * self.size
 
     def on_first(self, work: Callable[[], T]) -> T:
-        """Do `work` on rank 0, which waits for nobody; everyone gets its result or its error."""
+        """Do `work` on rank 0; all ranks get its result or its error."""
         outcome: tuple[Any, tuple[str, str] | None] = (None, None)
         if self.rank == 0:
             try:
@@ -70,7 +70,8 @@ class Processes:
 
 
 def describe(error: BaseException) -> tuple[str, str]:
-    """Kind and message of an error, to be sent to other ranks: the nearest kind that they know, for it has a status."""
+    """Kind and message of an error, to be sent to other ranks: the most specific kind that they know, which has a
+    status."""
     known = next((kind.__name__ for kind in type(error).__mro__ if kind.__name__ in ERRORS), None)
     if known is None:
         return type(error).__name__, f"{type(error).__name__}: {error}"
@@ -78,5 +79,5 @@ def describe(error: BaseException) -> tuple[str, str]:
 
 
 def _error_of(rank: int, kind: str, message: str) -> FlmError:
-    """An error that `describe` described on another rank."""
+    """The error of another rank, from what `describe` made of it."""
     return ERRORS.get(kind, FlmError)(f"rank {rank}: {message}")

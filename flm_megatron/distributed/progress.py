@@ -12,9 +12,9 @@ from flm_megatron.distributed.processes import Processes
 
 @contextmanager
 def progress_bar(label: str, nbytes: int, processes: Processes) -> Iterator[Callable[[int], None]]:
-    """A bar over `nbytes` bytes, an equal shard for every process; gives a function to be told how many were moved.
+    """A progress bar over `nbytes` bytes, an equal shard for every process; gives a function that advances it.
 
-    Only the first process shows it, for its own shard, on standard error, and only where that is a terminal.
+    Only the first process shows it, for its own shard, on standard error and only on a terminal.
     """
     hidden = True if processes.rank else None
     with tqdm(
@@ -22,7 +22,7 @@ def progress_bar(label: str, nbytes: int, processes: Processes) -> Iterator[Call
     ) as bar:
 
         def moved(count: int) -> None:
-            """Move the bar by `count` bytes."""
+            """Advance the bar by `count` bytes."""
             bar.update(count)
 
         yield moved

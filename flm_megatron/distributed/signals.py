@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask for a stop: at once before training has begun, then after the step, saving what was done."""
+"""SIGTERM and SIGINT request a stop: at once before training, afterwards after the step, with a checkpoint saved."""
 
 from __future__ import annotations
 
@@ -14,40 +14,42 @@ from flm_megatron.distributed.error_file import write_error_file
 STOPPED = 3
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 UNWIND_S = 3.0
-"""For a process that is told to stop while it waits inside a library, which keeps Python from hearing of it."""
+"""Seconds that a process may take to unwind while it waits inside a library, where Python cannot hear signals."""
 
 _told = threading.Event()
 _end: tuple[int, str] | None = None
-"""Status and last words of a process whose training is over."""
+"""Status and last words of a process that has finished training."""
 
 
 def told_to_stop() -> bool:
-    """Whether SIGTERM or SIGINT has come within `stop_before_training`, even if the main thread cannot hear it yet."""
+    """Whether SIGTERM or SIGINT came within `stop_before_training`, even if the main thread cannot hear it yet."""
     return _told.is_set()
 
 
 def training_ended(status: int, last_words: str = "") -> None:
-    """Training is over, and this process about to end with `status`, within `stop_before_training`: a signal does not
-    disturb that any more, and changes neither it nor the `last_words`."""
+    """Note that training is over and this process will end with `status`, within `stop_before_training`.
+
+    A signal from then on changes neither that status nor the `last_words`.
+    """
     global _end
     _end = status, last_words
 
 
 class StoppedBeforeTraining(SystemExit):
-    """A signal came before this process took a step: it leaves what it was making, and ends with status 3."""
+    """A signal came before the first step: the process leaves what it was making and ends with status 3."""
 
     def __init__(self) -> None:
         super().__init__(STOPPED)
 
 
 class StopRequest:
-    """Whether a signal has asked this process to stop."""
+    """Whether a signal has requested a stop of this process."""
 
     def __init__(self) -> None:
         self.asked = False
 
     def ask(self, number: int, frame: FrameType | None) -> None:
-        """Note that a signal asked for a stop."""
+        """Note that a signal requested a stop."""
         self.asked = True
 
 
@@ -61,10 +63,10 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
 @contextmanager
 def stop_before_training(last_words: str = "") -> Iterator[None]:
-    """Within the block SIGTERM and SIGINT end the process with status 3, but where `stop_on_signal` listens.
+    """Within the block SIGTERM and SIGINT end the process with status 3, except inside `stop_on_signal`.
 
-    What is open is left in order (StoppedBeforeTraining is raised in the main thread), unless that waits for longer
-    than UNWIND_S inside a library: then the process ends at once. `last_words` go to a launcher.
+    Open contexts are left in order (StoppedBeforeTraining is raised in the main thread), unless that takes longer than
+    UNWIND_S inside a library: then the process ends at once. `last_words` go to a launcher.
     """
     guard = _Guard(last_words)
     with handling(guard.stop):
@@ -76,7 +78,7 @@ def stop_before_training(last_words: str = "") -> Iterator[None]:
 
 
 class _Guard:
-    """A thread that hears signals although the main thread may be stuck, through Python's wakeup descriptor."""
+    """A thread that hears signals through Python's wakeup descriptor even if the main thread is stuck."""
 
     def __init__(self, last_words: str) -> None:
         self.last_words = last_words
@@ -87,7 +89,7 @@ class _Guard:
         self.before = -1
 
     def start(self) -> None:
-        """Listen. In the main thread only."""
+        """Start listening. In the main thread only."""
         global _end
         _end = None
         _told.clear()
@@ -95,7 +97,7 @@ class _Guard:
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def end(self) -> None:
-        """Listen no longer."""
+        """Stop listening."""
         self.over.set()
         signal.set_wakeup_fd(self.before)
         os.close(self.write)
@@ -122,7 +124,7 @@ class _Guard:
 
 @contextmanager
 def handling(handler: object) -> Iterator[None]:
-    """While the block runs, `handler` is called for SIGTERM and SIGINT."""
+    """During the block `handler` is called for SIGTERM and SIGINT."""
     before = {number: signal.signal(number, handler) for number in SIGNALS}  # type: ignore[arg-type]
     try:
         yield

@@ -1,4 +1,4 @@
-"""Running a function on every rank of a layout: torchrun's ranks, this process, or ones that are started here."""
+"""Runs a function on every rank of a layout: in torchrun's ranks, in this process, or in processes started here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flm_megatron.config.schema import DistributedConfig, ParallelConfig
 from flm_megatron.errors import RequestError
 
 PATIENT_S = 86400
-"""For ranks that wait for the one that reads a terminal or prepares a task."""
+"""Timeout of ranks that wait for the one that reads a terminal or prepares a task."""
 
 
 def run_under(
@@ -20,10 +20,11 @@ def run_under(
     timeout_s: int = PATIENT_S,
     in_fresh_processes: bool = False,
 ) -> int:
-    """Call `function(*args) -> exit status` on every rank of `parallel`, its groups made; returns rank 0's status.
+    """Call `function(*args) -> exit status` on every rank of `parallel`, with its groups; returns rank 0's status.
 
-    A launcher's processes are used where there are some. Else one process is this one (or a fresh one, in which
-    nothing that ran before weighs on memory), and more are started here: `function` and `args` are pickled then.
+    A launcher's processes are used if there are some. Else a layout of one process uses this one (or a fresh one,
+    without the memory of what ran before), and larger ones start processes here, for which `function` and `args` are
+    pickled.
 
     Raises:
         RequestError: the launcher's processes do not fit the layout.

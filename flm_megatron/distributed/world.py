@@ -44,17 +44,17 @@ def lone_world(config: DistributedConfig) -> Iterator[None]:
 
 @contextmanager
 def tool_world(config: DistributedConfig) -> Iterator[None]:
-    """The world of a tool that runs a model: the one that torchrun made; without a launcher one of this process."""
+    """The world of a tool that runs a model: torchrun's, or without a launcher one of this process."""
     with world(config) if launched() else lone_world(config):
         yield
 
 
 @contextmanager
 def layout(parallel: ParallelConfig, timeout_s: int) -> Iterator[None]:
-    """megatron-core's groups for one stage, whose collectives give up after `timeout_s` seconds.
+    """megatron-core's groups for one stage, whose collectives time out after `timeout_s` seconds.
 
-    They are destroyed when the block ends well, so that the next stage may differ; after an error they stay until the
-    world is left: other ranks may wait in them, and should hear why before their connections break.
+    They are destroyed when the block ends well, so that the next stage may differ. After an error they stay until the
+    world is left: other ranks may be waiting in them and should hear the reason before their connections break.
     """
     gc.collect()  # the model before lies in cycles, and its memory is wanted for the next
     groups = LayoutGroups(timedelta(seconds=timeout_s))
@@ -69,14 +69,14 @@ def layout(parallel: ParallelConfig, timeout_s: int) -> Iterator[None]:
 
 @contextmanager
 def one_process() -> Iterator[None]:
-    """A world of this process alone, laid out for one model."""
+    """A world of this process alone, with groups for one model."""
     config = DistributedConfig()
     with lone_world(config), layout(ParallelConfig(), config.timeout_s):
         yield
 
 
 class Layouts:
-    """Layouts over one world, one at a time: `self(parallel)` makes one, or keeps that before where it is the same."""
+    """Layouts over one world, one at a time: `self(parallel)` makes one, or keeps the previous one if it is equal."""
 
     def __init__(self, timeout_s: int) -> None:
         self._timeout_s = timeout_s
@@ -85,7 +85,7 @@ class Layouts:
 
     @contextmanager
     def __call__(self, parallel: ParallelConfig) -> Iterator[None]:
-        """The groups of `parallel` for a block, not inside another one's; all ranks of the world call."""
+        """The groups of `parallel` during a block, which must not be nested; all ranks of the world call."""
         parts = (parallel.tensor, parallel.pipeline, parallel.virtual_pipeline)
         if parts != self._parts:
             self._open.close()

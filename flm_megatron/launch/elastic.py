@@ -1,9 +1,9 @@
-"""torchrun that ends with the status of its ranks: `python -m flm_megatron.launch.elastic TORCHRUN ARGUMENTS`.
+"""torchrun with the exit status of its ranks: `python -m flm_megatron.launch.elastic TORCHRUN ARGUMENTS`.
 
-torchrun itself ends with 1 whenever it was stopped by a signal, although its ranks have saved and ended with 3, which
-is what a scheduler should see to queue the job again. And with the elastic rendezvous it keeps one store for all
-starts of the ranks, so a rank that is started again may find the addresses of those before it and hang (seen with
-torch 2.13 and gloo): here every start has a store of its own.
+torchrun itself ends with 1 whenever it was stopped by a signal, although its ranks saved and ended with 3, which a
+scheduler should see to queue the job again. And with the elastic rendezvous it keeps one store for all restarts of the
+ranks, so a restarted rank may find the addresses of its predecessors and hang (seen with torch 2.13 and gloo): here
+every start has a store of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flm_megatron.distributed.signals import STOPPED
 
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 SPOKEN = (1, 2, STOPPED)
-"""Statuses of ranks that have said why they end."""
+"""Exit statuses of ranks that have reported why they end."""
 
 
 def main(arguments: list[str]) -> int:
@@ -51,13 +51,13 @@ def main(arguments: list[str]) -> int:
 
 
 def how_it_ended(rank: int, exit_code: int) -> str:
-    """One line on a rank that left no word."""
+    """One line on a rank that reported nothing."""
     how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with status {exit_code}"
     return f"flm: rank {rank} on host {socket.gethostname()} {how}"
 
 
 def _quiet_torchrun() -> None:
-    """What torchrun logs of ranks that fail is said by the ranks themselves, or by `main`, in one line."""
+    """Silence torchrun's log of failed ranks: the ranks themselves, or `main`, report in one line."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # its own default, of which it warns
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
 
@@ -68,7 +68,7 @@ def status_of(statuses: set[int]) -> int:
 
 
 def _last_words(folder: Path) -> set[int]:
-    """Statuses that the ranks of the last start have left in torchrun's log folder."""
+    """Exit statuses that the ranks of the last start left in torchrun's log folder."""
     words = list(folder.glob("*/attempt_*/*/error.json"))
     last = max((int(word.parts[-3].removeprefix("attempt_")) for word in words), default=0)
     return {read_status(word) for word in words if word.parts[-3] == f"attempt_{last}"}

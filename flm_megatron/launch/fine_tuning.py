@@ -1,4 +1,4 @@
-"""What makes a run a fine-tuning: the model comes from the checkpoint, the budget from epochs of conversations."""
+"""Turns a run file into a fine-tuning: the model comes from the checkpoint, the budget from epochs of conversations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flm_megatron.training.resume.first_checkpoint import check_no_mask
 
 
 def prepared(run: RunConfig) -> tuple[RunConfig, list[str]]:
-    """The run with the model and the tokenizer of its checkpoint and the tokens of its epochs, and lines that say so.
+    """The run with its checkpoint's model and tokenizer and its epochs' tokens, and lines that describe it.
 
     Raises:
         RequestError: no checkpoint, a tokenizer that is not the checkpoint's, a stage that describes another model or
@@ -34,7 +34,7 @@ def prepared(run: RunConfig) -> tuple[RunConfig, list[str]]:
 
 
 def _of_model(run: RunConfig, model: ModelConfig, tokenizer: str) -> tuple[RunConfig, list[str]]:
-    """The run with `model` in every stage and tokens for its epochs, and lines on what it will train on."""
+    """The run with `model` in every stage and its epochs' tokens, and lines that describe the training data."""
     chat = run.data.chat or ChatConfig()
     stages = [_stage(stage, model, chat) for stage in run.stages]
     run = replace(run, tokenizer=tokenizer, data=replace(run.data, chat=chat), stages=stages)

@@ -1,12 +1,12 @@
-"""Which rank is gone: every rank of a launched world beats in the launcher's store. The first rank listens to all
-others, and tells them; they listen to the first.
+"""Detects lost ranks: every rank of a launched world sends a heartbeat through the launcher's store.
 
-A collective that waits for a host which was cut off cannot say whom it waits for, and NCCL's ends the process. So a
-thread of every rank tells the store that it is alive. Where a rank stays silent for most of `distributed.timeout_s`,
-or the store cannot be reached, the process ends with status 1 and one line that names the rank or the store.
+The first rank listens to all others and they listen to the first. A collective that waits for a host which was cut off
+cannot say which, and NCCL's ends the process. So a thread of every rank tells the store that it is alive. When a rank
+is silent for most of `distributed.timeout_s`, or the store cannot be reached, the process ends with status 1 and one
+line that names the rank or the store.
 
-A launcher that has lost a host tells the ranks that are left to stop, and they wait for it inside a collective until
-they are killed (after 30 s by torchrun). So a process that was told to stop looks whether the rank before it is there,
+A launcher that has lost a host tells the remaining ranks to stop, but they wait for the host inside a collective until
+they are killed (after 30 s by torchrun). So a process that was told to stop checks whether the rank before it is alive,
 and if not, all of them end at once.
 """
 
@@ -28,19 +28,19 @@ from flm_megatron.distributed.signals import told_to_stop
 from flm_megatron.launch.neighbour import Neighbour
 
 SILENCE = 0.8
-"""Share of the timeout after which a silent rank is lost: before a collective gives up, which names nobody."""
+"""Fraction of the timeout after which a silent rank is lost: earlier than collectives time out, which name nobody."""
 BEATS = 20
 LONGEST_INTERVAL_S = 10.0
 HURRIED_S = 1.0
-"""Between two beats of a process that was told to stop."""
+"""Seconds between two beats of a process that was told to stop."""
 MISSES = 5
-"""Looks of such a process at the store without an answer, after which the store is lost."""
+"""Unanswered requests of such a process to the store after which the store is lost."""
 LOST = "lost"
 
 
 @contextmanager
 def heartbeat(timeout_s: float) -> Iterator[None]:
-    """While the block runs, a lost rank, or a lost store, ends this process. Needs the world of `env://`."""
+    """During the block a lost rank or a lost store ends this process. Needs the world of `env://`."""
     agreed = [os.urandom(8).hex()]
     dist.broadcast_object_list(agreed)  # the launcher's store may hold the beats of an earlier start
     beats = Heartbeat(f"heartbeat/{agreed[0]}", dist.get_rank(), dist.get_world_size(), timeout_s)
@@ -60,7 +60,7 @@ def heartbeat(timeout_s: float) -> Iterator[None]:
 
 
 class Heartbeat:
-    """One rank's beat and ear, in two threads: the first talks to the store, the second sees when that gets stuck."""
+    """The heartbeat of one rank in two threads: the first talks to the store, the second notices when it hangs."""
 
     def __init__(self, prefix: str, rank: int, size: int, timeout_s: float) -> None:
         """Connect to the store at MASTER_ADDR:MASTER_PORT; silence of `SILENCE * timeout_s` seconds is too long."""
@@ -84,14 +84,14 @@ class Heartbeat:
         self.heard = dict.fromkeys(range(1, size) if rank == 0 else (0,), ("", self.answered))
 
     def start(self) -> None:
-        """Say which host this is, and begin."""
+        """Publish this host's name and begin."""
         self.store.set(self._key(f"host/{self.rank}"), socket.gethostname())
         self.store.set(self._key(str(self.rank)), "0")
         for thread in self.threads:
             thread.start()
 
     def stop(self, in_order: bool) -> None:
-        """End: from now on silence means nothing, and if that is `in_order`, neither does absence."""
+        """End: silence no longer means anything and, if that is `in_order`, neither does absence."""
         self.in_order = in_order
         self.stopped.set()
         for thread in self.threads:
@@ -103,7 +103,7 @@ class Heartbeat:
         return f"{self.prefix}/{name}"
 
     def _wait(self) -> bool:
-        """Until the next beat; returns whether the block has ended."""
+        """Wait until the next beat; returns whether the block has ended."""
         end = time.monotonic() + self.interval_s
         while not (over := self.stopped.wait(min(HURRIED_S, self.interval_s))):
             if told_to_stop() or time.monotonic() >= end:
@@ -128,12 +128,12 @@ class Heartbeat:
                 self.neighbour.leave()
 
     def _told(self) -> str:
-        """What another rank has found out."""
+        """The message of another rank that has found one lost."""
         key = self._key(LOST)
         return self.store.get(key).decode() if self.store.check([key]) else ""
 
     def _look(self) -> str:
-        """Tell all when the neighbour is gone; returns what was told."""
+        """Tell all ranks if the neighbour is gone; returns that message."""
         if not self.neighbour.gone() or self.stopped.is_set():
             return ""
         text = f"told to stop, and {self._named([self.neighbour.rank])} is gone: ending without saving"
@@ -141,7 +141,7 @@ class Heartbeat:
         return text
 
     def _listen(self) -> str:
-        """Note who has beaten since the last time; the ranks that were silent for too long, in words."""
+        """Note which ranks have beaten since the last time; returns a message on those silent for too long."""
         if not self.heard:
             return ""
         now = time.monotonic()
@@ -161,7 +161,7 @@ class Heartbeat:
         return f"no sign of life for {self.limit_s:g} s from {self._named(silent)}: the host or its network is down"
 
     def _named(self, peers: list[int]) -> str:
-        """Ranks by their hosts."""
+        """Ranks with their hosts, as text."""
         hosts: dict[str, list[int]] = {}
         for peer in peers:
             hosts.setdefault(self.store.get(self._key(f"host/{peer}")).decode(), []).append(peer)

@@ -1,7 +1,7 @@
-"""Whether the process of the rank before this one is there, which its kernel tells although the process is busy.
+"""Whether the process of the previous rank is alive, which its kernel answers even while the process is busy.
 
-Every rank listens on a port and says in the store where. A connection is made by the kernel as long as the process
-lives, refused when it has ended, and not answered when its host is down.
+Every rank listens on a port and publishes it in the store. The kernel accepts connections as long as the process lives,
+refuses them when it has ended, and does not answer when its host is down.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BACKLOG = 128
 
 
 class Store(Protocol):
-    """What is used of torch's stores."""
+    """The methods of torch's stores that are used."""
 
     def set(self, key: str, value: str) -> None:
         """Write a value under a key."""
@@ -32,10 +32,10 @@ class Store(Protocol):
 
 
 class Neighbour:
-    """A rank's port, and that of the rank before it (of the last one for the first)."""
+    """A rank's port, and that of the previous rank (of the last one for the first)."""
 
     def __init__(self, store: Store, key: Callable[[str], str], rank: int, size: int) -> None:
-        """Listen, and say where, below `key` of the store. Raises RequestError without an address."""
+        """Listen, and publish the address below `key` of the store. Raises RequestError without an address."""
         address = own_address()
         self.socket = listening(address, BACKLOG)
         self.socket.setblocking(False)
@@ -55,15 +55,15 @@ class Neighbour:
         return False
 
     def leave(self) -> None:
-        """Say that this rank ends in order, so that the one after it does not miss it. Before `close`."""
+        """Announce that this rank ends in order, so that the next one does not report it. Before `close`."""
         self.store.set(self.key(f"left/{self.own}"), "")
 
     def close(self) -> None:
-        """Listen no longer."""
+        """Stop listening."""
         self.socket.close()
 
     def _clear(self) -> None:
-        """Let go of the connections of the rank that looked here, before the kernel takes no more."""
+        """Accept and close the connections of the rank that checks this one, before the kernel's queue is full."""
         with suppress(BlockingIOError):
             while True:
                 self.socket.accept()[0].close()

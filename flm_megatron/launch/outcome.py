@@ -1,4 +1,4 @@
-"""The last words of a run: where what it made lies, and what to type next."""
+"""The last lines of a run: where its results are, and the next command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flm_megatron.training.resume.start import checkpoint_store
 
 
 def report_end(run: RunConfig, status: int) -> None:
-    """Print the last words, and add them to the run's log. For one process of the run."""
+    """Print the last lines, and add them to the run's log. For one process of the run."""
     text = "\n".join(last_words(run, status))
     with (Path(run.output) / "log.txt").open("a", encoding="utf-8") as log:
         print(text, file=log)

@@ -1,5 +1,8 @@
-"""What is checked and filled in before any process starts and anything is written: the rules of the run file, kernels,
-tokenizer and data, and where training begins. What needs no torch comes first, for its import takes seconds."""
+"""Checks and fills in a run file before any process starts and anything is written.
+
+The rules of the run file, kernels, tokenizer and data, and where training begins. Checks without torch come first, as
+its import takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,9 @@ from flm_megatron.paths import require_folder
 
 
 def resolve(run: RunConfig, start_anew: bool = False) -> RunConfig:
-    """The run with its vocabulary filled in from the tokenizer, its data found and fitting.
+    """The run with its vocabulary filled in from the tokenizer, and its data checked.
 
-    With `start_anew` it begins at `checkpoint.initial` even where it has checkpoints of its own.
+    With `start_anew` it begins at `checkpoint.initial` even if it has checkpoints of its own.
 
     Raises:
         Mistakes: broken rules; or no tokenizer, no data, data made with another tokenizer, shorter than a sample or
@@ -46,7 +49,7 @@ def resolve(run: RunConfig, start_anew: bool = False) -> RunConfig:
 
 
 def require_installed(run: RunConfig) -> None:
-    """Check that what the run file asks for by name can run here.
+    """Check that whatever the run file asks for by name can run here.
 
     Raises:
         Mistakes: a kernel, FP8 or Transformer Engine cannot, or a hook is not found.
@@ -64,7 +67,7 @@ def require_installed(run: RunConfig) -> None:
 
 
 def require_places(run: RunConfig, only: str | None = None) -> None:
-    """Check that `only` is a stage, and that the run can write where it is to.
+    """Check that `only` is a stage, and that the run can write its output.
 
     Raises:
         Mistakes: one of these does not hold.
@@ -78,7 +81,7 @@ def require_places(run: RunConfig, only: str | None = None) -> None:
 
 
 def require_turn(run: RunConfig, only: str | None, start_anew: bool) -> None:
-    """Check that a run that begins is not asked for a later stage alone. Raises RequestError if it is."""
+    """Check that a new run is not asked to start with a later stage. Raises RequestError if it is."""
     from flm_megatron.training.resume.start import has_checkpoints
 
     first = run.stages[0].name
@@ -105,7 +108,7 @@ def check_epochs(run: RunConfig) -> None:
 
 
 def _with_models(run: RunConfig) -> RunConfig:
-    """The run with the models that it takes from a checkpoint; only then is torch needed to open one."""
+    """The run with the models that it takes from a checkpoint, which alone needs torch."""
     if not any(stage.model.from_checkpoint for stage in run.stages):
         return run
     from flm_megatron.checkpoint.run_file import with_checkpoint_models
@@ -114,7 +117,7 @@ def _with_models(run: RunConfig) -> RunConfig:
 
 
 def _require_beginning(run: RunConfig, start_anew: bool) -> None:
-    """Where the run begins, hold `checkpoint.initial` against its first stage, and its budgets against its data."""
+    """For a new run, check `checkpoint.initial` against the first stage, and budgets against the data."""
     from flm_megatron.training.resume.first_checkpoint import check_initial
     from flm_megatron.training.resume.start import has_checkpoints
 
@@ -124,7 +127,7 @@ def _require_beginning(run: RunConfig, start_anew: bool) -> None:
 
 
 def _check_indices(run: RunConfig) -> None:
-    """Every entry of the datasets' indices; the first of a launcher's processes does it for all, for they are large."""
+    """Check every entry of the datasets' indices, which are large: of a launcher's processes the first does it."""
     from flm_megatron.data.corpus.verify import check_indices
 
     if os.environ.get("RANK", "0") == "0":
@@ -132,7 +135,7 @@ def _check_indices(run: RunConfig) -> None:
 
 
 def _require_data(run: RunConfig) -> None:
-    """Check that the run names a tokenizer and data, and that the tokenizer is there."""
+    """Check that the run names a tokenizer and data, and that the tokenizer exists."""
     lines = []
     if run.tokenizer is None:
         lines.append("tokenizer is not set: give the SentencePiece model the data was made with")

@@ -1,4 +1,4 @@
-"""Running a whole run: by processes of this machine that are started here, or as ranks that torchrun started."""
+"""Runs a whole run: in processes of this machine that are started here, or as the ranks that torchrun started."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def train(run: RunConfig, only: str | None = None, anew: bool = False) -> int:
 
 
 def _train_locally(run: RunConfig, only: str | None, anew: bool) -> int:
-    """Start fresh processes for one stage after another, as many as its layout needs."""
+    """Start fresh processes for each stage, as many as its layout needs."""
     from flm_megatron.launch.run_lease import run_lease
     from flm_megatron.training.resume.memory_copies import NOT_USED
     from flm_megatron.training.resume.start import checked_start, set_aside
@@ -63,7 +63,7 @@ def _train_locally(run: RunConfig, only: str | None, anew: bool) -> int:
 
 
 def _train_what_is_left(run: RunConfig, only: str | None, start: Start | None) -> int:
-    """One stage after another, each in fresh processes; a checkpoint that turns out to be damaged is passed over."""
+    """Train the remaining stages, each in fresh processes; passes over checkpoints found damaged."""
     from flm_megatron.launch.outcome import report_end
     from flm_megatron.training.resume.start import find_start
 
@@ -90,7 +90,7 @@ def _train_what_is_left(run: RunConfig, only: str | None, start: Start | None) -
 
 
 def check_local(run: RunConfig) -> None:
-    """Check every stage on as many processes as it would have here.
+    """Check every stage for the number of processes it would have here.
 
     Raises:
         Mistakes: broken rules, or more processes than this machine can be meant to run.
@@ -105,7 +105,7 @@ def _check_local_stage(run: RunConfig, stage: StageConfig) -> None:
 
 
 def _train_as_rank(run: RunConfig, only: str | None) -> int:
-    """Train every stage in the world that torchrun made."""
+    """Train every stage in torchrun's world."""
     from flm_megatron.distributed.error_file import write_error_file
     from flm_megatron.distributed.processes import Processes
     from flm_megatron.distributed.world import is_main_rank, world
@@ -137,12 +137,12 @@ def _train_as_rank(run: RunConfig, only: str | None) -> int:
 
 
 def local_processes(run: RunConfig, stage: StageConfig) -> int:
-    """Processes for a stage on this machine: as the run file says, or what its layout needs."""
+    """Processes for a stage on this machine: as the run file says, else what its layout needs."""
     return run.distributed.processes or stage.parallel.processes
 
 
 def write_run_file(run: RunConfig) -> None:
-    """Put the resolved run file beside the run's results; it is there whole, or as it was."""
+    """Write the resolved run file beside the run's results; it is replaced as a whole or not at all."""
     folder = Path(run.output)
     make_folders(folder)
     check_fences()
@@ -150,7 +150,7 @@ def write_run_file(run: RunConfig) -> None:
 
 
 def _train_child(data: dict[str, Any], start: Start, fences: tuple[Fence, ...]) -> int:
-    """In a started process: train the stage, under the leases of the process that started it."""
+    """In a started process: train the stage, under the leases of the parent process."""
     from flm_megatron.training.stage import train_stage
 
     with fenced(fences):

@@ -1,4 +1,4 @@
-"""The lease of a run: as long as it lasts, nobody else trains into its output folder."""
+"""The lease of a run: while it lasts, no other process trains into its output folder."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ ADVICE = "wait until it has ended or stop it, or choose another `output`"
 
 @contextmanager
 def run_lease(run: RunConfig) -> Iterator[None]:
-    """All processes of the run enter, before anything is written to `run.output`; it is made if it is not there.
+    """All processes of the run enter, before anything is written to `run.output`, which is created if missing.
 
-    A job that was queued again, or whose ranks were started again, waits up to `distributed.timeout_s` for its own
-    earlier ranks, which may be saving still.
+    A job that was queued again, or whose ranks were restarted, waits up to `distributed.timeout_s` for its own earlier
+    ranks, which may still be saving.
 
     Raises:
         RequestError: another run has this output and is alive, or it cannot be written.

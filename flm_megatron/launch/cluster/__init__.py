@@ -1,1 +1,1 @@
-"""What starts a run on a cluster: a script for torchrun or Slurm, or a manifest for Kubernetes."""
+"""Starts a run on a cluster: by a script for torchrun or Slurm, or a manifest for Kubernetes."""

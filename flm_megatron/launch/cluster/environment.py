@@ -92,7 +92,7 @@ GLOO_INTERFACE = "Card for gloo, which saves checkpoints; without it gloo takes 
 
 
 def environment(gpu: bool, nodes: int, fabric: str, interface: str | None) -> list[Variable]:
-    """Variables of a run on `nodes` nodes, in the order they are shown; `interface` is a network card's name."""
+    """Variables of a run on `nodes` nodes, in the order they are printed; `interface` is a network card's name."""
     several = nodes > 1
     chosen = [
         each
@@ -107,7 +107,7 @@ def environment(gpu: bool, nodes: int, fabric: str, interface: str | None) -> li
 
 
 def shutdown_timeout(seconds: int) -> Variable:
-    """torchrun's wait between SIGTERM and SIGKILL."""
+    """Seconds that torchrun waits between SIGTERM and SIGKILL."""
     why = "Seconds that torchrun leaves its ranks between SIGTERM and SIGKILL, to finish the step and save."
     return Variable("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(seconds), why)
 

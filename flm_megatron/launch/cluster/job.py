@@ -1,4 +1,4 @@
-"""A run and the machines it is given: the stages, the processes of each, and whether they fit."""
+"""A run on the machines it is given: its stages, the processes of each, and whether they fit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flm_megatron.errors import RequestError
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be started: `stages` (all in one job, or one job each) of a run on `nodes` equal nodes."""
+    """The `stages` of a run to start on `nodes` equal nodes, all in one job or one job each."""
 
     run: RunConfig
     run_file: str
@@ -26,27 +26,27 @@ class Job:
     per_node: int
     gpu: bool = True
     whole: bool = True
-    """Whether all stages of the run are asked for."""
+    """Whether all stages of the run are started."""
     separate: bool = False
     """Whether every stage is a job of its own."""
     grace_s: int = 120
     """Seconds from SIGTERM until processes are killed: one step and one checkpoint."""
     restarts: int = 10
-    """Times that torchrun starts the ranks again after a failure."""
+    """How often torchrun restarts the ranks after a failure."""
 
     @property
     def name(self) -> str:
-        """The run's name, fit for a job: lower-case letters, digits and hyphens."""
+        """The run's name as a job name: lower-case letters, digits and hyphens."""
         return re.sub(r"[^a-z0-9]+", "-", self.run.name.lower()).strip("-") or "run"
 
     def nodes_of(self, stage: StageConfig) -> int:
-        """Nodes that train a stage: all, or in a job of its own what is enough for its data-parallel size."""
+        """Nodes that train a stage: all, or in a job of its own as many as its data-parallel size needs."""
         if stage.parallel.data is None or not self.separate:
             return self.nodes
         return -(-stage.parallel.processes // self.per_node)
 
     def command(self, stage: str | None = None) -> str:
-        """`flm train` with what was asked for; `stage` is put in as it is, so a shell may fill it in."""
+        """The `flm train` command; `stage` is inserted unquoted, so that a shell can expand it."""
         words = ["train", shlex.quote(self.run_file)]
         chosen = stage or (None if self.whole else shlex.quote(self.stages[0].name))
         words += ["--stage", chosen] if chosen else []

@@ -1,4 +1,4 @@
-"""The text that starts a job: templates filled in from the job and the site's options."""
+"""The script that starts a job: templates filled in from the job and the site's options."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ ELASTIC = (
 STATIC = "# A failure ends the script on every node; started again on all, it goes on from the last checkpoint."
 WORD = re.compile(r"[\w.:/@,+=\[\]-]+")
 SPARE_S = 30
-"""Of the grace period, for the container or the job to end after its ranks."""
+"""Part of the grace period that is left for the container or the job to end after its ranks."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """What is particular to a cluster."""
+    """Options of a cluster."""
 
     fabric: str = "infiniband"
     interface: str | None = None
@@ -52,7 +52,7 @@ def render(job: Job, launcher: str, site: Site) -> str:
 
 
 def _check_words(job: Job, site: Site) -> None:
-    """What is put into scripts and manifests as it is must be a word: no spaces, quotes or line ends."""
+    """Values that are inserted unquoted must be single words: no spaces, quotes or line ends."""
     for name in ("interface", "endpoint", "time", "partition", "image", "claim"):
         value = getattr(site, name)
         if value is not None and not WORD.fullmatch(value):
@@ -123,7 +123,7 @@ def _variables(job: Job, site: Site) -> list[Variable]:
 
 
 def _fill(template: str, job: Job, site: Site, **values: str) -> str:
-    """The template with each `{{name}}` replaced, by `values` and by what every template says of the job."""
+    """The template with each `{{name}}` replaced, from `values` and the values that all templates share."""
     text = files(__package__).joinpath("templates").joinpath(template).read_text(encoding="utf-8")
     values |= {
         "summary": "\n".join(f"#   {line}" for line in job.summary()),

@@ -1,4 +1,4 @@
-"""What the checks found, and how it is shown: one line for each topic and kind, whatever the number of hosts."""
+"""Results of the checks and their report: one line per topic and kind, whatever the number of hosts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def status_of(findings: Iterable[Finding]) -> int:
 
 
 def render(findings: list[Finding]) -> str:
-    """All findings as text, topics in the order they first came, each line with the hosts it holds for."""
+    """All findings as text, topics in the order of their first finding, each line with its hosts."""
     hosts = {finding.host for finding in findings if finding.host}
     width = max(len(finding.topic) for finding in findings)
     topics = list(dict.fromkeys(finding.topic for finding in findings))
@@ -40,7 +40,7 @@ def render(findings: list[Finding]) -> str:
 
 
 def _where(alike: list[Finding], hosts: set[str]) -> str:
-    """The hosts of findings that share a line; nothing where it holds for all. The first one's text is shown."""
+    """The hosts of findings that share a line; empty if these are all. The first one's text is shown."""
     names = list(dict.fromkeys(finding.host for finding in alike if finding.host))
     if not names or set(names) == hosts:
         return ""

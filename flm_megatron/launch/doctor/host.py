@@ -1,4 +1,4 @@
-"""Checks of one host by itself: programs, devices, memory, disk, network names, data."""
+"""Checks of one host: programs, devices, memory, disk, network names, data."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from flm_megatron.launch.doctor.findings import Finding, Level
 
 GIB = 2**30
 SHARED_MEMORY_PER_RANK = 32 * 2**20
-"""What NCCL's buffers between two processes of a host come to, rounded up."""
+"""NCCL's buffers between two processes of a host, rounded up."""
 AMPLE_SHARED_MEMORY = GIB
 OPEN_FILES = 4096
 
 
 def facts(run: RunConfig) -> dict[str, str]:
-    """What has to be the same on all hosts: versions, and the fingerprints of tokenizer and data."""
+    """What must be equal on all hosts: versions, and the fingerprints of tokenizer and data."""
     from flm_megatron.data.corpus.description import read_description
     from flm_megatron.data.tokenizer import Tokenizer
 
@@ -48,8 +48,11 @@ def facts(run: RunConfig) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Place:
-    """What this host is in the run: `ranks_here` processes of `world` (none: not launched, so not known), the port
-    to be checked (none where the launcher holds it), and the size of the largest checkpoint in bytes, if known."""
+    """This host's part in the run.
+
+    `ranks_here` processes of `world` (none if not launched), the port to check (none if the launcher holds it), and the
+    size of the largest checkpoint in bytes, if known.
+    """
 
     ranks_here: int
     world: int | None
@@ -75,7 +78,7 @@ def examine_host(run: RunConfig, place: Place) -> list[Finding]:
 
 
 def versions() -> Finding:
-    """Versions of what a run is made of; the engine's has to be the one this program was made for."""
+    """Installed versions; megatron-core's must be one that this program supports."""
     import torch
 
     parts = [f"{name} {_version(name)}" for name in ("flm_megatron", "torch", "megatron-core")]
@@ -97,7 +100,7 @@ def _version(package: str) -> str:
 
 
 def layout(run: RunConfig, world: int | None) -> Finding:
-    """The rules of the run file, on the processes there are."""
+    """The rules of the run file, for the available processes."""
     try:
         check(run, world)
     except FlmError as error:
@@ -124,7 +127,7 @@ def devices(ranks_here: int) -> Finding:
 
 
 def implementations(run: RunConfig) -> Iterator[Finding]:
-    """Transformer Engine, Apex and Triton: found and importable, or why not; and what the run file asks for."""
+    """Whether Transformer Engine, Apex and Triton can be imported, or why not; and what the run file asks for."""
     from flm_megatron.kernels import choose
     from flm_megatron.kernels.backends import missing, obstacle
 
@@ -165,7 +168,7 @@ def shared_memory(ranks_here: int, folder: str = "/dev/shm") -> Finding:
 
 
 def limits(world: int) -> Finding:
-    """Open files (a connection to many ranks is one each), and locked memory, which RDMA needs."""
+    """Open files (each connection between ranks is one), and locked memory, which RDMA needs."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     if files != resource.RLIM_INFINITY and files < max(1024, 2 * world):
@@ -193,7 +196,7 @@ def network_name(several_hosts: bool) -> Finding:
 
 
 def port_is_free(port: int) -> Finding:
-    """The launcher's port can be bound on this host."""
+    """Whether the launcher's port can be bound on this host."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -205,7 +208,7 @@ def port_is_free(port: int) -> Finding:
 
 
 def data(run: RunConfig) -> Finding:
-    """Tokenizer and datasets: there, fitting each other, and readable; so is the checkpoint to start from."""
+    """Tokenizer, datasets and initial checkpoint: present, readable, and fitting each other."""
     from flm_megatron.checkpoint.opening import open_checkpoint
     from flm_megatron.data.corpus.description import file_of, read_description
     from flm_megatron.launch.preflight import resolve
@@ -225,7 +228,7 @@ def data(run: RunConfig) -> Finding:
 
 
 def disk(run: RunConfig, checkpoint_bytes: int | None) -> Finding:
-    """The output folder can be written, and has room for the largest checkpoint as often as it is kept."""
+    """Whether the output folder can be written and has room for as many of the largest checkpoint as are kept."""
     folder = Path(run.output).absolute()
     while not folder.exists():
         folder = folder.parent

@@ -1,7 +1,7 @@
 """Checks between hosts, by ranks that a launcher started: they report to rank 0 through the launcher's store.
 
-The store needs nothing but a connection to the first host, so a host that others cannot reach is named instead of
-waited for. Collectives come last, when every rank has been found reachable.
+The store needs only a connection to the first host, so a host that others cannot reach is named instead of waited for.
+Collectives come last, when every rank was found reachable.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PIECE_VALUES = 2**20
 
 
 class Meeting:
-    """The ranks' meeting at the store: rank 0 collects what the others put there, within `timeout_s`."""
+    """The ranks' meeting at the store: rank 0 collects the values of the others, within `timeout_s`."""
 
     def __init__(self, timeout_s: float) -> None:
         """Join the store of `env://`, which the launcher or rank 0 holds."""
@@ -47,7 +47,7 @@ class Meeting:
         self.host = socket.gethostname()
 
     def gather(self, topic: str, value: Any) -> tuple[dict[int, Any], list[int]]:
-        """On every rank, put `value`; on rank 0, the values by rank, and the ranks that gave none in time."""
+        """Publish `value`; returns, on rank 0, the values by rank and the ranks that gave none in time."""
         self.store.set(f"{topic}/{self.rank}", json.dumps(value))
         values: dict[int, Any] = {}
         deadline = time.monotonic() + self.timeout_s
@@ -58,7 +58,7 @@ class Meeting:
         return values, [rank for rank in range(self.size) if rank not in values] if self.rank == 0 else []
 
     def take(self, key: str, deadline: float) -> str | None:
-        """A value when it is there; none if it is not there by `deadline` (on the monotonic clock)."""
+        """A value; none if it does not arrive by `deadline` (on the monotonic clock)."""
         try:
             self.store.wait([key], timedelta(seconds=max(0.05, deadline - time.monotonic())))
             return self.store.get(key).decode()
@@ -66,7 +66,7 @@ class Meeting:
             return None
 
     def tell(self, key: str, value: Any = None) -> Any:
-        """Give rank 0's `value` to all ranks; none where it does not come in time."""
+        """Give rank 0's `value` to all ranks; none where it does not arrive in time."""
         if self.rank == 0:
             self.store.set(key, json.dumps(value))
             return value
@@ -78,10 +78,10 @@ class Meeting:
 def examine_together(
     run: RunConfig, own: list[Finding], facts: dict[str, str], timeout_s: float
 ) -> tuple[list[Finding], int]:
-    """All ranks' findings on rank 0 (the rest get none), and the exit status on all.
+    """All ranks' findings on rank 0 (the others get none), and the exit status on all ranks.
 
-    `own` are this host's findings, `facts` what has to be the same everywhere. Waits for no rank longer than
-    `timeout_s` seconds at each of three meetings.
+    `own` are this host's findings, `facts` what must be equal everywhere. Waits for no rank longer than `timeout_s`
+    seconds at each of three meetings.
     """
     meeting = Meeting(timeout_s)
     with Listener() as listener:
@@ -136,7 +136,7 @@ def _unreachable(addresses: dict[Any, list[Any]], own: int) -> list[int]:
     """Ranks that this rank cannot connect to."""
 
     def refused(item: tuple[Any, list[Any]]) -> int | None:
-        """The rank, where it does not answer."""
+        """The rank, if it does not answer."""
         rank, (address, port) = item
         try:
             socket.create_connection((address, port), timeout=CONNECT_S).close()
@@ -163,7 +163,7 @@ def _reported(reports: dict[int, Any], missing: list[int]) -> list[Finding]:
 
 
 def different_facts(by_host: list[tuple[str, dict[str, str]]]) -> list[Finding]:
-    """One finding for each fact that is not the same on the first host and another."""
+    """One finding for each fact that differs between the first host and another."""
     findings = []
     first_host, first = by_host[0] if by_host else ("", {})
     for name in dict.fromkeys(key for _, facts in by_host for key in facts):
@@ -205,7 +205,7 @@ def _leaders(reports: dict[int, Any]) -> list[int]:
 
 
 def _offsets(meeting: Meeting, reports: dict[int, Any]) -> dict[int, float]:
-    """On rank 0: by how many seconds each host's clock is ahead, measured by a question and its answer."""
+    """On rank 0: the seconds by which each host's clock is ahead, measured by a question and its answer."""
     leaders = meeting.tell("leaders", _leaders(reports)) or []
     if meeting.rank != 0:
         if meeting.rank in leaders and meeting.take(f"ask/{meeting.rank}", time.monotonic() + meeting.timeout_s):
@@ -223,7 +223,7 @@ def _offsets(meeting: Meeting, reports: dict[int, Any]) -> dict[int, float]:
 
 
 def clocks(reports: dict[int, Any], offsets: dict[int, float]) -> list[Finding]:
-    """Clocks far apart confuse file times and logs, but stop no run."""
+    """Warn of clocks that are far apart: they confuse file times and logs, but stop no run."""
     wrong = {rank: value for rank, value in offsets.items() if abs(value) > LARGEST_SKEW_S}
     findings = [
         Finding("warn", "clocks", f"{value:+.1f} s from rank 0's host: start a time service", reports[rank]["host"])
@@ -235,7 +235,8 @@ def clocks(reports: dict[int, Any], offsets: dict[int, float]) -> list[Finding]:
 
 
 def _shared_output(meeting: Meeting, output: Path, reports: dict[int, Any]) -> list[Finding]:
-    """Every host sees the file that rank 0 puts into the output folder: checkpoints are read and written by all."""
+    """Check that every host sees a file that rank 0 writes to the output folder, where all read and write
+    checkpoints."""
     folder = output.absolute()
     mark = folder / f".doctor-{os.getpid()}"
     try:
@@ -257,7 +258,7 @@ def _shared_output(meeting: Meeting, output: Path, reports: dict[int, Any]) -> l
 
 
 def _appears(path: Path) -> bool:
-    """Whether a file is there, or comes within a few seconds (network file systems are late)."""
+    """Whether a file is there, or appears within a few seconds (network file systems lag)."""
     deadline = time.monotonic() + CONNECT_S
     while not path.exists() and time.monotonic() < deadline:
         os.listdir(path.parent) if path.parent.is_dir() else None
