@@ -1,8 +1,8 @@
-"""Checkpoints: a set of logical tensors of which any region can be read, whatever it is stored in.
+"""Checkpoints: sets of logical tensors of which any region can be read, in whatever form they are stored.
 
-`logical` says what a checkpoint is to everything else (`LogicalCheckpoint.read(name, region)`),
-`opening.open_checkpoint` opens any folder, `store` is the checkpoints of a run: which are whole, newest, and kept.
-`torch_dist`, `hugging_face` and `megatron_legacy` are formats; `lazy` are checkpoints that are computed when they are
-read; `memory` are copies in the memory of hosts; `sharding` lies between a checkpoint and a model that is trained;
-`tools` copy and compare; `files` is what all formats share, and `lease` keeps two writers apart.
+`logical` is the interface that the rest of the program uses (`LogicalCheckpoint.read(name, region)`),
+`opening.open_checkpoint` opens any folder, `store` manages the checkpoints of a run. `torch_dist`, `hugging_face` and
+`megatron_legacy` are formats; `lazy` checkpoints are computed when they are read; `memory` keeps copies in the hosts'
+memory; `sharding` connects checkpoints with a model in training; `tools` inspect, compare and copy; `files` is what all
+formats share, and `lease` keeps a second writer out.
 """

@@ -1,4 +1,4 @@
-"""What model a checkpoint is of, and whether its tensors are that model's."""
+"""The model that a checkpoint records, and whether its tensors are that model's."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from flm_megatron.model.parameters import EMBEDDING, parameter_specs
 
 
 def recorded_model(checkpoint: LogicalCheckpoint, vocab_size: int | None = None) -> ModelConfig | None:
-    """The model that a checkpoint says it is of; none if it does not say.
+    """The model that a checkpoint records; none if it records none.
 
-    Ours say it in the manifest, Hugging Face folders in `config.json`, Megatron-LM's in their arguments. `vocab_size`
-    is the true vocabulary where that is not recorded.
+    Ours record it in the manifest, Hugging Face folders in `config.json`, Megatron-LM's in their arguments.
+    `vocab_size` is the true vocabulary if that is not recorded.
     """
     if (recorded := manifest_model(checkpoint.manifest)) is not None:
         return recorded
@@ -37,7 +37,7 @@ def recorded_model(checkpoint: LogicalCheckpoint, vocab_size: int | None = None)
 
 
 def model_of(checkpoint: LogicalCheckpoint, vocab_size: int | None = None) -> ModelConfig | None:
-    """`recorded_model`, for `vocab_size` as it was asked for on the command line.
+    """`recorded_model`, with `vocab_size` as given on the command line.
 
     Raises:
         RequestError: the checkpoint records another vocabulary than the one asked for, or its tokenizer has more ids.
@@ -58,7 +58,7 @@ def model_of(checkpoint: LogicalCheckpoint, vocab_size: int | None = None) -> Mo
 
 
 def required_model(checkpoint: LogicalCheckpoint, where: str, vocab_size: int | None = None) -> ModelConfig:
-    """The model of a checkpoint. Raises RequestError, naming `where` it lies, if it does not say."""
+    """The model that a checkpoint records. Raises RequestError, naming `where` it is, if it records none."""
     model = model_of(checkpoint, vocab_size)
     if model is None:
         raise RequestError(f"{where} does not say what model it is of, which this needs")
@@ -66,7 +66,7 @@ def required_model(checkpoint: LogicalCheckpoint, where: str, vocab_size: int | 
 
 
 def check_structure(tensors: Mapping[str, TensorInfo], model: ModelConfig, where: str) -> None:
-    """Raise RequestError, naming the tensor, unless `tensors` are all of the model's, with or without optimizer."""
+    """Raise RequestError, naming the tensor, unless `tensors` are exactly the model's, with or without optimizer."""
     specs = parameter_specs(model)
     prefixes = ["", *(prefix for prefix in STATE_PREFIXES if any(name.startswith(prefix) for name in tensors))]
     wanted = {
@@ -98,7 +98,7 @@ class TrueVocabulary(LogicalCheckpoint):
         return self.source.read(name, region or Region.whole(self.tensors[name].shape))
 
     def has_optimizer(self) -> bool:
-        """Whether masters and moments are there; raises what the source raises."""
+        """Whether masters and moments are there; raises whatever the source raises."""
         return self.source.has_optimizer()
 
     def _info(self, name: str) -> TensorInfo:
@@ -111,6 +111,6 @@ class TrueVocabulary(LogicalCheckpoint):
 
 
 def without_padding(checkpoint: LogicalCheckpoint, model: ModelConfig) -> LogicalCheckpoint:
-    """`checkpoint` narrowed to the true vocabulary of `model`; `checkpoint` itself where it has no padding."""
+    """`checkpoint` without vocabulary padding of `model`; `checkpoint` itself if it has none."""
     rows = checkpoint.tensors[EMBEDDING].shape[0] if EMBEDDING in checkpoint.tensors else model.vocab_size
     return checkpoint if rows == model.vocab_size else TrueVocabulary(checkpoint, model)

@@ -1,4 +1,4 @@
-"""What every checkpoint tool reads: a set of logical tensors, of which any region can be asked for."""
+"""The interface of all checkpoints: a set of logical tensors, of which any region can be read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Region:
-    """A box of a logical tensor: where it starts and how far it goes along each axis."""
+    """A box of a logical tensor: its first index and size along each axis."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -48,7 +48,7 @@ class Region:
         return tuple(slice(o, o + n) for o, n in zip(self.offsets, self.sizes, strict=True))
 
     def intersect(self, other: Region) -> Region | None:
-        """What the two have in common; none if they do not meet."""
+        """The overlap with `other`; none if there is none."""
         starts = tuple(max(a, b) for a, b in zip(self.offsets, other.offsets, strict=True))
         ends = tuple(
             min(a + n, b + m) for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
@@ -70,12 +70,13 @@ class TensorInfo:
 
 
 class LogicalCheckpoint(ABC):
-    """A set of logical tensors and what describes them.
+    """A set of logical tensors and their description.
 
-    Names are those of `model.parameters.parameter_specs`; optimizer state has the same names behind
-    `optimizer.state.param.` (fp32 masters), `optimizer.state.exp_avg.` and `optimizer.state.exp_avg_sq.`. `manifest`
-    describes it: keys `run` (resolved run file as plain data), `stage` (name), `step` (of the stage), `tokens` (of the
-    run), `samples` (of the run), `optimizer_step` (Adam's); a checkpoint that has none of them gives {}.
+    Names are those of `model.parameters.parameter_specs`; optimizer state has the same names after the prefixes
+    `optimizer.state.param.` (fp32 masters), `optimizer.state.exp_avg.` and `optimizer.state.exp_avg_sq.`.
+
+    `manifest` has the keys `run` (resolved run file as plain data), `stage` (name), `step` (of the stage), `tokens` (of
+    the run), `samples` (of the run), `optimizer_step` (Adam's); it is empty if nothing is known.
     """
 
     manifest: dict[str, Any]
@@ -90,12 +91,12 @@ class LogicalCheckpoint(ABC):
         """
 
     def has_optimizer(self) -> bool:
-        """Whether masters and moments are there."""
+        """Whether it has masters and moments."""
         return any(name.startswith(EXP_AVG) for name in self.tensors)
 
 
 def adam_step(checkpoint: LogicalCheckpoint) -> int:
-    """Adam's step, from which the moments of a checkpoint go on; 0 where it has none.
+    """Adam's step at which a checkpoint's moments were saved; 0 if it has none.
 
     Raises:
         RequestError: it has moments and does not say after how many steps; or raised by `has_optimizer`.

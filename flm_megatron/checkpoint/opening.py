@@ -1,4 +1,4 @@
-"""Telling what kind of checkpoint a folder holds, and what model it is of."""
+"""Opens checkpoints of any format."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from flm_megatron.errors import RequestError
 
 
 def open_checkpoint(path: str | Path, vocab_size: int | None = None) -> LogicalCheckpoint:
-    """The checkpoint in a folder: `torch_dist`, a Hugging Face model, or Megatron-LM's legacy layout.
+    """Open the checkpoint in a folder: `torch_dist`, a Hugging Face model, or Megatron-LM's legacy layout.
 
-    `vocab_size` is the true vocabulary, for the last two where they are padded and do not record it.
+    `vocab_size` is the true vocabulary, for padded checkpoints of the last two that do not record it.
 
     Raises:
         RequestError: there is no checkpoint of a known kind.
@@ -43,7 +43,7 @@ def open_checkpoint(path: str | Path, vocab_size: int | None = None) -> LogicalC
 
 
 def open_with_model(path: Path, vocab_size: int | None = None) -> tuple[LogicalCheckpoint, ModelConfig]:
-    """A checkpoint of any format without vocabulary padding, checked against the model that it says it is of.
+    """Open a checkpoint of any format without vocabulary padding, checked against the model that it records.
 
     Raises:
         RequestError: it does not say, or its tensors do not fit.

@@ -1,4 +1,4 @@
-"""The tokenizer that belongs to a checkpoint: where it lies, and whether a given one is it."""
+"""The tokenizer of a checkpoint: where it is, and whether a given one matches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOKENIZER_FILE = "tokenizer.model"
 
 
 def tokenizer_files(folder: Path | None, manifest: Mapping[str, Any]) -> list[Path]:
-    """Files that are a checkpoint's tokenizer, as far as they are there: named by its run, or in its `folder`."""
+    """The tokenizer files of a checkpoint that exist: named by its run, or in its `folder`."""
     named = recorded_run(manifest).tokenizer
     candidates = [*([Path(named)] if named else []), *([folder / TOKENIZER_FILE] if folder else [])]
     return [file for file in candidates if file.is_file()]
@@ -25,9 +25,9 @@ def tokenizer_files(folder: Path | None, manifest: Mapping[str, Any]) -> list[Pa
 def check_tokenizer(
     tokenizer: Tokenizer, model: ModelConfig, where: str, manifest: Mapping[str, Any], folder: Path | None = None
 ) -> None:
-    """Hold `tokenizer` against all that is known of the one a checkpoint of `model` was trained with.
+    """Check `tokenizer` against what is known of the one that a checkpoint of `model` was trained with.
 
-    `where` names the checkpoint in errors, `folder` is where it lies.
+    `where` names the checkpoint in errors, `folder` is its folder.
 
     Raises:
         RequestError: it has another number of ids, or is another file.
@@ -48,9 +48,9 @@ def check_tokenizer(
 def tokenizer_to_export(
     given: Path | None, model: ModelConfig, folder: Path, manifest: Mapping[str, Any]
 ) -> tuple[Path | None, str]:
-    """The tokenizer to write beside the weights of the checkpoint in `folder`, and why there is none where that is so.
+    """The tokenizer to write beside the weights of the checkpoint in `folder`; if there is none, why not.
 
-    It is the one that is `given`, or else the first of the checkpoint's own files that is still the right one.
+    It is the `given` one, or else the first of the checkpoint's own files that still matches.
 
     Raises:
         RequestError: the one given is not the checkpoint's.
@@ -69,8 +69,7 @@ def tokenizer_to_export(
 
 
 def _known_fingerprints(folder: Path | None, manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Who knows it, and the fingerprint: the manifest, or for want of that the files and the data it was trained on,
-    which may have changed since."""
+    """Known fingerprints and their sources: the manifest, or else files and training data, which may have changed."""
     if recorded := manifest.get("tokenizer_sha256"):
         return [("its manifest", recorded)]
     files = [(str(file), file_fingerprint(file)) for file in tokenizer_files(folder, manifest)]

@@ -1,7 +1,7 @@
-"""What the tools need of the run file that a manifest keeps: the tokenizer, the data, the models of the stages.
+"""What the tools need of a manifest's run file: the tokenizer, the data, the models of the stages.
 
-Run files of other versions may have other fields, so the whole is not read as a run file here. A run that goes on
-compares it field by field (`training.resume`).
+Run files of other versions may have other fields, so it is not read as a run file here. A run that resumes compares it
+field by field (`training.resume`).
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 UNRECORDED_LENGTH = 4096
-"""Tokens of a sample where a checkpoint does not say."""
+"""Tokens of a sample if a checkpoint does not record them."""
 
 
 @dataclass(frozen=True)
 class RecordedStage:
-    """A stage: `model` are the fields of a model configuration, `precision` is what it is trained in."""
+    """A stage: `model` are the fields of its model configuration, `precision` is its training precision."""
 
     name: str
     model: Mapping[str, Any]
@@ -38,7 +38,7 @@ class RecordedRun:
 
 
 def recorded_run(manifest: Mapping[str, Any]) -> RecordedRun:
-    """The run of a manifest; an empty one where it names none, as manifests of other programs' checkpoints."""
+    """The run of a manifest; empty if it has none, as other programs' checkpoints."""
     run = manifest.get("run") or {}
     data = run.get("data") or {}
     return RecordedRun(

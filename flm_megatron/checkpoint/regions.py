@@ -9,7 +9,10 @@ from flm_megatron.checkpoint.logical import Region
 
 
 def split_region(region: Region, limit: int) -> Iterator[Region]:
-    """Regions of at most `limit` values (at least one), in row-major order; each is one run of the region's values."""
+    """Split into regions of at most `limit` values (at least one), in row-major order.
+
+    Each is a contiguous run of the region's values.
+    """
     if region.numel <= max(1, limit):
         yield region
         return

@@ -1,4 +1,4 @@
-"""A run file opened with the models that it takes from `checkpoint.initial` written out."""
+"""Opens a run file and fills in the models that it takes from `checkpoint.initial`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flm_megatron.errors import RequestError
 
 
 def open_run(path: str | Path, overrides: Overrides = ()) -> RunConfig:
-    """`load_run`, and every `model: from_checkpoint` written out.
+    """`load_run`, with every `model: from_checkpoint` filled in.
 
     Raises:
         RequestError: the run file cannot be read, or the checkpoint's model cannot be taken.
@@ -23,9 +23,9 @@ def open_run(path: str | Path, overrides: Overrides = ()) -> RunConfig:
 
 
 def with_checkpoint_models(run: RunConfig) -> RunConfig:
-    """The run with the model of `checkpoint.initial` in every stage that takes it from there.
+    """The run with the model of `checkpoint.initial` in every stage that takes it.
 
-    The checkpoint is not opened where no stage does.
+    The checkpoint is opened only if a stage does.
 
     Raises:
         RequestError: there is no such checkpoint, it does not say what model it is of, the stage states another one
@@ -40,7 +40,7 @@ def with_checkpoint_models(run: RunConfig) -> RunConfig:
 
 
 def stage_of_checkpoint(stage: StageConfig, found: ModelConfig) -> StageConfig:
-    """The stage with `found`, the model of `checkpoint.initial`, and with what may be stated beside it.
+    """The stage with `found`, the model of `checkpoint.initial`, and the fields that may be given beside it.
 
     Raises:
         RequestError: it states another model, or it grows.

@@ -1,4 +1,4 @@
-"""What a manifest says of a stage, written by one function, and the model that it says, read by another."""
+"""A stage's manifest, written by one function, and the model it records, read by another."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flm_megatron.errors import RequestError
 from flm_megatron.model.limits import check_limits
 
 IMPORTED = "imported"
-"""Name of the stage of a checkpoint that comes from another program."""
+"""Stage name of checkpoints from other programs."""
 
 
 def stage_manifest(

@@ -35,18 +35,21 @@ class CheckpointStore:
         self._seen_whole: set[Path] = set()
 
     def path(self, stage: str, step: int) -> Path:
-        """Where the first checkpoint of a step lies, whether it is there or not."""
+        """Where the first checkpoint of a step is, whether it exists or not."""
         return self.root / stage / f"step_{step:08d}"
 
     def new_path(self, stage: str, step: int, taken: Collection[str]) -> Path:
-        """Where a step can be saved: `path`, or with a number behind it where that name is among those `taken`."""
+        """Where to save a step: `path`, or with a number appended if that name is in `taken`."""
         first = self.path(stage, step)
         names = (first.name if not again else f"{first.name}.{again}" for again in count())
         return first.with_name(next(name for name in names if name not in taken))
 
     def taken(self, stage: str) -> tuple[str, ...]:
-        """Names that no new checkpoint of a stage can have: those of its checkpoints, whole or not, and of notes whose
-        checkpoint was removed by hand, which would speak of another one then."""
+        """Names that no new checkpoint of a stage can have.
+
+        Those of its checkpoints, whole or not, and of notes whose checkpoint was removed by hand: they would apply to
+        another one.
+        """
         names = {path.name.removesuffix(NOTE) for path in self._entries(stage)}
         return tuple(sorted(name for name in names if STEP.fullmatch(name)))
 
@@ -59,12 +62,10 @@ class CheckpointStore:
         return self._paths(stage)[::-1]
 
     def latest(self, stages: list[str]) -> Path | None:
-        """Newest checkpoint that can be loaded, of the last of `stages` that has one; none if there is none.
+        """The newest loadable checkpoint of the last of `stages` that has one; none if there is none.
 
-        A half-written one is passed over, and, with a warning, a damaged one: a file is missing, of another size, or
-        was found to be changed (see `note_damage`). The values themselves are not read.
-
-        Raises as `search`.
+        Half-written ones are passed over and, with a warning, damaged ones: a file is missing, of another size, or was
+        found to be changed (see `note_damage`). The values themselves are not read. Raises as `search`.
         """
         return self.search(stages)[0]
 
@@ -95,9 +96,9 @@ class CheckpointStore:
         """Remove old checkpoints of a stage; returns what was removed.
 
         Kept are the newest `keep_last` that are whole (at least one: the last of a stage is never dropped), those at
-        multiples of `keep_every_steps`, and whatever is newer. Left-overs of earlier saves go too. Only manifests of
-        those that are kept for being new are read, each once, and none while no more than `keep_last` are there. A disk
-        that does not let go of one is no reason to end a run: it is logged, and the next call tries again.
+        multiples of `keep_every_steps`, and all newer ones. Leftovers of earlier saves go too. Only manifests of those
+        kept for being new are read, each once, and none while there are no more than `keep_last`. An error of the disk
+        while removing one does not end a run: it is logged, and the next call tries again.
         """
         removed: list[Path] = []
         try:
@@ -122,14 +123,14 @@ class CheckpointStore:
         return [path for path in older if path not in whole and not _is_multiple(path, keep_every_steps)]
 
     def clean(self, stages: list[str]) -> list[Path]:
-        """Remove what interrupted saving left behind; returns it. Call it while nothing is being saved."""
+        """Remove leftovers of interrupted saves; returns them. Call it while nothing is being saved."""
         stale = [path for stage in stages for path in self._stale(stage)]
         for path in stale:
             _remove(path)
         return stale
 
     def note_damage(self, error: DamagedError) -> None:
-        """Have the checkpoint that `error` was found in passed over from now on; nothing if it is not one of these.
+        """Pass over the checkpoint in which `error` was found from now on; does nothing if it is not one of these.
 
         The note lies beside it under its name and `.damage.json`.
         """
@@ -184,7 +185,7 @@ class CheckpointStore:
 
 
 def _place(path: Path) -> tuple[int, int]:
-    """Step, and how often it was saved before."""
+    """Step, and number of the save."""
     match = STEP.fullmatch(path.name.removesuffix(PARTIAL))
     assert match, f"{path} is not named as a checkpoint"
     return int(match[1]), int(match[2] or 0)

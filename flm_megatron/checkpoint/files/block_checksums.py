@@ -1,8 +1,8 @@
-"""CRC-32 of every block of a file, made while it is written; checksums held against what is read while it is read.
+"""CRC-32 of every block of a file: computed while it is written, checked while it is read.
 
-Beside a checkpoint's `X.distcp` lies `X.distcp.crc32`: the CRC-32 of each MiB of X, as little-endian uint32. A whole
-file's checksum says that it is damaged after all of it was read; these say so for the bytes that a reader wants,
-before it has them, and without a second pass.
+Beside a checkpoint's `X.distcp` is `X.distcp.crc32`: the CRC-32 of each MiB of X, as little-endian uint32. A checksum
+of the whole file reports damage only after all of it was read; these check just the bytes that a reader wants, before
+it gets them and without a second pass.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def combined(parts: Iterable[Fragment]) -> Fragment:
 
 
 def _cuts(position: int, nbytes: int) -> Iterator[tuple[int, int]]:
-    """Starts and ends, counted from `position`, of the parts of a run that each lie in one block."""
+    """Starts and ends, relative to `position`, of a run's bytes in each block."""
     start = 0
     while start < nbytes:
         end = min(nbytes, start + BLOCK - (position + start) % BLOCK)
@@ -59,7 +59,7 @@ class BlockSums:
         self._filled = 0
 
     def add(self, parts: Iterable[Fragment]) -> None:
-        """Go on with `parts`, cut at the file's block boundaries."""
+        """Append `parts`, cut at the file's block boundaries."""
         for part in parts:
             self._open.append(part)
             self._filled += part[1]
@@ -68,7 +68,7 @@ class BlockSums:
                 self._close()
 
     def to_bytes(self) -> bytes:
-        """What is stored; the last block is as long as the file goes on."""
+        """The content of the checksum file; the last block may be shorter than the others."""
         if self._filled:
             self._close()
         return np.array(self._blocks, "<u4").tobytes()
@@ -79,7 +79,8 @@ class BlockSums:
 
 
 class KeptBlocks:
-    """Checked blocks of which only parts were wanted: those used last, for any number of threads."""
+    """A cache of checked blocks that were wanted only in part, least recently used first out; for any number of
+    threads."""
 
     def __init__(self) -> None:
         self._blocks: OrderedDict[tuple[Path, int], np.ndarray] = OrderedDict()
@@ -93,7 +94,7 @@ class KeptBlocks:
             return self._blocks.get((path, block))
 
     def keep(self, path: Path, block: int, data: np.ndarray) -> None:
-        """Keep a block, in place of the one that was not used for longest."""
+        """Keep a block, in place of the least recently used one."""
         with self._lock:
             self._blocks[path, block] = data
             if len(self._blocks) > KEPT_BLOCKS:
@@ -117,8 +118,8 @@ class CheckedFile:
     def read_into(self, fd: int, out: memoryview, position: int) -> None:
         """Fill `out` with the bytes from `position` on, through the open descriptor `fd`.
 
-        Whole blocks are read into place; of the first and the last one, where `out` has only a part of it, all is
-        read. Raises DamagedError, naming the file and the place, when bytes are not those that were written.
+        Whole blocks are read into place; a first or last block that `out` wants only in part is read whole. Raises
+        DamagedError, naming the file and the place, when bytes have changed since they were written.
         """
         for start, end in _cuts(position, out.nbytes):
             block, inside = divmod(position + start, BLOCK)
@@ -129,7 +130,7 @@ class CheckedFile:
                 out[start:end] = self._part_of(fd, block, length)[inside : inside + end - start]
 
     def _part_of(self, fd: int, block: int, length: int) -> memoryview:
-        """A checked block of which only a part is wanted, kept for the read that goes on there."""
+        """A checked block of which only a part is wanted, cached for the next read."""
         data = self._kept.get(self.path, block)
         if data is None:
             data = np.empty(length, np.uint8)
@@ -144,7 +145,7 @@ class CheckedFile:
 
 
 class CheckedRun:
-    """Bytes of a file with one checksum: they are read through once, when any of them is asked for."""
+    """Bytes of a file with one checksum, which are read through once when any of them is wanted."""
 
     def __init__(self, path: Path, offset: int, nbytes: int, crc: int) -> None:
         self.path, self.offset, self.nbytes, self.crc = path, offset, nbytes, crc
@@ -156,7 +157,7 @@ class CheckedRun:
         read_fully(fd, out, position, self.path)
 
     def check(self, fd: int) -> None:
-        """Raise DamagedError, naming the file and the place, when the bytes are not those that were written."""
+        """Raise DamagedError, naming the file and the place, if the bytes have changed since they were written."""
         with self._lock:
             if self._checked:
                 return

@@ -1,4 +1,4 @@
-"""A folder that appears under its name only when it is whole."""
+"""A folder that appears under its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flm_megatron.errors import RequestError
 from flm_megatron.paths import require_folder
 
 PARTIAL = ".partial"
-"""What a folder that is being written has after its name."""
+"""Suffix of a folder's name while it is written."""
 
 
 @contextlib.contextmanager
@@ -35,9 +35,9 @@ def destination(path: Path, processes: Processes, nbytes: int) -> Iterator[Path]
 
 @contextlib.contextmanager
 def new_folder(path: Path, processes: Processes) -> Iterator[Path]:
-    """A fresh folder beside `path`, to be filled and handed to `publish`; removed after a failure; all processes enter.
+    """A fresh folder beside `path`, to be filled and passed to `publish`; removed after a failure; all processes enter.
 
-    What a process that died has left there is removed first. Raises RequestError if `path` exists or cannot be written.
+    Leftovers of a process that died are removed first. Raises RequestError if `path` exists or cannot be written.
     """
     folder = _partial(path)
     processes.on_first(lambda: _start(path, folder))
@@ -50,7 +50,7 @@ def new_folder(path: Path, processes: Processes) -> Iterator[Path]:
 
 
 def publish(folder: Path, path: Path) -> None:
-    """Give `folder`, whose files the disk holds, its name: from then on `path` is there, whole. For one process.
+    """Rename `folder`, whose files are synced to disk, to `path`. For one process.
 
     Raises RequestError if `path` has appeared meanwhile or cannot be written.
     """
@@ -65,9 +65,9 @@ def publish(folder: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def reserved(path: Path, processes: Processes, nbytes: int) -> Iterator[None]:
-    """Until the block ends these processes alone write `path`, and nobody else removes their half-written folder.
+    """During the block only these processes write `path`, and no other removes their half-written folder.
 
-    What an interrupted run left beside `path` is removed first. Raises RequestError if `path` exists, if another
+    Leftovers of an interrupted run beside `path` are removed first. Raises RequestError if `path` exists, if another
     process is writing it, or if `nbytes` do not fit on its disk.
     """
     processes.on_first(lambda: _make_room_for_lease(path, nbytes))
@@ -80,7 +80,7 @@ def reserved(path: Path, processes: Processes, nbytes: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Turns what the disk refuses into a RequestError that names `path`."""
+    """Turn errors of the disk into a RequestError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -88,9 +88,9 @@ def write_errors(path: Path) -> Iterator[None]:
 
 
 def require_new(path: Path) -> None:
-    """Check that a folder could be made at `path`, before anything is read; what is there already is refused later.
+    """Check, before anything is read, that a folder could be made at `path`; if it exists that is refused later.
 
-    Raises RequestError if it cannot.
+    Raises RequestError if it could not.
     """
     if not os.path.lexists(path):
         require_folder(path, "destination")
@@ -107,8 +107,10 @@ def refuse_without_room(path: Path, nbytes: int) -> None:
 
 @contextlib.contextmanager
 def _sigterm_is_an_error(processes: Processes) -> Iterator[None]:
-    """Within the block SIGTERM unwinds a lone process that leaves it at its default, so that nothing half-written
-    stays. Among several it ends the process at once: the handler would wait for the collective that it came in."""
+    """Within the block SIGTERM unwinds a single process with the default handler, so that nothing half-written stays.
+
+    Among several processes it ends the process at once: the handler would wait for the collective that it interrupted.
+    """
     alone = processes.size == 1 and threading.current_thread() is threading.main_thread()
     if not alone or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
@@ -121,7 +123,7 @@ def _sigterm_is_an_error(processes: Processes) -> Iterator[None]:
 
 
 def _make_room_for_lease(path: Path, nbytes: int) -> None:
-    """Make the folder above `path`, unless it is clear already that nothing can be written there."""
+    """Make the folder above `path`, unless it is already clear that nothing can be written there."""
     if not _partial(path).exists():
         refuse_without_room(path, nbytes)
     with write_errors(path):
@@ -129,7 +131,7 @@ def _make_room_for_lease(path: Path, nbytes: int) -> None:
 
 
 def _make_room(path: Path, nbytes: int) -> None:
-    """Remove what an interrupted run left; look again whether `path` can be written."""
+    """Remove leftovers of an interrupted run; check again whether `path` can be written."""
     with write_errors(path):
         _clear(_partial(path))
     refuse_without_room(path, nbytes)

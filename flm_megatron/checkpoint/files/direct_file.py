@@ -1,4 +1,4 @@
-"""A new file that several threads fill, past the page cache where that is faster."""
+"""A new file that several threads fill, bypassing the page cache where that is faster."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SMALLEST_DIRECT, BUFFER = 2**20, 8 * 2**20
 
 
 class DirectFile:
-    """A file opened for writing at any place; closed at the end of a `with`, after an fsync if all went well.
+    """A file opened for writing at any position; closed at the end of a `with`, after an fsync if there was no error.
 
-    The whole pages of data of 1 MiB and more go straight to the disk: that costs no copy into the page cache, which
-    would displace what training keeps there. Split pages and small data go through the page cache, and so does all on
-    file systems that have no direct writes, or refuse them for their place (a device of larger blocks). Methods raise
-    OSError as `os.pwrite` does.
+    Whole pages of data of 1 MiB and more go straight to the disk: that saves the copy into the page cache, which would
+    displace what training keeps there. Split pages and small data go through the page cache, and so does everything on
+    file systems without direct writes or that refuse them (a device of larger blocks). Methods raise OSError as
+    `os.pwrite` does.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,7 +57,7 @@ class DirectFile:
         write_at(self._fd, data, position)
 
     def _write_pages(self, direct: int, data: memoryview, position: int) -> None:
-        """Write whole pages past the page cache; through it from the first time on that the system refuses."""
+        """Write whole pages past the page cache; through it once the system has refused."""
         if not self._refused:
             try:
                 return write_at(direct, self._aligned(data), position)
@@ -68,7 +68,7 @@ class DirectFile:
         write_at(self._fd, data, position)
 
     def _aligned(self, data: memoryview) -> memoryview:
-        """A copy of at most BUFFER bytes that begins at a page: the thread's own, until its next call."""
+        """A copy of at most BUFFER bytes that begins at a page; valid until the same thread's next call."""
         if not hasattr(self._buffers, "page"):
             self._buffers.page = mmap.mmap(-1, BUFFER)
         buffer = np.frombuffer(self._buffers.page, np.uint8, data.nbytes)
@@ -77,7 +77,7 @@ class DirectFile:
 
 
 def _open_direct(path: Path) -> int | None:
-    """A descriptor for direct writes; none where the system or the file system has none."""
+    """A descriptor for direct writes; none if the system or the file system has none."""
     if not hasattr(os, "O_DIRECT"):
         return None
     try:

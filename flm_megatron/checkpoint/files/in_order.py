@@ -1,4 +1,4 @@
-"""Work on one item after the other in a few threads, with results in the order of the items."""
+"""Works on items in a few threads and returns the results in the items' order."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Result = TypeVar("Result")
 def in_order(
     executor: ThreadPoolExecutor, work: Callable[[Item], Result], items: Iterable[Item]
 ) -> Iterator[tuple[Item, Result]]:
-    """Items and what `work` makes of them; one more than WORKERS is under way at a time.
+    """Items with the result of `work`; one more than WORKERS is in progress at a time.
 
-    Raises what `work` raises, in its turn.
+    Raises what `work` raises, when its item's turn comes.
     """
     pending: deque[tuple[Item, Future[Result]]] = deque()
     for item in items:

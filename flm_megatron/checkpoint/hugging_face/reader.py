@@ -1,4 +1,4 @@
-"""A folder of Hugging Face shards seen as a logical checkpoint: any region of our tensors, out of theirs."""
+"""A folder of Hugging Face shards as a logical checkpoint: any region of our tensors, read from theirs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from flm_megatron.paths import is_file_name
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 INDEXED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 IGNORED = "rotary_emb.inv_freq"
-"""End of the names of buffers that old exports stored and that follow from the configuration."""
+"""Suffix of buffers that old exports stored and that follow from the configuration."""
 
 
 class HuggingFaceCheckpoint(LogicalCheckpoint):
@@ -67,9 +67,9 @@ class HuggingFaceCheckpoint(LogicalCheckpoint):
         return out
 
     def _tie_head(self) -> None:
-        """Take the embedding for the head. Raises RequestError if another head is stored as well.
+        """Use the embedding as the head. Raises RequestError if another head is stored as well.
 
-        Of such files transformers 4 computes with the embedding, transformers 5 with the head.
+        Of such files transformers 4 uses the embedding, transformers 5 the head.
         """
         embedding = self._array("model.embed_tokens.weight")
         head = self._arrays.setdefault("lm_head.weight", embedding)

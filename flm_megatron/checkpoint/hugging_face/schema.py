@@ -1,6 +1,6 @@
-"""The fields of a Hugging Face `config.json` that say which function the weights are: types, limits, what is refused.
+"""The fields of a Hugging Face `config.json` that determine the function: types, limits, and what is refused.
 
-A field that changes the function and that this program does not compute is refused by name, never passed over. Fields
+A field that changes the function and that this program does not implement is refused by name, never ignored. Fields
 that `LlamaForCausalLM` does not compute with either (tokens, caches, versions, dropout) are left alone.
 """
 
@@ -59,9 +59,9 @@ UNSUPPORTED = (
     "is_encoder_decoder",
     "add_cross_attention",
 )
-"""Fields of other architectures and of compressed weights: anything but null, false, 0 or empty is refused."""
+"""Fields of other architectures and of compressed weights: any value but null, false, 0 or empty is refused."""
 LIKE_LLAMA = {"partial_rotary_factor": 1.0, "rotary_pct": 1.0, "position_embedding_type": "rope"}
-"""Fields of other architectures and the value under which they say what Llama does."""
+"""Fields of other architectures, with the value at which they describe Llama."""
 
 
 class RotaryFields(BaseModel):
@@ -75,7 +75,7 @@ class RotaryFields(BaseModel):
 
 
 class ModelFields(BaseModel):
-    """What makes the function, with the defaults of transformers' LlamaConfig."""
+    """The fields that determine the function, with the defaults of transformers' LlamaConfig."""
 
     model_config = STRICT
     num_hidden_layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
@@ -103,7 +103,7 @@ class ModelFields(BaseModel):
 
     @property
     def theta(self) -> float:
-        """Base of the rotary frequencies, from where transformers 5 keeps it or from where version 4 did."""
+        """Base of the rotary frequencies, from where transformers 5 or version 4 stores it."""
         places = (self.rope_parameters, self.rope_scaling)
         found = [place.rope_theta for place in places if place and place.rope_theta is not None]
         return next(iter([*found, *([self.rope_theta] if self.rope_theta is not None else [])]), 10000.0)

@@ -34,10 +34,10 @@ DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What an export looks like.
+    """Options of an export.
 
-    `dtype` none keeps the stored one; `shard_bytes` is the size a shard file may reach (a larger tensor has a file of
-    its own); the vocabulary is padded to a multiple of `pad_vocab_to`; `tokenizer` is a SentencePiece model file.
+    `dtype` none keeps the stored one; `shard_bytes` is the largest size of a shard file (a larger tensor gets its own);
+    the vocabulary is padded to a multiple of `pad_vocab_to`; `tokenizer` is a SentencePiece model file.
     """
 
     flavour: Flavour = "teleflm"
@@ -56,7 +56,7 @@ def folding(model: ModelConfig) -> dict[str, float]:
 
 
 def folding_note(model: ModelConfig) -> str:
-    """One line that says how the multipliers were folded and whether the logits are the same bit by bit."""
+    """One line on how the multipliers were folded, and whether the logits are bit-identical."""
     parts = [f"{name} x {factor:g}" for name, factor in folding(model).items()]
     exact = all(is_power_of_two(factor) for factor in folding(model).values())
     how = "bit-exact: powers of two" if exact else "rounded: not powers of two, logits agree to rounding"
@@ -72,7 +72,7 @@ def write_hugging_face(
 ) -> int:
     """Write the weights of `source`, whose model is `model`, to the new folder `path`; returns the bytes of weights.
 
-    At most a chunk of PIECE_BYTES is in memory at a time. The folder appears under its name only when whole.
+    At most BUFFER_BYTES are in memory at a time. The folder appears under its name only when whole.
     Raises RequestError if it exists, if the disk is too small or if the block has no Hugging Face form.
     """
     processes = processes or Processes()
@@ -93,7 +93,7 @@ def write_hugging_face(
 
 
 def shard_names(infos: Mapping[str, TensorInfo], shard_bytes: int) -> dict[str, str]:
-    """The shard file of every tensor: in order, a new file whenever the next tensor would go beyond `shard_bytes`."""
+    """The shard file of every tensor, in order: a new file whenever the next tensor would exceed `shard_bytes`."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name, info in infos.items():
@@ -179,7 +179,7 @@ def _describe(
     padded: int,
     options: ExportOptions,
 ) -> None:
-    """Write everything but the weights: index, configuration, modelling files, tokenizer, generation settings."""
+    """Write all files but the weights: index, configuration, modelling code, tokenizer, generation settings."""
     if len(set(shards.values())) > 1:
         _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": shards})
     dtype = DTYPE_NAMES.get(checkpoint.tensors[HEAD].dtype, "float32")

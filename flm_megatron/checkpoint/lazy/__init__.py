@@ -1,5 +1,5 @@
-"""Checkpoints that lie nowhere: each region is computed when it is read.
+"""Checkpoints that are stored nowhere: each region is computed when it is read.
 
-`initial` are the weights that a model starts from (`generator` makes them, equal under every layout), `converted` has
-other precisions, `adapters` adds or merges low-rank adapters. Grown checkpoints are in `growth.grown`.
+`initial` are a model's fresh weights (made by `generator`, equal under every layout), `converted` changes the
+precision, `adapters` adds or merges low-rank adapters. Grown checkpoints are in `growth.grown`.
 """

@@ -1,4 +1,4 @@
-"""Adapters (LoRA) added to the checkpoint a fine-tuning starts from, and merged into the weights they adapt."""
+"""Adapters (LoRA): added to the checkpoint that a fine-tuning starts from, or merged into the weights they adapt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flm_megatron.model.parameters import parameter_specs
 
 
 class WithNewAdapters(LogicalCheckpoint):
-    """`source` with fresh adapters of `model`: B is zero, so the model says what it said before."""
+    """`source` with fresh adapters of `model`: B is zero, so the function is unchanged."""
 
     def __init__(self, source: LogicalCheckpoint, model: ModelConfig, seed: int) -> None:
         self.source, self._fresh = source, InitialCheckpoint(model, seed)
@@ -31,7 +31,7 @@ class WithNewAdapters(LogicalCheckpoint):
 
 
 class MergedAdapters(LogicalCheckpoint):
-    """Weights of `source` with its adapters in them, W + alpha / rank x B A, computed in fp32, region by region."""
+    """Weights of `source` with its adapters merged, W + alpha / rank x B A, computed in fp32, region by region."""
 
     def __init__(self, source: LogicalCheckpoint, model: ModelConfig) -> None:
         assert model.lora is not None
@@ -56,7 +56,7 @@ class MergedAdapters(LogicalCheckpoint):
 
 
 def merged(checkpoint: LogicalCheckpoint, model: ModelConfig) -> tuple[LogicalCheckpoint, ModelConfig]:
-    """The checkpoint and its model without adapters: merged where there are some, else as they are."""
+    """The checkpoint and its model without adapters: merged if there are some, else unchanged."""
     if model.lora is None:
         return checkpoint, model
     checkpoint = MergedAdapters(checkpoint, model)

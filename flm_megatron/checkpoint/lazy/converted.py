@@ -18,11 +18,11 @@ from flm_megatron.checkpoint.logical import (
 from flm_megatron.errors import RequestError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Dtypes of weights by the names that options have for them."""
+"""Dtypes of weights by their option names."""
 
 
 def dtype_named(name: str | None) -> torch.dtype | None:
-    """The dtype of that name; none keeps the stored one. Raises RequestError for a name that is none of DTYPES."""
+    """The dtype of that name; none keeps the stored one. Raises RequestError for an unknown name."""
     if name is not None and name not in DTYPES:
         raise RequestError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
     return DTYPES[name] if name is not None else None
@@ -31,8 +31,8 @@ def dtype_named(name: str | None) -> torch.dtype | None:
 class ConvertedCheckpoint(LogicalCheckpoint):
     """`source` with its weights in `dtype` (none keeps theirs), and `factors` on the weights of those names.
 
-    Where a wider dtype or a factor is asked for and there is an fp32 master, values come from the master and are
-    rounded once. Factors are for weights alone, so they go without the optimizer.
+    For a wider dtype or a factor, values come from the fp32 master if there is one and are rounded once. Factors apply
+    to weights alone, so with them the optimizer state is left out.
     """
 
     def __init__(

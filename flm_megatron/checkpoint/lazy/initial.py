@@ -1,4 +1,4 @@
-"""Fresh weights of a model as a checkpoint: nothing is stored, any region is computed when it is asked for."""
+"""Fresh weights of a model as a checkpoint: nothing is stored, each region is computed when it is read."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ BOUND_IN_SIGMAS = 3.0
 
 
 class InitialCheckpoint(LogicalCheckpoint):
-    """Weights that `model` starts from under `seed`, in `dtype`.
+    """The weights that `model` starts from under `seed`, in `dtype`.
 
-    With `optimizer`, fp32 masters that are the weights before rounding to `dtype`, and moments of zero.
+    With `optimizer`, also fp32 masters, which are the weights before rounding to `dtype`, and moments of zero.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class InitialCheckpoint(LogicalCheckpoint):
         self.tensors: Mapping[str, TensorInfo] = infos
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:
-        """Values of a region, made now."""
+        """Values of a region, computed now."""
         if name not in self.tensors:
             raise RequestError(f"{name} is not a tensor of this model")
         info = self.tensors[name]

@@ -1,7 +1,7 @@
-"""A fence around what a lease protects: looked at just before anything is renamed or removed under it.
+"""A fence around what a lease protects, checked just before anything is renamed or removed under it.
 
-A process that was stopped for longer than its lease allows is taken over, and wakes without knowing: its renewal finds
-that out within seconds, a fence before the very next step that would touch what is the other's by then.
+A process that was stopped for longer than its lease allows is taken over, and wakes without knowing it: the renewal
+notices within seconds, the fence before the very next step that would touch the other process's files.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from flm_megatron.checkpoint.lease.holder import Holder
 
 @dataclass(frozen=True)
 class Fence:
-    """The lease `file` as its holder made it, with the first line `line`; `subject` is what it is for, for messages.
-    `lost` is called with the line that says that another has it, just before the process ends."""
+    """The lease `file` with its holder's first line `line`; `subject` is what it protects, for messages.
+
+    `lost` is called, just before the process ends, with the line that says who has it now.
+    """
 
     file: Path
     line: bytes
@@ -30,9 +32,9 @@ class Fence:
     lost: Callable[[str], None] | None = None
 
     def check(self) -> None:
-        """End this process with status 1 if the lease is another's. Raises OSError if the file system fails.
+        """End this process with status 1 if the lease belongs to another. Raises OSError if the file system fails.
 
-        A file that is gone, because somebody removed it, is nobody's: the renewal makes it again.
+        A file that is gone, because somebody removed it, belongs to nobody: the renewal makes it again.
         """
         content = lease_file.read(self.file)
         if content is not None and lease_file.holder_line(content) != self.line:
@@ -55,7 +57,7 @@ _standing: list[Fence] = []
 
 @contextmanager
 def fenced(fences: Sequence[Fence]) -> Iterator[None]:
-    """While the block runs `check_fences` looks at these leases, in whatever thread of this process."""
+    """During the block `check_fences` checks these leases, in whatever thread of this process."""
     _standing.extend(fences)
     try:
         yield
@@ -65,22 +67,22 @@ def fenced(fences: Sequence[Fence]) -> Iterator[None]:
 
 
 def standing_fences() -> tuple[Fence, ...]:
-    """The fences of this process, for one that it starts and that works under the same leases."""
+    """The fences of this process, for a process that it starts and that works under the same leases."""
     return tuple(replace(fence, lost=None) for fence in _standing)
 
 
 def check_fences() -> None:
-    """End this process with status 1 if a lease that it works under is another's; nothing where it has none.
+    """End this process with status 1 if a lease that it works under belongs to another; does nothing without leases.
 
-    Between this look and the step after it remains a moment in which a lease may still be lost, which no file system
-    closes. Raises OSError if the file system fails.
+    Between this check and the next step a lease may still be lost, which no file system can prevent. Raises OSError if
+    the file system fails.
     """
     for fence in _standing:
         fence.check()
 
 
 def discard(folder: Path) -> None:
-    """Remove a half-written folder, unless a lease was lost, or cannot be looked at: it may be another's then."""
+    """Remove a half-written folder, unless a lease was lost or cannot be checked: the folder may be another's then."""
     with suppress(OSError):
         check_fences()
         shutil.rmtree(folder, ignore_errors=True)

@@ -36,7 +36,7 @@ def create(file: Path, holder: bytes) -> bool:
 
 
 def read(file: Path) -> bytes | None:
-    """What is in the file; none if it is not there. Opened anew each time: NFS looks at the server when it opens."""
+    """The content of the file; none if it does not exist. Opened anew each time: NFS asks the server on open."""
     try:
         descriptor = os.open(file, os.O_RDONLY)
     except OSError as error:
@@ -66,7 +66,7 @@ def claim_of(file: Path, holder: bytes) -> Path:
 
 
 def renew(file: Path, holder: bytes, count: int) -> bytes | None:
-    """Write the count of renewals; returns the first line that is there if it is another's, and writes nothing then.
+    """Write the count of renewals; if the first line is another's, returns that and writes nothing.
 
     A file that is gone, because somebody removed it, is made again. Raises OSError if the file system fails.
     """
@@ -86,7 +86,7 @@ def renew(file: Path, holder: bytes, count: int) -> bytes | None:
 
 
 def take_over(file: Path, judged: bytes, holder: bytes) -> bool:
-    """Put the first line `holder` in the place of a lease that was judged to be dead with the content `judged`.
+    """Replace a lease that was judged dead with the content `judged` by one with the first line `holder`.
 
     The caller has made the claim on it. Returns whether the lease is now `holder`'s; the claim is gone.
     """
@@ -103,7 +103,7 @@ def take_over(file: Path, judged: bytes, holder: bytes) -> bool:
 
 
 def remove_claim(claim: Path, judged: bytes) -> None:
-    """Remove a claim that was judged to be dead with the content `judged`; the caller has made the claim on it."""
+    """Remove a claim that was judged dead with the content `judged`; the caller has made the claim on it."""
     try:
         if read(claim) == judged:
             claim.unlink()
@@ -112,7 +112,7 @@ def remove_claim(claim: Path, judged: bytes) -> None:
 
 
 def sweep(file: Path, holder: bytes) -> None:
-    """Remove claims on earlier leases, which were left by processes that were killed; `holder` holds the lease."""
+    """Remove claims on earlier leases, left by processes that were killed; `holder` holds the lease."""
     claims = re.compile(re.escape(file.name) + rf"(\.[0-9a-f]{{{2 * CLAIM_BYTES}}})+")
     own = claim_of(file, holder).name
     for entry in file.parent.iterdir():
@@ -133,5 +133,5 @@ def give_up(file: Path, holder: bytes) -> None:
 
 
 def _count(count: int) -> bytes:
-    """The second line, of a length that never changes."""
+    """The second line, of constant length."""
     return f"{count:0{COUNT_DIGITS}d}\n".encode()

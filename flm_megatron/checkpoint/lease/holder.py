@@ -1,4 +1,4 @@
-"""Which process holds a lease, written so that any other can say who it is and, on the same host, whether it runs."""
+"""The process that holds a lease, written so that others can name it and, on the same host, tell whether it runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LONGEST_INTERVAL_S = 60.0
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that holds a lease. `token` is random, `since` is by the holder's own clock and for people only."""
+    """A process that holds a lease. `token` is random; `since` is by the holder's clock, for people only."""
 
     token: str
     host: str
@@ -25,10 +25,10 @@ class Holder:
     pid_namespace: str
     pid: int
     start_ticks: int
-    """When the process was started, in clock ticks since boot: its number alone is given out again."""
+    """When the process was started, in clock ticks since boot: process numbers are reused."""
     job: str
     attempt: str
-    """Which start of the job this is: a job that is queued again, or whose ranks are started again, keeps its name."""
+    """Which start of the job this is: a job that is queued again, or whose ranks are restarted, keeps its name."""
     command: str
     since: str
     renew_s: float
@@ -40,7 +40,7 @@ class Holder:
 
     @staticmethod
     def from_bytes(line: bytes) -> Holder | None:
-        """The holder that `to_bytes` wrote; none if the line is anything else."""
+        """The holder that `to_bytes` wrote; none for any other line."""
         try:
             values = json.loads(line)
             holder = Holder(**{field.name: values[field.name] for field in fields(Holder)})
@@ -50,7 +50,7 @@ class Holder:
         return holder if typed and holder.pid > 0 and 0 < holder.renew_s <= LONGEST_INTERVAL_S else None
 
     def has_ended(self) -> bool | None:
-        """Whether the process is gone; none if that cannot be known from here (it is of another host or container)."""
+        """Whether the process is gone; none if this host cannot know (it is of another host or container)."""
         place = (self.host, self.boot, self.pid_namespace)
         if not self.boot or not self.pid_namespace or place != _place():
             return None
@@ -59,7 +59,7 @@ class Holder:
         return not _is_listed(self.pid) if ticks is None else ticks != self.start_ticks
 
     def precedes(self, other: Holder) -> bool:
-        """Whether this is an earlier start of the same job as `other`, which is about to end or has been lost."""
+        """Whether this is an earlier start of the same job as `other`, about to end or lost."""
         return bool(self.job) and self.job == other.job and self.attempt != other.attempt
 
     def __str__(self) -> str:
@@ -88,8 +88,10 @@ def this_process(renew_s: float) -> Holder:
 
 
 def start_ticks(pid: int) -> int | None:
-    """When a process was started, in clock ticks since boot; 0 for one that has ended but is still listed, none if
-    that cannot be seen."""
+    """When a process was started, in clock ticks since boot.
+
+    0 for one that has ended but is still listed, none if that cannot be seen.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -112,7 +114,7 @@ def _is_listed(pid: int) -> bool:
 
 
 def job_of(environment: Mapping[str, str]) -> tuple[str, str]:
-    """The job as schedulers and launchers name it, and which start of it this is; both empty without any."""
+    """The job as schedulers and launchers name it, and which start of it this is; both empty without one."""
     names = {"SLURM_JOB_ID": "Slurm job", "PBS_JOBID": "PBS job", "LSB_JOBID": "LSF job", "TORCHELASTIC_RUN_ID": "run"}
     jobs = [f"{name} {environment[key]}" for key, name in names.items() if environment.get(key, "none") != "none"]
     starts = [environment.get(key, "0") for key in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")]
@@ -120,7 +122,7 @@ def job_of(environment: Mapping[str, str]) -> tuple[str, str]:
 
 
 def _place() -> tuple[str, str, str]:
-    """Host, its boot, and the space in which its process ids count; empty where the system does not tell."""
+    """Host, boot, and process-id namespace; empty if the system does not tell."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return socket.gethostname(), boot, os.readlink("/proc/self/ns/pid")

@@ -27,7 +27,7 @@ SILENT_RENEWALS = 6
 LOOK_S = 0.2
 END_S = 10.0
 ROUND_S = 1.0
-"""For so long the first process looks before the others, who wait in a collective with a timeout, hear of it."""
+"""Seconds of one round in which the first process tries, while the others wait in a collective with a timeout."""
 
 
 @contextmanager
@@ -42,9 +42,9 @@ def lease(
 ) -> Iterator[None]:
     """The first of `processes`, all of which enter, holds the lease `file` until the block ends.
 
-    `subject` is what the lease is for and `advice` what to do while another holds it, both for messages. An earlier
-    start of the same job is given `patience_s` seconds to end. The process ends with status 1 when its lease has been
-    taken over; `lost` is called with the line that says so just before.
+    `subject` is what the lease protects and `advice` what to do while another holds it, both for messages. An earlier
+    start of the same job gets `patience_s` seconds to end. When the lease has been taken over, the process ends with
+    status 1; `lost` is called with the line that says so just before.
 
     Raises:
         RequestError: another process holds it and is alive (the message says who), or the file cannot be written.
@@ -66,7 +66,7 @@ def lease(
 
 
 class Attempt:
-    """One process's attempts at a lease, until it holds it or sees that another does."""
+    """A process's attempts to get a lease, until it holds it or sees that another does."""
 
     def __init__(self, file: Path, subject: str, advice: str, patience_s: float, renew_s: float) -> None:
         self.file, self.subject, self.advice, self.patience_s = file, subject, advice, patience_s
@@ -94,7 +94,7 @@ class Attempt:
         return self.held
 
     def _try(self) -> bool:
-        """One look: make the lease, or take over one that is dead."""
+        """One attempt: make the lease, or take over a dead one."""
         if lease_file.create(self.file, self.line):
             self.held = True
             return True
@@ -104,7 +104,7 @@ class Attempt:
         return self.held
 
     def _claim(self, file: Path, content: bytes) -> bool:
-        """Make the claim on a dead lease, or on a claim that its maker left behind: only who has it may end that."""
+        """Make the claim on a dead lease or on an abandoned claim, which only the claim's maker may remove."""
         claim = lease_file.claim_of(file, lease_file.holder_line(content))
         if lease_file.create(claim, self.line):
             return True
@@ -114,7 +114,7 @@ class Attempt:
         return False
 
     def _is_dead(self, file: Path, content: bytes) -> bool:
-        """Whether a lease or claim is dead, as far as is known yet; raises RequestError if it is alive."""
+        """Whether a lease or claim is dead as far as is known; raises RequestError if it is alive."""
         watch = self._watches.setdefault(file, Watch())
         new = watch.look(content)
         alive = watch.alive()
@@ -128,7 +128,7 @@ class Attempt:
 
 
 class Watch:
-    """What one process sees of another's lease."""
+    """What one process has seen of another's lease."""
 
     def __init__(self) -> None:
         self.holder: Holder | None = None
@@ -140,7 +140,7 @@ class Watch:
         self._ended: bool | None = None
 
     def look(self, content: bytes) -> bool:
-        """Note what the file holds now; returns whether it is another lease than at the last look."""
+        """Note the file's content; returns whether it is another lease than last time."""
         now, line = time.monotonic(), lease_file.holder_line(content)
         known = line == self._line
         self._renewed = known and (self._renewed or content != self._content)
@@ -153,18 +153,18 @@ class Watch:
         return not known
 
     def alive(self) -> str:
-        """The sign of life that was seen, in words; empty without one."""
+        """The sign of life that was seen, as text; empty if none was."""
         if self._ended is False:
             return "is running"
         return "has renewed its lease while it was watched" if self._renewed and not self.is_dead() else ""
 
     def is_dead(self) -> bool:
-        """Whether the process is gone, or was silent for too long."""
+        """Whether the process is gone or was silent for too long."""
         return self._ended or (self._ended is None and time.monotonic() - self._since >= self.silence_s)
 
 
 class Renewal(threading.Thread):
-    """Renews a lease from a thread of its own; ends the process when the lease is another's."""
+    """Renews a lease in its own thread; ends the process when the lease has been taken over."""
 
     def __init__(self, fence: Fence, renew_s: float) -> None:
         super().__init__(name="lease", daemon=True)
@@ -190,6 +190,6 @@ class Renewal(threading.Thread):
             self.fence.end(other)
 
     def end(self) -> bool:
-        """Renew no more; false if a renewal hangs on the disk, and may yet come."""
+        """Stop renewing; false if a renewal hangs on the disk and may still come."""
         self.over.set()
         return self.renewing.acquire(timeout=END_S)

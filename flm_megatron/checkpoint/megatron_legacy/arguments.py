@@ -1,4 +1,4 @@
-"""Megatron-LM's arguments, which its checkpoints carry, to the model's configuration and back."""
+"""The arguments in Megatron-LM's checkpoints, to the model's configuration and back."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "openai_gelu": (False,),
     "multi_latent_attention": (False,),
 }
-"""Arguments that make another function of the same tensors, or other tensors, and their values in the models here."""
+"""Arguments that change the function or the tensors, with the values that the models here have."""
 
 
 def _refuse(known: dict[str, Any], where: str) -> None:

@@ -27,7 +27,7 @@ RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 LAYER = re.compile(rf"{re.escape(LAYERS)}(\d{{1,6}})\.")
 CHUNK = re.compile(r"model\d{0,4}")
 NOT_WEIGHTS = ("_extra_state", "inv_freq")
-"""Ends of the names of what a rank's file holds beside weights."""
+"""Suffixes of entries of a rank's file that are not weights."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class LocalRegion:
 
 @dataclass(frozen=True)
 class LocalTensor:
-    """A tensor of one rank: its shape, and the regions its rows are. Rows that none covers are vocabulary padding.
+    """A tensor of one rank: its shape and the regions that its rows hold. Other rows are vocabulary padding.
 
-    `names` are those that Megatron-LM may have for it: where norms are modules of their own, they have another.
+    `names` are those that Megatron-LM may use: norms that are modules of their own are named differently.
     """
 
     shape: tuple[int, ...]
@@ -78,8 +78,8 @@ def local_tensors(
 class MegatronLegacyCheckpoint(LogicalCheckpoint):
     """Weights of a legacy Megatron-LM checkpoint of its core models, with its arguments as `config`.
 
-    `path` is the folder of a run (its latest iteration is taken), of an iteration, or that of the `mp_rank` folders.
-    `vocab_size` is the true vocabulary where the checkpoint does not record it. Optimizer state is not read.
+    `path` is the folder of a run (whose latest iteration is read), of an iteration, or that of the `mp_rank` folders.
+    `vocab_size` is the true vocabulary if the checkpoint does not record it. Optimizer state is not read.
 
     Raises:
         RequestError: not such a checkpoint, another architecture, or tensors that do not fit the arguments.

@@ -32,11 +32,10 @@ def write_megatron_legacy(
     processes: Processes,
     sequence_length: int = UNRECORDED_LENGTH,
 ) -> int:
-    """Write the weights of `checkpoint` to the new folder `path`, as Megatron-LM would find them there; returns their
-    bytes.
+    """Write the weights of `checkpoint` to the new folder `path` in Megatron-LM's legacy layout; returns their bytes.
 
-    Every process writes some ranks' files; in memory is one chunk. Padding rows of the vocabulary are zero.
-    Raises RequestError if `path` exists, does not fit on its disk, or if the model cannot be split so.
+    Every process writes the files of some ranks, one chunk in memory at a time. Padding rows of the vocabulary are
+    zero. Raises RequestError if `path` exists or does not fit on its disk, or if the model cannot be split that way.
     """
     model, parallel = target
     if parallel.virtual_pipeline > 1:
@@ -50,7 +49,7 @@ def write_megatron_legacy(
     with destination(path, processes, nbytes) as folder, progress_bar("write", nbytes, processes) as moved:
 
         def write_own_files() -> None:
-            """This process's files."""
+            """Write this process's files."""
             for rank in ranks[processes.rank :: processes.size]:
                 file = folder / _iteration(step) / _rank_folder(rank, parallel) / FILE
                 arrays = _lay_out(file, checkpoint, plans[rank], {"args": arguments, "iteration": step})
@@ -80,7 +79,7 @@ def _nbytes(checkpoint: LogicalCheckpoint, tensors: dict[str, LocalTensor]) -> i
 def _lay_out(
     file: Path, checkpoint: LogicalCheckpoint, tensors: dict[str, LocalTensor], rest: dict[str, Any]
 ) -> dict[str, StoredArray]:
-    """A file of torch.save with room for the values; says where each tensor's go."""
+    """Write a file of torch.save with room for the values; returns where each tensor's values go."""
     with FakeTensorMode():
         model = {
             name: torch.empty(local.shape, dtype=checkpoint.tensors[local.regions[0].source].dtype)

@@ -1,5 +1,5 @@
-"""Copies of the training state in the memory of hosts: each rank's own, and one at a neighbour's.
+"""Copies of the training state in the hosts' memory: each rank's own, and one at a neighbour's.
 
-`agent` is the process on each host that holds them and outlives the ranks, `refresh` makes them, `checkpoint` reads
-them as a checkpoint. docs/recovery.md says what is kept where.
+`agent` is the process on each host that holds them and outlives the ranks, `refresh` makes them, `reader` reads them as
+a checkpoint. docs/recovery.md describes what is kept where.
 """

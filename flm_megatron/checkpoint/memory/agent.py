@@ -37,9 +37,9 @@ from flm_megatron.errors import FlmError
 IDLE_S = 2 * 3600.0
 TICK_S = 0.1
 GREETING_S = 10.0
-"""How long a stranger may take for each word."""
+"""Seconds that an unknown peer may take for each message."""
 CONNECTIONS = 1024
-"""At the same time; more are closed at once."""
+"""Open connections at a time; more are closed at once."""
 Message = dict[str, Any]
 
 
@@ -61,7 +61,7 @@ class Agent:
         self.lock = threading.Lock()
 
     def serve(self) -> None:
-        """Answer until the end."""
+        """Serve until the end."""
         poll = select.poll()
         for descriptor in (*self.listeners, *(() if self.launcher is None else (self.launcher,))):
             poll.register(descriptor, select.POLLIN)
@@ -72,7 +72,7 @@ class Agent:
                 self._accept(*self.listeners[descriptor])
 
     def _idle_s(self) -> float:
-        """Seconds since somebody was connected."""
+        """Seconds since the last connection was open."""
         return 0.0 if self.conversations else time.monotonic() - self.spoken
 
     def _accept(self, listener: socket.socket, kind: Callable[[Agent, socket.socket], _Conversation]) -> None:
@@ -95,7 +95,7 @@ class Agent:
                 self.spoken = time.monotonic()
 
     def copy_to_peer(self, blob: Blob, header: Message, keep: Generation, peer: Endpoint | None) -> None:
-        """List an own blob, and have the peer hold it too; `copying` says how it went."""
+        """List an own blob and copy it to the peer; `copying` says how that went."""
         try:
             self.blobs.finish(blob, header, checksums(blob.data))
             if peer is not None:
@@ -108,7 +108,7 @@ class Agent:
 
 
 class _Conversation:
-    """One connection: requests and answers until the other side ends it."""
+    """One connection: requests and answers until the other side closes it."""
 
     def __init__(self, agent: Agent, connection: socket.socket) -> None:
         self.agent, self.blobs, self.connection = agent, agent.blobs, connection
@@ -116,7 +116,7 @@ class _Conversation:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
     def run(self) -> None:
-        """Until the connection ends; what is not understood ends it."""
+        """Serve the connection until it ends; an unknown request ends it."""
         with suppress(OSError, FlmError):
             self.connection.settimeout(GREETING_S)
             self.greet()
@@ -128,11 +128,11 @@ class _Conversation:
         self.ended()
 
     def greet(self) -> None:
-        """Find out whether the other side may talk to us; raises FlmError if not."""
+        """Check whether the other side may talk to this agent; raises FlmError if not."""
         raise NotImplementedError
 
     def ended(self) -> None:
-        """The connection has ended."""
+        """Called when the connection has ended."""
 
     def _answer(self, request: Message) -> None:
         work = getattr(self, f"do_{request.get('do')}", None)
@@ -146,7 +146,7 @@ class _Conversation:
             raise FlmError(f"a request is not complete: {error}") from error
 
     def do_list(self, request: Message) -> None:
-        """All blobs, without what they hold; with `check` only those whose checksums are right."""
+        """All blobs, without their headers; with `check` only those whose checksums match."""
         blobs = self.blobs.checked() if request.get("check") else self.blobs.whole()
         keys = ("world", "stage", "step")
         listed = [
@@ -171,23 +171,23 @@ class _Local(_Conversation):
         self.keep = NONE
 
     def greet(self) -> None:
-        """The same user, as the kernel says."""
+        """Only the same user, as the kernel reports it."""
         raw = self.connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         if struct.unpack("3i", raw)[1] != os.getuid():
             raise FlmError("another user was refused")
 
     def ended(self) -> None:
-        """What a rank was filling when it died is worth nothing."""
+        """Discard the blob that a rank was filling when it died."""
         if self.filling is not None:
             self.blobs.abandon(self.filling)
 
     def do_who(self, request: Message) -> None:
-        """Where this agent is reached from other hosts."""
+        """The address of this agent for other hosts."""
         agent = self.agent
         send_header(self.connection, {"address": agent.address, "port": agent.port, "token": agent.token.hex()})
 
     def do_reserve(self, request: Message) -> None:
-        """Set the budget, and have the memory for blobs of these sizes."""
+        """Set the budget, and allocate memory for blobs of these sizes."""
         self.blobs.budget = int(request["budget"])
         self.blobs.reserve([int(size) for size in request["sizes"]])
         send_header(self.connection, {"held": self.blobs.held})
@@ -205,7 +205,7 @@ class _Local(_Conversation):
         socket.send_fds(self.connection, [b"\0"], [blob.buffer.fd])
 
     def do_commit(self, request: Message) -> None:
-        """What was begun is filled: list it and copy it to the peer, in the background."""
+        """The blob that was begun is filled: list it, and copy it to the peer in the background."""
         if self.filling is None:
             raise FlmError("nothing was begun")
         blob, self.filling = self.filling, None
@@ -216,7 +216,7 @@ class _Local(_Conversation):
         send_header(self.connection, {})
 
     def do_state(self, request: Message) -> None:
-        """How the newest copy of a rank stands."""
+        """The state of a rank's newest copy."""
         send_header(self.connection, {"copy": self.agent.copying.get(int(request["rank"]), "whole")})
 
     def do_open(self, request: Message) -> None:
@@ -226,7 +226,7 @@ class _Local(_Conversation):
         socket.send_fds(self.connection, [b"\0"], [blob.buffer.fd])
 
     def do_stop(self, request: Message) -> None:
-        """The job is done."""
+        """Stop: the job is done."""
         self.agent.stopped.set()
         send_header(self.connection, {})
 
@@ -240,11 +240,11 @@ class _Remote(_Conversation):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def greet(self) -> None:
-        """It knows the token."""
+        """Check that it knows the token."""
         demand_proof(self.connection, self.agent.token)
 
     def do_store(self, request: Message) -> None:
-        """Hold a copy of another host's blob, which follows."""
+        """Store a copy of another host's blob, which follows."""
         generation, rank, nbytes = _generation(request["generation"]), int(request["rank"]), int(request["nbytes"])
         blob = self.blobs.begin(generation, _generation(request["keep"]), rank, False, nbytes)
         try:
@@ -257,7 +257,7 @@ class _Remote(_Conversation):
         send_header(self.connection, {})
 
     def do_read(self, request: Message) -> None:
-        """Bytes of a blob, after the blocks that they lie in were held against their checksums."""
+        """Send bytes of a blob, after checking the blocks that they are in."""
         blob = self.blobs.find(_generation(request["generation"]), int(request["rank"]))
         start, end = int(request["start"]), int(request["end"])
         if not 0 <= start < end <= blob.nbytes:
@@ -276,7 +276,8 @@ def _generation(value: Any) -> Generation:
 
 
 def main(arguments: list[str]) -> int:
-    """`LOCAL NETWORK LAUNCHER IDLE_S`: two listening sockets and a pidfd, by number, that were handed over."""
+    """Entry point: `LOCAL NETWORK LAUNCHER IDLE_S`, where the first three are inherited descriptors: two listening
+    sockets and a pidfd."""
     local, network, launcher = map(int, arguments[:3])
     listeners = [socket.socket(fileno=descriptor) for descriptor in (local, network)]
     Agent(listeners[0], listeners[1], None if launcher < 0 else launcher, float(arguments[3])).serve()

@@ -1,8 +1,7 @@
-"""What a host agent holds: blobs in memory that no file names, so that it is free when the last process lets go.
+"""The blobs of a host agent, in anonymous memory that is freed when the last process closes it.
 
-A blob is one rank's shard of one generation. While it is filled it is nowhere listed; it is listed once its checksums
-are known. Memory is taken over from generation to generation: pages that are touched for the first time make a copy
-several times slower.
+A blob is one rank's shard of one generation. It is listed only when it is filled and its checksums are known. Memory is
+reused from generation to generation: touching pages for the first time makes a copy several times slower.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _numbers = itertools.count()
 
 
 class Generation(NamedTuple):
-    """One refresh of all ranks: which start of the job's ranks, and which refresh since. Later ones compare greater."""
+    """One refresh of all ranks: the number of the job's start, and of the refresh since. Later ones compare greater."""
 
     start: int
     number: int
@@ -39,10 +38,10 @@ NONE = Generation(0, 0)
 
 
 class Buffer:
-    """Anonymous shared memory: `fd` can be handed to another process of this host, `checkpoint` are its bytes here."""
+    """Anonymous shared memory: `fd` can be passed to another process of this host, `checkpoint` are its bytes here."""
 
     def __init__(self, nbytes: int) -> None:
-        """Raises OSError when the system has not that much."""
+        """Raises OSError if the system has not enough memory."""
         self.nbytes = nbytes
         self.number = next(_numbers)
         """Its name for other processes."""
@@ -52,19 +51,19 @@ class Buffer:
         self.view = memoryview(self._mapped)
 
     def touch(self) -> None:
-        """Have the system give all pages now, not one by one while training waits; older ones cannot."""
+        """Allocate all pages now, not one by one while training waits; older kernels cannot."""
         with suppress(OSError):
             for start in range(0, self.nbytes, TOUCHED):
                 self._mapped.madvise(POPULATE_WRITE, start, min(TOUCHED, self.nbytes - start))
 
     def close(self) -> None:
-        """Let go; the memory is free when nobody maps it any more."""
+        """Close it; the memory is free when nobody maps it any more."""
         os.close(self.fd)
 
 
 @dataclass(eq=False)
 class Blob:
-    """`nbytes` of a buffer with the state of `rank`; `own` tells a rank of this host from one of another."""
+    """`nbytes` of a buffer with the state of `rank`; `own` if that rank is on this host."""
 
     generation: Generation
     rank: int
@@ -72,13 +71,13 @@ class Blob:
     nbytes: int
     buffer: Buffer
     header: dict[str, Any] = field(default_factory=dict)
-    """What the bytes are, as JSON."""
+    """Description of the bytes, as JSON."""
     crcs: list[int] = field(default_factory=list)
     """CRC-32 of each block."""
 
     @property
     def data(self) -> memoryview:
-        """What was stored, without the rest of the buffer that it lies in."""
+        """The stored bytes, without the rest of the buffer."""
         return self.buffer.view[: self.nbytes]
 
 
@@ -100,7 +99,7 @@ class Blobs:
         return sum(buffer.nbytes for buffer in self._buffers())
 
     def reserve(self, sizes: Iterable[int]) -> None:
-        """Have a buffer for each of `sizes` bytes, as far as the budget goes, its pages touched.
+        """Allocate a buffer for each of `sizes` bytes, as far as the budget allows, and touch its pages.
 
         Raises:
             FlmError: the host's memory does not allow it.
@@ -116,7 +115,7 @@ class Blobs:
                 self._free.append(buffer)
 
     def begin(self, generation: Generation, keep: Generation, rank: int, own: bool, nbytes: int) -> Blob:
-        """Memory for a blob that is about to be filled. Every blob but those of `generation` and `keep` is dropped.
+        """Memory for a blob that is about to be filled. Drops every blob but those of `generation` and `keep`.
 
         Raises:
             FlmError: a newer generation has begun, or the budget or the host's memory does not allow it.
@@ -134,7 +133,7 @@ class Blobs:
             return blob
 
     def finish(self, blob: Blob, header: dict[str, Any], crcs: list[int]) -> None:
-        """List a blob that is filled. Raises FlmError for one that a newer generation has overtaken."""
+        """List a blob that is filled. Raises FlmError if a newer generation has begun meanwhile."""
         with self._lock:
             self._filling.remove(blob)
             if blob.generation < self.newest:
@@ -144,7 +143,7 @@ class Blobs:
             self._whole[blob.generation, blob.rank, blob.own] = blob
 
     def abandon(self, blob: Blob) -> None:
-        """Take the memory of a blob back whose filling has failed."""
+        """Take back the memory of a blob that could not be filled."""
         with self._lock:
             if blob in self._filling:
                 self._filling.remove(blob)
@@ -156,7 +155,7 @@ class Blobs:
             return list(self._whole.values())
 
     def find(self, generation: Generation, rank: int) -> Blob:
-        """The blob of a rank. Raises FlmError where it is not held."""
+        """The blob of a rank. Raises FlmError if there is none."""
         for own in (True, False):
             blob = self._whole.get((generation, rank, own))
             if blob is not None:
@@ -164,7 +163,7 @@ class Blobs:
         raise FlmError(f"no copy of rank {rank} of generation {tuple(generation)} is held here")
 
     def checked(self) -> list[Blob]:
-        """Listed blobs that still have their checksums; those that have not are dropped."""
+        """Listed blobs whose checksums still match; others are dropped."""
         blobs = self.whole()
         with ThreadPoolExecutor(CHECKS) as executor:
             right = list(executor.map(lambda blob: checksums(blob.data) == blob.crcs, blobs))
@@ -175,7 +174,7 @@ class Blobs:
         return list(itertools.compress(blobs, right))
 
     def live(self) -> list[int]:
-        """The numbers of all buffers that are held."""
+        """The numbers of all buffers in use or kept for reuse."""
         with self._lock:
             return [buffer.number for buffer in self._buffers()]
 
@@ -183,7 +182,7 @@ class Blobs:
         return [*self._free, *(blob.buffer for blob in (*self._whole.values(), *self._filling))]
 
     def _take(self, size: int) -> Buffer:
-        """A free buffer of the size, or a new one; free ones of other sizes make room for it."""
+        """A free buffer of the size, or a new one; free ones are closed if the budget needs it."""
         for buffer in self._free:
             if buffer.nbytes == size:
                 self._free.remove(buffer)

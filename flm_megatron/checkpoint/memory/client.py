@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 CONNECT_S = 10.0
 RESERVE_S = 1800.0
-"""Untouched pages come at a few GiB a second at best."""
+"""Timeout of a reservation: untouched pages come at a few GiB a second at best."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the agent of a host is reached, and the token that it asks for."""
+    """The address of a host's agent, and the token that it asks for."""
 
     host: str
     address: str
@@ -40,13 +40,13 @@ class Endpoint:
 
     @classmethod
     def from_json(cls, data: list[Any]) -> Endpoint:
-        """Back from plain data."""
+        """The endpoint from `to_json`'s result."""
         host, address, port, token = data
         return cls(str(host), str(address), int(port), str(token))
 
 
 class _Connection:
-    """Requests to an agent, one after the other."""
+    """Requests to an agent, one at a time."""
 
     def __init__(self, connection: socket.socket, name: str) -> None:
         self.socket, self.name = connection, name
@@ -60,11 +60,11 @@ class _Connection:
         self.close()
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         self.socket.close()
 
     def ask(self, do: str, **values: Any) -> dict[str, Any]:
-        """Send a request; returns the answer. Raises FlmError with what the agent objects to, or OSError."""
+        """Send a request; returns the answer. Raises FlmError with the agent's error, or OSError."""
         send_header(self.socket, {"do": do, **values})
         return self.answer()
 
@@ -80,7 +80,7 @@ class RemoteAgent(_Connection):
     """An agent over TCP."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        """Raises OSError where it cannot be reached, FlmError where it does not take the token."""
+        """Raises OSError if it cannot be reached, FlmError if it does not accept the token."""
         connection = socket.create_connection((endpoint.address, endpoint.port), CONNECT_S)
         super().__init__(connection, f"agent of {endpoint.host}")
         try:
@@ -92,14 +92,14 @@ class RemoteAgent(_Connection):
             raise
 
     def store(self, blob: Blob, keep: Generation) -> None:
-        """Have it hold a copy of a listed blob; returns when the copy is whole and checked there."""
+        """Copy a listed blob to it; returns when the copy is complete and checked there."""
         values = {"generation": blob.generation, "keep": keep, "rank": blob.rank, "nbytes": blob.nbytes}
         self.ask("store", **values, header=blob.header)
         send_data(self.socket, blob.data, blob.crcs)
         self.answer()
 
     def read(self, generation: Generation, rank: int, start: int, into: memoryview) -> None:
-        """Fill `into` with the bytes of a blob from `start` on. Raises FlmError where they have changed, or OSError."""
+        """Fill `into` with the bytes of a blob from `start` on. Raises FlmError if they have changed, or OSError."""
         self.ask("read", generation=generation, rank=rank, start=start, end=start + into.nbytes)
         receive_data(self.socket, into)
 
@@ -108,7 +108,7 @@ class LocalAgent(_Connection):
     """The agent of this host."""
 
     def __init__(self, name: str) -> None:
-        """`name` is that of its socket. Raises OSError where there is none."""
+        """`name` is that of its socket. Raises OSError if there is none."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         super().__init__(connection, "this host's agent")
         try:
@@ -119,34 +119,34 @@ class LocalAgent(_Connection):
             raise
 
     def endpoint(self) -> Endpoint:
-        """Where other hosts reach it."""
+        """The endpoint for other hosts."""
         answer = self.ask("who")
         return Endpoint(socket.gethostname(), answer["address"], answer["port"], answer["token"])
 
     def reserve(self, sizes: list[int], budget: int) -> None:
-        """Have it hold memory for blobs of these sizes, all in all no more than `budget` bytes from now on."""
+        """Allocate memory for blobs of these sizes; from now on all blobs may take `budget` bytes."""
         self.socket.settimeout(RESERVE_S)
         self.ask("reserve", sizes=sizes, budget=budget)
         self.socket.settimeout(SILENCE_S)
 
     def begin(self, generation: Generation, keep: Generation, rank: int, nbytes: int) -> tuple[int, list[int], int]:
-        """Memory for this rank's shard of a generation; all generations but it and `keep` go.
+        """Memory for this rank's shard of a generation; all generations but it and `keep` are dropped.
 
-        Returns the memory's number, the numbers of all that is held, and a descriptor, to be closed by the caller.
+        Returns the memory's number, the numbers of all buffers, and a descriptor, to be closed by the caller.
         """
         answer = self.ask("begin", generation=generation, keep=keep, rank=rank, nbytes=nbytes)
         return answer["buffer"], answer["live"], self._descriptor()
 
     def commit(self, header: dict[str, Any], peer: Endpoint | None) -> None:
-        """What was begun is filled: list it under this header and copy it to `peer` in the background."""
+        """The blob that was begun is filled: list it under this header and copy it to `peer` in the background."""
         self.ask("commit", header=header, peer=peer.to_json() if peer else None)
 
     def copy_state(self, rank: int) -> str:
-        """How the newest copy of a rank stands: empty while it is under way, `whole`, or why there is none."""
+        """The state of a rank's newest copy: empty while in progress, `whole`, or why there is none."""
         return str(self.ask("state", rank=rank)["copy"])
 
     def stop(self) -> None:
-        """Have it end."""
+        """Tell it to end."""
         self.ask("stop")
 
     def open(self, generation: Generation, rank: int) -> int:

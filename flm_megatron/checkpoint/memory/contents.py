@@ -1,4 +1,4 @@
-"""What the bytes of a blob are: its header, as plain JSON, and back."""
+"""The header of a blob, which describes its bytes, as plain JSON and back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.f
 
 @dataclass(frozen=True)
 class BlobRegion:
-    """A region of a logical tensor that lies in a blob, row-major, from byte `position` on."""
+    """A region of a logical tensor in a blob, row-major, from byte `position` on."""
 
     name: str
     region: Region
@@ -46,7 +46,7 @@ def header_of(
 
 
 def manifest_of(header: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest in a header. Raises DamagedError where there is none."""
+    """The manifest in a header. Raises DamagedError if there is none."""
     manifest = header.get("manifest")
     if not isinstance(manifest, dict) or not {"stage", "step"} <= set(manifest):
         raise DamagedError("the description of a copy in memory is not understood: it has no manifest")

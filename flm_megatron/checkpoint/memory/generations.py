@@ -1,4 +1,4 @@
-"""Which generations are whole, over what the agents of all hosts hold."""
+"""Which generations are complete, given what the agents of all hosts hold."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flm_megatron.checkpoint.memory.blobs import Generation
 
 @dataclass
 class Found:
-    """A generation that is held at least in part: for each rank the hosts, by number, that hold its blob."""
+    """A generation that is held at least in part: for each rank the numbers of the hosts that hold its blob."""
 
     generation: Generation
     stage: str
@@ -21,7 +21,7 @@ class Found:
 
     @property
     def missing(self) -> list[int]:
-        """Ranks of which no blob is left."""
+        """Ranks whose blob no host holds."""
         return [rank for rank in range(self.world) if rank not in self.holders]
 
 
@@ -37,9 +37,9 @@ def found(inventories: Iterable[Iterable[dict[str, Any]]]) -> list[Found]:
 
 
 def required(nbytes: list[int], hosts: list[int]) -> list[list[int]]:
-    """For each host the sizes of the blobs that it holds: two for each of its own ranks and of the host before it.
+    """For each host the sizes of its blobs: two for each of its own ranks and of those of the previous host.
 
-    `nbytes` and `hosts` are those of each rank. On a single host there is nobody to keep copies for.
+    `nbytes` and `hosts` are those of each rank. A single host holds no copies for others.
     """
     count = max(hosts) + 1
     kept: list[list[int]] = [[] for _ in range(count)]
@@ -50,5 +50,5 @@ def required(nbytes: list[int], hosts: list[int]) -> list[list[int]]:
 
 
 def neighbour(host: int, count: int) -> int:
-    """The host that holds the copies of a host."""
+    """The number of the host that holds the copies of a host."""
     return (host + 1) % count

@@ -1,4 +1,4 @@
-"""The agents of all hosts of a world: started, known to every rank, and asked for what they hold."""
+"""The agents of all hosts of a world: started, known to every rank, and searched for copies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from flm_megatron.errors import ERRORS, DamagedError, FlmError, RequestError
 
 GIB = 2**30
 FREE = 0.1
-"""Share of a host's memory that is left alone where the run file gives no budget."""
+"""Fraction of a host's free memory that is left alone if the run file gives no budget."""
 ASKED_AT_ONCE = 32
 START_S = 10.0
 CONTROL_GROUP = Path("/sys/fs/cgroup")
@@ -33,7 +33,7 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Search:
-    """What memory offers: a whole generation and its blobs by rank, or none, and a line that says why."""
+    """The result of a search: a complete generation and its blobs by rank, or none, and a line that says why."""
 
     newest: Generation
     generation: Generation | None
@@ -65,13 +65,13 @@ class Peers:
 
     @property
     def neighbour(self) -> Endpoint | None:
-        """Where the copies of this host go; none for a single host."""
+        """The host that receives this host's copies; none for a single host."""
         if len(self.endpoints) == 1:
             return None
         return self.endpoints[neighbour(self.host, len(self.endpoints))]
 
     def search(self, wanted: Callable[[str, int], bool]) -> tuple[Search, MemoryCheckpoint | None]:
-        """The newest whole generation for whose stage and step `wanted` holds; all that is held of it is checked.
+        """The newest complete generation whose stage and step satisfy `wanted`; all its blobs are checked.
 
         Only rank 0's `wanted` counts.
         """
@@ -83,7 +83,8 @@ class Peers:
         return result, MemoryCheckpoint(result.generation, result.blobs, self.endpoints, self.local, self.host)
 
     def reserve(self, nbytes: int, budget_gib: float | None) -> None:
-        """Have every host hold memory for two blobs of each of its ranks, `nbytes` of this one, and of its neighbour's.
+        """Allocate memory on every host for two blobs of each of its ranks, `nbytes` of this one, and of its
+        neighbour's.
 
         Raises:
             RequestError: (on all ranks) that is beyond the budget, or beyond what a host has free.
@@ -98,7 +99,7 @@ class Peers:
         _together(lambda: self.local.reserve(kept[self.host], int(budget)) if self.leads else None)
 
     def stop(self) -> None:
-        """End all agents; one that is gone already has ended."""
+        """Stop all agents; one that is gone has stopped already."""
         dist.barrier()
         with suppress(FlmError, OSError), self.local:
             if self.leads:
@@ -124,7 +125,7 @@ class Peers:
         return Search(newest, None, {}, reasons[0])
 
     def _described(self, newest: Generation, entry: Found) -> Search:
-        """The search's result for a generation that is whole; none, and why, if its description makes no sense."""
+        """The search's result for a complete generation; none, and why, if its description makes no sense."""
         headers: dict[int, dict[str, Any]] = {}
         for answer in self._ask_all("describe", generation=entry.generation):
             headers.update((answer or {}).get("headers", []))
@@ -140,7 +141,7 @@ class Peers:
         return Search(newest, entry.generation, blobs, line)
 
     def _ask_all(self, do: str, **values: Any) -> list[dict[str, Any] | None]:
-        """Every host's answer; none from one that does not answer, which is as if it held nothing."""
+        """Every host's answer; none from a host that does not answer, which counts as holding nothing."""
 
         def ask(endpoint: Endpoint) -> dict[str, Any] | None:
             """One host's answer."""
@@ -155,7 +156,7 @@ class Peers:
 
 
 def _lead(launcher: int) -> Endpoint:
-    """Start this host's agent if it is not there; where it is reached."""
+    """Start this host's agent if it does not run; returns its endpoint."""
     address, deadline = own_address(), time.monotonic() + START_S
     while True:
         start_agent(launcher, address)
@@ -196,7 +197,7 @@ def _gathered(value: Any) -> list[Any]:
 
 
 def _together(work: Callable[[], Any]) -> list[Any]:
-    """What `work` gives on every rank. Where it failed on any it fails on all, with the same kind of error."""
+    """The results of `work` on all ranks. If it fails on any it fails on all, with the same kind of error."""
     try:
         outcome: tuple[Any, tuple[str, str] | None] = (work(), None)
     except (FlmError, OSError) as error:
@@ -210,7 +211,7 @@ def _together(work: Callable[[], Any]) -> list[Any]:
 
 
 def available_bytes(group: Path = CONTROL_GROUP) -> int:
-    """Memory of this host to be had without swapping: the system's estimate, or what its control group leaves."""
+    """Memory of this host available without swapping: the system's estimate, or what its control group leaves."""
     import psutil
 
     available = int(psutil.virtual_memory().available)

@@ -1,4 +1,4 @@
-"""A generation in the memory of hosts, as a checkpoint like any other."""
+"""A generation in the hosts' memory, as a checkpoint like any other."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ LARGEST_READ = 64 * 2**20
 
 @dataclass(frozen=True)
 class Held:
-    """The blob of one rank: what it holds, and the hosts, by number, that hold it."""
+    """The blob of one rank: its header, and the numbers of the hosts that hold it."""
 
     header: dict[str, Any]
     holders: tuple[int, ...]
 
 
 class MemoryCheckpoint(LogicalCheckpoint):
-    """A whole generation. Its regions are read from this host's memory where it has them, else from another host's.
+    """A complete generation. Regions are read from this host's memory if it has them, else from another host's.
 
     Raises:
         DamagedError: its blobs do not make up every tensor once.
@@ -80,7 +80,7 @@ class MemoryCheckpoint(LogicalCheckpoint):
         return out
 
     def close(self) -> None:
-        """Let go of memory and connections: what was read from may be filled anew from now on."""
+        """Release memory and connections: the memory may be overwritten from now on."""
         self._closed = True
         for descriptor in self._files.values():
             os.close(descriptor)
@@ -99,7 +99,7 @@ class MemoryCheckpoint(LogicalCheckpoint):
             raise DamagedError(f"copies of step {self.step} in memory: {error}") from error
 
     def _read_chunk(self, name: str, chunk: StoredChunk, region: Region) -> torch.Tensor:
-        """A region of a chunk, from the first holder that gives it."""
+        """A region of a chunk, from the first holder that delivers it."""
         rank, failures = int(chunk.file), []
         for host in sorted(self.blobs[rank].holders, key=lambda holder: holder != self.host):
             try:

@@ -1,8 +1,8 @@
-"""Making copies of the state in memory: every so many steps a generation, which the agents pass on by themselves.
+"""Copies the state into memory: at an interval a new generation, which the agents then copy to their neighbours.
 
-Training waits for one copy into memory and one small message; the agent of the host makes checksums and sends. A
-generation counts as whole when every rank's agent has said so, which the ranks tell each other when the next is due.
-Until then the one before is kept: two at a time.
+Training waits for one copy into memory and one small message; the agent of the host computes checksums and sends. A
+generation counts as complete when every rank's agent has confirmed it, which the ranks tell each other at the next
+refresh. Until then the previous one is kept, so there are two at a time.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ WHOLE = "whole"
 
 
 class Refresher:
-    """Keeps generations of this start of the ranks in memory. All ranks call its methods together."""
+    """Keeps generations in memory, for one start of the ranks. All ranks call its methods together."""
 
     def __init__(self, peers: Peers, newest: Generation, kept: Generation | None) -> None:
-        """`newest` is the last generation that any agent knows; `kept` the one that training goes on from."""
+        """`newest` is the last generation that any agent knows; `kept` the one that training continues from."""
         self.peers = peers
         self.kept = kept or NONE
         """The newest generation that is whole on all ranks."""
@@ -43,7 +43,7 @@ class Refresher:
         self._buffers: dict[int, HostBuffer] = {}
 
     def reserve(self, chunks: list[Any], optimizer: Any, budget_gib: float | None) -> None:
-        """Have the memory for the copies of a stage's state; raises as `Peers.reserve`."""
+        """Allocate the memory for copies of a stage's state; raises as `Peers.reserve`."""
         nbytes = placed(stored_state(chunks, optimizer)[1])[1]
         self.peers.reserve(nbytes, budget_gib)
         with suppress(FlmError, OSError):  # `refresh` will say what is wrong
@@ -51,7 +51,7 @@ class Refresher:
                 self._buffer(nbytes)
 
     def refresh(self, chunks: list[Any], optimizer: Any, manifest: Mapping[str, Any]) -> str | None:
-        """Copy the state that `manifest` describes; returns a line where this or the last copy is not as it should be.
+        """Copy the state that `manifest` describes; returns a line if this or the last copy has a problem.
 
         Never waits for another host's agent.
         """
@@ -74,7 +74,7 @@ class Refresher:
         return line
 
     def _last(self) -> str:
-        """How the generation before stands on all ranks: whole, busy on any, or why it failed on one."""
+        """The state of the last generation on all ranks: complete, in progress on any, or why it failed on one."""
         own = self._own() if self.step else WHOLE
         flags = torch.tensor([own == "", own not in ("", WHOLE)], dtype=torch.int32, device=current().torch_device)
         dist.all_reduce(flags, dist.ReduceOp.MAX)
@@ -89,7 +89,7 @@ class Refresher:
         return f"rank {rank}: {reason}"
 
     def _own(self) -> str:
-        """How this rank's last copy stands."""
+        """The state of this rank's last copy."""
         if self._failure is not None:
             return self._failure
         try:
@@ -107,7 +107,7 @@ class Refresher:
         peers.local.commit(header_of(tensors, parts, peers.size, described), peers.neighbour)
 
     def _buffer(self, nbytes: int) -> HostBuffer:
-        """The agent's memory for the generation that was begun, mapped here once and for all."""
+        """The agent's memory for the generation that was begun, mapped here once."""
         local = self.peers.local
         number, live, descriptor = local.begin(self.begun, self.kept, self.peers.rank, nbytes)
         try:

@@ -1,4 +1,4 @@
-"""Starting the agent of this host, and finding one that is there already."""
+"""Starts the agent of this host, or finds it running."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def obstacle() -> str | None:
 
 
 def agent_name(launcher: int) -> str:
-    """Name of the socket of the agent that serves the ranks of one launcher, a process id, on this host."""
+    """Name of the socket of the agent that serves the ranks of `launcher`, a process id, on this host."""
     return f"flm-copies-{os.getuid()}-{launcher}"
 
 
 def start_agent(launcher: int, address: str, idle_s: float = IDLE_S) -> None:
-    """Start the agent for the ranks that the process `launcher` has started, unless it is there.
+    """Start the agent for the ranks of the process `launcher`, unless it runs already.
 
-    It listens on `address` and ends after that process. Both sockets are made here, so it can be spoken to at once.
+    It listens on `address` and ends after that process. Both sockets are made here, so it can be connected to at once.
 
     Raises:
         FlmError: the address cannot be listened on, or the launcher is gone.

@@ -1,4 +1,4 @@
-"""What travels between ranks and host agents: a header of plain JSON, then bytes in blocks with their CRC-32.
+"""The protocol of ranks and host agents: a header of plain JSON, then bytes in blocks with their CRC-32.
 
 Nothing that arrives is unpickled or run, and nothing is read beyond the limits below.
 """
@@ -21,14 +21,14 @@ BLOCK = 2**20
 """Bytes under one checksum."""
 LARGEST_HEADER = 64 * 2**20
 SILENCE_S = 60.0
-"""How long either side may keep the other waiting."""
+"""Seconds that either side may keep the other waiting."""
 GREETING = b"flmcopy1"
 NONCE = PROOF = 32
 WORD = struct.Struct("<I")
 
 
 def demand_proof(connection: socket.socket, token: bytes) -> None:
-    """Have the other side prove that it knows `token`, and prove the same to it; the token itself is never sent.
+    """Have the other side prove that it knows `token`, and prove it in return; the token itself is never sent.
 
     Raises:
         FlmError: it does not know the token.
@@ -44,7 +44,7 @@ def demand_proof(connection: socket.socket, token: bytes) -> None:
 
 
 def give_proof(connection: socket.socket, token: bytes) -> None:
-    """The other half of `demand_proof`. Raises FlmError where the other side is no agent of this run, or OSError."""
+    """The other half of `demand_proof`. Raises FlmError if the other side is no agent of this run, or OSError."""
     greeting = receive_exactly(connection, len(GREETING) + NONCE)
     if greeting[: len(GREETING)] != GREETING:
         raise FlmError("what answers is not a host agent of this program, or one of another version")
@@ -63,7 +63,7 @@ def _proof(token: bytes, side: bytes, nonce: bytes, other: bytes) -> bytes:
 
 
 def send_header(connection: socket.socket, header: dict[str, Any]) -> None:
-    """Send one JSON object. Raises FlmError when it is too large for the other side to accept, or OSError."""
+    """Send one JSON object. Raises FlmError if it is too large for the other side to accept, or OSError."""
     data = json.dumps(header).encode()
     if len(data) > LARGEST_HEADER:
         raise FlmError(f"a message of {len(data)} bytes is beyond the limit of {LARGEST_HEADER}")
@@ -71,7 +71,7 @@ def send_header(connection: socket.socket, header: dict[str, Any]) -> None:
 
 
 def receive_header(connection: socket.socket) -> dict[str, Any]:
-    """One JSON object. Raises FlmError for anything else, before more than the limit is read, or OSError."""
+    """Receive one JSON object. Raises FlmError for anything else, before reading more than the limit, or OSError."""
     (size,) = WORD.unpack(receive_exactly(connection, WORD.size))
     if size > LARGEST_HEADER:
         raise FlmError(f"a message of {size} bytes was announced, the limit is {LARGEST_HEADER}")
@@ -90,14 +90,14 @@ def checksums(data: memoryview) -> list[int]:
 
 
 def send_data(connection: socket.socket, data: memoryview, crcs: list[int]) -> None:
-    """Send bytes with the checksums of their blocks, which were made when the bytes were known to be right."""
+    """Send bytes with the checksums of their blocks, made when the bytes were known to be correct."""
     for block, crc in zip(_blocks(data), crcs, strict=True):
         connection.sendall(block)
         connection.sendall(WORD.pack(crc))
 
 
 def receive_data(connection: socket.socket, into: memoryview) -> list[int]:
-    """Fill `into` with what `send_data` sends; returns the checksums.
+    """Fill `into` with the bytes of `send_data`; returns the checksums.
 
     Raises:
         DamagedError: a block is not what was sent, or was no longer right when it was sent.

@@ -1,4 +1,4 @@
-"""A save under way: at once, or in a thread of its own."""
+"""A save in progress: in this thread or in one of its own."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class SaveHandle:
 
     @property
     def done(self) -> bool:
-        """Whether writing is over, well or not."""
+        """Whether writing has ended, successfully or not."""
         return self._thread is None or not self._thread.is_alive()
 
     @property
     def failed(self) -> bool:
-        """Whether this process knows by now that the save has failed; the others will know too."""
+        """Whether this process knows that the save has failed; the others will know too."""
         return self._error is not None
 
     def wait(self, timeout_s: float | None = None) -> dict[str, Any]:

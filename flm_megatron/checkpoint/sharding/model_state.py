@@ -1,4 +1,4 @@
-"""Between a running model with its optimizer and checkpoints: any checkpoint in, `torch_dist` folders out."""
+"""Loads any checkpoint into a model and its optimizer, and saves them as `torch_dist` folders."""
 
 from __future__ import annotations
 
@@ -124,8 +124,11 @@ def save_state(
 def stored_state(
     chunks: Sequence[ModelChunk], optimizer: Optimizer | None
 ) -> tuple[dict[str, TensorInfo], list[Stored]]:
-    """The tensors of a checkpoint of the model and (unless none) its optimizer that are held here at least in part, and
-    what of them this process stores: views of the training's own memory. All ranks must call."""
+    """The tensors of which this process holds a region, and the regions that it stores.
+
+    Those of a checkpoint of the model and (unless none) its optimizer, as views of the training's own memory. All ranks
+    must call.
+    """
     finish_gathering(chunks)
     held_here = placements(chunks)
     state = _optimizer_regions(optimizer, held_here) if optimizer is not None else ()
@@ -134,7 +137,7 @@ def stored_state(
 
 
 def prepare_asynchronous_save(chunks: Sequence[ModelChunk], optimizer: Optimizer | None) -> None:
-    """Get the memory for copies of the state ready in the background, before the first save. All ranks must call."""
+    """Allocate the memory for copies of the state in the background, before the first save. All ranks must call."""
     prepare_buffer(placed(stored_state(chunks, optimizer)[1])[1])
 
 
@@ -175,7 +178,7 @@ def _optimizer_regions(
 
 
 def _peers() -> dist.ProcessGroup | None:
-    """The ranks that hold the same weights as this one; none where it is the only one."""
+    """The ranks that hold the same weights as this one; none if there are no others."""
     group = parallel_state.get_data_parallel_group()
     return group if dist.get_world_size(group) > 1 else None
 
@@ -235,7 +238,8 @@ def _own_shard(regions: list[HeldRegion]) -> Iterator[Stored]:
 
 
 def chunks_to_evaluate(checkpoint: LogicalCheckpoint, stage: StageConfig, alone: bool = False) -> list[ModelChunk]:
-    """This rank's chunks of the stage's model with a checkpoint's weights, under the current layout, ready to evaluate.
+    """This rank's chunks of the stage's model with a checkpoint's weights, in evaluation mode, under the current
+    layout.
 
     `alone` is as in `load_state`. Raises DamagedError if the checkpoint cannot be read.
     """

@@ -1,4 +1,4 @@
-"""Optimizer state as regions of logical tensors: what each process owns, without any gather."""
+"""Optimizer state as regions of logical tensors, owned by this process; nothing is gathered."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from flm_megatron.engine.types import ChainedPart, Optimizer
 
 @dataclass(frozen=True)
 class StateSlice:
-    """Values `start` to `end` of a local parameter, flat and row-major, with the fp32 master and moments of these.
+    """Values `start` to `end` of a local parameter, flat and row-major, with their fp32 master and moments.
 
-    `sharded` says that the other data-parallel ranks own other ranges; otherwise they hold the same.
+    `sharded` if the other data-parallel ranks own other ranges; otherwise they hold the same.
     """
 
     parameter: torch.nn.Parameter

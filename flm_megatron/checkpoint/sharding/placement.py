@@ -46,7 +46,7 @@ class Placement:
 
     @property
     def main(self) -> bool:
-        """Whether this is the one copy, apart from data-parallel ones, that is stored."""
+        """Whether this is the copy that is stored, not counting data-parallel copies."""
         return not any(self.replica_id[:-1])
 
 

@@ -19,8 +19,8 @@ from flm_megatron.distributed.processes import describe
 from flm_megatron.errors import ERRORS, DamagedError, FlmError
 
 SHARED_READ_BYTES = 32 * 2**20
-"""Read by one rank at a time, and held by all meanwhile: long enough that a disk reads on, and that few blocks of a
-file, which are checked as a whole, are read by two ranks."""
+"""Read by one rank at a time and held by all meanwhile: large enough for sequential reads, and so that few blocks,
+which are checked whole, are read by two ranks."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
-"""Copies of what a process stores, in host memory that is used again and again.
+"""Copies of what a process stores, in host memory that is reused.
 
-Memory that is asked for anew each time comes page by page while training waits, which takes several times as long as
-the copy itself.
+Newly allocated memory comes page by page while training waits, which takes several times as long as the copy itself.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _preparing: list[threading.Thread] = []
 
 
 class HostBuffer:
-    """Mapped memory that the device copies into at its full speed."""
+    """Memory that the device copies into at full speed."""
 
     def __init__(self, mapped: mmap.mmap) -> None:
         self.mapped = mapped
@@ -31,12 +30,12 @@ class HostBuffer:
         current().pin(mapped)
 
     def close(self) -> None:
-        """The device forgets it; the memory goes with the last tensor that lies in it."""
+        """Unregister it from the device; the memory is freed with the last tensor in it."""
         current().unpin(self.mapped)
 
 
 def take_buffer(nbytes: int) -> HostBuffer:
-    """Memory of this process of at least `nbytes`: what was given back last if it is large enough, else new."""
+    """Memory of at least `nbytes`: the buffer given back last if it is large enough, else a new one."""
     while _preparing and threading.current_thread() not in _preparing:
         _preparing.pop().join()
     while _free:
@@ -48,7 +47,7 @@ def take_buffer(nbytes: int) -> HostBuffer:
 
 
 def prepare_buffer(nbytes: int) -> None:
-    """Make ready in the background what the next `take_buffer` gives: its first snapshot is as fast as later ones."""
+    """Prepare the next `take_buffer`'s memory in the background: the first snapshot is then as fast as later ones."""
 
     def prepare() -> None:
         """Touch all pages: torch lets training go on meanwhile."""
@@ -62,7 +61,7 @@ def prepare_buffer(nbytes: int) -> None:
 
 
 def give_back(buffer: HostBuffer) -> None:
-    """Its values are no longer needed."""
+    """Make a buffer available again; its values are no longer needed."""
     _free.append(buffer)
 
 

@@ -1,1 +1,1 @@
-"""What `flm checkpoint` does: `inspect`, `verify`, `compare`, `reshard`, and hashes of what the values are."""
+"""The actions of `flm checkpoint`: `inspect`, `verify`, `compare`, `reshard`, and hashes of the values."""

@@ -34,7 +34,7 @@ class Comparison:
     only_second: list[str]
 
     def beyond(self, tolerance: float) -> list[str]:
-        """Tensors whose relative difference is beyond `tolerance`, and weights that one of the two lacks.
+        """Tensors whose relative difference exceeds `tolerance`, and weights that only one has.
 
         Optimizer state that one of the two lacks altogether is no difference.
         """
@@ -47,9 +47,9 @@ class Comparison:
 def compare(
     first: LogicalCheckpoint, second: LogicalCheckpoint, processes: Processes, moved: Callable[[int], None]
 ) -> Comparison:
-    """Compare all tensors, sharing chunks over the processes; every rank gets the result.
+    """Compare all tensors, divided over the processes; every rank gets the result.
 
-    `moved` is told of bytes read of the first. Raises RequestError for a tensor whose shapes differ.
+    `moved` is called with the bytes read of the first. Raises RequestError for a tensor whose shapes differ.
     """
     common = [name for name in first.tensors if name in second.tensors]
     for name in common:

@@ -1,4 +1,4 @@
-"""Logical hashes of a checkpoint: those that were recorded when it was written, or computed by several processes."""
+"""Logical hashes of a checkpoint: recorded when it was written, or computed by several processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def recorded_hashes(source: LogicalCheckpoint, checkpoint: LogicalCheckpoint) ->
 
 
 def shared_hashes(checkpoint: LogicalCheckpoint, processes: Processes) -> dict[str, str]:
-    """Hashes of all tensors, their chunks shared over the processes; the same on every rank."""
+    """Hashes of all tensors, divided over the processes; the same on every rank."""
     chunks = [
         (name, region)
         for name, info in checkpoint.tensors.items()

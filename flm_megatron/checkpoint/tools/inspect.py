@@ -1,4 +1,4 @@
-"""A checkpoint described as plain data, and that as text."""
+"""Describes a checkpoint as plain data and as text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHOWN = ("stage", "step", "tokens", "samples", "optimizer_step", "layout", "logi
 
 
 def describe(checkpoint: LogicalCheckpoint, vocab_size: int | None = None) -> dict[str, Any]:
-    """What a checkpoint holds: where it stands in its run, its model, and every tensor's shape, dtype and bytes."""
+    """A checkpoint's contents: its position in its run, its model, and every tensor's shape, dtype and bytes."""
     tensors = {
         name: {
             "shape": list(info.shape),

@@ -1,4 +1,4 @@
-"""Every file and tensor of a checkpoint held against what was recorded when it was written."""
+"""Checks every file and tensor of a checkpoint against what was recorded when it was written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHUNK_VALUES = 2 * 2**20
 
 @dataclass(frozen=True)
 class Verification:
-    """What is wrong (nothing, if all is well), and how far it was looked into."""
+    """What is wrong (nothing, if all is well), and how thoroughly it was checked."""
 
     problems: list[str]
     looked_at: str
@@ -76,9 +76,9 @@ def _file_problems(
 
 
 def _changed_tensors(path: Path, file: str, manifest: dict[str, Any]) -> str:
-    """Names of the tensors in a file whose values are not those that were written.
+    """Names of the tensors in a file whose values have changed since they were written.
 
-    A block holds parts of several small tensors, a record those of one: so records are looked at here.
+    A block may hold bytes of several small tensors, a record those of one: so records are checked here.
     """
     try:
         checkpoint = TorchDistCheckpoint(path, blocks=False)

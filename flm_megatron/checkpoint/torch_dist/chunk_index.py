@@ -1,4 +1,4 @@
-"""The stored chunks of one tensor, found by region without looking at all of them."""
+"""The stored chunks of one tensor, found by region without searching all of them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ChunkIndex:
                 self.buckets[bucket].append(chunk)
 
     def meeting(self, region: Region) -> list[tuple[StoredChunk, Region]]:
-        """Chunks that meet `region`, each with what they have in common."""
+        """Chunks that overlap `region`, each with the overlap."""
         near = {chunk: None for bucket in self._buckets_of(region) for chunk in self.buckets.get(bucket, ())}
         return [(chunk, part) for chunk in near if (part := chunk.region.intersect(region))]
 

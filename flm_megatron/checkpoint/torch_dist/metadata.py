@@ -1,4 +1,4 @@
-"""`.metadata` of torch.distributed.checkpoint, as data of our own: tensors with their chunks, and where each lies."""
+"""`.metadata` of torch.distributed.checkpoint as plain data: tensors with their chunks, and where each is stored."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class StoredMetadata:
 
 
 def parse_metadata(data: bytes, source: str) -> StoredMetadata:
-    """What the bytes of a `.metadata` say. Raises DamagedError, naming `source`, for anything but such metadata."""
+    """Parse the bytes of a `.metadata`. Raises DamagedError, naming `source`, for anything else."""
     with without_collector(len(data)):
         metadata = _parsed(load_records(data, source), source)
     for file in {place.relative_path for place in metadata.places.values()}:

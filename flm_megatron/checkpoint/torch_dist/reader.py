@@ -1,4 +1,4 @@
-"""Reading megatron-core's `torch_dist` folders, ours and Megatron-LM's own, without a model or a process group."""
+"""Reads megatron-core's `torch_dist` folders, ours and Megatron-LM's own, without a model or a process group."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ NAMELESS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\
 
 
 class TorchDistCheckpoint(LogicalCheckpoint):
-    """A `torch_dist` folder. `nameless_optimizer` says that it holds optimizer state in `dp_reshardable` buckets.
+    """A `torch_dist` folder. `nameless_optimizer` says that its optimizer state is in `dp_reshardable` buckets.
 
-    Whatever is read of it is checked while it is read: small files against the manifest, values against the checksums
-    of the blocks that they lie in. In folders of Megatron-LM, and of our versions before block checksums, a record is
-    read through and held against its own checksum when a part of it is asked for the first time.
+    Everything is checked while it is read: small files against the manifest, values against the checksums of their
+    blocks. In folders of Megatron-LM, and of our versions before block checksums, a record is read through and checked
+    against its own checksum when a region of it is read for the first time.
 
     Raises:
         RequestError: the folder is of a version that is not known.
@@ -47,7 +47,7 @@ class TorchDistCheckpoint(LogicalCheckpoint):
     """
 
     def __init__(self, path: str | Path, blocks: bool = True) -> None:
-        """Open a folder; without `blocks` the block checksums are passed over and records held against their own."""
+        """Open a folder; without `blocks` block checksums are ignored and records checked against their own."""
         self.path, self._blocks = Path(path), blocks
         manifest = read_manifest(self.path)
         metadata = _read_metadata(self.path, manifest)
@@ -64,7 +64,7 @@ class TorchDistCheckpoint(LogicalCheckpoint):
         self.manifest: dict[str, Any] = manifest or _foreign_manifest(self.path)
 
     def has_optimizer(self) -> bool:
-        """Whether moments are there by name. Raises RequestError for `dp_reshardable` optimizer state."""
+        """Whether it has moments by name. Raises RequestError for `dp_reshardable` optimizer state."""
         if self.nameless_optimizer:
             raise self._nameless()
         return super().has_optimizer()
@@ -160,7 +160,7 @@ class TorchDistCheckpoint(LogicalCheckpoint):
 
 
 def _bounded_regions(inside: Region, values: StoredArray) -> Iterator[Region]:
-    """A region cut into some that each span few bytes of the file, so that memory does not grow with the chunk."""
+    """Split a region into some that each span few bytes of the file, so that memory does not grow with the chunk."""
     if is_contiguous(inside, values.shape) or inside.numel == 0:
         yield inside
         return
@@ -178,7 +178,7 @@ def _bounded_regions(inside: Region, values: StoredArray) -> Iterator[Region]:
 
 
 def _array(path: Path, chunk: StoredChunk, checked: CheckedFile | None) -> tuple[StoredArray, tuple[Any, ...] | None]:
-    """Where a chunk's values lie; for values that are not stored row-major also how to find them in the storage."""
+    """Where a chunk's values are; for values that are not stored row-major, also how to find them in the storage."""
     storage, tensor = locate(path, chunk.offset, chunk.length, checked)
     sizes = chunk.region.sizes
     numel, contiguous = 1, True
@@ -206,7 +206,7 @@ def _read_metadata(path: Path, manifest: dict[str, Any] | None) -> StoredMetadat
 
 
 def _parsed(data: bytes, file: Path, manifest: dict[str, Any] | None) -> StoredMetadata:
-    """What a metadata file holds. Bytes that are as they were written are not damaged, whatever is in them."""
+    """The content of a metadata file. If it is unchanged but cannot be parsed, a newer version wrote it."""
     try:
         return parse_metadata(data, str(file))
     except DamagedError as error:
@@ -216,9 +216,9 @@ def _parsed(data: bytes, file: Path, manifest: dict[str, Any] | None) -> StoredM
 
 
 def _foreign_manifest(path: Path) -> dict[str, Any]:
-    """What Megatron-LM's own checkpoint says about itself: `step` and `samples`; `optimizer_step` where it is known.
+    """What Megatron-LM's own checkpoint records of itself: `step`, `samples`, and `optimizer_step` if known.
 
-    Raises DamagedError for one of ours, which never goes without its manifest.
+    Raises DamagedError for one of ours, which always has a manifest.
     """
     if not (path / COMMON).exists():
         return {}
@@ -236,7 +236,7 @@ def _foreign_manifest(path: Path) -> dict[str, Any]:
 
 
 def _optimizer_step(optimizer: Any) -> int | None:
-    """The one Adam step among the parameter groups, wherever they are nested; none when there is none."""
+    """The one Adam step among the parameter groups, however they are nested; none if there is none."""
     waiting, seen = [optimizer], set()
     while waiting:
         part = waiting.pop()

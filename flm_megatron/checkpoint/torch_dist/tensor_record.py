@@ -1,4 +1,4 @@
-"""One tensor inside a `.distcp` file: the archive that `torch.save` makes of it, whose values lie as a plain array."""
+"""One tensor inside a `.distcp` file: an archive of `torch.save`, whose values are a plain array."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ END = struct.Struct("<4s4H2IH")
 
 
 def encode(dtype: torch.dtype, shape: tuple[int, ...], crc: int) -> tuple[bytes, bytes]:
-    """What goes before and after the values (`crc` is their CRC-32) so that `torch.load` reads the whole.
+    """The bytes before and after the values (`crc` is their CRC-32), so that `torch.load` reads the whole.
 
     The values begin at a multiple of 64 bytes from the start.
     """
@@ -92,7 +92,7 @@ def _read(file: IO[bytes], position: int, size: int, checked: CheckedFile | None
 
 
 class _Storage:
-    """Stands for the values while the description of a tensor is pickled."""
+    """Stands in for the values while the description of a tensor is pickled."""
 
     def __init__(self, dtype: torch.dtype, numel: int) -> None:
         kind = getattr(torch, torch.storage._dtype_to_storage_type_map()[dtype])
@@ -138,7 +138,7 @@ def _central(name: bytes, position: int, crc: int, size: int) -> bytes:
 
 
 class _Window(io.RawIOBase):
-    """A part of a file, as a file."""
+    """A range of a file, as a file."""
 
     def __init__(self, file: IO[bytes], offset: int, length: int, checked: CheckedFile | None) -> None:
         self.file, self.offset, self.length, self.position = file, offset, length, 0
@@ -153,7 +153,7 @@ class _Window(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        """Position in the part."""
+        """Position in the range."""
         return self.position
 
     def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
@@ -163,7 +163,7 @@ class _Window(io.RawIOBase):
         return self.position
 
     def read(self, size: int = -1) -> bytes:
-        """At most `size` bytes, up to the end of the part."""
+        """At most `size` bytes, up to the end of the range."""
         left = max(0, self.length - self.position)
         data = _read(
             self.file, self.offset + self.position, left if size < 0 else min(size, left), self.checked, self.path

@@ -1,7 +1,7 @@
-"""Writing `torch_dist` folders from any number of processes, in bounded memory, whole or not at all.
+"""Writes `torch_dist` folders from any number of processes, in bounded memory, completely or not at all.
 
-The files are those that torch.distributed.checkpoint and megatron-core write and read. They are laid out here
-because their writers copy every tensor several times, check the plan in quadratic time and start a helper process.
+The files are those that torch.distributed.checkpoint and megatron-core write and read. They are written here because
+their writers copy every tensor several times, check the plan in quadratic time and start a helper process.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ def copy_checkpoint(
     progress: Callable[[int], None] | None = None,
     chunk_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """Copy a checkpoint into a new checkpoint folder; its tensors are shared out over `processes` (all, if not given).
+    """Copy a checkpoint into a new checkpoint folder; its tensors are divided over `processes` (all, if not given).
 
-    `manifest` is the checkpoint's own if not given. Tensors are cut into chunks of at most `chunk_bytes`
-    (`chunk_size`'s if not given), which are streamed. `progress` is called with the bytes done since its last call.
-    Returns the manifest that was written. Raises as `write_checkpoint`, and whatever reading the checkpoint raises.
+    `manifest` is the checkpoint's own if not given. Tensors are streamed in chunks of at most `chunk_bytes`
+    (`chunk_size`'s if not given). `progress` is called with the bytes done since its last call. Returns the manifest
+    that was written. Raises as `write_checkpoint`, and whatever reading the checkpoint raises.
     """
     processes = processes or Processes()
     files = plan_files(checkpoint.tensors, processes.rank, processes.size, chunk_bytes)
@@ -90,7 +90,7 @@ def plan_files(
 
 
 def chunk_size(total_bytes: int, processes: int) -> int:
-    """Bytes of a chunk: small enough to share out evenly, large enough for few entries in the metadata."""
+    """Bytes of a chunk: small enough to divide evenly, large enough for few entries in the metadata."""
     return min(LARGEST_CHUNK, max(SMALLEST_CHUNK, total_bytes // (processes * CHUNKS_PER_PROCESS)))
 
 
@@ -119,7 +119,7 @@ def write_checkpoint(
         whole: dict[str, Any] = {}
 
         def finish() -> dict[str, Any]:
-            """What every process hears."""
+            """Finish the folder; returns what every process gets."""
             whole.update(_finish(folder, path, results, manifest))
             return {**whole, "files": {}}
 
@@ -154,7 +154,7 @@ def _finish(folder: Path, path: Path, results: list[Written], manifest: dict[str
 
 
 def _small_files(tensors: Mapping[str, TensorInfo], records: Iterable[Record], step: int) -> dict[str, bytes]:
-    """What stands beside the shards in every folder of this format."""
+    """The other files of every folder of this format."""
     common = io.BytesIO()
     torch.save({"checkpoint_version": 3.0, "iteration": step, OURS: VERSION}, common)
     return {
@@ -165,7 +165,7 @@ def _small_files(tensors: Mapping[str, TensorInfo], records: Iterable[Record], s
 
 
 def _contents(tensors: Mapping[str, TensorInfo], results: list[Written]) -> dict[str, Any]:
-    """The parts of the manifest that follow from what was written."""
+    """The entries of the manifest that follow from what was written."""
     totals = {name: sum(result.hashes.get(name, 0) for result in results) for name in tensors}
     hashes = {name: tensor_hash(info, totals[name]) for name, info in tensors.items()}
     return {
