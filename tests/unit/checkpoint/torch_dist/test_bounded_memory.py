@@ -49,10 +49,10 @@ print(writing * 1024, reading * 1024)
 
 
 def test_memory_does_not_grow_with_the_chunk(tmp_path: Path) -> None:
-    rows = 24_000  # 375 MiB in one chunk
+    rows = 32_000  # 500 MiB in one chunk: half of it is far above what buffers and threads take on a busy machine
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path), str(rows)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     writing_mib, reading_mib = map(float, done.stdout.split())
-    assert writing_mib < 150 and reading_mib < 150, (writing_mib, reading_mib)
+    assert writing_mib < 250 and reading_mib < 250, (writing_mib, reading_mib)
