@@ -5,9 +5,9 @@ cannot say which, and NCCL's ends the process. So a thread of every rank tells t
 is silent for most of `distributed.timeout_s`, or the store cannot be reached, the process ends with status 1 and one
 line that names the rank or the store.
 
-A launcher that has lost a host tells the remaining ranks to stop, but they wait for the host inside a collective until
-they are killed (after 30 s by torchrun). So a process that was told to stop checks whether the rank before it is alive,
-and if not, all of them end at once.
+A lost host that nobody replaces is found earlier: every rank holds a connection to the one before it and checks that it
+stands. If that rank is gone, all of them end at once. A process that was told to stop, by a launcher that knows of the
+loss, does not wait for a host that does not answer: it would be killed inside a collective (after 30 s by torchrun).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from flm_megatron.launch.neighbour import Neighbour
 SILENCE = 0.8
 """Fraction of the timeout after which a silent rank is lost: earlier than collectives time out, which name nobody."""
 BEATS = 20
-LONGEST_INTERVAL_S = 10.0
+LONGEST_INTERVAL_S = 5.0
 HURRIED_S = 1.0
-"""Seconds between two beats of a process that was told to stop."""
+"""Seconds between two beats of a process that was told to stop, or has lost the connection to its neighbour."""
 MISSES = 5
-"""Unanswered requests of such a process to the store after which the store is lost."""
+"""Unanswered requests to the store of a process that was told to stop, after which the store is lost."""
 LOST = "lost"
 
 
@@ -106,26 +106,27 @@ class Heartbeat:
         """Wait until the next beat; returns whether the block has ended."""
         end = time.monotonic() + self.interval_s
         while not (over := self.stopped.wait(min(HURRIED_S, self.interval_s))):
-            if told_to_stop() or time.monotonic() >= end:
+            if told_to_stop() or time.monotonic() >= end or self.neighbour.lost():
                 break
         return over
 
     def _beat(self) -> None:
         """Beat and listen until the block ends; a store that fails is left to `_watch`."""
         count = 0
+        with suppress(RuntimeError):
+            self._look()  # without delay: a rank that was never reached is not reported
         while not self._wait():
             count += 1
             try:
                 self.store.set(self._key(str(self.rank)), str(count))
-                lost = self._told() or self._listen() or (self._look() if told_to_stop() else "")
+                lost = self._told() or self._listen() or self._look()
             except RuntimeError:
                 continue
             self.answered = time.monotonic()
             if lost and not self.stopped.is_set():
                 self._end(lost)
-        if self.in_order:
-            with suppress(RuntimeError):  # the store's process has left first
-                self.neighbour.leave()
+        with suppress(RuntimeError):  # the store's process has left first
+            self.neighbour.leave(self.in_order)
 
     def _told(self) -> str:
         """The message of another rank that has found one lost."""
@@ -134,9 +135,11 @@ class Heartbeat:
 
     def _look(self) -> str:
         """Tell all ranks if the neighbour is gone; returns that message."""
-        if not self.neighbour.gone() or self.stopped.is_set():
+        told = told_to_stop()
+        if not self.neighbour.gone(at_once=told) or self.stopped.is_set():
             return ""
-        text = f"told to stop, and {self._named([self.neighbour.rank])} is gone: ending without saving"
+        why = "told to stop, and " if told else ""
+        text = f"{why}{self._named([self.neighbour.rank])} is gone: ending without saving"
         self.store.set(self._key(LOST), text)
         return text
 

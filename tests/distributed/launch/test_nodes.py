@@ -136,6 +136,23 @@ def test_who_waits_for_a_lost_host_and_is_told_to_stop_ends_soon(data: Path, tmp
     )
 
 
+def test_who_waits_for_a_lost_host_ends_although_nobody_tells_it(data: Path, tmp_path: Path) -> None:
+    """Long before the heartbeat would miss it: `distributed.timeout_s` is 600."""
+    source, _ = make_run(data, tmp_path, *ENDLESS)
+    with hosts(2) as machines:
+        job = start_job(machines, ["train", str(source)], tmp_path)
+        wait_for_step(tmp_path, 3, job[0], LIMIT_S)
+        machines[1].cut_off()  # first, so that no connection is seen to end
+        machines[1].kill()
+        (waits,) = ranks_on(machines[0])
+        began = time.monotonic()
+        (ended,) = end_times([waits], LIMIT_S)
+        name = machines[1].name
+    said = (tmp_path / f"{machines[0].name}.log").read_text()
+    assert ended - began < 60, said
+    assert f"rank 0: rank 1 on host {name} is gone: ending without saving" in said
+
+
 @pytest.mark.slow
 def test_a_host_that_is_replaced_joins_again(data: Path, whole: Path, tmp_path: Path) -> None:
     source, _ = make_run(data, tmp_path, *OPTIONS)
