@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install quickstart test test-all lint
+.PHONY: install quickstart test test-all test-engine lint
 
 install: $(INSTALLED)
 
@@ -24,6 +24,10 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(BIN)/pytest
+
+# The same tests on another Python, and so on the megatron-core that it gets: `make test-engine PYTHON=python3.12`.
+test-engine:
+	$(MAKE) test PYTHON=$(PYTHON) VENV=.venv-$(notdir $(PYTHON))
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -42,7 +42,9 @@ def prepare() -> None:
 
 def _quiet() -> None:
     """Ignore, in this process, exactly what of its messages is for its own developers."""
-    # It does not know our feed-forward module by name, and says so once per layer.
-    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
+    # It does not know our feed-forward module by name, and says so once per layer; from 0.19 on, that new features go
+    # into another class than GPTModel.
+    for module in ("transformer.transformer_layer", "models.gpt.gpt_model"):
+        logging.getLogger(f"megatron.core.{module}").setLevel(logging.ERROR)
     for message in IGNORED:
         warnings.filterwarnings("ignore", message=message)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import SimpleNamespace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from flm_megatron.engine.prepare import prepare
 from flm_megatron.engine.replaced import replace
@@ -39,12 +39,19 @@ __all__ = [
     "gather_from_sequence_parallel_region",
     "install_weight_gradient",
     "make_sharded_tensors_for_checkpoint",
+    "mark_split",
     "model_parallel_cuda_manual_seed",
     "reduce_from_tensor_model_parallel_region",
     "reduce_scatter_to_sequence_parallel_region",
-    "set_tensor_model_parallel_attributes",
     "weight_gradient_is_fused",
 ]
+
+
+def mark_split(parameter: nn.Parameter, axis: int, split: bool = True) -> None:
+    """Say that a parameter is split over tensor-parallel ranks along `axis`; without the mark its gradient's norm
+    would count on one rank only. From 0.19 on the engine marks what it makes itself."""
+    if not hasattr(parameter, "tensor_model_parallel"):
+        set_tensor_model_parallel_attributes(parameter, split, axis if split else -1, 1)
 
 
 def install_weight_gradient(accumulate: Callable[[Tensor, Tensor, Tensor], None]) -> None:

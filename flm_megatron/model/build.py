@@ -12,8 +12,8 @@ from flm_megatron.engine.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    mark_split,
     model_parallel_cuda_manual_seed,
-    set_tensor_model_parallel_attributes,
 )
 from flm_megatron.errors import RequestError
 from flm_megatron.model.engine_config import transformer_config
@@ -70,6 +70,6 @@ def _prepare_parameters(chunk: TeleFLM) -> None:
     for module in chunk.modules():
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
             axis = 1 if isinstance(module, RowParallelLinear) else 0
-            set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
+            mark_split(module.weight, axis)
             for parameter in module.parameters(recurse=False):
                 parameter.zero_()

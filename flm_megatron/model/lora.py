@@ -21,9 +21,9 @@ from flm_megatron.engine.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     make_sharded_tensors_for_checkpoint,
+    mark_split,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
-    set_tensor_model_parallel_attributes,
 )
 from flm_megatron.model.parameters import ParameterSpec
 from flm_megatron.model.parameters.names import logical_name
@@ -97,7 +97,7 @@ def _add_factors(layer: Any, config: Any, split_a: bool) -> float:
     for name, shape, axis in (("lora_a", (rank, columns), 1), ("lora_b", (rows, rank), 0)):
         factor = nn.Parameter(torch.zeros(shape, dtype=layer.weight.dtype, device=layer.weight.device))
         split = split_a == (name == "lora_a")
-        set_tensor_model_parallel_attributes(factor, split, axis if split else -1, 1)
+        mark_split(factor, axis, split)
         # A factor that is not split sees only this rank's shard of the sequence.
         factor.sequence_parallel = config.sequence_parallel and not split  # type: ignore[attr-defined]
         setattr(layer, name, factor)

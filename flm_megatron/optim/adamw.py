@@ -34,7 +34,8 @@ class AdamW(torch.optim.Optimizer):
     `clip(factor)` before a step lets that step multiply gradients, in place, as it reads them.
 
     Raises:
-        ValueError: a negative or non-finite learning rate, beta, epsilon or weight decay, or `adam_w_mode=False`.
+        ValueError: a negative or non-finite learning rate, beta, epsilon or weight decay, `adam_w_mode=False` or
+            `capturable=True`.
     """
 
     def __init__(
@@ -45,7 +46,10 @@ class AdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
+        if capturable:
+            raise ValueError("capturable=True (steps inside CUDA graphs) is not offered: leave it false")
         if not adam_w_mode:
             raise ValueError("adam_w_mode=False (weight decay inside the gradient) is not offered: use decoupled decay")
         if not (0.0 <= lr < float("inf") and 0.0 <= eps < float("inf") and 0.0 <= weight_decay < float("inf")):

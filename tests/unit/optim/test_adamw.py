@@ -111,6 +111,7 @@ def test_state_dict_carries_the_step_and_resumes_exactly() -> None:
         ({"eps": -1e-8}, "eps"),
         ({"weight_decay": -0.1}, "weight_decay -0.1"),
         ({"adam_w_mode": False}, "adam_w_mode"),
+        ({"capturable": True}, "capturable"),
     ],
 )
 def test_bad_options_are_refused(options: dict, words: str) -> None:

@@ -98,11 +98,13 @@ def _resumed(stage: StageConfig) -> tuple[list[float], list[float], list[int], l
     chunk, first = _built(stage)
     _one_step(chunk, first, stage)
     saved = pickle.loads(pickle.dumps(first.state_dict()))
-    for group in saved["optimizer"]["param_groups"]:
-        group["lr"] = group["max_lr"] = 77.0
+    from flm_megatron.engine.version import since
     from flm_megatron.optim.build import build_optimizer
 
     second: Any = build_optimizer(stage, [chunk])
+    for group, fresh in zip(saved["optimizer"]["param_groups"], second.param_groups, strict=True):
+        # From 0.19 on the engine tells groups apart by their largest learning rate too.
+        group["lr"], group["max_lr"] = 77.0, fresh["max_lr"] if since(0, 19) else 77.0
     second.load_state_dict(saved)
     set_learning_rates(second, stage, stage.optimizer.lr)
     pick = lambda key, optimizer: [group[key] for group in optimizer.param_groups]  # noqa: E731
