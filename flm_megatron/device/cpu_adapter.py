@@ -1,7 +1,7 @@
 """Answers to megatron-core's requests for CUDA, on a machine that has none.
 
 megatron-core names CUDA in its factory calls (`torch.zeros(..., device="cuda")`), moves tensors with `.cuda()`,
-tells GPU tensors by `Tensor.type()` and asks for CUDA's generator. Each of these is answered by the CPU.
+tells GPU tensors by `Tensor.type()` and asks for CUDA's generator and streams. Each of these is answered by the CPU.
 The functions themselves are replaced rather than a `TorchFunctionMode` entered: a mode is off inside backward,
 where recomputed layers call factories again, and it slows every other call of torch.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
-from flm_megatron.device import cpu_collectives
+from flm_megatron.device import cpu_collectives, cpu_streams
 
 FACTORIES = (
     *("arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace", "ones"),
@@ -33,6 +33,7 @@ def install() -> None:
     _answer_tensor_methods()
     _answer_cuda_module()
     cpu_collectives.install()
+    cpu_streams.install()
 
 
 def _names_cuda(device: Any) -> bool:

@@ -64,6 +64,19 @@ def test_cuda_random_state_is_the_cpu_generators() -> None:
 
 
 @on_cpu
+def test_streams_and_events_of_cuda_have_nothing_to_wait_for() -> None:
+    current().prepare()
+    side = torch.cuda.Stream(device=torch.cuda.current_device())
+    with torch.cuda.stream(side):
+        value = torch.ones(3, device="cuda") + 1
+    side.wait_stream(torch.cuda.current_stream())
+    event = side.record_event()
+    torch.cuda.default_stream().wait_event(event)
+    event.synchronize()
+    assert event.query() and side.query() and value.tolist() == [2.0] * 3
+
+
+@on_cpu
 def test_a_device_context_still_reaches_the_factories() -> None:
     """Libraries that build models under `with torch.device("meta")` go on doing so beside the adapter."""
     code = """
