@@ -38,7 +38,7 @@ NONE = Generation(0, 0)
 
 
 class Buffer:
-    """Anonymous shared memory: `fd` can be passed to another process of this host, `checkpoint` are its bytes here."""
+    """Anonymous shared memory: `fd` can be passed to another process of this host, `view` are its bytes here."""
 
     def __init__(self, nbytes: int) -> None:
         """Raises OSError if the system has not enough memory."""

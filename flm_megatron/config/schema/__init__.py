@@ -1,6 +1,6 @@
-"""The run file as typed dataclasses: every field has a type, a default and a docstring that is its help text.
+"""The run file as typed dataclasses: every field has a type, a default and a docstring, which is its help text.
 
-A file for each topic: `model`, `data`, `optimizer`, `hardware` (layout, processes, kernels), `stage`, and `run`, which
+One file per topic: `model`, `data`, `optimizer`, `hardware` (layout, processes, kernels), `stage`, and `run`, which
 holds them all. `config.loader` reads YAML into these, `config.rules` checks what types cannot say. Sizes are counts,
 budgets are tokens, times are seconds. Nothing here imports torch.
 """

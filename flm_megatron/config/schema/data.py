@@ -1,4 +1,4 @@
-"""What is trained on."""
+"""The training and validation data."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class MixConfig:
     source: str
     """Name of the source."""
     passes: float
-    """Passes over the source in one epoch of the stage: 1 takes it once, 0.1 another tenth in every epoch, 0 never."""
+    """Passes over the source in one epoch of the stage: 1 takes all of it, 0.1 another tenth in every epoch, 0 none."""
 
 
 @dataclass(config=SETTINGS)
@@ -47,12 +47,12 @@ class ChatConfig:
     template: str = "tele-flm"
     """`tele-flm` (<_system>, <_user>, <_bot>), or the file of a Jinja chat template."""
     packing: bool = True
-    """Put several conversations into one sample, none of which sees another; else each has a padded one of its own."""
+    """Put several conversations into one sample, hidden from each other; else each gets a padded sample of its own."""
     epochs: int = 4
     """Epochs of each stage, in place of its `tokens`."""
     mix: list[MixConfig] = field(default_factory=list)
-    """Passes by stage and source; a stage that is not named takes every source once in each epoch, in one that is, a
-    source that is not named is not taken."""
+    """Passes by stage and source. A stage that is not named takes every source once per epoch; in a named one, sources
+    that are not named are left out."""
 
 
 @dataclass(config=SETTINGS)
@@ -60,7 +60,7 @@ class DataConfig:
     """Data of a run: one stream of samples for all stages."""
 
     sequence_length: int = 128
-    """Tokens in a sample of every stage. It may change where a run goes on: what is left is then cut anew."""
+    """Tokens in a sample of every stage. It may change when a run resumes: the rest of the data is then cut anew."""
     train: list[SourceConfig] = field(default_factory=list)
     """Training sources, blended."""
     validation: list[SourceConfig] = field(default_factory=list)

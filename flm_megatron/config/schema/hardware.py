@@ -1,4 +1,4 @@
-"""How a run lies on machines: parallel layout, processes and their network, implementations of operations."""
+"""How a run is laid out on machines: parallel layout, processes and network, implementations of operations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flm_megatron.config.schema.settings import SETTINGS
 
 @dataclass(config=SETTINGS)
 class ParallelConfig:
-    """How one stage is spread over processes. Data parallel size is what is left of the world."""
+    """How one stage is spread over processes. The data-parallel size is what remains of the world."""
 
     tensor: int = 1
     """Tensor-parallel size."""
@@ -27,8 +27,8 @@ class ParallelConfig:
     expert: int = 1
     """Expert-parallel size (refused above 1 for now)."""
     pipeline_layers: list[int] | None = None
-    """Layers of each model chunk in the order of execution (pipeline x virtual_pipeline numbers);
-    none splits as evenly as possible, the first chunks taking what is over."""
+    """Layers of each model chunk in the order of execution (pipeline x virtual_pipeline numbers); none splits as evenly
+    as possible, with larger chunks first."""
     distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks."""
     overlap_grad_reduce: bool = False
@@ -52,7 +52,7 @@ class DistributedConfig:
     """Processes, and how long they wait for each other."""
 
     processes: int | None = None
-    """Processes `flm train` starts when a launcher did not; none means what the stage's layout needs."""
+    """Processes that `flm train` starts without a launcher; none means as many as the stage's layout needs."""
     timeout_s: int = 600
     """Seconds a collective may wait before the run fails with the rank's name."""
 
@@ -65,7 +65,7 @@ class KernelsConfig:
     """Which implementation runs each fused operation: Transformer Engine's, Apex's, a Triton kernel, plain PyTorch, or
     PyTorch through torch.compile.
 
-    `auto` takes the best that is there (on a CPU PyTorch); one that is named and not there is an error.
+    `auto` takes the best one available (PyTorch on a CPU); naming one that is not available is an error.
     """
 
     rms_norm: Implementation = "auto"

@@ -22,7 +22,7 @@ class MupConfig:
 
 @dataclass(config=SETTINGS)
 class LoraConfig:
-    """Low-rank adapters: the weights stay, and W + alpha / rank x B A is learnt in their place."""
+    """Low-rank adapters: the weights are frozen, and W + alpha / rank x B A is learnt in their place."""
 
     rank: int = 8
     """Rank of B A."""
@@ -79,8 +79,8 @@ class ModelConfig:
     lora: LoraConfig | None = None
     """Fine-tuning: train adapters and nothing else; none trains the weights."""
     from_checkpoint: bool = False
-    """Take the model from `checkpoint.initial`; `model: from_checkpoint` says the same. Adapters, muP and initial
-    deviations may stand beside it, and what the checkpoint has too."""
+    """Take the model from `checkpoint.initial`; `model: from_checkpoint` is short for it. Adapters, muP and initial
+    deviations may be given beside it, and fields that equal the checkpoint's."""
 
     @property
     def kv_channels(self) -> int:

@@ -42,12 +42,11 @@ class ScheduleConfig:
     """Tokens from the start of the schedule to its end; none means the end of the stage, or of the last stage that
     continues the schedule."""
     wsd_decay_fraction: float = 0.1
-    """wsd: last part of the schedule that decays linearly."""
+    """wsd: fraction of the schedule, at its end, that decays linearly."""
     power_exponent: float = -0.51
     """power: learning rate is proportional to tokens to this power once below the peak."""
     power_start_tokens: int | None = None
     """power: tokens at which the power law leaves the peak; none means the end of the warm-up."""
     boundary: Literal["continue", "restart", "rewarm"] = "restart"
-    """At the start of a later stage: `continue` the schedule of the run, `restart` at this stage, or
-    `rewarm`: continue, after a linear warm-up from zero to the continued value. `lr` and `min_lr` are always the
-    stage's own."""
+    """At the start of a later stage: `continue` the run's schedule, `restart` it at this stage, or `rewarm`: continue,
+    after a linear warm-up from zero to the continued value. `lr` and `min_lr` are always the stage's own."""

@@ -1,4 +1,4 @@
-"""The whole run: its stages, and what holds for all of them."""
+"""The whole run: its stages and settings for all of them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from flm_megatron.config.schema.stage import StageConfig
 
 @dataclass(config=SETTINGS)
 class MemoryConfig:
-    """Copies of the state in the memory of hosts, under a launcher that starts ranks again."""
+    """Copies of the state in the hosts' memory, under a launcher that restarts ranks."""
 
     interval_steps: int = 10
-    """Steps between copies: at most so many are done again after the loss of a host."""
+    """Steps between copies: at most this many are repeated after the loss of a host."""
     budget_gib: float | None = None
-    """Host memory that the copies of one host may take; none means nine tenths of what is free."""
+    """Host memory for all copies on one host; none means nine tenths of what is free."""
 
 
 @dataclass(config=SETTINGS)
@@ -28,14 +28,14 @@ class CheckpointConfig:
     interval_steps: int = 0
     """Steps between checkpoints; 0 saves only at the end of a stage."""
     keep_last: int = 2
-    """Newest checkpoints of a stage that are kept; the last one of a finished stage always is."""
+    """Newest checkpoints of a stage to keep; the last one of a finished stage is always kept."""
     keep_every_steps: int = 0
-    """Also keep checkpoints at multiples of this; 0 keeps none."""
+    """Also keep checkpoints at multiples of this step; 0 keeps none."""
     asynchronous: bool = False
     """Write in the background from a copy, while training goes on."""
     memory: MemoryConfig | None = None
-    """Also keep each rank's state in its host's memory and in that of a neighbour, to go on from there when a host or a
-    rank is lost."""
+    """Also keep each rank's state in its host's memory and a neighbour's, to resume from when a host or rank is
+    lost."""
     initial: str | None = None
     """Checkpoint (ours or a Hugging Face folder) whose weights the first stage starts from."""
 
@@ -65,17 +65,17 @@ class RunConfig:
     tokenizer: str | None = None
     """SentencePiece model file."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Data."""
+    """Training and validation data."""
     stages: list[StageConfig] = field(default_factory=list)
     """Stages in order."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """Saving."""
+    """Saving and starting checkpoints."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    """Metrics."""
+    """Metrics and logs."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    """Processes."""
+    """Processes and timeouts."""
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     """Implementation of each fused operation."""
     hooks: list[str] = field(default_factory=list)
-    """Your own code at certain moments of training: PACKAGE.MODULE.CLASS of subclasses of
+    """Your own code, called at certain moments of training: PACKAGE.MODULE.CLASS of subclasses of
     `flm_megatron.training.hooks.Hook` (docs/hooks.md)."""

@@ -1,4 +1,4 @@
-"""One stage of a run: what is trained, for how long, how it grows out of the one before, and how it is watched."""
+"""One stage of a run: what is trained, for how long, how it grows from the stage before, and how it is watched."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class GrowthConfig:
     layers: Literal["mask", "zero", "copy"] = "mask"
     """Operator for layers; `copy` is G_stack's plain copy, which does not preserve the function."""
     mask_steps: int | None = None
-    """Steps over which masks open from 0 to 1; none means a fifth of the stage's."""
+    """Steps over which masks open from 0 to 1; none means a fifth of the stage."""
     mask_shape: Literal["linear", "cosine"] = "linear"
     """How masks open."""
     layer_selection: Literal["distance", "interleave", "top", "stack", "list"] = "distance"
@@ -50,7 +50,7 @@ class GrowthConfig:
     distance_samples: int = 8
     """For `distance`: validation samples over which the input-output distance is measured."""
     distance_metric: Literal["cosine", "l2"] = "cosine"
-    """For `distance`: cosine or relative L2."""
+    """For `distance`: cosine or relative L2 distance."""
     optimizer_step: Literal["keep", "birth"] = "keep"
     """Steps in Adam's bias correction of new entries: `keep` counts all, `birth` only those since the growth."""
     loss_tolerance: float | None = None
@@ -61,41 +61,41 @@ class GrowthConfig:
 
 @dataclass(config=SETTINGS)
 class StabilityConfig:
-    """What is done about a step whose loss or gradient norm is not finite or far above the steps before it."""
+    """What to do about a step whose loss or gradient norm is not finite or far above those before it."""
 
     policy: Literal["skip", "rollback", "stop"] = "skip"
-    """Such a step is never applied. `skip` leaves its samples out; `rollback` goes back to the weights and the
-    optimizer of the last checkpoint too, leaving out all samples since; `stop` ends the run."""
+    """Such a step is never applied. `skip` skips its samples; `rollback` also goes back to weights and optimizer of the
+    last checkpoint, skipping all samples since; `stop` ends the run."""
     sigmas: float = 6.0
-    """Standard deviations above the mean of the window from which on a loss, or the logarithm of a gradient norm, is
-    an outlier; 0 looks for values that are not finite only."""
+    """Standard deviations above the window's mean from which on a loss, or the logarithm of a gradient norm, is an
+    outlier; 0 refuses only values that are not finite."""
     window_steps: int = 128
-    """Applied steps whose loss and gradient norm are remembered; outliers are looked for once half as many are."""
+    """Applied steps whose loss and gradient norm are remembered; outliers are detected once the window is half full."""
     max_in_a_row: int = 3
     """Steps in a row that may be refused; the last of them ends the run."""
     new_level_steps: int = 3
-    """Outliers in a row (`max_in_a_row` if that is less) that, where they agree with each other, are no spike but a new
-    level: the last of them is applied. Less than 2 never takes one; `stop` neither."""
+    """Outliers in a row (at most `max_in_a_row`) that are accepted as a new level if they agree with each other: the
+    last of them is applied. Below 2, or with `stop`, there are no new levels."""
     checksum_interval_steps: int = 0
-    """Steps between comparisons of replicated weights over all ranks, which find silent corruption; they are compared
-    before each checkpoint is written too; 0 never does."""
+    """Steps between comparisons of replicated weights over all ranks, which detect silent corruption; they are also
+    compared before each checkpoint; 0 never compares."""
     embedding_gradient_shrink: float = 1.0
-    """Factor on the gradient of the embedding (GLM-130B: 0.1); 1 leaves it as it is."""
+    """Factor on the gradient of the embedding (GLM-130B: 0.1); 1 does not change it."""
     z_loss: float = 0.0
-    """Weight of the squared log of the softmax's denominator in what is minimised (PaLM: 1e-4); the loss that is
-    reported is without it."""
+    """Weight of the squared log of the softmax's denominator, added to the training loss (PaLM: 1e-4) but not to the
+    reported one."""
 
 
 @dataclass(config=SETTINGS)
 class StageConfig:
-    """One stage: a model, a layout, a budget, and how it comes out of the stage before."""
+    """One stage: a model, a layout, a budget, and how it grows from the stage before."""
 
     name: str = "stage"
-    """Name of the stage, unique in the run; its checkpoints lie under it."""
+    """Name of the stage, unique in the run, and of its checkpoint folder."""
     model: Annotated[ModelConfig, functional_validators.BeforeValidator(spelled_out)] = field(
         default_factory=ModelConfig
     )
-    """The model: its fields, or `from_checkpoint`, which takes those of `checkpoint.initial`."""
+    """The model: its fields, or `from_checkpoint` to take the model of `checkpoint.initial`."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Parallel layout."""
     micro_batch: int = 1
@@ -107,12 +107,12 @@ class StageConfig:
     precision: Precision = "fp32"
     """Precision of weights and activations; gradients are accumulated and masters kept in fp32."""
     fp8: Literal["none", "tensorwise", "rowwise"] = "none"
-    """Matrix products of the layers' linear layers in FP8, with one dynamic scale for each matrix or one for each of
-    its rows (in bf16, on GPUs that have FP8); weights, and all else, stay as they are."""
+    """Matrix products of the linear layers in FP8, with one dynamic scale per matrix or per row (in bf16, on GPUs with
+    FP8); weights and everything else keep their precision."""
     recompute: Recompute = "none"
-    """Activations computed again in the backward pass: none, norms and feed-forward layers, or whole layers."""
+    """Activations that are recomputed in the backward pass: none, norms and feed-forward layers, or whole layers."""
     transformer_engine: bool = False
-    """Build layers from Transformer Engine's modules; it has to be installed, and there is no xPos in them."""
+    """Build layers from Transformer Engine's modules, which must be installed; they have no xPos."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -120,11 +120,11 @@ class StageConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """Validation."""
     stability: StabilityConfig = field(default_factory=StabilityConfig)
-    """Steps that go wrong."""
+    """What to do about bad steps."""
     trainable: Literal["all", "half"] = "all"
-    """Which weights learn: all, or half of them, the others frozen: for every kind of matrix and norm half of the
-    layers, chosen by seed, and one of embedding and head (half fine-tuning, arXiv 2404.18466)."""
+    """Which weights learn: all, or half (half fine-tuning, arXiv 2404.18466): for every kind of matrix and norm half of
+    the layers, chosen by seed, and either embedding or head."""
     trainable_seed: int = 0
     """Seed of that choice."""
     growth: GrowthConfig | None = None
-    """Growth out of the stage before; none on the first stage."""
+    """How the stage grows from the one before; none on the first stage."""
