@@ -102,7 +102,8 @@ def test_metadata_says_what_the_project_needs(installed: Installed) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
     required = [line for line in metadata.get_all("Requires-Dist") or [] if "extra ==" not in line]
-    assert "megatron-core==0.16.1" in required and "torch>=2.6" in required
+    assert any(line.startswith("megatron-core") and ">=0.16.1" in line for line in required)
+    assert "torch>=2.6" in required
     assert set(metadata.get_all("Provides-Extra") or []) == {"te", "screen", "eval", "dev"}
 
 
