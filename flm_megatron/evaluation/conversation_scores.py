@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from flm_megatron.data.conversations.template import ChatTemplate, Piece
 from flm_megatron.evaluation.evaluated import open_evaluated
 from flm_megatron.evaluation.model import load_model
 from flm_megatron.model.forward import Batch, forward, is_output_rank
+from flm_megatron.model.teleflm import TeleFLM
 
 SMALLEST_LENGTH = 32
 Row = tuple[list[int], list[bool]]
@@ -96,7 +96,7 @@ def _row(pieces: Sequence[Piece]) -> Row:
     return [id for ids, _ in pieces for id in ids], [answer for ids, answer in pieces for _ in ids]
 
 
-def _measure(chunk: Any, rows: Mapping[int, Row], batch: int) -> dict[int, tuple[float, list[float]]]:
+def _measure(chunk: TeleFLM, rows: Mapping[int, Row], batch: int) -> dict[int, tuple[float, list[float]]]:
     """Mean loss of the answers and mean hidden state of each row, on the output rank."""
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, (ids, _) in rows.items():

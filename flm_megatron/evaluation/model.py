@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from flm_megatron.checkpoint.sharding.layout import check_layout
 from flm_megatron.checkpoint.sharding.model_state import chunks_to_evaluate
 from flm_megatron.config.schema import ParallelConfig, StageConfig
 from flm_megatron.evaluation.evaluated import EvaluatedCheckpoint
 
+if TYPE_CHECKING:
+    from flm_megatron.model.teleflm import TeleFLM
 
-def load_model(evaluated: EvaluatedCheckpoint, parallel: ParallelConfig, precision: str | None = None) -> Any:
+
+def load_model(evaluated: EvaluatedCheckpoint, parallel: ParallelConfig, precision: str | None = None) -> TeleFLM:
     """This rank's chunk of a checkpoint's model, ready to evaluate, growth masks as far open as they were.
 
     Runs inside the groups of `parallel`. Raises RequestError if the model cannot be split over them.

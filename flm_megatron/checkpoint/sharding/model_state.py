@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,9 @@ from flm_megatron.engine.data_parallel import finish_gathering
 from flm_megatron.engine.optimizer import initialise_state
 from flm_megatron.engine.types import ModelChunk, Optimizer
 from flm_megatron.errors import RequestError
+
+if TYPE_CHECKING:
+    from flm_megatron.model.teleflm import TeleFLM
 
 
 @dataclass(frozen=True)
@@ -237,7 +240,7 @@ def _own_shard(regions: list[HeldRegion]) -> Iterator[Stored]:
             position += values.nbytes if held.shared else 0
 
 
-def chunks_to_evaluate(checkpoint: LogicalCheckpoint, stage: StageConfig, alone: bool = False) -> list[ModelChunk]:
+def chunks_to_evaluate(checkpoint: LogicalCheckpoint, stage: StageConfig, alone: bool = False) -> list[TeleFLM]:
     """This rank's chunks of the stage's model with a checkpoint's weights, in evaluation mode, under the current
     layout.
 

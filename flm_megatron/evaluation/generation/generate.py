@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.generation.sampling import Sampler, SamplingSettings
 from flm_megatron.evaluation.perplexity.text_stream import TextStream
 from flm_megatron.model.forward import Batch, forward, is_output_rank
+from flm_megatron.model.teleflm import TeleFLM
 
 FinishReason = Literal["eod", "stop", "length"]
 OnText = Callable[[int, str], None]
@@ -50,7 +51,7 @@ class Completion:
 
 
 def generate(
-    chunk: Any, tokenizer: Tokenizer, requests: Sequence[GenerationRequest], on_text: OnText | None = None
+    chunk: TeleFLM, tokenizer: Tokenizer, requests: Sequence[GenerationRequest], on_text: OnText | None = None
 ) -> list[Completion]:
     """Complete a batch of requests; the same result on every process of the replica.
 
@@ -65,7 +66,7 @@ def generate(
         while True:
             hidden = _hidden(padding, cache.length, tokens.shape[1])
             outputs = forward(chunk, [Batch(tokens, hidden=hidden)], 1, _last_logits)
-            logits: Any = outputs[0] if is_output_rank() else []
+            logits: Tensor | list[Tensor] = outputs[0] if is_output_rank() else []
             chosen = _agreed([row.choose(of_row) for row, of_row in zip(rows, logits, strict=False)], len(rows))
             for row, token in zip(rows, chosen, strict=True):
                 row.take(token, on_text)

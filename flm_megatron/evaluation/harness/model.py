@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -15,6 +14,7 @@ from flm_megatron.evaluation.generation.sampling import SamplingSettings
 from flm_megatron.evaluation.perplexity.scoring import ScoringRequest
 from flm_megatron.evaluation.perplexity.windows import sliding_windows
 from flm_megatron.evaluation.session import Session
+from flm_megatron.json_text import Json
 
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
 OTHER_OPTIONS = ("until", "max_gen_toks", "max_new_tokens", "do_sample")
@@ -48,12 +48,12 @@ class HarnessModel(TemplateLM):
         """A conversation as text; `add_generation_prompt` opens the next answer. Raises RequestError as a template."""
         return self.template.render(chat_history, add_generation_prompt)
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: object) -> list[int]:
         """Ids of a text or of a chat; none are added."""
         return self.template.encode(string)
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **unused: Any
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **unused: object
     ) -> list[tuple[float, bool]]:
         asked = []
         for index, (_, context, continuation) in enumerate(requests):
@@ -82,7 +82,7 @@ class HarnessModel(TemplateLM):
         asked = [self._generation(index, *request.args) for index, request in enumerate(requests)]
         return [completion.text for completion in self.session.generate(asked)]
 
-    def _generation(self, index: int, context: str, options: Mapping[str, Any]) -> GenerationRequest:
+    def _generation(self, index: int, context: str, options: Mapping[str, Json]) -> GenerationRequest:
         unknown = set(options) - {*SAMPLING, *OTHER_OPTIONS}
         if unknown:
             raise RequestError(

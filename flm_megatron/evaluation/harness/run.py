@@ -6,13 +6,23 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from flm_megatron.config.schema import ParallelConfig
 from flm_megatron.data.conversations.template import TELE_FLM, ChatTemplate
 from flm_megatron.evaluation.evaluated import EvaluatedCheckpoint, open_evaluated
 from flm_megatron.evaluation.harness.tasks import load_tasks, task_files
 from flm_megatron.evaluation.session import Session, hold_session
+
+Metrics = Mapping[str, object]
+"""What a task has by `METRIC,FILTER`: numbers, and its name as `alias`."""
+
+
+class Result(TypedDict):
+    """Of what lm-evaluation-harness returns, what is read: metrics, and samples where they are asked for, by task."""
+
+    results: Mapping[str, Metrics]
+    samples: Mapping[str, Sequence[Mapping[str, object]]]
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ def check_request(request: HarnessRequest) -> None:
 
 def evaluate(request: HarnessRequest) -> int:
     """On every rank of the layout: evaluate all checkpoints; rank 0 shows the result. Returns 0."""
-    found: dict[str, Mapping[str, Any]] = {}
+    found: dict[str, Result] = {}
     for path in request.checkpoints:
         evaluated = open_evaluated(path, request.tokenizer, request.vocab_size)
 
@@ -74,7 +84,7 @@ def evaluate(request: HarnessRequest) -> int:
     return 0
 
 
-def _run(request: HarnessRequest, session: Session, evaluated: EvaluatedCheckpoint) -> Mapping[str, Any]:
+def _run(request: HarnessRequest, session: Session, evaluated: EvaluatedCheckpoint) -> Result:
     """What lm-evaluation-harness makes of one checkpoint. On rank 0 only."""
     from lm_eval.evaluator import simple_evaluate
 
@@ -96,7 +106,7 @@ def _run(request: HarnessRequest, session: Session, evaluated: EvaluatedCheckpoi
     return result
 
 
-def _show(request: HarnessRequest, found: Mapping[str, Mapping[str, Any]]) -> None:
+def _show(request: HarnessRequest, found: Mapping[str, Result]) -> None:
     scores = {name: result["results"] for name, result in found.items()}
     text = json.dumps({"checkpoints": scores}, indent=2, default=str)
     if request.samples:
@@ -109,7 +119,7 @@ def _show(request: HarnessRequest, found: Mapping[str, Mapping[str, Any]]) -> No
         request.json.write_text(text + "\n", encoding="utf-8")
 
 
-def table(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+def table(scores: Mapping[str, Mapping[str, Metrics]]) -> list[str]:
     """A row for each task's metric with its standard error, a column for each checkpoint."""
     rows = dict.fromkeys(
         (task, key)
@@ -128,7 +138,7 @@ def table(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
     return lines
 
 
-def _cell(metrics: Mapping[str, Any], key: str) -> str:
+def _cell(metrics: Metrics, key: str) -> str:
     if key not in metrics:
         return "-"
     metric, _, variant = key.partition(",")
@@ -136,7 +146,7 @@ def _cell(metrics: Mapping[str, Any], key: str) -> str:
     return f"{metrics[key]:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else "")
 
 
-def _write_samples(path: Path, found: Mapping[str, Mapping[str, Any]]) -> None:
+def _write_samples(path: Path, found: Mapping[str, Result]) -> None:
     """Every question with its answers, a JSON object in each line: what a judge, man or model, reads."""
     with path.open("w", encoding="utf-8") as out:
         for name, result in found.items():

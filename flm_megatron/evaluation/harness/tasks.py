@@ -6,9 +6,12 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from flm_megatron.errors import RequestError
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 INSTALL = "lm_eval is not installed: pip install 'flm_megatron[eval]'"
 
@@ -38,7 +41,7 @@ def _go_offline() -> None:
     huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
-def load_tasks(names: Sequence[str], folder: Path | None) -> Any:
+def load_tasks(names: Sequence[str], folder: Path | None) -> TaskManager:
     """A task manager that knows `names`; every task is built once, to find out whether it can be. Inside `task_files`.
 
     Raises:
@@ -65,7 +68,7 @@ def _own_tasks(folder: Path) -> list[str]:
     return TaskManager(include_path=str(folder), include_defaults=False).all_tasks
 
 
-def _build(manager: Any, name: str) -> None:
+def _build(manager: TaskManager, name: str) -> None:
     try:
         manager.load([name])
     except Exception as error:

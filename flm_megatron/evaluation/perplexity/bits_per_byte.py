@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +17,7 @@ from torch import Tensor
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.device import current
 from flm_megatron.engine import parallel_state
+from flm_megatron.engine.types import ModelChunk
 from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.perplexity.windows import sliding_windows, window_batch
 from flm_megatron.model.forward import Batch, forward, is_output_rank
@@ -50,7 +50,7 @@ class WindowSettings:
 
 
 def score_documents(
-    chunk: Any, tokenizer: Tokenizer, documents: Sequence[str], settings: WindowSettings
+    chunk: ModelChunk, tokenizer: Tokenizer, documents: Sequence[str], settings: WindowSettings
 ) -> DomainScore:
     """Score of a domain's documents, the same on every rank; data-parallel ranks share the windows.
 

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from flm_megatron.checkpoint.position import recorded_position
 from flm_megatron.config.schema import ParallelConfig
@@ -143,7 +142,7 @@ def table(scores: Sequence[CheckpointScore], shares: Mapping[str, float]) -> lis
     return lines
 
 
-def to_json(scores: Sequence[CheckpointScore], shares: Mapping[str, float]) -> dict[str, Any]:
+def to_json(scores: Sequence[CheckpointScore], shares: Mapping[str, float]) -> dict[str, object]:
     """All that was measured, as plain data."""
     return {
         "shares": dict(shares) or None,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from flm_megatron.engine.types import ModelChunk
 from flm_megatron.model.forward import Batch, forward
 
 
@@ -30,7 +30,7 @@ class Likelihood:
     greedy: bool
 
 
-def score(chunk: Any, requests: Sequence[ScoringRequest]) -> list[Likelihood]:
+def score(chunk: ModelChunk, requests: Sequence[ScoringRequest]) -> list[Likelihood]:
     """Score a batch of requests; results at the end of the pipeline, nothing elsewhere."""
     length = max(len(request.ids) for request in requests) - 1
     tokens = torch.zeros(len(requests), length, dtype=torch.long)

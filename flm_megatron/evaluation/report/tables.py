@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from html import escape
 from statistics import median
-from typing import Any
 
 from flm_megatron.config.schema import StageConfig
 from flm_megatron.evaluation.report.history import Happening, History
@@ -19,7 +18,7 @@ from flm_megatron.training.metrics.log import duration, short
 NONE = "-"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """An HTML table; cells are shown as text."""
     names = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
@@ -70,7 +69,7 @@ def stages_table(histories: Sequence[History]) -> str:
     )
 
 
-def _stage_row(history: History, stage: StageConfig, steps: list[StepEvent]) -> list[Any]:
+def _stage_row(history: History, stage: StageConfig, steps: list[StepEvent]) -> list[object]:
     model, parallel = stage.model, stage.parallel
     return [
         history.name,
