@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
 import torch
@@ -97,9 +97,10 @@ def _sizes(effort: Effort) -> Iterator[int]:
 
 
 def _time_product(rows: int, columns: int, inner: int, precision: Precision, repeats: int) -> TimedProduct:
-    options: dict[str, Any] = {"dtype": DTYPES[precision], "device": current().torch_device}
-    left, right = torch.randn(rows, inner, **options), torch.randn(inner, columns, **options)
-    out = torch.empty(rows, columns, **options)
+    dtype, device = DTYPES[precision], current().torch_device
+    left, right, out = (
+        torch.randn(shape, dtype=dtype, device=device) for shape in ((rows, inner), (inner, columns), (rows, columns))
+    )
     return TimedProduct(rows, columns, inner, seconds(lambda: torch.mm(left, right, out=out), repeats))
 
 
@@ -133,7 +134,7 @@ def copy_bandwidth(effort: Effort) -> float:
     return 2 * effort.copied_bytes / seconds(lambda: target.copy_(source), effort.repeats)
 
 
-def seconds(call: Callable[[], Any], repeats: int) -> float:
+def seconds(call: Callable[[], object], repeats: int) -> float:
     """Median time of a call, after one that does not count; short calls are timed several at once."""
     device = current()
 
@@ -172,7 +173,7 @@ def _tflops(product: TimedProduct) -> float:
     return 2.0 * product.rows * product.columns * product.inner / product.seconds / 1e12
 
 
-def _fields(machine: Machine) -> dict[str, Any]:
+def _fields(machine: Machine) -> dict[str, object]:
     """What stands in the file of a device that the table does not have."""
     hardware = {
         name: round(value, 4) if isinstance(value, float) else value

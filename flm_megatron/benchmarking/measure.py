@@ -23,6 +23,7 @@ from flm_megatron.device.hardware import find_hardware
 from flm_megatron.distributed.under_layout import run_under
 from flm_megatron.distributed.world import is_main_rank
 from flm_megatron.engine import parallel_state
+from flm_megatron.json_text import Json
 from flm_megatron.planner.cost.memory import GIB, all_rank_memory
 from flm_megatron.planner.layout import CPU, CUDA, as_chosen, stage_workload
 from flm_megatron.training.step import TrainState
@@ -31,7 +32,7 @@ PROGRAM = "flm_megatron"
 LEARNING_RATE = 1e-5
 
 
-def on_ranks(parallel: ParallelConfig, timeout_s: int, function: Callable[..., object], *args: Any) -> Any:
+def on_ranks(parallel: ParallelConfig, timeout_s: int, function: Callable[..., object], *args: object) -> Json:
     """What `function(*args)` returns on rank 0, called on every process of a layout.
 
     A launcher's processes are used where there are some, of which all but rank 0 get None; else fresh ones are started
@@ -47,7 +48,7 @@ def on_ranks(parallel: ParallelConfig, timeout_s: int, function: Callable[..., o
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _keep_result(path: Path, function: Callable[..., object], args: tuple[Any, ...]) -> int:
+def _keep_result(path: Path, function: Callable[..., object], args: tuple[object, ...]) -> int:
     """In a world: call `function(*args)`; rank 0 writes what it returns to `path`."""
     result = function(*args)
     if is_main_rank():
@@ -55,7 +56,7 @@ def _keep_result(path: Path, function: Callable[..., object], args: tuple[Any, .
     return 0
 
 
-def measure_training_step(request: Request) -> dict[str, Any]:
+def measure_training_step(request: Request) -> dict[str, object]:
     """Measure our training step, on each rank of a world under the stage's layout; a `Measurement` as plain data."""
     stage, sequence = request.stage, request.sequence_length
     kernels.use(kernels.choose(request.kernels))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch.profiler import profile, record_function, supported_activities
@@ -12,6 +12,9 @@ from torch.profiler import profile, record_function, supported_activities
 from flm_megatron.benchmarking.steps import Step
 from flm_megatron.benchmarking.timeline import COMMUNICATION, GRADIENT_SUMS, IDLE, OTHER, PREFIX, STEP, seconds_by_part
 from flm_megatron.training.step import OPTIMIZER, Batch
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 HEAD = "head and loss"
 PARTS = {
@@ -27,7 +30,7 @@ ORDER = ("attention", "MLP", "norms", "embedding", HEAD, OPTIMIZER, GRADIENT_SUM
 """Parts as they are shown. `other` is residual sums and the engine's own arithmetic."""
 
 
-def profile_parts(chunks: list[Any], step: Step, batches: list[Batch], steps: int) -> dict[str, float]:
+def profile_parts(chunks: Sequence[torch.nn.Module], step: Step, batches: list[Batch], steps: int) -> dict[str, float]:
     """Seconds of each part in one step of this process, the mean over `steps` profiled ones.
 
     `chunks` are the model chunks that `step` trains. Profiling slows a step, the more the smaller its operators.
@@ -41,7 +44,7 @@ def profile_parts(chunks: list[Any], step: Step, batches: list[Batch], steps: in
 
 
 @contextmanager
-def mark(chunks: list[Any]) -> Iterator[None]:
+def mark(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     """While the block runs, the profiler sees the parts of the model and the waiting for other processes."""
     with ExitStack() as stack:
         for chunk in chunks:
@@ -57,24 +60,24 @@ def mark(chunks: list[Any]) -> Iterator[None]:
 
 def _surround(module: torch.nn.Module, part: str, stack: ExitStack) -> None:
     """A range around each forward call of `module`, until `stack` is closed."""
-    ranges: list[Any] = []
+    ranges: list[record_function] = []
     stack.callback(module.register_forward_pre_hook(lambda *_: _enter(ranges, part)).remove)
     stack.callback(module.register_forward_hook(lambda *_: _leave(ranges)).remove)
 
 
 def _surround_head(decoder: torch.nn.Module, chunk: torch.nn.Module, stack: ExitStack) -> None:
     """A range from the end of the layers to the end of the model: head and loss are not all modules."""
-    ranges: list[Any] = []
+    ranges: list[record_function] = []
     stack.callback(decoder.register_forward_hook(lambda *_: _enter(ranges, HEAD)).remove)
     stack.callback(chunk.register_forward_hook(lambda *_: _leave(ranges)).remove)
 
 
-def _enter(ranges: list[Any], part: str) -> None:
+def _enter(ranges: list[record_function], part: str) -> None:
     ranges.append(record_function(PREFIX + part))
     ranges[-1].__enter__()
 
 
-def _leave(ranges: list[Any]) -> None:
+def _leave(ranges: list[record_function]) -> None:
     ranges.pop().__exit__(None, None, None)
 
 
@@ -84,14 +87,17 @@ def _marked_waiting() -> Iterator[None]:
     from torch.distributed import Work
 
     wait = Work.wait
-
-    def marked(work: Any, *args: Any, **kwargs: Any) -> Any:
-        """`Work.wait` in a range."""
-        with record_function(PREFIX + COMMUNICATION):
-            return wait(work, *args, **kwargs)
-
-    Work.wait = marked  # type: ignore[method-assign, assignment]
+    Work.wait = _in_range(wait, COMMUNICATION)  # type: ignore[method-assign]
     try:
         yield
     finally:
         Work.wait = wait  # type: ignore[method-assign]
+
+
+def _in_range(call: Callable[P, R], part: str) -> Callable[P, R]:
+    def marked(*args: P.args, **kwargs: P.kwargs) -> R:
+        """`call` in a range of `part`."""
+        with record_function(PREFIX + part):
+            return call(*args, **kwargs)
+
+    return marked

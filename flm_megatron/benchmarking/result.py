@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Measurement:
         """The same with recomputed FLOPs."""
         return self.mfu * self.hardware_flops_per_token / self.model_flops_per_token if self.mfu is not None else None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Everything measured and what follows from it, as plain data."""
         names = ("step_time_s", "spread", "tokens_per_s", "tflops", "mfu", "hfu")
         return {**asdict(self), **{name: getattr(self, name) for name in names}}

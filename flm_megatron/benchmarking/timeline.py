@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 
 from flm_megatron.training.step import OPTIMIZER
 
@@ -24,7 +24,7 @@ ACCUMULATION = f"{BACKWARD}torch::autograd::AccumulateGrad"
 COLLECTIVES = ("c10d::", "gloo:", "nccl")
 
 
-def seconds_by_part(events: Iterable[Any]) -> dict[str, float]:
+def seconds_by_part(events: Iterable[FunctionEvent]) -> dict[str, float]:
     """Seconds of each part in all profiled steps of this process; they add up to the time of the steps.
 
     On a CPU a part has the time of its operators on the thread that trains; `communication` is waiting for
@@ -45,8 +45,8 @@ def seconds_by_part(events: Iterable[Any]) -> dict[str, float]:
 class _Parts:
     """Finds the part of a host event: of the nearest range or backward node around it."""
 
-    def __init__(self, host: list[Any]) -> None:
-        self._forward: dict[tuple[int, int], str] = {}
+    def __init__(self, host: list[FunctionEvent]) -> None:
+        self._forward: dict[tuple[int | None, int], str] = {}
         self._known: dict[int, str] = {}
         for event in sorted(host, key=lambda event: event.time_range.start):
             part = self.of(event)
@@ -54,14 +54,14 @@ class _Parts:
                 # The last operator with this number is the one that made the node.
                 self._forward[event.thread, event.sequence_nr] = part
 
-    def of(self, event: Any) -> str:
+    def of(self, event: FunctionEvent) -> str:
         """Part of `event`; parents come before their children."""
         found = self._known.get(id(event))
         if found is None:
             found = self._known[id(event)] = self._find(event)
         return found
 
-    def _find(self, event: Any) -> str:
+    def _find(self, event: FunctionEvent) -> str:
         if event.name.startswith(COLLECTIVES):
             return COMMUNICATION
         if event.name == OPTIMIZER or event.name.startswith(PREFIX):
@@ -72,7 +72,7 @@ class _Parts:
             return self._forward.get((event.fwd_thread, event.sequence_nr), OTHER)
         return self.of(event.cpu_parent) if event.cpu_parent is not None else OTHER
 
-    def _in_backward(self, event: Any) -> bool:
+    def _in_backward(self, event: FunctionEvent | None) -> bool:
         """Whether the nearest range or node around `event` is a backward node: what is recomputed is not."""
         while event is not None and not event.name.startswith(PREFIX):
             if event.name.startswith(BACKWARD):
@@ -81,7 +81,7 @@ class _Parts:
         return False
 
 
-def _host_times(host: list[Any], steps: list[Any], parts: _Parts, wall: float) -> dict[str, float]:
+def _host_times(host: list[FunctionEvent], steps: list[FunctionEvent], parts: _Parts, wall: float) -> dict[str, float]:
     times: dict[str, float] = defaultdict(float)
     threads = {event.thread for event in steps}
     for event in host:
@@ -94,7 +94,9 @@ def _host_times(host: list[Any], steps: list[Any], parts: _Parts, wall: float) -
     return times
 
 
-def _device_times(host: list[Any], device: list[Any], parts: _Parts, wall: float) -> dict[str, float]:
+def _device_times(
+    host: list[FunctionEvent], device: list[FunctionEvent], parts: _Parts, wall: float
+) -> dict[str, float]:
     times: dict[str, float] = defaultdict(float)
     for event in host:
         for kernel in event.kernels:
@@ -108,7 +110,7 @@ def _device_times(host: list[Any], device: list[Any], parts: _Parts, wall: float
     return times
 
 
-def _spans(events: list[Any]) -> list[tuple[float, float]]:
+def _spans(events: list[FunctionEvent]) -> list[tuple[float, float]]:
     return [(event.time_range.start, event.time_range.end) for event in events]
 
 

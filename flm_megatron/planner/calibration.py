@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
@@ -42,7 +42,7 @@ def fit_products(
     return min(((matmul, overhead) for matmul in MATMUL for overhead in TILE_OVERHEAD), key=lambda pair: error(*pair))
 
 
-def write_efficiency(path: Path, note: str, fields: Mapping[str, Any] | None = None, **shares: float) -> None:
+def write_efficiency(path: Path, note: str, fields: Mapping[str, object] | None = None, **shares: float) -> None:
     """Write a hardware file for `flm plan --hardware` that changes these efficiencies; `note` says what they are of.
 
     `fields` are further fields of `Machine`, for a device that is not in the table.

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from flm_megatron.config.yaml_text import parse_yaml, read_yaml
 from flm_megatron.errors import RequestError
+from flm_megatron.json_text import Json
 
 EXPONENTS = np.linspace(0.02, 1.0, 197)
 FEWEST_POINTS = 5
@@ -71,7 +72,7 @@ def fit_law(tokens: Sequence[float], losses: Sequence[float]) -> LossLaw:
     return best[1]
 
 
-def read_law(value: Any, name: str, folder: Path) -> LossLaw:
+def read_law(value: Json, name: str, folder: Path) -> LossLaw:
     """A law from a mapping with floor, scale and exponent, or from the path of a metrics.jsonl, whose lines of the
     stage `name` (of all stages if none is called so) are fitted; the first tenth is taken for warm-up.
 

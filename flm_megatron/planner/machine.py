@@ -10,12 +10,18 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from flm_megatron.config.yaml_text import parse_yaml, read_yaml
 from flm_megatron.device.hardware import Hardware, find_hardware, known_hardware
 from flm_megatron.errors import RequestError
+from flm_megatron.json_text import Json, JsonObject
 from flm_megatron.planner.layout import CUDA, Implementation
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+D = TypeVar("D", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -182,14 +188,14 @@ def override(machine: Machine, path: Path) -> Machine:
     return dataclasses.replace(_replace(machine, values, str(path)), source=str(path))
 
 
-def _replace(thing: Any, values: dict[str, Any], where: str) -> Any:
+def _replace(thing: D, values: JsonObject, where: str) -> D:
     fields = {field.name: field for field in dataclasses.fields(thing)}
-    changes: dict[str, Any] = {}
+    changes: dict[str, object] = {}
     for name, value in values.items():
         if name not in fields:
             raise RequestError(f"{where}: unknown field {name!r}; known are {', '.join(fields)}")
         old = getattr(thing, name)
-        if dataclasses.is_dataclass(old):
+        if dataclasses.is_dataclass(old) and not isinstance(old, type):
             if not isinstance(value, dict):
                 raise RequestError(f"{where}: {name} has to be a mapping of fields, not {value!r}")
             changes[name] = _replace(old, value, f"{where}: {name}")
@@ -198,7 +204,7 @@ def _replace(thing: Any, values: dict[str, Any], where: str) -> Any:
     return dataclasses.replace(thing, **changes)
 
 
-def _checked(name: str, kind: str, value: Any, where: str) -> Any:
+def _checked(name: str, kind: str, value: Json, where: str) -> str | bool | float:
     if kind == "str":
         return str(value)
     if kind == "bool":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from flm_megatron.benchmarking.steps import Step, draw_weights
@@ -47,7 +45,7 @@ class BareTrainState(TrainState):
 class SummingGPT(GPTModel):
     """megatron-core's model; the training step wants the sum of the losses of unmasked tokens."""
 
-    def forward(self, *args: Any, loss_mask: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, *args: object, loss_mask: Tensor, **kwargs: object) -> Tensor:
         """Sum over tokens (0-dim) of mask times loss."""
         return (super().forward(*args, **kwargs) * loss_mask).sum()
 

@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from flm_megatron import kernels
 from flm_megatron.benchmarking.measure import PROGRAM, describe_measurement, planned_gib, state_step
@@ -39,7 +38,7 @@ class _Contestant:
     memory_gib: float = 0.0
 
 
-def measure_side_by_side(request: Request, peers: Sequence[str]) -> list[dict[str, Any]]:
+def measure_side_by_side(request: Request, peers: Sequence[str]) -> list[dict[str, object]]:
     """Measure our step and those of `peers` in a world of one process; `Measurement`s as plain data, ours first.
 
     All programs are there together, and take one step each on the same tokens in turn, so that a change of the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +12,9 @@ from flm_megatron.benchmarking.steps import Step
 from flm_megatron.config.schema import StageConfig
 from flm_megatron.device import current
 from flm_megatron.errors import RequestError
+
+if TYPE_CHECKING:
+    from torchtitan.models.llama3 import Llama3Model
 
 SERIES = "0.3."
 
@@ -34,7 +37,7 @@ def torchtitan_step(stage: StageConfig, sequence_length: int) -> Step:
     return plain_step(model, model, stage)
 
 
-def titan_config(stage: StageConfig, sequence_length: int) -> Any:
+def titan_config(stage: StageConfig, sequence_length: int) -> Llama3Model.Config:
     """torchtitan's configuration of the shape."""
     from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
     from torchtitan.models.common.attention import ScaledDotProductAttention

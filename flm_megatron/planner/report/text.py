@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from typing import Any
 
 from flm_megatron.planner.cost.compute import Seconds
 from flm_megatron.planner.cost.memory import GIB, RankMemory
@@ -57,7 +56,7 @@ def goodput_text(plans: Sequence[GoodputPlan], machine: Machine, mtbf_gpu_hours:
     )
 
 
-def goodput_data(plans: Sequence[GoodputPlan]) -> dict[str, Any]:
+def goodput_data(plans: Sequence[GoodputPlan]) -> dict[str, object]:
     """The same as plain data: seconds, steps, shares."""
     return {
         plan.stage: {
@@ -126,7 +125,7 @@ def _software(machine: Machine) -> str:
     return ", ".join(name if value is True else f"{name} {value}" for name, value in there.items())
 
 
-def run_data(plan: RunPlan) -> dict[str, Any]:
+def run_data(plan: RunPlan) -> dict[str, object]:
     """A plan as plain data: bytes, seconds, tokens."""
     return {
         "gpu": plan.machine.name,
@@ -140,7 +139,7 @@ def run_data(plan: RunPlan) -> dict[str, Any]:
     }
 
 
-def search_data(result: SearchResult, top: int) -> dict[str, Any]:
+def search_data(result: SearchResult, top: int) -> dict[str, object]:
     """Layouts and rejections as plain data."""
     return {
         "fitting": len(result.candidates),
@@ -249,7 +248,7 @@ def _cost_data(cost: Cost) -> dict[str, float]:
     return {**asdict(cost), "days": cost.days}
 
 
-def _stage_data(stage: StagePlan) -> dict[str, Any]:
+def _stage_data(stage: StagePlan) -> dict[str, object]:
     work = stage.work
     return {
         "name": stage.name,
@@ -270,7 +269,7 @@ def _stage_data(stage: StagePlan) -> dict[str, Any]:
     }
 
 
-def _candidate_data(candidate: Candidate) -> dict[str, Any]:
+def _candidate_data(candidate: Candidate) -> dict[str, object]:
     work = candidate.work
     return {
         "layout": describe(work),
