@@ -6,7 +6,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flm_megatron.checkpoint.lease.fence import Fence, check_fences, fenced, standing_fences
 from flm_megatron.config.loader import dump_run, run_from_dict, run_to_dict
@@ -16,6 +16,7 @@ from flm_megatron.distributed.local_processes import require_processes, run_proc
 from flm_megatron.distributed.signals import STOPPED, training_ended
 from flm_megatron.durable import make_folders, replace_file
 from flm_megatron.errors import DamagedError, RequestError, refuse_together
+from flm_megatron.json_text import JsonObject
 
 if TYPE_CHECKING:
     from flm_megatron.training.resume.start import Start
@@ -149,7 +150,7 @@ def write_run_file(run: RunConfig) -> None:
     replace_file(folder / "run.yaml", dump_run(run).encode())
 
 
-def _train_child(data: dict[str, Any], start: Start, fences: tuple[Fence, ...]) -> int:
+def _train_child(data: JsonObject, start: Start, fences: tuple[Fence, ...]) -> int:
     """In a started process: train the stage, under the leases of the parent process."""
     from flm_megatron.training.stage import train_stage
 

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ import torch.distributed as dist
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.device import current
 from flm_megatron.distributed.addresses import own_address
+from flm_megatron.json_text import Json, JsonObject
 from flm_megatron.launch.doctor.findings import Finding, status_of
 
 CONNECT_S = 5.0
@@ -31,6 +32,15 @@ WORKERS = 32
 LARGEST_SKEW_S = 1.0
 PIECE_VALUES = 2**20
 """fp32 values of the trial all-reduce: 4 MiB."""
+
+
+class Report(TypedDict):
+    """What a rank says of itself: the address at which it listens, and, for its host, facts and findings."""
+
+    host: str
+    address: tuple[str, int]
+    facts: dict[str, str]
+    findings: list[JsonObject]
 
 
 class Meeting:
@@ -46,10 +56,10 @@ class Meeting:
         self.store = dist.PrefixStore(f"doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         self.host = socket.gethostname()
 
-    def gather(self, topic: str, value: Any) -> tuple[dict[int, Any], list[int]]:
+    def gather(self, topic: str, value: object) -> tuple[dict[int, Json], list[int]]:
         """Publish `value`; returns, on rank 0, the values by rank and the ranks that gave none in time."""
         self.store.set(f"{topic}/{self.rank}", json.dumps(value))
-        values: dict[int, Any] = {}
+        values: dict[int, Json] = {}
         deadline = time.monotonic() + self.timeout_s
         for rank in range(self.size) if self.rank == 0 else ():
             text = self.take(f"{topic}/{rank}", deadline)
@@ -65,7 +75,7 @@ class Meeting:
         except RuntimeError:
             return None
 
-    def tell(self, key: str, value: Any = None) -> Any:
+    def tell(self, key: str, value: object = None) -> Json:
         """Give rank 0's `value` to all ranks; none where it does not arrive in time."""
         if self.rank == 0:
             self.store.set(key, json.dumps(value))
@@ -94,12 +104,12 @@ def examine_together(
         }
         reports, missing = meeting.gather("report", report)
         findings = _reported(reports, missing)
-        addresses = meeting.tell("addresses", {rank: reports[rank]["address"] for rank in reports})
+        addresses = meeting.tell("addresses", {str(rank): reports[rank]["address"] for rank in reports})
         if addresses is None:
             return [], 2
         refused, lost = meeting.gather("refused", _unreachable(addresses, meeting.rank))
         findings += _connections(reports, refused, lost)
-    findings += clocks(reports, _offsets(meeting, reports))
+    findings += clocks({rank: report["host"] for rank, report in reports.items()}, _offsets(meeting, reports))
     findings += _shared_output(meeting, Path(run.output), reports)
     whole = meeting.tell("whole", not missing and not lost and status_of(findings) == 0)
     if whole:
@@ -132,10 +142,10 @@ class Listener:
                 return
 
 
-def _unreachable(addresses: dict[Any, list[Any]], own: int) -> list[int]:
+def _unreachable(addresses: dict[str, tuple[str, int]], own: int) -> list[int]:
     """Ranks that this rank cannot connect to."""
 
-    def refused(item: tuple[Any, list[Any]]) -> int | None:
+    def refused(item: tuple[str, tuple[str, int]]) -> int | None:
         """The rank, if it does not answer."""
         rank, (address, port) = item
         try:
@@ -149,7 +159,7 @@ def _unreachable(addresses: dict[Any, list[Any]], own: int) -> list[int]:
         return sorted(rank for rank in workers.map(refused, others) if rank is not None)
 
 
-def _reported(reports: dict[int, Any], missing: list[int]) -> list[Finding]:
+def _reported(reports: dict[int, Report], missing: list[int]) -> list[Finding]:
     """The hosts' own findings, ranks that did not report, and facts that differ."""
     findings = [
         Finding(**(entry | {"host": report["host"]})) for report in reports.values() for entry in report["findings"]
@@ -181,7 +191,7 @@ def _short(value: str | None) -> str:
     return "missing" if value is None else value[:12]
 
 
-def _connections(reports: dict[int, Any], refused: dict[int, list[int]], lost: list[int]) -> list[Finding]:
+def _connections(reports: dict[int, Report], refused: dict[int, list[int]], lost: list[int]) -> list[Finding]:
     """Which ranks cannot reach which, by host."""
     findings = []
     pairs: dict[tuple[str, str], list[int]] = {}
@@ -199,12 +209,12 @@ def _connections(reports: dict[int, Any], refused: dict[int, list[int]], lost: l
     return findings
 
 
-def _leaders(reports: dict[int, Any]) -> list[int]:
+def _leaders(reports: dict[int, Report]) -> list[int]:
     """The first rank of every host."""
     return list({report["host"]: rank for rank, report in sorted(reports.items(), reverse=True)}.values())
 
 
-def _offsets(meeting: Meeting, reports: dict[int, Any]) -> dict[int, float]:
+def _offsets(meeting: Meeting, reports: dict[int, Report]) -> dict[int, float]:
     """On rank 0: the seconds by which each host's clock is ahead, measured by a question and its answer."""
     leaders = meeting.tell("leaders", _leaders(reports)) or []
     if meeting.rank != 0:
@@ -222,11 +232,11 @@ def _offsets(meeting: Meeting, reports: dict[int, Any]) -> dict[int, float]:
     return offsets
 
 
-def clocks(reports: dict[int, Any], offsets: dict[int, float]) -> list[Finding]:
+def clocks(hosts: dict[int, str], offsets: dict[int, float]) -> list[Finding]:
     """Warn of clocks that are far apart: they confuse file times and logs, but stop no run."""
     wrong = {rank: value for rank, value in offsets.items() if abs(value) > LARGEST_SKEW_S}
     findings = [
-        Finding("warn", "clocks", f"{value:+.1f} s from rank 0's host: start a time service", reports[rank]["host"])
+        Finding("warn", "clocks", f"{value:+.1f} s from rank 0's host: start a time service", hosts[rank])
         for rank, value in wrong.items()
     ]
     if offsets and not wrong:
@@ -234,7 +244,7 @@ def clocks(reports: dict[int, Any], offsets: dict[int, float]) -> list[Finding]:
     return findings
 
 
-def _shared_output(meeting: Meeting, output: Path, reports: dict[int, Any]) -> list[Finding]:
+def _shared_output(meeting: Meeting, output: Path, reports: dict[int, Report]) -> list[Finding]:
     """Check that every host sees a file that rank 0 writes to the output folder, where all read and write
     checkpoints."""
     folder = output.absolute()

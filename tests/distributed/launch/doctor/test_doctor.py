@@ -113,10 +113,10 @@ def test_a_card_that_is_not_there_is_a_stop(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_clocks_far_apart_are_named() -> None:
-    reports = {0: {"host": "a"}, 4: {"host": "b"}, 8: {"host": "c"}}
-    (wrong,) = clocks(reports, {4: 0.01, 8: -90.5})
+    hosts = {0: "a", 4: "b", 8: "c"}
+    (wrong,) = clocks(hosts, {4: 0.01, 8: -90.5})
     assert (wrong.level, wrong.host) == ("warn", "c") and "-90.5 s" in wrong.text
-    (fine,) = clocks(reports, {4: 0.01, 8: -0.02})
+    (fine,) = clocks(hosts, {4: 0.01, 8: -0.02})
     assert fine.level == "ok" and "0.020 s" in fine.text
 
 
