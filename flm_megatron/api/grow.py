@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flm_megatron.api.checkpoint import given_checkpoint
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
@@ -89,7 +88,7 @@ def grow(
     return Growth(out, plan, manifest["logical_hash"], certificate)
 
 
-def _world(run: RunConfig, runs_a_model: bool) -> AbstractContextManager[Any]:
+def _world(run: RunConfig, runs_a_model: bool) -> AbstractContextManager[object]:
     return tool_world(run.distributed) if runs_a_model else launched_processes()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import Any
 
 from flm_megatron.api.values import require_above_zero, require_whole
 from flm_megatron.config.ranges import LARGEST_WORLD
@@ -40,7 +39,7 @@ class Plan(RunPlan):
             return run_text(self)
         return f"{run_text(self)}\n\n{goodput_text(self.goodput, self.machine, self.mtbf)}"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain data: bytes, seconds, tokens."""
         return run_data(self) | ({"goodput": goodput_data(self.goodput)} if self.mtbf is not None else {})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
 
 from flm_megatron.api.plan import check_layouts, planned_on
 from flm_megatron.api.values import require_above_zero
@@ -32,7 +31,7 @@ class BudgetPlan:
         """The report."""
         return schedule_text(self.stages, self.schedule, self.gpu_hours)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain data: tokens, GPU-hours, loss in nats."""
         keys = ("tokens", "gpu_hours", "loss")
         rows = zip(self.schedule.tokens, self.gpu_hours, self.schedule.losses, strict=True)

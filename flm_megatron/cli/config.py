@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from flm_megatron.cli.options.parser import path
+from flm_megatron.json_text import Json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +55,7 @@ def _merged_keys() -> str:
     )
 
 
-def _block(path: str, type_words: str, default: Any, text: str) -> str:
+def _block(path: str, type_words: str, default: object, text: str) -> str:
     from flm_megatron.config.yaml_text import format_yaml
 
     shown = format_yaml([default], flow=True).strip()[1:-1] if default != "" else ""
@@ -80,7 +80,7 @@ def _resolved(args: argparse.Namespace) -> str:
     return format_yaml(picked).removesuffix("...\n")  # YAML's mark after a single value
 
 
-def _picked(data: Any, keys: list[str]) -> Any:
+def _picked(data: Json, keys: list[str]) -> Json:
     """What a path leads to; through a list without an index or name, that of each element."""
     from flm_megatron.config.overrides import element_index
     from flm_megatron.errors import RequestError

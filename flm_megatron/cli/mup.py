@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flm_megatron.cli.options.parser import layers, path, positive, real, seed, width
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_search(commands)
 
 
-def _add_check(commands: Any) -> None:
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     check = commands.add_parser(
         "coord-check",
         help="sizes of activations and updates against width; exit status 1 if they do not follow muP",
@@ -43,7 +43,7 @@ def _add_check(commands: Any) -> None:
     check.add_argument("--plot", type=path, default=Path("coord-check.png"), help="file of the plot")
 
 
-def _add_search(commands: Any) -> None:
+def _add_search(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     search = commands.add_parser(
         "search",
         help="random search of learning rates, initial standard deviations and multipliers on a narrow model",
@@ -124,7 +124,7 @@ def _search(args: argparse.Namespace) -> int:
     return 0
 
 
-def _append(path: Path, line: dict[str, Any]) -> None:
+def _append(path: Path, line: dict[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")

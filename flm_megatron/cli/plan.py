@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from flm_megatron.cli.options.parser import path, positive, processes, real, take_overrides
@@ -68,14 +69,14 @@ def _machine(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def _plan(config: RunConfig, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+def _plan(config: RunConfig, args: argparse.Namespace) -> tuple[str, Mapping[str, object]]:
     from flm_megatron.api.plan import plan
 
     planned = plan(config, **_machine(args), mtbf=args.mtbf, plot=args.plot)
     return str(planned), planned.to_dict()
 
 
-def _search(config: RunConfig, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+def _search(config: RunConfig, args: argparse.Namespace) -> tuple[str, Mapping[str, object]]:
     from flm_megatron.api.plan import planned_on, search_layouts
     from flm_megatron.planner.report.text import NOTE, assumptions, search_data, search_text
 
@@ -86,7 +87,7 @@ def _search(config: RunConfig, args: argparse.Namespace) -> tuple[str, dict[str,
     return "\n\n".join([*texts, assumptions(machine), NOTE]), data
 
 
-def _budget(config: RunConfig, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+def _budget(config: RunConfig, args: argparse.Namespace) -> tuple[str, Mapping[str, object]]:
     from flm_megatron.api.plan_budget import plan_budget
 
     divided = plan_budget(config, args.budget, **_machine(args), laws=args.laws)

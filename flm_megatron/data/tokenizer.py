@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
 
@@ -163,7 +162,23 @@ def _train(chunks: Iterator[str], vocab_size: int) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_all_of(first, chunks), model_writer=model, vocab_size=vocab_size, **_SETTINGS
+            sentence_iterator=_all_of(first, chunks),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            character_coverage=0.9995,
+            max_sentence_length=8 * TRAINING_CHUNK_CHARACTERS,
+            unk_id=UNK_ID,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            pad_id=PAD_ID,
+            minloglevel=2,
         )
     except RuntimeError as error:
         raise RequestError(_unfit_vocabulary(str(error), vocab_size)) from None
@@ -183,21 +198,3 @@ def _unfit_vocabulary(error: str, vocab_size: int) -> str:
 def _all_of(first: str, rest: Iterator[str]) -> Iterator[str]:
     yield first
     yield from rest
-
-
-_SETTINGS: dict[str, Any] = {
-    "model_type": "bpe",
-    "byte_fallback": True,
-    "normalization_rule_name": "identity",
-    "add_dummy_prefix": False,
-    "remove_extra_whitespaces": False,
-    "allow_whitespace_only_pieces": True,
-    "split_digits": True,
-    "character_coverage": 0.9995,
-    "max_sentence_length": 8 * TRAINING_CHUNK_CHARACTERS,
-    "unk_id": UNK_ID,
-    "bos_id": BOS_ID,
-    "eos_id": EOS_ID,
-    "pad_id": PAD_ID,
-    "minloglevel": 2,
-}

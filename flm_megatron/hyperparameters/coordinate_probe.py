@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +53,7 @@ class Probe:
         self.updates |= {name: _size(changes[name]) for name in self.norms}
 
     def _weights_now(self) -> dict[str, Tensor]:
-        modules: dict[str, Any] = {**self.modules, **self.norms}
-        return {name: module.weight.detach() for name, module in modules.items()}
+        return {name: module.weight.detach() for name, module in (*self.modules.items(), *self.norms.items())}
 
     def _true_rows(self, name: str) -> int | None:
         return self.model.true_vocab_size if name in self._padded else None
@@ -65,17 +64,17 @@ class Probe:
         inputs: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
 
-        def keep(name: str) -> Any:
+        def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], tuple[Tensor, Tensor | None]], None]:
             """A hook that keeps what the module is given and gives."""
 
-            def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            def hook(module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]) -> None:
                 """The engine's linear layers give a pair of output and bias."""
                 inputs[name] = args[0].detach().clone()
                 outputs[name] = output[0].detach()[..., : self._true_rows(name)].clone()
 
             return hook
 
-        def keep_embedded(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        def keep_embedded(module: nn.Module, args: tuple[object, ...], named: dict[str, Tensor]) -> None:
             """The first layer's input is the embedding times its multiplier."""
             inputs[EMBEDDING] = named["hidden_states"].detach().clone()
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from flm_megatron.hyperparameters.coordinate_check import Measurement
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def table(widths: Sequence[int], measurements: Sequence[Measurement], tolerance: float | None) -> Iterator[str]:
@@ -43,7 +46,7 @@ def plot(widths: Sequence[int], results: Mapping[str, Sequence[Measurement]], pa
     pyplot.close(figure)
 
 
-def _draw(panel: Any, widths: Sequence[int], measurements: Sequence[Measurement]) -> None:
+def _draw(panel: Axes, widths: Sequence[int], measurements: Sequence[Measurement]) -> None:
     for found in measurements:
         panel.plot(widths, found.sizes, "o-", markersize=3, linewidth=1, label=found.module)
     panel.set_xscale("log", base=2)

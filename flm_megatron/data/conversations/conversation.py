@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from flm_megatron.errors import RequestError
-from flm_megatron.json_text import parse_json
+from flm_megatron.json_text import Json, JsonObject, parse_json
 
 ROLES = ("system", "user", "assistant")
 Message = dict[str, str]
@@ -21,7 +20,7 @@ class Conversation:
     messages: list[Message]
     path: str
     line: int
-    record: dict[str, Any] = field(default_factory=dict, repr=False)
+    record: JsonObject = field(default_factory=dict, repr=False)
 
     @property
     def where(self) -> str:
@@ -58,14 +57,14 @@ def _read(path: Path) -> Iterator[Conversation]:
                 yield conversation
 
 
-def _record(line: bytes, where: str) -> dict[str, Any]:
+def _record(line: bytes, where: str) -> JsonObject:
     record = parse_json(line, where)
     if not isinstance(record, dict):
         raise RequestError(f"{where} is not a JSON object but {type(record).__name__}")
     return record
 
 
-def _messages(record: dict[str, Any], where: str) -> list[Message]:
+def _messages(record: JsonObject, where: str) -> list[Message]:
     if "messages" not in record:
         parts = {"system": record.get("system"), "user": record.get("prompt"), "assistant": record.get("response")}
         if parts["user"] is None or parts["assistant"] is None:
@@ -79,7 +78,7 @@ def _messages(record: dict[str, Any], where: str) -> list[Message]:
     return [_message(message, f"{where} message {number}") for number, message in enumerate(given, 1)]
 
 
-def _message(message: Any, where: str) -> Message:
+def _message(message: Json, where: str) -> Message:
     if not isinstance(message, dict) or "role" not in message or not isinstance(message.get("content"), str):
         raise RequestError(f"{where} is not an object with a role and a text as content")
     if message["role"] not in ROLES:

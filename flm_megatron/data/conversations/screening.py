@@ -10,7 +10,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
 import numpy
 
@@ -31,6 +31,15 @@ class Score:
     loss: float
     difficulty: float
     hidden: Sequence[float] = field(repr=False)
+
+
+class Counts(TypedDict):
+    """How many conversations there were, each filter has dropped, and are kept, of each category too."""
+
+    pool: int
+    dropped: dict[str, int]
+    kept: int
+    kept_by_category: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -111,8 +120,8 @@ class Screening:
         self.drop("not chosen", {i: "others were taken first" for i in self.left if i not in taken})
         return sorted(chosen)
 
-    def report(self) -> dict[str, Any]:
-        """Counts: how many there were, dropped by each filter, and kept, by category too."""
+    def report(self) -> Counts:
+        """How many conversations there were, were dropped, and are kept."""
         kept = Counter(category(self.pool[index]) for index in self.left)
         return {
             "pool": len(self.pool),

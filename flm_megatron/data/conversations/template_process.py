@@ -9,7 +9,6 @@ import sys
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import flm_megatron
 from flm_megatron.data.conversations.template_worker import MEMORY_BYTES, SECONDS, Request
@@ -64,7 +63,7 @@ class TemplateProcess:
         self._finalizer = weakref.finalize(self, _stop, self._process, self._owner)
         self._ask({"template": self.text})
 
-    def _ask(self, message: dict[str, Any]) -> list[str]:
+    def _ask(self, message: dict[str, object]) -> list[str]:
         assert self._process.stdin and self._process.stdout
         try:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")

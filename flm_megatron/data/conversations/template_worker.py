@@ -17,7 +17,9 @@ import resource
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn, Protocol
+
+from flm_megatron.json_text import JsonObject
 
 SECONDS = 1.0
 """Processor time of one rendering; one of a conversation takes a millisecond."""
@@ -30,7 +32,7 @@ Request = tuple[int, bool, str | None]
 class Template(Protocol):
     """Of Jinja's, what is used of it."""
 
-    def render(self, **variables: Any) -> str:
+    def render(self, **variables: object) -> str:
         """The template's text for these variables."""
 
 
@@ -68,14 +70,14 @@ def serve() -> None:
     """Answer requests until the parent closes its end."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    template: Any = None
+    template: Template
     for line in sys.stdin:
         message = json.loads(line)
         try:
             if "template" in message:
                 _limit_time()
                 template = make_template(message["template"])
-                answer: dict[str, Any] = {"texts": []}
+                answer: dict[str, object] = {"texts": []}
             else:
                 answer = {"texts": [_checked(template, message, request) for request in message["requests"]]}
         except Exception as error:  # a template may raise anything
@@ -84,7 +86,7 @@ def serve() -> None:
         print(json.dumps(answer), flush=True)
 
 
-def _checked(template: Any, message: dict[str, Any], request: Request) -> str:
+def _checked(template: Template, message: JsonObject, request: Request) -> str:
     _limit_time()
     text = _render_one(template, message["messages"], request, message["marks"])
     if len(text) > LONGEST_OUTPUT:
@@ -98,7 +100,7 @@ def _limit_time() -> None:
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
 
 
-def _failure(error: Exception) -> dict[str, Any]:
+def _failure(error: Exception) -> dict[str, object]:
     if isinstance(error, MemoryError):
         return {"error": f"it needs more than {MEMORY_BYTES / 2**30:.0f} GiB of memory", "line": None}
     if isinstance(error, RecursionError):

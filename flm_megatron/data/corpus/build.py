@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import numpy
 from tqdm import tqdm
@@ -157,7 +157,7 @@ def _temporary_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def _progress(total_bytes: int | None) -> Any:
+def _progress(total_bytes: int | None) -> tqdm[NoReturn]:
     return tqdm(total=total_bytes, unit="B", unit_scale=True, desc="encoding", disable=not sys.stderr.isatty())
 
 
@@ -201,15 +201,17 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
     yield batch
 
 
-_worker: dict[str, Any] = {}
+_worker: list[tuple[Tokenizer, float]] = []
+"""Of a process that encodes: its tokenizer, and the share of documents for validation."""
 
 
 def _start_worker(model: str, share: float) -> None:
-    _worker.update(tokenizer=Tokenizer(model), share=share)
+    _worker[:] = [(Tokenizer(model), share)]
 
 
 def _encode_batch(texts: list[str]) -> list[Encoded]:
-    return [_encode(text, _worker["tokenizer"], _worker["share"]) for text in texts]
+    [(tokenizer, share)] = _worker
+    return [_encode(text, tokenizer, share) for text in texts]
 
 
 def _encode(text: str, tokenizer: Tokenizer, share: float) -> Encoded:
