@@ -1,8 +1,8 @@
-"""Files and folders that outlive a power cut: bytes and names are forced to the disk, in the order that counts.
+"""Files and folders that survive a power cut: bytes and names are forced to disk, in the right order.
 
-What is not forced may be lost, torn, or out of order after a power cut: the bytes of a file, a name in a folder, and
-the name of that folder in the one above it, each on its own. A rename alone therefore publishes nothing: the bytes are
-forced first, the name afterwards. All functions raise OSError as the calls beneath them do.
+Without that a power cut may lose, tear or reorder the bytes of a file, a name in a folder, and the name of that folder
+in its parent, each independently. So a rename alone publishes nothing: the bytes are forced first, the name afterwards.
+All functions raise OSError as the system does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file and have the disk hold its bytes; its name is held once its folder is (`sync`)."""
+    """Write a file and force its bytes to disk; its name is safe once its folder is (`sync`)."""
     with path.open("wb") as stream:
         stream.write(data)
         stream.flush()
@@ -20,7 +20,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Put `data` in the place of a file: whoever reads it, also after a power cut, finds the old bytes or the new."""
+    """Replace a file by `data`: a reader, also after a power cut, finds the old bytes or the new."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write_file(partial, data)
@@ -32,7 +32,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def make_folders(path: Path) -> None:
-    """Make a folder, and those above it that are missing, and have the disk hold their names."""
+    """Make a folder and its missing parents, and force their names to disk."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
@@ -40,7 +40,7 @@ def make_folders(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold the bytes of a file, or the names in a folder."""
+    """Force the bytes of a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

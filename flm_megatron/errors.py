@@ -1,4 +1,4 @@
-"""Errors that a user sees as one line (or as one for each mistake), and the exit status each ends the program with."""
+"""Errors that a user sees as one line (or one per mistake), and the exit status of each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def one_line(text: str) -> str:
 
 
 class FlmError(Exception):
-    """Something failed that the message explains in one line; the program ends with `status`."""
+    """A failure that its message explains in one line; the program ends with `status`."""
 
     status = 1
 
@@ -26,13 +26,13 @@ class FlmError(Exception):
 
 
 class RequestError(FlmError, ValueError):
-    """What was asked for cannot be done as asked: the message gives the values and how to fix them."""
+    """A request that cannot be fulfilled: the message gives the values and how to fix them."""
 
     status = 2
 
 
 class Mistakes(RequestError):
-    """Several things are wrong at once: a line that says how many, then one for each; or one line for a single one."""
+    """Several mistakes at once: a line that says how many, then one for each; a single one is one line."""
 
     def __init__(self, lines: Sequence[str], where: str | None = None) -> None:
         """`lines` are the mistakes, in order; `where` names the file that they are in, if it is known."""
@@ -49,7 +49,8 @@ class Mistakes(RequestError):
 
 
 class DamagedError(FlmError):
-    """Stored data is damaged: the message names the file or tensor. `checkpoint` is the folder, where it is one's."""
+    """Stored data is damaged: the message names the file or tensor. `checkpoint` is its folder, if it is a
+    checkpoint's."""
 
     def __init__(self, message: str, checkpoint: Path | None = None) -> None:
         super().__init__(message)
@@ -57,10 +58,10 @@ class DamagedError(FlmError):
 
 
 def read_error(path: Path, error: OSError) -> FlmError:
-    """What it means that the file at `path`, which belongs to stored data, could not be read.
+    """The error for a file of stored data at `path` that could not be read.
 
-    One that is not there is damage; whatever else the system answers (no permission, too many open files, a disk that
-    fails) says nothing about the data: RequestError.
+    A missing file is damage; anything else the system answers (no permission, too many open files, a failing disk) says
+    nothing about the data: RequestError.
     """
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return DamagedError(f"{path} is missing")
@@ -68,19 +69,19 @@ def read_error(path: Path, error: OSError) -> FlmError:
 
 
 class ProgramError(FlmError):
-    """A process failed in a way that nobody foresaw: the message carries its traceback, lines and all."""
+    """A process failed unexpectedly: the message is its traceback, with all lines."""
 
     def __str__(self) -> str:
-        """The message as it is."""
+        """The message unchanged."""
         return str(self.args[0])
 
 
 ERRORS = {kind.__name__: kind for kind in (FlmError, RequestError, DamagedError)}
-"""Kinds of errors by name, for those that come from another process."""
+"""Kinds of errors by name, for errors that come from other processes."""
 
 
 def refuse_together(checks: Iterable[Callable[[], object]]) -> None:
-    """Make all checks, then raise Mistakes with what each of them refuses, if any does."""
+    """Run all checks, then raise Mistakes with everything that they refuse."""
     lines: list[str] = []
     for check in checks:
         try:

@@ -1,4 +1,4 @@
-"""JSON from files that others wrote: whatever they hold, an error is one line that names the place."""
+"""JSON from files of others: whatever they contain, an error is one line that names the place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from flm_megatron.errors import FlmError, RequestError
 
 DEEPEST = 100
-"""Brackets in brackets: more is nothing that this program reads, and what prints or compares it would fail."""
+"""Deepest nesting: this program reads nothing deeper, and printing or comparing it would fail."""
 MOST_DIGITS = 18  # of an integer, so that it fits into 64 bits
 Json = Any
 """A JSON or YAML value as it was parsed: their readers give it no type."""

@@ -1,4 +1,4 @@
-"""Paths as users give them: `~` stands for their home, and what cannot be written is found before work is done."""
+"""Paths as users give them: `~` is their home, and what cannot be written is found before any work is done."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from flm_megatron.errors import RequestError
 
 PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg")
-"""What plots can be written as, by the end of their name."""
+"""Endings of the formats in which plots can be written."""
 
 LONGEST_NAME = 255  # bytes, of a name on any file system in use
 
@@ -79,7 +79,7 @@ def require_picture(path: str | os.PathLike[str], what: str) -> None:
 
 
 def _kind(path: Path, what: str) -> int | None:
-    """What lies at `path` (links followed), as in `st_mode`; none if nothing does."""
+    """The type of what is at `path` (links followed), as in `st_mode`; none if there is nothing."""
     try:
         return stat.S_IFMT(path.stat().st_mode)
     except FileNotFoundError:
@@ -93,7 +93,7 @@ def _kind(path: Path, what: str) -> int | None:
 
 
 def _nearest(path: Path, what: str) -> Path:
-    """The nearest folder above `path` that is there. Raises RequestError where something else is in the way."""
+    """The nearest existing folder above `path`. Raises RequestError if something else is in the way."""
     for parent in path.absolute().parents:
         kind = _kind(parent, what)
         if kind == stat.S_IFDIR:

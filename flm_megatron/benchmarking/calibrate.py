@@ -1,7 +1,7 @@
-"""Times products, attention and copies on this device, and writes what the planner makes of them.
+"""Times products, attention and copies on this device, and writes the planner's efficiencies.
 
-An accelerator of the data-sheet table gets the shares of its data sheet that it reaches. Of another device, such as
-a CPU, the largest rates that were measured take the data sheet's place.
+An accelerator of the data-sheet table gets the fractions of its data sheet that it reaches. For any other device, such
+as a CPU, the largest measured rates replace the data sheet.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from flm_megatron.planner.machine import Machine, find_machine
 Precision = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BASE = "h100"
-"""What an unknown device's plan is based on: links, power and price, none of which is measured."""
+"""The machine that supplies an unknown device's links, power and price, which are not measured."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _tflops(product: TimedProduct) -> float:
 
 
 def _fields(machine: Machine) -> dict[str, object]:
-    """What stands in the file of a device that the table does not have."""
+    """The fields in the file of a device that is not in the table."""
     hardware = {
         name: round(value, 4) if isinstance(value, float) else value
         for name, value in asdict(machine.hardware).items()

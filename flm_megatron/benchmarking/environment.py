@@ -1,4 +1,4 @@
-"""What a result has to be read with: hardware, commit, versions, command, date."""
+"""The circumstances of a result: hardware, commit, versions, command, date."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FLOPs that the hardware does in a training step: the model's, and what recomputation does again."""
+"""FLOPs that the hardware executes in a training step: the model's, and recomputation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measuring our own training step under a layout, on every process of it."""
+"""Measures our own training step under a layout, on every process of it."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ LEARNING_RATE = 1e-5
 
 
 def on_ranks(parallel: ParallelConfig, timeout_s: int, function: Callable[..., object], *args: object) -> Json:
-    """What `function(*args)` returns on rank 0, called on every process of a layout.
+    """The result of `function(*args)` on rank 0, called on every process of a layout.
 
-    A launcher's processes are used where there are some, of which all but rank 0 get None; else fresh ones are started
-    here, so that nothing that ran before weighs on memory. The result, and `args`, have to be plain data or pickle.
+    A launcher's processes are used if there are some, and all but rank 0 get None; else fresh ones are started here,
+    without the memory of what ran before. The result and `args` have to be plain data or pickle.
 
     Raises:
         RequestError: the launcher's processes do not fit the layout.
@@ -110,7 +110,7 @@ def describe_measurement(
 
 
 def planned_gib(request: Request, world: int) -> float:
-    """What the planner says that the process with the most memory holds in tensors, without the driver's share."""
+    """The planner's figure for the tensors of the process with the most memory, without the driver's share."""
     software = as_chosen({"cpu": CPU, "cuda": CUDA}[current().name], request.kernels)
     work = stage_workload(request.stage, request.sequence_length, world, software)
     return max(memory.total for memory in all_rank_memory(work)) / GIB

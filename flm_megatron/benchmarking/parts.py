@@ -25,9 +25,9 @@ PARTS = {
     "self_attention": "attention",
     "mlp": "MLP",
 }
-"""Part of each module, by the last piece of its name."""
+"""Part of each module, by the last word of its name."""
 ORDER = ("attention", "MLP", "norms", "embedding", HEAD, OPTIMIZER, GRADIENT_SUMS, COMMUNICATION, OTHER, IDLE)
-"""Parts as they are shown. `other` is residual sums and the engine's own arithmetic."""
+"""Parts in the order they are shown. `other` is residual sums and the engine's own arithmetic."""
 
 
 def profile_parts(chunks: Sequence[torch.nn.Module], step: Step, batches: list[Batch], steps: int) -> dict[str, float]:
@@ -45,7 +45,7 @@ def profile_parts(chunks: Sequence[torch.nn.Module], step: Step, batches: list[B
 
 @contextmanager
 def mark(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """While the block runs, the profiler sees the parts of the model and the waiting for other processes."""
+    """During the block the profiler sees the parts of the model and the waiting for other processes."""
     with ExitStack() as stack:
         for chunk in chunks:
             for name, module in chunk.named_modules():

@@ -27,7 +27,7 @@ PARTS_NOTE = (
 
 @dataclass(frozen=True)
 class Report:
-    """What is written. `ratios` are steps of peers in our steps, `notes` what was left out and why."""
+    """What is written. `ratios` are the peers' step times in ours, `notes` what was left out and why."""
 
     title: str
     stage: StageConfig

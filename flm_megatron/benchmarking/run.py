@@ -1,4 +1,4 @@
-"""A whole benchmark: what is measured one after the other, and the report of it."""
+"""A whole benchmark: its measurements one after the other, and its report."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Where every stage and every schedule begins and ends, in steps, samples and tokens.
 
-For planning this is arithmetic on the run file. A run under way counts what its history says was done, and plans only
-what is left.
+For planning this is arithmetic on the run file. A run in progress counts what its history records, and plans only the
+rest.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flm_megatron.config.schema import RunConfig, ScheduleConfig, StageConfig
 
 @dataclass(frozen=True)
 class StageBudget:
-    """One stage's part of the run: its steps, in segments with one batch and one sequence length each."""
+    """The budget of one stage: its steps, in segments with one batch and one sequence length each."""
 
     steps: int
     segments: tuple[Segment, ...]

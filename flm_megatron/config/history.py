@@ -1,7 +1,7 @@
-"""How a run came to where it is: stretches of steps with one batch, one sequence length and one mixture of sources.
+"""The history of a run: segments of steps with one batch, one sequence length and one mixture of sources.
 
-A run file says what is wanted now; the history says what was done. It is kept in every checkpoint, and where a run
-goes on with another batch, sequence length or mixture, a segment is added. Nothing here imports torch.
+A run file says what is wanted now; the history says what was done. It is kept in every checkpoint, and when a run
+continues with another batch, sequence length or mixture, a segment is added. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 @dataclass(frozen=True, config=STRICT)
 class SegmentSource:
-    """One source of a mixture, as the run file gave it, and the dataset that it was."""
+    """One source of a mixture, as the run file gave it, with the identity of its dataset."""
 
     name: str
     """Name in logs."""
@@ -67,7 +67,7 @@ class Segment:
 
     @property
     def mixture(self) -> tuple[int, dict[str, tuple[float | None, float | None]]]:
-        """What the order of samples depends on, besides the seed and where it started: length and shares."""
+        """What the order of samples depends on, besides the seed and the start: length and shares."""
         return self.sequence_length, {source.name: source.amount for source in self.sources}
 
     def sample_at(self, step: int) -> int:

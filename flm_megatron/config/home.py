@@ -1,4 +1,4 @@
-"""The paths of a run file: which of its fields are paths, and `~` put right in all of them."""
+"""The fields of a run file that are paths, and `~` expanded in all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a run file, a line for each mistake: full path, offending value, what is expected."""
+"""What is wrong with a run file, a line per mistake: full path, offending value, what is expected."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _nearest_key(location: Sequence[str | int]) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Words that name the known one nearest to `name`, or all of them."""
+    """Text that names the known word nearest to `name`, or all of them."""
     names = sorted(known)
     close = get_close_matches(name, names, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"

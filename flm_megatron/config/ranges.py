@@ -1,4 +1,4 @@
-"""Whole numbers of the run file that lie outside what they can be."""
+"""Whole numbers of the run file that are out of range."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ LARGEST_MODEL = {
     "head_dim": 2**16,
     "vocab_size": 2**24,
 }
-"""Far above any model, so that a slip of the hand is not planned for, nor computed with, for hours."""
+"""Far above any model, so that a typing error is not planned or computed for hours."""
 LARGEST_COUNT = 10**9
-"""Steps, samples in a batch and the like."""
+"""Steps, samples in a batch, and similar counts."""
 LARGEST_TOKENS = 10**18
 """Token budgets: far above any, and positions in the stream fit into 64 bits."""
 
@@ -35,6 +35,6 @@ def out_of_range(values: Mapping[str, tuple[int | None, int, int]]) -> list[str]
 
 
 def shown(number: int) -> str:
-    """A number, or how many digits it has where that is what is wrong with it."""
+    """A number, or its number of digits if that is what is wrong with it."""
     text = str(number)
     return text if len(text) <= 40 else f"{text[:12]}... ({len(text)} digits)"

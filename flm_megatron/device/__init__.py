@@ -1,6 +1,6 @@
 """The device of this process. Nothing outside this package tests for CUDA.
 
-`current()` is the one that runs; `cpu` and `cuda` are the two.
+`current()` is the device in use; `cpu` and `cuda` implement it.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class Device(ABC):
     start_method: str
     """How processes are started here: `forkserver`, or `spawn` where the device must not be forked."""
     random_state: RandomState | None = None
-    """What stands in for the generator of CUDA; none where there is CUDA."""
+    """What replaces CUDA's generator; none on CUDA."""
 
     @property
     @abstractmethod
@@ -38,7 +38,7 @@ class Device(ABC):
 
     @abstractmethod
     def prepare(self) -> None:
-        """Make the process ready for this device, before megatron-core is imported; any number of times."""
+        """Make the process ready for this device, before megatron-core is imported; may be called repeatedly."""
 
     @abstractmethod
     def engine_options(self) -> dict[str, Any]:
@@ -54,11 +54,11 @@ class Device(ABC):
 
     @abstractmethod
     def pin(self, memory: mmap.mmap) -> None:
-        """Make copies from the device into this host memory as fast as they can be, until `unpin`."""
+        """Make copies from the device into this host memory as fast as possible, until `unpin`."""
 
     @abstractmethod
     def unpin(self, memory: mmap.mmap) -> None:
-        """Let go of memory that `pin` has locked."""
+        """Release memory that `pin` has locked."""
 
     @abstractmethod
     def peak_memory_gib(self) -> float:
@@ -66,7 +66,7 @@ class Device(ABC):
 
     @abstractmethod
     def reset_peak_memory(self) -> None:
-        """Start the peak of `peak_memory_gib` anew from what is held now."""
+        """Restart the peak of `peak_memory_gib` from the memory held now."""
 
     @abstractmethod
     def hardware_name(self) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 CHUNK_VALUES = {"cpu": 1 << 18, "cuda": 1 << 26}
-"""Values of a matrix that is gone through some rows at a time. On a CPU the fp32 temporaries of such a chunk fit a
-core's cache, and the calls for it cost little beside the work; on a GPU they are small beside the model."""
+"""Values of a matrix processed some rows at a time. On a CPU the fp32 temporaries of such a chunk fit a core's cache,
+and calls cost little beside the work; on a GPU they are small beside the model."""
 SMALLEST_HEAD_CHUNK = {"cpu": 512, "cuda": 2048}
 """Tokens of a chunk of head and loss. Below this many its matrix products no longer fill a processor, and passes over
 the gradient of the weight, one for each chunk, begin to count. Measured on a CPU; on a GPU not."""
 LARGE_LOGITS_BYTES = 1 << 29
-"""From here on `auto` makes head and loss one operation, which keeps no logits: their memory matters more than time."""
+"""From this size on `auto` fuses head and loss, which stores no logits: their memory matters more than time."""

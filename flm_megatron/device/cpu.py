@@ -21,7 +21,7 @@ KIB_PER_GIB = 2**20
 
 
 class CpuDevice(Device):
-    """The processor of this host, standing in for the GPU that megatron-core asks for."""
+    """The CPU of this host, in place of the GPU that megatron-core expects."""
 
     name = "cpu"
     backend = "gloo"
@@ -54,7 +54,7 @@ class CpuDevice(Device):
         }
 
     def fp8_obstacle(self) -> str | None:
-        """None: torch has the product for CPUs too, without any gain in speed."""
+        """None: torch has the product for CPUs too, without a gain in speed."""
         return None
 
     def synchronize(self) -> None:
@@ -85,7 +85,7 @@ class CpuDevice(Device):
 
 
 def _give_back_freed_memory() -> None:
-    """Where the C library is glibc: it keeps what was freed, which would count as held."""
+    """Return freed memory to the system, if the C library is glibc: it would count as held."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

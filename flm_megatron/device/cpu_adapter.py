@@ -70,7 +70,7 @@ def _answer_tensor_methods() -> None:
 def _answer_cuda_module() -> None:
     # One function for each name: torch's compiler keeps a table of them and refuses one under two names.
     def set_device(device: Any) -> None:
-        """There is one CPU."""
+        """There is only one CPU."""
 
     def synchronize(device: Any = None) -> None:
         """No queue to wait for."""

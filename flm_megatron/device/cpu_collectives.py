@@ -1,7 +1,7 @@
-"""Collectives of groups of one rank, which gloo would take through its buffers though there is nothing to be done.
+"""Collectives over groups of one rank, which gloo would copy through its buffers although nothing is to be done.
 
-megatron-core reduces gradients and gathers parameters over data-parallel groups of any size; with one rank that costs
-a pass over all of them each (benchmarks/throughput/profile.md).
+megatron-core reduces gradients and gathers parameters over data-parallel groups of any size; with one rank that costs a
+pass over all of them each (benchmarks/throughput/profile.md).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Done:
 
 
 def install() -> None:
-    """Put the short cuts in place; before megatron-core is imported, which keeps the functions that it finds."""
+    """Install the shortcuts; before megatron-core is imported, which keeps references to the functions it finds."""
     dist.all_reduce = _all_reduce(dist.all_reduce)
     dist.reduce_scatter_tensor = _reduce_scatter(dist.reduce_scatter_tensor)
     dist.all_gather_into_tensor = _all_gather(dist.all_gather_into_tensor)
@@ -36,7 +36,7 @@ def install() -> None:
 
 def _all_reduce(collective: Callable[..., Any]) -> Callable[..., Any]:
     def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Group = None, async_op: bool = False) -> Any:
-        """torch's, but one rank's sum is its tensor."""
+        """Like torch's, but a single rank's tensor is already the sum."""
         if dist.get_world_size(group) == 1:
             return Done() if async_op else None
         return collective(tensor, op, group, async_op)
@@ -48,7 +48,7 @@ def _reduce_scatter(collective: Callable[..., Any]) -> Callable[..., Any]:
     def reduce_scatter_tensor(
         output: Tensor, input: Tensor, op: Any = dist.ReduceOp.SUM, group: Group = None, async_op: bool = False
     ) -> Any:
-        """torch's, but one rank's sum is its tensor."""
+        """Like torch's, but a single rank's tensor is already the sum."""
         if dist.get_world_size(group) == 1:
             return _given(output, input, async_op)
         return collective(output, input, op, group, async_op)
@@ -60,7 +60,7 @@ def _all_gather(collective: Callable[..., Any]) -> Callable[..., Any]:
     def all_gather_into_tensor(
         output_tensor: Tensor, input_tensor: Tensor, group: Group = None, async_op: bool = False
     ) -> Any:
-        """torch's, but what one rank gathers is its tensor."""
+        """Like torch's, but a single rank's tensor is already gathered."""
         if dist.get_world_size(group) == 1:
             return _given(output_tensor, input_tensor, async_op)
         return collective(output_tensor, input_tensor, group, async_op)
@@ -69,7 +69,7 @@ def _all_gather(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _given(output: Tensor, values: Tensor, async_op: bool) -> Done | None:
-    """`values` in `output`; the engine's buffers are the same memory already."""
+    """Copy `values` to `output`, unless they are the same memory, as in the engine's buffers."""
     if output.data_ptr() != values.data_ptr():
         output.copy_(values.view_as(output))
     return Done() if async_op else None

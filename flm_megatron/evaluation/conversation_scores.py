@@ -1,4 +1,4 @@
-"""What a checkpoint says of conversations, for screening: loss of the answers, difficulty, hidden states."""
+"""Scores of conversations by a checkpoint, for screening: loss of the answers, difficulty, hidden states."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class ScoredBatch(Batch):
-    """A batch with the places that hold a token [batch, sequence]."""
+    """A batch with a mask of the positions that hold a token [batch, sequence]."""
 
     valid: Tensor | None = None
 

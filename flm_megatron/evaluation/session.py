@@ -1,4 +1,4 @@
-"""A loaded model that rank 0 asks and all ranks answer: generation and scoring, shared by data-parallel ranks."""
+"""A loaded model that answers requests of rank 0 on all ranks: generation and scoring, over data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Session:
         self._chunk = load_model(evaluated, parallel, precision)
 
     def generate(self, requests: Sequence[GenerationRequest], on_text: OnText | None = None) -> list[Completion]:
-        """Completions in the order of the requests. `on_text` hears of those that rank 0's own replica completes."""
+        """Completions in the order of the requests. `on_text` gets the text of rank 0's own replica only."""
         return self._ask(list(requests), on_text)
 
     def score(self, requests: Sequence[ScoringRequest]) -> list[Likelihood]:
@@ -44,7 +44,7 @@ class Session:
             self._answer(requests, None)
 
     def close(self) -> None:
-        """Let the other ranks go."""
+        """Let the other ranks return from `serve`."""
         self._shared(None)
 
     def _ask(self, requests: list[Any], on_text: OnText | None) -> list[Any]:
@@ -56,7 +56,7 @@ class Session:
         return [by_index[request.index] for request in requests]
 
     def _shared(self, requests: list[Any] | None) -> Any:
-        """What rank 0 gives, on every rank."""
+        """Rank 0's value, on every rank."""
         holder = [requests]
         dist.broadcast_object_list(holder, src=0)
         return holder[0]

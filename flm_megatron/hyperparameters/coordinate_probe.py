@@ -1,4 +1,4 @@
-"""Sizes of what the modules of a model give, before training, and of what their updates add, after it."""
+"""Sizes of module outputs before training, and of what weight updates add to them afterwards."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Probe:
         outputs: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], tuple[Tensor, Tensor | None]], None]:
-            """A hook that keeps what the module is given and gives."""
+            """A hook that keeps a module's input and output."""
 
             def hook(module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]) -> None:
                 """The engine's linear layers give a pair of output and bias."""

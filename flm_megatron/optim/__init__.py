@@ -1,5 +1,5 @@
-"""Optimizer and learning rate: `build` makes the stage's optimizer, `adamw` updates, `learning_rate` is a function.
+"""Optimizer and learning rate: `build` makes the stage's optimizer, `adamw` is the update rule.
 
-The rate is a pure function of run file and position. `groups` says what decays and by which factor each matrix learns,
-`step_offset` how weights that growth made take their first steps.
+`learning_rate` is a pure function of run file and position. `groups` says which parameters decay and by which factor
+matrices learn, `step_offset` corrects Adam's bias for weights that a growth added.
 """

@@ -123,7 +123,7 @@ class AdamW(torch.optim.Optimizer):
             functional_adamw(params, grads, *moments, [], steps, foreach=True, amsgrad=False, maximize=False, **options)
 
     def _scale(self, grads: list[torch.Tensor]) -> None:
-        """Clip gradients whose update does not do it."""
+        """Clip gradients in a pass of their own, for updates that do not do it."""
         if self._factor is not None:
             torch._foreach_mul_(grads, self._factor)
 

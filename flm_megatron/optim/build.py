@@ -1,4 +1,4 @@
-"""The optimizer of a stage: megatron-core's, over the AdamW and the clipping that the kernels' choice names."""
+"""The optimizer of a stage: megatron-core's, with the AdamW and the clipping that the run's kernels choose."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _group_rules(specs: Mapping[str, ParameterSpec], frozen: Collection[int]) ->
         """The rule of one group."""
 
         def matches(param: torch.nn.Parameter, name: str) -> bool:
-            """Whether the parameter is of the group."""
+            """Whether the parameter belongs to the group."""
             return group == ("frozen" if id(param) in frozen else parameter_group(name, specs))
 
         return GroupRule(group, matches, {"wd_mult": float(group in DECAYED), "is_decoupled_lr": group == "matrix"})

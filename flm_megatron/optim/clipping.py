@@ -1,6 +1,6 @@
 """Gradient norms and clipping by our kernels, where megatron-core looks for Transformer Engine's or Apex's.
 
-Without either it falls back to one norm per parameter, each of which the host waits for.
+Without either it falls back to one norm per parameter, and the host waits for each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flm_megatron.optim.adamw import AdamW
 
 
 def install_clipping() -> bool:
-    """Put our kernels in place unless the choice of kernels says `te` or `apex`; returns whether they are."""
+    """Install our kernels unless the choice of kernels is `te` or `apex`; returns whether they are installed."""
     if kernels.current().engine_calls("grad_clip"):
         return False
     engine.install_clipping(_apply, _l2_norm, _scale)
@@ -25,10 +25,10 @@ def install_clipping() -> bool:
 
 
 def clip_at_step(optimizer: ChainedPart, norm: float) -> None:
-    """Clip the gradients of one of megatron-core's optimizers to its `clip_grad`, `norm` being their global norm.
+    """Clip the gradients of one of megatron-core's optimizers to its `clip_grad`; `norm` is their global norm.
 
-    Ours multiplies them when it reads them for its update; others do now, in a pass of its own. Nothing is done where
-    the norm is small enough.
+    Our AdamW multiplies them as it reads them for its update; other optimizers in a pass of its own now. Does nothing
+    if the norm is small enough.
     """
     if getattr(optimizer, "is_stub_optimizer", False) or optimizer.config.clip_grad <= 0:
         return

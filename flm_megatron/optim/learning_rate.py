@@ -70,7 +70,7 @@ def _linear(progress: float) -> float:
 
 
 _REMAINING: dict[str, Callable[[float], float]] = {"cosine": _cosine, "linear": _linear, "wsd": _linear}
-"""Share of the way from `min_lr` to `lr` that is left, by progress from 0 to 1 (wsd: of its last part)."""
+"""Fraction of the way from `min_lr` to `lr` that remains, by progress from 0 to 1 (wsd: of its final decay)."""
 
 
 def _power(tokens: int, schedule: ScheduleConfig, options: OptimizerConfig, warmup: int) -> float:

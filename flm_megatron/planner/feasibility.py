@@ -1,4 +1,4 @@
-"""Says in one line why a stage does not fit, and what would."""
+"""Says in one line why a stage does not fit in memory, and what would."""
 
 from __future__ import annotations
 

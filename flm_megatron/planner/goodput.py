@@ -27,19 +27,19 @@ NEWTON_STEPS = 60
 
 @dataclass(frozen=True)
 class Reliability:
-    """What failures, saves and restarts take of one stage, in seconds."""
+    """What failures, saves and restarts cost a stage, in seconds."""
 
     mtbf_s: float
     """Mean time between failures of the whole job."""
     stall_s: float
-    """Training stands still at each save."""
+    """Time that training stands still at each save."""
     save_s: float
-    """From the beginning of a save until it is whole on the disk."""
+    """Time from the start of a save until it is complete on disk."""
     restart_s: float
     """From a failure to the next step."""
 
     def goodput(self, interval_s: float) -> float:
-        """Share of wall time that is training which counts, with `interval_s` of training between saves."""
+        """Fraction of wall time that is useful training, with `interval_s` of training between saves."""
         lag = max(0.0, self.save_s - self.stall_s)
         m = self.mtbf_s
         try:
@@ -85,7 +85,7 @@ class GoodputPlan:
         return self.reliability.goodput(self.train_s if steps is None else min(steps * self.step_s, self.train_s))
 
     def saved_gpu_hours(self, **change: float) -> float:
-        """What a better save or restart is worth: GPU-hours less, each at its best interval."""
+        """The value of a better save or restart: GPU-hours saved, each at its best interval."""
         better = replace(self, reliability=replace(self.reliability, **change))
         wall = self.train_s / self.goodput(self.best_steps) - self.train_s / better.goodput(better.best_steps)
         return self.gpus * wall / HOUR

@@ -19,26 +19,26 @@ BYTES = {"fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True)
 class Implementation:
-    """What kernels keep and move. The defaults are this program's on CUDA."""
+    """What kernels store and move. The defaults are this program's on CUDA."""
 
     flash_attention: bool = True
     """Attention that never stores the matrix of scores."""
     fused_activation: bool = True
     """SwiGLU, or bias and GELU, in one kernel."""
     fused_norm: bool = True
-    """A norm keeps its input only, not the normalised values besides."""
+    """A norm stores only its input, not the normalised values too."""
     fused_loss: bool = True
-    """The loss keeps the logits as they are and writes their gradient over them, in two kernels; else it keeps their
+    """The loss stores the logits unchanged and writes their gradient over them, in two kernels; else it stores their
     softmax in fp32."""
     loss_values: int = 0
-    """Logits that the loss has in fp32 at a time (plain PyTorch)."""
+    """Logits that the loss holds in fp32 at a time (plain PyTorch)."""
     fused_head_from_mib: int = LARGE_LOGITS_BYTES >> 20
-    """From so many MiB of logits in a micro-batch on, head and loss are one operation that has those of a chunk of
-    tokens at a time, and computes gradients going forward."""
+    """From this many MiB of logits per micro-batch on, head and loss are one operation, which holds the logits of one
+    chunk of tokens at a time and computes gradients in the forward pass."""
     head_chunk: int = SMALLEST_HEAD_CHUNK["cuda"]
-    """Tokens of such a chunk at least."""
+    """Smallest number of tokens in such a chunk."""
     fused_residual: bool = True
-    """The sum that ends attention is in the norm that follows it."""
+    """The sum after attention is fused into the norm that follows it."""
     fused_weight_gradient: bool = True
     """Weight gradients are added to the fp32 buffer by the multiplication itself."""
     gradient_placeholder: bool = True
@@ -46,13 +46,13 @@ class Implementation:
     rotary: bool = True
     """Queries and keys are rotated (false: learned positions)."""
     fused_rotary: bool = True
-    """They are rotated in one kernel, where they lie."""
+    """They are rotated in place by one kernel."""
     dropout: bool = False
     """Dropout after attention, its output and the feed-forward layer."""
     tied_embeddings: bool = False
     """The head is the embedding."""
     frees_pipeline_outputs: bool = True
-    """What was sent to the next pipeline rank is freed."""
+    """Outputs are freed once they were sent to the next pipeline rank."""
     scatters_transfers: bool = False
     """Tensor ranks share a transfer between pipeline ranks even without sequence parallelism (Megatron-LM until
     2022)."""
@@ -80,8 +80,8 @@ def as_chosen(implementation: Implementation, kernels: KernelsConfig) -> Impleme
 class Workload:
     """A model trained under a layout. Sizes per rank follow from it.
 
-    `recompute` adds `attention` to the run file's modes: the core attention only (Megatron-LM's selective mode of
-    arXiv 2205.05198), which flash attention does by itself. `fp8` has the products of the layers' matrices in FP8.
+    `recompute` adds `attention` to the run file's modes: only the core attention (Megatron-LM's selective mode of arXiv
+    2205.05198), which flash attention recomputes anyway. `fp8` runs the products of the layers' matrices in FP8.
     """
 
     model: ModelConfig

@@ -1,4 +1,4 @@
-"""How the loss of one size falls with tokens: L(D) = floor + scale x D^-exponent, given or fitted."""
+"""How the loss of one model size falls with tokens: L(D) = floor + scale x D^-exponent, given or fitted."""
 
 from __future__ import annotations
 

@@ -26,21 +26,20 @@ D = TypeVar("D", bound="DataclassInstance")
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Shares of the data sheet that real kernels reach."""
+    """Fractions of the data sheet's rates that real kernels reach."""
 
     matmul: float = 0.76
-    """Matrix multiplications with a long inner sum, of the dense peak."""
+    """Matrix multiplications with a long inner sum, as a fraction of the dense peak."""
     tile_overhead: float = 128.0
-    """A tile of a multiplication starts and ends without multiplying: as long as this many more terms of the inner
-    sum would take."""
+    """Start and end of a tile of a multiplication, in terms of the inner sum that take as long."""
     attention: float = 0.55
-    """Flash attention, of the dense peak, over the keys that causality leaves."""
+    """Flash attention, as a fraction of the dense peak, over the keys that causality leaves."""
     memory: float = 0.75
-    """Memory-bound kernels, of the memory bandwidth."""
+    """Memory-bound kernels, as a fraction of the memory bandwidth."""
     intra: float = 0.75
-    """Collectives inside a node, of the link."""
+    """Collectives inside a node, as a fraction of the link."""
     inter: float = 0.75
-    """Collectives and transfers between nodes, of the link."""
+    """Collectives and transfers between nodes, as a fraction of the link."""
 
 
 @dataclass(frozen=True)
@@ -62,22 +61,22 @@ class Machine:
     """Per accelerator, in `currency`."""
     currency: str = "USD"
     latency_s: float = 1.2e-5
-    """Start of a collective or transfer."""
+    """Start-up time of a collective or transfer."""
     kernel_s: float = 4e-6
-    """Shortest kernel."""
+    """Duration of the shortest kernel."""
     context_gib: float = 2.0
-    """Held by the driver, the communication library and loaded kernels."""
+    """Memory of the driver, the communication library and loaded kernels."""
     fragmentation: float = 0.06
-    """Allowance for fragmentation, as a share of activations and working memory."""
+    """Allowance for fragmentation, as a fraction of activations and working memory."""
     storage_gb_per_s: float = 50.0
-    """What the file system of checkpoints takes from all accelerators together."""
+    """Write rate of the checkpoints' file system, for all accelerators together."""
     host_gb_per_s: float = 20.0
     """Copy from one accelerator to the memory of its host."""
     restart_s: float = 600.0
-    """From a failure to the next step: it is noticed, hosts are found, ranks start and load."""
+    """From a failure to the next step: detection, finding hosts, starting ranks and loading."""
     efficiency: Efficiency = Efficiency()
     software: Implementation = CUDA
-    """What kernels keep and move."""
+    """What kernels store and move."""
     source: str = "table"
     """Where the efficiencies come from."""
 

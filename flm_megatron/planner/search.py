@@ -1,4 +1,4 @@
-"""All layouts of a stage on a number of accelerators, ranked by tokens per second, the others with their reasons."""
+"""All layouts of a stage on a number of accelerators, ranked by tokens per second; rejected ones with reasons."""
 
 from __future__ import annotations
 

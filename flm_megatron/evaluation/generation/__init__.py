@@ -1,1 +1,1 @@
-"""Text from a checkpoint: `generate` takes the steps, `sampling` chooses tokens, `run` is `flm generate`."""
+"""Text from a checkpoint: `generate` runs the steps, `sampling` chooses tokens, `run` is `flm generate`."""

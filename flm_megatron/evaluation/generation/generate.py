@@ -21,12 +21,12 @@ from flm_megatron.model.teleflm import TeleFLM
 
 FinishReason = Literal["eod", "stop", "length"]
 OnText = Callable[[int, str], None]
-"""Called with a request's index and the text that came."""
+"""Called with a request's index and its new text."""
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A prompt's ids (one at least) and how to go on; `index` tells requests apart and seeds their sampling."""
+    """A prompt's ids (at least one) and how to continue it; `index` identifies the request and seeds its sampling."""
 
     index: int
     prompt: Sequence[int]
@@ -35,7 +35,7 @@ class GenerationRequest:
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
     def __post_init__(self) -> None:
-        """Raise RequestError for a request that nothing can be made of."""
+        """Raise RequestError for a request that cannot be completed."""
         if not self.prompt or self.max_new_tokens < 1:
             raise RequestError(f"a prompt of {len(self.prompt)} ids and {self.max_new_tokens} new: both are at least 1")
 
@@ -55,8 +55,8 @@ def generate(
 ) -> list[Completion]:
     """Complete a batch of requests; the same result on every process of the replica.
 
-    Prompts of unequal length are padded on the left, where no position looks; rotary positions are relative, so the
-    padding does not change what a prompt means.
+    Prompts of unequal length are padded on the left, which attention masks out; rotary positions are relative, so the
+    padding does not change the result.
     """
     rows = [_Row(request, tokenizer) for request in requests]
     longest = max(len(request.prompt) for request in requests)
@@ -76,7 +76,7 @@ def generate(
 
 
 class _Row:
-    """One request under way."""
+    """One request in progress."""
 
     def __init__(self, request: GenerationRequest, tokenizer: Tokenizer) -> None:
         self.request, self.eod = request, tokenizer.eod
@@ -86,14 +86,14 @@ class _Row:
         self._sampler = Sampler(request.sampling, request.index)
 
     def choose(self, logits: Tensor) -> int:
-        """The next id from logits [vocabulary]; of a sequence that has ended, just any."""
+        """The next id from logits [vocabulary]; for a sequence that has ended any id does."""
         if self.reason:
             return self.eod
         seen = torch.tensor([*self.request.prompt, *self.ids], device=logits.device)
         return self._sampler.choose(logits, seen)
 
     def take(self, token: int, on_text: OnText | None) -> None:
-        """Go on with an id, show what it says, and see whether that was the end."""
+        """Append an id, pass on its text, and check whether the sequence has ended."""
         if self.reason:
             return
         text = ""
@@ -112,7 +112,7 @@ class _Row:
             on_text(self.request.index, text)
 
     def completion(self) -> Completion:
-        """What was generated, once it is known why it ended."""
+        """The result, once the reason for the end is known."""
         assert self.reason
         return Completion(self.request.index, self._stream.text, self.ids, self.reason)
 
@@ -122,9 +122,9 @@ def _last_logits(batch: Batch, logits: Tensor) -> Tensor:
 
 
 def _hidden(padding: Tensor, start: int, positions: int) -> Tensor | None:
-    """Mask [batch, 1, positions, start + positions] of the keys that are padding; none where there is none.
+    """Mask [batch, 1, positions, start + positions] of the keys that are padding; none if there is none.
 
-    A padding position sees itself, for a row of scores without any has no softmax.
+    A padding position sees itself, as a row without any scores has no softmax.
     """
     if not padding.any():
         return None

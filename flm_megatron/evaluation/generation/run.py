@@ -1,4 +1,4 @@
-"""One prompt, a file of prompts, or a chat: what `flm generate` does on every rank."""
+"""`flm generate` on every rank: one prompt, a file of prompts, or a chat."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from flm_megatron.evaluation.session import Session, hold_session
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """What `flm generate` was asked for: prompts, or a chat if there are none.
+    """The request of `flm generate`: prompts, or a chat if there are none.
 
-    `stream` shows text as it comes; `lines` is where a chat's input is relayed from, for processes started here.
+    `stream` shows text as it comes; `lines` is the address that relays a chat's input, for processes started here.
     """
 
     checkpoint: Path
@@ -102,7 +102,7 @@ def _complete(request: GenerateRequest, session: Session) -> int:
 
 
 def _chat(request: GenerateRequest, session: Session) -> int:
-    """Until the input ends: read a line, answer it with all that was said before in mind."""
+    """Until the input ends: read a line and answer it, given the whole conversation."""
     template = ChatTemplate(request.template, session.tokenizer)
     messages: list[Message] = [{"role": "system", "content": request.system}] if request.system else []
     with line_reader(request.lines) as read:

@@ -1,4 +1,4 @@
-"""Lines from a terminal, also for a process that has none: the one that started it reads for it."""
+"""Lines from a terminal, also for processes without one: their parent reads for them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
 ReadLine = Callable[[str], "str | None"]
-"""Shows a prompt and gives the next line; none at the end of the input."""
+"""Shows a prompt and returns the next line; none at the end of the input."""
 
 
 def read_line(prompt: str) -> str | None:
-    """The next line of this process's standard input, the prompt shown only on a terminal."""
+    """The next line of this process's standard input; the prompt is shown on a terminal only."""
     try:
         return input(prompt if sys.stdin.isatty() else "")
     except (EOFError, KeyboardInterrupt):
@@ -50,7 +50,7 @@ def line_reader(address: str | None) -> Iterator[ReadLine]:
     with Client(address, "AF_UNIX") as connection:
 
         def ask(prompt: str) -> str | None:
-            """A line from the other side."""
+            """Request a line from the other side."""
             connection.send(prompt)
             return connection.recv()
 

@@ -1,1 +1,1 @@
-"""Tasks of lm-evaluation-harness on a checkpoint: `model` is what the harness sees, `run` is `flm eval harness`."""
+"""Tasks of lm-evaluation-harness on a checkpoint: `model` is the harness's model, `run` is `flm eval harness`."""

@@ -1,1 +1,1 @@
-"""A plan for people: `text` is what `flm plan` prints, `plot` what it draws."""
+"""A plan for people: `text` is printed by `flm plan`, `plot` is its picture."""
