@@ -16,7 +16,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -26,7 +25,7 @@ from torch.distributed.distributed_c10d import _world
 from flm_megatron.checkpoint.logical import MASTER, LogicalCheckpoint, Region, TensorInfo
 from flm_megatron.checkpoint.torch_dist.shard_file import Record, Written
 from flm_megatron.config.schema import DistributedConfig, ModelConfig, ParallelConfig, StageConfig
-from flm_megatron.distributed.channels import StoreChannel
+from flm_megatron.distributed.channels import StoreChannel, gathered
 from flm_megatron.distributed.local_processes import run_processes
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.optim import step_offset
@@ -150,8 +149,7 @@ def replicas() -> int:
     plan = make_plan(old, new, GrowthConfig(mask_steps=10, layer_selection="interleave"), seed=1, stage="big")
     with Layouts(600) as under:
         certify(source, GrownCheckpoint(source, plan), plan, stage, tokens, under)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, source.nbytes)
+    everyone = gathered(source.nbytes)
     if dist.get_rank() == 0:
         print("MiB read by ranks 0 to 3 (tensor 2, data 2):", *(f"{nbytes / MIB:.1f}" for nbytes in everyone))
     return 0

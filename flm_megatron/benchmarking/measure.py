@@ -20,6 +20,7 @@ from flm_megatron.benchmarking.workload import Request, describe
 from flm_megatron.config.schema import ParallelConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.device.hardware import find_hardware
+from flm_megatron.distributed.channels import gathered
 from flm_megatron.distributed.under_layout import run_under
 from flm_megatron.distributed.world import is_main_rank
 from flm_megatron.engine import parallel_state
@@ -118,6 +119,5 @@ def planned_gib(request: Request, world: int) -> float:
 
 def _mean(parts: dict[str, float]) -> dict[str, float]:
     """Mean over all processes."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, parts)
+    everyone = gathered(parts)
     return {part: sum(one[part] for one in everyone) / len(everyone) for part in parts}

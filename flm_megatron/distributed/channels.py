@@ -11,7 +11,7 @@ import os
 import pickle
 import time
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
@@ -29,6 +29,22 @@ POLLS_PER_S = 5000
 """Polls of the store by all ranks together: about a tenth of what it can answer."""
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.002, 0.2
 
+T = TypeVar("T")
+
+
+def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """The values of all ranks of `group` (of the world without one), on each of them."""
+    values = [value] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group)
+    return values
+
+
+def broadcast(value: T) -> T:
+    """What rank 0 of the world gives, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
 
 class Channel(Protocol):
     """Between `size` processes, of which this is number `rank`. All of them must call the same methods in the same
@@ -37,10 +53,10 @@ class Channel(Protocol):
     rank: int
     size: int
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: T) -> list[T]:
         """The values of all ranks on rank 0, nothing elsewhere. Raises FlmError on rank 0 if one is missing."""
 
-    def broadcast(self, value: Any) -> Any:
+    def broadcast(self, value: T) -> T:
         """The value of rank 0, on all ranks. Raises FlmError if it does not arrive."""
 
 
@@ -50,17 +66,15 @@ class GroupChannel:
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: T) -> list[T]:
         """As a Channel. Raises what the group raises."""
-        values: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        values = [value] * self.size if self.rank == 0 else None
         dist.gather_object(value, values, dst=0)
         return values or []
 
-    def broadcast(self, value: Any) -> Any:
+    def broadcast(self, value: T) -> T:
         """As a Channel. Raises what the group raises."""
-        values = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
+        return broadcast(value)
 
 
 class StoreChannel:
@@ -78,7 +92,7 @@ class StoreChannel:
         self._round = 0
         self._told: list[str] = []
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: T) -> list[T]:
         """As a Channel."""
         self._round += 1
         if self.rank:
@@ -92,13 +106,13 @@ class StoreChannel:
             if not self._come(keys, deadline):
                 missing = [rank for rank, key in zip(ranks, keys, strict=True) if not self._store.check([key])]
                 raise FlmError(f"nothing came from {_named(missing)} for {self._patience_s:g} s")
-            values += [self._take(key) for key in keys]
+            values += [pickle.loads(self._take(key)) for key in keys]
         for key in self._told:  # all ranks have gone on from there
             self._forget(key)
         self._told.clear()
         return values
 
-    def broadcast(self, value: Any) -> Any:
+    def broadcast(self, value: T) -> T:
         """As a Channel."""
         self._round += 1
         key = self._key(0)
@@ -109,7 +123,7 @@ class StoreChannel:
         # Rank 0 may have begun to wait for others later than this one for it.
         if not self._come([key], time.monotonic() + 2 * self._patience_s):
             raise FlmError(f"nothing came from rank 0 for {2 * self._patience_s:g} s")
-        return self._read(key)
+        return pickle.loads(self._read(key))
 
     def _key(self, rank: int) -> str:
         return f"{self._round}/{rank}"
@@ -124,7 +138,7 @@ class StoreChannel:
             time.sleep(max(self._pause_s, min(LONGEST_PAUSE_S, (now - began) / 10)))
         return True
 
-    def _put(self, key: str, value: Any) -> None:
+    def _put(self, key: str, value: object) -> None:
         data = pickle.dumps(value)
         parts = [data[start : start + VALUE_BYTES] for start in range(0, len(data), VALUE_BYTES)]
         for number, part in enumerate(parts[1:], 1):
@@ -134,19 +148,19 @@ class StoreChannel:
     def _set(self, name: str, data: bytes) -> None:
         self._store.set(name, data)  # type: ignore[arg-type]  # takes bytes as they are
 
-    def _read(self, key: str) -> Any:
+    def _read(self, key: str) -> bytes:
         head = self._store.get(key)
         parts = [self._store.get(name) for name in _parts(key, head)]
-        return pickle.loads(b"".join([head[4:], *parts]))
+        return b"".join([head[4:], *parts])
 
     def _forget(self, key: str) -> None:
         for name in (*_parts(key, self._store.get(key)), key):
             self._store.delete_key(name)
 
-    def _take(self, key: str) -> Any:
-        value = self._read(key)
+    def _take(self, key: str) -> bytes:
+        data = self._read(key)
         self._forget(key)
-        return value
+        return data
 
 
 def _parts(key: str, head: bytes) -> list[str]:
@@ -169,8 +183,7 @@ def world_channel(purpose: str) -> StoreChannel:
     assert world is not None, "there is no world"
     channels = _channels.setdefault(world, {})
     if purpose not in channels:
-        agreed = [os.urandom(8).hex()]
-        dist.broadcast_object_list(agreed)  # a launcher's store may hold entries of an earlier start
-        store = dist.PrefixStore(f"{purpose}/{agreed[0]}", _get_default_store())
+        agreed = broadcast(os.urandom(8).hex())  # a launcher's store may hold entries of an earlier start
+        store = dist.PrefixStore(f"{purpose}/{agreed}", _get_default_store())
         channels[purpose] = StoreChannel(store, dist.get_rank(), dist.get_world_size(), SLOWEST_WORK)
     return channels[purpose]

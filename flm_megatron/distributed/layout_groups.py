@@ -8,10 +8,9 @@ issues their communication in the same order.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
 
@@ -24,13 +23,13 @@ class LayoutGroups:
     def __init__(self, timeout: timedelta) -> None:
         """`timeout` applies to every group, whatever the engine asks for in whole minutes."""
         self._timeout = timeout
-        self._make = dist.new_group
-        self._made: list[Any] = []
-        self._shared: dict[tuple[tuple[int, ...], str | None], Any] = {}
+        self._make: Callable[..., dist.ProcessGroup] = dist.new_group
+        self._made: list[dist.ProcessGroup] = []
+        self._shared: dict[tuple[tuple[int, ...], str | None], dist.ProcessGroup] = {}
 
     def new_group(
-        self, ranks: Sequence[int] | None = None, timeout: Any = None, backend: str | None = None, **options: Any
-    ) -> Any:
+        self, ranks: Sequence[int] | None = None, timeout: object = None, backend: str | None = None, **options: object
+    ) -> dist.ProcessGroup:
         """Like torch's: the group of `ranks`, or a marker on ranks outside of it. All ranks of the world call."""
         members = tuple(sorted(range(dist.get_world_size()) if ranks is None else ranks))
         options = {name: value for name, value in options.items() if value}
@@ -42,7 +41,7 @@ class LayoutGroups:
             self._shared[key] = self._new(members, backend, group_desc=description)
         return self._shared[key]
 
-    def _new(self, members: tuple[int, ...], backend: str | None, **options: Any) -> Any:
+    def _new(self, members: tuple[int, ...], backend: str | None, **options: object) -> dist.ProcessGroup:
         group = self._make(list(members), timeout=self._timeout, backend=backend, **options)
         self._made.append(group)
         return group

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from flm_megatron.distributed.signals import (
     STOPPED,
@@ -25,6 +26,11 @@ from flm_megatron.distributed.signals import (
     training_ended,
 )
 from flm_megatron.errors import ERRORS, FlmError, Mistakes, ProgramError, RequestError
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
+    from torch.multiprocessing.spawn import ProcessException
 
 MOST_PROCESSES, PROCESSES_PER_CORE = 64, 8
 """Processes of one machine: for a layout tried out on few cores, and for one that uses them."""
@@ -53,7 +59,7 @@ class _World:
     timeout_s: int
 
 
-def run_processes(size: int, function: Callable[..., int], args: tuple[Any, ...], timeout_s: int = 600) -> int:
+def run_processes(size: int, function: Callable[..., int], args: tuple[object, ...], timeout_s: int = 600) -> int:
     """Run `function(*args) -> exit status` on `size` processes of this machine that share one world.
 
     `function` and `args` are pickled. Signals to this process are passed on. Returns rank 0's status, or 3 where a
@@ -100,7 +106,7 @@ def _start_method() -> str:
     return current().start_method
 
 
-def _stopped_early(processes: list[Any], error: Any, asked: bool) -> bool:
+def _stopped_early(processes: list[BaseProcess], error: ProcessException, asked: bool) -> bool:
     """Whether a rank was stopped before it trained: it says so, or the signal killed it before it could listen."""
     died = asked and getattr(error, "signal_name", None) == signal.SIGTERM.name
     return died or any(process.exitcode == STOPPED for process in processes)
@@ -111,19 +117,19 @@ class _Passing:
 
     def __init__(self) -> None:
         self.asked = False
-        self.processes: list[Any] = []
+        self.processes: list[BaseProcess] = []
 
     def again(self) -> None:
         """Repeat a signal for a process that could not hear it yet."""
         if self.asked:
             self._send()
 
-    def to(self, processes: list[Any]) -> None:
+    def to(self, processes: list[BaseProcess]) -> None:
         """From now on signals go to `processes`."""
         self.processes = processes
         self.again()
 
-    def hear(self, number: int, frame: Any) -> None:
+    def hear(self, number: int, frame: FrameType | None) -> None:
         """Pass a signal to this process on to the processes that it started."""
         self.asked = True
         self._send()
@@ -131,7 +137,7 @@ class _Passing:
     def _send(self) -> None:
         for process in self.processes:
             if process.is_alive():
-                os.kill(process.pid, signal.SIGTERM)
+                process.terminate()
 
 
 @contextmanager
@@ -142,7 +148,7 @@ def _passing_signals() -> Iterator[_Passing]:
         yield passing
 
 
-def _process_main(rank: int, world_info: _World, function: Callable[..., int], args: tuple[Any, ...]) -> None:
+def _process_main(rank: int, world_info: _World, function: Callable[..., int], args: tuple[object, ...]) -> None:
     """Main function of a started process: join the world, run, and report how it ended."""
     from flm_megatron.config.schema import DistributedConfig
     from flm_megatron.distributed.world import world
@@ -162,7 +168,7 @@ def _process_main(rank: int, world_info: _World, function: Callable[..., int], a
             os._exit(STOPPED)
 
 
-def _in_world(folder: Path, rank: int, function: Callable[..., int], args: tuple[Any, ...]) -> int:
+def _in_world(folder: Path, rank: int, function: Callable[..., int], args: tuple[object, ...]) -> int:
     """The status of `function(*args)`; if it fails, report the error and end the process."""
     try:
         return function(*args)
@@ -207,7 +213,7 @@ def _leave_error(folder: Path, rank: int, error: BaseException) -> None:
         pass
 
 
-def _first_error(folder: Path, error: Any) -> FlmError:
+def _first_error(folder: Path, error: ProcessException) -> FlmError:
     """The error to show: of a rank killed by a signal, or of the first rank that reported one."""
     killed = getattr(error, "signal_name", None)
     if killed is not None:

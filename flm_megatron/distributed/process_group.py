@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -18,10 +18,12 @@ joined = False
 
 
 @contextmanager
-def process_group(backend: str, **place: Any) -> Iterator[None]:
+def process_group(
+    backend: str, rank: int, world_size: int, timeout: timedelta | None = None, init_method: str | None = None
+) -> Iterator[None]:
     """The world, made by torch's `init_process_group` with these arguments and destroyed when the block ends."""
     global joined
-    dist.init_process_group(backend, **place)
+    dist.init_process_group(backend, init_method, timeout, world_size, rank)
     joined = True
     try:
         yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -28,14 +28,14 @@ class Processes:
         If it fails on any rank it fails on all: on the failing rank with its own error, elsewhere with the same kind of
         error and the rank's number.
         """
-        result: Any = None
+        results: list[T] = []
         error: Exception | None = None
         try:
-            result = work()
+            results = [work()]
         except Exception as caught:
             error = caught
         try:
-            outcomes = self._gather((result, None if error is None else describe(error)))
+            outcomes = self._gather((results, None if error is None else describe(error)))
         except FlmError as lost:  # only rank 0 finds out who did not answer
             self._broadcast([(0, describe(lost))])
             raise error or lost from None
@@ -46,26 +46,26 @@ class Processes:
         if failures:
             rank, failure = failures[0]
             raise _error_of(rank, *failure)
-        return [result for result, _ in outcomes] if outcomes else [result] * self.size
+        return [result for its, _ in outcomes for result in its] if outcomes else results * self.size
 
     def on_first(self, work: Callable[[], T]) -> T:
         """Do `work` on rank 0; all ranks get its result or its error."""
-        outcome: tuple[Any, tuple[str, str] | None] = (None, None)
+        outcome: tuple[list[T], tuple[str, str] | None] = ([], None)
         if self.rank == 0:
             try:
-                outcome = (work(), None)
+                outcome = ([work()], None)
             except Exception as error:
-                self._broadcast((None, describe(error)))
+                self._broadcast(([], describe(error)))
                 raise
-        result, failure = self._broadcast(outcome)
+        results, failure = self._broadcast(outcome)
         if failure is not None:
             raise _error_of(0, *failure)
-        return result
+        return results[0]
 
-    def _gather(self, value: Any) -> list[Any]:
+    def _gather(self, value: T) -> list[T]:
         return [value] if self._channel is None or self.size == 1 else self._channel.gather(value)
 
-    def _broadcast(self, value: Any) -> Any:
+    def _broadcast(self, value: T) -> T:
         return value if self._channel is None or self.size == 1 else self._channel.broadcast(value)
 
 

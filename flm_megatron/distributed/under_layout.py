@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
 
 from flm_megatron.config.schema import DistributedConfig, ParallelConfig
 from flm_megatron.errors import RequestError
@@ -16,7 +15,7 @@ PATIENT_S = 86400
 def run_under(
     parallel: ParallelConfig,
     function: Callable[..., int],
-    *args: Any,
+    *args: object,
     timeout_s: int = PATIENT_S,
     in_fresh_processes: bool = False,
 ) -> int:
@@ -41,7 +40,7 @@ def run_under(
         return _in_groups(parallel, timeout_s, function, args)
 
 
-def _in_groups(parallel: ParallelConfig, timeout_s: int, function: Callable[..., int], args: tuple[Any, ...]) -> int:
+def _in_groups(parallel: ParallelConfig, timeout_s: int, function: Callable[..., int], args: tuple[object, ...]) -> int:
     """In a world: call `function(*args)` inside the groups of `parallel`."""
     from flm_megatron.distributed.world import layout
 

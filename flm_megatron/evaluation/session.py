@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from flm_megatron.config.schema import ParallelConfig
+from flm_megatron.distributed.channels import broadcast, gathered
 from flm_megatron.engine import parallel_state
 from flm_megatron.evaluation.evaluated import EvaluatedCheckpoint
 from flm_megatron.evaluation.generation.generate import Completion, GenerationRequest, OnText, generate
@@ -40,26 +41,24 @@ class Session:
 
     def serve(self) -> None:
         """Answer rank 0 until it closes the session."""
-        while (requests := self._shared(None)) is not None:
+        while (requests := self._asked()) is not None:
             self._answer(requests, None)
 
     def close(self) -> None:
         """Let the other ranks return from `serve`."""
-        self._shared(None)
+        broadcast(None)
 
     def _ask(self, requests: list[Any], on_text: OnText | None) -> list[Any]:
         assert dist.get_rank() == 0
         if not requests:
             return []
-        results = self._answer(self._shared(requests), on_text)
+        results = self._answer(broadcast(requests), on_text)
         by_index = {result.index: result for result in results}
         return [by_index[request.index] for request in requests]
 
-    def _shared(self, requests: list[Any] | None) -> Any:
-        """Rank 0's value, on every rank."""
-        holder = [requests]
-        dist.broadcast_object_list(holder, src=0)
-        return holder[0]
+    def _asked(self) -> list[Any] | None:
+        """What rank 0 asks for; none once it has closed the session."""
+        return broadcast(None)
 
     def _answer(self, requests: Sequence[Any], on_text: OnText | None) -> list[Any]:
         """Do this replica's shard of the batches; returns the results of all."""
@@ -70,9 +69,7 @@ class Session:
         mine: list[Any] = []
         for batch in batches[rank::size]:
             mine += self._run(batch, on_text)
-        shards: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(shards, mine if is_output_rank() else [])
-        return [result for shard in shards for result in shard]
+        return [result for shard in gathered(mine if is_output_rank() else []) for result in shard]
 
     def _run(self, batch: Sequence[Any], on_text: OnText | None) -> list[Any]:
         if isinstance(batch[0], GenerationRequest):

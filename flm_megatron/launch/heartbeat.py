@@ -23,6 +23,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from flm_megatron.distributed.channels import broadcast
 from flm_megatron.distributed.error_file import write_error_file
 from flm_megatron.distributed.signals import told_to_stop
 from flm_megatron.launch.neighbour import Neighbour
@@ -41,9 +42,8 @@ LOST = "lost"
 @contextmanager
 def heartbeat(timeout_s: float) -> Iterator[None]:
     """During the block a lost rank or a lost store ends this process. Needs the world of `env://`."""
-    agreed = [os.urandom(8).hex()]
-    dist.broadcast_object_list(agreed)  # the launcher's store may hold the beats of an earlier start
-    beats = Heartbeat(f"heartbeat/{agreed[0]}", dist.get_rank(), dist.get_world_size(), timeout_s)
+    agreed = broadcast(os.urandom(8).hex())  # the launcher's store may hold the beats of an earlier start
+    beats = Heartbeat(f"heartbeat/{agreed}", dist.get_rank(), dist.get_world_size(), timeout_s)
     beats.start()
     dist.barrier()  # all have beaten once
     in_order = False

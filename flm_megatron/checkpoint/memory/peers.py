@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -20,6 +20,7 @@ from flm_megatron.checkpoint.memory.generations import Found, found, neighbour, 
 from flm_megatron.checkpoint.memory.reader import Held, MemoryCheckpoint
 from flm_megatron.checkpoint.memory.starting import agent_name, start_agent
 from flm_megatron.distributed.addresses import own_address
+from flm_megatron.distributed.channels import broadcast, gathered
 from flm_megatron.distributed.processes import describe
 from flm_megatron.errors import ERRORS, DamagedError, FlmError, RequestError
 
@@ -29,6 +30,8 @@ FREE = 0.1
 ASKED_AT_ONCE = 32
 START_S = 10.0
 CONTROL_GROUP = Path("/sys/fs/cgroup")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Peers:
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        places = _gathered((socket.gethostname(), os.getppid()))
+        places = gathered((socket.gethostname(), os.getppid()))
         names = list(dict.fromkeys(name for name, _ in places))
         self.hosts = [names.index(name) for name, _ in places]
         self.host = self.hosts[self.rank]
@@ -75,9 +78,8 @@ class Peers:
 
         Only rank 0's `wanted` counts.
         """
-        agreed: list[Any] = [self._search(wanted) if self.rank == 0 else None]
-        dist.broadcast_object_list(agreed)
-        result: Search = agreed[0]
+        result = broadcast(self._search(wanted) if self.rank == 0 else None)
+        assert result is not None
         if result.generation is None:
             return result, None
         return result, MemoryCheckpoint(result.generation, result.blobs, self.endpoints, self.local, self.host)
@@ -90,7 +92,7 @@ class Peers:
             RequestError: (on all ranks) that is beyond the budget, or beyond what a host has free.
         """
         held = self.local.ask("list")["held"] if self.leads else 0
-        offers = _gathered((nbytes, available_bytes() + held if self.leads else 0))
+        offers = gathered((nbytes, available_bytes() + held if self.leads else 0))
         kept = required([size for size, _ in offers], self.hosts)
         for host, sizes in enumerate(kept):
             free = offers[self.hosts.index(host)][1]
@@ -190,24 +192,18 @@ def _check_budget(host: str, needed: int, free: int, budget_gib: float | None) -
         raise RequestError(f"{values}, which has {free / GIB:.3g} GiB free: leave checkpoint.memory out")
 
 
-def _gathered(value: Any) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _together(work: Callable[[], Any]) -> list[Any]:
+def _together(work: Callable[[], T]) -> list[T]:
     """The results of `work` on all ranks. If it fails on any it fails on all, with the same kind of error."""
     try:
-        outcome: tuple[Any, tuple[str, str] | None] = (work(), None)
+        outcome: tuple[list[T], tuple[str, str] | None] = ([work()], None)
     except (FlmError, OSError) as error:
-        outcome = (None, describe(error))
-    outcomes = _gathered((socket.gethostname(), *outcome))
+        outcome = ([], describe(error))
+    outcomes = gathered((socket.gethostname(), *outcome))
     for host, _, failure in outcomes:
         if failure is not None:
             kind, message = failure
             raise ERRORS.get(kind, FlmError)(f"checkpoint.memory: host {host}: {message}")
-    return [value for _, value, _ in outcomes]
+    return [value for _, values, _ in outcomes for value in values]
 
 
 def available_bytes(group: Path = CONTROL_GROUP) -> int:

@@ -23,6 +23,7 @@ from flm_megatron.checkpoint.position import StagePosition, recorded_position
 from flm_megatron.checkpoint.sharding.model_state import stored_state
 from flm_megatron.checkpoint.sharding.snapshot import HostBuffer, placed, snapshot
 from flm_megatron.device import current
+from flm_megatron.distributed.channels import gathered
 from flm_megatron.errors import FlmError
 
 WHOLE = "whole"
@@ -83,9 +84,7 @@ class Refresher:
             return "busy"
         if not failed:
             return WHOLE
-        reasons: list[Any] = [None] * self.peers.size
-        dist.all_gather_object(reasons, own)
-        rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason != WHOLE)
+        rank, reason = next((rank, reason) for rank, reason in enumerate(gathered(own)) if reason != WHOLE)
         return f"rank {rank}: {reason}"
 
     def _own(self) -> str:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from flm_megatron.device import current
+from flm_megatron.distributed.channels import gathered
 from flm_megatron.distributed.processes import describe
 from flm_megatron.errors import ERRORS, DamagedError, FlmError
 
@@ -63,11 +63,9 @@ def _read_agreed(region: RegionToFill | None, group: dist.ProcessGroup) -> torch
 def _raise_together(error: Exception | None, group: dist.ProcessGroup) -> None:
     """Raise this rank's error, or what failed on another, of the same kind."""
     mine = None if error is None else (*describe(error), getattr(error, "checkpoint", None))
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group)
     if error is not None:
         raise error
-    kind, message, checkpoint = next(failure for failure in everyone if failure is not None)
+    kind, message, checkpoint = next(failure for failure in gathered(mine, group) if failure is not None)
     if kind == DamagedError.__name__:
         raise DamagedError(message, checkpoint)
     raise ERRORS.get(kind, FlmError)(message)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from flm_megatron.checkpoint.sharding.placement import Placement, placements
 from flm_megatron.device import current
+from flm_megatron.distributed.channels import gathered
 from flm_megatron.engine.data_parallel import finish_gathering
 from flm_megatron.engine.types import ReplicatedChunk
 from flm_megatron.errors import FlmError
@@ -88,8 +89,7 @@ def _gathered(sums: dict[int, int]) -> list[dict[int, int]]:
 
 def _difference(mismatched: dict[int, int], mine: Placement | None, step: int, equal_step: int) -> str:
     """The error message, once all ranks know which of them are mismatched; `mine` is this rank's region, if any."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (socket.gethostname(), _label(mine) if mine else None))
+    everyone = gathered((socket.gethostname(), _label(mine) if mine else None))
     first, where = next((rank, everyone[rank][1]) for rank in mismatched)
     ranks = ", ".join(f"rank {rank} on {everyone[rank][0]}" for rank in mismatched)
     return (
