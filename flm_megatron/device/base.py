@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import mmap
@@ -41,7 +41,7 @@ class Device(ABC):
         """Make the process ready for this device, before megatron-core is imported; may be called repeatedly."""
 
     @abstractmethod
-    def engine_options(self) -> dict[str, Any]:
+    def engine_options(self) -> dict[str, object]:
         """Fields of megatron-core's TransformerConfig that this device needs."""
 
     @abstractmethod

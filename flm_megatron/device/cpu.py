@@ -10,7 +10,6 @@ import resource
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -39,7 +38,7 @@ class CpuDevice(Device):
         """Answer the engine's requests for CUDA with the CPU."""
         _install_adapter()
 
-    def engine_options(self) -> dict[str, Any]:
+    def engine_options(self) -> dict[str, object]:
         """No fusions (they are CUDA's), and pipeline outputs kept.
 
         With gloo a send still reads its tensor after the call has returned, so freeing the storage of a pipeline

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import ParamSpec
 
 import torch
 from torch.utils._device import _device_constructors
@@ -21,6 +21,8 @@ FACTORIES = (
     *("arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace", "ones"),
     *("ones_like", "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "tensor", "zeros", "zeros_like"),
 )
+
+Arguments = ParamSpec("Arguments")
 
 
 def install() -> None:
@@ -36,13 +38,13 @@ def install() -> None:
     cpu_streams.install()
 
 
-def _names_cuda(device: Any) -> bool:
-    return device is not None and not isinstance(device, int) and torch.device(device).type == "cuda"
+def _names_cuda(device: object) -> bool:
+    return isinstance(device, str | torch.device) and torch.device(device).type == "cuda"
 
 
-def _made_on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _made_on_cpu(factory: Callable[Arguments, torch.Tensor]) -> Callable[Arguments, torch.Tensor]:
     @wraps(factory)
-    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def make(*args: Arguments.args, **kwargs: Arguments.kwargs) -> torch.Tensor:
         """The factory, with a request for CUDA turned to the CPU."""
         if _names_cuda(kwargs.get("device")):
             kwargs["device"] = "cpu"
@@ -52,14 +54,14 @@ def _made_on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
 
 
 def _answer_tensor_methods() -> None:
-    plain_type = torch.Tensor.type
+    plain_type: Callable[..., torch.Tensor | str] = torch.Tensor.type
 
-    def type_of(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def type_of(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor | str:
         """The optimizers accept parameters of the types `torch.cuda.…Tensor` only."""
         answer = plain_type(tensor, *args, **kwargs)
         return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
-    def stay(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def stay(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """A tensor on the CPU is where it has to be."""
         return tensor
 
@@ -69,20 +71,20 @@ def _answer_tensor_methods() -> None:
 
 def _answer_cuda_module() -> None:
     # One function for each name: torch's compiler keeps a table of them and refuses one under two names.
-    def set_device(device: Any) -> None:
+    def set_device(device: object) -> None:
         """There is only one CPU."""
 
-    def synchronize(device: Any = None) -> None:
+    def synchronize(device: object = None) -> None:
         """No queue to wait for."""
 
     def empty_cache() -> None:
         """No cache to empty."""
 
-    def get_rng_state(device: Any = None) -> torch.Tensor:
+    def get_rng_state(device: object = None) -> torch.Tensor:
         """State of the CPU's generator."""
         return torch.get_rng_state()
 
-    def set_rng_state(new_state: torch.Tensor, device: Any = None) -> None:
+    def set_rng_state(new_state: torch.Tensor, device: object = None) -> None:
         """Set the CPU's generator."""
         torch.set_rng_state(new_state)
 
@@ -90,7 +92,7 @@ def _answer_cuda_module() -> None:
         """Seed the CPU's generator."""
         torch.manual_seed(seed)
 
-    def current_device() -> Any:
+    def current_device() -> torch.device:
         """The CPU."""
         return torch.device("cpu")
 

@@ -7,18 +7,19 @@ pass over all of them each (benchmarks/throughput/profile.md).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 Group = dist.ProcessGroup | None
+Collective = Callable[..., object]
+"""Returns a handle where it was asked to run beside others."""
 
 
 class Done:
     """The handle of a collective that is complete."""
 
-    def wait(self, timeout: Any = None) -> bool:
+    def wait(self, timeout: object = None) -> bool:
         """Returns at once: there was nothing to wait for."""
         return True
 
@@ -34,8 +35,10 @@ def install() -> None:
     dist.all_gather_into_tensor = _all_gather(dist.all_gather_into_tensor)
 
 
-def _all_reduce(collective: Callable[..., Any]) -> Callable[..., Any]:
-    def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Group = None, async_op: bool = False) -> Any:
+def _all_reduce(collective: Collective) -> Collective:
+    def all_reduce(
+        tensor: Tensor, op: object = dist.ReduceOp.SUM, group: Group = None, async_op: bool = False
+    ) -> object:
         """Like torch's, but a single rank's tensor is already the sum."""
         if dist.get_world_size(group) == 1:
             return Done() if async_op else None
@@ -44,10 +47,10 @@ def _all_reduce(collective: Callable[..., Any]) -> Callable[..., Any]:
     return all_reduce
 
 
-def _reduce_scatter(collective: Callable[..., Any]) -> Callable[..., Any]:
+def _reduce_scatter(collective: Collective) -> Collective:
     def reduce_scatter_tensor(
-        output: Tensor, input: Tensor, op: Any = dist.ReduceOp.SUM, group: Group = None, async_op: bool = False
-    ) -> Any:
+        output: Tensor, input: Tensor, op: object = dist.ReduceOp.SUM, group: Group = None, async_op: bool = False
+    ) -> object:
         """Like torch's, but a single rank's tensor is already the sum."""
         if dist.get_world_size(group) == 1:
             return _given(output, input, async_op)
@@ -56,10 +59,10 @@ def _reduce_scatter(collective: Callable[..., Any]) -> Callable[..., Any]:
     return reduce_scatter_tensor
 
 
-def _all_gather(collective: Callable[..., Any]) -> Callable[..., Any]:
+def _all_gather(collective: Collective) -> Collective:
     def all_gather_into_tensor(
         output_tensor: Tensor, input_tensor: Tensor, group: Group = None, async_op: bool = False
-    ) -> Any:
+    ) -> object:
         """Like torch's, but a single rank's tensor is already gathered."""
         if dist.get_world_size(group) == 1:
             return _given(output_tensor, input_tensor, async_op)

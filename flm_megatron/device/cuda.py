@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-from typing import Any
 
 import torch
 
@@ -35,7 +34,7 @@ class CudaDevice(Device):
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(self.torch_device)
 
-    def engine_options(self) -> dict[str, Any]:
+    def engine_options(self) -> dict[str, object]:
         """Fusions that need no more than torch."""
         return {
             "use_cpu_initialization": False,

@@ -7,13 +7,13 @@ functions with these arguments, and Triton or a library is imported only where i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
 from flm_megatron.kernels import backends
 
-Functions = TypeVar("Functions")
+Functions = TypeVar("Functions", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Implementation(Generic[Functions]):
     """Whether it computes the bare operation alone. `auto` then runs the next one where more is asked for in a call."""
 
 
-ENGINE_CALLS_IT: Implementation[Any] = Implementation(None)
+ENGINE_CALLS_IT: Implementation[NoReturn] = Implementation(None)
 """The row of an implementation that megatron-core finds and calls by itself."""
 
 
@@ -37,7 +37,7 @@ class Operation(Generic[Functions]):
     """A fused operation: its name in a run file's `kernels`, and its implementations by backend, best first."""
 
     name: str
-    implementations: dict[str, Implementation[Functions]]
+    implementations: Mapping[str, Implementation[Functions]]
 
     def __post_init__(self) -> None:
         OPERATIONS[self.name] = self
@@ -53,5 +53,5 @@ class Operation(Generic[Functions]):
         return load()
 
 
-OPERATIONS: dict[str, Operation[Any]] = {}
+OPERATIONS: dict[str, Operation[object]] = {}
 """Every operation by its name. They enter themselves, and `kernels/__init__.py` imports them all."""

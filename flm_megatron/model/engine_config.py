@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,11 +66,12 @@ def transformer_config(stage: StageConfig) -> EngineConfig:
         **current().engine_options(),
     }
     # The engine fuses bias and activation for the gated form exactly, but for GELU only as its tanh approximation.
-    options["bias_activation_fusion"] &= stage.model.gated
-    return EngineConfig(**options)
+    options["bias_activation_fusion"] = options["bias_activation_fusion"] and stage.model.gated
+    build: Callable[..., EngineConfig] = EngineConfig  # the engine's fields have no types
+    return build(**options)
 
 
-def _shape(model: ModelConfig) -> dict[str, Any]:
+def _shape(model: ModelConfig) -> dict[str, object]:
     activation: Callable[..., torch.Tensor] = F.silu if model.gated else F.gelu
     return {
         "num_layers": model.num_layers,
@@ -93,7 +93,7 @@ def _shape(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _layout(num_layers: int, parallel: ParallelConfig) -> dict[str, Any]:
+def _layout(num_layers: int, parallel: ParallelConfig) -> dict[str, object]:
     chunks = [["decoder"] * count for count in pipeline_split(num_layers, parallel)]
     chunks[0].insert(0, "embedding")
     chunks[-1].append("loss")
@@ -110,7 +110,7 @@ def _layout(num_layers: int, parallel: ParallelConfig) -> dict[str, Any]:
     }
 
 
-def _precision(stage: StageConfig) -> dict[str, Any]:
+def _precision(stage: StageConfig) -> dict[str, object]:
     dtype = DTYPES[stage.precision]
     return {
         "params_dtype": dtype,
@@ -121,7 +121,7 @@ def _precision(stage: StageConfig) -> dict[str, Any]:
     }
 
 
-def _recomputation(stage: StageConfig) -> dict[str, Any]:
+def _recomputation(stage: StageConfig) -> dict[str, object]:
     if stage.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if stage.recompute == "selective" and stage.transformer_engine:

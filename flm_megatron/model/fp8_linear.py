@@ -8,7 +8,7 @@ layout changes no scale; with `rowwise` scaling each shard of a split row has it
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,7 @@ class _Fp8Products:
 
     scaling: fp8.Scaling
     column: bool
-    tp_group: Any
+    tp_group: dist.ProcessGroup
 
     def _forward_impl(
         self,
@@ -43,7 +43,7 @@ class _Fp8Products:
         bias: Tensor | None,
         allreduce_dgrad: bool,
         sequence_parallel: bool,
-        **_: Any,
+        **_: object,
     ) -> Tensor:
         """input weight^T + bias [sequence, batch, output shard], with the signature of the engine's functions."""
         how = _How(self.scaling, self.column, self.tp_group, sequence_parallel, allreduce_dgrad)
@@ -58,7 +58,7 @@ class _How:
 
     scaling: fp8.Scaling
     column: bool
-    group: Any
+    group: dist.ProcessGroup
     gather: bool
     reduce: bool
 
@@ -129,13 +129,13 @@ class _Fp8Linear(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-def _gather(x: Tensor, group: Any, wait: bool = True) -> tuple[Tensor, Any]:
+def _gather(x: Tensor, group: dist.ProcessGroup, wait: bool = True) -> tuple[Tensor, dist.Work | None]:
     """All shards of a sequence [sequence shard, batch, channels], and the handle to wait on if not `wait`."""
     whole = torch.empty(x.size(0) * group.size(), *x.shape[1:], dtype=x.dtype, device=x.device)
     return whole, dist.all_gather_into_tensor(whole, x.contiguous(), group=group, async_op=not wait)
 
 
-def _reduce(grad: Tensor, x: Tensor, how: _How) -> tuple[Tensor, Any]:
+def _reduce(grad: Tensor, x: Tensor, how: _How) -> tuple[Tensor, dist.Work | None]:
     """The gradient summed over ranks, in the shape of `x`, with the handle to wait on; unchanged if there is no sum."""
     if how.gather:
         shard = torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from flm_megatron import kernels
 from flm_megatron.engine.tensor_parallel import CheckpointWithoutOutput, checkpoint
 from flm_megatron.engine.transformer import MLP, TransformerLayer
 from flm_megatron.model.norms import RMSNorm
+
+AddFunction = Callable[[bool, bool], Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]]
+"""The engine's bias, dropout and add: of `training` and `fused`, then of output and bias, residual and probability."""
 
 
 class TeleFLMLayer(TransformerLayer):
@@ -27,8 +30,8 @@ class TeleFLMLayer(TransformerLayer):
         attention_mask: Tensor | None = None,
         context: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
-        packed_seq_params: Any = None,
-        **unused: Any,
+        packed_seq_params: object = None,
+        **unused: object,
     ) -> tuple[Tensor, Tensor | None]:
         """Output [sequence, batch, hidden] of the layer, and `context` unchanged."""
         recompute = self.config.recompute_norms_and_mlp and self.training and torch.is_grad_enabled()
@@ -47,7 +50,7 @@ class TeleFLMLayer(TransformerLayer):
         recompute: bool,
         attention_mask: Tensor | None,
         rotary_pos_emb: Tensor | None,
-        packed_seq_params: Any,
+        packed_seq_params: object,
     ) -> tuple[Tensor, Tensor | None]:
         # `fp8=None`: with the engine's default it calls Transformer Engine, installed or not.
         norm = CheckpointWithoutOutput(fp8=None) if recompute else None
@@ -67,7 +70,7 @@ class TeleFLMLayer(TransformerLayer):
         # of the graph, and its backward pass would not end.
         return self._add(self.mlp_bda, self.mlp(self.pre_mlp_layernorm(hidden_states)), hidden_states)
 
-    def _add(self, bias_dropout_add: Any, output: tuple[Tensor, Tensor | None], residual: Tensor) -> Tensor:
+    def _add(self, bias_dropout_add: AddFunction, output: tuple[Tensor, Tensor | None], residual: Tensor) -> Tensor:
         return bias_dropout_add(self.training, self.config.bias_dropout_fusion)(output, residual, self.hidden_dropout)
 
 
@@ -75,7 +78,7 @@ class GatedMLP(MLP):
     """linear_fc2(silu(gate) * up); gate and up are the two halves of linear_fc1's output."""
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **unused: Any
+        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **unused: object
     ) -> tuple[Tensor, Tensor | None]:
         """Output [sequence, batch, hidden], and linear_fc2's bias, which is not added yet."""
         assert per_token_scale is None, "there are no experts"

@@ -6,8 +6,8 @@ Communication is of the width of the rank of B A, not of the layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,13 @@ from flm_megatron.engine.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from flm_megatron.model.engine_config import EngineConfig
 from flm_megatron.model.parameters import ParameterSpec
 from flm_megatron.model.parameters.names import logical_name
+
+ParallelLinear: TypeAlias = ColumnParallelLinear | RowParallelLinear
+Offsets = Iterable[tuple[int, int, int]]
+"""Of axes that are put before a parameter's own: the axis, which of its fragments, of how many."""
 
 
 def linear(base: type, target: str, lora: LoraConfig | None) -> type:
@@ -42,11 +47,11 @@ class AdaptedColumnParallelLinear(ColumnParallelLinear):
 
     gated = False
 
-    def __init__(self, *args: Any, config: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, config: EngineConfig, **kwargs: object) -> None:
         super().__init__(*args, config=config, **kwargs)
         self.scale = _add_factors(self, config, split_a=False)
 
-    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(self, input_: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
         """Output [sequence, batch, output shard], and the bias if it is not added."""
         output, bias = super().forward(input_, *args, **kwargs)
         inner = F.linear(input_, self.lora_a)
@@ -57,7 +62,9 @@ class AdaptedColumnParallelLinear(ColumnParallelLinear):
         )
         return output + self.scale * F.linear(inner, self.lora_b), bias
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+    def sharded_state_dict(
+        self, prefix: str, sharded_offsets: Offsets, metadata: Mapping[str, object]
+    ) -> dict[str, object]:
         """Where the parameters lie in the logical tensors."""
         sharded = _sharded(self, prefix, {"weight": 0, "bias": 0, "lora_b": 0}, sharded_offsets, metadata)
         if self.gated and self.config.gated_linear_unit:
@@ -70,7 +77,7 @@ class AdaptedRowParallelLinear(RowParallelLinear):
 
     gated = False
 
-    def __init__(self, *args: Any, config: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, config: EngineConfig, **kwargs: object) -> None:
         super().__init__(*args, config=config, **kwargs)
         self.scale = _add_factors(self, config, split_a=True)
 
@@ -85,26 +92,31 @@ class AdaptedRowParallelLinear(RowParallelLinear):
         )
         return output + self.scale * F.linear(inner, self.lora_b), bias
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+    def sharded_state_dict(
+        self, prefix: str, sharded_offsets: Offsets, metadata: Mapping[str, object]
+    ) -> dict[str, object]:
         """Where the parameters lie in the logical tensors."""
         return _sharded(self, prefix, {"weight": 1, "lora_a": 1}, sharded_offsets, metadata)
 
 
-def _add_factors(layer: Any, config: Any, split_a: bool) -> float:
+def _add_factors(layer: ParallelLinear, config: EngineConfig, split_a: bool) -> float:
     """Give a layer its two factors; returns alpha / rank."""
-    rank = config.lora.rank
+    lora = config.lora
+    assert lora is not None, "adapters are built where they are configured"
     rows, columns = layer.weight.shape
-    for name, shape, axis in (("lora_a", (rank, columns), 1), ("lora_b", (rows, rank), 0)):
+    for name, shape, axis in (("lora_a", (lora.rank, columns), 1), ("lora_b", (rows, lora.rank), 0)):
         factor = nn.Parameter(torch.zeros(shape, dtype=layer.weight.dtype, device=layer.weight.device))
         split = split_a == (name == "lora_a")
         mark_split(factor, axis, split)
         # A factor that is not split sees only this rank's shard of the sequence.
         factor.sequence_parallel = config.sequence_parallel and not split  # type: ignore[attr-defined]
         setattr(layer, name, factor)
-    return config.lora.alpha / rank
+    return lora.alpha / lora.rank
 
 
-def _sharded(layer: Any, prefix: str, axes: dict[str, int], offsets: Any, metadata: Any) -> dict[str, Any]:
+def _sharded(
+    layer: ParallelLinear, prefix: str, axes: dict[str, int], offsets: Offsets, metadata: Mapping[str, object]
+) -> dict[str, object]:
     state = layer.state_dict(prefix="", keep_vars=True)
     groups = {"tp_group": layer.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
     return make_sharded_tensors_for_checkpoint(state, prefix, axes, offsets, **groups)

@@ -7,12 +7,12 @@ hidden on both sides, so at v = 0 they get no gradient: the first step trains ol
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from flm_megatron import kernels
 from flm_megatron.config.schema import ModelConfig
@@ -24,6 +24,8 @@ from flm_megatron.model.mask_plan import MaskPlan
 from flm_megatron.model.norms import LayerNorm, RMSNorm
 from flm_megatron.model.parameters import Axis, ParameterSpec, Unit, parameter_specs
 from flm_megatron.model.parameters.names import logical_name
+
+Output = Tensor | tuple[Tensor | None, ...]
 
 
 class Mask:
@@ -52,9 +54,9 @@ class GrowthMasks:
         RequestError: the norms are fused into linear layers (Transformer Engine's), where masks cannot reach.
     """
 
-    def __init__(self, chunks: list[Any], model: ModelConfig, plan: MaskPlan) -> None:
+    def __init__(self, chunks: Sequence[nn.Module], model: ModelConfig, plan: MaskPlan) -> None:
         self.model, self.plan, self.v = model, plan, 0.0
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         self._norms: list[nn.Module] = []
         self._masks: dict[Axis | str, Mask] = {}
         specs = parameter_specs(model)
@@ -124,7 +126,7 @@ class GrowthMasks:
     def _on_output(self, module: nn.Module, mask: Mask) -> None:
         """Mask a module's output, and the bias it may return beside it."""
 
-        def hook(_: nn.Module, args: Any, output: Any) -> Any:
+        def hook(_: nn.Module, args: object, output: Output) -> Output:
             """Mask what the module gave."""
             if isinstance(output, tuple):
                 return tuple(None if part is None else mask.hide(part) for part in output)
@@ -132,7 +134,9 @@ class GrowthMasks:
 
         self._handles.append(module.register_forward_hook(hook))
 
-    def _blend(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def _blend(
+        self, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: tuple[Tensor, Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
         """v Layer(h) + (1 - v) h."""
         hidden = args[0] if args else kwargs["hidden_states"]
         return torch.lerp(hidden, output[0], self.v), *output[1:]
@@ -181,7 +185,7 @@ class MaskedNorm:
     def __init__(self, norm: RMSNorm | LayerNorm, mask: Mask) -> None:
         self.norm, self.mask = norm, mask
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Any:
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Normalise x [sequence, batch, hidden]: x m rsqrt(sum((x m)^2) / sum(m) + eps) w m (LayerNorm: x - mean).
 
         RMSNorm takes a residual too, and returns the sum of both beside its norm.

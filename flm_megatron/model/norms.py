@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,7 +27,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = _parameter(hidden_size, config, 1.0)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Normalise x [sequence, batch, hidden]; with a residual, normalise their sum and return it too."""
         if residual is None:
             return kernels.rms_norm(x, self.weight, self.eps)

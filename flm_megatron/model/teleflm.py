@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -108,7 +107,7 @@ class TeleFLM(GPTModel):
             for holder in holders:
                 holder.cache = None
 
-    def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    def _preprocess(self, *args: object, **kwargs: object) -> tuple[object, ...]:
         embedded, rotary, *others = super()._preprocess(*args, **kwargs)
         if self.pre_process and self.config.lora is not None and torch.is_grad_enabled():
             embedded.requires_grad_()  # layers computed again in the backward pass need an input with a gradient
@@ -126,7 +125,7 @@ class TeleFLM(GPTModel):
         labels: Tensor | None = None,
         runtime_gather_output: bool | None = None,
         loss_mask: Tensor | None = None,
-        **unused: Any,
+        **unused: object,
     ) -> Tensor:
         if not self.post_process:
             return hidden_states

@@ -9,14 +9,15 @@ With this class in the fallback's place there is one code path on every device.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch.optim.adamw import adamw as functional_adamw
+from torch.optim.optimizer import ParamsT
 
 from flm_megatron import kernels
 from flm_megatron.engine.optimizer import install_fused_adam
+from flm_megatron.engine.types import ParameterGroup
 from flm_megatron.optim.step_offset import settling_steps, update_by_age
 
 FUSED_DEVICES = ("cpu", "cuda")
@@ -40,7 +41,7 @@ class AdamW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -79,7 +80,7 @@ class AdamW(torch.optim.Optimizer):
         self._factor = None
         return loss
 
-    def _by_device_and_dtype(self, group: dict[str, Any]) -> list[list[torch.Tensor]]:
+    def _by_device_and_dtype(self, group: ParameterGroup) -> list[list[torch.Tensor]]:
         """Parameters of `group` that have values and a gradient; one kernel call takes one device and dtype."""
         batches: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = defaultdict(list)
         for param in group["params"]:
@@ -87,7 +88,7 @@ class AdamW(torch.optim.Optimizer):
                 batches[param.device, param.dtype].append(param)
         return list(batches.values())
 
-    def _update_young(self, group: dict[str, Any]) -> None:
+    def _update_young(self, group: ParameterGroup) -> None:
         """Update parameters with entries so young that their step offset matters; drop the offsets of others."""
         for param in group["params"]:
             state = self.state.get(param, {})
@@ -100,7 +101,7 @@ class AdamW(torch.optim.Optimizer):
                 self._scale([param.grad])
                 update_by_age(param, self._state_of(param), group)
 
-    def _update(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
+    def _update(self, params: list[torch.Tensor], group: ParameterGroup) -> None:
         grads = [param.grad for param in params if param.grad is not None]
         states = [self._state_of(param) for param in params]
         moments = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]

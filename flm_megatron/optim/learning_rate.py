@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from flm_megatron.config.budget import StageBudget, schedule_start, schedule_tokens, stage_budgets, warmup_tokens
 from flm_megatron.config.schema import OptimizerConfig, RunConfig, ScheduleConfig, StageConfig
 from flm_megatron.model.parameters import parameter_specs
 from flm_megatron.optim.groups import DECAYED, Group, learning_rate_scales
+
+if TYPE_CHECKING:
+    from flm_megatron.engine.types import Optimizer
 
 
 def learning_rate(
@@ -96,7 +99,7 @@ def group_learning_rates(rate: float, stage: StageConfig) -> dict[Group, float]:
     return {group: rate * (peak / options.lr) * scales[group] for group, peak in peaks.items()}
 
 
-def set_learning_rates(optimizer: Any, stage: StageConfig, rate: float) -> dict[Group, float]:
+def set_learning_rates(optimizer: Optimizer, stage: StageConfig, rate: float) -> dict[Group, float]:
     """Write `lr`, `weight_decay`, `betas` and `eps` into every parameter group of a megatron-core optimizer.
 
     To be called before each step, with what `learning_rate` gives. All of these come from the run file at each

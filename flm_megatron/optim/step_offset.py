@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from flm_megatron.engine.types import ParameterGroup
 
 ROUNDING = 2.0**-25
 """1 - x rounds to 1 in fp32 for x up to this."""
@@ -27,7 +28,7 @@ def settling_steps(betas: tuple[float, float]) -> int:
 
 
 @torch.no_grad()
-def update_by_age(param: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> None:
+def update_by_age(param: Tensor, state: Mapping[str, Tensor], group: ParameterGroup) -> None:
     """One AdamW update of `param` by its gradient, in place.
 
     `state` has `exp_avg`, `exp_avg_sq` and `step_offset` (int32, Adam's step at which each entry was added), all
@@ -41,7 +42,7 @@ def update_by_age(param: Tensor, state: Mapping[str, Tensor], group: Mapping[str
         _update_chunk(chunks, group)
 
 
-def _update_chunk(chunk: tuple[Tensor, ...], group: Mapping[str, Any]) -> None:
+def _update_chunk(chunk: tuple[Tensor, ...], group: ParameterGroup) -> None:
     param, grad, exp_avg, exp_avg_sq, step_offset = chunk
     beta1, beta2 = group["betas"]
     gradient = grad.to(param.dtype)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,10 +23,10 @@ class CoreAttention(nn.Module):
         self,
         config: EngineConfig,
         layer_number: int,
-        attn_mask_type: Any,
+        attn_mask_type: object,
         attention_type: str,
         softmax_scale: float | None = None,
-        **unused: Any,
+        **unused: object,
     ) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
@@ -42,9 +40,9 @@ class CoreAttention(nn.Module):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None = None,
-        attn_mask_type: Any = None,
+        attn_mask_type: object = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: object = None,
     ) -> Tensor:
         """Attention output [sequence, batch, heads x channels].
 

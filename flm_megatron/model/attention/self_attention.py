@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 from torch import Tensor
 
@@ -23,8 +22,8 @@ class PackedSelfAttention(SelfAttention):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
-        packed_seq_params: Any = None,
-        **unused: Any,
+        packed_seq_params: object = None,
+        **unused: object,
     ) -> tuple[Tensor, Tensor | None]:
         """Output [sequence, batch, hidden] of the projection, and its bias, which is not added yet.
 

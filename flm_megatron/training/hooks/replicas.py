@@ -6,7 +6,7 @@ import hashlib
 import socket
 from collections import Counter
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist

@@ -72,7 +72,7 @@ def test_form_without_the_fused_kernel_agrees_with_it(monkeypatch: pytest.Monkey
 def test_empty_groups_and_zero_size_shards_count_steps() -> None:
     empty = torch.nn.Parameter(torch.zeros(0))
     weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = AdamW([{"params": []}, {"params": [empty]}, {"params": [weight]}], lr=0.1)
+    optimizer = AdamW([{"params": own} for own in ([], [empty], [weight])], lr=0.1)
     empty.grad, weight.grad = torch.zeros(0), torch.ones(3)
     optimizer.step()
     assert [g["step"] for g in optimizer.param_groups] == [1, 1, 1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -17,6 +17,7 @@ from flm_megatron.config.schema import (
     ScheduleConfig,
     StageConfig,
 )
+from flm_megatron.engine.types import Optimizer
 from flm_megatron.optim.groups import Group
 from flm_megatron.optim.learning_rate import group_learning_rates, learning_rate, set_learning_rates
 
@@ -167,7 +168,7 @@ def test_matrices_learn_at_their_own_peak_over_the_width_factor(matrix_lr: float
 
 def test_values_in_the_groups_are_replaced_at_every_step() -> None:
     optimizer, stage = _Optimizer(), _mup_stage(None)
-    returned = set_learning_rates(optimizer, stage, 1e-3)
+    returned = set_learning_rates(cast(Optimizer, optimizer), stage, 1e-3)
     assert [g["lr"] for g in optimizer.param_groups] == [returned[g] for g in GROUPS] == [2.5e-4, 1e-3, 1e-3]
     assert [g["max_lr"] for g in optimizer.param_groups] == [2.5e-4, 1e-3, 1e-3]
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0, 0.1]
