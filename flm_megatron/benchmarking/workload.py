@@ -74,7 +74,7 @@ def _layouts(base: ParallelConfig, size: int) -> Iterator[ParallelConfig]:
 
 
 def describe(parallel: ParallelConfig) -> str:
-    """A layout in words."""
+    """A layout as text."""
     chunks = f" ({parallel.virtual_pipeline} chunks)" if parallel.virtual_pipeline > 1 else ""
     sequence = " + sequence" if parallel.sequence else ""
     return f"tensor {parallel.tensor}{sequence} x pipeline {parallel.pipeline}{chunks} x data {parallel.data or 1}"

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what is asked for, write, and say what was written."""
+    """Measure what the options ask for, write the checkpoint, and print a summary; returns 0."""
     from flm_megatron.api.grow import grow
     from flm_megatron.checkpoint.run_file import open_run
     from flm_megatron.distributed.launched import is_first_process

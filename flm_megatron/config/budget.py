@@ -63,8 +63,8 @@ class StageBudget:
 def stage_budgets(run: RunConfig, history: Sequence[Segment] = ()) -> list[StageBudget]:
     """Budgets of all stages: tokens rounded up to whole steps, each stage starting at the sample after the last.
 
-    Stages that `history` has gone through are as it says; its last one goes on from its last segment to the run
-    file's tokens, and the stages after that are planned. Without a history all are.
+    Stages in `history` are as recorded; its last one continues from its last segment to the run file's tokens, and
+    later stages are planned. Without a history all are planned.
     """
     following = {before.stage: after for before, after in pairwise(history) if before.stage != after.stage}
     budgets: list[StageBudget] = []
@@ -79,7 +79,7 @@ def stage_budgets(run: RunConfig, history: Sequence[Segment] = ()) -> list[Stage
 
 
 def _steps(last: Segment, end: int) -> int:
-    """Steps of a stage whose last segment goes on to `end` tokens of the run, rounded up to whole ones."""
+    """Steps of a stage whose last segment lasts to `end` tokens of the run, rounded up."""
     return last.first_step + max(0, math.ceil((end - last.first_token) / last.step_tokens))
 
 

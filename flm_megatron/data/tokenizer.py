@@ -186,7 +186,7 @@ def _train(chunks: Iterator[str], vocab_size: int) -> bytes:
 
 
 def _unfit_vocabulary(error: str, vocab_size: int) -> str:
-    """What SentencePiece says of a vocabulary, without the lines of its source code."""
+    """SentencePiece's message about a vocabulary, without the lines of its source code."""
     most, least = re.search(r"value <= (\d+)", error), re.search(r"required_chars\. \d+ vs (\d+)", error)
     if most:
         return f"a vocabulary of {vocab_size} ids is too large for this text: give at most {most[1]}, or more text"

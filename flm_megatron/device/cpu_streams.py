@@ -1,4 +1,4 @@
-"""Streams and events of a CPU, which does its work in the order that it is asked for: there is nothing to wait for."""
+"""Streams and events for a CPU, which does all work in order: there is never anything to wait for."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Event:
     """A point in a stream, which has passed."""
 
     def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
-        """As torch.cuda.Event's; a time between two events is nobody's."""
+        """Like torch.cuda.Event's; times between events are not measured."""
 
     def record(self, stream: Stream | None = None) -> None:
-        """The point is now."""
+        """Mark the present."""
 
     def wait(self, stream: Stream | None = None) -> None:
         """Returns at once."""
@@ -32,7 +32,7 @@ class Stream:
     """The one queue of a CPU, which is always empty."""
 
     def __init__(self, device: object = None, priority: int = 0) -> None:
-        """As torch.cuda.Stream's."""
+        """Like torch.cuda.Stream's."""
 
     def wait_event(self, event: Event) -> None:
         """Returns at once."""
@@ -67,11 +67,11 @@ def default_stream(device: object = None) -> Stream:
 
 @contextmanager
 def stream(stream: Stream | None) -> Iterator[None]:
-    """Runs its block, in whatever stream."""
+    """Run the block, whatever the stream."""
     yield
 
 
 def install() -> None:
-    """Put them in the places of CUDA's."""
+    """Install them in place of CUDA's."""
     for answer in (Event, Stream, current_stream, default_stream, stream):
         setattr(torch.cuda, answer.__name__, answer)

@@ -104,5 +104,5 @@ class Layouts:
 
 
 def is_main_rank() -> bool:
-    """Whether this rank speaks for the run."""
+    """Whether this is the rank that logs and prints for the run."""
     return dist.get_rank() == 0

@@ -81,7 +81,7 @@ class GoodputPlan:
         return max(1, round(self.reliability.best_interval_s / self.step_s))
 
     def goodput(self, steps: int | None) -> float:
-        """Goodput with a save every so many steps; with none, only one at the end of the stage."""
+        """Goodput with a save every `steps` steps; with none, only at the end of the stage."""
         return self.reliability.goodput(self.train_s if steps is None else min(steps * self.step_s, self.train_s))
 
     def saved_gpu_hours(self, **change: float) -> float:

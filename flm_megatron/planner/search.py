@@ -115,7 +115,7 @@ def _needed_gib(work: Workload, machine: Machine) -> float:
 
 
 def describe(work: Workload) -> str:
-    """A layout in words."""
+    """A layout as text."""
     parallel = work.parallel
     virtual = f" x {parallel.virtual_pipeline} chunks" if parallel.virtual_pipeline > 1 else ""
     return (

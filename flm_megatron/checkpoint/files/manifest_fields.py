@@ -1,4 +1,4 @@
-"""What the fields of a `manifest.json` have to be, so that whoever reads one finds what it takes it for.
+"""The types of the fields in a `manifest.json`, so that its readers can rely on them.
 
 The checksum in a manifest shows that it was not changed by accident. It does not show that this program wrote it.
 """

@@ -21,9 +21,9 @@ DENSE = 4
 
 @dataclass(frozen=True)
 class StoredArray:
-    """Where an array lies: `shape` values of `dtype` from byte `offset` of `path` on.
+    """The location of an array: `shape` values of `dtype` from byte `offset` of `path` on.
 
-    With `checked`, what is read of it is held against the checksums of the file's blocks, or against its own.
+    With `checked`, whatever is read is checked against the checksums of the file's blocks, or its own.
     """
 
     path: Path

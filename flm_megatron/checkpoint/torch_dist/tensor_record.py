@@ -52,11 +52,9 @@ def locate(
 ) -> tuple[StoredArray, StoredTensor]:
     """The flat storage of the record at `offset` of `length` bytes, and the tensor's place in it.
 
-    With `checked`, the checksums of the file's blocks, what is read is held against them, now and later; without
-    them the values are held against the record's own checksum when some are asked for.
-
-    Raises DamagedError when the file is missing, truncated, changed, or holds something else there; RequestError when
-    its disk does not answer.
+    With `checked`, the checksums of the file's blocks, everything read is checked against them; without them the values
+    are checked against the record's own checksum when they are first read. Raises DamagedError when the file is
+    missing, truncated, changed, or holds something else there; RequestError when its disk does not answer.
     """
     try:
         with path.open("rb", buffering=0) as file, zipfile.ZipFile(_Window(file, offset, length, checked)) as archive:

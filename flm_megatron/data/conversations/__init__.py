@@ -1,4 +1,4 @@
-"""Fine-tuning data: files of conversations, the templates that make text of them, and samples packed from that.
+"""Fine-tuning data: files of conversations, templates that turn them into text, and packed samples.
 
-`stream.ChatStream` is what is trained on; `screening` chooses few good conversations out of many.
+`stream.ChatStream` is the stream to train on; `screening` selects few good conversations from many.
 """

@@ -1,4 +1,4 @@
-"""Conversations out of JSON lines: `messages` with roles, or `prompt` and `response`."""
+"""Conversations from JSON lines: `messages` with roles, or `prompt` and `response`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages with `role` and `content`, the line they stand in, and the whole record of that line."""
+    """Messages with `role` and `content`, the number of their line, and the whole record of that line."""
 
     messages: list[Message]
     path: str
@@ -28,7 +28,7 @@ class Conversation:
         return f"{self.path} line {self.line}"
 
     def text(self) -> str:
-        """All that is said, a paragraph for each message."""
+        """All contents, a paragraph for each message."""
         return "\n\n".join(message["content"] for message in self.messages)
 
 

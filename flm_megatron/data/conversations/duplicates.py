@@ -1,4 +1,4 @@
-"""Texts that are the same, or nearly."""
+"""Exact and near duplicates of texts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PERMUTATIONS = 128
 
 
 def exact_duplicates(texts: Sequence[str]) -> dict[int, int]:
-    """Index of each text that came before, and of its first copy; spaces and capitals do not count."""
+    """Index of each text that occurred before, and of its first copy; spaces and capitals are ignored."""
     first: dict[bytes, int] = {}
     copies: dict[int, int] = {}
     for index, text in enumerate(texts):
@@ -53,7 +53,7 @@ def near_duplicates(texts: Sequence[str], similarity: float, seed: int) -> dict[
 
 
 def shingles(text: str) -> set[str]:
-    """All runs of five words; of a shorter text the whole."""
+    """All runs of five words; the whole text if it is shorter."""
     words = text.lower().split()
     last = max(1, len(words) - SHINGLE_WORDS + 1)
     return {" ".join(words[start : start + SHINGLE_WORDS]) for start in range(last)}

@@ -1,7 +1,7 @@
-"""Choosing few good conversations out of many: "less is more" (arXiv 2407.02783 screens 30,735 samples).
+"""Selects few good conversations from many: "less is more" (arXiv 2407.02783 screens 30,735 samples).
 
-Each filter says of every conversation it drops why; then samples are chosen within quotas of categories, from one
-cluster after another, the most difficult first.
+Each filter records why it drops a conversation; then samples are chosen within quotas of categories, from one cluster
+after another, the most difficult first.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ NO_CATEGORY = "none"
 
 @dataclass(frozen=True)
 class Score:
-    """What a checkpoint says of a conversation: mean loss of its answers in nats per token; difficulty, the
-    perplexity of its answers over that of the same answers without what was asked (IFD, arXiv 2308.12032); and the
-    mean of the last hidden states, one number for each channel."""
+    """A checkpoint's scores of a conversation.
+
+    Mean loss of its answers in nats per token; difficulty, the perplexity of its answers over that of the same answers
+    without the questions (IFD, arXiv 2308.12032); and the mean of the last hidden states, one number per channel.
+    """
 
     loss: float
     difficulty: float
@@ -34,7 +36,7 @@ class Score:
 
 
 class Counts(TypedDict):
-    """How many conversations there were, each filter has dropped, and are kept, of each category too."""
+    """The numbers of conversations in total, dropped by each filter, and kept, also by category."""
 
     pool: int
     dropped: dict[str, int]
@@ -44,7 +46,8 @@ class Counts(TypedDict):
 
 @dataclass(frozen=True)
 class Limits:
-    """What is kept. Lengths are in characters, of all text and of the shortest answer; bounds include their ends."""
+    """Limits of what is kept. Lengths are in characters, of all text and of the shortest answer; bounds are
+    inclusive."""
 
     similarity: float | None = None
     min_characters: int = 0
@@ -70,13 +73,15 @@ class Screening:
         self.left = list(range(len(self.pool)))
 
     def drop(self, name: str, reasons: Mapping[int, str]) -> None:
-        """Drop conversations, each for a reason, in the name of a filter."""
+        """Drop conversations on behalf of a filter, each with a reason."""
         self.dropped |= {index: (name, reason) for index, reason in reasons.items()}
         self.left = [index for index in self.left if index not in reasons]
 
     def filter_texts(self, limits: Limits) -> None:
-        """Drop copies, near copies and what is not within the limits of length and language. Raises RequestError as
-        `near_duplicates`, or where the library for languages is not installed."""
+        """Drop copies, near copies, and conversations outside the limits of length and language.
+
+        Raises RequestError as `near_duplicates`, or if the library for languages is not installed.
+        """
         self._copies("exact duplicate", exact_duplicates(self._texts()))
         self.drop("length", {i: why for i in self.left if (why := _length(self.pool[i], limits))})
         if limits.languages:
@@ -85,7 +90,7 @@ class Screening:
             self._copies("near duplicate", near_duplicates(self._texts(), limits.similarity, self.seed))
 
     def filter_scores(self, scores: Mapping[int, Score], limits: Limits) -> None:
-        """Drop what lies outside the limits of loss and difficulty; `scores` are by index, none if too long."""
+        """Drop conversations outside the limits of loss and difficulty; `scores` are by index, none if too long."""
         reasons = {}
         for index in self.left:
             score = scores.get(index)
@@ -121,7 +126,7 @@ class Screening:
         return sorted(chosen)
 
     def report(self) -> Counts:
-        """How many conversations there were, were dropped, and are kept."""
+        """The numbers of conversations in total, dropped, and kept."""
         kept = Counter(category(self.pool[index]) for index in self.left)
         return {
             "pool": len(self.pool),

@@ -1,4 +1,4 @@
-"""The text of a sample, by the name that logs give it or by its place in the stream."""
+"""The text of a sample, by its name in the logs or by its index in the stream."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sample_text(run: RunConfig, sample: str, history: History = ()) -> str:
 
 
 def _number(sample: str) -> int | None:
-    """The number of a sample; none if it is a name. Raises RequestError for one that no run gets to."""
+    """The number of a sample; none if it is a name. Raises RequestError for a number beyond any run."""
     if not (sample.isascii() and sample.isdigit()):
         return None
     if len(sample) > len(str(LARGEST_SAMPLE)) or int(sample) > LARGEST_SAMPLE:
@@ -47,7 +47,7 @@ def _number(sample: str) -> int | None:
 
 
 def _up_to(sample: str, history: History) -> History:
-    """The history up to the segment that a sample belongs to: by its number, or the last one that has its source."""
+    """The history up to the segment of a sample: found by its number, or the last one with its source."""
     number = _number(sample)
     if number is not None:
         return tuple(segment for segment in history if segment.first_sample <= number)

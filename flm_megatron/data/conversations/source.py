@@ -1,4 +1,4 @@
-"""One file of conversations as token ids, each cut to what fits into a sample."""
+"""One file of conversations as token ids, each cut to fit into a sample."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class EncodedConversation:
 
     @property
     def length(self) -> int:
-        """Places in a sample: one less than ids, for the last is only predicted."""
+        """Positions in a sample: one less than ids, as the last is only predicted."""
         return len(self.ids) - 1
 
 
@@ -54,8 +54,11 @@ class ChatSource:
 
 
 def fitting(pieces: Sequence[Piece], capacity: int) -> list[Piece]:
-    """The turns from the first on that fit into `capacity` ids; if not even one does, the first with the end of its
-    answer cut off; nothing if there is no room for any of its answer. `pieces` are pairs of question and answer."""
+    """The leading turns that fit into `capacity` ids.
+
+    If not even one fits, the first with its answer cut off at the end; nothing if there is no room for any of its
+    answer. `pieces` are pairs of question and answer.
+    """
     used, kept = 0, 0
     for index in range(0, len(pieces), 2):
         used += len(pieces[index][0]) + len(pieces[index + 1][0])

@@ -1,4 +1,4 @@
-"""The stream of samples of a stage of fine-tuning: conversations in seeded epochs, packed or padded."""
+"""The sample stream of a fine-tuning stage: conversations in seeded epochs, packed or padded."""
 
 from __future__ import annotations
 
@@ -103,12 +103,12 @@ class ChatStream:
         return sample | {"segments": segments} if self.packing else sample
 
     def names(self, index: int) -> list[str]:
-        """What the conversations of sample `index` are called: SOURCE/EPOCH/LINE of its file."""
+        """Names of the conversations of sample `index`: SOURCE/EPOCH/LINE of its file."""
         epoch, draws = self._locate(index)
         return [f"{self.sources[draw[0]].name}/{epoch}/{self._get(draw).line}" for draw in draws]
 
     def ids(self, name: str) -> list[int]:
-        """Token ids of the conversation that `names` calls so. Raises RequestError if there is none."""
+        """Token ids of the conversation with that name in `names`. Raises RequestError if there is none."""
         source_name, _, line = name.rsplit("/", 2) if name.count("/") >= 2 else (name, "", "")
         for source in self.sources:
             for conversation in source.conversations:
@@ -118,4 +118,4 @@ class ChatStream:
         raise RequestError(f"there is no conversation {name!r}: names are {known}")
 
     def check_budget(self, samples: int) -> None:
-        """Any number of samples may be asked for: those beyond the last epoch train nothing."""
+        """Accepts any number of samples: those beyond the last epoch train nothing."""

@@ -1,4 +1,4 @@
-"""How a conversation is written as text for the model, and which parts of it are answers."""
+"""Writes a conversation as text for the model, and marks which ids are answers."""
 
 from __future__ import annotations
 

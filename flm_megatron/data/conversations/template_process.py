@@ -19,7 +19,7 @@ PACKAGE_ROOT = Path(flm_megatron.__file__).parents[1]
 
 
 class TemplateFailure(Exception):
-    """What a template says went wrong; `line` of the template, where it is known."""
+    """An error that a template reported; `line` of the template, if known."""
 
     def __init__(self, message: str, line: int | None = None) -> None:
         super().__init__(message)

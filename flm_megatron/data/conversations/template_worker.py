@@ -22,15 +22,15 @@ from typing import NoReturn, Protocol
 from flm_megatron.json_text import JsonObject
 
 SECONDS = 1.0
-"""Processor time of one rendering; one of a conversation takes a millisecond."""
+"""Processor time of one rendering; that of a conversation takes a millisecond."""
 MEMORY_BYTES = 2**30
 LONGEST_OUTPUT = 2**25  # characters
 Request = tuple[int, bool, str | None]
-"""How many messages, whether an answer is to be opened, and what takes the place of the last one's content."""
+"""The number of messages, whether to open an answer, and what replaces the last one's content."""
 
 
 class Template(Protocol):
-    """Of Jinja's, what is used of it."""
+    """The methods of Jinja's Template that are used."""
 
     def render(self, **variables: object) -> str:
         """The template's text for these variables."""

@@ -1,4 +1,4 @@
-"""Indexed datasets out of text: encoded by many processes, written in the order of the input."""
+"""Builds indexed datasets from text: encoded by many processes, written in the order of the input."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 
 
 _worker: list[tuple[Tokenizer, float]] = []
-"""Of a process that encodes: its tokenizer, and the share of documents for validation."""
+"""In an encoding process: its tokenizer, and the fraction of documents for validation."""
 
 
 def _start_worker(model: str, share: float) -> None:

@@ -1,4 +1,4 @@
-"""Documents out of files: plain text, JSON lines and source trees."""
+"""Documents from files: plain text, JSON lines and source trees."""
 
 from __future__ import annotations
 

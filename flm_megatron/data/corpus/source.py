@@ -55,7 +55,7 @@ class Source:
         return {field: item[field] for field in FIELDS}
 
     def row(self, sample: int) -> int:
-        """Where sample `sample` stands on the line of documents: its ids begin at `row * sequence_length`."""
+        """The position of sample `sample` on the line of documents: its ids begin at `row * sequence_length`."""
         return int(self._dataset.shuffle_index[sample])
 
     def rows(self, samples: numpy.ndarray) -> numpy.ndarray:
@@ -63,7 +63,7 @@ class Source:
         return self._dataset.shuffle_index[samples]
 
     def text(self, start: int, count: int) -> numpy.ndarray:
-        """`count` ids of the line of documents from place `start` on, int64 [count]; there have to be so many."""
+        """`count` ids of the line of documents from `start` on, int64 [count]; the line must be long enough."""
         parts = [self._dataset.dataset.get(*stretch) for stretch in self._stretches(start, count)]
         return numpy.concatenate(parts).astype(numpy.int64)
 
@@ -72,7 +72,7 @@ class Source:
         return [document for document, _, _ in self._stretches(start, count)]
 
     def _stretches(self, start: int, count: int) -> Iterator[tuple[int, int, int]]:
-        """(document, first id in it, number of ids) of each stretch of the line that makes up what is asked for."""
+        """(document, first id in it, number of ids) of each stretch of the line that makes up the given range."""
         row, skipped = divmod(start, self.sequence_length)
         place, offset = map(int, self._dataset.sample_index[row])
         offset += skipped

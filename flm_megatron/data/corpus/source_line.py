@@ -1,4 +1,4 @@
-"""The samples of one source from the place on where it stands, in the order in which they are taken."""
+"""The samples of one source from its current position on, in the order in which they are taken."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REMAINING_BLOCK = 65536
 
 
 class SourceLine:
-    """A source that goes on from `place`: sample after sample, pass after pass, all of one length."""
+    """A source that continues from `place`: sample after sample, pass after pass, all of one length."""
 
     def __init__(self, config: SourceConfig, place: Place, cuts: Sequence[Cut], seed: int, cache: str | None) -> None:
         """`cuts` says how the source was cut whenever that changed, and now. Raises as `Source`."""
@@ -36,12 +36,12 @@ class SourceLine:
         self._source_at = lru_cache(maxsize=None)(self._source_of_length)
 
     def locate(self, draw: int) -> tuple[Cut, int]:
-        """The cut, and the sample in it, of the `draw`-th sample that is taken from here on."""
+        """The cut of the `draw`-th sample from here on, and its index in the cut."""
         place = self.place.after(draw, self.total)
         return place.cut, self._sample(place.cut, place.taken)
 
     def cut_named(self, label: str) -> Cut | None:
-        """The cut that names of samples call so; none if there is no such pass."""
+        """The cut with that label in sample names; none if there is no such pass."""
         known = {cut.label: cut for last in self._cuts for cut in _with_parents(last)}
         if label in known or not label.isdigit():
             return known.get(label)
@@ -76,7 +76,7 @@ class SourceLine:
         )
 
     def _joined(self, cut: Cut, sample: int) -> dict[str, torch.Tensor]:
-        """A sample of what earlier cuts have left, from stretches of the source's line."""
+        """A sample made of what earlier cuts left over, from stretches of the source's line."""
         import torch
 
         ids = [self.source.text(start, stop - start + 1) for start, stop in self.spans(cut, sample)]
@@ -88,7 +88,7 @@ class SourceLine:
         return {"tokens": tokens, "labels": labels, "loss_mask": mask, "position_ids": torch.arange(cut.length)}
 
     def spans(self, cut: Cut, sample: int) -> list[tuple[int, int]]:
-        """Where the ids of a sample stand on the source's line: [start, stop) of each stretch, in order."""
+        """The ranges of a sample's ids on the source's line: [start, stop) of each stretch, in order."""
         row = sample if cut.parent else self._source_at(cut.length).row(sample)
         stop = min((row + 1) * cut.length, cut.tokens(self.total))
         joined: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""Entropy of a dataset under unigram frequencies: the loss of a model that knows only how common each id is."""
+"""Unigram entropy of a dataset: the loss of a model that knows only how frequent each id is."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def unigram_entropy(train: str | os.PathLike[str], validation: str | os.PathLike
 
 
 def _counts(prefix: str | os.PathLike[str], vocab_size: int) -> numpy.ndarray:
-    """How often each id stands in a dataset, int64 [vocab_size]."""
+    """Frequency of each id in a dataset, int64 [vocab_size]."""
     ids = numpy.memmap(file_of(prefix, "bin"), dtype=id_dtype(vocab_size), mode="r")
     counts = numpy.zeros(vocab_size, dtype=numpy.int64)
     for start in range(0, len(ids), CHUNK):

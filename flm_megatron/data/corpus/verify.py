@@ -1,4 +1,4 @@
-"""Whether a dataset holds what was written: its index in a moment, its ids by reading all of them."""
+"""Verifies a dataset: its index in a moment, its ids by reading all of them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Streams of samples: what stands at an index, for every layout and budget alike.
+"""Streams of samples: which sample has an index, independent of layout and budget.
 
-`stream` is the one stream of text, a `blend` of sources in the order of a `permutation`; `mixture` and `cuts` carry it
-on where a run changes its data or its sample length; `loader` hands it to the ranks; `stage_streams` makes those of a
-run's stages.
+`stream` is the one stream of text, a `blend` of sources in the order of a `permutation`; `mixture` and `cuts` continue
+it when a run changes its data or its sample length; `loader` reads it for each rank; `stage_streams` makes the streams
+of a run's stages.
 """

@@ -19,7 +19,7 @@ BLOCK = 65536
 
 
 class Blend:
-    """An endless blend of sources in proportion to `weights`; computed in blocks, as they are asked for."""
+    """An endless blend of sources in proportion to `weights`, computed in blocks when needed."""
 
     def __init__(self, weights: Sequence[float]) -> None:
         """Weights are above 0 and need not add up to 1."""

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Cut:
-    """A pass cut into samples of one length: all of its line, or what `parent` left when `taken` of its samples were.
+    """A pass cut into samples of one length: all of its line, or what `parent` left after `taken` of its samples.
 
-    The last sample of what was left may have less text than the others, and is taken last.
+    The last sample of a remainder may have less text than the others, and is taken last.
     """
 
     epoch: int
@@ -26,7 +26,7 @@ class Cut:
 
     @property
     def label(self) -> str:
-        """The pass in the names of samples: its number, and how often it was cut anew."""
+        """The pass in sample names: its number, and how often it was cut anew."""
         return f"{self.epoch}.{self.level}" if self.level else str(self.epoch)
 
     @property
@@ -47,13 +47,13 @@ class Cut:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a source stands: `taken` of a cut's samples are taken, fewer than there are."""
+    """The position in a source: `taken` of a cut's samples are taken, fewer than it has."""
 
     cut: Cut
     taken: int = 0
 
     def after(self, draws: int, total: int) -> Place:
-        """Where it stands `draws` samples later, going from pass to pass; `total` ids are in the source."""
+        """The position after `draws` more samples, going from pass to pass; the source has `total` ids."""
         left = self.cut.samples(total) - self.taken
         if draws < left:
             return replace(self, taken=self.taken + draws)
@@ -61,7 +61,7 @@ class Place:
         return Place(Cut(self.cut.epoch + 1 + passes, self.cut.length), taken)
 
     def cut_at(self, length: int) -> Place:
-        """The same place with what is left of the pass cut at `length`."""
+        """The same position with the rest of the pass cut at `length`."""
         cut = self.cut
         if cut.length == length:
             return self

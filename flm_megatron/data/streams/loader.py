@@ -71,7 +71,7 @@ def _check_division(global_batch: int, micro_batch: int, data_size: int) -> None
 
 
 def _stack_masked(stream: Stream, indices: range, end: int) -> Batch:
-    """Samples stacked; one at or beyond `end` is sample 0 with nothing unmasked."""
+    """Samples stacked; those at or beyond `end` are sample 0, fully masked."""
     batch = _stack(stream, [index if index < end else 0 for index in indices])
     for row, index in enumerate(indices):
         if index >= end:
@@ -97,7 +97,7 @@ def _stack(stream: Stream, indices: Sequence[int]) -> Batch:
 
 
 def _ahead(steps: Iterator[list[Batch]], depth: int) -> Generator[list[Batch], None, None]:
-    """Give the items of `steps`, which a thread reads up to `depth` ahead."""
+    """Yield the items of `steps`, which a thread reads up to `depth` ahead."""
     ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(depth)
     stop = threading.Event()
     thread = threading.Thread(target=_fill, args=(steps, ready, stop), name="data-prefetch", daemon=True)
@@ -125,7 +125,7 @@ def _fill(steps: Iterator[list[Batch]], ready: queue.Queue[list[Batch] | BaseExc
 def _put(
     ready: queue.Queue[list[Batch] | BaseException], item: list[Batch] | BaseException, stop: threading.Event
 ) -> bool:
-    """Put `item` when there is room; false if asked to stop first."""
+    """Put `item` when there is room; false if stopped before."""
     while not stop.is_set():
         try:
             ready.put(item, timeout=0.1)

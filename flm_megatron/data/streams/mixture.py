@@ -1,4 +1,4 @@
-"""What a run's stream of samples is made of from some sample on: each source's share, and where it stands."""
+"""The mixture of a run's sample stream from some sample on: each source's share and position."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from flm_megatron.errors import RequestError
 
 @dataclass(frozen=True)
 class MixedSource:
-    """One source of a mixture: its share of the samples, where it stands when the mixture begins, and how it was cut
-    when those before and this one began."""
+    """One source of a mixture.
+
+    Its share of the samples, its position when the mixture begins, and how it was cut at the beginning of this and
+    earlier mixtures.
+    """
 
     source: SegmentSource
     weight: float
@@ -46,10 +49,10 @@ class Mixture:
 
 
 def mixture_at_end(history: Sequence[Segment]) -> Mixture:
-    """The mixture of the last segment, with every source where the segments before have left it.
+    """The mixture of the last segment, with every source at the position where earlier segments left it.
 
-    A mixture lasts over all segments in a row that have the same one; each goes on with its sources where they
-    stood, also after a time in which they were left out.
+    A mixture lasts over all consecutive segments that have it; each continues its sources from their positions, also
+    after a time in which they were left out.
 
     Raises:
         RequestError: with epochs, a source was taken more often than is asked for, or none has anything left.
@@ -68,7 +71,7 @@ def mixture_at_end(history: Sequence[Segment]) -> Mixture:
 
 @dataclass(frozen=True)
 class _State:
-    """A source between two mixtures: where it stands, samples taken so far, how it was cut when each one began."""
+    """A source between two mixtures: its position, samples taken so far, how it was cut when each one began."""
 
     place: Place
     taken: int
@@ -116,7 +119,7 @@ def _weight(source: SegmentSource, place: Place, cuts: Sequence[Cut], taken: int
 def _samples_left(
     source: SegmentSource, epochs: float, size: int, place: Place, cuts: Sequence[Cut], taken: int
 ) -> int:
-    """Samples until so many passes over a source, of `size` samples each, are done; below 0 if more are."""
+    """Samples until `epochs` passes over a source, of `size` samples each, are done; below 0 if more are."""
     if epochs == int(epochs):
         rest = place.cut.samples(source_tokens(source)) - place.taken
         return rest + (int(epochs) - place.cut.epoch - 1) * size
@@ -144,7 +147,7 @@ def source_tokens(source: SegmentSource) -> int:
 
 
 def segment_sources(configs: Sequence[SourceConfig]) -> tuple[SegmentSource, ...]:
-    """The sources of a mixture, with the datasets that they are now.
+    """The sources of a mixture, with their present datasets.
 
     Raises:
         RequestError, DamagedError: as `read_description`.

@@ -1,4 +1,4 @@
-"""A random order of n things of which any place can be asked for, without an array of n numbers."""
+"""A random order of n things whose elements are computed one by one, without an array of n numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Permutation:
         self._keys = [int.from_bytes(digest[8 * r : 8 * r + 8], "big") for r in range(ROUNDS)]
 
     def __getitem__(self, place: int) -> int:
-        """What stands at `place`, both in [0, size)."""
+        """The element at `place`, both in [0, size)."""
         assert 0 <= place < self.size
         value = self._step(place)
         while value >= self.size:
@@ -34,7 +34,7 @@ class Permutation:
         return value
 
     def places(self, start: int, stop: int) -> numpy.ndarray:
-        """What stands at the places from `start` to `stop`, [stop - start] int64: many at a time."""
+        """The elements at places `start` to `stop`, [stop - start] int64, computed together."""
         values = numpy.arange(start, stop, dtype=numpy.uint64)
         outside = numpy.arange(len(values))
         while len(outside):

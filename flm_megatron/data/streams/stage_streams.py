@@ -20,9 +20,9 @@ Stream = SampleStream | ChatStream
 
 
 def training_stream(run: RunConfig, stage: int, history: Sequence[Segment] = ()) -> Stream:
-    """What stage number `stage` trains on, by the index of the run's samples.
+    """The training stream of stage number `stage`, by the index of the run's samples.
 
-    `history` is that of a run under way: the stream is that of its last segment, from where that began.
+    `history` is that of a run in progress: the stream is that of its last segment, from where that began.
 
     Raises:
         RequestError, DamagedError: as `SampleStream`; of conversations, as `ChatSource` and `chat_passes`.
@@ -39,7 +39,7 @@ def training_stream(run: RunConfig, stage: int, history: Sequence[Segment] = ())
 
 
 def _data_of(data: DataConfig, segment: Segment) -> DataConfig:
-    """The data of a segment, from where the run file says that it lies now."""
+    """The data of a segment, at the paths that the run file gives now."""
     present = {source.display_name: source.path for source in data.train}
     train = [
         SourceConfig(present.get(source.name, source.path), source.name, source.weight, source.epochs)

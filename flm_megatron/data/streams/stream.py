@@ -1,6 +1,6 @@
-"""The one stream of samples that all stages of a run go along.
+"""The one stream of samples that all stages of a run share.
 
-Which sample stands at an index depends on the data and the seed, never on a budget, a layout or a stage.
+Which sample has an index depends on the data and the seed, never on a budget, a layout or a stage.
 """
 
 from __future__ import annotations
@@ -81,12 +81,12 @@ class SampleStream:
         return line.name, cut.epoch, sample
 
     def names(self, index: int) -> list[str]:
-        """What sample `index` is called in logs, and by `flm data show`: SOURCE/EPOCH/SAMPLE."""
+        """Names of sample `index` in logs and in `flm data show`: SOURCE/EPOCH/SAMPLE."""
         line, cut, sample = self._locate(index)
         return [f"{line.name}/{cut.label}/{sample}"]
 
     def ids(self, name: str) -> list[int]:
-        """Token ids of the sample that `names` calls so.
+        """Token ids of the sample with that name in `names`.
 
         Raises:
             RequestError: there is no such source or sample.
@@ -102,7 +102,7 @@ class SampleStream:
         return [*item["tokens"][:count].tolist(), int(item["labels"][count - 1])]
 
     def spans(self, index: int) -> tuple[str, list[tuple[int, int]]]:
-        """Name of the source of sample `index`, and where its ids stand on the line of its documents: [start, stop)."""
+        """Source name of sample `index`, and the range of its ids on the line of documents: [start, stop)."""
         line, cut, sample = self._locate(index)
         return line.name, line.spans(cut, sample)
 

@@ -1,4 +1,4 @@
-"""What each opcode of a pickle does here: put data on a stack, or make data of what lies there. No more than that."""
+"""What each opcode of a pickle does here: put data on a stack, or build data from its top, and no more."""
 
 from __future__ import annotations
 
