@@ -64,6 +64,7 @@ def make(folder: Path, millions: int) -> Path:
 
     from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
     from flm_megatron.checkpoint.logical import Region
+    from flm_megatron.checkpoint.manifest import Manifest
     from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
     from flm_megatron.config.schema import ModelConfig, RunConfig, StageConfig
     from flm_megatron.model.parameters import parameter_count
@@ -86,7 +87,8 @@ def make(folder: Path, millions: int) -> Path:
 
     run_file = asdict(RunConfig(stages=[StageConfig(name="measured", model=model)]))
     checkpoint = Noise(model, 1, optimizer=True, dtype=torch.bfloat16)
-    copy_checkpoint(checkpoint, path, {"run": run_file, "stage": "measured", "step": 1, "optimizer_step": 1})
+    manifest = {"run": run_file, "stage": "measured", "step": 1, "optimizer_step": 1}
+    copy_checkpoint(checkpoint, path, Manifest.from_json(manifest))
     print(f"<!-- {parameter_count(model):,} parameters, {size_of(path) / 1e9:.2f} GB -->", flush=True)
     return path
 

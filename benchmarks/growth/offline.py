@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.tools.reshard import stored_bytes
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
@@ -98,7 +99,11 @@ def main() -> None:
     source = args.folder / "source"
     before = rss_gib()
     with launched_processes() as processes:
-        copy_checkpoint(InitialCheckpoint(old, 1, optimizer=True, dtype=torch.bfloat16), source, {"optimizer_step": 1})
+        copy_checkpoint(
+            InitialCheckpoint(old, 1, optimizer=True, dtype=torch.bfloat16),
+            source,
+            Manifest.from_json({"optimizer_step": 1}),
+        )
         for operator in args.operators:
             operators = dict.fromkeys(("hidden", "ffn", "heads", "layers"), operator)
             plan = make_plan(old, new, GrowthConfig(**operators, layer_selection="interleave", mask_steps=1000), seed=1)

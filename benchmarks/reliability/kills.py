@@ -127,7 +127,7 @@ def result(output: Path) -> dict[str, Any]:
     """What must be the same bit by bit."""
     last = open_checkpoint(output / "checkpoints" / "big" / f"step_{STEPS:08d}")
     steps = [list(line) for line in losses(output)]
-    return {"steps": steps, "hash": last.manifest["logical_hash"]}
+    return {"steps": steps, "hash": last.manifest.logical_hash}
 
 
 def start(file: Path, output: Path) -> Attempt:

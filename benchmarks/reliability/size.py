@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
 from flm_megatron.checkpoint.logical import MASTER, LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.torch_dist.shard_file import Record, Written
 from flm_megatron.config.schema import DistributedConfig, ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.distributed.channels import StoreChannel, gathered
@@ -125,7 +126,7 @@ class Counted(LogicalCheckpoint):
         self.tensors = {
             prefix + name: TensorInfo(s, torch.float32) for prefix in ("", MASTER) for name, s in shapes.items()
         }
-        self.manifest, self.nbytes = {}, 0
+        self.manifest, self.nbytes = Manifest(), 0
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:
         """Values that do not matter."""

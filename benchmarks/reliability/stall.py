@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -24,6 +25,7 @@ import torch
 
 from benchmarks.reliability.timing import timed
 from flm_megatron import kernels
+from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.checkpoint.memory.blobs import NONE
 from flm_megatron.checkpoint.memory.client import Endpoint, LocalAgent
 from flm_megatron.checkpoint.memory.peers import Peers
@@ -42,7 +44,7 @@ COPIED = 2**29
 TIMES = 5
 STEPS_S = 10.0
 """Before the first save of a run there are steps."""
-MANIFEST = {"stage": "small", "step": 1, "optimizer_step": 1}
+MANIFEST = Manifest(position=StagePosition(1, optimizer_step=1, stage="small"))
 
 
 def model(layers: int) -> ModelConfig:
@@ -152,7 +154,8 @@ def memory_stall(state: TrainState, plain: Plain, nbytes: int) -> None:
         seconds, passing = [], []
         for step in range(1, TIMES + 1):
             plain.again()
-            refresh = partial(refresher.refresh, state.chunks, state.optimizer, MANIFEST | {"step": step})
+            manifest = Manifest(position=replace(MANIFEST.position, step=step))
+            refresh = partial(refresher.refresh, state.chunks, state.optimizer, manifest)
             seconds.append(timed(refresh))
             passing.append(timed(lambda: wait_whole(peers.local)))
         peers.stop()

@@ -9,7 +9,6 @@ from flm_megatron.api.checkpoint import given_checkpoint
 from flm_megatron.api.values import require_whole
 from flm_megatron.checkpoint.described import recorded_model
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
-from flm_megatron.checkpoint.position import recorded_position
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.config.stage_names import stage_index
 from flm_megatron.distributed.world import layout, tool_world
@@ -40,7 +39,7 @@ def layer_distances(
     require_whole("samples", samples)
     check_run_file(run)
     opened = given_checkpoint(checkpoint)
-    stage = run.stages[stage_index(run, recorded_position(opened.manifest).stage or run.stages[0].name)]
+    stage = run.stages[stage_index(run, opened.manifest.position.stage or run.stages[0].name)]
     tokens = run_tokens(run, samples) if text is None else file_tokens(given_path(text, "text"), run, samples)
     with tool_world(run.distributed):
         model = recorded_model(opened, stage.model.vocab_size) or stage.model

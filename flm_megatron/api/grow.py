@@ -85,7 +85,7 @@ def grow(
         if certificate is not None and on_certificate is not None and is_main_rank():
             on_certificate(certificate)
         manifest = write_grown(opened, out, Processes(), certificate)
-    return Growth(out, plan, manifest["logical_hash"], certificate)
+    return Growth(out, plan, manifest.logical_hash, certificate)
 
 
 def _world(run: RunConfig, runs_a_model: bool) -> AbstractContextManager[object]:

@@ -17,7 +17,6 @@ from flm_megatron.checkpoint.lazy.adapters import merged
 from flm_megatron.checkpoint.lazy.converted import ConvertedCheckpoint, dtype_named
 from flm_megatron.checkpoint.opening import open_with_model
 from flm_megatron.checkpoint.own_tokenizer import tokenizer_to_export
-from flm_megatron.checkpoint.recorded_run import recorded_run
 from flm_megatron.checkpoint.stage_manifest import manifest_for
 from flm_megatron.checkpoint.tools.reshard import reshard
 from flm_megatron.distributed.launched import launched_processes
@@ -82,7 +81,7 @@ def export_hf(
         source, model = open_with_model(path, vocab_size)
         source, model = merged(without_mask(source, fold_mask), model)
         found, missing = tokenizer_to_export(given, model, path, source.manifest)
-        length = recorded_run(source.manifest).sequence_length
+        length = source.manifest.run.sequence_length
         options = ExportOptions(flavour, weights, shard_size, pad_vocab_to, found, length)
         nbytes = write_hugging_face(source, model, out, options, processes)
     return HuggingFaceExport(out, nbytes, folding_note(model) if flavour == "llama" else None, missing)
@@ -119,4 +118,4 @@ def import_hf(
         model = required_model(source, str(path), vocab_size)
         checkpoint = ConvertedCheckpoint(source, weights)
         written = reshard(checkpoint, out, processes, manifest_for(checkpoint, model, path))
-    return CheckpointCopy(out, written["logical_hash"])
+    return CheckpointCopy(out, written.logical_hash)

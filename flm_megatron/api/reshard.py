@@ -15,7 +15,6 @@ from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.megatron_legacy.reader import MegatronLegacyCheckpoint
 from flm_megatron.checkpoint.megatron_legacy.writer import write_megatron_legacy
 from flm_megatron.checkpoint.opening import open_with_model
-from flm_megatron.checkpoint.recorded_run import recorded_run
 from flm_megatron.checkpoint.stage_manifest import manifest_for
 from flm_megatron.checkpoint.tools.hashing import recorded_hashes, shared_hashes
 from flm_megatron.checkpoint.tools.reshard import require_unchanged
@@ -114,7 +113,7 @@ def _megatron_legacy(
     checkpoint: ConvertedCheckpoint, out: Path, target: tuple[ModelConfig, ParallelConfig], processes: Processes
 ) -> tuple[Hashes, Hashes]:
     """Write Megatron-LM's format; hashes of the source, and of what is read back."""
-    sequence_length = recorded_run(checkpoint.manifest).sequence_length
+    sequence_length = checkpoint.manifest.run.sequence_length
     before = shared_hashes(checkpoint, processes)
     write_megatron_legacy(checkpoint, out, target, processes, sequence_length)
     return before, shared_hashes(MegatronLegacyCheckpoint(out), processes)
@@ -132,4 +131,4 @@ def _torch_dist(
     before = recorded_hashes(checkpoint.source, checkpoint) or shared_hashes(checkpoint, processes)
     manifest = manifest_for(checkpoint, model, source)
     written = copy(checkpoint, out, processes, manifest, (model, parallel) if parallel else None)
-    return before, written["tensors"]
+    return before, written.tensors

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -88,7 +87,7 @@ class TrueVocabulary(LogicalCheckpoint):
     def __init__(self, source: LogicalCheckpoint, model: ModelConfig) -> None:
         self.source, self.vocab_size = source, int(model.vocab_size or 0)
         self._padded = {name for name, spec in parameter_specs(model).items() if spec.padded}
-        self.manifest: dict[str, Any] = source.manifest
+        self.manifest = source.manifest
         self.tensors = {name: self._info(name) for name in source.tensors}
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:

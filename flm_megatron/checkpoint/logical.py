@@ -6,11 +6,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from flm_megatron.checkpoint.position import recorded_position
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.errors import RequestError
 
 MASTER = "optimizer.state.param."
@@ -75,11 +74,10 @@ class LogicalCheckpoint(ABC):
     Names are those of `model.parameters.parameter_specs`; optimizer state has the same names after the prefixes
     `optimizer.state.param.` (fp32 masters), `optimizer.state.exp_avg.` and `optimizer.state.exp_avg_sq.`.
 
-    `manifest` has the keys `run` (resolved run file as plain data), `stage` (name), `step` (of the stage), `tokens` (of
-    the run), `samples` (of the run), `optimizer_step` (Adam's); it is empty if nothing is known.
+    `manifest` describes it; it is empty if nothing is known.
     """
 
-    manifest: dict[str, Any]
+    manifest: Manifest
     tensors: Mapping[str, TensorInfo]
 
     @abstractmethod
@@ -103,7 +101,7 @@ def adam_step(checkpoint: LogicalCheckpoint) -> int:
     """
     if not checkpoint.has_optimizer():
         return 0
-    step = recorded_position(checkpoint.manifest).optimizer_step
+    step = checkpoint.manifest.position.optimizer_step
     if step is None:
         raise RequestError(
             "the checkpoint has Adam's moments but does not say after how many steps, which their bias correction"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from flm_megatron.checkpoint.recorded_run import recorded_run
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.data.corpus.description import read_description
 from flm_megatron.data.tokenizer import Tokenizer, file_fingerprint
@@ -15,15 +13,15 @@ from flm_megatron.errors import FlmError, RequestError
 TOKENIZER_FILE = "tokenizer.model"
 
 
-def tokenizer_files(folder: Path | None, manifest: Mapping[str, Any]) -> list[Path]:
+def tokenizer_files(folder: Path | None, manifest: Manifest) -> list[Path]:
     """The tokenizer files of a checkpoint that exist: named by its run, or in its `folder`."""
-    named = recorded_run(manifest).tokenizer
+    named = manifest.run.tokenizer
     candidates = [*([Path(named)] if named else []), *([folder / TOKENIZER_FILE] if folder else [])]
     return [file for file in candidates if file.is_file()]
 
 
 def check_tokenizer(
-    tokenizer: Tokenizer, model: ModelConfig, where: str, manifest: Mapping[str, Any], folder: Path | None = None
+    tokenizer: Tokenizer, model: ModelConfig, where: str, manifest: Manifest, folder: Path | None = None
 ) -> None:
     """Check `tokenizer` against what is known of the one that a checkpoint of `model` was trained with.
 
@@ -46,7 +44,7 @@ def check_tokenizer(
 
 
 def tokenizer_to_export(
-    given: Path | None, model: ModelConfig, folder: Path, manifest: Mapping[str, Any]
+    given: Path | None, model: ModelConfig, folder: Path, manifest: Manifest
 ) -> tuple[Path | None, str]:
     """The tokenizer to write beside the weights of the checkpoint in `folder`; if there is none, why not.
 
@@ -68,13 +66,13 @@ def tokenizer_to_export(
     return None, "; ".join(reasons) or "the checkpoint names none: give --tokenizer"
 
 
-def _known_fingerprints(folder: Path | None, manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _known_fingerprints(folder: Path | None, manifest: Manifest) -> list[tuple[str, str]]:
     """Known fingerprints and their sources: the manifest, or else files and training data, which may have changed."""
-    if recorded := manifest.get("tokenizer_sha256"):
+    if recorded := manifest.tokenizer_sha256:
         return [("its manifest", recorded)]
     files = [(str(file), file_fingerprint(file)) for file in tokenizer_files(folder, manifest)]
     known = [(name, fingerprint) for name, fingerprint in files if fingerprint]
-    for path in recorded_run(manifest).train:
+    for path in manifest.run.train:
         try:
             known.append((f"dataset {path}", read_description(path).tokenizer))
         except FlmError:  # the data is not on this machine

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
+from flm_megatron.checkpoint.manifest import Manifest, RecordedGrowth, RecordedRun, StagePosition
 from flm_megatron.checkpoint.own_tokenizer import TOKENIZER_FILE
-from flm_megatron.checkpoint.position import StagePosition, recorded_position
-from flm_megatron.checkpoint.recorded_run import recorded_run
 from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import ModelConfig, RunConfig, StageConfig
 from flm_megatron.data.tokenizer import file_fingerprint
@@ -21,6 +18,7 @@ from flm_megatron.model.limits import check_limits
 
 IMPORTED = "imported"
 """Stage name of checkpoints from other programs."""
+_MODEL = TypeAdapter(ModelConfig)
 
 
 def stage_manifest(
@@ -28,25 +26,24 @@ def stage_manifest(
     stage_index: int,
     model: ModelConfig,
     position: StagePosition,
-    growth: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+    growth: RecordedGrowth | None = None,
+) -> Manifest:
     """The manifest of stage `stage_index`, which trains `model`: the run file's, but for what growth derives.
 
-    `growth` is the growth that the stage began with (`growth.record.GrowthRecord.to_json`). What is not known of
-    `position` is left out. The tokenizer is named by its fingerprint too, where its file is there.
+    `growth` is the growth that the stage began with. The tokenizer is named by its fingerprint too, where its file is
+    there.
     """
     stages = list(run.stages)
     stages[stage_index] = replace(stages[stage_index], model=model)
-    fingerprint = file_fingerprint(run.tokenizer) if run.tokenizer else None
-    return {
-        "run": run_to_dict(replace(run, stages=stages)),
-        **replace(position, stage=stages[stage_index].name).to_json(),
-        **({"growth": dict(growth)} if growth else {}),
-        **({"tokenizer_sha256": fingerprint} if fingerprint else {}),
-    }
+    return Manifest(
+        run=RecordedRun.model_validate(run_to_dict(replace(run, stages=stages))),
+        position=replace(position, stage=stages[stage_index].name),
+        growth=growth,
+        tokenizer_sha256=file_fingerprint(run.tokenizer) if run.tokenizer else None,
+    )
 
 
-def manifest_model(manifest: Mapping[str, Any], where: str = "manifest.json") -> ModelConfig | None:
+def manifest_model(manifest: Manifest, where: str = "manifest.json") -> ModelConfig | None:
     """The model of the stage that a manifest is of; none where it names no run.
 
     Of a stage that grew it is the plan's, which is what is trained: earlier versions of `flm grow` wrote the
@@ -55,14 +52,14 @@ def manifest_model(manifest: Mapping[str, Any], where: str = "manifest.json") ->
     Raises:
         RequestError: there is one, with fields or values that this program does not know.
     """
-    name = recorded_position(manifest).stage
-    plan = (manifest.get("growth") or {}).get("plan") or {}
-    stage = recorded_run(manifest).stage(name)
+    name = manifest.position.stage
+    plan = manifest.growth.plan if manifest.growth else None
+    stage = manifest.run.stage(name)
     found = stage.model if stage else None
-    if found is not None and plan.get("stage") == name:
-        found = plan.get("new")
+    if found is not None and plan is not None and plan.stage == name:
+        found = plan.new
     try:
-        return None if found is None else check_limits(ModelConfig(**found), where)
+        return None if found is None else check_limits(_MODEL.validate_python(found), where)
     except RequestError:
         raise
     except (ValidationError, TypeError) as error:
@@ -72,7 +69,7 @@ def manifest_model(manifest: Mapping[str, Any], where: str = "manifest.json") ->
         ) from None
 
 
-def manifest_for(checkpoint: LogicalCheckpoint, model: ModelConfig, source: Path) -> dict[str, Any]:
+def manifest_for(checkpoint: LogicalCheckpoint, model: ModelConfig, source: Path) -> Manifest:
     """The manifest of a copy of `checkpoint`: its own if it names its run, else that of a run of one stage with
     `model`.
 
@@ -80,15 +77,15 @@ def manifest_for(checkpoint: LogicalCheckpoint, model: ModelConfig, source: Path
     that lies beside the weights is named in the run. Adam's step is not made up: moments whose step `checkpoint` does
     not know have none.
     """
-    if checkpoint.manifest.get("run"):
-        return dict(checkpoint.manifest)
+    if checkpoint.manifest.run.saved:
+        return checkpoint.manifest
     tokenizer = source / TOKENIZER_FILE
     run = RunConfig(
         name=source.resolve().name,
         tokenizer=str(tokenizer.resolve()) if tokenizer.is_file() else None,
         stages=[StageConfig(name=IMPORTED, model=model)],
     )
-    known = recorded_position(checkpoint.manifest)
+    known = checkpoint.manifest.position
     adam_step = known.optimizer_step if checkpoint.has_optimizer() else 0
     position = StagePosition(known.step or 0, known.samples or 0, known.tokens or 0, adam_step)
     return checkpoint.manifest | stage_manifest(run, 0, model, position)

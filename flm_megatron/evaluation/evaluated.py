@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
+from flm_megatron.checkpoint.manifest import UNRECORDED_PRECISION, Manifest
 from flm_megatron.checkpoint.opening import open_with_model
 from flm_megatron.checkpoint.own_tokenizer import check_tokenizer, tokenizer_files
-from flm_megatron.checkpoint.position import recorded_position
-from flm_megatron.checkpoint.recorded_run import RecordedStage, recorded_run
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import RequestError
@@ -30,7 +28,7 @@ class EvaluatedCheckpoint:
     @property
     def name(self) -> str:
         """Stage and step, or the folder's name where the checkpoint does not say."""
-        at = recorded_position(self.checkpoint.manifest)
+        at = self.checkpoint.manifest.position
         return self.path.name if at.stage is None else f"{at.stage} {at.step}"
 
 
@@ -47,18 +45,18 @@ def open_evaluated(
     """
     path = Path(path)
     checkpoint, model = open_with_model(path, vocab_size)
-    run = recorded_run(checkpoint.manifest)
-    stage = run.stage(recorded_position(checkpoint.manifest).stage)
+    run = checkpoint.manifest.run
+    stage = run.stage(checkpoint.manifest.position.stage)
     found = Tokenizer(tokenizer or _own_tokenizer(path, checkpoint.manifest))
     check_tokenizer(found, model, str(path), checkpoint.manifest, path)
-    precision = stage.precision if stage else RecordedStage.precision
+    precision = (stage and stage.precision) or UNRECORDED_PRECISION
     return EvaluatedCheckpoint(path, checkpoint, model, found, precision, run.sequence_length)
 
 
-def _own_tokenizer(path: Path, manifest: dict[str, Any]) -> Path:
+def _own_tokenizer(path: Path, manifest: Manifest) -> Path:
     candidates = tokenizer_files(path, manifest)
     if not candidates:
-        named = recorded_run(manifest).tokenizer
+        named = manifest.run.tokenizer
         raise RequestError(
             f"{path}: {f'its tokenizer {named} is not there' if named else 'it names no tokenizer'}: "
             "give a SentencePiece model with --tokenizer"

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from flm_megatron.checkpoint.described import recorded_model
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
+from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.checkpoint.own_tokenizer import check_tokenizer
-from flm_megatron.checkpoint.position import StagePosition, recorded_position
 from flm_megatron.checkpoint.stage_manifest import stage_manifest
 from flm_megatron.config.loader import resolve_vocabulary
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig
@@ -38,7 +37,7 @@ def grown_checkpoint(
     """
     check_boundary(run, stage_index)
     stage = run.stages[stage_index]
-    check_source_stage(run, stage_index, recorded_position(source.manifest).stage)
+    check_source_stage(run, stage_index, source.manifest.position.stage)
     check_masks_open(source.manifest)
     old = source_model(source, run, stage_index)
     check_same_tokenizer(source.manifest, run, old)
@@ -63,13 +62,13 @@ def source_model(source: LogicalCheckpoint, run: RunConfig, stage_index: int) ->
     return model
 
 
-def saved_plan(manifest: Mapping[str, Any]) -> GrowthPlan | None:
+def saved_plan(manifest: Manifest) -> GrowthPlan | None:
     """The plan of the growth that a checkpoint's stage began with; none if it did not grow."""
     growth = growth_of(manifest)
     return growth.plan if growth else None
 
 
-def resumed_plan(run: RunConfig, index: int, saved: Mapping[str, Any]) -> GrowthPlan | None:
+def resumed_plan(run: RunConfig, index: int, saved: Manifest) -> GrowthPlan | None:
     """The plan that the stage of a checkpoint was grown with, compared with the plan of this run file.
 
     Raises:
@@ -88,13 +87,13 @@ def resumed_plan(run: RunConfig, index: int, saved: Mapping[str, Any]) -> Growth
     return plan
 
 
-def saved_mask_value(manifest: Mapping[str, Any]) -> float:
+def saved_mask_value(manifest: Manifest) -> float:
     """How far the masks of a checkpoint are open: 1 where it has none."""
     plan = saved_plan(manifest)
-    return mask_value(plan, recorded_position(manifest).step or 0) if plan is not None and plan.masked else 1.0
+    return mask_value(plan, manifest.position.step or 0) if plan is not None and plan.masked else 1.0
 
 
-def check_masks_open(manifest: Mapping[str, Any]) -> None:
+def check_masks_open(manifest: Manifest) -> None:
     """Refuse to grow a checkpoint whose growth masks are not fully open.
 
     Raises:
@@ -102,14 +101,14 @@ def check_masks_open(manifest: Mapping[str, Any]) -> None:
     """
     plan, v = saved_plan(manifest), saved_mask_value(manifest)
     if plan is not None and v < 1:
-        at = recorded_position(manifest)
+        at = manifest.position
         raise RequestError(
             f"the checkpoint of stage {at.stage!r} is at step {at.step}, in the middle of "
             f"its growth mask (v = {v:.3f}, open at step {plan.mask_steps}): train the stage to that step first"
         )
 
 
-def check_same_tokenizer(manifest: Mapping[str, Any], run: RunConfig, model: ModelConfig) -> None:
+def check_same_tokenizer(manifest: Manifest, run: RunConfig, model: ModelConfig) -> None:
     """Check that the checkpoint, of `model`, was trained with the run's tokenizer, as far as both are known.
 
     Raises:
@@ -123,11 +122,11 @@ def check_same_tokenizer(manifest: Mapping[str, Any], run: RunConfig, model: Mod
         raise RequestError(f"{error}; growth keeps the tokenizer") from None
 
 
-def _manifest(source: LogicalCheckpoint, run: RunConfig, stage_index: int, plan: GrowthPlan) -> dict[str, Any]:
+def _manifest(source: LogicalCheckpoint, run: RunConfig, stage_index: int, plan: GrowthPlan) -> Manifest:
     """The manifest of the grown stage at step 0, with the run's position carried over."""
     known = source.manifest
-    at = recorded_position(known)
+    at = known.position
     position = StagePosition(0, at.samples, at.tokens, at.optimizer_step if has_moments(source) else 0)
     run = resolve_vocabulary(run, int(plan.new.vocab_size or 0))
-    manifest = stage_manifest(run, stage_index, plan.new, position)
-    return {**{key: known[key] for key in ("tokenizer_sha256", "history") if key in known}, **manifest}
+    carried = Manifest(tokenizer_sha256=known.tokenizer_sha256, history=known.history)
+    return carried | stage_manifest(run, stage_index, plan.new, position)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from flm_megatron.checkpoint.files.destination import reserved
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.tools.reshard import stored_bytes
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.distributed.processes import Processes
@@ -16,7 +16,7 @@ from flm_megatron.growth.record import Certificate
 
 def write_grown(
     checkpoint: GrownCheckpoint, path: Path, processes: Processes, certificate: Certificate | None = None
-) -> dict[str, Any]:
+) -> Manifest:
     """Write a grown checkpoint to the new folder `path`; every process computes and writes its shard, 8 MiB
     at a time.
 
@@ -27,6 +27,6 @@ def write_grown(
         DamagedError: a tensor of the source cannot be read.
     """
     nbytes = stored_bytes(checkpoint.tensors)
-    growth = checkpoint.record.certified(certificate).to_json()
+    growth = checkpoint.record.certified(certificate).recorded()
     with reserved(path, processes, nbytes), progress_bar("grow", nbytes, processes) as moved:
-        return copy_checkpoint(checkpoint, path, {**checkpoint.manifest, "growth": growth}, progress=moved)
+        return copy_checkpoint(checkpoint, path, checkpoint.manifest | Manifest(growth=growth), progress=moved)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from flm_megatron.checkpoint.manifest import Manifest, RecordedGrowth
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.plan import GrowthPlan
 
@@ -123,6 +124,10 @@ class GrowthRecord:
             absent=frozenset(known - data.keys() - {"certificate"}),
         )
 
+    def recorded(self) -> RecordedGrowth:
+        """The record as a manifest has it."""
+        return RecordedGrowth.model_validate(self.to_json())
+
     def certified(self, certificate: Certificate | None) -> GrowthRecord:
         """The record with a certificate, if one was made."""
         return replace(self, certificate=certificate) if certificate else self
@@ -131,16 +136,23 @@ class GrowthRecord:
 NESTED = {"plan", "before", "certificate", "extra", "absent"}
 
 
-def growth_of(manifest: Mapping[str, Any]) -> GrowthRecord | None:
+def growth_of(manifest: Manifest) -> GrowthRecord | None:
     """The growth that a checkpoint's stage began with; none if it did not grow. Raises as `GrowthRecord.from_json`."""
-    growth = manifest.get("growth")
-    return GrowthRecord.from_json(growth) if growth else None
+    return GrowthRecord.from_json(manifest.growth.saved) if manifest.growth else None
 
 
-def growth_behind(manifest: Mapping[str, Any]) -> GrowthRecord | None:
+def growth_behind(manifest: Manifest) -> GrowthRecord | None:
     """The last growth of a checkpoint's history: that of its stage, or of the checkpoint that its run started from."""
-    growth = manifest.get("growth") or manifest.get("earlier_growth")
-    return GrowthRecord.from_json(growth) if growth else None
+    growth = manifest.growth or manifest.earlier_growth
+    return GrowthRecord.from_json(growth.saved) if growth else None
+
+
+def certificate_of(manifest: Manifest) -> Certificate | None:
+    """What was measured of the growth that a checkpoint's stage began with; none if nothing was."""
+    if manifest.certificate:
+        return Certificate.from_json(manifest.certificate)
+    growth = growth_of(manifest)
+    return growth.certificate if growth else None
 
 
 def _unknown(what: str, error: Exception) -> RequestError:

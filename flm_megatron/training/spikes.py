@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from flm_megatron.checkpoint.manifest import SpikeState
 from flm_megatron.config.schema import StabilityConfig
 from flm_megatron.errors import FlmError
-from flm_megatron.json_text import JsonObject
 
 SMALLEST_SPREAD = 1e-3
 """Smallest spread, as a fraction of the mean: a window of nearly equal values has almost none."""
@@ -34,19 +34,19 @@ class SpikeWatch:
     Its state is part of checkpoints, so that a resumed run decides as an uninterrupted one would.
     """
 
-    def __init__(self, config: StabilityConfig, saved: JsonObject | None = None) -> None:
-        """Start empty, or from `to_json`'s result; earlier versions saved no refused values."""
+    def __init__(self, config: StabilityConfig, saved: SpikeState | None = None) -> None:
+        """Start empty, or from the result of `state`."""
         self.config = config
-        saved = saved or {}
+        saved = saved or SpikeState()
         self._windows = {
-            name: Window(deque(saved.get(name, []), config.window_steps), logarithmic)
-            for name, logarithmic in (("loss", False), ("grad_norm", True))
+            "loss": Window(deque(saved.loss, config.window_steps), logarithmic=False),
+            "grad_norm": Window(deque(saved.grad_norm, config.window_steps), logarithmic=True),
         }
-        self._refused: list[dict[str, float] | None] = list(saved.get("refused", []))
-        self.in_a_row: list[str] = list(saved.get("in_a_row", [])) if "refused" in saved else []
+        self._refused = list(saved.refused or [])
+        self.in_a_row = list(saved.in_a_row) if saved.refused is not None else []
         # Steps applied since each new level, as long as they are fewer than a window holds, and the loss if it has one.
-        self._levels: list[tuple[int, float | None]] = [(age, level) for age, level in saved.get("levels", [])]
-        self.skipped: int = saved.get("skipped", 0)
+        self._levels = list(saved.levels)
+        self.skipped = saved.skipped
 
     def reason(self, loss: float, grad_norm: float) -> str | None:
         """Why a step with this loss and gradient norm must not be applied; none if it may. Changes nothing."""
@@ -159,16 +159,16 @@ class SpikeWatch:
             "the values keep rising, lower the learning rate and go on from an earlier checkpoint"
         )
 
-    def to_json(self) -> dict[str, object]:
-        """The state that `saved` takes."""
-        seen = {name: list(window.values) for name, window in self._windows.items()}
-        return {
-            **seen,
-            "in_a_row": self.in_a_row,
-            "refused": self._refused,
-            "levels": [list(level) for level in self._levels],
-            "skipped": self.skipped,
-        }
+    def state(self) -> SpikeState:
+        """The part that a checkpoint keeps."""
+        return SpikeState(
+            loss=list(self._windows["loss"].values),
+            grad_norm=list(self._windows["grad_norm"].values),
+            in_a_row=list(self.in_a_row),
+            refused=list(self._refused),
+            levels=list(self._levels),
+            skipped=self.skipped,
+        )
 
 
 @dataclass

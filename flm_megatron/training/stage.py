@@ -7,14 +7,14 @@ from collections import deque
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
 import torch.distributed as dist
 
 from flm_megatron import kernels
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
+from flm_megatron.checkpoint.manifest import Manifest, RecordedLayout, SpikeState, StagePosition
 from flm_megatron.checkpoint.opening import open_checkpoint
-from flm_megatron.checkpoint.position import StagePosition
 from flm_megatron.checkpoint.sharding.model_state import load_state
 from flm_megatron.checkpoint.stage_manifest import stage_manifest
 from flm_megatron.config.budget import stage_budgets
@@ -241,30 +241,29 @@ class StageTrainer:
             if hook.interval_steps > 0 and self.step % hook.interval_steps == 0:
                 hook.at_interval(self)
 
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> Manifest:
         """The manifest of a checkpoint of this step."""
-        growth = self.growth.to_json() if self.growth else None
+        growth = self.growth.recorded() if self.growth else None
         samples = self.budget.sample_at(self.step)
         adam_step = max((group.get("step", 0) for group in self.state.optimizer.param_groups), default=0)
         position = StagePosition(self.step, samples, self.budget.tokens_at(self.step), adam_step)
-        return {
-            **stage_manifest(self.run, self.index, self.stage.model, position, growth),
-            "history": history_to_json(self.start.history),
-            "validation_sha256": self.validation_sha256,
-            **self.earlier,
-            "stability": self.watch.to_json(),
-            "layout": asdict(self.stage.parallel) | {"world": dist.get_world_size()},
-        }
+        return stage_manifest(self.run, self.index, self.stage.model, position, growth) | Manifest(
+            history=history_to_json(self.start.history),
+            validation_sha256=self.validation_sha256,
+            earlier_growth=self.earlier,
+            stability=self.watch.state(),
+            layout=RecordedLayout.model_validate(asdict(self.stage.parallel) | {"world": dist.get_world_size()}),
+        )
 
 
-def _watched(start: Start, manifest: dict[str, Any]) -> dict[str, Any] | None:
+def _watched(start: Start, manifest: Manifest) -> SpikeState | None:
     """The state of the spike guard for a stage that resumes.
 
     Where batch, length or mixture change, losses and norms may change too: then only the count of refused steps is
     kept.
     """
-    saved = manifest.get("stability") if start.resumes else None
-    return {"skipped": saved["skipped"]} if saved and segment_begins(start) else saved
+    saved = manifest.stability if start.resumes else None
+    return SpikeState(skipped=saved.skipped) if saved and segment_begins(start) else saved
 
 
 def _growth_record(beginning: Beginning) -> GrowthRecord | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flm_megatron.checkpoint.files.destination import PARTIAL
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.config.budget import stage_budgets
@@ -134,9 +135,11 @@ def _check_goes_on(run: RunConfig, path: Path) -> None:
     store, names = checkpoint_store(run), [stage.name for stage in run.stages]
     store.clean(names)
     source = open_checkpoint(path)
-    stage, step = source.manifest["stage"], source.manifest["step"] + 1
+    at = source.manifest.position
+    assert at.stage is not None and at.step is not None
+    stage, step = at.stage, at.step + 1
     new = store.new_path(stage, step, {entry.name for entry in path.parent.iterdir()})
-    copy_checkpoint(source, new, {**source.manifest, "step": step})
+    copy_checkpoint(source, new, source.manifest | Manifest(position=replace(at, step=step)))
     store.prune(stage, keep_last=2)
     assert store.latest(names) == new
     assert path.is_dir(), "the checkpoint before the newest was pruned"

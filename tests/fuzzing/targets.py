@@ -32,6 +32,7 @@ from flm_megatron.checkpoint.hugging_face.reader import HuggingFaceCheckpoint
 from flm_megatron.checkpoint.hugging_face.safetensors import arrays_in
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import Region, TensorInfo
+from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.checkpoint.megatron_legacy.reader import MegatronLegacyCheckpoint
 from flm_megatron.checkpoint.stage_manifest import manifest_model
 from flm_megatron.checkpoint.torch_dist import shard_file, writer
@@ -216,7 +217,7 @@ class Manifests(JsonTarget):
     def read(self, data: bytes) -> None:
         """The manifest and the model in it."""
         manifest = read_manifest(self.file.parent)
-        model = manifest_model(manifest or {})
+        model = manifest_model(manifest or Manifest())
         if model is not None:
             parameter_specs(model)
 
@@ -264,7 +265,7 @@ def all_targets(folder: Path) -> dict[str, Target]:
 
     write_small(folder / "ours")
     copy_checkpoint(
-        InitialCheckpoint(MODEL, 1), folder / "foreign", {"step": 1}
+        InitialCheckpoint(MODEL, 1), folder / "foreign", Manifest(position=StagePosition(1))
     )  # few regions, so that opening it is fast
     for name in ("manifest.json", "common.pt"):
         (folder / "foreign" / name).unlink()

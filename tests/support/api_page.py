@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.config.loader import load_run, run_to_dict
 from tests.support import REPOSITORY
@@ -35,5 +36,5 @@ def write_trained(folder: Path) -> Path:
     run = load_run(write_run_file(folder))
     manifest = {"stage": "small", "step": 8, "tokens": 1024, "samples": 32, "optimizer_step": 8}
     checkpoint = InitialCheckpoint(run.stages[0].model, 3, optimizer=True)
-    copy_checkpoint(checkpoint, folder / TRAINED, {"run": run_to_dict(run), **manifest})
+    copy_checkpoint(checkpoint, folder / TRAINED, Manifest.from_json({"run": run_to_dict(run), **manifest}))
     return folder / TRAINED

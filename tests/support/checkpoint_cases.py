@@ -9,6 +9,7 @@ import torch
 
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.cli.main import main
 from flm_megatron.config.loader import run_to_dict
@@ -32,8 +33,8 @@ MODEL = ModelConfig(
 class Memory(LogicalCheckpoint):
     """Tensors in memory."""
 
-    def __init__(self, values: dict[str, torch.Tensor], manifest: dict[str, Any] | None = None) -> None:
-        self.values, self.manifest = values, manifest or {}
+    def __init__(self, values: dict[str, torch.Tensor], manifest: Manifest | None = None) -> None:
+        self.values, self.manifest = values, manifest or Manifest()
         self.tensors = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in values.items()}
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:
@@ -60,10 +61,15 @@ def run_of(model: ModelConfig, **fields: Any) -> dict[str, Any]:
     )
 
 
-def manifest_of(model: ModelConfig = MODEL, **fields: Any) -> dict[str, Any]:
+def manifest_of(model: ModelConfig = MODEL, **fields: Any) -> Manifest:
     """The manifest of a checkpoint of `model`."""
     known = {"run": run_of(model), "stage": "small", "step": 7, "tokens": 4096, "samples": 64, "optimizer_step": 7}
-    return known | fields
+    return Manifest.from_json(known | fields)
+
+
+def edited(manifest: Manifest, **changes: Any) -> Manifest:
+    """A manifest with other values at some of its keys; with none the key is taken out."""
+    return Manifest.from_json(manifest.to_json() | changes)
 
 
 def write_small(path: Path, model: ModelConfig = MODEL, **manifest: Any) -> LogicalCheckpoint:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER, LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, MupConfig
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 from flm_megatron.growth.plan import GrowthPlan, make_plan
@@ -17,10 +18,10 @@ from flm_megatron.model.parameters import parameter_specs
 class MemoryCheckpoint(LogicalCheckpoint):
     """Tensors held in memory."""
 
-    def __init__(self, values: Mapping[str, torch.Tensor], manifest: dict[str, Any] | None = None) -> None:
+    def __init__(self, values: Mapping[str, torch.Tensor], manifest: Manifest | None = None) -> None:
         self.values = dict(values)
         self.tensors = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in values.items()}
-        self.manifest = manifest or {}
+        self.manifest = manifest or Manifest()
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:
         """A copy of a region."""
@@ -39,7 +40,7 @@ def trained(model: ModelConfig, dtype: torch.dtype = torch.float64, optimizer: b
             values[MASTER + name] = (spec.init_mean + 0.2 * noise).float()
             values[EXP_AVG + name] = torch.randn(spec.shape, generator=draw)
             values[EXP_AVG_SQ + name] = torch.rand(spec.shape, generator=draw)
-    return MemoryCheckpoint(values, {"stage": "small", "step": 40, "optimizer_step": 40})
+    return MemoryCheckpoint(values, Manifest(position=StagePosition(40, optimizer_step=40, stage="small")))
 
 
 def old_model(**changes: Any) -> ModelConfig:

@@ -95,4 +95,4 @@ def final_hash(output: Path) -> str:
     """Logical hash of the last checkpoint of the stage: weights, masters and moments."""
     path = checkpoint_store(RunConfig(output=str(output))).latest(["small"])
     assert path is not None
-    return open_checkpoint(path).manifest["logical_hash"]
+    return open_checkpoint(path).manifest.logical_hash

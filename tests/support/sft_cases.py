@@ -10,6 +10,7 @@ import torch
 
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.sharding.model_state import load_state
 from flm_megatron.checkpoint.sharding.placement import placements
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
@@ -36,7 +37,9 @@ def chat_folder(folder: Path) -> Path:
     run = RunConfig(tokenizer=model.path, data=DataConfig(sequence_length=512), stages=stages)
     known = dict.fromkeys(("step", "tokens", "samples", "optimizer_step"), 0)
     checkpoint = InitialCheckpoint(MODEL, SEED)
-    copy_checkpoint(checkpoint, folder / "base", {"run": run_to_dict(run), "stage": "base", **known})
+    copy_checkpoint(
+        checkpoint, folder / "base", Manifest.from_json({"run": run_to_dict(run), "stage": "base", **known})
+    )
     return folder
 
 

@@ -1,28 +1,23 @@
-"""`manifest.json`: what a checkpoint is, and the size and checksum of each of its files."""
+"""`manifest.json` on disk, and the files of a checkpoint held against the sizes and checksums in it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from isal.isal_zlib import crc32
 
-from flm_megatron.checkpoint.files.manifest_fields import check_manifest
+from flm_megatron.checkpoint.manifest import VERSION, FileEntry, Manifest
 from flm_megatron.errors import DamagedError, RequestError, read_error
 from flm_megatron.json_text import parse_json
 
 MANIFEST = "manifest.json"
-VERSION = 1
 BLOCK = 8 * 2**20
 
 
-def read_manifest(path: Path) -> dict[str, Any] | None:
+def read_manifest(path: Path) -> Manifest | None:
     """The manifest of a checkpoint folder; none if it has none.
-
-    Keys: `version`, `run`, `stage`, `step`, `tokens`, `samples`, `optimizer_step`, `layout`, `optimizer` (`logical`
-    or `none`), `files` ({name: {size, crc32}}), `tensors` ({name: hash}), `logical_hash`, `crc32` (of all the rest).
 
     Raises:
         RequestError: written by a newer version of this program, or its disk does not answer.
@@ -33,26 +28,30 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         data = _read(file)
     except FileNotFoundError:
         return None
-    manifest = parse_json(data, str(file), DamagedError, name="a manifest")
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("version"), int):
+    saved = parse_json(data, str(file), DamagedError, name="a manifest")
+    if not isinstance(saved, dict) or not isinstance(saved.get("version"), int):
         raise DamagedError(f"{file}: is not a manifest")
-    if manifest["version"] > VERSION:
+    if saved["version"] > VERSION:
         raise RequestError(
-            f"{path} is of format version {manifest['version']}, this program knows up to {VERSION}: update it"
+            f"{path} is of format version {saved['version']}, this program knows up to {VERSION}: update it"
         )
-    if manifest.get("crc32") != _checksum(manifest):
+    if saved.pop("crc32", None) != _checksum(saved):
         raise DamagedError(f"{file}: was changed or damaged since it was written")
-    check_manifest(manifest, str(file))
-    return manifest
+    return Manifest.from_json(saved, str(file))
 
 
-def manifest_text(manifest: dict[str, Any]) -> str:
-    """The file's text, with version and checksum added."""
-    manifest = {**manifest, "version": VERSION}
-    return json.dumps({**manifest, "crc32": _checksum(manifest)}, indent=1)
+def sealed(manifest: Manifest) -> dict[str, object]:
+    """What the file holds: the record, and a checksum of it."""
+    plain = manifest.to_json()
+    return {**plain, "crc32": _checksum(plain)}
 
 
-def verify(path: str | Path, quick: bool = False, progress: Callable[[int], None] | None = None) -> dict[str, Any]:
+def manifest_text(manifest: Manifest) -> str:
+    """The file's text."""
+    return json.dumps(sealed(manifest), indent=1)
+
+
+def verify(path: str | Path, quick: bool = False, progress: Callable[[int], None] | None = None) -> Manifest:
     """Check the files of a checkpoint against its manifest: sizes, and checksums unless `quick`.
 
     `progress` is called with the number of bytes read since its last call. Returns the manifest.
@@ -65,16 +64,16 @@ def verify(path: str | Path, quick: bool = False, progress: Callable[[int], None
     manifest = read_manifest(path)
     if manifest is None:
         raise DamagedError(f"{path}: has no {MANIFEST}, which is written last: it is incomplete or was changed")
-    for name, wanted in manifest["files"].items():
+    for name, wanted in manifest.files.items():
         file = path / name
         if problem := size_problem(file, wanted):
             raise DamagedError(problem)
-        if not quick and (checksum := file_checksum(file, progress)) != wanted["crc32"]:
-            raise DamagedError(f"{file}: checksum is {checksum} instead of {wanted['crc32']}: its bytes have changed")
+        if not quick and (checksum := file_checksum(file, progress)) != wanted.crc32:
+            raise DamagedError(f"{file}: checksum is {checksum} instead of {wanted.crc32}: its bytes have changed")
     return manifest
 
 
-def size_problem(file: Path, wanted: dict[str, Any]) -> str | None:
+def size_problem(file: Path, wanted: FileEntry) -> str | None:
     """What is wrong with the size of a file that a manifest lists so; none if it is right.
 
     Raises RequestError when the disk does not answer.
@@ -82,8 +81,8 @@ def size_problem(file: Path, wanted: dict[str, Any]) -> str | None:
     size = _size(file)
     if size is None:
         return f"{file} is missing"
-    if size != wanted["size"]:
-        return f"{file} has {size} bytes instead of {wanted['size']}: truncated or overwritten"
+    if size != wanted.size:
+        return f"{file} has {size} bytes instead of {wanted.size}: truncated or overwritten"
     return None
 
 
@@ -95,17 +94,17 @@ def _size(file: Path) -> int | None:
         raise read_error(file, error) from error
 
 
-def entry(crc: int, size: int) -> dict[str, int | str]:
+def entry(crc: int, size: int) -> FileEntry:
     """What a manifest holds of a file with this CRC-32 and size in bytes."""
-    return {"size": size, "crc32": f"{crc:08x}"}
+    return FileEntry(size=size, crc32=f"{crc:08x}")
 
 
-def file_entry(data: bytes) -> dict[str, int | str]:
+def file_entry(data: bytes) -> FileEntry:
     """What a manifest holds of a file with these bytes."""
     return entry(crc32(data), len(data))
 
 
-def read_listed(path: Path, name: str, manifest: dict[str, Any] | None) -> bytes:
+def read_listed(path: Path, name: str, manifest: Manifest | None) -> bytes:
     """The bytes of a small file of the checkpoint at `path`, as listed in its manifest (any bytes without one).
 
     Raises DamagedError, naming the file, when it is missing or not as it was written; RequestError when its disk does
@@ -116,9 +115,9 @@ def read_listed(path: Path, name: str, manifest: dict[str, Any] | None) -> bytes
         data = _read(file)
     except FileNotFoundError as error:
         raise DamagedError(f"{file} is missing") from error
-    wanted = manifest["files"].get(name) if manifest else None
-    if wanted is not None and file_entry(data) != wanted:
-        raise DamagedError(f"{file}: its {len(data)} bytes are not the {wanted['size']} that were written")
+    wanted = manifest.files.get(name) if manifest else None
+    if wanted is not None and (len(data), f"{crc32(data):08x}") != (wanted.size, wanted.crc32):
+        raise DamagedError(f"{file}: its {len(data)} bytes are not the {wanted.size} that were written")
     return data
 
 
@@ -146,6 +145,5 @@ def file_checksum(file: Path, progress: Callable[[int], None] | None = None) -> 
     return f"{crc:08x}"
 
 
-def _checksum(manifest: dict[str, Any]) -> str:
-    rest = {key: value for key, value in manifest.items() if key != "crc32"}
-    return f"{crc32(json.dumps(rest, sort_keys=True).encode()):08x}"
+def _checksum(plain: dict[str, object]) -> str:
+    return f"{crc32(json.dumps(plain, sort_keys=True).encode()):08x}"

@@ -14,6 +14,7 @@ from flm_megatron.checkpoint.hugging_face.config import model_from_config, read_
 from flm_megatron.checkpoint.hugging_face.names import RegionPair, bands_of, region_pairs, target_tensors
 from flm_megatron.checkpoint.hugging_face.safetensors import arrays_in
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.torch_dist.shard_file import BUFFER_BYTES
 from flm_megatron.errors import DamagedError, RequestError
@@ -42,7 +43,7 @@ class HuggingFaceCheckpoint(LogicalCheckpoint):
         self.path = Path(path)
         self.settings = read_json(self.path / "config.json")
         self.config = model_from_config(self.settings, str(self.path))
-        self.manifest: dict[str, Any] = {}
+        self.manifest = Manifest()
         self._arrays = stored_arrays(self.path)
         self._set_vocabulary(vocab_size)
         if self.settings.get("tie_word_embeddings"):

@@ -21,7 +21,7 @@ from flm_megatron.checkpoint.hugging_face.safetensors import arrays_in, lay_out
 from flm_megatron.checkpoint.hugging_face.tokenizer import SpecialIds, write_tokenizer
 from flm_megatron.checkpoint.lazy.converted import ConvertedCheckpoint, is_power_of_two
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
-from flm_megatron.checkpoint.recorded_run import UNRECORDED_LENGTH
+from flm_megatron.checkpoint.manifest import UNRECORDED_LENGTH
 from flm_megatron.checkpoint.torch_dist.shard_file import BUFFER_BYTES
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.distributed.processes import Processes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -19,7 +18,7 @@ class WithNewAdapters(LogicalCheckpoint):
 
     def __init__(self, source: LogicalCheckpoint, model: ModelConfig, seed: int) -> None:
         self.source, self._fresh = source, InitialCheckpoint(model, seed)
-        self.manifest: dict[str, Any] = source.manifest
+        self.manifest = source.manifest
         missing = {name: info for name, info in self._fresh.tensors.items() if name not in source.tensors}
         # What state the source has belongs to weights that do not learn here.
         weights = {name: info for name, info in source.tensors.items() if not name.startswith("optimizer.")}
@@ -37,7 +36,7 @@ class MergedAdapters(LogicalCheckpoint):
         assert model.lora is not None
         self.source, self._scale = source, model.lora.alpha / model.lora.rank
         self.model = replace(model, lora=None)
-        self.manifest: dict[str, Any] = source.manifest
+        self.manifest = source.manifest
         self._specs = parameter_specs(self.model)
         self.tensors: Mapping[str, TensorInfo] = {name: source.tensors[name] for name in self._specs}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -45,7 +44,7 @@ class ConvertedCheckpoint(LogicalCheckpoint):
         assert not (factors and optimizer), "the optimizer's state would not fit scaled weights"
         self.source, self.dtype = source, dtype
         self.factors = {name: factor for name, factor in (factors or {}).items() if factor != 1.0}
-        self.manifest: dict[str, Any] = source.manifest
+        self.manifest = source.manifest
         self.tensors = {name: self._info(name) for name in source.tensors if optimizer or not _is_state(name)}
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:

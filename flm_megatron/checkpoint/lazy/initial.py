@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from flm_megatron.checkpoint.lazy.generator import truncated_normal
 from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER, LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.model.parameters import ParameterSpec, parameter_specs
@@ -28,7 +28,7 @@ class InitialCheckpoint(LogicalCheckpoint):
     ) -> None:
         self.specs = parameter_specs(model)
         self.seed = seed
-        self.manifest: dict[str, Any] = {"optimizer_step": 0} if optimizer else {}
+        self.manifest = Manifest(position=StagePosition(optimizer_step=0 if optimizer else None))
         infos = {name: TensorInfo(spec.shape, dtype) for name, spec in self.specs.items()}
         if optimizer:
             for prefix in (MASTER, EXP_AVG, EXP_AVG_SQ):

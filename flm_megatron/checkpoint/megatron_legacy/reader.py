@@ -13,6 +13,7 @@ import torch
 from flm_megatron.checkpoint.files.stored_array import StoredArray
 from flm_megatron.checkpoint.files.torch_file import read_torch_file
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.checkpoint.megatron_legacy.arguments import model_from_arguments
 from flm_megatron.checkpoint.sharding.layout import chunk_regions
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
@@ -96,7 +97,7 @@ class MegatronLegacyCheckpoint(LogicalCheckpoint):
         ordered = [(chunk, rank) for chunk in chunks for rank in range(pipeline)]
         split = [_layer_count(saved[0, rank].get(chunk, {})) for chunk, rank in ordered]
         parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, virtual_pipeline=len(chunks), pipeline_layers=split)
-        self.manifest: dict[str, Any] = _progress(first)
+        self.manifest = Manifest(position=_progress(first))
         self._stored: dict[str, list[tuple[LocalRegion, StoredArray]]] = {}
         padded = tensor * _embedding_rows(first[chunks[0]], self.path)
         if int(self.config.vocab_size or 0) > padded:
@@ -206,6 +207,5 @@ def _layer_count(tensors: Mapping[str, Any]) -> int:
     return max((int(match[1]) + 1 for name in tensors if (match := LAYER.match(name))), default=0)
 
 
-def _progress(saved: Mapping[str, Any]) -> dict[str, Any]:
-    known = {"step": saved.get("iteration"), "samples": getattr(saved.get("args"), "consumed_train_samples", None)}
-    return {key: value for key, value in known.items() if isinstance(value, int)}
+def _progress(saved: Mapping[str, Any]) -> StagePosition:
+    return StagePosition.of_others(saved.get("iteration"), getattr(saved.get("args"), "consumed_train_samples", None))

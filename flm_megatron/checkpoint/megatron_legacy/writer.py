@@ -13,10 +13,9 @@ from flm_megatron.checkpoint.files.destination import destination, write_errors
 from flm_megatron.checkpoint.files.stored_array import StoredArray
 from flm_megatron.checkpoint.files.torch_file import read_torch_file
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region
+from flm_megatron.checkpoint.manifest import UNRECORDED_LENGTH
 from flm_megatron.checkpoint.megatron_legacy.arguments import arguments_of
 from flm_megatron.checkpoint.megatron_legacy.reader import FILE, LATEST, LocalTensor, local_tensors
-from flm_megatron.checkpoint.position import recorded_position
-from flm_megatron.checkpoint.recorded_run import UNRECORDED_LENGTH
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.torch_dist.shard_file import BUFFER_BYTES
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
@@ -43,7 +42,7 @@ def write_megatron_legacy(
     ranks = [(t, p) for p in range(parallel.pipeline) for t in range(parallel.tensor)]
     plans = {rank: local_tensors(model, parallel, *rank) for rank in ranks}
     nbytes = sum(_nbytes(checkpoint, tensors) for tensors in plans.values())
-    at = recorded_position(checkpoint.manifest)
+    at = checkpoint.manifest.position
     step = at.step or 0
     arguments = arguments_of(model, parallel, sequence_length, at.samples or 0)
     with destination(path, processes, nbytes) as folder, progress_bar("write", nbytes, processes) as moved:

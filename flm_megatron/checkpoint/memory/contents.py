@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flm_megatron.checkpoint.logical import Region, TensorInfo
-from flm_megatron.checkpoint.position import recorded_position
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.sharding.snapshot import Stored, placed
 from flm_megatron.errors import DamagedError
 
@@ -26,17 +26,17 @@ class BlobRegion:
 
 
 def header_of(
-    tensors: Mapping[str, TensorInfo], stored: Sequence[Stored], world: int, manifest: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo], stored: Sequence[Stored], world: int, manifest: Manifest
 ) -> dict[str, Any]:
-    """The header of a blob that holds `stored` as `snapshot` lays them out; `manifest` has `stage` and `step`."""
+    """The header of a blob that holds `stored` as `snapshot` lays them out; `manifest` has a stage and a step."""
     names = {name: number for number, name in enumerate(tensors)}
     positions, _ = placed(stored)
-    at = recorded_position(manifest)
+    at = manifest.position
     return {
         "world": world,
         "stage": at.stage,
         "step": at.step,
-        "manifest": dict(manifest),
+        "manifest": manifest.to_json(),
         "tensors": [[name, str(info.dtype), info.shape] for name, info in tensors.items()],
         "parts": [
             [names[name], region.offsets, region.sizes, position]
@@ -45,10 +45,11 @@ def header_of(
     }
 
 
-def manifest_of(header: Mapping[str, Any]) -> dict[str, Any]:
+def manifest_of(header: Mapping[str, Any]) -> Manifest:
     """The manifest in a header. Raises DamagedError if there is none."""
-    manifest = header.get("manifest")
-    if not isinstance(manifest, dict) or not {"stage", "step"} <= set(manifest):
+    saved = header.get("manifest")
+    manifest = Manifest.from_json(saved if isinstance(saved, dict) else {}, "a copy in memory")
+    if manifest.position.stage is None or manifest.position.step is None:
         raise DamagedError("the description of a copy in memory is not understood: it has no manifest")
     return manifest
 

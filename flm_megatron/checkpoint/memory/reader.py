@@ -13,10 +13,10 @@ import torch
 
 from flm_megatron.checkpoint.files.stored_array import StoredArray, as_bytes, is_contiguous, out_of_run, span
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.memory.blobs import Generation
 from flm_megatron.checkpoint.memory.client import Endpoint, LocalAgent, RemoteAgent
 from flm_megatron.checkpoint.memory.contents import manifest_of, regions_of, tensors_of
-from flm_megatron.checkpoint.position import recorded_position
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.torch_dist.chunk_index import ChunkIndex, StoredChunk
 from flm_megatron.checkpoint.torch_dist.shard_file import Record
@@ -47,8 +47,8 @@ class MemoryCheckpoint(LogicalCheckpoint):
         """`blobs` by rank; `host` is the number of this host among `endpoints`, and `local` its agent."""
         self.generation, self.blobs, self.endpoints = generation, blobs, endpoints
         self.local, self.host = local, host
-        self.manifest: dict[str, Any] = {**manifest_of(blobs[0].header), "optimizer": "logical"}
-        self.step = recorded_position(self.manifest).step
+        self.manifest = manifest_of(blobs[0].header) | Manifest(optimizer="logical")
+        self.step = self.manifest.position.step
         self.tensors: dict[str, TensorInfo] = {}
         self.chunks: dict[str, list[StoredChunk]] = {}
         for rank, blob in blobs.items():

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.checkpoint.memory.blobs import NONE, Generation
 from flm_megatron.checkpoint.memory.contents import header_of
 from flm_megatron.checkpoint.memory.peers import Peers
-from flm_megatron.checkpoint.position import StagePosition, recorded_position
 from flm_megatron.checkpoint.sharding.model_state import stored_state
 from flm_megatron.checkpoint.sharding.snapshot import HostBuffer, placed, snapshot
 from flm_megatron.device import current
@@ -51,12 +50,12 @@ class Refresher:
             for _ in range(2):  # both are mapped now, not while training waits for the first copies
                 self._buffer(nbytes)
 
-    def refresh(self, chunks: list[Any], optimizer: Any, manifest: Mapping[str, Any]) -> str | None:
+    def refresh(self, chunks: list[Any], optimizer: Any, manifest: Manifest) -> str | None:
         """Copy the state that `manifest` describes; returns a line if this or the last copy has a problem.
 
         Never waits for another host's agent.
         """
-        last, step = self._last(), recorded_position(manifest).step
+        last, step = self._last(), manifest.position.step
         assert step is not None, "what is trained stands at a step"
         if last == "busy":
             return (
@@ -96,13 +95,13 @@ class Refresher:
         except (FlmError, OSError) as error:
             return f"this host's agent does not answer: {error}"
 
-    def _copy(self, chunks: list[Any], optimizer: Any, manifest: Mapping[str, Any]) -> None:
+    def _copy(self, chunks: list[Any], optimizer: Any, manifest: Manifest) -> None:
         peers = self.peers
         tensors, parts = stored_state(chunks, optimizer)
         buffer = self._buffer(placed(parts)[1])
         snapshot(parts, buffer)
-        at = recorded_position(manifest)
-        described = manifest if peers.rank == 0 else StagePosition(at.step, stage=at.stage).to_json()
+        at = manifest.position
+        described = manifest if peers.rank == 0 else Manifest(position=StagePosition(at.step, stage=at.stage))
         peers.local.commit(header_of(tensors, parts, peers.size, described), peers.neighbour)
 
     def _buffer(self, nbytes: int) -> HostBuffer:

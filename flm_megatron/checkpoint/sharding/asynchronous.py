@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from flm_megatron.checkpoint.logical import TensorInfo
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.torch_dist.shard_file import SourceRegion
 from flm_megatron.checkpoint.torch_dist.writer import write_checkpoint
 from flm_megatron.distributed.channels import world_channel
@@ -25,12 +26,12 @@ class SaveHandle:
         path: Path,
         tensors: Mapping[str, TensorInfo],
         shards: Mapping[str, list[SourceRegion]],
-        manifest: dict[str, Any],
+        manifest: Manifest,
         processes: Processes,
         written: Callable[[], None] | None = None,
     ) -> None:
         self.path = path
-        self._manifest: dict[str, Any] | None = None
+        self._manifest: Manifest | None = None
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
 
@@ -54,7 +55,7 @@ class SaveHandle:
         """Whether this process knows that the save has failed; the others will know too."""
         return self._error is not None
 
-    def wait(self, timeout_s: float | None = None) -> dict[str, Any]:
+    def wait(self, timeout_s: float | None = None) -> Manifest:
         """Wait until the checkpoint is whole on all ranks; returns its manifest, as `write_checkpoint` does.
 
         Raises what `write_checkpoint` raises, on every rank, if the save failed on any, and TimeoutError after

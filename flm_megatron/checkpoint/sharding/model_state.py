@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from flm_megatron.checkpoint.logical import (
     TensorInfo,
     adam_step,
 )
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.sharding.asynchronous import SaveHandle, writing_processes
 from flm_megatron.checkpoint.sharding.optimizer_state import (
@@ -101,13 +102,13 @@ def save_state(
     path: str | Path,
     chunks: Sequence[ModelChunk],
     optimizer: Optimizer | None,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     asynchronous: bool = False,
 ) -> SaveHandle:
     """Write a checkpoint of the model and (unless none) its optimizer; every process writes what it holds.
 
     Nothing is gathered: replicas of weights are divided over the data-parallel ranks, optimizer state is written
-    by its owner. `manifest` holds `run`, `stage`, `step`, `tokens`, `samples`, `optimizer_step`, `layout`. With
+    by its owner. `manifest` says where they stand. With
     `asynchronous` everything is copied to CPU memory before this returns and written in the background. Call
     `wait()` on the result on every rank: it raises there if the save failed on any.
 

@@ -15,7 +15,7 @@ def recorded_hashes(source: LogicalCheckpoint, checkpoint: LogicalCheckpoint) ->
 
     `checkpoint` shows some or all of the tensors of `source`; a tensor that it changes has no recorded hash.
     """
-    recorded = source.manifest.get("tensors") or {}
+    recorded = source.manifest.tensors
     unchanged = all(source.tensors[name] == info for name, info in checkpoint.tensors.items())
     if not unchanged or any(name not in recorded for name in checkpoint.tensors):
         return None

@@ -28,10 +28,17 @@ def describe(checkpoint: LogicalCheckpoint, vocab_size: int | None = None) -> di
         }
         for name, info in checkpoint.tensors.items()
     }
+    manifest = checkpoint.manifest
+    recorded = {
+        **manifest.position.to_json(),
+        "layout": manifest.layout.saved if manifest.layout else None,
+        "logical_hash": manifest.logical_hash or None,
+        "weights_hash": manifest.weights_hash or None,
+    }
     weights = [name for name in tensors if not name.startswith(STATE_PREFIXES)]
     model = model_of(checkpoint, vocab_size)
     return {
-        **{key: checkpoint.manifest[key] for key in SHOWN if key in checkpoint.manifest},
+        **{key: value for key, value in recorded.items() if value is not None},
         "model": _plain(model) if model else None,
         "parameters": sum(math.prod(checkpoint.tensors[name].shape) for name in weights),
         "optimizer": len(weights) < len(tensors),

@@ -6,10 +6,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from flm_megatron.checkpoint.files.destination import reserved
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo, split_name
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.sharding.layout import rank_regions
 from flm_megatron.checkpoint.torch_dist.shard_file import SourceRegion
@@ -29,9 +29,9 @@ def reshard(
     checkpoint: LogicalCheckpoint,
     path: Path,
     processes: Processes,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     target: tuple[ModelConfig, ParallelConfig] | None = None,
-) -> dict[str, Any]:
+) -> Manifest:
     """Copy `checkpoint` to the new `torch_dist` folder `path`; returns `manifest` as it was written, with what is in
     it.
 

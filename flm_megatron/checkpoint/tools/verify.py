@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flm_megatron.checkpoint.described import check_structure, model_of, without_padding
 from flm_megatron.checkpoint.files.manifest import file_checksum, read_manifest, size_problem
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.torch_dist.logical_hash import tensor_hashes
@@ -51,7 +51,7 @@ def verify_checkpoint(
     structure = "structure" if model is not None else "no structure, for it does not say what model it is of"
     if manifest:
         return Verification(
-            [], f"{'sizes' if quick else 'sizes and checksums'} of {len(manifest['files'])} files, {structure}"
+            [], f"{'sizes' if quick else 'sizes and checksums'} of {len(manifest.files)} files, {structure}"
         )
     if not quick:
         problems = _gather(processes, lambda: _unreadable(checkpoint, processes, moved))
@@ -64,18 +64,18 @@ def _gather(processes: Processes, problems: Callable[[], Iterator[str]]) -> list
 
 
 def _file_problems(
-    path: Path, manifest: dict[str, Any], quick: bool, processes: Processes, moved: Callable[[int], None]
+    path: Path, manifest: Manifest, quick: bool, processes: Processes, moved: Callable[[int], None]
 ) -> Iterator[str]:
     """One line for each bad file in this process's shard."""
-    for name in list(manifest["files"])[processes.rank :: processes.size]:
-        wanted, file = manifest["files"][name], path / name
+    for name in list(manifest.files)[processes.rank :: processes.size]:
+        wanted, file = manifest.files[name], path / name
         if problem := size_problem(file, wanted):
             yield problem
-        elif not quick and file_checksum(file, moved) != wanted["crc32"]:
+        elif not quick and file_checksum(file, moved) != wanted.crc32:
             yield f"{file}: its bytes have changed ({_changed_tensors(path, name, manifest)})"
 
 
-def _changed_tensors(path: Path, file: str, manifest: dict[str, Any]) -> str:
+def _changed_tensors(path: Path, file: str, manifest: Manifest) -> str:
     """Names of the tensors in a file whose values have changed since they were written.
 
     A block may hold bytes of several small tensors, a record those of one: so records are checked here.
@@ -83,7 +83,7 @@ def _changed_tensors(path: Path, file: str, manifest: dict[str, Any]) -> str:
     try:
         checkpoint = TorchDistCheckpoint(path, blocks=False)
         names = [name for name, chunks in checkpoint.chunks.items() if any(chunk.file == file for chunk in chunks)]
-        changed = [name for name in names if _changed(checkpoint, name, manifest["tensors"][name])]
+        changed = [name for name in names if _changed(checkpoint, name, manifest.tensors[name])]
     except FlmError as error:
         return f"and the checkpoint cannot be opened: {error}"
     return ", ".join(changed) if changed else "no tensor's values are touched"

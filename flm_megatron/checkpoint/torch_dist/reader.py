@@ -15,6 +15,7 @@ from flm_megatron.checkpoint.files.pickle.reader import Foreign
 from flm_megatron.checkpoint.files.stored_array import StoredArray, is_contiguous
 from flm_megatron.checkpoint.files.torch_file import load_torch_file
 from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER, LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.checkpoint.regions import slice_axis
 from flm_megatron.checkpoint.torch_dist.chunk_index import ChunkIndex, StoredChunk
 from flm_megatron.checkpoint.torch_dist.metadata import StoredMetadata, StoredPlace, parse_metadata
@@ -56,12 +57,12 @@ class TorchDistCheckpoint(LogicalCheckpoint):
         self._arrays: dict[StoredChunk, tuple[StoredArray, tuple[Any, ...] | None]] = {}
         self.tensors: Mapping[str, TensorInfo] = self._read_tensors(metadata)
         self.nameless_optimizer = any(NAMELESS.match(name) for name in metadata.entries)
-        self._files: dict[str, dict[str, Any]] = manifest["files"] if manifest else {}
+        self._files = manifest.files if manifest else {}
         self._checked: dict[str, CheckedFile | None] = {}
         self._kept = KeptBlocks()
         if COMMON in self._files:
             read_listed(self.path, COMMON, manifest)
-        self.manifest: dict[str, Any] = manifest or _foreign_manifest(self.path)
+        self.manifest = manifest or Manifest(position=_foreign_position(self.path))
 
     def has_optimizer(self) -> bool:
         """Whether it has moments by name. Raises RequestError for `dp_reshardable` optimizer state."""
@@ -133,7 +134,7 @@ class TorchDistCheckpoint(LogicalCheckpoint):
             sums = name + SUFFIX
             known = self._blocks and sums in self._files
             data = read_listed(self.path, sums, self.manifest) if known else b""
-            size = int(self._files[name]["size"]) if known else 0
+            size = self._files[name].size if known else 0
             self._checked[name] = CheckedFile(self.path / name, size, data, self._kept) if known else None
         return self._checked[name]
 
@@ -194,7 +195,7 @@ def _array(path: Path, chunk: StoredChunk, checked: CheckedFile | None) -> tuple
     return StoredArray(path, offset, sizes, tensor.dtype, storage.checked), None
 
 
-def _read_metadata(path: Path, manifest: dict[str, Any] | None) -> StoredMetadata:
+def _read_metadata(path: Path, manifest: Manifest | None) -> StoredMetadata:
     kind: Any = {"sharded_backend": "torch_dist"}  # a plain folder of torch.distributed.checkpoint does not say it
     if manifest or (path / FORMAT).exists():
         kind = parse_json(read_listed(path, FORMAT, manifest), str(path / FORMAT), DamagedError, strict=True)
@@ -205,34 +206,32 @@ def _read_metadata(path: Path, manifest: dict[str, Any] | None) -> StoredMetadat
     return _parsed(read_listed(path, METADATA, manifest), path / METADATA, manifest)
 
 
-def _parsed(data: bytes, file: Path, manifest: dict[str, Any] | None) -> StoredMetadata:
+def _parsed(data: bytes, file: Path, manifest: Manifest | None) -> StoredMetadata:
     """The content of a metadata file. If it is unchanged but cannot be parsed, a newer version wrote it."""
     try:
         return parse_metadata(data, str(file))
     except DamagedError as error:
-        if manifest is None or METADATA not in manifest["files"]:
+        if manifest is None or METADATA not in manifest.files:
             raise
         raise RequestError(f"{error}; the file is as it was written, so this program is too old for it") from error
 
 
-def _foreign_manifest(path: Path) -> dict[str, Any]:
-    """What Megatron-LM's own checkpoint records of itself: `step`, `samples`, and `optimizer_step` if known.
+def _foreign_position(path: Path) -> StagePosition:
+    """The position that Megatron-LM's own checkpoint records: step, samples, and Adam's step if known.
 
     Raises DamagedError for one of ours, which always has a manifest.
     """
     if not (path / COMMON).exists():
-        return {}
+        return StagePosition()
     common = load_torch_file(path / COMMON)
     if not isinstance(common, dict):
-        return {}
+        return StagePosition()
     if OURS in common or common.keys() == {"checkpoint_version", "iteration"}:
         raise DamagedError(f"{path}: has no {MANIFEST}, which is written last: it is incomplete or was changed")
-    known: dict[str, Any] = {"step": common.get("iteration")}
-    arguments = common.get("args")
+    arguments, samples = common.get("args"), None
     if arguments is not None and not isinstance(arguments, Foreign):
-        known["samples"] = getattr(arguments, "consumed_train_samples", None)
-    known["optimizer_step"] = _optimizer_step(common.get("optimizer"))
-    return {key: value for key, value in known.items() if isinstance(value, int)}
+        samples = getattr(arguments, "consumed_train_samples", None)
+    return StagePosition.of_others(common.get("iteration"), samples, _optimizer_step(common.get("optimizer")))
 
 
 def _optimizer_step(optimizer: Any) -> int | None:

@@ -17,6 +17,7 @@ from flm_megatron.checkpoint.files.in_order import WORKERS, in_order
 from flm_megatron.checkpoint.files.manifest import entry, file_entry
 from flm_megatron.checkpoint.files.stored_array import as_bytes
 from flm_megatron.checkpoint.logical import Region, TensorInfo
+from flm_megatron.checkpoint.manifest import FileEntry
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.torch_dist.logical_hash import MODULUS, partial_hash
 from flm_megatron.checkpoint.torch_dist.tensor_record import encode
@@ -55,7 +56,7 @@ class Written:
 
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
-    files: dict[str, dict[str, int | str]] = field(default_factory=dict)
+    files: dict[str, FileEntry] = field(default_factory=dict)
     hashes: dict[str, int] = field(default_factory=dict)
 
 

@@ -12,7 +12,6 @@ import pickle
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -26,9 +25,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from flm_megatron.checkpoint.files.destination import new_folder, publish, write_errors
-from flm_megatron.checkpoint.files.manifest import MANIFEST, VERSION, file_entry, manifest_text
+from flm_megatron.checkpoint.files.manifest import MANIFEST, file_entry, manifest_text
 from flm_megatron.checkpoint.logical import EXP_AVG, STATE_PREFIXES, LogicalCheckpoint, Region, TensorInfo
-from flm_megatron.checkpoint.position import recorded_position
+from flm_megatron.checkpoint.manifest import VERSION, Manifest
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.torch_dist.logical_hash import combine_hashes, tensor_hash
 from flm_megatron.checkpoint.torch_dist.reader import COMMON, FORMAT, METADATA, OURS
@@ -51,11 +50,11 @@ FILE_BYTES = 8 * 2**30
 def copy_checkpoint(
     checkpoint: LogicalCheckpoint,
     path: str | Path,
-    manifest: dict[str, Any] | None = None,
+    manifest: Manifest | None = None,
     processes: Processes | None = None,
     progress: Callable[[int], None] | None = None,
     chunk_bytes: int | None = None,
-) -> dict[str, Any]:
+) -> Manifest:
     """Copy a checkpoint into a new checkpoint folder; its tensors are divided over `processes` (all, if not given).
 
     `manifest` is the checkpoint's own if not given. Tensors are streamed in chunks of at most `chunk_bytes`
@@ -68,8 +67,7 @@ def copy_checkpoint(
         name: [SourceRegion(tensor, region, partial(checkpoint.read, tensor)) for tensor, region in regions]
         for name, regions in files.items()
     }
-    manifest = dict(checkpoint.manifest if manifest is None else manifest)
-    return write_checkpoint(path, checkpoint.tensors, shards, manifest, processes, progress)
+    return write_checkpoint(path, checkpoint.tensors, shards, manifest or checkpoint.manifest, processes, progress)
 
 
 def plan_files(
@@ -98,10 +96,10 @@ def write_checkpoint(
     path: str | Path,
     tensors: Mapping[str, TensorInfo],
     shards: Mapping[str, Iterable[SourceRegion]],
-    manifest: dict[str, Any],
+    manifest: Manifest,
     processes: Processes | None = None,
     progress: Callable[[int], None] | None = None,
-) -> dict[str, Any]:
+) -> Manifest:
     """Write a checkpoint folder together with the others of `processes` (of all, if not given).
 
     `tensors` are at least those in `shards`, which are this process's files by name (unique over all processes), each
@@ -116,15 +114,15 @@ def write_checkpoint(
     path, processes = Path(path), processes or Processes()
     with new_folder(path, processes) as folder:
         results = processes.together(lambda: _write_shards(folder, shards, tensors, progress))
-        whole: dict[str, Any] = {}
+        whole: list[Manifest] = []
 
-        def finish() -> dict[str, Any]:
+        def finish() -> Manifest:
             """Finish the folder; returns what every process gets."""
-            whole.update(_finish(folder, path, results, manifest))
-            return {**whole, "files": {}}
+            whole.append(_finish(folder, path, results, manifest))
+            return whole[0] | Manifest(files={})
 
         told = processes.on_first(finish)
-        return whole or told
+        return whole[0] if whole else told
 
 
 def _write_shards(
@@ -139,18 +137,19 @@ def _write_shards(
     return written
 
 
-def _finish(folder: Path, path: Path, results: list[Written], manifest: dict[str, Any]) -> dict[str, Any]:
+def _finish(folder: Path, path: Path, results: list[Written], manifest: Manifest) -> Manifest:
     tensors = {name: info for result in results for name, info in result.tensors.items()}
     records = [record for result in results for record in result.records]
     check_cover(tensors, records)
-    manifest = {**manifest, **_contents(tensors, results)}
+    files = {name: entry for result in results for name, entry in result.files.items()}
     with write_errors(path):
-        for name, data in _small_files(tensors, records, recorded_position(manifest).step or 0).items():
+        for name, data in _small_files(tensors, records, manifest.position.step or 0).items():
             write_file(folder / name, data)
-            manifest["files"][name] = file_entry(data)
+            files[name] = file_entry(data)
+        manifest |= _contents(tensors, results) | Manifest(files=files)
         write_file(folder / MANIFEST, manifest_text(manifest).encode())
     publish(folder, path)
-    return json.loads(manifest_text(manifest))
+    return manifest
 
 
 def _small_files(tensors: Mapping[str, TensorInfo], records: Iterable[Record], step: int) -> dict[str, bytes]:
@@ -164,17 +163,16 @@ def _small_files(tensors: Mapping[str, TensorInfo], records: Iterable[Record], s
     }
 
 
-def _contents(tensors: Mapping[str, TensorInfo], results: list[Written]) -> dict[str, Any]:
+def _contents(tensors: Mapping[str, TensorInfo], results: list[Written]) -> Manifest:
     """The entries of the manifest that follow from what was written."""
     totals = {name: sum(result.hashes.get(name, 0) for result in results) for name in tensors}
     hashes = {name: tensor_hash(info, totals[name]) for name, info in tensors.items()}
-    return {
-        "optimizer": "logical" if any(name.startswith(EXP_AVG) for name in tensors) else "none",
-        "files": {name: entry for result in results for name, entry in result.files.items()},
-        "tensors": hashes,
-        "weights_hash": combine_hashes({n: h for n, h in hashes.items() if not n.startswith(STATE_PREFIXES)}),
-        "logical_hash": combine_hashes(hashes),
-    }
+    return Manifest(
+        optimizer="logical" if any(name.startswith(EXP_AVG) for name in tensors) else "none",
+        tensors=hashes,
+        weights_hash=combine_hashes({n: h for n, h in hashes.items() if not n.startswith(STATE_PREFIXES)}),
+        logical_hash=combine_hashes(hashes),
+    )
 
 
 def check_cover(tensors: Mapping[str, TensorInfo], records: Iterable[Record]) -> None:

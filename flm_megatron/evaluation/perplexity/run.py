@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flm_megatron.checkpoint.position import recorded_position
 from flm_megatron.config.schema import ParallelConfig
 from flm_megatron.data.corpus.corpus import Corpus
 from flm_megatron.errors import RequestError
@@ -102,7 +101,7 @@ def _score(request: BitsPerByteRequest, path: Path, documents: Mapping[str, list
     return CheckpointScore(
         path=str(path),
         name=evaluated.name,
-        tokens_trained=recorded_position(evaluated.checkpoint.manifest).tokens,
+        tokens_trained=evaluated.checkpoint.manifest.position.tokens,
         precision=request.precision or evaluated.precision,
         windows=windows,
         domains={

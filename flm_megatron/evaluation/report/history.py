@@ -13,7 +13,7 @@ from flm_megatron.checkpoint.store import CheckpointStore
 from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.errors import DamagedError, FlmError, RequestError
 from flm_megatron.evaluation.stages import run_of
-from flm_megatron.growth.record import Certificate, growth_of
+from flm_megatron.growth.record import Certificate, certificate_of
 from flm_megatron.training.metrics.events import (
     FILE,
     ChangeEvent,
@@ -152,10 +152,6 @@ def _certificates(run: RunConfig, folder: Path, growths: list[GrowthEvent]) -> d
 
 def _saved_certificate(path: Path) -> Certificate | None:
     try:
-        manifest = open_checkpoint(path).manifest
-        if beside := manifest.get("certificate"):  # as earlier versions wrote it
-            return Certificate.from_json(beside)
-        growth = growth_of(manifest)
+        return certificate_of(open_checkpoint(path).manifest)
     except FlmError:  # a damaged checkpoint does not keep the report from being made
         return None
-    return growth.certificate if growth else None

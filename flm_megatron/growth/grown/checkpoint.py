@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
 
 import torch
 
 from flm_megatron import __version__
+from flm_megatron.checkpoint.files.manifest import sealed
 from flm_megatron.checkpoint.lazy.generator import truncated_normal
 from flm_megatron.checkpoint.logical import (
     EXP_AVG,
@@ -19,7 +19,7 @@ from flm_megatron.checkpoint.logical import (
     TensorInfo,
     split_name,
 )
-from flm_megatron.checkpoint.position import recorded_position
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.grown.operators import Constant, FilledRegion, Fresh, Mean, Old, Operators
 from flm_megatron.growth.grown.step_offsets import has_moments
@@ -39,13 +39,13 @@ class GrownCheckpoint(LogicalCheckpoint):
         RequestError: the source's tensors are not those of the plan's old model.
     """
 
-    def __init__(self, source: LogicalCheckpoint, plan: GrowthPlan, manifest: dict[str, Any] | None = None) -> None:
+    def __init__(self, source: LogicalCheckpoint, plan: GrowthPlan, manifest: Manifest | None = None) -> None:
         self.source, self.plan = source, plan
         self.operators = Operators(plan)
         _check_source(source, plan)
         self.tensors = {name: info for name in self.operators.specs for name, info in self._infos(name)}
         self.record = growth_record(source, plan)
-        self.manifest = {**(manifest or {}), "growth": self.record.to_json()}
+        self.manifest = (manifest or Manifest()) | Manifest(growth=self.record.recorded())
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:
         """Values of `region` of `name`; reads only the old regions that fill it."""
@@ -109,11 +109,11 @@ def axis_mean(values: torch.Tensor, axis: int) -> torch.Tensor:
 
 def growth_record(source: LogicalCheckpoint, plan: GrowthPlan) -> GrowthRecord:
     """The record of a growth: the plan, the source's hash and path, the program's version."""
-    text = json.dumps(source.manifest, sort_keys=True, default=str)
-    at = recorded_position(source.manifest)
+    text = json.dumps(sealed(source.manifest), sort_keys=True)
+    at = source.manifest.position
     return GrowthRecord(
         plan,
-        source_logical_hash=source.manifest.get("logical_hash"),
+        source_logical_hash=source.manifest.logical_hash or None,
         source_manifest_sha256=hashlib.sha256(text.encode()).hexdigest(),
         source_stage=at.stage,
         source_step=at.step,

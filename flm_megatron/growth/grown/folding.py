@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from flm_megatron.checkpoint.logical import STATE_PREFIXES, LogicalCheckpoint, Region
@@ -49,7 +47,7 @@ class FoldedMask(LogicalCheckpoint):
 
     def __init__(self, source: LogicalCheckpoint, factors: dict[str, tuple[int, torch.Tensor]]) -> None:
         self.source, self.factors = source, factors
-        self.manifest: dict[str, Any] = source.manifest
+        self.manifest = source.manifest
         self.tensors = {name: info for name, info in source.tensors.items() if not name.startswith(STATE_PREFIXES)}
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:

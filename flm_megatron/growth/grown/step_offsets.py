@@ -7,11 +7,11 @@ those of its shard.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from flm_megatron.checkpoint.logical import EXP_AVG, LogicalCheckpoint, Region
+from flm_megatron.checkpoint.manifest import RecordedGrowth
 from flm_megatron.engine.types import ModelChunk, Optimizer
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.grown.operators import Old, Operators
@@ -23,15 +23,15 @@ def has_moments(checkpoint: LogicalCheckpoint) -> bool:
     return any(name.startswith(EXP_AVG) for name in checkpoint.tensors)
 
 
-def earlier_growth(checkpoint: LogicalCheckpoint, grows: bool) -> dict[str, Any]:
+def earlier_growth(checkpoint: LogicalCheckpoint, grows: bool) -> RecordedGrowth | None:
     """What the manifests of a stage that starts from or resumes `checkpoint` keep of its growth.
 
     The growth that its step offsets follow from, if it has any; nothing if the stage `grows` itself.
     """
     growth = growth_behind(checkpoint.manifest)
     if growth is None or grows or not has_moments(checkpoint) or not has_step_offsets(growth):
-        return {}
-    return {"earlier_growth": growth.to_json()}
+        return None
+    return growth.recorded()
 
 
 def has_step_offsets(growth: GrowthRecord | None) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.config.history import History, Segment
 from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import RunConfig
@@ -46,7 +46,7 @@ def announce(log: MetricsLog, changes: list[Change], stage: str, step: int, toke
         log.say(f"{stage} step {step}: {change.line()}")
 
 
-def find_changes(run: RunConfig, start: Start, manifest: Mapping[str, Any], data_size: int) -> list[Change]:
+def find_changes(run: RunConfig, start: Start, manifest: Manifest, data_size: int) -> list[Change]:
     """The settings that differ from the checkpoint of `manifest`.
 
     Batch, sequence length and mixture if a new segment of the history begins here; the data-parallel size; and every
@@ -55,13 +55,11 @@ def find_changes(run: RunConfig, start: Start, manifest: Mapping[str, Any], data
     """
     resumes = start.resumes
     found = list(_segment_changes(start.history[-2:], resumes)) if segment_begins(start) else []
-    layout = manifest.get("layout") or {}
-    if resumes and "world" in layout:
-        before = layout["world"] // (layout["tensor"] * layout["pipeline"])
-        if before != data_size:
-            found.append(Change("data-parallel size", before, data_size))
-    found += _validation_changes(manifest.get("validation_sha256") or {}, validation_hashes(run))
-    return [*found, *_field_changes(manifest.get("run") or {}, run_to_dict(run), start.stage, resumes)]
+    before = manifest.layout.data_size if manifest.layout else None
+    if resumes and before not in (None, data_size):
+        found.append(Change("data-parallel size", before, data_size))
+    found += _validation_changes(manifest.validation_sha256, validation_hashes(run))
+    return [*found, *_field_changes(manifest.run.saved, run_to_dict(run), start.stage, resumes)]
 
 
 def validation_hashes(run: RunConfig) -> dict[str, str]:

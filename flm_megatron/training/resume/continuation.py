@@ -6,14 +6,13 @@ skipping any. Changes that cannot be made this way are refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
-from flm_megatron.checkpoint.position import recorded_position
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.history import History, Segment, SegmentSource, history_from_json
-from flm_megatron.config.loader import run_from_dict, run_to_dict
+from flm_megatron.config.loader import run_from_dict
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.data.streams.mixture import mixture_at_end, segment_sources
 from flm_megatron.data.streams.stage_streams import chat_passes
@@ -29,22 +28,22 @@ def first_history(run: RunConfig) -> History:
     return (_segment(run, 0, 0, 0, 0),)
 
 
-def past_history(run: RunConfig, manifest: Mapping[str, Any], where: str) -> History:
+def past_history(run: RunConfig, manifest: Manifest, where: str) -> History:
     """The history in a checkpoint; if it was saved before there were histories, one made from its run file.
 
     Raises:
         DamagedError: it cannot be read.
         RequestError: the checkpoint is not one of a run, or of a stage that neither its run file nor this one has.
     """
-    at = recorded_position(manifest)
+    at = manifest.position
     if unknown := [field for field in ("stage", "step") if getattr(at, field) is None]:
         raise RequestError(
             f"{where}: its manifest.json names no {' and no '.join(unknown)}, as those that no run has saved: move it "
             "out of the run's folder (another run can start from it with checkpoint.initial)"
         )
-    if "history" in manifest:
-        return history_from_json(manifest["history"], where)
-    saved = run_from_dict(manifest["run"], where) if "run" in manifest else run
+    if manifest.history is not None:
+        return history_from_json(manifest.history, where)
+    saved = run_from_dict(manifest.run.saved, where) if manifest.run.saved else run
     sources = tuple(SegmentSource(s.display_name, s.path, s.weight, s.epochs) for s in saved.data.train)
     names = [stage.name for stage in saved.stages]
     if at.stage not in names:
@@ -53,12 +52,12 @@ def past_history(run: RunConfig, manifest: Mapping[str, Any], where: str) -> His
     return tuple(replace(budget.segments[0], sources=sources) for budget in stage_budgets(saved)[: last + 1])
 
 
-def known_history(run: RunConfig, manifest: Mapping[str, Any], where: str) -> History:
+def known_history(run: RunConfig, manifest: Manifest, where: str) -> History:
     """The history in a checkpoint, completed with the datasets that the run file names. Raises as `past_history`."""
     return _with_datasets(past_history(run, manifest, where), _segment(run, 0, 0, 0, 0))
 
 
-def is_finished(run: RunConfig, index: int, manifest: Mapping[str, Any], past: History) -> bool:
+def is_finished(run: RunConfig, index: int, manifest: Manifest, past: History) -> bool:
     """Whether the checkpoint of stage `index` has trained all of the stage's tokens."""
     segments = [segment for segment in past if segment.stage == run.stages[index].name]
     if not segments:  # grown, and not trained yet
@@ -66,7 +65,7 @@ def is_finished(run: RunConfig, index: int, manifest: Mapping[str, Any], past: H
     return segments[-1].tokens_at(stage_and_step(manifest)[1]) - segments[0].first_token >= run.stages[index].tokens
 
 
-def stage_of(run: RunConfig, manifest: Mapping[str, Any], past: History, where: str) -> int:
+def stage_of(run: RunConfig, manifest: Manifest, past: History, where: str) -> int:
     """Index in the run file of a checkpoint's stage.
 
     Raises:
@@ -82,7 +81,7 @@ def stage_of(run: RunConfig, manifest: Mapping[str, Any], past: History, where: 
     return len(gone) - 1
 
 
-def continued(run: RunConfig, index: int, manifest: Mapping[str, Any], past: History, where: str) -> History:
+def continued(run: RunConfig, index: int, manifest: Manifest, past: History, where: str) -> History:
     """`past`, with a new segment where the checkpoint stands if stage `index` continues with other settings.
 
     Raises:
@@ -101,19 +100,19 @@ def continued(run: RunConfig, index: int, manifest: Mapping[str, Any], past: His
     return history
 
 
-def stage_and_step(manifest: Mapping[str, Any]) -> tuple[str, int]:
+def stage_and_step(manifest: Manifest) -> tuple[str, int]:
     """Stage name and step of a checkpoint that `past_history` accepts."""
-    at = recorded_position(manifest)
+    at = manifest.position
     assert at.stage is not None and at.step is not None, "`past_history` comes first"
     return at.stage, at.step
 
 
-def _stream_position(manifest: Mapping[str, Any], last: Segment, where: str) -> tuple[int, int]:
+def _stream_position(manifest: Manifest, last: Segment, where: str) -> tuple[int, int]:
     """Samples and tokens of the run at a checkpoint, from its last segment or else its manifest."""
     stage, step = stage_and_step(manifest)
     if last.stage == stage:
         return last.sample_at(step), last.tokens_at(step)
-    at = recorded_position(manifest)
+    at = manifest.position
     if at.samples is None or at.tokens is None:
         raise RequestError(f"{where}: its manifest.json does not say how many samples and tokens its run had seen")
     return at.samples, at.tokens
@@ -158,17 +157,17 @@ def _with_datasets(past: History, now: Segment) -> History:
     return tuple(replace(segment, sources=tuple(map(filled, segment.sources))) for segment in past)
 
 
-def _reasons(run: RunConfig, index: int, manifest: Mapping[str, Any], past: History, now: Segment) -> Iterator[str]:
+def _reasons(run: RunConfig, index: int, manifest: Manifest, past: History, now: Segment) -> Iterator[str]:
     """Why the run cannot continue with this run file."""
-    saved = manifest.get("run") or {}
-    if saved.get("seed", run.seed) != run.seed:
-        yield f"seed was {saved['seed']} and is {run.seed}: it orders the samples of the whole run; {BACK}"
-    before, present = manifest.get("tokenizer_sha256"), file_fingerprint(run.tokenizer) if run.tokenizer else None
+    saved = manifest.run
+    if saved.seed not in (None, run.seed):
+        yield f"seed was {saved.seed} and is {run.seed}: it orders the samples of the whole run; {BACK}"
+    before, present = manifest.tokenizer_sha256, file_fingerprint(run.tokenizer) if run.tokenizer else None
     if before and present and before != present:
         yield f"tokenizer {run.tokenizer} is another one than the run was trained with: {BACK}"
-    chat = (saved.get("data") or run_to_dict(run)["data"]).get("chat")
-    if (chat is None) != (run.data.chat is None):
-        yield f"data.chat was {'not ' if chat is None else ''}given, and now it is the other way round: {BACK}"
+    if saved.data is not None and (saved.data.chat is None) != (run.data.chat is None):
+        was = "not given" if saved.data.chat is None else "given"
+        yield f"data.chat was {was}, and now it is the other way round: {BACK}"
     elif run.data.chat is not None:
         yield from _chat_reasons(run, index, manifest, past, now)
     else:
@@ -209,13 +208,11 @@ def _mixture_reasons(last: Segment, now: Segment) -> Iterator[str]:
         )
 
 
-def _chat_reasons(
-    run: RunConfig, index: int, manifest: Mapping[str, Any], past: History, now: Segment
-) -> Iterator[str]:
+def _chat_reasons(run: RunConfig, index: int, manifest: Manifest, past: History, now: Segment) -> Iterator[str]:
     """Conversations cannot change in the middle of a stage: they are packed into samples all at once."""
-    if past[-1].stage != now.stage or now.first_step == 0 or "run" not in manifest:
+    if past[-1].stage != now.stage or now.first_step == 0 or not manifest.run.saved:
         return
-    saved = run_from_dict(manifest["run"])
+    saved = run_from_dict(manifest.run.saved)
     for field, was, value in (
         ("data.sequence_length", past[-1].sequence_length, now.sequence_length),
         ("data.train", _identities(past[-1]), _identities(now)),

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from flm_megatron.checkpoint.described import recorded_model, without_padding
 from flm_megatron.checkpoint.lazy.adapters import WithNewAdapters
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, adam_step
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.own_tokenizer import check_tokenizer
 from flm_megatron.config.same_model import differences
@@ -84,7 +83,7 @@ def _loaded(run: RunConfig, model: ModelConfig, source: Path) -> tuple[LogicalCh
     return checkpoint, found
 
 
-def check_no_mask(manifest: Mapping[str, Any], source: str) -> None:
+def check_no_mask(manifest: Manifest, source: str) -> None:
     """Refuse a checkpoint whose growth masks are half open: its weights alone are not its function.
 
     Raises:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.config.schema import MemoryConfig, RunConfig
 from flm_megatron.distributed.world import is_main_rank
 from flm_megatron.errors import DamagedError, FlmError, RequestError
@@ -155,9 +156,7 @@ class MemoryCopies:
         assert self.refresher is not None, "`newer` comes first"
         self.refresher.reserve(chunks, optimizer, self.config.budget_gib)
 
-    def refresh(
-        self, chunks: list[ReplicatedChunk], optimizer: Optimizer, manifest: Mapping[str, object]
-    ) -> str | None:
+    def refresh(self, chunks: list[ReplicatedChunk], optimizer: Optimizer, manifest: Manifest) -> str | None:
         """Copy the state that `manifest` describes; returns a line for the log if something is wrong."""
         assert self.refresher is not None, "`newer` comes first"
         line = self.refresher.refresh(chunks, optimizer, manifest)

@@ -6,11 +6,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from flm_megatron.checkpoint.files.manifest import read_manifest
 from flm_megatron.checkpoint.lease.fence import check_fences
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.stage_manifest import manifest_model
 from flm_megatron.checkpoint.store import CheckpointStore
@@ -114,7 +114,7 @@ def run_history(run: RunConfig) -> History:
     return known_history(run, _manifest(path), str(path)) if path else ()
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def _manifest(path: Path) -> Manifest:
     """The manifest of a checkpoint of the run. Its metadata, which may take seconds to read, is not read."""
     manifest = read_manifest(path)
     assert manifest is not None, "the search passes over what has none"
@@ -250,7 +250,7 @@ def _where(start: Start) -> str:
     return str(start.source or "the copies in memory")
 
 
-def _resumed_stage(stage: StageConfig, saved: dict[str, Any], plan: GrowthPlan | None, where: str) -> StageConfig:
+def _resumed_stage(stage: StageConfig, saved: Manifest, plan: GrowthPlan | None, where: str) -> StageConfig:
     """The stage with the model of its own checkpoint; all else that may change comes from the run file."""
     if plan is not None:
         return replace(stage, model=plan.new)

@@ -11,11 +11,12 @@ import pytest
 
 import flm_megatron as flm
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
+from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.cli.main import main
 from flm_megatron.config.loader import load_run, run_to_dict
-from flm_megatron.growth.boundary import saved_plan
+from flm_megatron.growth.record import certificate_of, growth_of
 from tests.support.prose import prose
 from tests.support.runs import make_data
 
@@ -54,7 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "samples": 32,
         "optimizer_step": 8,
     }
-    copy_checkpoint(InitialCheckpoint(run.stages[0].model, 3, optimizer=True), folder / "small", manifest)
+    checkpoint = InitialCheckpoint(run.stages[0].model, 3, optimizer=True)
+    copy_checkpoint(checkpoint, folder / "small", Manifest.from_json(manifest))
     return folder
 
 
@@ -71,12 +73,12 @@ def test_grow_writes_what_any_number_of_processes_writes(folder: Path, capsys: p
     command += ["--stage", "big", "--out", str(folder / "two")]
     assert subprocess.run(command, capture_output=True, timeout=240, check=False).returncode == 0
     one, two = (open_checkpoint(folder / name) for name in ("one", "two"))
-    assert one.manifest["logical_hash"] == two.manifest["logical_hash"]
-    assert one.manifest["logical_hash"] in printed and "layers from 0, 1, 1 (copy)" in printed
-    assert [one.manifest[k] for k in ("stage", "step", "tokens", "optimizer_step")] == ["big", 0, 1024, 8]
-    growth = one.manifest["growth"]
-    assert growth["source_logical_hash"] == open_checkpoint(folder / "small").manifest["logical_hash"]
-    assert saved_plan(one.manifest) is not None
+    assert one.manifest.logical_hash == two.manifest.logical_hash
+    assert one.manifest.logical_hash in printed and "layers from 0, 1, 1 (copy)" in printed
+    assert one.manifest.position == StagePosition(0, 32, 1024, 8, "big")
+    growth = growth_of(one.manifest)
+    assert growth is not None
+    assert growth.source_logical_hash == open_checkpoint(folder / "small").manifest.logical_hash
 
 
 def test_distances_then_a_certified_growth(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,8 +92,8 @@ def test_distances_then_a_certified_growth(folder: Path, capsys: pytest.CaptureF
     chosen = ["--stages.1.growth.layer_selection", "distance", "--distances", str(distances)]
     assert grow(folder, "certified", "--stage", "big", "--certify", str(folder / "text.txt"), *chosen) == 0
     assert "relative change" in capsys.readouterr().out
-    certificate = open_checkpoint(folder / "certified").manifest["growth"]["certificate"]
-    assert [c["precision"] for c in certificate["comparisons"]] == ["fp32"]
+    certificate = certificate_of(open_checkpoint(folder / "certified").manifest)
+    assert certificate is not None and [c.precision for c in certificate.comparisons] == ["fp32"]
     assert grow(folder, "measured", "--stage", "big", "--stages.1.growth.layer_selection", "distance") == 0
 
 

@@ -82,7 +82,7 @@ def test_a_run_stopped_inside_a_mask_goes_on_with_the_same_bits(
     _copy_until(whole[0] / "checkpoints", tmp_path / "checkpoints", "step_00000003")
     assert train(run) == 0
     ours, theirs = (open_checkpoint(checkpoint_store(r).path("big", 8)).manifest for r in (run, whole[1]))
-    assert ours["logical_hash"] == theirs["logical_hash"]
+    assert ours.logical_hash == theirs.logical_hash
     assert saved_plan(ours) == saved_plan(theirs)
     expected = [line for line in losses(whole[0]) if line[0] == "big" and line[1] > 3]
     assert losses(tmp_path) == expected

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.config.schema import ParallelConfig, StageConfig
 from flm_megatron.config.schema.stage import Precision
@@ -22,7 +23,7 @@ from tests.support.growth_cases import trained
 from tests.support.layouts import SEQUENCE, STAGE, relative_difference, take_steps
 from tests.support.pool import Pool
 
-MANIFEST = {"stage": "big", "step": 0, "tokens": 0, "samples": 0, "optimizer_step": 40}
+MANIFEST = Manifest(position=StagePosition(0, 0, 0, 40, "big"))
 BOTH = ParallelConfig(tensor=2, pipeline=2, sequence=True)
 
 
@@ -40,7 +41,7 @@ def stage_of(checkpoint: GrownCheckpoint, parallel: ParallelConfig, precision: P
 
 def written_hash(path: Path, operator: str) -> str:
     """Write a grown checkpoint on all processes of the world (of this one alone without a world)."""
-    return write_grown(grown(operator), path, Processes())["logical_hash"]
+    return write_grown(grown(operator), path, Processes()).logical_hash
 
 
 @pytest.mark.parametrize("operator", ["zero", "mask"])
@@ -70,8 +71,8 @@ def trained_both_ways(path: Path, parallel: ParallelConfig, precision: Precision
             state = TrainState(stage_of(opened, parallel, precision), SEQUENCE)
             load_state(checkpoint, state.chunks, state.optimizer)
             losses = take_steps(state, range(10))
-            save_state(path / name, state.chunks, state.optimizer, {**MANIFEST, "step": 10}).wait()
-            results.append((losses, open_checkpoint(path / name).manifest["logical_hash"]))
+            save_state(path / name, state.chunks, state.optimizer, MANIFEST).wait()
+            results.append((losses, open_checkpoint(path / name).manifest.logical_hash))
     return results
 
 
@@ -97,8 +98,8 @@ def offset_run(path: Path, parallel: ParallelConfig, first: int, last: int, step
         load_state(checkpoint, state.chunks, state.optimizer)
         load_step_offsets(checkpoint, state.chunks, state.optimizer)
         losses = take_steps(state, range(first, last))
-        growth = checkpoint.manifest["growth"]
-        manifest = {**MANIFEST, "step": last, "optimizer_step": 40 + last, "growth": growth}
+        position = StagePosition(last, 0, 0, 40 + last, "big")
+        manifest = Manifest(position=position, growth=checkpoint.manifest.growth)
         save_state(path / str(last), state.chunks, state.optimizer, manifest).wait()
     return losses
 

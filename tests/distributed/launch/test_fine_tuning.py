@@ -135,7 +135,7 @@ def test_a_run_learns_half_of_the_weights_and_resumes_in_mid_epoch(folder: Path,
     assert flm(["sft", str(tmp_path / "halves" / "sft.yaml")]) == 0
     assert losses(tmp_path / "halves") == whole_run
     checkpoints = [open_checkpoint(last(tmp_path / name)) for name in ("whole", "halves")]
-    assert checkpoints[0].manifest["logical_hash"] == checkpoints[1].manifest["logical_hash"]
+    assert checkpoints[0].manifest.logical_hash == checkpoints[1].manifest.logical_hash
     before, after, frozen = InitialCheckpoint(MODEL, SEED), checkpoints[0], frozen_units(MODEL, 0)
     for name in before.tensors:
         for layer in range(MODEL.num_layers) if name.startswith("decoder.layers.") else [0]:
@@ -154,8 +154,8 @@ def test_a_fine_tuning_goes_on_with_another_batch(folder: Path, tmp_path: Path) 
     manifest, chat = open_checkpoint(last(tmp_path)).manifest, training_stream(run, 0)
     assert isinstance(chat, ChatStream)
     steps = 2 + math.ceil((chat.samples - 8) / 6)
-    assert (manifest["step"], manifest["samples"]) == (steps, 8 + 6 * (steps - 2))
-    assert [segment["first_sample"] for segment in manifest["history"]] == [0, 8]
+    assert (manifest.position.step, manifest.position.samples) == (steps, 8 + 6 * (steps - 2))
+    assert [segment["first_sample"] for segment in manifest.history or []] == [0, 8]
 
 
 def last(output: Path) -> Path:

@@ -86,8 +86,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(data: Path, tmp_path: Path)
     assert process.returncode == 3, errors
     saved = checkpoint_store(run).latest(["small"])
     assert saved is not None
-    step = open_checkpoint(saved).manifest["step"]
-    assert 3 <= step < 100 and losses(tmp_path)[-1][1] == step
+    step = open_checkpoint(saved).manifest.position.step
+    assert step is not None and 3 <= step < 100 and losses(tmp_path)[-1][1] == step
     again = flm("train", source, "--stages.0.tokens", str((step + 2) * 128))
     assert again.returncode == 0, again.stderr
     assert [line[1] for line in losses(tmp_path)] == list(range(1, step + 3))

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.store import CheckpointStore
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.cli.main import main
@@ -104,7 +105,9 @@ def save_and_prune(root: Path) -> None:
     """Two saves of which the last is kept."""
     store, checkpoint = CheckpointStore(root / "checkpoints"), Memory({"a": torch.ones(3, 2), "b": torch.zeros(5)})
     for step in (1, 2):
-        copy_checkpoint(checkpoint, store.path("s", step), {"run": run_to_dict(RUN), "step": step, "stage": "s"})
+        copy_checkpoint(
+            checkpoint, store.path("s", step), Manifest.from_json({"run": run_to_dict(RUN), "step": step, "stage": "s"})
+        )
         store.prune("s", keep_last=1)
 
 

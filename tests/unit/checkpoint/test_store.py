@@ -16,6 +16,7 @@ import pytest
 
 from flm_megatron.checkpoint.files import manifest
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.store import CheckpointStore
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
@@ -33,7 +34,7 @@ def store(tmp_path: Path) -> CheckpointStore:
 
 def save(store: CheckpointStore, stage: str, *steps: int) -> None:
     for step in steps:
-        copy_checkpoint(CHECKPOINT, store.path(stage, step), {"step": step, "stage": stage})
+        copy_checkpoint(CHECKPOINT, store.path(stage, step), Manifest.from_json({"step": step, "stage": stage}))
 
 
 def test_latest_is_the_newest_of_the_last_stage(store: CheckpointStore) -> None:
@@ -85,7 +86,7 @@ def test_pruning_counts_only_what_is_whole(store: CheckpointStore) -> None:
     assert store.clean(["s"]) == [] and store.steps("s") == [2, 3]  # nothing is renamed
     again = store.new_path("s", 3, [path.name for path in store.newest("s")])
     assert again.name == "step_00000003.1"
-    copy_checkpoint(CHECKPOINT, again, {"step": 3, "stage": "s"})
+    copy_checkpoint(CHECKPOINT, again, Manifest.from_json({"step": 3, "stage": "s"}))
     assert store.latest(["s"]) == again and store.steps("s") == [2, 3]
     assert [path.name for path in store.prune("s", keep_last=1)] == ["step_00000002", "step_00000003"]
     assert store.newest("s") == [again]
@@ -140,7 +141,7 @@ def test_a_note_whose_checkpoint_was_removed_does_not_speak_of_the_next_one(stor
     shutil.rmtree(store.path("s", 2))
     again = store.new_path("s", 2, store.taken("s"))
     assert again.name == "step_00000002.1"
-    copy_checkpoint(CHECKPOINT, again, {"step": 2, "stage": "s"})
+    copy_checkpoint(CHECKPOINT, again, Manifest.from_json({"step": 2, "stage": "s"}))
     assert store.latest(["s"]) == again
     assert store.taken("s") == ("step_00000001", "step_00000002", "step_00000002.1") and store.taken("t") == ()
 
@@ -238,7 +239,7 @@ class Slow(InitialCheckpoint):
         time.sleep(0.02)
         return super().read(name, region)
 
-copy_checkpoint(Slow(ModelConfig(4, 64, 64, 4, vocab_size=999), 1), sys.argv[1], {}, chunk_bytes=4000)
+copy_checkpoint(Slow(ModelConfig(4, 64, 64, 4, vocab_size=999), 1), sys.argv[1], chunk_bytes=4000)
 """
 
 
@@ -257,4 +258,4 @@ def test_killed_in_the_middle_of_a_write(store: CheckpointStore) -> None:
         process.wait()
     assert partial.exists() and not path.exists() and store.latest(["s"]) is None
     save(store, "s", 7)  # starting again takes the left-over's place
-    assert not partial.exists() and open_checkpoint(store.latest(["s"]) or "").manifest["step"] == 7
+    assert not partial.exists() and open_checkpoint(store.latest(["s"]) or "").manifest.position.step == 7

@@ -11,6 +11,7 @@ import torch
 
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
+from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, ParallelConfig
 from flm_megatron.distributed.world import one_process
 from flm_megatron.evaluation.evaluated import EvaluatedCheckpoint
@@ -38,7 +39,8 @@ def test_masks_are_as_far_open_as_the_step_says() -> None:
     with one_process():
         before = logits(source, MODEL)
         closed, half, full = (
-            logits(GrownCheckpoint(source, plan, {"stage": "grown", "step": step}), plan.new) for step in (0, 5, 10)
+            logits(GrownCheckpoint(source, plan, Manifest(position=StagePosition(step, stage="grown"))), plan.new)
+            for step in (0, 5, 10)
         )
     assert torch.allclose(closed, before, rtol=0, atol=1e-4 * float(before.std()))
     differences = [float((x - before).std() / before.std()) for x in (half, full)]

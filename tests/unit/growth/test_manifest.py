@@ -11,6 +11,7 @@ import torch
 
 from flm_megatron.checkpoint.described import model_of
 from flm_megatron.checkpoint.files.manifest import MANIFEST, manifest_text
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.stage_manifest import manifest_model
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
@@ -65,19 +66,19 @@ def old_model(folder: Path) -> ModelConfig:
     return replace(load_run(folder / "run.yaml").stages[0].model, vocab_size=VOCABULARY)
 
 
-def small_manifest(folder: Path) -> dict[str, object]:
+def small_manifest(folder: Path) -> Manifest:
     """The manifest of the first stage at its end, as a run that took its vocabulary from the tokenizer has it."""
     run = load_run(folder / "run.yaml", ["--stages.0.model.vocab_size", str(VOCABULARY)])
     known = {"step": 8, "tokens": 1024, "samples": 32, "optimizer_step": 8}
-    return {"run": run_to_dict(run), "stage": "small", **known}
+    return Manifest.from_json({"run": run_to_dict(run), "stage": "small", **known})
 
 
 def test_a_vocabulary_that_the_tokenizer_gave_is_in_the_manifest(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = open_checkpoint(folder / "big").manifest
-    assert [stage["model"]["vocab_size"] for stage in manifest["run"]["stages"]] == [VOCABULARY, VOCABULARY]
-    assert manifest["tokenizer_sha256"] == Tokenizer(folder / "tokenizer.model").fingerprint
+    assert [stage.model["vocab_size"] for stage in manifest.run.stages] == [VOCABULARY, VOCABULARY]
+    assert manifest.tokenizer_sha256 == Tokenizer(folder / "tokenizer.model").fingerprint
     assert flm_checkpoint("verify", folder / "big") == 0
     assert "sizes and checksums of" in capsys.readouterr().out
     evaluated = open_evaluated(folder / "big")  # what `flm eval` and `flm generate` start with
@@ -104,7 +105,7 @@ def test_manifests_that_name_the_configured_model_of_a_stage_that_grew_are_read_
     for file in (folder / "big").iterdir():
         (tmp_path / "old" / file.name).symlink_to(file)
     (tmp_path / "old" / MANIFEST).unlink()
-    (tmp_path / "old" / MANIFEST).write_text(manifest_text(manifest))
+    (tmp_path / "old" / MANIFEST).write_text(manifest_text(Manifest.from_json(manifest)))
     model = model_of(open_checkpoint(tmp_path / "old"))
     assert model == replace(configured, vocab_size=VOCABULARY, norm_epsilon=1e-2 * 24 / 36)
     assert flm_checkpoint("verify", tmp_path / "old") == 0
@@ -113,7 +114,7 @@ def test_manifests_that_name_the_configured_model_of_a_stage_that_grew_are_read_
 def test_a_model_with_unknown_fields_is_of_a_newer_program() -> None:
     manifest = {"stage": "a", "run": {"stages": [{"name": "a", "model": {"num_layers": 2, "experts": 8}}]}}
     with pytest.raises(RequestError, match=r"stage 'a' is not one that this program knows .*experts.*: update it"):
-        manifest_model(manifest)
+        manifest_model(Manifest.from_json(manifest))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.checkpoint.stage_manifest import manifest_model
 from flm_megatron.config.schema import ChatConfig, DataConfig, MupConfig, RunConfig, StageConfig
 from flm_megatron.data.tokenizer import train_tokenizer
@@ -30,6 +31,7 @@ from flm_megatron.growth.plan import GrowthPlan, check_same_plan, make_plan
 from flm_megatron.growth.rules import check_epsilons, check_mask_length, check_source_stage
 from flm_megatron.growth.schedule import mask_plan, mask_value
 from flm_megatron.model.mask_plan import MaskPlan
+from tests.support.checkpoint_cases import edited
 from tests.support.growth_cases import GROWN, MemoryCheckpoint, growth, old_model, plan_for, trained
 from tests.support.prose import prose
 
@@ -162,11 +164,11 @@ def small_run(**growth_changes: Any) -> RunConfig:
 
 def test_boundary_carries_the_position_on() -> None:
     source = trained(old_model(), optimizer=True)
-    source.manifest |= {"tokens": 640, "samples": 40, "optimizer_step": 12}
+    source.manifest = edited(source.manifest, tokens=640, samples=40, optimizer_step=12)
     checkpoint, plan = grown_checkpoint(source, small_run(), 1)
     assert plan.stage == "big" and plan.new.vocab_size == 37
     manifest = checkpoint.manifest
-    assert [manifest[k] for k in ("stage", "step", "tokens", "samples", "optimizer_step")] == ["big", 0, 640, 40, 12]
+    assert manifest.position == StagePosition(0, 40, 640, 12, "big")
     assert saved_plan(manifest) == plan
     model = manifest_model(manifest)
     assert model is not None and model.num_layers == 5
@@ -178,7 +180,8 @@ def test_boundary_carries_the_position_on() -> None:
 
 def test_boundary_takes_the_trained_epsilon() -> None:
     source = trained(old_model())
-    source.manifest["run"] = {"stages": [{"name": "small", "model": asdict(old_model(norm_epsilon=3e-3))}]}
+    run = {"stages": [{"name": "small", "model": asdict(old_model(norm_epsilon=3e-3))}]}
+    source.manifest = edited(source.manifest, run=run)
     assert grown_checkpoint(source, small_run(hidden="zero"), 1)[1].new.norm_epsilon == pytest.approx(3e-3 * 24 / 33)
 
 
@@ -311,10 +314,10 @@ def test_only_what_grows_is_masked(case: str, masked: tuple[str, ...]) -> None:
 
 def test_growing_in_the_middle_of_a_mask() -> None:
     checkpoint, _ = grown_checkpoint(trained(old_model()), small_run(), 1)
-    assert saved_mask_value({**checkpoint.manifest, "step": 3}) == 0.75
-    check_masks_open({**checkpoint.manifest, "step": 4})
+    assert saved_mask_value(edited(checkpoint.manifest, step=3)) == 0.75
+    check_masks_open(edited(checkpoint.manifest, step=4))
     with pytest.raises(RequestError, match=r"'big' is at step 3, .* \(v = 0.750, open at step 4\)"):
-        check_masks_open({**checkpoint.manifest, "step": 3})
+        check_masks_open(edited(checkpoint.manifest, step=3))
 
 
 def test_boundary_refuses_before_reading() -> None:
@@ -334,13 +337,13 @@ def test_growth_keeps_the_tokenizer(tmp_path: Path) -> None:
     run = small_run()
     for recorded in ({"tokenizer_sha256": own.fingerprint}, {"run": {"tokenizer": own.path}}, {}):
         run.tokenizer = own.path
-        check_same_tokenizer(recorded, run, model)
+        check_same_tokenizer(Manifest.from_json(recorded), run, model)
         run.tokenizer = larger.path
         with pytest.raises(RequestError, match=r"larger has 420 ids, .* has 400: .*; growth keeps the tokenizer"):
-            check_same_tokenizer(recorded, run, model)
+            check_same_tokenizer(Manifest.from_json(recorded), run, model)
         run.tokenizer = same_size.path
         if recorded:
             with pytest.raises(RequestError, match=r"is not the one that .*; growth keeps the tokenizer"):
-                check_same_tokenizer(recorded, run, model)
+                check_same_tokenizer(Manifest.from_json(recorded), run, model)
     run.tokenizer = str(tmp_path / "nowhere")
-    check_same_tokenizer({"tokenizer_sha256": own.fingerprint}, run, model)
+    check_same_tokenizer(Manifest(tokenizer_sha256=own.fingerprint), run, model)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flm_megatron import __version__
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 from flm_megatron.growth.record import Certificate, Comparison, GrowthRecord, growth_behind, growth_of
@@ -23,7 +24,8 @@ def grown() -> GrownCheckpoint:
     """A model grown out of one that was grown before."""
     plan = plan_for("ffn", "zero", old_model(), {"optimizer_step": "birth"})
     source = trained(plan.new, torch.float32, optimizer=True)
-    source.manifest["growth"] = GrownCheckpoint(trained(plan.old), plan).record.certified(MEASURED).to_json()
+    before = GrownCheckpoint(trained(plan.old), plan).record.certified(MEASURED)
+    source.manifest |= Manifest(growth=before.recorded())
     return GrownCheckpoint(source, plan_for("layers", "zero", plan.new))
 
 
@@ -36,17 +38,22 @@ def test_a_record_comes_back_with_all_growths_before_it(grown: GrownCheckpoint) 
     record = grown.record
     assert record.before is not None and record.before.certificate == MEASURED and record.certificate is None
     assert GrowthRecord.from_json(on_disk(record)) == record
-    assert growth_of({"growth": on_disk(record)}) == growth_behind({"earlier_growth": on_disk(record)}) == record
-    assert growth_of({}) is None and growth_of({"earlier_growth": on_disk(record)}) is None
+    now, earlier = (
+        Manifest.from_json({"growth": on_disk(record)}),
+        Manifest.from_json({"earlier_growth": on_disk(record)}),
+    )
+    assert growth_of(now) == growth_behind(earlier) == record
+    assert growth_of(Manifest()) is None and growth_of(earlier) is None
 
 
 def test_the_text_in_a_manifest_is_what_it_was_before_there_were_records(grown: GrownCheckpoint) -> None:
     """Keys in their order; a certificate is at the end, and there only where one was made."""
     keys = "plan source_logical_hash source_manifest_sha256 source_stage source_step optimizer_step moments"
     keys += " code_version before"
-    assert " ".join(grown.manifest["growth"]) == keys
-    assert " ".join(grown.manifest["growth"]["before"]) == keys + " certificate"
-    assert grown.manifest["growth"]["code_version"] == __version__
+    growth: Any = grown.manifest.to_json()["growth"]
+    assert " ".join(growth) == keys
+    assert " ".join(growth["before"]) == keys + " certificate"
+    assert growth["code_version"] == __version__
     again = GrowthRecord.from_json(on_disk(grown.record))
     assert json.dumps(again.to_json()) == json.dumps(grown.record.to_json())
 

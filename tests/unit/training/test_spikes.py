@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from flm_megatron.checkpoint.manifest import SpikeState
 from flm_megatron.config.schema import StabilityConfig
 from flm_megatron.errors import FlmError
 from flm_megatron.training.spikes import MOST_LEVELS, SpikeWatch, joined
@@ -99,15 +100,16 @@ def test_a_level_is_held_against_what_follows_for_the_length_of_a_window() -> No
 
 def test_a_level_goes_on_after_a_restart_in_the_middle_of_it() -> None:
     watch = shifted(16)
-    again = SpikeWatch(CONFIG, json.loads(json.dumps(watch.to_json())))
+    again = SpikeWatch(CONFIG, SpikeState.model_validate(json.loads(json.dumps(watch.state().model_dump()))))
     for each in (watch, again):
         assert each.reason(2.5, 1.0) is None and each.applied(2.5, 1.0)
-    assert again.to_json() == watch.to_json() == SpikeWatch(CONFIG, watch.to_json()).to_json()
+    assert again.state() == watch.state() == SpikeWatch(CONFIG, watch.state()).state()
 
 
 def test_what_an_earlier_version_saved_is_read_and_does_not_end_the_run_again() -> None:
     saved = {"loss": [2 + 0.01 * (n % 3) for n in range(16)], "grad_norm": [1.0] * 16, "skipped": 2}
-    watch = SpikeWatch(CONFIG, {**saved, "in_a_row": ["step 7 (samples): high", "step 8 (samples): high"]})
+    in_a_row = ["step 7 (samples): high", "step 8 (samples): high"]
+    watch = SpikeWatch(CONFIG, SpikeState.model_validate({**saved, "in_a_row": in_a_row}))
     for step in range(2):
         watch.refused(step, watch.reason(2.5, 1.0) or "", "samples", 2.5, 1.0)
     assert watch.reason(2.5, 1.0) is None and watch.skipped == 4
@@ -116,7 +118,7 @@ def test_what_an_earlier_version_saved_is_read_and_does_not_end_the_run_again() 
 def test_values_that_are_not_finite_are_no_level() -> None:
     watch = shifted(16)
     assert watch.reason(math.inf, 1.0) == "loss is inf"
-    spoiled = SpikeWatch(replace(CONFIG, max_in_a_row=9), shifted(16).to_json())
+    spoiled = SpikeWatch(replace(CONFIG, max_in_a_row=9), shifted(16).state())
     spoiled.refused(3, "loss is nan", "samples", math.nan, 1.0)
     assert spoiled.reason(2.5, 1.0) is not None
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flm_megatron.checkpoint.manifest import SpikeState
 from flm_megatron.config.loader import run_from_dict
 from flm_megatron.config.rules import check
 from flm_megatron.config.schema import StabilityConfig
@@ -75,8 +76,8 @@ def test_policy_stop_ends_at_the_first() -> None:
 def test_a_watch_goes_on_from_its_saved_state() -> None:
     watch = watched(12)
     watch.refused(13, "loss is nan", "samples 1 to 2", math.nan, 1.0)
-    again = SpikeWatch(CONFIG, json.loads(json.dumps(watch.to_json())))
-    assert again.to_json() == watch.to_json()
+    again = SpikeWatch(CONFIG, SpikeState.model_validate(json.loads(json.dumps(watch.state().model_dump()))))
+    assert again.state() == watch.state()
     assert again.reason(3.0, 1.0) == watch.reason(3.0, 1.0) is not None
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
 from flm_megatron.checkpoint.logical import STATE_PREFIXES
+from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.sharding.model_state import save_state
 from flm_megatron.checkpoint.torch_dist import shard_file
@@ -42,9 +43,11 @@ def change_while_writing(folder: str, precision: Precision) -> list[bool]:
     """A plain save, then a slow one in the background during which weights and state change: by training, then all."""
     with train_state_under(LAYOUT, _stage(precision)) as state:
         take_steps(state, range(1))
-        save_state(f"{folder}/plain", state.chunks, state.optimizer, {"step": 1}).wait()
+        save_state(f"{folder}/plain", state.chunks, state.optimizer, Manifest(position=StagePosition(1))).wait()
         shard_file.encode = slow_encode
-        handle = save_state(f"{folder}/slow", state.chunks, state.optimizer, {"step": 1}, asynchronous=True)
+        handle = save_state(
+            f"{folder}/slow", state.chunks, state.optimizer, Manifest(position=StagePosition(1)), asynchronous=True
+        )
         early = handle.done
         take_steps(state, range(1, 3))
         for chunk in state.chunks:
@@ -74,11 +77,11 @@ def fail_on_one_rank(folder: str, asynchronous: bool) -> str:
 
             shard_file.encode = full
         try:
-            save_state(f"{folder}/a", state.chunks, state.optimizer, {}, asynchronous=asynchronous).wait()
+            save_state(f"{folder}/a", state.chunks, state.optimizer, Manifest(), asynchronous=asynchronous).wait()
         except FlmError as error:
             message = f"{type(error).__name__} {error}"
         shard_file.encode = encode
-        save_state(f"{folder}/b", state.chunks, state.optimizer, {}, asynchronous=asynchronous).wait()
+        save_state(f"{folder}/b", state.chunks, state.optimizer, Manifest(), asynchronous=asynchronous).wait()
         total = torch.ones(1)
         dist.all_reduce(total)  # training's own group is still in step
         assert total == 4
@@ -97,9 +100,9 @@ def test_a_failed_write_fails_on_all_ranks(pool: Pool, tmp_path: Path, asynchron
 
 def exists_already(folder: str) -> str:
     with train_state_under(ParallelConfig(data=2), _stage()) as state:
-        save_state(f"{folder}/a", state.chunks, state.optimizer, {}).wait()
+        save_state(f"{folder}/a", state.chunks, state.optimizer, Manifest()).wait()
         with pytest.raises(FlmError) as caught:
-            save_state(f"{folder}/a", state.chunks, state.optimizer, {}).wait()
+            save_state(f"{folder}/a", state.chunks, state.optimizer, Manifest()).wait()
         return str(caught.value)
 
 
@@ -118,7 +121,7 @@ def connections_of_saves(folder: str) -> list[tuple[int, int]]:
             found.append((len(_world.pg_map), psutil.Process().num_fds()))
             dist.barrier()
             if name:
-                save_state(f"{folder}/{name}", state.chunks, state.optimizer, {}, asynchronous=True).wait()
+                save_state(f"{folder}/{name}", state.chunks, state.optimizer, Manifest(), asynchronous=True).wait()
         return found
 
 
@@ -138,7 +141,7 @@ def stop_in_a_save(folder: str) -> str:
                 return encode(dtype, shape, crc)
 
             shard_file.encode = stop
-        handle = save_state(f"{folder}/a", state.chunks, state.optimizer, {}, asynchronous=True)
+        handle = save_state(f"{folder}/a", state.chunks, state.optimizer, Manifest(), asynchronous=True)
         total = torch.ones(1)
         dist.all_reduce(total)  # training goes on meanwhile
         if dist.get_rank() == 1:

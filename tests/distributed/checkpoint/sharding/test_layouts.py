@@ -11,6 +11,7 @@ import torch
 
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER
+from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.sharding.model_state import load_state, save_state
 from flm_megatron.checkpoint.torch_dist.logical_hash import logical_hash, tensor_hashes
@@ -56,7 +57,7 @@ def train_and_save(path: str, parallel: ParallelConfig, precision: Precision) ->
     """Two steps, a checkpoint, and the loss and gradient norm of two more steps."""
     with train_state_under(parallel, stage_of(precision)) as state:
         take_steps(state, range(2))
-        save_state(path, state.chunks, state.optimizer, {"step": 2, "optimizer_step": 2}).wait()
+        save_state(path, state.chunks, state.optimizer, Manifest(position=StagePosition(2, optimizer_step=2))).wait()
         return take_steps(state, range(2, 4))
 
 
@@ -65,7 +66,7 @@ def load_and_save(path: str, out: str, parallel: ParallelConfig, precision: Prec
     with train_state_under(parallel, stage_of(precision), seed=99) as state:
         load_state(open_checkpoint(path), state.chunks, state.optimizer)
         steps = {group["step"] for group in state.optimizer.param_groups}
-        save_state(out, state.chunks, state.optimizer, {"step": 2, "optimizer_step": 2}).wait()
+        save_state(out, state.chunks, state.optimizer, Manifest(position=StagePosition(2, optimizer_step=2))).wait()
         return steps, take_steps(state, range(2, 4))
 
 
@@ -88,8 +89,8 @@ def test_loaded_and_saved_again_under_another_layout(
     results = pool.run(world_of(parallel), load_and_save, str(path), str(tmp_path / "again"), parallel, precision)
     first, again = open_checkpoint(path), open_checkpoint(tmp_path / "again")
     assert tensor_hashes(first) == tensor_hashes(again)
-    assert again.manifest["tensors"] == tensor_hashes(again)
-    assert again.manifest["logical_hash"] == first.manifest["logical_hash"] == logical_hash(first)
+    assert again.manifest.tensors == tensor_hashes(again)
+    assert again.manifest.logical_hash == first.manifest.logical_hash == logical_hash(first)
     assert all(steps == {2} for steps, _ in results)
     assert relative_difference(losses, results[0][1]) < (1e-5 if precision == "fp32" else 2e-2)
 
@@ -117,7 +118,7 @@ def weights_to_masters(path: str) -> None:
         take_steps(state, range(1))
         load_state(InitialCheckpoint(MODEL, seed=5), state.chunks, state.optimizer)
         assert all(group["step"] == 0 for group in state.optimizer.param_groups)
-        save_state(path, state.chunks, state.optimizer, {}).wait()
+        save_state(path, state.chunks, state.optimizer, Manifest()).wait()
         with pytest.raises(RequestError, match="does not say after how many steps"):
             load_state(open_checkpoint(path), state.chunks, state.optimizer)
         wrong = InitialCheckpoint(replace(MODEL, ffn_hidden_size=72), seed=5)
@@ -138,7 +139,7 @@ def fp32_from_masters(source: str, path: str) -> None:
     with train_state_under(ParallelConfig(data=2), stage_of("fp32"), seed=1) as state:
         load_state(open_checkpoint(source), state.chunks, state.optimizer)
         weights = [p.detach().clone() for chunk in state.chunks for p in chunk.parameters()]
-        save_state(path, state.chunks, None, {}).wait()
+        save_state(path, state.chunks, None, Manifest()).wait()
         gathered: list[Any] = [None] * 2
         torch.distributed.all_gather_object(gathered, weights)
         assert all(torch.equal(a, b) for a, b in zip(*gathered, strict=True))
@@ -148,7 +149,7 @@ def test_fp32_training_goes_on_from_the_masters_of_bf16(canonical: Any, pool: Po
     path = canonical[0]
     pool.run(2, fp32_from_masters, str(path), str(tmp_path / "saved"))
     checkpoint, source = open_checkpoint(tmp_path / "saved"), open_checkpoint(path)
-    assert not checkpoint.has_optimizer() and checkpoint.manifest["optimizer"] == "none"
+    assert not checkpoint.has_optimizer() and checkpoint.manifest.optimizer == "none"
     for weight in checkpoint.tensors:
         assert torch.equal(checkpoint.read(weight), source.read(MASTER + weight))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.sharding.model_state import load_state, save_state
 from flm_megatron.checkpoint.tools.reshard import reshard
@@ -41,7 +42,7 @@ def save_and_go_on(path: str, parallel: ParallelConfig) -> list[tuple[float, flo
     """Two steps, a checkpoint, and three more steps' loss and gradient norm."""
     with train_state_under(parallel, STAGE_HERE) as state:
         take_steps(state, range(2))
-        save_state(path, state.chunks, state.optimizer, {"step": 2, "optimizer_step": 2}).wait()
+        save_state(path, state.chunks, state.optimizer, Manifest(position=StagePosition(2, optimizer_step=2))).wait()
         return take_steps(state, STEPS)
 
 
@@ -55,13 +56,15 @@ def reshard_and_go_on(folder: str, parallel: ParallelConfig) -> list[tuple[str, 
                 Path(folder) / f"{name(source)}-{name(parallel)}",
             )
             with launched_processes() as processes:
-                reshard(checkpoint, target, processes, dict(checkpoint.manifest), (MODEL, parallel))
+                reshard(checkpoint, target, processes, checkpoint.manifest, (MODEL, parallel))
             load_state(open_checkpoint(target), state.chunks, state.optimizer)
             steps = take_steps(state, STEPS)
             load_state(open_checkpoint(target), state.chunks, state.optimizer)
             again = Path(folder) / f"{target.name}-again"
-            save_state(again, state.chunks, state.optimizer, {"step": 2, "optimizer_step": 2}).wait()
-            results.append((open_checkpoint(again).manifest["logical_hash"], steps))
+            save_state(
+                again, state.chunks, state.optimizer, Manifest(position=StagePosition(2, optimizer_step=2))
+            ).wait()
+            results.append((open_checkpoint(again).manifest.logical_hash, steps))
     return results
 
 
@@ -82,5 +85,5 @@ def test_training_goes_on_as_where_it_was_saved(
     folder, expected = saved
     results = pool.run(target.processes, reshard_and_go_on, str(folder), target)[0]
     for source, (again, steps) in zip(SOURCES, results, strict=True):
-        assert again == open_checkpoint(folder / name(source)).manifest["logical_hash"], name(source)
+        assert again == open_checkpoint(folder / name(source)).manifest.logical_hash, name(source)
         assert relative_difference(steps, expected[name(source)]) < 1e-5, name(source)

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import EXP_AVG, MASTER, STATE_PREFIXES, Region
+from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.sharding.model_state import load_state, save_state
 from flm_megatron.checkpoint.torch_dist.logical_hash import tensor_hashes
@@ -65,7 +66,7 @@ def save_with_megatron(folder: str) -> None:
                 path.mkdir()
             dist.barrier()
             dist_checkpointing.save(_state(state, kind, False), str(path), async_sharded_save=False)
-        manifest = {"step": 3, "optimizer_step": 2}
+        manifest = Manifest(position=StagePosition(3, optimizer_step=2))
         save_state(Path(folder) / "ours", state.chunks, state.optimizer, manifest).wait()
 
 
@@ -84,7 +85,7 @@ def load_with_megatron(ours: str, again: str) -> None:
         filled = dist_checkpointing.load(tensors, ours)["param_state"]
         part: Any = state.optimizer.chained_optimizers[0]
         part.load_parameter_state_from_fully_reshardable(filled)
-        save_state(again, state.chunks, state.optimizer, {}).wait()
+        save_state(again, state.chunks, state.optimizer, Manifest()).wait()
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def test_megatrons_checkpoint_is_read_with_its_optimizer(saved: Path) -> None:
     names = set(ours.tensors)
     assert names <= set(theirs.tensors)
     assert tensor_hashes(theirs, names) == tensor_hashes(ours)
-    assert theirs.manifest == {"step": 3, "optimizer_step": 2}
+    assert theirs.manifest.position == StagePosition(3, optimizer_step=2)
     name = EXP_AVG + "decoder.layers.mlp.linear_fc1.weight"
     region = Region((1, 40, 3), (1, 20, 11))
     assert torch.equal(theirs.read(name, region), ours.read(name)[region.slices])
@@ -136,7 +137,7 @@ def save_in_small_chunks(path: str) -> None:
     writer.SMALLEST_CHUNK = 4096
     with train_state_under(LAYOUT, _stage()) as state:
         take_steps(state, range(2))
-        save_state(path, state.chunks, state.optimizer, {"step": 3, "optimizer_step": 2}).wait()
+        save_state(path, state.chunks, state.optimizer, Manifest(position=StagePosition(3, optimizer_step=2))).wait()
 
 
 def test_chunks_of_a_weight_are_shared_out_among_its_replicas(saved: Path, pool: Pool, tmp_path: Path) -> None:
@@ -171,7 +172,7 @@ def test_a_smaller_vocabulary_is_refused_and_padding_is_left_out(pool: Pool) -> 
 
 def test_plain_torch_loads_a_written_view(tmp_path: Path) -> None:
     checkpoint = InitialCheckpoint(MODEL, seed=3, optimizer=True, dtype=torch.bfloat16)
-    copy_checkpoint(checkpoint, tmp_path / "a", {}, chunk_bytes=1000)
+    copy_checkpoint(checkpoint, tmp_path / "a", Manifest(), chunk_bytes=1000)
     loaded = {name: torch.empty(info.shape, dtype=info.dtype) for name, info in checkpoint.tensors.items()}
     dcp.load(loaded, checkpoint_id=str(tmp_path / "a"), no_dist=True)
     assert all(torch.equal(loaded[name], checkpoint.read(name)) for name in checkpoint.tensors)

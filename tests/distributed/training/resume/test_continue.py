@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.config.history import history_from_json
 from flm_megatron.config.loader import load_run
@@ -40,7 +40,7 @@ def run_of(*overrides: str) -> RunConfig:
     return resolve(load_run("run.yaml", [*PLANNED, *overrides]))
 
 
-def manifest_of(run: RunConfig) -> dict[str, Any]:
+def manifest_of(run: RunConfig) -> Manifest:
     """The manifest of the newest checkpoint."""
     path = checkpoint_store(run).latest(["small"])
     assert path is not None
@@ -83,8 +83,9 @@ def test_batch_data_parallel_size_mixture_and_length_change_one_after_the_other(
         assert sample_text(run, text.split(":")[0], run_history(run)) == text
 
     saved = manifest_of(run)
-    assert (saved["step"], saved["samples"], saved["tokens"]) == (9, 16 + 16 + 9, 1600)
-    history = history_from_json(saved["history"], "")
+    at = saved.position
+    assert (at.step, at.samples, at.tokens) == (9, 16 + 16 + 9, 1600)
+    history = history_from_json(saved.history, "")
     places = [(s.first_step, s.first_sample, s.first_token, s.global_batch, s.sequence_length) for s in history]
     assert places == [(0, 0, 0, 4, 32), (4, 16, 512, 8, 32), (6, 32, 1024, 3, 64)]
     assert [[source.name for source in s.sources] for s in history] == [["web", "code"]] * 2 + [["web", "held-out"]]

@@ -43,7 +43,7 @@ def hash_of(store: CheckpointStore) -> object:
 
     path = store.latest(["small"])
     assert path is not None
-    return open_checkpoint(path).manifest["logical_hash"]
+    return open_checkpoint(path).manifest.logical_hash
 
 
 def test_changed_bytes_are_found_and_the_checkpoint_before_is_used(whole: tuple[Path, Path], tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import torch
 import yaml
 
 from flm_megatron.checkpoint.described import recorded_model
+from flm_megatron.checkpoint.manifest import StagePosition
 from flm_megatron.checkpoint.opening import open_checkpoint
-from flm_megatron.checkpoint.position import StagePosition
 from flm_megatron.checkpoint.stage_manifest import stage_manifest
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.cli.main import main

@@ -29,6 +29,7 @@ from flm_megatron.checkpoint.files.manifest import manifest_text, verify
 from flm_megatron.checkpoint.files.stored_array import StoredArray
 from flm_megatron.checkpoint.files.torch_file import read_torch_file
 from flm_megatron.checkpoint.logical import Region
+from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.torch_dist.reader import TorchDistCheckpoint
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
@@ -45,7 +46,7 @@ VALUES = {
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a few blocks."""
     path = tmp_path_factory.mktemp("blocks") / "a"
-    copy_checkpoint(Memory(VALUES), path, {"step": 1}, chunk_bytes=2**20)
+    copy_checkpoint(Memory(VALUES), path, Manifest(position=StagePosition(1)), chunk_bytes=2**20)
     return path
 
 
@@ -59,9 +60,8 @@ def test_every_block_of_a_shard_has_its_checksum(whole: Path) -> None:
     stored = (whole / f"__0_0.distcp{SUFFIX}").read_bytes()
     assert len(data) > 2 * BLOCK and len(data) % BLOCK
     assert memoryview(stored).cast("I").tolist() == block_crcs(data)
-    assert verify(whole)["files"][f"__0_0.distcp{SUFFIX}"] == {
-        "size": len(stored), "crc32": f"{zlib.crc32(stored):08x}"
-    }  # fmt: skip
+    entry = verify(whole).files[f"__0_0.distcp{SUFFIX}"]
+    assert (entry.size, entry.crc32) == (len(stored), f"{zlib.crc32(stored):08x}")
 
 
 @given(st.lists(st.integers(0, 3 * BLOCK), min_size=1, max_size=4))
@@ -108,7 +108,7 @@ def test_a_checkpoint_without_block_checksums_is_held_against_its_records(whole:
     for name in [name for name in manifest["files"] if name.endswith(SUFFIX)]:
         (old / name).unlink()
         del manifest["files"][name]
-    (old / "manifest.json").write_text(manifest_text(manifest))
+    (old / "manifest.json").write_text(manifest_text(Manifest.from_json(manifest)))
     assert torch.equal(open_checkpoint(old).read("b"), VALUES["b"])
     checkpoint = open_checkpoint(old)
     assert isinstance(checkpoint, TorchDistCheckpoint)

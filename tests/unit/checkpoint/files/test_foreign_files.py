@@ -18,6 +18,7 @@ from flm_megatron.checkpoint.files.manifest import MANIFEST, read_manifest
 from flm_megatron.checkpoint.hugging_face.config import model_from_config
 from flm_megatron.checkpoint.hugging_face.reader import HuggingFaceCheckpoint
 from flm_megatron.checkpoint.hugging_face.safetensors import arrays_in
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.megatron_legacy.reader import MegatronLegacyCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.stage_manifest import manifest_model
@@ -309,7 +310,7 @@ def test_the_model_of_a_manifest_has_limits(exported: Path) -> None:
     manifest = json.loads((exported / "ours" / MANIFEST).read_text())
     manifest["run"]["stages"][0]["model"]["num_layers"] = 10**12
     with pytest.raises(RequestError, match="num_layers is 1,000,000,000,000: it has to lie between 1 and 10,000"):
-        manifest_model(manifest)
+        manifest_model(Manifest.from_json(manifest))
 
 
 @pytest.mark.parametrize(

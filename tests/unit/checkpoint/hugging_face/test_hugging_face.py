@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from flm_megatron.checkpoint.hugging_face.reader import HuggingFaceCheckpoint
 from flm_megatron.checkpoint.hugging_face.writer import ExportOptions, folding_note, write_hugging_face
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.config.schema import ModelConfig, MupConfig
 from flm_megatron.errors import DamagedError, RequestError
 from tests.support.reference_model import random_tensors, reference_logits
@@ -40,7 +41,7 @@ class Memory(LogicalCheckpoint):
     """Tensors in memory."""
 
     def __init__(self, values: dict[str, torch.Tensor]) -> None:
-        self.values, self.manifest = values, {}
+        self.values, self.manifest = values, Manifest()
         self.tensors = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in values.items()}
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:

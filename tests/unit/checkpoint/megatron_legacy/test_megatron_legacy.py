@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flm_megatron.checkpoint.manifest import StagePosition
 from flm_megatron.checkpoint.megatron_legacy.arguments import arguments_of, model_from_arguments
 from flm_megatron.checkpoint.megatron_legacy.reader import MegatronLegacyCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint
@@ -94,7 +95,7 @@ def test_reads_what_megatron_cut(tmp_path: Path, model: ModelConfig) -> None:
     checkpoint = open_checkpoint(tmp_path)
     assert isinstance(checkpoint, MegatronLegacyCheckpoint)
     assert checkpoint.config == model
-    assert checkpoint.manifest == {"step": 12, "samples": 5}
+    assert checkpoint.manifest.position == StagePosition(12, 5)
     assert sorted(checkpoint.tensors) == sorted(values)
     for name, value in values.items():
         assert torch.equal(checkpoint.read(name), value), name
@@ -130,7 +131,7 @@ def test_writes_what_megatron_would_cut(
     target = ["--format", "classic", "--tensor", tensor, "--pipeline", pipeline]
     assert flm_checkpoint("reshard", tmp_path / "source", tmp_path / "out", *target) == 0
     before, after = (line.split()[-1] for line in capsys.readouterr().out.splitlines())
-    assert before == after == open_checkpoint(tmp_path / "source").manifest["weights_hash"]
+    assert before == after == open_checkpoint(tmp_path / "source").manifest.weights_hash
     values = {name: written.read(name) for name in written.tensors if not name.startswith("optimizer")}
     first = 0
     for pipeline_rank in range(pipeline):

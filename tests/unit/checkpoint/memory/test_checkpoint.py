@@ -114,7 +114,7 @@ def assert_same(checkpoint: LogicalCheckpoint, disk: LogicalCheckpoint) -> None:
 def test_every_region_is_that_of_the_disk(cluster: Cluster, lost: tuple[int, ...]) -> None:
     checkpoint = cluster.view(*lost, host=1 if lost == (0,) else 0)
     assert_same(checkpoint, cluster.disk)
-    assert checkpoint.has_optimizer() and checkpoint.manifest["step"] == cluster.disk.manifest["step"]
+    assert checkpoint.has_optimizer() and checkpoint.manifest.position.step == cluster.disk.manifest.position.step
     checkpoint.close()
     with pytest.raises(FlmError, match="no longer in memory"):
         checkpoint.read(next(iter(checkpoint.tensors)))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from flm_megatron.checkpoint.logical import Region, TensorInfo
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.memory import refresh as refresh_module
 from flm_megatron.checkpoint.memory.blobs import NONE, Generation
 from flm_megatron.checkpoint.memory.client import Endpoint, LocalAgent, RemoteAgent
@@ -71,8 +72,7 @@ def started(peers: Peers, newest: Generation, kept: Generation | None) -> Refres
 
 def refresh(refresher: Refresher, step: int, **more: Any) -> str | None:
     STATE.fill_(step)
-    manifest: dict[str, Any] = {"stage": "small", "step": step, **more}
-    return refresher.refresh([], None, manifest)
+    return refresher.refresh([], None, Manifest.from_json({"stage": "small", "step": step, **more}))
 
 
 def settle(peers: Peers) -> None:
@@ -109,7 +109,7 @@ def test_an_older_copy_takes_the_place_of_one_that_makes_no_sense(peers: OneHost
     fill(peers.local, Generation(1, 2), Generation(1, 1), b"x", header={"world": 1, "stage": "small", "step": 20})
     assert kept(peers) == [10, 20]
     search, checkpoint = peers.search(always)
-    assert checkpoint is not None and search.generation == Generation(1, 1) and checkpoint.manifest["step"] == 10
+    assert checkpoint is not None and search.generation == Generation(1, 1) and checkpoint.manifest.position.step == 10
     checkpoint.close()
     search, checkpoint = peers.search(lambda stage, step: step > 10)
     assert checkpoint is None and "is not understood" in search.line
@@ -185,7 +185,7 @@ def test_a_damaged_copy_is_passed_over_for_an_older_one_then_for_the_disk(peers:
         settle(peers)
     overwrite(peers.local, Generation(1, 2), 0, 5000)
     search, checkpoint = peers.search(always)
-    assert checkpoint is not None and checkpoint.manifest["step"] == 10
+    assert checkpoint is not None and checkpoint.manifest.position.step == 10
     overwrite(peers.local, Generation(1, 1), 0, 5000)
     search, checkpoint = peers.search(always)
     assert checkpoint is None

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import Region
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.sharding.layout import rank_regions
 from flm_megatron.checkpoint.tools.reshard import reshard
@@ -68,7 +69,7 @@ def test_any_region_of_any_layout_is_that_part_of_the_whole(
     model, parallel = case
     source = InitialCheckpoint(model, 3, optimizer=True, dtype=torch.bfloat16)
     path = tmp_path_factory.mktemp("layout") / "out"
-    reshard(source, path, Processes(), {}, (model, parallel))
+    reshard(source, path, Processes(), Manifest(), (model, parallel))
     checkpoint = TorchDistCheckpoint(path)
     for name in data.draw(st.lists(st.sampled_from(sorted(source.tensors)), min_size=3, max_size=3)):
         shape = source.tensors[name].shape
@@ -80,7 +81,7 @@ def test_any_region_of_any_layout_is_that_part_of_the_whole(
 def test_a_target_rank_finds_its_part_in_its_own_files(tmp_path: Path) -> None:
     model = ModelConfig(num_layers=4, hidden_size=16, ffn_hidden_size=24, num_attention_heads=4, vocab_size=300)
     parallel = ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=2)
-    reshard(InitialCheckpoint(model, 3), tmp_path / "out", Processes(), {}, (model, parallel))
+    reshard(InitialCheckpoint(model, 3), tmp_path / "out", Processes(), Manifest(), (model, parallel))
     checkpoint = TorchDistCheckpoint(tmp_path / "out")
     for rank in range(4):
         for name, regions in rank_regions(model, parallel, rank % 2, rank // 2).items():

@@ -26,7 +26,7 @@ def test_torchrun_shares_the_work_by_path(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29713", TOOL]
     subprocess.run([*command, str(tmp_path / "source"), str(tmp_path / "out")], check=True, timeout=300)
     source, out = open_checkpoint(tmp_path / "source"), open_checkpoint(tmp_path / "out")
-    assert source.manifest["logical_hash"] == out.manifest["logical_hash"]
+    assert source.manifest.logical_hash == out.manifest.logical_hash
     assert {file.name for file in (tmp_path / "out").glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint
 
 from flm_megatron.checkpoint.logical import STATE_PREFIXES, LogicalCheckpoint
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.tools.reshard import reshard
 from flm_megatron.checkpoint.torch_dist.reader import TorchDistCheckpoint
@@ -65,7 +66,7 @@ def test_inspect_tells_what_is_in_it(small: tuple[Path, LogicalCheckpoint], caps
 
 def test_inspect_points_at_values_that_are_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = {"good": torch.ones(3), "bad": torch.tensor([1.0, torch.nan])}
-    reshard(Memory(values), tmp_path / "a", Processes(), {})
+    reshard(Memory(values), tmp_path / "a", Processes(), Manifest())
     assert flm_checkpoint("inspect", tmp_path / "a", "--statistics") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if "NOT FINITE" in line] == ["bad"]
@@ -83,7 +84,7 @@ def test_reshard_keeps_every_bit(
     arguments = ["--tensor", tensor, "--pipeline", pipeline, "--virtual-pipeline", virtual]
     assert flm_checkpoint("reshard", path, tmp_path / "out", *arguments) == 0
     before, after = hashes(capsys.readouterr().out)
-    assert before == after == open_checkpoint(path).manifest["logical_hash"]
+    assert before == after == open_checkpoint(path).manifest.logical_hash
     assert_same(tmp_path / "out", values)
     assert flm_checkpoint("verify", tmp_path / "out") == 0
     files = {file.name for file in (tmp_path / "out").glob("*.distcp")}
@@ -95,7 +96,7 @@ def test_a_resharded_checkpoint_keeps_its_place_in_the_run(
 ) -> None:
     assert flm_checkpoint("reshard", small[0], tmp_path / "out", "--no-optimizer") == 0
     checkpoint = open_checkpoint(tmp_path / "out")
-    assert {key: checkpoint.manifest[key] for key in manifest_of()} == manifest_of()
+    assert manifest_of().to_json().items() <= checkpoint.manifest.to_json().items()
     assert not checkpoint.has_optimizer()
     assert_same(tmp_path / "out", small[1], optimizer=False)
 
@@ -143,7 +144,7 @@ def test_hugging_face_round_trip(
     assert flm_checkpoint("import-hf", tmp_path / "hf", tmp_path / "back") == 0
     assert_same(tmp_path / "back", values, optimizer=False)
     back = open_checkpoint(tmp_path / "back").manifest
-    assert back["weights_hash"] == open_checkpoint(path).manifest["weights_hash"]
+    assert back.weights_hash == open_checkpoint(path).manifest.weights_hash
     assert flm_checkpoint("diff", path, tmp_path / "back") == 0
     assert flm_checkpoint("export-hf", tmp_path / "back", tmp_path / "again", "--flavour", "llama") == 0
     assert "output_layer.weight x 1.5); rounded" in capsys.readouterr().out
@@ -200,7 +201,7 @@ def test_megatrons_own_checkpoints_are_read(
     assert before == after
     assert_same(tmp_path / "out", small[1])
     manifest = open_checkpoint(tmp_path / "out").manifest
-    assert (manifest["step"], manifest["samples"], manifest["stage"]) == (12, 99, "imported")
+    assert (manifest.position.step, manifest.position.samples, manifest.position.stage) == (12, 99, "imported")
     assert flm_checkpoint("diff", tmp_path, tmp_path / "out", "--vocab-size", 331) == 0
 
 

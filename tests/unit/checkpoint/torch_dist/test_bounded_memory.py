@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 import torch
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.device import current
@@ -18,7 +19,7 @@ from flm_megatron.device import current
 ROWS, COLUMNS = int(sys.argv[2]), 4096
 
 class Ramp(LogicalCheckpoint):
-    manifest = {}
+    manifest = Manifest()
     tensors = {"x": TensorInfo((ROWS, COLUMNS), torch.float32)}
     def read(self, name, region=None):
         rows = torch.arange(region.offsets[0], region.offsets[0] + region.sizes[0], dtype=torch.float32)

@@ -18,11 +18,12 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flm_megatron.checkpoint.files import manifest
+from flm_megatron.checkpoint import manifest
 from flm_megatron.checkpoint.files.manifest import MANIFEST, file_checksum, manifest_text, read_manifest, verify
 from flm_megatron.checkpoint.files.stored_array import as_bytes
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
+from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.regions import flat_regions, split_region
 from flm_megatron.checkpoint.torch_dist import writer
@@ -43,7 +44,7 @@ class InMemory(LogicalCheckpoint):
     """Tensors held in memory."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.values, self.manifest = tensors, {}
+        self.values, self.manifest = tensors, Manifest()
         self.tensors = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:
@@ -57,7 +58,9 @@ def source() -> InitialCheckpoint:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, source: InitialCheckpoint) -> Path:
-    copy_checkpoint(source, tmp_path / "a", {"step": 4, "stage": "first", "tokens": 10}, chunk_bytes=999)
+    copy_checkpoint(
+        source, tmp_path / "a", Manifest(position=StagePosition(4, tokens=10, stage="first")), chunk_bytes=999
+    )
     return tmp_path / "a"
 
 
@@ -87,13 +90,15 @@ def test_any_region_of_any_chunks(data: st.DataObject, tmp_path_factory: pytest.
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
     tensor = torch.randn(shape).to(dtype)
     folder = tmp_path_factory.mktemp("any")
-    written = copy_checkpoint(InMemory({"x": tensor}), folder / "a", {}, chunk_bytes=data.draw(st.integers(1, 400)))
+    written = copy_checkpoint(
+        InMemory({"x": tensor}), folder / "a", Manifest(), chunk_bytes=data.draw(st.integers(1, 400))
+    )
     checkpoint = open_checkpoint(folder / "a")
     for _ in range(4):
         region = random_region(data, shape)
         assert torch.equal(checkpoint.read("x", region), tensor[region.slices])
     assert torch.equal(checkpoint.read("x"), tensor)
-    assert written["logical_hash"] == logical_hash(checkpoint) == logical_hash(InMemory({"x": tensor}))
+    assert written.logical_hash == logical_hash(checkpoint) == logical_hash(InMemory({"x": tensor}))
 
 
 @settings(deadline=None)
@@ -167,8 +172,8 @@ def test_files_are_no_longer_than_asked(
     source: InitialCheckpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(writer, "FILE_BYTES", 20000)
-    manifest = copy_checkpoint(source, tmp_path / "a", {}, chunk_bytes=1000)
-    shards = [entry["size"] for name, entry in manifest["files"].items() if name.endswith(".distcp")]
+    manifest = copy_checkpoint(source, tmp_path / "a", Manifest(), chunk_bytes=1000)
+    shards = [entry.size for name, entry in manifest.files.items() if name.endswith(".distcp")]
     assert len(shards) > 3 and max(shards) < 60000
     assert tensor_hashes(open_checkpoint(tmp_path / "a")) == tensor_hashes(source)
 
@@ -186,11 +191,11 @@ def test_foreign_chunks_that_are_views_or_transposed(tmp_path: Path) -> None:
 
 def test_manifest_says_what_was_given_and_written(checkpoint: Path, source: InitialCheckpoint) -> None:
     opened = open_checkpoint(checkpoint)
-    assert (opened.manifest["step"], opened.manifest["stage"], opened.manifest["tokens"]) == (4, "first", 10)
-    assert opened.manifest["optimizer"] == "logical" and opened.has_optimizer()
-    assert opened.manifest["logical_hash"] == logical_hash(source)
+    assert opened.manifest.position == StagePosition(4, tokens=10, stage="first")
+    assert opened.manifest.optimizer == "logical" and opened.has_optimizer()
+    assert opened.manifest.logical_hash == logical_hash(source)
     present = {entry.name for entry in checkpoint.iterdir()} - {MANIFEST}
-    assert set(opened.manifest["files"]) == present
+    assert set(opened.manifest.files) == present
     assert verify(checkpoint) == verify(checkpoint, quick=True) == opened.manifest
 
 
@@ -236,7 +241,7 @@ def test_a_changed_manifest(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(DamagedError, match="changed or damaged"):
         open_checkpoint(checkpoint)
     monkeypatch.setattr(manifest, "VERSION", 2)
-    file.write_text(manifest_text({"files": {}}))
+    file.write_text(manifest_text(Manifest()))
     monkeypatch.undo()
     with pytest.raises(RequestError, match="version 2"):
         open_checkpoint(checkpoint)
@@ -318,7 +323,7 @@ def failing(kind: str, tensor: torch.Tensor) -> Any:
 def test_nothing_is_left_when_writing_fails(tmp_path: Path, kind: str) -> None:
     infos, shards = failing(kind, torch.randn(4, 6))
     with pytest.raises(FlmError, match=r"x: |cannot be read"):
-        write_checkpoint(tmp_path / "a", infos, shards, {})
+        write_checkpoint(tmp_path / "a", infos, shards, Manifest())
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flm_megatron.checkpoint.hugging_face.writer import ExportOptions, write_hugging_face
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.config.loader import load_run, run_to_dict
 from flm_megatron.config.schema import ModelConfig
@@ -79,7 +80,7 @@ def make_scene(folder: Path) -> Path:
     run["tokenizer"] = str(folder / "tokenizer.model")
     manifest = {"run": run, "stage": "small", "step": 8, "tokens": 1024, "samples": 32, "optimizer_step": 8}
     weights = InitialCheckpoint(MODEL, 1)
-    copy_checkpoint(weights, folder / "ours", manifest)
+    copy_checkpoint(weights, folder / "ours", Manifest.from_json(manifest))
     options = ExportOptions(flavour="llama", tokenizer=folder / "tokenizer.model", sequence_length=64)
     write_hugging_face(weights, MODEL, folder / "hf", options)
     _make_wrong_things(folder)

@@ -62,7 +62,7 @@ def sealed(path: Path, harm: Callable[[Path], None]) -> None:
     harm(path / ".metadata")
     (path / "manifest.json").write_text(text)
     files = json.loads(text)["files"]
-    edit_manifest(path, files=files | {".metadata": file_entry((path / ".metadata").read_bytes())})
+    edit_manifest(path, files=files | {".metadata": file_entry((path / ".metadata").read_bytes()).model_dump()})
 
 
 def mark_of(file: Path) -> Path:

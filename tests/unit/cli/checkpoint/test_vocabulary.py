@@ -90,7 +90,7 @@ def test_a_vocabulary_that_is_not_recorded_can_be_given_down_to_the_tokenizers(
     assert flm_checkpoint("verify", tmp_path / "out", "--vocab-size", VOCABULARY) == 0
     written = open_checkpoint(tmp_path / "out")
     assert model_of(written) == MODEL and written.tensors["output_layer.weight"].shape[0] == VOCABULARY
-    assert written.manifest["tokenizer_sha256"] == Tokenizer(folder / "own.model").fingerprint
+    assert written.manifest.tokenizer_sha256 == Tokenizer(folder / "own.model").fingerprint
 
 
 @pytest.mark.parametrize(("kind", "ids"), [("NullTokenizer", 401), ("SentencePieceTokenizer", 400), (None, 400)])

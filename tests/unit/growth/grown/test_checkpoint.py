@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER, Region
+from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint, axis_mean
 from flm_megatron.growth.grown.step_offsets import earlier_growth, has_step_offsets, step_offsets
@@ -159,7 +160,7 @@ def test_step_offsets() -> None:
     added_at = step_offsets(once, name, whole)
     assert (added_at[:, :, 50:] == 40).all() and (added_at[:, :, :50] == 0).all()
     values = trained(plan.new, torch.float32, optimizer=True).values
-    held = MemoryCheckpoint(values, {"optimizer_step": 70, "growth": once.to_json()})
+    held = MemoryCheckpoint(values, Manifest(position=StagePosition(optimizer_step=70), growth=once.recorded()))
     deeper = plan_for("layers", "zero", plan.new, {"optimizer_step": "birth"})
     twice = GrownCheckpoint(held, deeper).record
     added_at = step_offsets(twice, name, Region((1, 2, 48), (3, 4, 5)))
@@ -177,7 +178,9 @@ def test_without_moments_every_entry_is_born_anew() -> None:
     source = trained(plan.old, torch.float32)  # at Adam's step 40, as a copy without optimizer state still says
     bare = GrownCheckpoint(source, plan).record
     assert bare.optimizer_step == 0
-    held = MemoryCheckpoint(trained(plan.new).values, {"optimizer_step": 70, "growth": bare.to_json()})
+    held = MemoryCheckpoint(
+        trained(plan.new).values, Manifest(position=StagePosition(optimizer_step=70), growth=bare.recorded())
+    )
     twice = GrownCheckpoint(held, plan_for("layers", "zero", plan.new, {"optimizer_step": "birth"})).record
     for entry, layers in ((bare, 3), (twice, 5)):
         assert not step_offsets(entry, f"{p.FC2}.weight", Region.whole((layers, 24, 87))).any()
@@ -188,11 +191,12 @@ def test_without_moments_every_entry_is_born_anew() -> None:
 def test_step_offsets_outlive_the_start_of_a_new_run() -> None:
     plan = plan_for("ffn", "zero", old_model(), {"optimizer_step": "birth"})
     checkpoint = GrownCheckpoint(trained(plan.old, torch.float32, optimizer=True), plan)
-    kept = earlier_growth(checkpoint, grows=False)
-    assert growth_behind(kept) == checkpoint.record and earlier_growth(checkpoint, grows=True) == {}
-    resumed = MemoryCheckpoint(trained(plan.new, torch.float32, optimizer=True).values, kept | {"optimizer_step": 50})
-    assert earlier_growth(resumed, grows=False) == kept
-    assert earlier_growth(MemoryCheckpoint(trained(plan.new).values, kept), grows=False) == {}
+    earlier = earlier_growth(checkpoint, grows=False)
+    kept = Manifest(position=StagePosition(optimizer_step=50), earlier_growth=earlier)
+    assert growth_behind(kept) == checkpoint.record and earlier_growth(checkpoint, grows=True) is None
+    resumed = MemoryCheckpoint(trained(plan.new, torch.float32, optimizer=True).values, kept)
+    assert earlier_growth(resumed, grows=False) == earlier
+    assert earlier_growth(MemoryCheckpoint(trained(plan.new).values, kept), grows=False) is None
     deeper = GrownCheckpoint(resumed, plan_for("layers", "zero", plan.new)).record
     assert step_offsets(deeper, f"{p.FC2}.weight", Region.whole((5, 24, 87))).unique().tolist() == [0, 40]
 

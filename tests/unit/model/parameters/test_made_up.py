@@ -10,6 +10,7 @@ import torch
 
 from flm_megatron.checkpoint.hugging_face.names import bands_of
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
+from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.checkpoint.megatron_legacy.reader import local_tensors
 from flm_megatron.checkpoint.sharding.layout import rank_regions
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
@@ -121,7 +122,7 @@ def test_growth_keeps_what_it_was(dtype: torch.dtype) -> None:
 
 def test_half_open_masks_fold_into_it() -> None:
     plan = make_plan(MODEL, replace(MODEL, ffn_hidden_size=64), growth("mask"), seed=5, stage="big")
-    grown = GrownCheckpoint(trained(MODEL, torch.float32), plan, {"step": 1, "stage": "big"})
+    grown = GrownCheckpoint(trained(MODEL, torch.float32), plan, Manifest(position=StagePosition(1, stage="big")))
     closed, opened = grown.read(UP), folded(grown, fold=True).read(UP)
     assert torch.equal(opened[:, :48], closed[:, :48]) and torch.equal(opened[:, 48:], closed[:, 48:] / 4)
 

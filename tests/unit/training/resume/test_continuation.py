@@ -6,12 +6,12 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.history import History, Segment, history_to_json
 from flm_megatron.config.loader import run_to_dict
@@ -37,6 +37,7 @@ from flm_megatron.training.resume.continuation import (
 from flm_megatron.training.resume.start import Start, check_masks_open_in_time
 from tests.support import data_cases
 from tests.support.chat_cases import conversation, write
+from tests.support.checkpoint_cases import edited
 
 LENGTH = 16
 WHERE = "step_00000005"
@@ -61,7 +62,7 @@ def run_of(folder: Path, field: str = "weight") -> RunConfig:
     return RunConfig(data=data, stages=stages)
 
 
-def manifest_of(run: RunConfig, history: History, step: int, stage: str = "a") -> dict[str, Any]:
+def manifest_of(run: RunConfig, history: History, step: int, stage: str = "a") -> Manifest:
     """What the run saves at a step, as it is read back."""
     last = history[-1]
     saved = {
@@ -73,15 +74,15 @@ def manifest_of(run: RunConfig, history: History, step: int, stage: str = "a") -
         "history": history_to_json(history),
         "layout": {"tensor": 2, "pipeline": 1, "world": 4},
     }
-    return json.loads(json.dumps(saved))
+    return Manifest.from_json(json.loads(json.dumps(saved)))
 
 
-def saved_by(run: RunConfig, step: int = 5) -> dict[str, Any]:
+def saved_by(run: RunConfig, step: int = 5) -> Manifest:
     """The manifest of the first stage at `step`, nothing ever changed."""
     return manifest_of(run, first_history(run), step)
 
 
-def go_on(run: RunConfig, manifest: dict[str, Any]) -> History:
+def go_on(run: RunConfig, manifest: Manifest) -> History:
     """The history of the run that goes on from there, in whichever stage it does."""
     past = past_history(run, manifest, WHERE)
     index = stage_of(run, manifest, past, WHERE)
@@ -103,8 +104,7 @@ def test_the_same_run_file_adds_nothing(folder: Path) -> None:
 def test_a_grown_checkpoint_has_to_say_what_its_run_had_seen(folder: Path) -> None:
     """Nothing of its stage is in the history yet: the stream goes on where the manifest says."""
     run = run_of(folder)
-    grown = saved_by(run) | {"stage": "b", "step": 0}
-    del grown["samples"]
+    grown = edited(saved_by(run), stage="b", step=0, samples=None)
     with pytest.raises(RequestError, match="does not say how many samples and tokens its run had seen"):
         go_on(run, grown)
 
@@ -173,7 +173,8 @@ def test_the_next_stage_begins_with_its_own_batch_where_the_last_ended(folder: P
 def test_a_grown_checkpoint_that_was_not_trained_yet_begins_its_stage(folder: Path) -> None:
     """`flm grow` carries the history of the stage before."""
     run = run_of(folder)
-    manifest = manifest_of(run, first_history(run), 25) | {"stage": "b", "step": 0}
+    manifest = manifest_of(run, first_history(run), 25)
+    manifest = edited(manifest, stage="b", step=0)
     history = go_on(run, manifest)
     assert [(s.stage, s.first_step, s.first_sample, s.first_token) for s in history] == [
         ("a", 0, 0, 0),
@@ -184,17 +185,16 @@ def test_a_grown_checkpoint_that_was_not_trained_yet_begins_its_stage(folder: Pa
 def test_a_checkpoint_without_a_history_has_that_of_its_run_file(folder: Path) -> None:
     """Both stages, with the sources it names; their hashes are those of the present datasets."""
     run = run_of(folder)
-    manifest = saved_by(run)
-    del manifest["history"]
+    manifest = edited(saved_by(run), history=None)
     assert go_on(run, manifest) == first_history(run)
-    manifest["stage"] = "b"
+    manifest = edited(manifest, stage="b")
     run.stages[0].tokens //= 2
     past = past_history(run, manifest, WHERE)
     assert [(s.stage, s.first_sample) for s in past] == [("a", 0), ("b", 100)]
-    nameless = {key: value for key, value in manifest.items() if key != "run"}
+    nameless = edited(manifest, run=None)
     assert [s.first_sample for s in past_history(run, nameless, WHERE)] == [0, 52]
     with pytest.raises(RequestError, match="is of stage 'c', its run file has 'a', 'b'"):
-        past_history(run, nameless | {"stage": "c"}, WHERE)
+        past_history(run, edited(nameless, stage="c"), WHERE)
     assert [source.sha256 for source in past[0].sources] == [None, None]
     run.data.train = run.data.train[:1]
     assert go_on(run, manifest)[-1].sources[0].sha256
@@ -279,7 +279,7 @@ def test_another_tokenizer_is_refused(folder: Path) -> None:
     """Known by its fingerprint, wherever its file lies."""
     run = run_of(folder)
     run.tokenizer = str(folder / "tokenizer_320.model")
-    manifest = saved_by(run) | {"tokenizer_sha256": "0" * 64}
+    manifest = edited(saved_by(run), tokenizer_sha256="0" * 64)
     with pytest.raises(RequestError, match=r"tokenizer .*tokenizer_320\.model is another one"):
         go_on(run, manifest)
 
@@ -346,7 +346,7 @@ def test_another_validation_text_under_a_name_is_said(folder: Path) -> None:
     """Its loss is another measure from there on."""
     run = run_of(folder)
     run.data.validation = [SourceConfig(str(folder / "books"), name="held-out")]
-    manifest = saved_by(run) | {"validation_sha256": validation_hashes(run)}
+    manifest = edited(saved_by(run), validation_sha256=validation_hashes(run))
     run.data.validation[0].path = str(folder / "web")
     said = [
         change.line()

@@ -16,6 +16,7 @@ import yaml
 
 from flm_megatron.checkpoint.described import recorded_model
 from flm_megatron.checkpoint.logical import EXP_AVG
+from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.run_file import open_run
 from flm_megatron.checkpoint.torch_dist.reader import COMMON
@@ -28,7 +29,7 @@ from flm_megatron.errors import RequestError
 from flm_megatron.growth.plan import make_plan
 from flm_megatron.launch.preflight import resolve
 from flm_megatron.training.resume.first_checkpoint import first_checkpoint
-from tests.support.checkpoint_cases import Memory, flm_checkpoint, manifest_of, run_of
+from tests.support.checkpoint_cases import Memory, edited, flm_checkpoint, manifest_of, run_of
 from tests.support.growth_cases import growth
 from tests.support.prose import prose
 from tests.support.reference_model import random_tensors
@@ -173,7 +174,7 @@ def test_moments_that_cannot_be_gone_on_from_are_refused_before_anything_starts(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = random_tensors(MODEL)
-    stateless = {key: value for key, value in manifest_of(MODEL).items() if key != "optimizer_step"}
+    stateless = edited(manifest_of(MODEL), optimizer_step=None)
     copy_checkpoint(
         Memory(values | {EXP_AVG + name: value for name, value in values.items()}), tmp_path / "a", stateless
     )
@@ -185,7 +186,7 @@ def test_moments_that_cannot_be_gone_on_from_are_refused_before_anything_starts(
 
 def test_tensors_of_another_kind_of_block_are_not_left_out(tmp_path: Path) -> None:
     biased = replace(MODEL, bias=True)
-    copy_checkpoint(Memory(random_tensors(biased)), tmp_path / "biased", {"step": 1})
+    copy_checkpoint(Memory(random_tensors(biased)), tmp_path / "biased", Manifest(position=StagePosition(1)))
     with pytest.raises(RequestError, match=r"has a tensor decoder\.layers\.self_attention\.linear_qkv\.bias, which"):
         first_checkpoint(RunConfig(), MODEL, tmp_path / "biased")
     first_checkpoint(RunConfig(), biased, tmp_path / "biased")

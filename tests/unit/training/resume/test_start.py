@@ -12,7 +12,7 @@ from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.config.schema import DataConfig, LoraConfig, ModelConfig, MupConfig, RunConfig, StageConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.training.resume.start import checked_start
-from tests.support.checkpoint_cases import MODEL, Noisy, manifest_of, write_small
+from tests.support.checkpoint_cases import MODEL, Noisy, edited, manifest_of, write_small
 
 
 def run_at(output: Path, model: ModelConfig = MODEL) -> RunConfig:
@@ -39,7 +39,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_a_checkpoint_that_no_run_has_saved_is_named(tmp_path: Path, left_out: str, words: str) -> None:
     path = tmp_path / "checkpoints/small/step_00000007"
-    manifest = {key: value for key, value in manifest_of().items() if key != left_out}
+    manifest = edited(manifest_of(), **{left_out: None})
     copy_checkpoint(Noisy(MODEL, 5), path, manifest)
     with pytest.raises(RequestError, match=rf"step_00000007: its manifest\.json {words}.*move it out"):
         checked_start(run_at(tmp_path))

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from flm_megatron.checkpoint.logical import Region, TensorInfo
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.sharding.asynchronous import SaveHandle
 from flm_megatron.checkpoint.torch_dist.shard_file import SourceRegion
 from flm_megatron.distributed.processes import Processes
@@ -28,7 +29,7 @@ def slow_save(path: Path, seconds: float) -> SaveHandle:
 
     region = Region.whole((2, 3))
     shards = {"__0_0.distcp": [SourceRegion("x", region, read)]}
-    return SaveHandle(path, {"x": TensorInfo((2, 3), torch.float32)}, shards, {}, Processes(), lambda: None)
+    return SaveHandle(path, {"x": TensorInfo((2, 3), torch.float32)}, shards, Manifest(), Processes(), lambda: None)
 
 
 def test_an_error_of_this_rank_waits_until_the_checkpoint_is_whole(tmp_path: Path) -> None:

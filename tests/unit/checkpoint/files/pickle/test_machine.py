@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from flm_megatron.checkpoint.files.pickle.reader import CLASSES, load_pickle, load_records
 from flm_megatron.checkpoint.files.pickle.records import Name, Record
 from flm_megatron.checkpoint.files.torch_file import load_torch_file
+from flm_megatron.checkpoint.manifest import StagePosition
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.torch_dist.metadata import parse_metadata
 from flm_megatron.errors import DamagedError
@@ -156,7 +157,7 @@ def test_a_training_state_of_shared_parts_is_looked_through_once(tmp_path: Path)
     as_foreign(tmp_path / "a")
     torch.save({"optimizer": parts, "iteration": 3}, tmp_path / "a" / "common.pt")
     began = time.monotonic()
-    assert open_checkpoint(tmp_path / "a").manifest == {"step": 3}
+    assert open_checkpoint(tmp_path / "a").manifest.position == StagePosition(3)
     assert time.monotonic() - began < 5
 
 

@@ -22,6 +22,7 @@ from flm_megatron.checkpoint.files.manifest import MANIFEST
 from flm_megatron.checkpoint.files.pickle.reader import Foreign, load_pickle
 from flm_megatron.checkpoint.files.torch_file import load_torch_file
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
+from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.torch_dist.logical_hash import tensor_hashes
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
@@ -53,7 +54,7 @@ def payloads(trap: Path) -> list[Payload]:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    copy_checkpoint(InitialCheckpoint(MODEL, 1), tmp_path / "a", {"step": 1})
+    copy_checkpoint(InitialCheckpoint(MODEL, 1), tmp_path / "a", Manifest(position=StagePosition(1)))
     (tmp_path / "a" / MANIFEST).unlink()  # so that common.pt is read as well
     return tmp_path / "a"
 
