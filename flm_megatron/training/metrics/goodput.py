@@ -9,21 +9,60 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, TextIO
 
 import psutil
+from pydantic import TypeAdapter, ValidationError
 
-from flm_megatron.json_text import JsonObject
 from flm_megatron.training.metrics.log import duration
 
 FILE = "goodput.jsonl"
 Stall = Literal["save", "copy", "validation", "replicas", "rollback"]
-Line = JsonObject
+
+
+@dataclass(frozen=True)
+class BeginLine:
+    """At `time` a process, started at `started`, begins to train stage number `index` after `step` steps of it.
+
+    Times of lines are in seconds since 1970.
+    """
+
+    what: Literal["begin"]
+    time: float
+    index: int
+    stage: str
+    step: int
+    started: float
+
+
+@dataclass(frozen=True)
+class StepLine:
+    """At `time` a step ends that took `seconds`, after waiting `data_s` for its samples; applied, or refused."""
+
+    what: Literal["step", "refused"]
+    time: float
+    step: int
+    seconds: float
+    data_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class StallLine:
+    """At `time` training goes on after it stood still for `seconds`; a rollback goes back to `step`."""
+
+    what: Stall
+    time: float
+    seconds: float
+    step: int | None = None
+
+
+Line = BeginLine | StepLine | StallLine
+_LINE: TypeAdapter[Line] = TypeAdapter(Line)
 
 
 class Meter:
@@ -35,20 +74,20 @@ class Meter:
 
     def begin(self, index: int, stage: str, step: int) -> None:
         """This process begins to train stage number `index` after `step` steps of it."""
-        self._write("begin", index=index, stage=stage, step=step, started=psutil.Process(os.getpid()).create_time())
+        self._write(BeginLine("begin", time.time(), index, stage, step, psutil.Process(os.getpid()).create_time()))
 
     def step(self, step: int, seconds: float, data_s: float, applied: bool) -> None:
         """A step took `seconds`, after waiting `data_s` for its samples."""
-        self._write("step" if applied else "refused", step=step, seconds=seconds, data_s=data_s)
+        self._write(StepLine("step" if applied else "refused", time.time(), step, seconds, data_s))
 
     @contextmanager
-    def stall(self, kind: Stall, **values: object) -> Iterator[None]:
+    def stall(self, kind: Stall, step: int | None = None) -> Iterator[None]:
         """Training stands still during the block. A rollback gives the `step` it goes back to."""
         began = time.perf_counter()
         try:
             yield
         finally:
-            self._write(kind, seconds=time.perf_counter() - began, **values)
+            self._write(StallLine(kind, time.time(), time.perf_counter() - began, step))
 
     def close(self) -> None:
         """Close the file."""
@@ -56,9 +95,10 @@ class Meter:
             self._file.close()
             self._file = None
 
-    def _write(self, what: str, **values: object) -> None:
+    def _write(self, line: Line) -> None:
         if self._file is not None:
-            print(json.dumps({"what": what, "time": time.time(), **values}), file=self._file, flush=True)
+            known = {key: value for key, value in asdict(line).items() if value is not None}
+            print(json.dumps(known), file=self._file, flush=True)
 
 
 @dataclass
@@ -77,7 +117,7 @@ class Goodput:
     data_s: float = 0.0
     start_s: float = 0.0
     down_s: float = 0.0
-    stalls_s: Counter[str] = field(default_factory=Counter)
+    stalls_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     lost_steps: int = 0
     starts: int = 0
 
@@ -129,29 +169,30 @@ def add_up(lines: Iterator[Line]) -> Goodput:
     done: dict[tuple[int, int], float] = {}  # seconds of each step that counts, by stage and step
     stage, first, last, began, starting, process = 0, None, 0.0, 0.0, False, None
     for line in lines:
-        if line["what"] == "begin":
-            stage, starting = line["index"], True
-            _lose(total, done, (stage, line["step"]))
-            total.starts += line["started"] != process
-            process = line["started"]
-            total.down_s += 0.0 if first is None else max(0.0, line["started"] - last)
-            first = line["started"] if first is None else first
-            began = max(line["started"], last)
-        seconds = line.get("seconds", 0.0) + line.get("data_s", 0.0)
-        if starting and line["what"] != "begin":
-            total.start_s += max(0.0, line["time"] - seconds - began)
+        if isinstance(line, BeginLine):
+            stage, starting = line.index, True
+            _lose(total, done, (stage, line.step))
+            total.starts += line.started != process
+            process = line.started
+            total.down_s += 0.0 if first is None else max(0.0, line.started - last)
+            first = line.started if first is None else first
+            began = max(line.started, last)
+        elif starting:
+            waited = line.data_s if isinstance(line, StepLine) else 0.0
+            total.start_s += max(0.0, line.time - line.seconds - waited - began)
             starting = False
-        if line["what"] == "step":
-            done[stage, line["step"]] = line["seconds"]
-            total.steps_s += line["seconds"]
-        elif line["what"] == "refused":
-            total.refused_s += line["seconds"]
-        elif line["what"] != "begin":
-            if line["what"] == "rollback":
-                _lose(total, done, (stage, line["step"]))
-            total.stalls_s[line["what"]] += line["seconds"]
-        total.data_s += line.get("data_s", 0.0)
-        last = line["time"]
+        if isinstance(line, StepLine):
+            total.data_s += line.data_s
+            if line.what == "step":
+                done[stage, line.step] = line.seconds
+                total.steps_s += line.seconds
+            else:
+                total.refused_s += line.seconds
+        elif isinstance(line, StallLine):
+            if line.step is not None:
+                _lose(total, done, (stage, line.step))
+            total.stalls_s[line.what] += line.seconds
+        last = line.time
     total.wall_s = 0.0 if first is None else last - first
     return total
 
@@ -175,9 +216,8 @@ def _opened(path: Path) -> TextIO:
 
 
 def _parsed(row: str) -> Line | None:
-    """A line; none for one that was cut off when the process died."""
+    """A line; none if it was cut off when the process died, or is of a kind that only a later version knows."""
     try:
-        line = json.loads(row)
-    except json.JSONDecodeError:
+        return _LINE.validate_json(row)
+    except ValidationError:
         return None
-    return line if isinstance(line, dict) and "what" in line else None

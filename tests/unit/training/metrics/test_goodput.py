@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import pytest
 
-from flm_megatron.training.metrics.goodput import FILE, Meter, add_up, read_goodput
+from flm_megatron.training.metrics.goodput import (
+    FILE,
+    BeginLine,
+    Line,
+    Meter,
+    StallLine,
+    StepLine,
+    add_up,
+    read_goodput,
+)
 
 
-def begin(time: float, started: float, step: int, index: int = 0) -> dict[str, Any]:
-    return {"what": "begin", "time": time, "started": started, "index": index, "stage": "s", "step": step}
+def begin(time: float, started: float, step: int, index: int = 0) -> Line:
+    return BeginLine("begin", time, index, "s", step, started)
 
 
-def step(time: float, number: int, seconds: float = 2.0, waited: float = 0.0, what: str = "step") -> dict[str, Any]:
-    return {"what": what, "time": time, "step": number, "seconds": seconds, "data_s": waited}
-
-
-def stall(time: float, what: str, seconds: float) -> dict[str, Any]:
-    return {"what": what, "time": time, "seconds": seconds}
+def step(
+    time: float, number: int, seconds: float = 2.0, waited: float = 0.0, what: Literal["step", "refused"] = "step"
+) -> Line:
+    return StepLine(what, time, number, seconds, waited)
 
 
 def test_an_undisturbed_run() -> None:
-    total = add_up(iter([begin(103, 100, 0), step(107, 1), step(110, 2, waited=1), stall(114, "save", 4)]))
+    total = add_up(iter([begin(103, 100, 0), step(107, 1), step(110, 2, waited=1), StallLine("save", 114, 4)]))
     assert total.wall_s == 14 and total.steps_s == 4 and total.start_s == 5  # loading goes on after `begin`
     assert total.stalls_s["save"] == 4 and total.data_s == 1
     assert total.share == pytest.approx(4 / 14) and total.parts["other"] == pytest.approx(0)
@@ -63,8 +72,8 @@ def test_stages_of_one_process_are_one_start() -> None:
 def test_steps_that_a_rollback_takes_back_are_lost() -> None:
     """Their numbers are not given out again: the next step trains the next samples, from the state that was saved."""
     lines = [begin(1, 0, 0), *(step(1 + 2 * n, n) for n in (1, 2, 3, 4)), step(11, 5, what="refused")]
-    back = {**stall(12, "rollback", 1), "step": 2}
-    total = add_up(iter([*lines, back, step(14, 6), step(16, 7, what="refused"), {**back, "time": 17}, step(19, 8)]))
+    back = StallLine("rollback", 12, 1, step=2)
+    total = add_up(iter([*lines, back, step(14, 6), step(16, 7, what="refused"), replace(back, time=17), step(19, 8)]))
     assert (total.lost_steps, total.lost_s, total.refused_s) == (3, 6.0, 4.0)
     assert total.parts["rolling back"] == 2 and total.steps_s - total.lost_s == 6
     assert "rolling back" in total.text()
@@ -83,6 +92,37 @@ def test_the_file_is_added_to_and_a_torn_line_is_passed_over(tmp_path: Path) -> 
             file.write('{"what": "st')
     total = read_goodput(tmp_path)
     assert total is not None and total.starts == 1 and total.lost_steps == 1 and "save" in total.stalls_s
+
+
+def test_lines_of_earlier_and_later_versions_are_read_and_passed_over(tmp_path: Path) -> None:
+    """The text is that of the first version, with a key and a kind that it did not have."""
+    (tmp_path / FILE).write_text(
+        '{"what": "begin", "time": 3.0, "index": 0, "stage": "s", "step": 0, "started": 0.0, "later": 1}\n'
+        '{"what": "step", "time": 5.0, "step": 1, "seconds": 1.0, "data_s": 0.5}\n'
+        '{"what": "later", "time": 6.0}\n'
+        '{"what": "rollback", "time": 8.0, "seconds": 2.0, "step": 0}\n'
+    )
+    total = read_goodput(tmp_path)
+    assert total is not None and (total.wall_s, total.start_s, total.data_s, total.lost_s) == (8, 3.5, 0.5, 1)
+    assert total.stalls_s == {"rollback": 2.0}
+
+
+def test_the_text_of_a_line_is_what_it_always_was(tmp_path: Path) -> None:
+    meter = Meter(tmp_path)
+    meter.begin(1, "s", 4)
+    meter.step(5, 0.5, 0.25, applied=False)
+    with meter.stall("rollback", step=4):
+        pass
+    with meter.stall("save"):
+        pass
+    meter.close()
+    keys = [list(json.loads(row)) for row in (tmp_path / FILE).read_text().splitlines()]
+    assert keys == [
+        ["what", "time", "index", "stage", "step", "started"],
+        ["what", "time", "step", "seconds", "data_s"],
+        ["what", "time", "seconds", "step"],
+        ["what", "time", "seconds"],
+    ]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
