@@ -1,8 +1,8 @@
-"""What a checkpoint says of itself: the typed record behind `manifest.json`, read and written here alone.
+"""The typed record behind `manifest.json`; no other module reads or writes its keys.
 
-Keys that are not known, of later additions to the same version, are kept when a manifest is copied. Sections that
-another module owns (the run file, a growth, a layout) are kept as they were saved, whatever version saved them; what
-tools need of them is typed.
+Unknown keys, which later additions to the same version may bring, are kept when a manifest is copied. Sections that
+another module owns (the run file, a growth, a layout) are kept as they were saved, by whatever version; the fields that
+tools read of them are typed.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from flm_megatron.paths import is_file_name
 
 VERSION = 1
 POSITION = ("stage", "step", "samples", "tokens", "optimizer_step")
-"""Keys of a position, in the order in which a manifest has them."""
+"""Keys of a position, in their order in a manifest."""
 UNRECORDED_LENGTH = 4096
-"""Tokens of a sample where a checkpoint does not say."""
+"""Tokens of a sample if a checkpoint does not record them."""
 UNRECORDED_PRECISION = "fp32"
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**62)]
 Size = Annotated[int, Field(ge=1, lt=2**62)]
@@ -41,13 +41,13 @@ def _count(value: object) -> int | None:
 
 
 class Record(BaseModel):
-    """Known fields have their types; others are kept."""
+    """Known fields are type-checked; others are kept."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
 
 class Section(BaseModel):
-    """A part of which the fields are what is read here; the whole is `saved`."""
+    """A section that is kept whole in `saved`; its fields are those that tools read."""
 
     model_config = ConfigDict(strict=True, frozen=True)
     _saved: dict[str, object] = PrivateAttr(default_factory=dict)
@@ -72,8 +72,10 @@ class Section(BaseModel):
 
 @dataclass(frozen=True, config=ConfigDict(strict=False))
 class StagePosition:
-    """How far a run is: `step` of the stage, samples and tokens of all stages, Adam's step, the stage's name; none is
-    what is not known."""
+    """How far a run is.
+
+    `step` of the stage, samples and tokens of all stages, Adam's step, and the stage's name; none if not known.
+    """
 
     step: Count | None = None
     samples: Count | None = None
@@ -83,16 +85,16 @@ class StagePosition:
 
     @classmethod
     def of_others(cls, step: object, samples: object, optimizer_step: object = None) -> StagePosition:
-        """The position that another program's checkpoint names; what is no count is not known."""
+        """The position that another program's checkpoint records; a value that is no count is not known."""
         return cls(_count(step), _count(samples), optimizer_step=_count(optimizer_step))
 
     def to_json(self) -> dict[str, object]:
-        """The entries of a manifest, without those that are not known."""
+        """The entries of a manifest, without unknown ones."""
         return {key: value for key in POSITION if (value := getattr(self, key)) is not None}
 
 
 class RecordedStage(Section):
-    """A stage: `model` are the fields of a model configuration, `precision` is what it is trained in."""
+    """A stage: `model` are the fields of its model configuration, `precision` is its training precision."""
 
     name: str
     model: dict[str, object]
@@ -100,13 +102,13 @@ class RecordedStage(Section):
 
 
 class RecordedSource(Section):
-    """A dataset: the path of its files."""
+    """A dataset of the training data."""
 
     path: str
 
 
 class RecordedData(Section):
-    """What a run is trained on; `chat` is how conversations are laid out, none for text."""
+    """The data of a run; `chat` has the options of conversations, none if the data are text."""
 
     sequence_length: Count | None = None
     train: list[RecordedSource] = []
@@ -114,8 +116,11 @@ class RecordedData(Section):
 
 
 class RecordedRun(Section):
-    """A run file, resolved. `tokenizer` is the path of its file. A run that goes on compares `saved` field by field
-    (`training.resume`); run files of other versions may have other fields."""
+    """A resolved run file; `tokenizer` is a path.
+
+    Run files of other versions may have other fields, so it is not read as a run file here. A run that resumes compares
+    `saved` field by field (`training.resume`).
+    """
 
     tokenizer: str | None = None
     seed: int | None = None
@@ -151,7 +156,7 @@ class RecordedGrowth(Section):
 
 
 class RecordedLayout(Section):
-    """Sizes of the layout that saved the checkpoint; `world` is the number of its processes."""
+    """Sizes of the layout that saved the checkpoint; `world` is its number of processes."""
 
     tensor: Size = 1
     pipeline: Size = 1
@@ -159,14 +164,17 @@ class RecordedLayout(Section):
 
     @property
     def data_size(self) -> int | None:
-        """The data-parallel size; none where it was not recorded."""
+        """The data-parallel size; none if not recorded."""
         return None if self.world is None else self.world // (self.tensor * self.pipeline)
 
 
 class SpikeState(Record):
-    """What the spike guard remembers (`training.spikes.SpikeWatch`): losses and gradient norms of the last applied
-    steps; why steps in a row were refused, and their values (none where these were not finite; no list as an earlier
-    version saved it); steps since each new level, with its loss if it has one; how many steps were refused."""
+    """The state of the spike guard (`training.spikes.SpikeWatch`).
+
+    Losses and gradient norms of the last applied steps; reasons and values of the last steps in a row that were refused
+    (none for values that are not finite, and no list at all in manifests of an earlier version); steps since each new
+    level, with the level of the loss if it has one; the number of refused steps.
+    """
 
     loss: list[float] = []
     grad_norm: list[float] = []
@@ -177,30 +185,30 @@ class SpikeState(Record):
 
 
 class FileEntry(Record):
-    """Size in bytes of a file, and its CRC-32 as 8 hex digits."""
+    """A file's size in bytes, and its CRC-32 as 8 hex digits."""
 
     size: Count
     crc32: Annotated[str, Field(pattern="^[0-9a-f]{8}$")]
 
 
 class Manifest(Record):
-    """A manifest of any version up to ours. What it does not say is none, or empty."""
+    """A manifest of any version up to this one. What is not known is none, or empty."""
 
     run: RecordedRun = RecordedRun()
     position: StagePosition = StagePosition()
     growth: RecordedGrowth | None = None
-    """The growth that the checkpoint's stage began with."""
+    """The growth at the start of the checkpoint's stage."""
     tokenizer_sha256: str | None = None
     history: list[dict[str, object]] | None = None
-    """How the run came here; `config.history` reads and writes it."""
+    """Segments of the run so far; `config.history` reads and writes them."""
     validation_sha256: dict[str, str] = {}
     """Hash of the dataset of each validation set, by its name."""
     earlier_growth: RecordedGrowth | None = None
-    """The last growth behind the checkpoint that the run started from."""
+    """The last growth before the checkpoint that the run started from."""
     stability: SpikeState | None = None
     layout: RecordedLayout | None = None
     optimizer: str | None = None
-    """`logical`, or `none` where there is no state of it."""
+    """`logical`, or `none` without optimizer state."""
     files: dict[str, FileEntry] = {}
     """All files but `manifest.json`, by name."""
     tensors: dict[str, str] = {}
@@ -208,15 +216,15 @@ class Manifest(Record):
     weights_hash: str = ""
     logical_hash: str = ""
     certificate: dict[str, object] | None = None
-    """Of the growth, where an earlier version wrote it beside it."""
+    """The certificate of `growth`, in manifests of an earlier version."""
 
     @classmethod
     def from_json(cls, data: Mapping[str, object], where: str = "manifest.json") -> Manifest:
-        """The manifest that `to_json` gave; `where` names it in errors. Null is as if the key were not there.
+        """The manifest of plain data; `where` names it in errors. A null value counts as a missing key.
 
         Raises:
-            DamagedError: a field is of another type, or a file lies outside of the folder. The checksum in a manifest
-                shows that it was not changed by accident, not that this program wrote it.
+            DamagedError: a field has the wrong type, or a file lies outside of the folder. (The checksum in the file
+                shows that it was not changed by accident, not that this program wrote it.)
         """
         known = {key: value for key, value in data.items() if value is not None and key not in ("version", "crc32")}
         position = {key: known.pop(key) for key in POSITION if key in known}
@@ -232,7 +240,7 @@ class Manifest(Record):
         return found
 
     def to_json(self) -> dict[str, object]:
-        """Plain data, with the version of the format; what is not known is left out."""
+        """Plain data with the version of the format, without unknown values."""
         known: dict[str, object] = {}
         for key, value in self.model_dump(exclude_unset=True).items():
             if key == "position":
@@ -242,6 +250,6 @@ class Manifest(Record):
         return {**known, "version": VERSION}
 
     def __or__(self, other: Manifest) -> Manifest:
-        """This manifest with what `other` says, which has the last word."""
+        """This manifest, updated with all that `other` has set and that is not none."""
         said = {key: value for key, value in other if key in other.model_fields_set and value is not None}
         return self.model_copy(update=said)

@@ -148,7 +148,7 @@ def growth_behind(manifest: Manifest) -> GrowthRecord | None:
 
 
 def certificate_of(manifest: Manifest) -> Certificate | None:
-    """What was measured of the growth that a checkpoint's stage began with; none if nothing was."""
+    """The certificate of the growth at the start of a checkpoint's stage; none if nothing was measured."""
     if manifest.certificate:
         return Certificate.from_json(manifest.certificate)
     growth = growth_of(manifest)
