@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ from flm_megatron.data.conversations.template import ChatTemplate, Piece
 from flm_megatron.evaluation.evaluated import open_evaluated
 from flm_megatron.evaluation.model import load_model
 from flm_megatron.model.forward import Batch, forward, is_output_rank
-from flm_megatron.model.teleflm import TeleFLM
+
+if TYPE_CHECKING:
+    from flm_megatron.model.teleflm import TeleFLM
 
 SMALLEST_LENGTH = 32
 Row = tuple[list[int], list[bool]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,9 @@ from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.generation.sampling import Sampler, SamplingSettings
 from flm_megatron.evaluation.perplexity.text_stream import TextStream
 from flm_megatron.model.forward import Batch, forward, is_output_rank
-from flm_megatron.model.teleflm import TeleFLM
+
+if TYPE_CHECKING:
+    from flm_megatron.model.teleflm import TeleFLM
 
 FinishReason = Literal["eod", "stop", "length"]
 OnText = Callable[[int, str], None]
