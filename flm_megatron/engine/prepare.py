@@ -29,10 +29,11 @@ def prepare() -> None:
     device = current()
     device.prepare()
     with warnings.catch_warnings():
-        # It says at import which optional packages it goes without; the program never needs them.
+        # They say at import which optional packages they go without; the program never needs them.
         warnings.simplefilter("ignore")
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         from megatron.core import distributed, optimizer  # noqa: F401
-        from megatron.core.models.gpt import gpt_model  # noqa: F401
+        from megatron.core.models.gpt import gpt_layer_specs, gpt_model  # noqa: F401
         from megatron.core.tensor_parallel import random
     if device.random_state is not None:
         random._get_cuda_rng_state = device.random_state.get
