@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator
 from itertools import count, islice
 from pathlib import Path
 
-from flm_megatron.checkpoint.files.destination import PARTIAL
+from flm_megatron.checkpoint.files.destination import PARTIAL, final_name
 from flm_megatron.checkpoint.files.manifest import verify
 from flm_megatron.checkpoint.lease.fence import check_fences
 from flm_megatron.checkpoint.torch_dist.reader import TorchDistCheckpoint
@@ -167,8 +167,7 @@ class CheckpointStore:
         return sorted((path for path in self._entries(stage) if STEP.fullmatch(path.name)), key=_place)
 
     def _stale(self, stage: str) -> list[Path]:
-        stale = (path for path in self._entries(stage) if path.name.endswith(PARTIAL))
-        return sorted(path for path in stale if STEP.fullmatch(path.name.removesuffix(PARTIAL)))
+        return sorted(path for path in self._entries(stage) if STEP.fullmatch(final_name(path.name) or ""))
 
     def _entries(self, stage: str) -> list[Path]:
         """What lies in a stage's folder. Raises RequestError where the disk does not answer."""
@@ -181,12 +180,12 @@ class CheckpointStore:
             raise RequestError(f"{folder}: cannot be listed ({error.strerror}): see to its disk first") from error
 
     def _note(self, path: Path) -> Path:
-        return path.with_name(path.name.removesuffix(PARTIAL) + NOTE)
+        return path.with_name((final_name(path.name) or path.name) + NOTE)
 
 
 def _place(path: Path) -> tuple[int, int]:
     """Step, and number of the save."""
-    match = STEP.fullmatch(path.name.removesuffix(PARTIAL))
+    match = STEP.fullmatch(final_name(path.name) or path.name)
     assert match, f"{path} is not named as a checkpoint"
     return int(match[1]), int(match[2] or 0)
 

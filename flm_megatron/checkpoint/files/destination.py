@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import sys
@@ -19,7 +20,15 @@ from flm_megatron.errors import RequestError
 from flm_megatron.paths import require_folder
 
 PARTIAL = ".partial"
-"""Suffix of a folder's name while it is written."""
+"""Suffix of a folder's name while it is written, after a token of its writer; earlier versions wrote none."""
+TOKEN_BYTES = 4
+_PARTIAL_NAME = re.compile(rf"(.+?)(?:~[0-9a-f]{{{2 * TOKEN_BYTES}}})?{re.escape(PARTIAL)}")
+
+
+def final_name(name: str) -> str | None:
+    """The name that a folder which is written under `name` gets when it is complete; none if it is no such name."""
+    found = _PARTIAL_NAME.fullmatch(name)
+    return found[1] if found else None
 
 
 @contextlib.contextmanager
@@ -39,8 +48,7 @@ def new_folder(path: Path, processes: Processes) -> Iterator[Path]:
 
     Leftovers of a process that died are removed first. Raises RequestError if `path` exists or cannot be written.
     """
-    folder = _partial(path)
-    processes.on_first(lambda: _start(path, folder))
+    folder = processes.on_first(lambda: _start(path))
     try:
         yield folder
     except BaseException:
@@ -124,7 +132,7 @@ def _sigterm_is_an_error(processes: Processes) -> Iterator[None]:
 
 def _make_room_for_lease(path: Path, nbytes: int) -> None:
     """Make the folder above `path`, unless it is already clear that nothing can be written there."""
-    if not _partial(path).exists():
+    if not _leftovers(path):
         refuse_without_room(path, nbytes)
     with write_errors(path):
         make_folders(path.parent)
@@ -133,15 +141,19 @@ def _make_room_for_lease(path: Path, nbytes: int) -> None:
 def _make_room(path: Path, nbytes: int) -> None:
     """Remove leftovers of an interrupted run; check again whether `path` can be written."""
     with write_errors(path):
-        _clear(_partial(path))
+        _clear(path)
     refuse_without_room(path, nbytes)
 
 
-def _start(path: Path, folder: Path) -> None:
+def _start(path: Path) -> Path:
+    """Make the folder under a name of its own: what an earlier writer that was stopped may still write, it writes
+    into a folder that is gone."""
     _refuse_existing(path)
+    folder = path.with_name(f"{path.name}~{os.urandom(TOKEN_BYTES).hex()}{PARTIAL}")
     with write_errors(path):
-        _clear(folder)
+        _clear(path)
         make_folders(folder)
+    return folder
 
 
 def _refuse_existing(path: Path) -> None:
@@ -149,14 +161,17 @@ def _refuse_existing(path: Path) -> None:
         raise RequestError(f"{path} exists already: choose another destination or remove it")
 
 
-def _clear(folder: Path) -> None:
+def _clear(path: Path) -> None:
     check_fences()
-    if folder.exists():
+    for folder in _leftovers(path):
         shutil.rmtree(folder)
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + PARTIAL)
+def _leftovers(path: Path) -> list[Path]:
+    """What interrupted runs left of `path`."""
+    if not path.parent.is_dir():
+        return []
+    return [entry for entry in path.parent.iterdir() if final_name(entry.name) == path.name]
 
 
 def _publish_all(folder: Path, path: Path) -> None:

@@ -215,9 +215,11 @@ def recorder(seen: list[str], function: Callable[[Path], bytes]) -> Callable[[Pa
     return record
 
 
-def test_left_overs_are_cleaned_but_not_what_may_be_written_now(store: CheckpointStore) -> None:
+@pytest.mark.parametrize("suffix", [".partial", "~0123abcd.partial"])
+def test_left_overs_are_cleaned_but_not_what_may_be_written_now(store: CheckpointStore, suffix: str) -> None:
+    """Those of earlier versions too, which had no token."""
     save(store, "s", 5)
-    old, new = (store.path("s", step).with_name(f"step_{step:08d}.partial") for step in (3, 8))
+    old, new = (store.path("s", step).with_name(f"step_{step:08d}{suffix}") for step in (3, 8))
     old.mkdir()
     new.mkdir()
     store.prune("s", keep_last=1)
@@ -246,16 +248,21 @@ copy_checkpoint(Slow(ModelConfig(4, 64, 64, 4, vocab_size=999), 1), sys.argv[1],
 def test_killed_in_the_middle_of_a_write(store: CheckpointStore) -> None:
     path = store.path("s", 7)
     process = subprocess.Popen([sys.executable, "-c", SLOW_WRITER, str(path)])
-    partial = path.with_name(path.name + ".partial")
+
+    def partial() -> list[Path]:
+        return list(path.parent.glob(f"{path.name}~*.partial"))
+
+    def grown(shard: Path) -> bool:
+        return shard.exists() and shard.stat().st_size > 20000
+
     try:
-        shard = partial / "__0_0.distcp"
         deadline = time.monotonic() + 60
-        while not (shard.exists() and shard.stat().st_size > 20000):
+        while not any(grown(folder / "__0_0.distcp") for folder in partial()):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert partial.exists() and not path.exists() and store.latest(["s"]) is None
+    assert partial() and not path.exists() and store.latest(["s"]) is None
     save(store, "s", 7)  # starting again takes the left-over's place
-    assert not partial.exists() and open_checkpoint(store.latest(["s"]) or "").manifest.position.step == 7
+    assert not partial() and open_checkpoint(store.latest(["s"]) or "").manifest.position.step == 7

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flm_megatron.checkpoint.files.destination import destination
+from flm_megatron.checkpoint.files.destination import destination, new_folder, publish
 from flm_megatron.checkpoint.lease import fence
 from flm_megatron.checkpoint.lease import file as lease_file
 from flm_megatron.checkpoint.lease.holder import this_process
@@ -114,7 +114,17 @@ def test_a_robbed_holder_leaves_everything_as_it_is(tmp_path: Path, step: Callab
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_robbed_tool_leaves_the_folder_to_the_other(tmp_path: Path, fails: bool) -> None:
     status, _ = robbed(tmp_path / ".new.lease", tmp_path / "words", write_folder, tmp_path, fails)
-    assert status == 1 and (tmp_path / "new.partial/half").exists() and not (tmp_path / "new").exists()
+    assert status == 1 and list(tmp_path.glob("new~*.partial/half")) and not (tmp_path / "new").exists()
+
+
+def test_late_bytes_of_one_that_was_robbed_do_not_reach_the_folder_of_the_other(tmp_path: Path) -> None:
+    path = tmp_path / "new"
+    with new_folder(path, Processes()) as old, new_folder(path, Processes()) as folder:
+        with pytest.raises(FileNotFoundError):
+            (old / "__1_0.distcp").write_bytes(b"late")
+        (folder / "__0_0.distcp").write_bytes(b"whole")
+        publish(folder, path)
+    assert contents(tmp_path) == {"new/__0_0.distcp": b"whole"}
 
 
 def test_a_fence_stands_as_long_as_the_lease(tmp_path: Path) -> None:
