@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -17,6 +17,10 @@ from flm_megatron.evaluation.perplexity.scoring import Likelihood, ScoringReques
 from flm_megatron.model.forward import is_output_rank
 
 Request = TypeVar("Request", GenerationRequest, ScoringRequest)
+Result = TypeVar("Result", Completion, Likelihood)
+Asked = tuple[list[GenerationRequest], list[ScoringRequest]]
+"""What rank 0 asks of all ranks: one of the two; neither ends the session."""
+NOTHING: Asked = ([], [])
 
 
 class Session:
@@ -33,48 +37,39 @@ class Session:
 
     def generate(self, requests: Sequence[GenerationRequest], on_text: OnText | None = None) -> list[Completion]:
         """Completions in the order of the requests. `on_text` gets the text of rank 0's own replica only."""
-        return self._ask(list(requests), on_text)
+        return self._answer((list(requests), []), on_text)[0] if requests else []
 
     def score(self, requests: Sequence[ScoringRequest]) -> list[Likelihood]:
         """Likelihoods in the order of the requests."""
-        return self._ask(list(requests), None)
+        return self._answer(([], list(requests)))[1] if requests else []
 
     def serve(self) -> None:
         """Answer rank 0 until it closes the session."""
-        while (requests := self._asked()) is not None:
-            self._answer(requests, None)
+        while any(self._answer(NOTHING)):
+            pass
 
     def close(self) -> None:
         """Let the other ranks return from `serve`."""
-        broadcast(None)
+        self._answer(NOTHING)
 
-    def _ask(self, requests: list[Any], on_text: OnText | None) -> list[Any]:
-        assert dist.get_rank() == 0
+    def _answer(self, asked: Asked, on_text: OnText | None = None) -> tuple[list[Completion], list[Likelihood]]:
+        """On every rank: answer what rank 0 asks, in the order of its requests."""
+        to_complete, to_score = broadcast(asked)
+        completions = self._shared(to_complete, lambda batch: generate(self._chunk, self.tokenizer, batch, on_text))
+        return completions, self._shared(to_score, lambda batch: score(self._chunk, batch))
+
+    def _shared(self, requests: list[Request], run: Callable[[list[Request]], list[Result]]) -> list[Result]:
+        """The results of all requests, of which each replica does its shard of the batches."""
         if not requests:
             return []
-        results = self._answer(broadcast(requests), on_text)
-        by_index = {result.index: result for result in results}
-        return [by_index[request.index] for request in requests]
-
-    def _asked(self) -> list[Any] | None:
-        """What rank 0 asks for; none once it has closed the session."""
-        return broadcast(None)
-
-    def _answer(self, requests: Sequence[Any], on_text: OnText | None) -> list[Any]:
-        """Do this replica's shard of the batches; returns the results of all."""
         # Alike lengths go together, so that little is padded.
         ordered = sorted(requests, key=_length, reverse=True)
         batches = [ordered[start : start + self.batch] for start in range(0, len(ordered), self.batch)]
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        mine: list[Any] = []
-        for batch in batches[rank::size]:
-            mine += self._run(batch, on_text)
-        return [result for shard in gathered(mine if is_output_rank() else []) for result in shard]
-
-    def _run(self, batch: Sequence[Any], on_text: OnText | None) -> list[Any]:
-        if isinstance(batch[0], GenerationRequest):
-            return generate(self._chunk, self.tokenizer, batch, on_text)
-        return score(self._chunk, batch)
+        mine = [result for batch in batches[rank::size] for result in run(batch)]
+        shards = gathered(mine if is_output_rank() else [])
+        by_index = {result.index: result for shard in shards for result in shard}
+        return [by_index[request.index] for request in requests]
 
 
 def _length(request: GenerationRequest | ScoringRequest) -> int:
