@@ -48,6 +48,10 @@ class Device(ABC):
     def fp8_obstacle(self) -> str | None:
         """Why products of FP8 matrices (`torch._scaled_mm`) cannot run here; none if they can."""
 
+    def processors(self) -> int:
+        """How many programs of a kernel that fill a processor each run at a time: multiprocessors of a GPU, else 1."""
+        return 1
+
     @abstractmethod
     def synchronize(self) -> None:
         """Wait until all queued work is done."""

@@ -54,6 +54,10 @@ class CudaDevice(Device):
             return f"{self.hardware_name()} has compute capability {found}, FP8 needs 8.9 or more"
         return None
 
+    def processors(self) -> int:
+        """Multiprocessors of this GPU (132 of an H100)."""
+        return torch.cuda.get_device_properties(self.torch_device).multi_processor_count
+
     def synchronize(self) -> None:
         """Wait for the GPU's queues."""
         torch.cuda.synchronize(self.torch_device)

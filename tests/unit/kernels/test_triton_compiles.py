@@ -25,10 +25,11 @@ POINTERS = {
     **dict.fromkeys(("log_sum_ptr", "scale_ptr", "factor_ptr", "param_like", "moment_like"), "*fp32"),
 }
 FLOATS = ("eps", "scale", "decay", "beta1", "beta2", "step_size", "root_correction", "limit")
-CONSTANTS = {"BLOCK": 1024, "HEADS": 32, "HALF": 64, "SIDE": 64}
+CONSTANTS = {"BLOCK": 1024, "BLOCKS": 2, "HEAD": 1024, "TAIL": 512, "HEADS": 32, "HALF": 64, "SIDE": 64}
 KERNELS = [
     ("norm", "_forward_kernel"),
     ("norm", "_backward_kernel"),
+    ("norm", "_two_pass_backward_kernel"),
     ("glu", "_forward_kernel"),
     ("glu", "_backward_kernel"),
     ("rotary", "_rotate_kernel"),
