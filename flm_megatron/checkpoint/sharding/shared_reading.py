@@ -63,9 +63,10 @@ def _read_agreed(region: RegionToFill | None, group: dist.ProcessGroup) -> torch
 def _raise_together(error: Exception | None, group: dist.ProcessGroup) -> None:
     """Raise this rank's error, or what failed on another, of the same kind."""
     mine = None if error is None else (*describe(error), getattr(error, "checkpoint", None))
+    everyone = gathered(mine, group)  # by all ranks of the group, so before any of them raises
     if error is not None:
         raise error
-    kind, message, checkpoint = next(failure for failure in gathered(mine, group) if failure is not None)
+    kind, message, checkpoint = next(failure for failure in everyone if failure is not None)
     if kind == DamagedError.__name__:
         raise DamagedError(message, checkpoint)
     raise ERRORS.get(kind, FlmError)(message)
