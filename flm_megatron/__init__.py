@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flm_megatron.api.hugging_face import HuggingFaceExport, export_hf, import_hf
     from flm_megatron.api.plan import Plan, plan, search_layouts
     from flm_megatron.api.plan_budget import BudgetPlan, plan_budget
+    from flm_megatron.api.rehearse import Rehearsal, rehearse
     from flm_megatron.api.reshard import CheckpointCopy, reshard
     from flm_megatron.api.run_file import load_run
     from flm_megatron.api.train import fine_tune, train
@@ -84,6 +85,7 @@ __all__ = [
     "ParallelConfig",
     "Plan",
     "Region",
+    "Rehearsal",
     "RequestError",
     "RunConfig",
     "ScheduleConfig",
@@ -106,6 +108,7 @@ __all__ = [
     "open_checkpoint",
     "plan",
     "plan_budget",
+    "rehearse",
     "reshard",
     "search_layouts",
     "train",
@@ -120,6 +123,7 @@ _MODULES = {
     "api.hugging_face": ("HuggingFaceExport", "export_hf", "import_hf"),
     "api.plan": ("Plan", "plan", "search_layouts"),
     "api.plan_budget": ("BudgetPlan", "plan_budget"),
+    "api.rehearse": ("Rehearsal", "rehearse"),
     "api.reshard": ("CheckpointCopy", "reshard"),
     "api.run_file": ("load_run",),
     "api.train": ("fine_tune", "train"),

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     import mmap
 
     import torch
+    from torch import nn
+
+
+Module = TypeVar("Module", bound="nn.Module")
 
 
 class RandomState(NamedTuple):
@@ -28,6 +32,8 @@ class Device(ABC):
     """Backend of torch.distributed: `gloo` or `nccl`."""
     start_method: str
     """How processes are started here: `forkserver`, or `spawn` where the device must not be forked."""
+    fills_in_threads: bool = True
+    """Whether tensors may be filled by several threads at once."""
     random_state: RandomState | None = None
     """What replaces CUDA's generator; none on CUDA."""
 
@@ -39,6 +45,10 @@ class Device(ABC):
     @abstractmethod
     def prepare(self) -> None:
         """Make the process ready for this device, before megatron-core is imported; may be called repeatedly."""
+
+    @abstractmethod
+    def place(self, module: Module) -> Module:
+        """The module with its parameters and buffers on this device."""
 
     @abstractmethod
     def engine_options(self) -> dict[str, object]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from flm_megatron.device.base import Device, RandomState
+from flm_megatron.device.base import Device, Module, RandomState
 
 PROCESS = Path("/proc/self")
 KIB_PER_GIB = 2**20
@@ -37,6 +37,10 @@ class CpuDevice(Device):
     def prepare(self) -> None:
         """Answer the engine's requests for CUDA with the CPU."""
         _install_adapter()
+
+    def place(self, module: Module) -> Module:
+        """The module as it is."""
+        return module
 
     def engine_options(self) -> dict[str, object]:
         """No fusions (they are CUDA's), and pipeline outputs kept.

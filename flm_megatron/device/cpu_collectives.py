@@ -73,6 +73,7 @@ def _all_gather(collective: Collective) -> Collective:
 
 def _given(output: Tensor, values: Tensor, async_op: bool) -> Done | None:
     """Copy `values` to `output`, unless they are the same memory, as in the engine's buffers."""
-    if output.data_ptr() != values.data_ptr():
+    same = output.untyped_storage()._cdata == values.untyped_storage()._cdata
+    if not same or output.storage_offset() != values.storage_offset():
         output.copy_(values.view_as(output))
     return Done() if async_op else None

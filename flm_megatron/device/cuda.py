@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from flm_megatron.device.base import Device
+from flm_megatron.device.base import Device, Module
 
 GIB = 2**30
 FP8_CAPABILITY = (8, 9)
@@ -33,6 +33,10 @@ class CudaDevice(Device):
         """
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(self.torch_device)
+
+    def place(self, module: Module) -> Module:
+        """The module, moved to the GPU."""
+        return module.to(self.torch_device)
 
     def engine_options(self) -> dict[str, object]:
         """Fusions that need no more than torch."""

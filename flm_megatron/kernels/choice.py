@@ -7,6 +7,8 @@ asked for by name and cannot run is an error.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, TypeVar
 
@@ -80,6 +82,17 @@ def use(choice: Choice) -> None:
     _current = choice
 
 
+@contextmanager
+def using(choice: Choice) -> Iterator[None]:
+    """Let all operations run as `choice` says while the block does, and then as before."""
+    global _current
+    before, _current = _current, choice
+    try:
+        yield
+    finally:
+        _current = before
+
+
 def current() -> Choice:
     """The choice of this process; all `auto` until `use` was called."""
     global _current
@@ -101,7 +114,7 @@ def implementation(operation: Operation[Functions], tensor: Tensor, plain: bool 
     name = choice.names[operation.name]
     if not plain:
         name = choice.beyond_plain.get(operation.name, name)
-    for_host = interpreted() or (name == "compile" and choice.device == "cpu")
+    for_host = interpreted() or (name == "compile" and choice.device == "cpu") or choice.device == "rehearsed"
     if tensor.element_size() > 4 or (tensor.device.type == "cpu" and not for_host):
         name = "torch"
     return operation.load(name)

@@ -69,8 +69,8 @@ class TrainState:
 
         self.stage = stage
         self.sequence_length = sequence_length
-        device = current().torch_device
-        self.chunks = replicate([chunk.to(device) for chunk in build_model(stage.model, stage)], stage.parallel)
+        place = current().place
+        self.chunks = replicate([place(chunk) for chunk in build_model(stage.model, stage)], stage.parallel)
         accumulate_in_buffers(self.chunks)
         frozen = frozen_parameters(self.chunks, stage)
         self.optimizer = build_optimizer(stage, self.chunks, {id(parameter) for parameter in frozen})

@@ -92,8 +92,12 @@ def load_state(
         shared = (held for held in regions if held.shared)
         fill_shared((region for held in shared for region in _to_fill(held, checkpoint, SHARED_READ_BYTES)), group)
     own = (held for held in regions if group is None or not held.shared)
+    to_fill = (region for held in own for region in _to_fill(held, checkpoint, BUFFER_BYTES))
+    if not current().fills_in_threads:
+        for region in to_fill:
+            _fill(region)
+        return
     with ThreadPoolExecutor(WORKERS, "reading") as executor:
-        to_fill = (region for held in own for region in _to_fill(held, checkpoint, BUFFER_BYTES))
         for _ in in_order(executor, _fill, to_fill):
             pass
 
@@ -250,6 +254,6 @@ def chunks_to_evaluate(checkpoint: LogicalCheckpoint, stage: StageConfig, alone:
     from flm_megatron.model.build import build_model
 
     with torch.no_grad():
-        chunks = [chunk.to(current().torch_device).eval() for chunk in build_model(stage.model, stage)]
+        chunks = [current().place(chunk).eval() for chunk in build_model(stage.model, stage)]
         load_state(checkpoint, chunks, alone=alone)
     return chunks

@@ -1,0 +1,32 @@
+"""Rehearse ranks of a run at their true size, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from flm_megatron.cli.options.parser import count, path, processes, take_overrides
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `flm rehearse`; anything else of the form `--field value` overrides the run file."""
+    parser.add_argument("run_file", type=path, help="run file (YAML)")
+    parser.add_argument("--gpus", type=processes, required=True, help="processes that the run would have")
+    parser.add_argument("--stage", help="rehearse only this stage")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--roles", action="store_true", help="one rank of every role (default)")
+    which.add_argument("--rank", type=count, metavar="R", help="rank R alone")
+    parser.add_argument("--workers", type=processes, metavar="N", help="processes of this machine (all processors)")
+    parser.add_argument("--json", action="store_true", help="print plain data instead of tables")
+    take_overrides(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report."""
+    from flm_megatron.api.rehearse import rehearse
+    from flm_megatron.checkpoint.run_file import open_run
+
+    config = open_run(args.run_file, args.overrides)
+    found = rehearse(config, gpus=args.gpus, stage=args.stage, rank=args.rank, workers=args.workers)
+    print(json.dumps(found.to_dict(), indent=1) if args.json else found)
+    return 0

@@ -1,0 +1,173 @@
+"""Watches every operation of a rank that is rehearsed: memory, FLOPs, and what it sends to other ranks."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import FakeWork
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from flm_megatron.planner.rehearsal.ledger import Ledger
+
+KINDS = {
+    "allreduce_": "all-reduce",
+    "allreduce_coalesced_": "all-reduce",
+    "_allgather_base_": "all-gather",
+    "allgather_into_tensor_coalesced_": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce-scatter",
+    "broadcast_": "broadcast",
+    "send": "send",
+    "recv_": "receive",
+    "barrier": "barrier",
+    "alltoall_base_": "all-to-all",
+}
+"""torch's operations by the names of the collectives."""
+WITHOUT_SHAPES = ("allreduce_coalesced_", "allgather_into_tensor_coalesced_", "reduce_scatter_tensor_coalesced_")
+"""Those that torch has no form of for tensors without values."""
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+ANSWER = 1
+"""What a computed value is that the program reads: there are tokens, a norm is finite. What a rank says of itself, as
+whether it has failed, is known."""
+PACKAGES = ("flm_megatron", "megatron")
+OWN = str(Path(__file__).parent)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One collective or point-to-point transfer that this rank takes part in.
+
+    `group` are the global ranks of its group; `peer` is the other rank of a point-to-point transfer. `nbytes` is the
+    size of the tensor that is whole on a rank: what is reduced, broadcast or sent, what is gathered, what is
+    scattered. `site` is the line of the program or the engine that asked for it.
+    """
+
+    kind: str
+    group: tuple[int, ...]
+    nbytes: int
+    dtype: str
+    site: str
+    repeats: bool
+    """Whether it is done once for every micro-batch."""
+    peer: int | None = None
+
+    def matches(self, other: Transfer) -> bool:
+        """Whether two ranks of one group may be at this point together."""
+        return (self.kind, self.nbytes, self.dtype) == (other.kind, other.nbytes, other.dtype)
+
+
+class Recorder(TorchDispatchMode):
+    """Stands above torch's fake tensors, or (with `values`) above real ones.
+
+    `micro_batched` is true while what is done is done for each micro-batch.
+    """
+
+    def __init__(self, values: bool = False) -> None:
+        super().__init__()
+        self.values = values
+        self.ledger = Ledger()
+        self.flops: Counter[str] = Counter()
+        self.transfers: list[Transfer] = []
+        self.micro_batched = False
+
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        """Run one operation and take note of it."""
+        if not self.values and func is torch.ops.aten._local_scalar_dense.default:
+            known = getattr(args[0], "constant", None)
+            return ANSWER if known is None else known.item()
+        if func.namespace == "c10d":
+            self._note_transfer(func, args)
+            if not self.values and func._opname in WITHOUT_SHAPES:
+                return FakeWork().boxed()
+        said = _flags(args) if func.namespace == "c10d" else []
+        out = func(*args, **(kwargs or {}))
+        for flag, value in said:
+            flag.constant = value  # others say what this rank says
+        if func is torch.ops.prim.device.default:
+            return out
+        self._count(func, args, kwargs or {}, out)
+        for tensor in _tensors(out):
+            self.ledger.enter(tensor, func._opname)
+        return out
+
+    def _count(
+        self, func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: dict[str, object], out: object
+    ) -> None:
+        packet = func._overloadpacket
+        if packet is ATTENTION:
+            query, key, value = (_shape(tensor) for tensor in args[:3])
+            self.flops["attention"] += sdpa_flop_count(query, _expanded(key, query), _expanded(value, query))
+        elif packet is ATTENTION_BACKWARD:
+            grad, query, key, value = (_shape(tensor) for tensor in args[:4])
+            self.flops["attention"] += sdpa_backward_flop_count(
+                grad, query, _expanded(key, query), _expanded(value, query)
+            )
+        elif packet in flop_registry:
+            self.flops["matrix products"] += flop_registry[packet](*args, **kwargs, out_val=out)
+
+    def _note_transfer(self, func: torch._ops.OpOverload, args: tuple[object, ...]) -> None:
+        kind = KINDS.get(func._opname)
+        if kind is None:
+            raise NotImplementedError(f"rehearsal does not know torch's collective {func._opname}")
+        group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
+        ranks = tuple(dist.get_process_group_ranks(group))
+        dtype = next((str(tensor.dtype).removeprefix("torch.") for tensor in _tensors(args)), "")
+        peer = next((arg for arg in args if isinstance(arg, int)), None) if kind in ("send", "receive") else None
+        self.transfers.append(
+            Transfer(
+                kind,
+                ranks,
+                max(sum(tensor.nbytes for tensor in _tensors(arg)) for arg in args),
+                dtype,
+                _site(),
+                self.micro_batched,
+                None if peer is None else ranks[peer],
+            )
+        )
+
+
+def _tensors(tree: object) -> Iterator[torch.Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+
+
+def _flags(args: tuple[object, ...]) -> list[tuple[FakeTensor, torch.Tensor]]:
+    """Tensors that this rank has given a value of its own, such as a flag that asks whether any rank has failed."""
+    fakes = (tensor for tensor in _tensors(args) if isinstance(tensor, FakeTensor))
+    return [(fake, fake.constant) for fake in fakes if fake.constant is not None]
+
+
+def _shape(tensor: object) -> tuple[int, ...]:
+    assert isinstance(tensor, torch.Tensor)
+    return tuple(tensor.shape)
+
+
+def _expanded(key: tuple[int, ...], query: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape [batch, heads, sequence, channels] of keys as each query head sees them."""
+    return (key[0], query[1], *key[2:])
+
+
+def _site() -> str:
+    """File and line of the innermost frame of the program, or of the engine, that is not of this room."""
+    frame = sys._getframe(3)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name.split(".")[0] in PACKAGES and not frame.f_code.co_filename.startswith(OWN):
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "unknown"

@@ -1,0 +1,79 @@
+"""A stage rehearsed: one rank of every role through a whole step, and their neighbours as far as they meet."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from flm_megatron.config.schema import RunConfig, StageConfig
+from flm_megatron.planner.rehearsal.meeting import check_meetings
+from flm_megatron.planner.rehearsal.rank import RankReport, needed_micro_batches, rehearse_rank
+from flm_megatron.planner.rehearsal.roles import Role, global_rank, roles
+
+
+@dataclass(frozen=True)
+class StageRehearsal:
+    """What ranks of a stage did: `reports` of one rank of each of `roles` (or of the one rank that was asked for), and
+    `met`, the ranks whose collectives and transfers were compared."""
+
+    stage: str
+    world: int
+    roles: tuple[Role, ...]
+    reports: tuple[RankReport, ...]
+    met: tuple[int, ...]
+
+
+def rehearse_stage(
+    run: RunConfig, stage: StageConfig, world: int, rank: int | None = None, workers: int = 1
+) -> StageRehearsal:
+    """Rehearse a stage whose vocabulary is known on `world` processes: one rank of every role, or `rank` alone.
+
+    The rules of the run file have been checked. `workers` processes share the work.
+
+    Raises what the real ranks would raise, and FlmError where ranks would wait for each other for ever.
+    """
+    parallel = stage.parallel
+    found = roles(stage.model, parallel)
+    if rank is not None:
+        with _on(workers) as rehearse:
+            (report,) = rehearse(run, stage, world, [(rank, None)])
+        own = [role for role in found if report.pipeline_rank in role.pipeline_ranks]
+        return StageRehearsal(stage.name, world, tuple(own), (report,), ())
+    whole = [(global_rank(parallel, world, role.pipeline_ranks[0]), None) for role in found]
+    meeting = _meeting_ranks(stage, world, found)
+    few = max(2, needed_micro_batches(stage, parallel.pipeline - 1)) if parallel.virtual_pipeline > 1 else 2
+    with _on(workers) as rehearse:
+        reports = list(rehearse(run, stage, world, [*whole, *((one, few) for one in meeting)]))
+    check_meetings(reports[len(whole) :])
+    return StageRehearsal(stage.name, world, tuple(found), tuple(reports[: len(whole)]), tuple(meeting))
+
+
+def _meeting_ranks(stage: StageConfig, world: int, found: Sequence[Role]) -> list[int]:
+    """Of every role the first and the last tensor rank and data rank, and the pipeline rank before the next role's."""
+    parallel = stage.parallel
+    tensor, data = parallel.tensor - 1, world // parallel.model_size - 1
+    places = [(role.pipeline_ranks[0], *place) for role in found for place in ((0, 0), (tensor, 0), (0, data))]
+    places += [(role.pipeline_ranks[-1], 0, 0) for role in found]
+    return sorted({global_rank(parallel, world, *place) for place in places})
+
+
+Job = tuple[int, int | None]
+"""A rank, and how many micro-batches it runs (as many as its memory grows over without a number)."""
+
+
+@contextmanager
+def _on(workers: int) -> Iterator[Callable[[RunConfig, StageConfig, int, Sequence[Job]], Iterable[RankReport]]]:
+    """What rehearses several ranks: in this process, or in several fresh ones."""
+    if workers == 1:
+        yield lambda run, stage, world, jobs: [_one((run, stage, world, job)) for job in jobs]
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        yield lambda run, stage, world, jobs: pool.map(_one, [(run, stage, world, job) for job in jobs])
+
+
+def _one(task: tuple[RunConfig, StageConfig, int, Job]) -> RankReport:
+    run, stage, world, (rank, micro_batches) = task
+    return rehearse_rank(run, stage, rank, world, micro_batches)

@@ -1,0 +1,131 @@
+"""A stage rehearsed: which ranks stand for which, what they hold beside what is planned, and who waits for whom."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from flm_megatron import kernels
+from flm_megatron.api.rehearse import rehearse
+from flm_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, StageConfig
+from flm_megatron.device import current
+from flm_megatron.engine import parallel_state
+from flm_megatron.errors import FlmError, RequestError
+from flm_megatron.model.teleflm import TeleFLM
+from flm_megatron.planner.cost.memory import rank_memory
+from flm_megatron.planner.layout import CUDA, stage_workload
+from flm_megatron.planner.rehearsal.rank import needed_micro_batches
+from flm_megatron.planner.rehearsal.roles import global_rank, roles
+from flm_megatron.planner.rehearsal.stage import StageRehearsal
+
+MODEL = ModelConfig(num_layers=4, hidden_size=512, ffn_hidden_size=1376, num_attention_heads=8, vocab_size=4000)
+SEQUENCE = 512
+LAYOUTS = [
+    ParallelConfig(tensor=2, pipeline=2, sequence=True),
+    ParallelConfig(tensor=4, pipeline=1),
+    ParallelConfig(pipeline=2, virtual_pipeline=2),
+    ParallelConfig(distributed_optimizer=False),
+]
+
+
+def run_of(parallel: ParallelConfig, **fields: object) -> RunConfig:
+    """A run of one stage in bf16 under a layout."""
+    stage = StageConfig(model=MODEL, parallel=parallel, global_batch=32, micro_batch=2, precision="bf16", tokens=10**7)
+    return RunConfig(data=DataConfig(sequence_length=SEQUENCE), stages=[replace(stage, **fields)])  # type: ignore[arg-type]
+
+
+def only(run: RunConfig, gpus: int) -> StageRehearsal:
+    """The rehearsal of its only stage, in this process."""
+    (stage,) = rehearse(run, gpus=gpus, workers=1).stages
+    return stage
+
+
+@pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_every_role_holds_what_is_planned(parallel: ParallelConfig, recompute: str) -> None:
+    run, gpus = run_of(parallel, recompute=recompute), 8
+    found = only(run, gpus)
+    work = stage_workload(run.stages[0], SEQUENCE, gpus, CUDA)
+    for role, report in zip(found.roles, found.reports, strict=True):
+        planned = rank_memory(work, role.pipeline_ranks[0])
+        assert report.steady["weights"] + report.steady["gradients"] + report.steady["optimizer"] == pytest.approx(
+            planned.weights + planned.gradients + planned.optimizer, rel=1e-3
+        )
+        assert report.peak.nbytes == pytest.approx(planned.total, rel=0.05), (role, report.peak, planned)
+
+
+def test_nothing_of_a_rehearsal_stays_in_the_process() -> None:
+    device, choice = current(), kernels.current()
+    only(run_of(ParallelConfig(tensor=2)), 2)
+    assert current() is device and kernels.current() is choice
+    normed = kernels.rms_norm(torch.ones(2, 8), torch.ones(8), 1e-5)
+    assert torch.allclose(normed, torch.ones(2, 8), atol=1e-4)
+
+
+def test_ranks_of_one_role_are_one() -> None:
+    found = roles(replace(MODEL, num_layers=10), ParallelConfig(pipeline=4))
+    assert [(role.name, role.pipeline_ranks, role.layers) for role in found] == [
+        ("first", (0,), (3,)),
+        ("middle", (1,), (3,)),
+        ("middle", (2,), (2,)),
+        ("last", (3,), (2,)),
+    ]
+    (whole,) = roles(MODEL, ParallelConfig(tensor=2))
+    assert (whole.name, whole.pipeline_ranks) == ("whole model", (0,))
+
+
+def test_ranks_are_numbered_as_the_engine_does() -> None:
+    parallel = ParallelConfig(tensor=2, pipeline=3)
+    assert [global_rank(parallel, 24, 1, tensor, data) for data in (0, 3) for tensor in (0, 1)] == [8, 9, 14, 15]
+
+
+@pytest.mark.parametrize(("virtual", "needed"), [(1, [5, 4, 3, 2]), (2, [8, 8, 4, 4])])
+def test_micro_batches_that_memory_grows_over(virtual: int, needed: list[int]) -> None:
+    stage = StageConfig(parallel=ParallelConfig(pipeline=4, virtual_pipeline=virtual))
+    assert [needed_micro_batches(stage, rank) for rank in range(4)] == needed
+
+
+def test_more_micro_batches_hold_no_more_and_count_the_same() -> None:
+    run = run_of(ParallelConfig(tensor=2, pipeline=2, sequence=True))
+    from flm_megatron.planner.rehearsal.rank import rehearse_rank
+
+    few = rehearse_rank(run, run.stages[0], 0, 4)
+    all_of_them = rehearse_rank(run, run.stages[0], 0, 4, micro_batches=16)
+    assert (few.ran, all_of_them.ran, few.micro_batches) == (3, 16, 16)
+    assert few.peak.nbytes == all_of_them.peak.nbytes
+    assert few.flops == all_of_them.flops and few.traffic() == all_of_them.traffic()
+
+
+def test_a_collective_that_one_rank_leaves_out_is_named_with_both_sites(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = TeleFLM.forward
+
+    def planted(self: TeleFLM, *args: object, **named: object) -> object:
+        """Rank 1 of the tensor group reduces something that rank 0 does not."""
+        if parallel_state.get_tensor_model_parallel_rank() == 1:
+            dist.all_reduce(torch.ones(3), group=parallel_state.get_tensor_model_parallel_group())
+        return honest(self, *args, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TeleFLM, "forward", planted)
+    with pytest.raises(FlmError, match=r"^deadlock: collective \d+ of the group of 2 ranks") as error:
+        only(run_of(ParallelConfig(tensor=2)), 2)
+    text = str(error.value)
+    assert "on rank 0" in text and "all-reduce of 12 bytes of float32 at" in text and "on rank 1" in text
+    assert text.count(" at ") == 2 and "\n" not in text
+
+
+def test_one_rank_alone_has_the_role_that_it_is_in() -> None:
+    run = run_of(ParallelConfig(tensor=2, pipeline=2, sequence=True))
+    (stage,) = rehearse(run, gpus=4, rank=3).stages
+    assert [role.name for role in stage.roles] == ["last"] and stage.reports[0].rank == 3 and stage.met == ()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "rank", "words"),
+    [(8, 8, "rank is 8, but 8 processes have the ranks 0 to 7"), (6, None, "6"), (0, None, "gpus")],
+)
+def test_what_cannot_be_is_refused(gpus: int, rank: int | None, words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        rehearse(run_of(ParallelConfig(tensor=4)), gpus=gpus, rank=rank)
