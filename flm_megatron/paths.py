@@ -14,6 +14,9 @@ PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg")
 
 LONGEST_NAME = 255  # bytes, of a name on any file system in use
 
+FilePath = str | os.PathLike[str]
+"""How a function of the program is told of a file or a folder."""
+
 
 def expanded(path: str, what: str) -> str:
     """`path` with a leading `~` or `~user` replaced by that home; `what` names its field or option in errors.
@@ -34,12 +37,12 @@ def expanded(path: str, what: str) -> str:
     return full
 
 
-def given_path(path: str | os.PathLike[str], what: str) -> Path:
+def given_path(path: FilePath, what: str) -> Path:
     """`path` as `expanded` gives it. Raises RequestError as that does."""
     return Path(expanded(os.fspath(path), what))
 
 
-def require_folder(path: str | os.PathLike[str], what: str) -> None:
+def require_folder(path: FilePath, what: str) -> None:
     """Check that files can be written into the folder `path`, which need not be there yet; leaves nothing behind.
 
     Raises:
@@ -51,7 +54,7 @@ def require_folder(path: str | os.PathLike[str], what: str) -> None:
     _require_room_below(path, _nearest(path, what), what)
 
 
-def require_file(path: str | os.PathLike[str], what: str) -> None:
+def require_file(path: FilePath, what: str) -> None:
     """Check that the file `path` can be written, its folder being made if need be; leaves nothing behind.
 
     Raises:
@@ -71,7 +74,7 @@ def require_file(path: str | os.PathLike[str], what: str) -> None:
         _require_room_below(path, _nearest(path, what), what)
 
 
-def require_picture(path: str | os.PathLike[str], what: str) -> None:
+def require_picture(path: FilePath, what: str) -> None:
     """Check that a plot can be written as the file `path`. Raises RequestError as `require_file`, or if not as that."""
     if Path(path).suffix.lower() not in PICTURES:
         raise RequestError(f"{what} {path} is no picture: give a name that ends in {', '.join(PICTURES)}")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 from flm_megatron.api.values import require_vocabulary
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint as opened
-from flm_megatron.paths import given_path
+from flm_megatron.paths import FilePath, given_path
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, vocab_size: int | None = None) -> LogicalCheckpoint:
+def open_checkpoint(path: FilePath, *, vocab_size: int | None = None) -> LogicalCheckpoint:
     """The checkpoint in a folder: ours (`torch_dist`), a Hugging Face model, or Megatron-LM's.
 
     Nothing but its description is read: `tensors` has names, shapes and dtypes, `read(name, region)` reads values.
@@ -28,6 +26,6 @@ def open_checkpoint(path: str | os.PathLike[str], *, vocab_size: int | None = No
     return opened(given_path(path, "path"), vocab_size)
 
 
-def given_checkpoint(checkpoint: str | os.PathLike[str] | LogicalCheckpoint) -> LogicalCheckpoint:
+def given_checkpoint(checkpoint: FilePath | LogicalCheckpoint) -> LogicalCheckpoint:
     """What was given where a folder or an open checkpoint may be. Raises as `open_checkpoint`."""
     return checkpoint if isinstance(checkpoint, LogicalCheckpoint) else opened(given_path(checkpoint, "checkpoint"))

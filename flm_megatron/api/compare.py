@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from flm_megatron.api.values import require_vocabulary
 from flm_megatron.checkpoint.opening import open_with_model
 from flm_megatron.checkpoint.tools.compare import Comparison
@@ -11,12 +9,10 @@ from flm_megatron.checkpoint.tools.compare import compare as compared
 from flm_megatron.checkpoint.tools.reshard import stored_bytes
 from flm_megatron.distributed.launched import launched_processes
 from flm_megatron.distributed.progress import progress_bar
-from flm_megatron.paths import given_path
+from flm_megatron.paths import FilePath, given_path
 
 
-def compare(
-    first: str | os.PathLike[str], second: str | os.PathLike[str], *, vocab_size: int | None = None
-) -> Comparison:
+def compare(first: FilePath, second: FilePath, *, vocab_size: int | None = None) -> Comparison:
     """Compare two checkpoints of any two formats, tensor by tensor; optimizer state where both have it.
 
     `differences` of the result has the largest difference of each common tensor, `beyond(tolerance)` names those that

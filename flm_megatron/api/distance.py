@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 
 from flm_megatron.api.checkpoint import given_checkpoint
@@ -16,14 +15,14 @@ from flm_megatron.growth.distance import LayerDistance
 from flm_megatron.growth.distance import layer_distances as measured
 from flm_megatron.growth.foreseen import check_run_file
 from flm_megatron.growth.text import file_tokens, run_tokens
-from flm_megatron.paths import given_path
+from flm_megatron.paths import FilePath, given_path
 
 
 def layer_distances(
-    checkpoint: str | os.PathLike[str] | LogicalCheckpoint,
+    checkpoint: FilePath | LogicalCheckpoint,
     run: RunConfig,
     *,
-    text: str | os.PathLike[str] | None = None,
+    text: FilePath | None = None,
     samples: int = 8,
 ) -> list[LayerDistance]:
     """Distance between input and output of each layer, first to last, by which growth can choose the layers it copies.

@@ -26,7 +26,7 @@ from flm_megatron.growth.offline import write_grown
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.growth.record import Certificate
 from flm_megatron.growth.text import file_tokens
-from flm_megatron.paths import given_path, require_folder
+from flm_megatron.paths import FilePath, given_path, require_folder
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Growth:
 
 
 def grow(
-    checkpoint: str | os.PathLike[str] | LogicalCheckpoint,
+    checkpoint: FilePath | LogicalCheckpoint,
     run: RunConfig,
     stage: str,
-    out: str | os.PathLike[str],
+    out: FilePath,
     *,
-    certify: str | os.PathLike[str] | None = None,
-    distances: str | os.PathLike[str] | Sequence[float] | None = None,
+    certify: FilePath | None = None,
+    distances: FilePath | Sequence[float] | None = None,
     on_certificate: Callable[[Certificate], None] | None = None,
 ) -> Growth:
     """Write `checkpoint`, of the stage before, grown into `stage` of `run` to the new folder `out`.
@@ -93,7 +93,7 @@ def _world(run: RunConfig, runs_a_model: bool) -> AbstractContextManager[object]
 
 
 def _distances(
-    given: str | os.PathLike[str] | Sequence[float] | None,
+    given: FilePath | Sequence[float] | None,
     run: RunConfig,
     index: int,
     source: LogicalCheckpoint,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,7 +20,7 @@ from flm_megatron.checkpoint.stage_manifest import manifest_for
 from flm_megatron.checkpoint.tools.reshard import reshard
 from flm_megatron.distributed.launched import launched_processes
 from flm_megatron.growth.grown.folding import without_mask
-from flm_megatron.paths import given_path
+from flm_megatron.paths import FilePath, given_path
 
 
 @dataclass(frozen=True)
@@ -38,14 +37,14 @@ class HuggingFaceExport:
 
 
 def export_hf(
-    checkpoint: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    checkpoint: FilePath,
+    out: FilePath,
     *,
     flavour: Literal["teleflm", "llama"] = "teleflm",
     dtype: Literal["fp32", "bf16", "fp16"] | None = None,
     shard_size: int = 5 * 10**9,
     pad_vocab_to: int = 1,
-    tokenizer: str | os.PathLike[str] | None = None,
+    tokenizer: FilePath | None = None,
     fold_mask: bool = False,
     vocab_size: int | None = None,
 ) -> HuggingFaceExport:
@@ -88,8 +87,8 @@ def export_hf(
 
 
 def import_hf(
-    folder: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    folder: FilePath,
+    out: FilePath,
     *,
     dtype: Literal["fp32", "bf16", "fp16"] | None = None,
     vocab_size: int | None = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 
 from flm_megatron.api.values import require_above_zero, require_whole
@@ -10,7 +9,7 @@ from flm_megatron.config.ranges import LARGEST_WORLD
 from flm_megatron.config.rules import check, shape_violations
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.errors import Mistakes
-from flm_megatron.paths import given_path, require_picture
+from flm_megatron.paths import FilePath, given_path, require_picture
 from flm_megatron.planner.chosen_stages import only_stage, with_vocabulary
 from flm_megatron.planner.feasibility import require_candidates, require_fit
 from flm_megatron.planner.goodput import GoodputPlan, plan_goodput
@@ -51,9 +50,9 @@ def plan(
     gpus: int,
     stage: str | None = None,
     nodes_of: int | None = None,
-    hardware: str | os.PathLike[str] | None = None,
+    hardware: FilePath | None = None,
     mtbf: float | None = None,
-    plot: str | os.PathLike[str] | None = None,
+    plot: FilePath | None = None,
 ) -> Plan:
     """Plan every stage of a run, or one `stage` alone, under the layouts of its run file.
 
@@ -97,7 +96,7 @@ def search_layouts(
     gpus: int,
     stage: str | None = None,
     nodes_of: int | None = None,
-    hardware: str | os.PathLike[str] | None = None,
+    hardware: FilePath | None = None,
 ) -> dict[str, SearchResult]:
     """Every layout of `gpus` accelerators tried for every stage: what fits, the fastest first, and why others do not.
 
@@ -117,12 +116,7 @@ def search_layouts(
 
 
 def planned_on(
-    run: RunConfig,
-    gpu: str,
-    gpus: int,
-    stage: str | None = None,
-    nodes_of: int | None = None,
-    hardware: str | os.PathLike[str] | None = None,
+    run: RunConfig, gpu: str, gpus: int, stage: str | None, nodes_of: int | None, hardware: FilePath | None
 ) -> tuple[RunConfig, Machine]:
     """The run with the stages to plan and their vocabulary, and the machine. Raises RequestError as `plan`."""
     require_whole("gpus", gpus, LARGEST_WORLD)

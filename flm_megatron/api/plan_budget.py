@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from flm_megatron.api.plan import check_layouts, planned_on
 from flm_megatron.api.values import require_above_zero
 from flm_megatron.config.schema import RunConfig
-from flm_megatron.paths import given_path
+from flm_megatron.paths import FilePath, given_path
 from flm_megatron.planner.growth_schedule import GrowthSchedule, best_schedule
 from flm_megatron.planner.loss_law import LossLaw, chinchilla_law, read_laws
 from flm_megatron.planner.plan import HOUR, plan_run
@@ -48,10 +47,10 @@ def plan_budget(
     *,
     gpu: str,
     gpus: int,
-    laws: str | os.PathLike[str] | None = None,
+    laws: FilePath | None = None,
     stage: str | None = None,
     nodes_of: int | None = None,
-    hardware: str | os.PathLike[str] | None = None,
+    hardware: FilePath | None = None,
 ) -> BudgetPlan:
     """Divide a budget of accelerator hours over the stages of a run so that the last loss is the least.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,7 +24,7 @@ from flm_megatron.distributed.launched import launched_processes
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.grown.folding import without_mask
-from flm_megatron.paths import given_path
+from flm_megatron.paths import FilePath, given_path
 
 Hashes = dict[str, str]
 """Logical hashes by tensor."""
@@ -41,8 +40,8 @@ class CheckpointCopy:
 
 
 def reshard(
-    checkpoint: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    checkpoint: FilePath,
+    out: FilePath,
     *,
     format: Literal["torch_dist", "classic"] = "torch_dist",
     tensor: int | None = None,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 from flm_megatron.checkpoint.run_file import open_run
 from flm_megatron.config.overrides import Overrides
 from flm_megatron.config.schema import RunConfig
-from flm_megatron.paths import given_path
+from flm_megatron.paths import FilePath, given_path
 
 
-def load_run(path: str | os.PathLike[str], overrides: Overrides = ()) -> RunConfig:
+def load_run(path: FilePath, overrides: Overrides = ()) -> RunConfig:
     """The run that a YAML file describes: presets and defaults merged, models that a checkpoint brings written out.
 
     `overrides` are fields by their path, `{"stages.0.parallel.tensor": 2}`, or words as on the command line,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
 from flm_megatron.api.values import require_vocabulary
 from flm_megatron.checkpoint.tools.verify import Verification, verify_checkpoint
 from flm_megatron.distributed.launched import launched_processes
 from flm_megatron.distributed.progress import progress_bar
-from flm_megatron.paths import given_path
+from flm_megatron.paths import FilePath, given_path
 
 
-def verify(checkpoint: str | os.PathLike[str], *, quick: bool = False, vocab_size: int | None = None) -> Verification:
+def verify(checkpoint: FilePath, *, quick: bool = False, vocab_size: int | None = None) -> Verification:
     """Check sizes and checksums of a checkpoint's files and the shapes of its tensors; no `problems` if all is well.
 
     With `quick` values are not read: sizes and structure only. Processes that torchrun or srun started share the work

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import random
 import re
 from collections.abc import Iterable, Iterator
@@ -15,7 +14,7 @@ import sentencepiece
 
 from flm_megatron.durable import make_folders, replace_file
 from flm_megatron.errors import DamagedError, RequestError
-from flm_megatron.paths import require_file
+from flm_megatron.paths import FilePath, require_file
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = range(4)
 FIXED_IDS = 260
@@ -29,7 +28,7 @@ TRAINING_CHUNK_CHARACTERS = 2048
 class Tokenizer:
     """A trained SentencePiece model: text to ids and back, without loss, adding no ids of its own."""
 
-    def __init__(self, model: str | os.PathLike[str]) -> None:
+    def __init__(self, model: FilePath) -> None:
         """Load the model file `model`.
 
         Raises:
@@ -94,7 +93,7 @@ class Tokenizer:
         return self._model.decode([int(i) for i in ids])
 
 
-def file_fingerprint(path: str | os.PathLike[str]) -> str | None:
+def file_fingerprint(path: FilePath) -> str | None:
     """The `fingerprint` of a tokenizer that lies at `path`; none if no file is there or it cannot be read."""
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -115,7 +114,7 @@ def _chunks(text: str, size: int) -> Iterator[str]:
 
 def train_tokenizer(
     texts: Iterable[str],
-    out: str | os.PathLike[str],
+    out: FilePath,
     vocab_size: int,
     *,
     text_bytes: int | None = None,

@@ -24,7 +24,7 @@ from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.durable import make_folders, sync, sync_tree
 from flm_megatron.engine.datasets import id_dtype, indexed_builder
 from flm_megatron.errors import FlmError, RequestError
-from flm_megatron.paths import require_file
+from flm_megatron.paths import FilePath, require_file
 
 SUFFIXES = ("bin", "idx", "json")
 BATCH_CHARACTERS = 500_000
@@ -46,7 +46,7 @@ class Encoded:
 def build_dataset(
     documents: Iterable[str],
     tokenizer: Tokenizer,
-    out: str | os.PathLike[str],
+    out: FilePath,
     *,
     workers: int = 1,
     validation_share: float = 0.0,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from flm_megatron.errors import RequestError
 from flm_megatron.json_text import parse_json
+from flm_megatron.paths import FilePath
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 CODE_SUFFIXES = (".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts", ".sh")
@@ -25,7 +25,7 @@ class Corpus:
     the field `field` of each line. Any other file is one document.
     """
 
-    inputs: Sequence[str | os.PathLike[str]]
+    inputs: Sequence[FilePath]
     field: str = "text"
     suffixes: Sequence[str] = ALL_SUFFIXES
 

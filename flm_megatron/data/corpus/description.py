@@ -15,6 +15,7 @@ from flm_megatron.data.corpus.index_file import open_index
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import DamagedError, RequestError, read_error, refuse_together
 from flm_megatron.json_text import parse_json
+from flm_megatron.paths import FilePath
 
 FORMAT = "flm_megatron indexed dataset"
 VERSION = 1
@@ -55,12 +56,12 @@ class Description:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
-def file_of(prefix: str | os.PathLike[str], suffix: str) -> Path:
+def file_of(prefix: FilePath, suffix: str) -> Path:
     """PREFIX.bin, PREFIX.idx or PREFIX.json."""
     return Path(f"{os.fspath(prefix)}.{suffix}")
 
 
-def read_description(prefix: str | os.PathLike[str]) -> Description:
+def read_description(prefix: FilePath) -> Description:
     """Read PREFIX.json and check that the .bin and .idx beside it are as they were written, and fit each other.
 
     Raises:
@@ -83,7 +84,7 @@ def read_description(prefix: str | os.PathLike[str]) -> Description:
     return description
 
 
-def refuse_too_many(documents: int, prefix: str | os.PathLike[str]) -> None:
+def refuse_too_many(documents: int, prefix: FilePath) -> None:
     """Raise RequestError where a dataset has more documents than LARGEST_COUNT."""
     if documents > LARGEST_COUNT:
         raise RequestError(
@@ -92,7 +93,7 @@ def refuse_too_many(documents: int, prefix: str | os.PathLike[str]) -> None:
         )
 
 
-def _check_index(prefix: str | os.PathLike[str], description: Description) -> None:
+def _check_index(prefix: FilePath, description: Description) -> None:
     """Check that the index has the described documents and that the last one ends where the .bin does."""
     index = open_index(file_of(prefix, "idx"), description.documents)
     if index.end != description.bin_bytes:

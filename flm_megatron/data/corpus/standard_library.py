@@ -16,7 +16,7 @@ from flm_megatron.data.corpus.statistics import UnigramEntropy, unigram_entropy
 from flm_megatron.data.tokenizer import FIXED_IDS, train_tokenizer
 from flm_megatron.durable import make_folders, sync
 from flm_megatron.errors import RequestError
-from flm_megatron.paths import require_folder
+from flm_megatron.paths import FilePath, require_folder
 
 # Tests repeat themselves, encodings are tables, and the rest is not the standard library.
 LEFT_OUT = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
@@ -78,7 +78,7 @@ def _is_utf8(data: bytes) -> bool:
 
 
 def build_standard_library(
-    out: str | os.PathLike[str], *, vocab_size: int = 4096, max_bytes: int = 8_000_000, workers: int = 1
+    out: FilePath, *, vocab_size: int = 4096, max_bytes: int = 8_000_000, workers: int = 1
 ) -> StandardLibrary:
     """Write OUT/tokenizer.model and the datasets OUT/train and OUT/validation; the folder appears when it is whole.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 
 import numpy
@@ -11,6 +10,7 @@ import numpy
 from flm_megatron.data.corpus.description import file_of, read_description
 from flm_megatron.engine.datasets import id_dtype
 from flm_megatron.errors import RequestError
+from flm_megatron.paths import FilePath
 
 CHUNK = 1 << 24
 
@@ -23,7 +23,7 @@ class UnigramEntropy:
     bits_per_byte: float
 
 
-def unigram_entropy(train: str | os.PathLike[str], validation: str | os.PathLike[str]) -> UnigramEntropy:
+def unigram_entropy(train: FilePath, validation: FilePath) -> UnigramEntropy:
     """Mean -ln p(id) over the ids of the dataset `validation`, p being the frequencies in the dataset `train`.
 
     One is added to every count, so that ids which training never saw have a probability. Bits per byte are
@@ -43,7 +43,7 @@ def unigram_entropy(train: str | os.PathLike[str], validation: str | os.PathLike
     return UnigramEntropy(nats / tokens, nats / (math.log(2) * text_bytes))
 
 
-def _counts(prefix: str | os.PathLike[str], vocab_size: int) -> numpy.ndarray:
+def _counts(prefix: FilePath, vocab_size: int) -> numpy.ndarray:
     """Frequency of each id in a dataset, int64 [vocab_size]."""
     ids = numpy.memmap(file_of(prefix, "bin"), dtype=id_dtype(vocab_size), mode="r")
     counts = numpy.zeros(vocab_size, dtype=numpy.int64)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 
 from flm_megatron.config.schema import SourceConfig
 from flm_megatron.data.corpus.description import Description, file_of, read_description
 from flm_megatron.data.corpus.index_file import open_index
 from flm_megatron.errors import DamagedError, read_error
+from flm_megatron.paths import FilePath
 
 BLOCK = 8 * 2**20
 
@@ -20,7 +20,7 @@ def check_indices(sources: Sequence[SourceConfig]) -> None:
         verify_index(source.path)
 
 
-def verify_index(prefix: str | os.PathLike[str]) -> Description:
+def verify_index(prefix: FilePath) -> Description:
     """Check a dataset's description and every entry of its index; returns the description.
 
     Raises:
@@ -38,7 +38,7 @@ def verify_index(prefix: str | os.PathLike[str]) -> Description:
     return description
 
 
-def verify_dataset(prefix: str | os.PathLike[str], progress: Callable[[int], object] | None = None) -> Description:
+def verify_dataset(prefix: FilePath, progress: Callable[[int], object] | None = None) -> Description:
     """Check a dataset as `verify_index` and by the hash of all its ids; returns its description.
 
     `progress` is called with the bytes read since its last call. Raises as `verify_index`; RequestError too when the
