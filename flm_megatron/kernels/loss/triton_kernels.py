@@ -58,7 +58,7 @@ def statistics(logits: Tensor, labels: Tensor, valid: int) -> Tensor:
         return torch.tensor([-torch.inf, 0.0], device=logits.device).unsqueeze(1).repeat(1, rows)
     found = torch.empty(2, rows, dtype=torch.float32, device=logits.device)
     block = min(BLOCK, triton.next_power_of_2(valid))
-    _statistics_kernel[(rows,)](logits, labels, found, rows, width, valid, BLOCK=block, num_warps=8)
+    _statistics_kernel[(rows,)](logits, labels, found, rows, width, valid, BLOCK=block, num_warps=_warps(block))
     return found
 
 
@@ -67,5 +67,10 @@ def gradient(logits: Tensor, labels: Tensor, valid: int, log_sum: Tensor, scale:
     rows, width = logits.shape
     block = min(BLOCK, triton.next_power_of_2(width))
     _gradient_kernel[(rows, triton.cdiv(width, block))](
-        logits, labels, log_sum, scale, out, width, valid, BLOCK=block, num_warps=8
+        logits, labels, log_sum, scale, out, width, valid, BLOCK=block, num_warps=_warps(block)
     )
+
+
+def _warps(block: int) -> int:
+    """Warps of which each thread reads 16 values at a time."""
+    return max(block // 512, 1)
