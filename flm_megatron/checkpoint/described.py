@@ -6,12 +6,11 @@ from collections.abc import Mapping
 
 import torch
 
-from flm_megatron.checkpoint.files.torch_file import load_torch_file
 from flm_megatron.checkpoint.logical import STATE_PREFIXES, LogicalCheckpoint, Region, TensorInfo, split_name
 from flm_megatron.checkpoint.megatron_legacy.arguments import model_from_arguments
 from flm_megatron.checkpoint.own_tokenizer import tokenizer_files
 from flm_megatron.checkpoint.stage_manifest import manifest_model
-from flm_megatron.checkpoint.torch_dist.reader import COMMON, TorchDistCheckpoint
+from flm_megatron.checkpoint.torch_dist.reader import TorchDistCheckpoint
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import RequestError
@@ -28,9 +27,8 @@ def recorded_model(checkpoint: LogicalCheckpoint, vocab_size: int | None = None)
         return recorded
     if isinstance(config := getattr(checkpoint, "config", None), ModelConfig):
         return config
-    if isinstance(checkpoint, TorchDistCheckpoint) and (checkpoint.path / COMMON).exists():
-        common = load_torch_file(checkpoint.path / COMMON)
-        arguments = common.get("args") if isinstance(common, dict) else None
+    if isinstance(checkpoint, TorchDistCheckpoint):
+        arguments = (checkpoint.common_state() or {}).get("args")
         return None if arguments is None else model_from_arguments(arguments, str(checkpoint.path), vocab_size)
     return None
 

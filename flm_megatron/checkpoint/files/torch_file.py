@@ -11,6 +11,7 @@ import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from flm_megatron.errors import DamagedError, FlmError, read_error
 FOREIGN_PACKAGES = (*FOREIGN, "numpy", "torch")
 """Packages whose objects lie beside weights in training checkpoints: inert records, neither imported nor run."""
 LOCAL_HEADER = struct.Struct("<26xHH")
+Opened = tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo], bytes]
 ZIP_ERRORS = (zipfile.BadZipFile, struct.error, KeyError, ValueError, OverflowError, EOFError, RuntimeError)
 """What reading a damaged zip archive may raise besides OSError (RuntimeError is the base of NotImplementedError)."""
 
@@ -49,23 +51,35 @@ def load_torch_file(path: Path) -> Any:
 
     Raises as `read_torch_file`; of classes fewer are known.
     """
+    with _opened(path) as opened:
+        return _loaded(opened, str(path))
+
+
+def load_torch_bytes(data: bytes, where: str) -> object:
+    """The same of the bytes of such a file, which are kept at `where`."""
+    with _opened(BytesIO(data), where) as opened:
+        return _loaded(opened, where)
+
+
+def _loaded(opened: Opened, where: str) -> Any:
+    archive, entries, text = opened
     storages: dict[str, bytearray] = {}
-    with _opened(path) as (archive, entries, text):
 
-        def values(stored: StoredTensor) -> torch.Tensor:
-            """Of one tensor."""
-            if stored.key not in storages:
-                storages[stored.key] = bytearray(read_stored(archive, entries[f"data/{stored.key}"].filename))
-            return _materialise(stored, storages[stored.key])
+    def values(stored: StoredTensor) -> torch.Tensor:
+        """Of one tensor."""
+        if stored.key not in storages:
+            storages[stored.key] = bytearray(read_stored(archive, entries[f"data/{stored.key}"].filename))
+        return _materialise(stored, storages[stored.key])
 
-        return load_pickle(text, str(path), tensor=values)
+    return load_pickle(text, where, tensor=values)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo], bytes]]:
+def _opened(file: Path | BytesIO, where: str = "") -> Iterator[Opened]:
     """The archive, its entries by their names below its one folder, and its pickle."""
+    path = Path(where) if isinstance(file, BytesIO) else file
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
             if sum(entry.filename.partition("/")[2] == "data.pkl" for entry in archive.infolist()) != 1:
                 raise DamagedError(f"{path}: not a file of torch.save")

@@ -44,17 +44,18 @@ class StoredEntry:
 
 @dataclass(frozen=True)
 class StoredMetadata:
-    """Entries by name, and the place of each chunk by name and offsets."""
+    """Entries by name, and the place of each chunk by name and offsets, and of each record of bytes by name."""
 
     entries: dict[str, StoredEntry]
     places: dict[tuple[str, Sizes], StoredPlace]
+    of_bytes: dict[str, StoredPlace]
 
 
 def parse_metadata(data: bytes, source: str) -> StoredMetadata:
     """Parse the bytes of a `.metadata`. Raises DamagedError, naming `source`, for anything else."""
     with without_collector(len(data)):
         metadata = _parsed(load_records(data, source), source)
-    for file in {place.relative_path for place in metadata.places.values()}:
+    for file in {place.relative_path for place in (*metadata.places.values(), *metadata.of_bytes.values())}:
         if not is_file_name(file):
             raise DamagedError(f"{source}: a tensor is said to lie outside of the folder: {file!r:.200}")
     return metadata
@@ -69,6 +70,7 @@ def _parsed(said: Any, source: str) -> StoredMetadata:
         return StoredMetadata(
             {_text(name): _entry(entry) for name, entry in entries.items()},
             {key: _place(info) for index, info in storage.items() if (key := _key(index))},
+            {_text(_fields(index, INDEX)["fqn"]): _place(info) for index, info in storage.items() if not _key(index)},
         )
     except (ValueError, KeyError) as error:
         raise DamagedError(f"{source}: is not the metadata of a checkpoint: {error}") from error
@@ -76,7 +78,7 @@ def _parsed(said: Any, source: str) -> StoredMetadata:
 
 def _entry(record: Any) -> StoredEntry:
     if type(record) is Record and record.path != TENSOR:
-        return StoredEntry()  # bytes, which are never read
+        return StoredEntry()  # bytes
     fields = _fields(record, TENSOR)
     size, chunks = _sizes(fields["size"]), fields["chunks"]
     if type(chunks) is not list:

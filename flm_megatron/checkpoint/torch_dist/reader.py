@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from flm_megatron.checkpoint.files.block_checksums import SUFFIX, CheckedFile, KeptBlocks
-from flm_megatron.checkpoint.files.manifest import MANIFEST, read_listed, read_manifest
-from flm_megatron.checkpoint.files.pickle.reader import Foreign
+from flm_megatron.checkpoint.files.manifest import read_listed, read_manifest
 from flm_megatron.checkpoint.files.stored_array import StoredArray, is_contiguous
-from flm_megatron.checkpoint.files.torch_file import load_torch_file
 from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER, LogicalCheckpoint, Region, TensorInfo
-from flm_megatron.checkpoint.manifest import Manifest, StagePosition
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.regions import slice_axis
 from flm_megatron.checkpoint.torch_dist.chunk_index import ChunkIndex, StoredChunk
+from flm_megatron.checkpoint.torch_dist.common import COMMON, foreign_position, read_common
 from flm_megatron.checkpoint.torch_dist.metadata import StoredMetadata, StoredPlace, parse_metadata
 from flm_megatron.checkpoint.torch_dist.tensor_record import locate
 from flm_megatron.errors import DamagedError, RequestError
@@ -25,8 +24,6 @@ from flm_megatron.json_text import parse_json
 
 METADATA = ".metadata"
 FORMAT = "metadata.json"
-COMMON = "common.pt"
-OURS = "flm_megatron"  # key in common.pt that tells our folders from Megatron-LM's
 SPAN_BYTES = 16 * 2**20  # of a file that are read or mapped at a time
 # Megatron-LM's names of the same state, with the prefix it gives to one of several optimizers.
 STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(param|fp32_param|exp_avg|exp_avg_sq)\.(.+)")
@@ -60,9 +57,14 @@ class TorchDistCheckpoint(LogicalCheckpoint):
         self._files = manifest.files if manifest else {}
         self._checked: dict[str, CheckedFile | None] = {}
         self._kept = KeptBlocks()
+        self._metadata = metadata
         if COMMON in self._files:
             read_listed(self.path, COMMON, manifest)
-        self.manifest = manifest or Manifest(position=_foreign_position(self.path))
+        self.manifest = manifest or Manifest(position=foreign_position(self.path, self.common_state()))
+
+    def common_state(self) -> dict[str, object] | None:
+        """What a checkpoint of Megatron-LM holds beside tensors; see `common.read_common`."""
+        return read_common(self.path, self._metadata)
 
     def has_optimizer(self) -> bool:
         """Whether it has moments by name. Raises RequestError for `dp_reshardable` optimizer state."""
@@ -214,44 +216,3 @@ def _parsed(data: bytes, file: Path, manifest: Manifest | None) -> StoredMetadat
         if manifest is None or METADATA not in manifest.files:
             raise
         raise RequestError(f"{error}; the file is as it was written, so this program is too old for it") from error
-
-
-def _foreign_position(path: Path) -> StagePosition:
-    """The position that Megatron-LM's own checkpoint records: step, samples, and Adam's step if known.
-
-    Raises DamagedError for one of ours, which always has a manifest.
-    """
-    if not (path / COMMON).exists():
-        return StagePosition()
-    common = load_torch_file(path / COMMON)
-    if not isinstance(common, dict):
-        return StagePosition()
-    if OURS in common or common.keys() == {"checkpoint_version", "iteration"}:
-        raise DamagedError(f"{path}: has no {MANIFEST}, which is written last: it is incomplete or was changed")
-    arguments, samples = common.get("args"), None
-    if arguments is not None and not isinstance(arguments, Foreign):
-        samples = getattr(arguments, "consumed_train_samples", None)
-    return StagePosition.of_others(common.get("iteration"), samples, _optimizer_step(common.get("optimizer")))
-
-
-def _optimizer_step(optimizer: Any) -> int | None:
-    """The one Adam step among the parameter groups, however they are nested; none if there is none."""
-    waiting, seen = [optimizer], set()
-    while waiting:
-        part = waiting.pop()
-        if not isinstance(part, dict | list) or id(part) in seen:
-            continue  # a part that stands in several places is looked at once: there may be very many of these
-        seen.add(id(part))
-        groups = part.get("param_groups") if isinstance(part, dict) else None
-        steps = [_step(group) for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []
-        if known := [step for step in steps if step is not None]:
-            return max(known)
-        waiting += reversed(list(part.values()) if isinstance(part, dict) else part)
-    return None
-
-
-def _step(group: dict[str, Any]) -> int | None:
-    step = group.get("step")
-    if isinstance(step, torch.Tensor) and step.numel() == 1:
-        step = step.item()
-    return int(step) if isinstance(step, int | float) and abs(step) < 2**62 else None

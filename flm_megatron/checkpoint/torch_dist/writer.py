@@ -29,8 +29,9 @@ from flm_megatron.checkpoint.files.manifest import MANIFEST, file_entry, manifes
 from flm_megatron.checkpoint.logical import EXP_AVG, STATE_PREFIXES, LogicalCheckpoint, Region, TensorInfo
 from flm_megatron.checkpoint.manifest import VERSION, Manifest
 from flm_megatron.checkpoint.regions import split_region
+from flm_megatron.checkpoint.torch_dist.common import COMMON, OURS
 from flm_megatron.checkpoint.torch_dist.logical_hash import combine_hashes, tensor_hash
-from flm_megatron.checkpoint.torch_dist.reader import COMMON, FORMAT, METADATA, OURS
+from flm_megatron.checkpoint.torch_dist.reader import FORMAT, METADATA
 from flm_megatron.checkpoint.torch_dist.shard_file import Record, SourceRegion, Written, write_shard
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.durable import write_file

@@ -19,7 +19,7 @@ from flm_megatron.checkpoint.logical import EXP_AVG
 from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.run_file import open_run
-from flm_megatron.checkpoint.torch_dist.reader import COMMON
+from flm_megatron.checkpoint.torch_dist.common import COMMON
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.cli.main import main
 from flm_megatron.config.schema import LoraConfig, ModelConfig, MupConfig, RunConfig
