@@ -16,6 +16,7 @@ from flm_megatron.planner.goodput import GoodputPlan, plan_goodput
 from flm_megatron.planner.layout import as_chosen
 from flm_megatron.planner.machine import Machine, find_machine
 from flm_megatron.planner.plan import RunPlan, plan_run
+from flm_megatron.planner.rehearsal.against_plan import RoleMemory, compare, verification_data, verification_text
 from flm_megatron.planner.report.plot import plot_memory
 from flm_megatron.planner.report.text import goodput_data, goodput_text, run_data, run_text
 from flm_megatron.planner.search import SearchResult, search
@@ -26,21 +27,31 @@ class Plan(RunPlan):
     """A run on a machine: memory of every pipeline rank, seconds of a step, time and cost of every stage and of all.
 
     `str(plan)` is the report that `flm plan` prints, `to_dict()` what it prints with `--json`. `goodput` has an entry
-    for each stage where `mtbf`, the GPU-hours between failures of one accelerator, was given.
+    for each stage where `mtbf`, the GPU-hours between failures of one accelerator, was given; `verified` has one for
+    each role where ranks were rehearsed.
     """
 
     mtbf: float | None = None
     goodput: tuple[GoodputPlan, ...] = ()
+    verified: tuple[RoleMemory, ...] | None = None
 
     def __str__(self) -> str:
         """The report."""
-        if self.mtbf is None:
-            return run_text(self)
-        return f"{run_text(self)}\n\n{goodput_text(self.goodput, self.machine, self.mtbf)}"
+        texts = [run_text(self)]
+        if self.mtbf is not None:
+            texts.append(goodput_text(self.goodput, self.machine, self.mtbf))
+        if self.verified is not None:
+            texts.append(verification_text(self.verified))
+        return "\n\n".join(texts)
 
     def to_dict(self) -> dict[str, object]:
         """Plain data: bytes, seconds, tokens."""
-        return run_data(self) | ({"goodput": goodput_data(self.goodput)} if self.mtbf is not None else {})
+        data = run_data(self)
+        if self.mtbf is not None:
+            data |= {"goodput": goodput_data(self.goodput)}
+        if self.verified is not None:
+            data |= {"verified": verification_data(self.verified)}
+        return data
 
 
 def plan(
@@ -53,6 +64,7 @@ def plan(
     hardware: FilePath | None = None,
     mtbf: float | None = None,
     plot: FilePath | None = None,
+    verify: bool = False,
 ) -> Plan:
     """Plan every stage of a run, or one `stage` alone, under the layouts of its run file.
 
@@ -69,6 +81,7 @@ def plan(
         nodes_of: accelerators in a node (8 unless the table differs).
         hardware: YAML file that changes what is assumed of the machine.
         mtbf: hours that one accelerator runs between failures on average, for the goodput.
+        verify: rehearse one rank of every role too (`rehearse`), and put the memory that it held beside the plan.
         plot: picture (.png, .svg) to draw of every pipeline rank's memory, also where that does not fit.
 
     Raises:
@@ -86,7 +99,14 @@ def plan(
         plot_memory(planned, picture)
     require_fit(run, planned)
     goodput = () if mtbf is None else plan_goodput(planned.stages, run.checkpoint, machine, gpus, mtbf)
-    return Plan(**vars(planned), mtbf=mtbf, goodput=tuple(goodput))
+    verified = _verified(run, planned) if verify else None
+    return Plan(**vars(planned), mtbf=mtbf, goodput=tuple(goodput), verified=verified)
+
+
+def _verified(run: RunConfig, planned: RunPlan) -> tuple[RoleMemory, ...]:
+    from flm_megatron.api.rehearse import rehearse
+
+    return tuple(compare(planned, rehearse(run, gpus=planned.gpus).stages))
 
 
 def search_layouts(

@@ -45,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(Llama 3 405B: 419 interruptions in 54 days of 16,384 GPUs, so 50,700)",
     )
     parser.add_argument("--plot", type=path, metavar="FILE", help="draw the memory of every pipeline rank (.png, .svg)")
+    parser.add_argument(
+        "--verify", action="store_true", help="rehearse a rank of every role too, and show its memory beside the plan"
+    )
     parser.add_argument("--json", action="store_true", help="print plain data instead of tables")
     take_overrides(parser)
 
@@ -72,7 +75,7 @@ def _machine(args: argparse.Namespace) -> dict[str, Any]:
 def _plan(config: RunConfig, args: argparse.Namespace) -> tuple[str, Mapping[str, object]]:
     from flm_megatron.api.plan import plan
 
-    planned = plan(config, **_machine(args), mtbf=args.mtbf, plot=args.plot)
+    planned = plan(config, **_machine(args), mtbf=args.mtbf, plot=args.plot, verify=args.verify)
     return str(planned), planned.to_dict()
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from flm_megatron import kernels
+from flm_megatron.api.plan import plan
 from flm_megatron.api.rehearse import rehearse
 from flm_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, StageConfig
 from flm_megatron.device import current
@@ -129,3 +130,15 @@ def test_one_rank_alone_has_the_role_that_it_is_in() -> None:
 def test_what_cannot_be_is_refused(gpus: int, rank: int | None, words: str) -> None:
     with pytest.raises(RequestError, match=words):
         rehearse(run_of(ParallelConfig(tensor=4)), gpus=gpus, rank=rank)
+
+
+def test_a_plan_is_shown_beside_what_ranks_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    planned = plan(run_of(ParallelConfig(tensor=2, pipeline=2, sequence=True)), gpu="a800", gpus=4, verify=True)
+    assert planned.verified is not None
+    assert [(role.role, role.pipeline_rank) for role in planned.verified] == [("first", 0), ("last", 1)]
+    assert all(abs(role.difference) < 0.05 for role in planned.verified)
+    assert "planned (without the allowance) and rehearsed" in str(planned)
+    assert planned.to_dict()["verified"][0]["rehearsed"] == planned.verified[0].rehearsed  # type: ignore[index]
+    plain = plan(run_of(ParallelConfig()), gpu="a800", gpus=1)
+    assert plain.verified is None and "verified" not in plain.to_dict()
