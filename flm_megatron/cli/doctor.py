@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout-s", type=real(0.0, 1e6, above=True), default=60.0, help="longest wait for another rank (default 60)"
     )
+    parser.add_argument(
+        "--rehearse", action="store_true", help="run a rank of every role through one step, without values"
+    )
     parser.epilog = "Exit status 2 if something would stop the run. Start it as `flm train` would be, on every node."
     parser.set_defaults(accepts_overrides=True)
 
@@ -38,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     size = largest_checkpoint(config)
     if not launched():
         here = max((local_processes(config, stage) for stage in config.stages), default=1)
-        findings = examine_host(config, Place(here, None, args.port, size))
+        findings = examine_host(config, Place(here, None, args.port, size), args.rehearse)
         print(render(findings))
         return status_of(findings)
     from flm_megatron.launch.doctor.peers import examine_together
@@ -46,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
     world = int(os.environ["WORLD_SIZE"])
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     leader = os.environ.get("LOCAL_RANK", "0") == "0"
-    own = examine_host(config, Place(here, world, None, size)) if leader else []
+    # What ranks do at their true size is the same wherever it is rehearsed.
+    rehearse = args.rehearse and os.environ.get("RANK") == "0"
+    own = examine_host(config, Place(here, world, None, size), rehearse) if leader else []
     findings, status = examine_together(config, own, facts(config) if leader else {}, args.timeout_s)
     if findings:
         print(render(findings), flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from flm_megatron.cli.options.parser import count, path, processes, whole
 
@@ -17,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes-per-node", type=processes, default=8, help="processes, one per GPU, of a node")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what the nodes have (default cuda)")
     parser.add_argument("--stage", help="only this stage")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="first run a rank of every role through one step, without values"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the script or manifest and stop")
     parser.add_argument(
         "--grace-s", type=whole(1, 30 * 86400), default=120, help="seconds to save in after SIGTERM (default 120)"
@@ -63,6 +67,11 @@ def run(args: argparse.Namespace) -> int:
         args.fabric, args.interface, args.rendezvous, args.endpoint, args.time, args.partition, args.image, args.claim
     )
     text = render(job, args.on, site)
+    if args.rehearse:
+        from flm_megatron.api.rehearse import rehearse
+
+        found = rehearse(config, gpus=args.nodes * args.processes_per_node, stage=args.stage)
+        print(found, file=sys.stderr)
     if args.dry_run:
         print(text, end="")
         return 0

@@ -21,6 +21,7 @@ from flm_megatron.device.hardware import find_hardware
 from flm_megatron.engine.version import require_engine
 from flm_megatron.errors import FlmError
 from flm_megatron.launch.doctor.findings import Finding, Level
+from flm_megatron.launch.doctor.rehearsal import rehearsed
 
 GIB = 2**30
 SHARED_MEMORY_PER_RANK = 32 * 2**20
@@ -60,8 +61,8 @@ class Place:
     checkpoint_bytes: int | None
 
 
-def examine_host(run: RunConfig, place: Place) -> list[Finding]:
-    """All findings on this host."""
+def examine_host(run: RunConfig, place: Place, rehearse: bool = False) -> list[Finding]:
+    """All findings on this host; with `rehearse` also what ranks run into in one step at their true size."""
     ranks_here, world = place.ranks_here, place.world
     return [
         versions(),
@@ -74,6 +75,7 @@ def examine_host(run: RunConfig, place: Place) -> list[Finding]:
         *([] if place.port is None else [port_is_free(place.port)]),
         data(run),
         disk(run, place.checkpoint_bytes),
+        *(rehearsed(run, world) if rehearse else []),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import socket
 from collections import namedtuple
@@ -12,11 +13,13 @@ import pytest
 from flm_megatron.cli.doctor import largest_checkpoint
 from flm_megatron.cli.main import main
 from flm_megatron.engine.version import require_engine
+from flm_megatron.errors import RequestError
 from flm_megatron.launch.doctor import host as host_checks
 from flm_megatron.launch.doctor.findings import Finding, render, status_of
 from flm_megatron.launch.doctor.peers import clocks, different_facts
 from flm_megatron.launch.preflight import resolve
 from flm_megatron.launch.run import train
+from flm_megatron.training.step import TrainState
 from tests.support.runs import make_run
 
 Usage = namedtuple("Usage", "total used free")
@@ -48,6 +51,25 @@ def test_a_sound_host_is_one_screen_and_status_zero(
     assert "te not found" in line_of(lines, "kernels") or "te found" in line_of(lines, "kernels")
     assert "2 dataset(s)" in line_of(lines, "data")
     assert lines[-1].startswith("Nothing would stop the run")
+
+
+def test_ranks_are_rehearsed_where_that_is_asked_for(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    source, _ = make_run(data, tmp_path)
+    with socket.create_server(("", 0)) as taken:
+        free_port = str(taken.getsockname()[1])
+    status, lines = doctor(capsys, str(source), "--port", free_port, "--rehearse")
+    assert status == 0 and "ranks meet in every collective" in line_of(lines, "rehearsal")
+
+    def broken(self: TrainState, *arguments: object) -> object:
+        """A step that a rank cannot take."""
+        raise RequestError("no step today")
+
+    monkeypatch.setattr(TrainState, "train_step", broken)
+    status, lines = doctor(capsys, str(source), "--port", free_port, "--rehearse")
+    assert status == 2 and "no step today" in line_of(lines, "rehearsal")
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 
 from flm_megatron import kernels
 from flm_megatron.api.plan import plan
 from flm_megatron.api.rehearse import rehearse
+from flm_megatron.cli.main import main
+from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.engine import parallel_state
@@ -142,3 +146,19 @@ def test_a_plan_is_shown_beside_what_ranks_held(monkeypatch: pytest.MonkeyPatch)
     assert planned.to_dict()["verified"][0]["rehearsed"] == planned.verified[0].rehearsed  # type: ignore[index]
     plain = plan(run_of(ParallelConfig()), gpu="a800", gpus=1)
     assert plain.verified is None and "verified" not in plain.to_dict()
+
+
+def test_a_launch_can_be_rehearsed_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        yaml.safe_dump(run_to_dict(replace(run_of(ParallelConfig(tensor=2)), output=str(tmp_path / "out"))))
+    )
+    command = ["launch", str(file), "--on", "torchrun", "--processes-per-node", "4", "--device", "cpu", "--dry-run"]
+    assert main(command) == 0
+    plain = capsys.readouterr()
+    assert main([*command, "--rehearse"]) == 0
+    rehearsed = capsys.readouterr()
+    assert rehearsed.out == plain.out and "meet in every collective" in rehearsed.err
