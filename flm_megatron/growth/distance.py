@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.config.schema import ModelConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.engine import parallel_state
+from flm_megatron.engine.types import ModelChunk
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.certificate.forward import Layout, forward_samples, on_one_replica, patient_processes
 from flm_megatron.json_text import parse_json
@@ -40,7 +44,7 @@ def layer_distances(
     return patient_processes().on_first(lambda: found) or []
 
 
-def _distances(num_layers: int, tokens: torch.Tensor, chunks: list[Any]) -> list[LayerDistance]:
+def _distances(num_layers: int, tokens: torch.Tensor, chunks: Sequence[ModelChunk]) -> list[LayerDistance]:
     """The distances, on every rank of one replica."""
     sums = torch.zeros(num_layers, 3, dtype=torch.float64, device=current().torch_device)
     handles = [hook for chunk in chunks for hook in _watch(chunk, sums)]
@@ -104,11 +108,16 @@ def plot_distances(found: list[LayerDistance], path: str) -> None:
     pyplot.close(figure)
 
 
-def _watch(chunk: Any, sums: torch.Tensor) -> list[Any]:
+def _watch(chunk: nn.Module, sums: torch.Tensor) -> list[RemovableHandle]:
     """Hooks that add each layer's distances to its row of `sums`."""
     from flm_megatron.engine.transformer import TransformerLayer
 
-    def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def hook(
+        layer: TransformerLayer,
+        args: tuple[torch.Tensor, ...],
+        kwargs: dict[str, torch.Tensor],
+        output: tuple[torch.Tensor, ...],
+    ) -> None:
         """Add one layer's distances over its tokens."""
         before = (args[0] if args else kwargs["hidden_states"]).double()
         after = output[0].double()

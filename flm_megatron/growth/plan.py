@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from flm_megatron.config.budget import stage_steps
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, StageConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.layers import LayerSource, select_layers
 from flm_megatron.growth.rules import check_growth
+from flm_megatron.json_text import JsonObject
 
 Operator = Literal["mask", "zero"]
 MASKED_SHARE = 5
@@ -79,12 +80,12 @@ class GrowthPlan:
         """Whether the grown model computes the old function at its first step."""
         return not (self.layers == "copy" and self.old.num_layers != self.new.num_layers)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain data, for a checkpoint's manifest."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> GrowthPlan:
+    def from_json(cls, data: JsonObject) -> GrowthPlan:
         """The plan from `to_json`'s result."""
         values = dict(data)
         values["old"], values["new"] = ModelConfig(**values["old"]), ModelConfig(**values["new"])
@@ -149,9 +150,9 @@ def check_same_plan(saved: GrowthPlan, now: GrowthPlan) -> None:
             )
 
 
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(data: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Nested dictionaries as one, its keys joined by dots."""
-    out: dict[str, Any] = {}
+    out: dict[str, object] = {}
     for key, value in data.items():
         out.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
     return out

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
 
 from flm_megatron.checkpoint.manifest import Manifest, RecordedGrowth
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.plan import GrowthPlan
+from flm_megatron.json_text import JsonObject
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Certificate:
     sequence_length: int
     comparisons: tuple[Comparison, ...]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain data, for a checkpoint's manifest."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Certificate:
+    def from_json(cls, data: JsonObject) -> Certificate:
         """The certificate from `to_json`'s result.
 
         Raises:
@@ -90,10 +90,10 @@ class GrowthRecord:
     code_version: str | None = None
     before: GrowthRecord | None = None
     certificate: Certificate | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, object] = field(default_factory=dict)
     absent: frozenset[str] = frozenset()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain data, for a checkpoint's manifest, with the certificate if there is one."""
         plain = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in NESTED}
         certificate = {"certificate": self.certificate.to_json()} if self.certificate else {}
@@ -102,7 +102,7 @@ class GrowthRecord:
         return {key: value for key, value in data.items() if key not in self.absent} | certificate | dict(self.extra)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> GrowthRecord:
+    def from_json(cls, data: JsonObject) -> GrowthRecord:
         """The record from `to_json`'s result.
 
         Raises:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.engine import parallel_state
+from flm_megatron.engine.types import ModelChunk
 from flm_megatron.errors import FlmError
 from flm_megatron.growth.certificate.forward import Layout, forward_samples, on_one_replica, patient_processes
 from flm_megatron.growth.plan import GrowthPlan
@@ -22,6 +24,8 @@ from flm_megatron.growth.schedule import mask_plan
 POSITIONS = 256
 """Positions of each sample whose logits are compared, evenly spaced; the loss is over all positions."""
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
+Evaluation = tuple[float, torch.Tensor]
+"""Mean loss, and logits at POSITIONS of each sample."""
 
 
 def certify(
@@ -39,7 +43,7 @@ def certify(
     """
     comparisons = []
     for precision in dict.fromkeys(("fp32", stage.precision)):
-        at = StageConfig(**{**_fields(stage), "precision": precision})
+        at = replace(stage, precision=precision)
         before = _evaluate(source, plan.old, at, tokens, layout, None)
         after = _evaluate(grown, plan.new, at, tokens, layout, plan)
         comparisons.append(patient_processes().on_first(partial(_compare, before, after, precision)))
@@ -66,10 +70,6 @@ def check_certificate(certificate: Certificate, growth: GrowthConfig, stage_inde
         )
 
 
-def _fields(stage: StageConfig) -> dict[str, Any]:
-    return {name: getattr(stage, name) for name in stage.__dataclass_fields__}
-
-
 def _evaluate(
     checkpoint: LogicalCheckpoint,
     model: ModelConfig,
@@ -77,10 +77,10 @@ def _evaluate(
     tokens: torch.Tensor,
     layout: Layout,
     plan: GrowthPlan | None,
-) -> tuple[float, torch.Tensor] | None:
-    """Loss and logits at POSITIONS of each sample, on rank 0; none elsewhere. A plan's masks are closed."""
+) -> Evaluation | None:
+    """The evaluation, on rank 0; none elsewhere. A plan's masks are closed."""
 
-    def evaluate(chunks: list[Any]) -> tuple[float, torch.Tensor] | None:
+    def evaluate(chunks: Sequence[ModelChunk]) -> Evaluation | None:
         """Evaluate on the ranks of one replica."""
         if plan is not None and plan.masked:
             from flm_megatron.model.masks import GrowthMasks
@@ -91,8 +91,8 @@ def _evaluate(
     return on_one_replica(checkpoint, model, stage, layout, evaluate)
 
 
-def _logits(chunks: list[Any], tokens: torch.Tensor) -> tuple[float, torch.Tensor] | None:
-    """Mean loss, and logits at POSITIONS of each sample, on rank 0."""
+def _logits(chunks: Sequence[ModelChunk], tokens: torch.Tensor) -> Evaluation | None:
+    """The evaluation, on rank 0."""
     losses: list[float] = []
     kept: list[torch.Tensor] = []
     spread = torch.linspace(0, tokens.shape[1] - 2, min(POSITIONS, tokens.shape[1] - 1)).long()
@@ -107,7 +107,7 @@ def _logits(chunks: list[Any], tokens: torch.Tensor) -> tuple[float, torch.Tenso
     return _to_first(losses, kept)
 
 
-def _to_first(losses: list[float], logits: list[torch.Tensor]) -> tuple[float, torch.Tensor] | None:
+def _to_first(losses: list[float], logits: list[torch.Tensor]) -> Evaluation | None:
     """Send the results to rank 0 from the first rank of its replica that has them."""
     group, device = parallel_state.get_model_parallel_group(), current().torch_device
     has, rank = bool(losses), dist.get_rank()
@@ -115,18 +115,19 @@ def _to_first(losses: list[float], logits: list[torch.Tensor]) -> tuple[float, t
     dist.all_reduce(holder, op=dist.ReduceOp.MIN, group=group)
     first = int(holder)
     if first != 0 and rank == first:
-        dist.send_object_list([sum(losses) / len(losses), torch.stack(logits)], dst=0, group=group, device=device)
+        dist.send_object_list([(sum(losses) / len(losses), torch.stack(logits))], dst=0, group=group, device=device)
     if rank != 0:
         return None
     if first == 0:
         return sum(losses) / len(losses), torch.stack(logits)
-    received: list[Any] = [None, None]
+    received: list[Evaluation | None] = [None]
     dist.recv_object_list(received, src=first, group=group, device=device)
-    return received[0], received[1]
+    return received[0]
 
 
-def _compare(before: Any, after: Any, precision: str) -> Comparison:
+def _compare(before: Evaluation | None, after: Evaluation | None, precision: str) -> Comparison:
     """Compare the results, on rank 0."""
+    assert before is not None and after is not None, "rank 0 has the results"
     (loss_before, old), (loss_after, new) = before, after
     difference = (new - old).double()
     return Comparison(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import count
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from flm_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.distributed.channels import world_channel
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.engine import parallel_state
+from flm_megatron.engine.types import ModelChunk
 from flm_megatron.errors import RequestError
 from flm_megatron.model.forward import Batch, forward
 
@@ -58,7 +59,7 @@ def on_one_replica(
     model: ModelConfig,
     stage: StageConfig,
     layout: Layout,
-    measure: Callable[[list[Any]], T],
+    measure: Callable[[Sequence[ModelChunk]], T],
 ) -> T | None:
     """The result of `measure(chunks)` on the ranks of the first data-parallel replica; none on the other ranks.
 
@@ -75,7 +76,7 @@ def on_one_replica(
     processes = patient_processes()
     with layout(stage.parallel), torch.no_grad():
         first = parallel_state.get_data_parallel_rank() == 0
-        chunks: list[Any] = []
+        chunks: list[ModelChunk] = []
         processes.together(lambda: chunks.extend(chunks_to_evaluate(checkpoint, stage, alone=True)) if first else None)
         # Not together: a rank that fails in a collective has to end, or the rest of its replica would wait there.
         found = measure(chunks) if first else None
@@ -88,7 +89,9 @@ def patient_processes() -> Processes:
     return Processes(world_channel("measuring"))
 
 
-def forward_samples(chunks: list[Any], tokens: torch.Tensor, on_logits: Callable[[int, torch.Tensor], None]) -> None:
+def forward_samples(
+    chunks: Sequence[ModelChunk], tokens: torch.Tensor, on_logits: Callable[[int, torch.Tensor], None]
+) -> None:
     """Run `tokens` [samples, sequence] through the pipeline of one replica, one sample at a time.
 
     On the last pipeline rank `on_logits(sample, logits)` is called, with logits [sequence, true vocabulary] gathered
