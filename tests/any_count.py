@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "flm_megatron"
-LIMIT = 520  # on its way to 60
+LIMIT = 60
 
 
 def all_annotations(tree: ast.AST) -> Iterator[ast.expr]:

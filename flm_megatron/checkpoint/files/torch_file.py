@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,6 +22,7 @@ from flm_megatron.checkpoint.files.pickle.reader import (
     StoredTensor,
     load_pickle,
 )
+from flm_megatron.checkpoint.files.pickle.records import Unpickled
 from flm_megatron.checkpoint.files.stored_array import StoredArray
 from flm_megatron.errors import DamagedError, FlmError, read_error
 
@@ -34,7 +34,7 @@ ZIP_ERRORS = (zipfile.BadZipFile, struct.error, KeyError, ValueError, OverflowEr
 """What reading a damaged zip archive may raise besides OSError (RuntimeError is the base of NotImplementedError)."""
 
 
-def read_torch_file(path: Path) -> Any:
+def read_torch_file(path: Path) -> Unpickled:
     """The saved object, with every tensor replaced by a `StoredArray`, which knows its checksum where there is one.
 
     Raises DamagedError for a damaged file, another format, or a pickle with names that could run code; RequestError
@@ -46,7 +46,7 @@ def read_torch_file(path: Path) -> Any:
         )
 
 
-def load_torch_file(path: Path) -> Any:
+def load_torch_file(path: Path) -> Unpickled:
     """The saved object with its tensors in memory; those of one storage share it. For small files.
 
     Raises as `read_torch_file`; of classes fewer are known.
@@ -61,7 +61,7 @@ def load_torch_bytes(data: bytes, where: str) -> object:
         return _loaded(opened, where)
 
 
-def _loaded(opened: Opened, where: str) -> Any:
+def _loaded(opened: Opened, where: str) -> Unpickled:
     archive, entries, text = opened
     storages: dict[str, bytearray] = {}
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from flm_megatron.checkpoint.hugging_face.schema import ModelFields, read_fields
 from flm_megatron.config.schema import ModelConfig, MupConfig
 from flm_megatron.errors import DamagedError, RequestError, read_error
-from flm_megatron.json_text import parse_json
+from flm_megatron.json_text import JsonObject, parse_json
 
 LARGEST_JSON = 64 * 2**20
 Flavour = Literal["teleflm", "llama"]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """A JSON object from a file. Raises RequestError if the file is missing, DamagedError if it is not JSON."""
     try:
         with path.open("rb") as file:
@@ -31,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def model_from_config(config: dict[str, Any], where: str) -> ModelConfig:
+def model_from_config(config: JsonObject, where: str) -> ModelConfig:
     """The model that a `config.json` describes; `where` names it in errors.
 
     Without muP fields the multipliers are 1. `vocab_size` is the true one if `true_vocab_size` tells it.
@@ -69,9 +69,9 @@ def llama_shape(model: ModelConfig) -> dict[str, int]:
 
 def config_of(
     model: ModelConfig, flavour: Flavour, padded_vocab: int, sequence_length: int, dtype: str
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The `config.json` of `model`; `padded_vocab` is the rows of embedding and head, `dtype` torch's name."""
-    config: dict[str, Any] = {
+    config: dict[str, object] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         **llama_shape(model),
@@ -92,7 +92,7 @@ def config_of(
     return config | (_released_fields(model) if flavour == "teleflm" else {})
 
 
-def _released_fields(model: ModelConfig) -> dict[str, Any]:
+def _released_fields(model: ModelConfig) -> dict[str, object]:
     return {
         "architectures": ["TeleFLMForCausalLM"],
         "model_type": "teleflm",
@@ -125,7 +125,7 @@ def _with_multipliers(model: ModelConfig, fields: ModelFields, where: str) -> Mo
     return model
 
 
-def _refuse_other_models(config: dict[str, Any], where: str) -> None:
+def _refuse_other_models(config: JsonObject, where: str) -> None:
     given = config.get("model_type", "")
     kind = given.lower().replace("-", "").replace("_", "") if isinstance(given, str) else ""
     if kind != "llama" and not kind.startswith("teleflm") and "mup_scale_factor" not in config:

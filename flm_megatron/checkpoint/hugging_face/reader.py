@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -170,7 +169,7 @@ def _check_shards(index: Path, names: dict[str, str], shards: dict[str, dict[str
                 )
 
 
-def _check_total(index: Path, metadata: Any, nbytes: int) -> None:
+def _check_total(index: Path, metadata: object, nbytes: int) -> None:
     """Raise DamagedError if the total that an index gives is not that of its tensors."""
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if total is not None and total != nbytes:
@@ -180,7 +179,7 @@ def _check_total(index: Path, metadata: Any, nbytes: int) -> None:
         )
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return repr(value)[:80]
 
 

@@ -6,11 +6,13 @@ that `LlamaForCausalLM` does not compute with either (tokens, caches, versions, 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from flm_megatron.errors import RequestError
+from flm_megatron.json_text import JsonObject
 from flm_megatron.model.limits import (
     LARGEST_FFN,
     LARGEST_HEAD,
@@ -109,7 +111,7 @@ class ModelFields(BaseModel):
         return next(iter([*found, *([self.rope_theta] if self.rope_theta is not None else [])]), 10000.0)
 
 
-def read_fields(config: dict[str, Any], where: str) -> ModelFields:
+def read_fields(config: JsonObject, where: str) -> ModelFields:
     """The fields of a `config.json`, each of its type and within its limits.
 
     Raises RequestError, naming `where`, the field and its value.
@@ -134,7 +136,7 @@ def read_fields(config: dict[str, Any], where: str) -> ModelFields:
     return fields
 
 
-def _expected(mistake: Any) -> str:
+def _expected(mistake: ErrorDetails) -> str:
     if mistake["type"] == "extra_forbidden":
         return "plain rotary positions (rope_type 'default') alone are supported here"
     if mistake["type"] == "literal_error":
@@ -156,7 +158,7 @@ def _check_heads(fields: ModelFields, where: str) -> None:
         )
 
 
-def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
+def _refuse_unsupported(config: JsonObject, where: str) -> None:
     for name in UNSUPPORTED:
         if value := config.get(name):
             raise RequestError(f"{where}: config.json has {name} {_shown(value)}, which is not supported here")
@@ -167,7 +169,7 @@ def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
             )
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """A value in at most 80 characters."""
     if isinstance(value, int) and abs(value) >= 10**40:
         return "of over 40 digits"

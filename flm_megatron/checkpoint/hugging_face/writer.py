@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -186,7 +185,7 @@ def _describe(
     config = config_of(model, options.flavour, padded, options.sequence_length, dtype)
     special = write_tokenizer(folder, options.tokenizer, options.sequence_length) if options.tokenizer else SpecialIds()
     _write_json(folder / "config.json", config | special.settings())
-    generation: dict[str, Any] = {"do_sample": False} | special.settings()
+    generation: dict[str, object] = {"do_sample": False, **special.settings()}
     if padded > int(model.vocab_size or 0):
         generation["suppress_tokens"] = list(range(int(model.vocab_size or 0), padded))
     _write_json(folder / "generation_config.json", generation)
@@ -196,5 +195,5 @@ def _describe(
             shutil.copyfile(code / name, folder / name)
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def _write_json(path: Path, value: Mapping[str, object]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")

@@ -12,8 +12,11 @@ from flm_megatron.errors import RequestError
 from flm_megatron.model.limits import check_limits
 from flm_megatron.model.parameters.axis import VOCABULARY_MULTIPLE, padded_vocab_size
 
+Arguments = dict[str, Any]
+"""Arguments by name: numbers and text as a pickle has them, which gives them no type."""
 
-def model_from_arguments(arguments: Any, where: str, vocab_size: int | None = None) -> ModelConfig:
+
+def model_from_arguments(arguments: object, where: str, vocab_size: int | None = None) -> ModelConfig:
     """The model that a checkpoint's arguments describe; `where` names it in errors.
 
     `vocab_size` is the true vocabulary, needed where the arguments hold only the padded one.
@@ -21,7 +24,7 @@ def model_from_arguments(arguments: Any, where: str, vocab_size: int | None = No
     """
     given = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
     # What is neither a number nor text is shown, in short, and equal to nothing that is supported.
-    known = {name: value if type(value) in SCALARS else reprlib.repr(value) for name, value in given.items()}
+    known: Arguments = {name: value if type(value) in SCALARS else reprlib.repr(value) for name, value in given.items()}
     if "num_layers" not in known:
         raise RequestError(f"{where}: it does not hold the arguments of its run, so its model is not known")
     _refuse(known, where)
@@ -40,7 +43,7 @@ def model_from_arguments(arguments: Any, where: str, vocab_size: int | None = No
         raise RequestError(f"{where}: its arguments do not describe a decoder: {reason:.200}") from error
 
 
-def _recorded_vocabulary(known: dict[str, Any]) -> int | None:
+def _recorded_vocabulary(known: Arguments) -> int | None:
     """The true vocabulary; Megatron-LM's NullTokenizer has one id more than its argument says, for the document end."""
     recorded = known.get("vocab_size")
     return recorded + 1 if recorded and known.get("tokenizer_type") == "NullTokenizer" else recorded
@@ -87,7 +90,7 @@ def arguments_of(
     )
 
 
-PLAIN: dict[str, tuple[Any, ...]] = {
+PLAIN: dict[str, tuple[object, ...]] = {
     "position_embedding_type": ("rope",),
     "rotary_percent": (1.0,),
     "rotary_interleaved": (False,),
@@ -110,17 +113,18 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 """Arguments that change the function or the tensors, with the values that the models here have."""
 
 
-def _refuse(known: dict[str, Any], where: str) -> None:
+def _refuse(known: Arguments, where: str) -> None:
     for name, accepted in PLAIN.items():
         found = known.get(name, accepted[0])
         if found not in accepted:
             raise RequestError(f"{where}: the checkpoint has {name} = {found!s:.60}; only {accepted[0]} is supported")
 
 
-def _model(known: dict[str, Any], vocab_size: int) -> ModelConfig:
+def _model(known: Arguments, vocab_size: int) -> ModelConfig:
     hidden, heads = known["hidden_size"], known["num_attention_heads"]
     factor = float(known.get("mup_scale_factor", 1.0))
     channels = known.get("kv_channels") or hidden // heads
+    epsilon = "norm_epsilon" if "norm_epsilon" in known else "layernorm_epsilon"
     return ModelConfig(
         num_layers=known["num_layers"],
         hidden_size=hidden,
@@ -132,7 +136,7 @@ def _model(known: dict[str, Any], vocab_size: int) -> ModelConfig:
         normalization="rmsnorm" if known.get("normalization") == "RMSNorm" else "layernorm",
         activation="swiglu" if known.get("swiglu") else "gelu",
         bias=bool(known.get("add_bias_linear", True)),
-        norm_epsilon=known.get("norm_epsilon", known.get("layernorm_epsilon", 1e-5)),
+        norm_epsilon=known.get(epsilon, 1e-5),
         rope_theta=float(known.get("rotary_base") or 10000.0),
         input_mult=float(known.get("input_mult", 1.0)),
         output_mult=float(known.get("output_mult", 1.0)),

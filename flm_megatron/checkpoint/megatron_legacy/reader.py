@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -76,6 +75,15 @@ def local_tensors(
     return result
 
 
+@dataclass(frozen=True)
+class RankFile:
+    """What a rank's file holds: the tables of its model chunks by key, and arguments and iteration of the run."""
+
+    chunks: dict[str, dict[str, object]]
+    arguments: object
+    iteration: object
+
+
 class MegatronLegacyCheckpoint(LogicalCheckpoint):
     """Weights of a legacy Megatron-LM checkpoint of its core models, with its arguments as `config`.
 
@@ -92,19 +100,19 @@ class MegatronLegacyCheckpoint(LogicalCheckpoint):
         files, (tensor, pipeline) = _rank_files(self.path)
         saved = {rank: _saved(file) for rank, file in files.items()}
         first = saved[0, 0]
-        self.config = model_from_arguments(first.get("args"), str(self.path), vocab_size)
-        chunks = _chunk_names(first, files[0, 0])
+        self.config = model_from_arguments(first.arguments, str(self.path), vocab_size)
+        chunks = _chunk_names(first.chunks, files[0, 0])
         ordered = [(chunk, rank) for chunk in chunks for rank in range(pipeline)]
-        split = [_layer_count(saved[0, rank].get(chunk, {})) for chunk, rank in ordered]
+        split = [_layer_count(saved[0, rank].chunks.get(chunk, {})) for chunk, rank in ordered]
         parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, virtual_pipeline=len(chunks), pipeline_layers=split)
         self.manifest = Manifest(position=_progress(first))
         self._stored: dict[str, list[tuple[LocalRegion, StoredArray]]] = {}
-        padded = tensor * _embedding_rows(first[chunks[0]], self.path)
+        padded = tensor * _embedding_rows(first.chunks[chunks[0]], self.path)
         if int(self.config.vocab_size or 0) > padded:
             raise RequestError(f"{self.path}: vocabulary {self.config.vocab_size} asked for, {padded} rows stored")
         for number, (chunk, pipeline_rank) in enumerate(ordered):
             for tensor_rank in range(tensor):
-                tensors = saved[tensor_rank, pipeline_rank].get(chunk, {})
+                tensors = saved[tensor_rank, pipeline_rank].chunks.get(chunk, {})
                 self._place(local_tensors(self.config, parallel, tensor_rank, number, padded), tensors)
         self._specs = parameter_specs(self.config)
         self.tensors: Mapping[str, TensorInfo] = {
@@ -129,7 +137,7 @@ class MegatronLegacyCheckpoint(LogicalCheckpoint):
             out[common.within(region).slices] = values.view(common.sizes)
         return out
 
-    def _place(self, wanted: dict[str, LocalTensor], tensors: Mapping[str, Any]) -> None:
+    def _place(self, wanted: dict[str, LocalTensor], tensors: Mapping[str, object]) -> None:
         for name, local in wanted.items():
             array = next((tensors[key] for key in local.names if key in tensors), None)
             if not isinstance(array, StoredArray):
@@ -168,34 +176,30 @@ def _rank_files(path: Path) -> tuple[dict[tuple[int, int], Path], tuple[int, int
     return files, (tensor, pipeline)
 
 
-def _saved(file: Path) -> dict[str, Any]:
+def _saved(file: Path) -> RankFile:
     saved = read_torch_file(file)
     if not isinstance(saved, dict):
         raise RequestError(f"{file}: not a checkpoint of Megatron-LM")
-    named = {key: value for key, value in saved.items() if isinstance(key, str)}
-    for key, value in named.items():
-        if CHUNK.fullmatch(key) and not (isinstance(value, dict) and all(isinstance(name, str) for name in value)):
+    chunks = {key: value for key, value in saved.items() if isinstance(key, str) and CHUNK.fullmatch(key)}
+    for key, value in chunks.items():
+        if not (isinstance(value, dict) and all(isinstance(name, str) for name in value)):
             raise DamagedError(f"{file}: {key} is not a table of tensors by name")
-    return named
+    return RankFile(chunks, saved.get("args"), saved.get("iteration"))
 
 
-def _chunk_names(saved: Mapping[str, Any], file: Path) -> list[str]:
+def _chunk_names(chunks: Mapping[str, Mapping[str, object]], file: Path) -> list[str]:
     """Keys of the model chunks: `model`, or `model0`, `model1`, ... with a virtual pipeline."""
-    chunks = (
-        ["model"]
-        if "model" in saved
-        else sorted((key for key in saved if CHUNK.fullmatch(key)), key=lambda key: int(key[5:]))
-    )
-    if not chunks:
+    names = ["model"] if "model" in chunks else sorted(chunks, key=lambda key: int(key[5:]))
+    if not names:
         raise RequestError(f"{file}: it holds no model")
-    if any("language_model" in saved[chunk] for chunk in chunks):
+    if any("language_model" in chunks[name] for name in names):
         raise RequestError(
             f"{file}: the layout of models before megatron-core is not read; convert it with Megatron-LM"
         )
-    return chunks
+    return names
 
 
-def _embedding_rows(tensors: Mapping[str, Any], path: Path) -> int:
+def _embedding_rows(tensors: Mapping[str, object], path: Path) -> int:
     """Rows of the padded vocabulary on one rank."""
     embedding = tensors.get(EMBEDDING)
     if not isinstance(embedding, StoredArray) or not embedding.shape:
@@ -203,9 +207,9 @@ def _embedding_rows(tensors: Mapping[str, Any], path: Path) -> int:
     return embedding.shape[0]
 
 
-def _layer_count(tensors: Mapping[str, Any]) -> int:
+def _layer_count(tensors: Mapping[str, object]) -> int:
     return max((int(match[1]) + 1 for name in tensors if (match := LAYER.match(name))), default=0)
 
 
-def _progress(saved: Mapping[str, Any]) -> StagePosition:
-    return StagePosition.of_others(saved.get("iteration"), getattr(saved.get("args"), "consumed_train_samples", None))
+def _progress(saved: RankFile) -> StagePosition:
+    return StagePosition.of_others(saved.iteration, getattr(saved.arguments, "consumed_train_samples", None))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -76,7 +76,7 @@ def _nbytes(checkpoint: LogicalCheckpoint, tensors: dict[str, LocalTensor]) -> i
 
 
 def _lay_out(
-    file: Path, checkpoint: LogicalCheckpoint, tensors: dict[str, LocalTensor], rest: dict[str, Any]
+    file: Path, checkpoint: LogicalCheckpoint, tensors: dict[str, LocalTensor], rest: dict[str, object]
 ) -> dict[str, StoredArray]:
     """Write a file of torch.save with room for the values; returns where each tensor's values go."""
     with FakeTensorMode():
@@ -98,7 +98,7 @@ def _fill(
     checkpoint: LogicalCheckpoint,
     tensors: dict[str, LocalTensor],
     arrays: dict[str, StoredArray],
-    moved: Any,
+    moved: Callable[[int], None],
 ) -> None:
     descriptor = os.open(file, os.O_WRONLY)
     try:

@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 from flm_megatron.checkpoint.memory.blobs import NONE, Blob, Blobs, Generation
 from flm_megatron.checkpoint.memory.client import Endpoint, RemoteAgent
@@ -33,6 +32,7 @@ from flm_megatron.checkpoint.memory.wire import (
     send_header,
 )
 from flm_megatron.errors import FlmError
+from flm_megatron.json_text import Json, JsonObject
 
 IDLE_S = 2 * 3600.0
 TICK_S = 0.1
@@ -40,7 +40,6 @@ GREETING_S = 10.0
 """Seconds that an unknown peer may take for each message."""
 CONNECTIONS = 1024
 """Open connections at a time; more are closed at once."""
-Message = dict[str, Any]
 
 
 class Agent:
@@ -94,7 +93,7 @@ class Agent:
                 self.conversations -= 1
                 self.spoken = time.monotonic()
 
-    def copy_to_peer(self, blob: Blob, header: Message, keep: Generation, peer: Endpoint | None) -> None:
+    def copy_to_peer(self, blob: Blob, header: JsonObject, keep: Generation, peer: Endpoint | None) -> None:
         """List an own blob and copy it to the peer; `copying` says how that went."""
         try:
             self.blobs.finish(blob, header, checksums(blob.data))
@@ -134,7 +133,7 @@ class _Conversation:
     def ended(self) -> None:
         """Called when the connection has ended."""
 
-    def _answer(self, request: Message) -> None:
+    def _answer(self, request: JsonObject) -> None:
         work = getattr(self, f"do_{request.get('do')}", None)
         try:
             if work is None:
@@ -145,7 +144,7 @@ class _Conversation:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise FlmError(f"a request is not complete: {error}") from error
 
-    def do_list(self, request: Message) -> None:
+    def do_list(self, request: JsonObject) -> None:
         """All blobs, without their headers; with `check` only those whose checksums match."""
         blobs = self.blobs.checked() if request.get("check") else self.blobs.whole()
         keys = ("world", "stage", "step")
@@ -155,7 +154,7 @@ class _Conversation:
         ]
         send_header(self.connection, {"blobs": listed, "newest": self.blobs.newest, "held": self.blobs.held})
 
-    def do_describe(self, request: Message) -> None:
+    def do_describe(self, request: JsonObject) -> None:
         """The headers of all blobs of a generation."""
         wanted = _generation(request["generation"])
         found = [(b.rank, b.header) for b in self.blobs.whole() if b.generation == wanted]
@@ -181,18 +180,18 @@ class _Local(_Conversation):
         if self.filling is not None:
             self.blobs.abandon(self.filling)
 
-    def do_who(self, request: Message) -> None:
+    def do_who(self, request: JsonObject) -> None:
         """The address of this agent for other hosts."""
         agent = self.agent
         send_header(self.connection, {"address": agent.address, "port": agent.port, "token": agent.token.hex()})
 
-    def do_reserve(self, request: Message) -> None:
+    def do_reserve(self, request: JsonObject) -> None:
         """Set the budget, and allocate memory for blobs of these sizes."""
         self.blobs.budget = int(request["budget"])
         self.blobs.reserve([int(size) for size in request["sizes"]])
         send_header(self.connection, {"held": self.blobs.held})
 
-    def do_begin(self, request: Message) -> None:
+    def do_begin(self, request: JsonObject) -> None:
         """Memory for a rank's shard of a new generation, as a descriptor."""
         if self.filling is not None:
             self.blobs.abandon(self.filling)
@@ -204,7 +203,7 @@ class _Local(_Conversation):
         send_header(self.connection, {"buffer": blob.buffer.number, "live": self.blobs.live()})
         socket.send_fds(self.connection, [b"\0"], [blob.buffer.fd])
 
-    def do_commit(self, request: Message) -> None:
+    def do_commit(self, request: JsonObject) -> None:
         """The blob that was begun is filled: list it, and copy it to the peer in the background."""
         if self.filling is None:
             raise FlmError("nothing was begun")
@@ -215,17 +214,17 @@ class _Local(_Conversation):
         threading.Thread(target=self.agent.copy_to_peer, args=work, daemon=True).start()
         send_header(self.connection, {})
 
-    def do_state(self, request: Message) -> None:
+    def do_state(self, request: JsonObject) -> None:
         """The state of a rank's newest copy."""
         send_header(self.connection, {"copy": self.agent.copying.get(int(request["rank"]), "whole")})
 
-    def do_open(self, request: Message) -> None:
+    def do_open(self, request: JsonObject) -> None:
         """A listed blob's memory, as a descriptor."""
         blob = self.blobs.find(_generation(request["generation"]), int(request["rank"]))
         send_header(self.connection, {})
         socket.send_fds(self.connection, [b"\0"], [blob.buffer.fd])
 
-    def do_stop(self, request: Message) -> None:
+    def do_stop(self, request: JsonObject) -> None:
         """Stop: the job is done."""
         self.agent.stopped.set()
         send_header(self.connection, {})
@@ -243,7 +242,7 @@ class _Remote(_Conversation):
         """Check that it knows the token."""
         demand_proof(self.connection, self.agent.token)
 
-    def do_store(self, request: Message) -> None:
+    def do_store(self, request: JsonObject) -> None:
         """Store a copy of another host's blob, which follows."""
         generation, rank, nbytes = _generation(request["generation"]), int(request["rank"]), int(request["nbytes"])
         blob = self.blobs.begin(generation, _generation(request["keep"]), rank, False, nbytes)
@@ -256,7 +255,7 @@ class _Remote(_Conversation):
         self.blobs.finish(blob, request["header"], crcs)
         send_header(self.connection, {})
 
-    def do_read(self, request: Message) -> None:
+    def do_read(self, request: JsonObject) -> None:
         """Send bytes of a blob, after checking the blocks that they are in."""
         blob = self.blobs.find(_generation(request["generation"]), int(request["rank"]))
         start, end = int(request["start"]), int(request["end"])
@@ -270,7 +269,7 @@ class _Remote(_Conversation):
         send_data(self.connection, data, checksums(data))
 
 
-def _generation(value: Any) -> Generation:
+def _generation(value: Json) -> Generation:
     start, number = value
     return Generation(int(start), int(number))
 

@@ -16,10 +16,11 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flm_megatron.checkpoint.memory.wire import checksums
 from flm_megatron.errors import FlmError
+from flm_megatron.json_text import JsonObject
 
 POPULATE_WRITE = 23  # Linux 5.14; mmap has no name for it
 TOUCHED = 64 * 2**20
@@ -70,7 +71,7 @@ class Blob:
     own: bool
     nbytes: int
     buffer: Buffer
-    header: dict[str, Any] = field(default_factory=dict)
+    header: JsonObject = field(default_factory=dict)
     """Description of the bytes, as JSON."""
     crcs: list[int] = field(default_factory=list)
     """CRC-32 of each block."""
@@ -132,7 +133,7 @@ class Blobs:
             self._filling.append(blob)
             return blob
 
-    def finish(self, blob: Blob, header: dict[str, Any], crcs: list[int]) -> None:
+    def finish(self, blob: Blob, header: JsonObject, crcs: list[int]) -> None:
         """List a blob that is filled. Raises FlmError if a newer generation has begun meanwhile."""
         with self._lock:
             self._filling.remove(blob)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from flm_megatron.checkpoint.memory.wire import (
     SILENCE_S,
@@ -16,10 +17,12 @@ from flm_megatron.checkpoint.memory.wire import (
     send_header,
 )
 from flm_megatron.errors import FlmError
+from flm_megatron.json_text import Json, JsonObject
 
 if TYPE_CHECKING:
     from flm_megatron.checkpoint.memory.blobs import Blob, Generation
 
+C = TypeVar("C", bound="_Connection")
 CONNECT_S = 10.0
 RESERVE_S = 1800.0
 """Timeout of a reservation: untouched pages come at a few GiB a second at best."""
@@ -39,7 +42,7 @@ class Endpoint:
         return [self.host, self.address, self.port, self.token]
 
     @classmethod
-    def from_json(cls, data: list[Any]) -> Endpoint:
+    def from_json(cls, data: Json) -> Endpoint:
         """The endpoint from `to_json`'s result."""
         host, address, port, token = data
         return cls(str(host), str(address), int(port), str(token))
@@ -51,7 +54,7 @@ class _Connection:
     def __init__(self, connection: socket.socket, name: str) -> None:
         self.socket, self.name = connection, name
 
-    def __enter__(self) -> Any:
+    def __enter__(self: C) -> C:
         return self
 
     def __exit__(
@@ -63,12 +66,12 @@ class _Connection:
         """Close the connection."""
         self.socket.close()
 
-    def ask(self, do: str, **values: Any) -> dict[str, Any]:
+    def ask(self, do: str, **values: object) -> JsonObject:
         """Send a request; returns the answer. Raises FlmError with the agent's error, or OSError."""
         send_header(self.socket, {"do": do, **values})
         return self.answer()
 
-    def answer(self) -> dict[str, Any]:
+    def answer(self) -> JsonObject:
         """The next answer; raises as `ask`."""
         answer = receive_header(self.socket)
         if "error" in answer:
@@ -137,7 +140,7 @@ class LocalAgent(_Connection):
         answer = self.ask("begin", generation=generation, keep=keep, rank=rank, nbytes=nbytes)
         return answer["buffer"], answer["live"], self._descriptor()
 
-    def commit(self, header: dict[str, Any], peer: Endpoint | None) -> None:
+    def commit(self, header: Mapping[str, object], peer: Endpoint | None) -> None:
         """The blob that was begun is filled: list it under this header and copy it to `peer` in the background."""
         self.ask("commit", header=header, peer=peer.to_json() if peer else None)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -12,6 +11,7 @@ from flm_megatron.checkpoint.logical import Region, TensorInfo
 from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.sharding.snapshot import Stored, placed
 from flm_megatron.errors import DamagedError
+from flm_megatron.json_text import JsonObject
 
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
@@ -27,7 +27,7 @@ class BlobRegion:
 
 def header_of(
     tensors: Mapping[str, TensorInfo], stored: Sequence[Stored], world: int, manifest: Manifest
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The header of a blob that holds `stored` as `snapshot` lays them out; `manifest` has a stage and a step."""
     names = {name: number for number, name in enumerate(tensors)}
     positions, _ = placed(stored)
@@ -45,7 +45,7 @@ def header_of(
     }
 
 
-def manifest_of(header: Mapping[str, Any]) -> Manifest:
+def manifest_of(header: JsonObject) -> Manifest:
     """The manifest in a header. Raises DamagedError if there is none."""
     saved = header.get("manifest")
     manifest = Manifest.from_json(saved if isinstance(saved, dict) else {}, "a copy in memory")
@@ -54,7 +54,7 @@ def manifest_of(header: Mapping[str, Any]) -> Manifest:
     return manifest
 
 
-def tensors_of(header: Mapping[str, Any]) -> dict[str, TensorInfo]:
+def tensors_of(header: JsonObject) -> dict[str, TensorInfo]:
     """The tensors that a header names. Raises DamagedError where it is not one."""
     try:
         return {
@@ -64,7 +64,7 @@ def tensors_of(header: Mapping[str, Any]) -> dict[str, TensorInfo]:
         raise DamagedError(f"the description of a copy in memory is not understood: {error}") from error
 
 
-def regions_of(header: Mapping[str, Any]) -> list[BlobRegion]:
+def regions_of(header: JsonObject) -> list[BlobRegion]:
     """The regions that a header lists. Raises DamagedError where it is not one."""
     try:
         names = [entry[0] for entry in header["tensors"]]

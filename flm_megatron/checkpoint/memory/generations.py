@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from flm_megatron.checkpoint.memory.blobs import Generation
+from flm_megatron.json_text import JsonObject
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Found:
         return [rank for rank in range(self.world) if rank not in self.holders]
 
 
-def found(inventories: Iterable[Iterable[dict[str, Any]]]) -> list[Found]:
+def found(inventories: Iterable[Iterable[JsonObject]]) -> list[Found]:
     """Generations in what each host lists (`do_list`'s blobs, in the order of the hosts), newest first."""
     known: dict[Generation, Found] = {}
     for host, blobs in enumerate(inventories):

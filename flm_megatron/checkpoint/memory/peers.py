@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -23,6 +23,7 @@ from flm_megatron.distributed.addresses import own_address
 from flm_megatron.distributed.channels import broadcast, gathered
 from flm_megatron.distributed.processes import describe
 from flm_megatron.errors import ERRORS, DamagedError, FlmError, RequestError
+from flm_megatron.json_text import JsonObject
 
 GIB = 2**30
 FREE = 0.1
@@ -128,7 +129,7 @@ class Peers:
 
     def _described(self, newest: Generation, entry: Found) -> Search:
         """The search's result for a complete generation; none, and why, if its description makes no sense."""
-        headers: dict[int, dict[str, Any]] = {}
+        headers: dict[int, JsonObject] = {}
         for answer in self._ask_all("describe", generation=entry.generation):
             headers.update((answer or {}).get("headers", []))
         if len(headers) < entry.world:
@@ -142,10 +143,10 @@ class Peers:
         line = f"{entry.stage} goes on from step {entry.step}, kept in the memory of {', '.join(names)}"
         return Search(newest, entry.generation, blobs, line)
 
-    def _ask_all(self, do: str, **values: Any) -> list[dict[str, Any] | None]:
+    def _ask_all(self, do: str, **values: object) -> list[JsonObject | None]:
         """Every host's answer; none from a host that does not answer, which counts as holding nothing."""
 
-        def ask(endpoint: Endpoint) -> dict[str, Any] | None:
+        def ask(endpoint: Endpoint) -> JsonObject | None:
             """One host's answer."""
             try:
                 with RemoteAgent(endpoint) as agent:
@@ -171,7 +172,7 @@ def _lead(launcher: int) -> Endpoint:
         time.sleep(START_S / 100)
 
 
-def _found(answers: list[dict[str, Any] | None]) -> list[Found]:
+def _found(answers: list[JsonObject | None]) -> list[Found]:
     return found(answer["blobs"] if answer else [] for answer in answers)
 
 

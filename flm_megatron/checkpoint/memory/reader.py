@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import torch
 
@@ -22,6 +21,7 @@ from flm_megatron.checkpoint.torch_dist.chunk_index import ChunkIndex, StoredChu
 from flm_megatron.checkpoint.torch_dist.shard_file import Record
 from flm_megatron.checkpoint.torch_dist.writer import check_cover
 from flm_megatron.errors import DamagedError, FlmError, RequestError
+from flm_megatron.json_text import JsonObject
 
 LARGEST_READ = 64 * 2**20
 
@@ -30,7 +30,7 @@ LARGEST_READ = 64 * 2**20
 class Held:
     """The blob of one rank: its header, and the numbers of the hosts that hold it."""
 
-    header: dict[str, Any]
+    header: JsonObject
     holders: tuple[int, ...]
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from flm_megatron.checkpoint.sharding.model_state import stored_state
 from flm_megatron.checkpoint.sharding.snapshot import HostBuffer, placed, snapshot
 from flm_megatron.device import current
 from flm_megatron.distributed.channels import gathered
+from flm_megatron.engine.types import ModelChunk, Optimizer
 from flm_megatron.errors import FlmError
 
 WHOLE = "whole"
@@ -42,7 +43,7 @@ class Refresher:
         self._failure: str | None = None
         self._buffers: dict[int, HostBuffer] = {}
 
-    def reserve(self, chunks: list[Any], optimizer: Any, budget_gib: float | None) -> None:
+    def reserve(self, chunks: Sequence[ModelChunk], optimizer: Optimizer | None, budget_gib: float | None) -> None:
         """Allocate the memory for copies of a stage's state; raises as `Peers.reserve`."""
         nbytes = placed(stored_state(chunks, optimizer)[1])[1]
         self.peers.reserve(nbytes, budget_gib)
@@ -50,7 +51,7 @@ class Refresher:
             for _ in range(2):  # both are mapped now, not while training waits for the first copies
                 self._buffer(nbytes)
 
-    def refresh(self, chunks: list[Any], optimizer: Any, manifest: Manifest) -> str | None:
+    def refresh(self, chunks: Sequence[ModelChunk], optimizer: Optimizer | None, manifest: Manifest) -> str | None:
         """Copy the state that `manifest` describes; returns a line if this or the last copy has a problem.
 
         Never waits for another host's agent.
@@ -95,7 +96,7 @@ class Refresher:
         except (FlmError, OSError) as error:
             return f"this host's agent does not answer: {error}"
 
-    def _copy(self, chunks: list[Any], optimizer: Any, manifest: Manifest) -> None:
+    def _copy(self, chunks: Sequence[ModelChunk], optimizer: Optimizer | None, manifest: Manifest) -> None:
         peers = self.peers
         tensors, parts = stored_state(chunks, optimizer)
         buffer = self._buffer(placed(parts)[1])

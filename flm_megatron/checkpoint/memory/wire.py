@@ -10,12 +10,12 @@ import json
 import secrets
 import socket
 import struct
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 from isal.isal_zlib import crc32
 
 from flm_megatron.errors import DamagedError, FlmError
+from flm_megatron.json_text import JsonObject
 
 BLOCK = 2**20
 """Bytes under one checksum."""
@@ -62,7 +62,7 @@ def _proof(token: bytes, side: bytes, nonce: bytes, other: bytes) -> bytes:
     return hmac.digest(token, side + nonce + other, "sha256")
 
 
-def send_header(connection: socket.socket, header: dict[str, Any]) -> None:
+def send_header(connection: socket.socket, header: Mapping[str, object]) -> None:
     """Send one JSON object. Raises FlmError if it is too large for the other side to accept, or OSError."""
     data = json.dumps(header).encode()
     if len(data) > LARGEST_HEADER:
@@ -70,7 +70,7 @@ def send_header(connection: socket.socket, header: dict[str, Any]) -> None:
     connection.sendall(WORD.pack(len(data)) + data)
 
 
-def receive_header(connection: socket.socket) -> dict[str, Any]:
+def receive_header(connection: socket.socket) -> JsonObject:
     """Receive one JSON object. Raises FlmError for anything else, before reading more than the limit, or OSError."""
     (size,) = WORD.unpack(receive_exactly(connection, WORD.size))
     if size > LARGEST_HEADER:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -35,15 +35,15 @@ class SaveHandle:
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
 
-        arguments = (path, tensors, shards, manifest, processes)
+        write = partial(write_checkpoint, path, tensors, shards, manifest, processes)
         if written is not None:
             # A daemon: one that waits for ranks that are gone must not keep the process.
             self._thread = threading.Thread(
-                target=self._write, args=(written, *arguments), name=f"save {path.name}", daemon=True
+                target=self._write, args=(write, written), name=f"save {path.name}", daemon=True
             )
             self._thread.start()
         else:
-            self._manifest = write_checkpoint(*arguments)
+            self._manifest = write()
 
     @property
     def done(self) -> bool:
@@ -70,9 +70,9 @@ class SaveHandle:
         assert self._manifest is not None, "a save that did not fail has a manifest"
         return self._manifest
 
-    def _write(self, written: Callable[[], None], *arguments: Any) -> None:
+    def _write(self, write: Callable[[], Manifest], written: Callable[[], None]) -> None:
         try:
-            self._manifest = write_checkpoint(*arguments)
+            self._manifest = write()
         except BaseException as error:  # handed to whoever waits
             self._error = error
         finally:

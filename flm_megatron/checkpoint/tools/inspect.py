@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -18,14 +18,74 @@ CHUNK_VALUES = 2 * 2**20
 SHOWN = ("stage", "step", "tokens", "samples", "optimizer_step", "layout", "logical_hash", "weights_hash")
 
 
-def describe(checkpoint: LogicalCheckpoint, vocab_size: int | None = None) -> dict[str, Any]:
-    """A checkpoint's contents: its position in its run, its model, and every tensor's shape, dtype and bytes."""
-    tensors = {
-        name: {
-            "shape": list(info.shape),
-            "dtype": str(info.dtype).removeprefix("torch."),
-            "bytes": math.prod(info.shape) * info.dtype.itemsize,
+@dataclass(frozen=True)
+class Statistics:
+    """Of a tensor's values; `largest` is a magnitude. Unless all are finite the numbers are NaN."""
+
+    norm: float
+    mean: float
+    std: float
+    largest: float
+    finite: bool
+
+
+@dataclass
+class TensorReport:
+    """One tensor; its statistics if they were asked for."""
+
+    shape: list[int]
+    dtype: str
+    bytes: int
+    statistics: Statistics | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """As plain data."""
+        statistics = asdict(self.statistics) if self.statistics else {}
+        return {"shape": self.shape, "dtype": self.dtype, "bytes": self.bytes, **statistics}
+
+
+@dataclass
+class Report:
+    """A checkpoint's contents. `recorded` is its position in its run, its layout and its hashes, as far as known."""
+
+    recorded: dict[str, object]
+    model: dict[str, object] | None
+    parameters: int
+    optimizer: bool
+    bytes: int
+    tensors: dict[str, TensorReport]
+
+    def to_json(self) -> dict[str, object]:
+        """As plain data."""
+        return {
+            **self.recorded,
+            "model": self.model,
+            "parameters": self.parameters,
+            "optimizer": self.optimizer,
+            "bytes": self.bytes,
+            "tensors": {name: tensor.to_json() for name, tensor in self.tensors.items()},
         }
+
+    def as_text(self) -> str:
+        """As lines for a terminal: what it is, then one line for each tensor."""
+        lines = [f"{key}: {self.recorded[key]}" for key in SHOWN if key in self.recorded]
+        if self.model:
+            lines.append("model: " + ", ".join(f"{key} {value}" for key, value in self.model.items()))
+        lines.append(f"parameters: {self.parameters:,}")
+        lines.append(f"optimizer state: {'yes' if self.optimizer else 'no'}")
+        lines.append(f"bytes: {self.bytes:,} in {len(self.tensors)} tensors")
+        width = max((len(name) for name in self.tensors), default=0)
+        return "\n".join([*lines, *(_tensor_line(name, tensor, width) for name, tensor in self.tensors.items())])
+
+
+def describe(checkpoint: LogicalCheckpoint, vocab_size: int | None = None) -> Report:
+    """A checkpoint's contents, without statistics."""
+    tensors = {
+        name: TensorReport(
+            shape=list(info.shape),
+            dtype=str(info.dtype).removeprefix("torch."),
+            bytes=math.prod(info.shape) * info.dtype.itemsize,
+        )
         for name, info in checkpoint.tensors.items()
     }
     manifest = checkpoint.manifest
@@ -37,48 +97,39 @@ def describe(checkpoint: LogicalCheckpoint, vocab_size: int | None = None) -> di
     }
     weights = [name for name in tensors if not name.startswith(STATE_PREFIXES)]
     model = model_of(checkpoint, vocab_size)
-    return {
-        **{key: value for key, value in recorded.items() if value is not None},
-        "model": _plain(model) if model else None,
-        "parameters": sum(math.prod(checkpoint.tensors[name].shape) for name in weights),
-        "optimizer": len(weights) < len(tensors),
-        "bytes": sum(tensor["bytes"] for tensor in tensors.values()),
-        "tensors": tensors,
-    }
+    return Report(
+        recorded={key: value for key, value in recorded.items() if value is not None},
+        model=_plain(model) if model else None,
+        parameters=sum(math.prod(checkpoint.tensors[name].shape) for name in weights),
+        optimizer=len(weights) < len(tensors),
+        bytes=sum(tensor.bytes for tensor in tensors.values()),
+        tensors=tensors,
+    )
 
 
 def add_statistics(
-    report: dict[str, Any], checkpoint: LogicalCheckpoint, processes: Processes, moved: Callable[[int], None]
+    report: Report, checkpoint: LogicalCheckpoint, processes: Processes, moved: Callable[[int], None]
 ) -> None:
-    """Add `norm`, `mean`, `std`, `largest` (magnitude) and `finite` to every tensor of a report, on rank 0.
+    """Add statistics to every tensor of a report, on rank 0.
 
     Tensors are shared over the processes and read in chunks; sums are in float64.
     """
     names = list(checkpoint.tensors)[processes.rank :: processes.size]
     for part in processes.together(lambda: {name: _statistics(checkpoint, name, moved) for name in names}):
         for name, values in part.items():
-            report["tensors"][name] |= values
+            report.tensors[name].statistics = values
 
 
-def as_text(report: dict[str, Any]) -> str:
-    """A report as lines for a terminal: what it is, then one line for each tensor."""
-    lines = [f"{key}: {report[key]}" for key in SHOWN if key in report]
-    if report["model"]:
-        lines.append("model: " + ", ".join(f"{key} {value}" for key, value in report["model"].items()))
-    lines.append(f"parameters: {report['parameters']:,}")
-    lines.append(f"optimizer state: {'yes' if report['optimizer'] else 'no'}")
-    lines.append(f"bytes: {report['bytes']:,} in {len(report['tensors'])} tensors")
-    width = max((len(name) for name in report["tensors"]), default=0)
-    for name, tensor in report["tensors"].items():
-        statistics = " ".join(f"{key} {tensor[key]:.6g}" for key in ("norm", "mean", "std", "largest") if key in tensor)
-        finite = "" if tensor.get("finite", True) else "NOT FINITE"
-        shape = " x ".join(map(str, tensor["shape"])) or "scalar"
-        line = f"{name:{width}}  {tensor['dtype']:9} {shape:24} {tensor['bytes']:>16,}  {statistics} {finite}"
-        lines.append(line.rstrip())
-    return "\n".join(lines)
+def _tensor_line(name: str, tensor: TensorReport, width: int) -> str:
+    shape = " x ".join(map(str, tensor.shape)) or "scalar"
+    line = f"{name:{width}}  {tensor.dtype:9} {shape:24} {tensor.bytes:>16,}"
+    if of := tensor.statistics:
+        line += f"  norm {of.norm:.6g} mean {of.mean:.6g} std {of.std:.6g} largest {of.largest:.6g}"
+        line += "" if of.finite else " NOT FINITE"
+    return line
 
 
-def _statistics(checkpoint: LogicalCheckpoint, name: str, moved: Callable[[int], None]) -> dict[str, Any]:
+def _statistics(checkpoint: LogicalCheckpoint, name: str, moved: Callable[[int], None]) -> Statistics:
     info = checkpoint.tensors[name]
     count, mean, deviations, squares, largest, finite = 0, 0.0, 0.0, 0.0, 0.0, True
     for region in split_region(Region.whole(info.shape), CHUNK_VALUES):
@@ -97,12 +148,12 @@ def _statistics(checkpoint: LogicalCheckpoint, name: str, moved: Callable[[int],
         squares += values.square().sum().item()
         largest = max(largest, values.abs().max().item())
     if not finite:
-        return dict.fromkeys(("norm", "mean", "std", "largest"), math.nan) | {"finite": False}
+        return Statistics(math.nan, math.nan, math.nan, math.nan, finite=False)
     std = math.sqrt(deviations / max(count, 1))
-    return {"norm": math.sqrt(squares), "mean": mean, "std": std, "largest": largest, "finite": True}
+    return Statistics(math.sqrt(squares), mean, std, largest, finite=True)
 
 
-def _plain(model: ModelConfig) -> dict[str, Any]:
+def _plain(model: ModelConfig) -> dict[str, object]:
     left_out = ("mup", "from_checkpoint")
     plain = {key: value for key, value in vars(model).items() if key not in left_out and not key.startswith("_")}
     return {**plain, "mup": model.mup.enabled, "base_hidden_size": model.mup.base_hidden_size}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -61,7 +61,7 @@ def parse_metadata(data: bytes, source: str) -> StoredMetadata:
     return metadata
 
 
-def _parsed(said: Any, source: str) -> StoredMetadata:
+def _parsed(said: object, source: str) -> StoredMetadata:
     try:
         fields = _fields(said, METADATA)
         entries, storage = fields["state_dict_metadata"], fields.get("storage_data") or {}
@@ -76,7 +76,7 @@ def _parsed(said: Any, source: str) -> StoredMetadata:
         raise DamagedError(f"{source}: is not the metadata of a checkpoint: {error}") from error
 
 
-def _entry(record: Any) -> StoredEntry:
+def _entry(record: object) -> StoredEntry:
     if type(record) is Record and record.path != TENSOR:
         return StoredEntry()  # bytes
     fields = _fields(record, TENSOR)
@@ -86,7 +86,7 @@ def _entry(record: Any) -> StoredEntry:
     return StoredEntry(size, _dtype(fields["properties"]), tuple(_chunk(chunk, size) for chunk in chunks))
 
 
-def _chunk(record: Any, size: Sizes) -> tuple[Sizes, Sizes]:
+def _chunk(record: object, size: Sizes) -> tuple[Sizes, Sizes]:
     fields = _fields(record, CHUNK)
     offsets, sizes = _sizes(fields["offsets"]), _sizes(fields["sizes"])
     if not len(offsets) == len(sizes) == len(size):
@@ -97,14 +97,14 @@ def _chunk(record: Any, size: Sizes) -> tuple[Sizes, Sizes]:
     return offsets, sizes
 
 
-def _key(record: Any) -> tuple[str, Sizes] | None:
+def _key(record: object) -> tuple[str, Sizes] | None:
     """Name and offsets; none for an entry of bytes, which has no offsets."""
     fields = _fields(record, INDEX)
     offset = fields.get("offset")
     return None if offset is None else (_text(fields["fqn"]), _sizes(offset))
 
 
-def _place(record: Any) -> StoredPlace:
+def _place(record: object) -> StoredPlace:
     fields = _fields(record, PLACE)
     return StoredPlace(
         _text(fields["relative_path"]),
@@ -114,7 +114,7 @@ def _place(record: Any) -> StoredPlace:
     )
 
 
-def _dtype(record: Any) -> torch.dtype:
+def _dtype(record: object) -> torch.dtype:
     """dtype of TensorProperties, whose state is its fields, in old torch a tuple of them that begins with it."""
     state = record.state if type(record) is Record and record.path == PROPERTIES else None
     said = state.get("dtype") if type(state) is dict else state[0] if type(state) is tuple and state else None
@@ -124,13 +124,13 @@ def _dtype(record: Any) -> torch.dtype:
     return dtype
 
 
-def _fields(record: Any, path: str) -> dict[str, Any]:
+def _fields(record: object, path: str) -> dict[str, object]:
     if type(record) is not Record or record.path != path or type(record.state) is not dict:
         raise ValueError(f"{path} was expected, not {getattr(record, 'path', type(record).__name__)}")
     return record.state
 
 
-def _sizes(said: Any) -> Sizes:
+def _sizes(said: object) -> Sizes:
     """A torch.Size: at most 64 counts."""
     if type(said) is not Record or said.path != SIZE or len(said.args) != 1:
         raise ValueError("sizes were expected")
@@ -143,13 +143,13 @@ def _sizes(said: Any) -> Sizes:
     return sizes
 
 
-def _count(said: Any) -> int:
+def _count(said: object) -> int:
     if type(said) is not int or not 0 <= said < LARGEST:
         raise ValueError(f"{said!r:.40} is no count" if type(said) is int else "a count was expected")
     return said
 
 
-def _text(said: Any) -> str:
+def _text(said: object) -> str:
     if type(said) is not str:
         raise ValueError("a name was expected")
     return said

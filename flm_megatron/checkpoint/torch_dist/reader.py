@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,6 +28,8 @@ SPAN_BYTES = 16 * 2**20  # of a file that are read or mapped at a time
 STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(param|fp32_param|exp_avg|exp_avg_sq)\.(.+)")
 STATE_NAMES = {"param": MASTER, "fp32_param": MASTER, "exp_avg": EXP_AVG, "exp_avg_sq": EXP_AVG_SQ}
 NAMELESS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+\.")
+Strided = tuple[tuple[int, ...], tuple[int, ...], int]
+"""Size, stride and offset of values in their storage."""
 
 
 class TorchDistCheckpoint(LogicalCheckpoint):
@@ -51,7 +52,7 @@ class TorchDistCheckpoint(LogicalCheckpoint):
         metadata = _read_metadata(self.path, manifest)
         self.chunks: dict[str, list[StoredChunk]] = {}
         self._indices: dict[str, ChunkIndex] = {}
-        self._arrays: dict[StoredChunk, tuple[StoredArray, tuple[Any, ...] | None]] = {}
+        self._arrays: dict[StoredChunk, tuple[StoredArray, Strided | None]] = {}
         self.tensors: Mapping[str, TensorInfo] = self._read_tensors(metadata)
         self.nameless_optimizer = any(NAMELESS.match(name) for name in metadata.entries)
         self._files = manifest.files if manifest else {}
@@ -125,7 +126,7 @@ class TorchDistCheckpoint(LogicalCheckpoint):
         except DamagedError as error:
             raise DamagedError(f"{name}: {error}", self.path) from error
 
-    def _array(self, chunk: StoredChunk) -> tuple[StoredArray, tuple[Any, ...] | None]:
+    def _array(self, chunk: StoredChunk) -> tuple[StoredArray, Strided | None]:
         if chunk not in self._arrays:
             self._arrays[chunk] = _array(self.path / chunk.file, chunk, self._checked_file(chunk.file))
         return self._arrays[chunk]
@@ -180,7 +181,7 @@ def _bounded_regions(inside: Region, values: StoredArray) -> Iterator[Region]:
             yield sub
 
 
-def _array(path: Path, chunk: StoredChunk, checked: CheckedFile | None) -> tuple[StoredArray, tuple[Any, ...] | None]:
+def _array(path: Path, chunk: StoredChunk, checked: CheckedFile | None) -> tuple[StoredArray, Strided | None]:
     """Where a chunk's values are; for values that are not stored row-major, also how to find them in the storage."""
     storage, tensor = locate(path, chunk.offset, chunk.length, checked)
     sizes = chunk.region.sizes
@@ -198,7 +199,7 @@ def _array(path: Path, chunk: StoredChunk, checked: CheckedFile | None) -> tuple
 
 
 def _read_metadata(path: Path, manifest: Manifest | None) -> StoredMetadata:
-    kind: Any = {"sharded_backend": "torch_dist"}  # a plain folder of torch.distributed.checkpoint does not say it
+    kind: object = {"sharded_backend": "torch_dist"}  # a plain folder of torch.distributed.checkpoint does not say it
     if manifest or (path / FORMAT).exists():
         kind = parse_json(read_listed(path, FORMAT, manifest), str(path / FORMAT), DamagedError, strict=True)
     if not isinstance(kind, dict) or kind.get("sharded_backend") != "torch_dist":

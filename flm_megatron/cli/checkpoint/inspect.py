@@ -21,16 +21,16 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from flm_megatron.checkpoint.opening import open_checkpoint
-    from flm_megatron.checkpoint.tools.inspect import add_statistics, as_text, describe
+    from flm_megatron.checkpoint.tools.inspect import add_statistics, describe
     from flm_megatron.distributed.launched import launched_processes
     from flm_megatron.distributed.progress import progress_bar
 
     with launched_processes() as processes:
         checkpoint = open_checkpoint(args.path, args.vocab_size)
-        report = {"path": str(args.path), **describe(checkpoint, args.vocab_size)}
+        report = describe(checkpoint, args.vocab_size)
         if args.statistics:
-            with progress_bar("read", report["bytes"], processes) as moved:
+            with progress_bar("read", report.bytes, processes) as moved:
                 add_statistics(report, checkpoint, processes, moved)
         if processes.rank == 0:
-            print(json.dumps(report) if args.json else as_text(report))
+            print(json.dumps({"path": str(args.path), **report.to_json()}) if args.json else report.as_text())
     return 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import pickle
 import struct
-from typing import Any
 
 from flm_megatron.checkpoint.files.pickle.opcodes import HANDLERS, U16, U32, PickleState, Policy
 from flm_megatron.checkpoint.files.pickle.records import PickleError
@@ -18,7 +17,7 @@ MEMOIZE, LONG_BINGET, BINGET = pickle.MEMOIZE[0], pickle.LONG_BINGET[0], pickle.
 BININT1, BININT2, STOP = pickle.BININT1[0], pickle.BININT2[0], pickle.STOP[0]
 
 
-def run_pickle(data: bytes, policy: Policy) -> Any:
+def run_pickle(data: bytes, policy: Policy) -> object:
     """What a pickle says: plain data, `Name`s and `Record`s. `policy(module, name)` may raise on a name.
 
     Raises PickleError.
@@ -29,7 +28,7 @@ def run_pickle(data: bytes, policy: Policy) -> Any:
         raise PickleError("it ends too early, or takes what it did not put") from None
 
 
-def _run(state: PickleState) -> Any:
+def _run(state: PickleState) -> object:
     """Five opcodes make up half of a checkpoint's metadata (17 million opcodes at 245,000 regions): they stand here."""
     data, stack, memo, position = state.data, state.stack, state.memo, 0
     push, remember = stack.append, memo.append

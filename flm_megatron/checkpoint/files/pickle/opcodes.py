@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import struct
 from collections.abc import Callable
-from typing import Any
 
 from flm_megatron.checkpoint.files.pickle.records import STORAGE, Name, PickleError, Record, hashable
 
@@ -26,9 +25,9 @@ class PickleState:
 
     def __init__(self, data: bytes, policy: Policy) -> None:
         self.data, self.policy = data, policy
-        self.stack: list[Any] = []
+        self.stack: list[object] = []
         self.marks: list[int] = []
-        self.memo: list[Any] = []
+        self.memo: list[object] = []
 
     def take(self, position: int, size: int) -> bytes:
         """The next `size` bytes."""
@@ -37,7 +36,7 @@ class PickleState:
             raise PickleError(f"{size} bytes are announced at byte {position}, {len(found)} follow")
         return found
 
-    def marked(self) -> list[Any]:
+    def marked(self) -> list[object]:
         """What was pushed after the last mark, taken off the stack."""
         start = self.marks.pop()
         if start > len(self.stack):
@@ -46,7 +45,7 @@ class PickleState:
         del self.stack[start:]
         return items
 
-    def name(self, module: Any, name: Any) -> None:
+    def name(self, module: object, name: object) -> None:
         """Push a global, unless the policy raises on it."""
         if type(module) is not str or type(name) is not str:
             raise PickleError("a name is not text")
@@ -54,7 +53,7 @@ class PickleState:
         self.policy(module, name)
         self.stack.append(Name(f"{module}.{name}"))
 
-    def make(self, maker: Any, arguments: Any) -> None:
+    def make(self, maker: object, arguments: object) -> None:
         """Push the record of an object."""
         if type(maker) is not Name or type(arguments) is not tuple:
             raise PickleError("it makes an object of something that is not a name")
@@ -114,7 +113,7 @@ def _long_put(state: PickleState, position: int) -> int:
     return position + 4
 
 
-def _constant(value: Any) -> Handler:
+def _constant(value: object) -> Handler:
     def handler(state: PickleState, position: int) -> int:
         """Push the value."""
         state.stack.append(value)
@@ -157,7 +156,7 @@ def _long4(state: PickleState, position: int) -> int:
     return _long(state, position + 4, U32(state.data, position)[0])
 
 
-def _sized(width: int, decode: Callable[[bytes], Any]) -> Handler:
+def _sized(width: int, decode: Callable[[bytes], object]) -> Handler:
     """Text or bytes behind a length of `width` bytes."""
 
     def handler(state: PickleState, position: int) -> int:
@@ -222,7 +221,7 @@ def _set_items(state: PickleState, position: int) -> int:
     return position
 
 
-def _set_all(state: PickleState, items: list[Any]) -> None:
+def _set_all(state: PickleState, items: list[object]) -> None:
     """Put keys and values, by turns, into the mapping at the top of the stack."""
     target = state.stack[-1]
     if len(items) % 2:
@@ -247,7 +246,7 @@ def _appends(state: PickleState, position: int) -> int:
     return position
 
 
-def _extend(state: PickleState, items: list[Any]) -> None:
+def _extend(state: PickleState, items: list[object]) -> None:
     target = state.stack[-1]
     if type(target) is list:
         target.extend(items)

@@ -13,12 +13,11 @@ import pathlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from flm_megatron.checkpoint.files.pickle.machine import run_pickle
-from flm_megatron.checkpoint.files.pickle.records import SCALARS, STORAGE, Name, PickleError, Record
+from flm_megatron.checkpoint.files.pickle.records import SCALARS, STORAGE, Name, PickleError, Record, Unpickled
 from flm_megatron.errors import DamagedError
 
 CLASSES = {
@@ -65,7 +64,7 @@ _COLLECTOR = threading.RLock()
 class Foreign:
     """Stands for an object of a class that is not loaded: the path of its class, and what was said about it."""
 
-    def __init__(self, path: str, args: tuple[Any, ...] = (), state: Any = None) -> None:
+    def __init__(self, path: str, args: tuple[Unpickled, ...] = (), state: Unpickled = None) -> None:
         self.path, self.args, self.state = path, args, state
 
 
@@ -79,7 +78,7 @@ class StoredTensor:
         self.offset, self.size, self.stride = offset, size, stride
 
 
-def load_records(data: bytes, source: str, foreign: tuple[str, ...] = FOREIGN) -> Any:
+def load_records(data: bytes, source: str, foreign: tuple[str, ...] = FOREIGN) -> object:
     """What a pickle says, as plain data, `Name`s and `Record`s. Raises DamagedError as `load_pickle`."""
 
     def policy(module: str, name: str) -> None:
@@ -102,8 +101,8 @@ def load_pickle(
     data: bytes,
     source: str,
     foreign: tuple[str, ...] = FOREIGN,
-    tensor: Callable[[StoredTensor], Any] | None = None,
-) -> Any:
+    tensor: Callable[[StoredTensor], object] | None = None,
+) -> Unpickled:
     """The object in a pickle; `tensor` makes what stands for a tensor, a `StoredTensor` if not given.
 
     `foreign` are the packages of which any class may lie in it, as a `Foreign`. Raises DamagedError, naming `source`,
@@ -119,11 +118,11 @@ def load_pickle(
 class _Values:
     """Turns what a pickle says into values, each shared part once, so that the time is that of the pickle's length."""
 
-    def __init__(self, tensor: Callable[[StoredTensor], Any]) -> None:
+    def __init__(self, tensor: Callable[[StoredTensor], object]) -> None:
         self.tensor = tensor
         self.depth = 0
-        self.done: dict[int, Any] = {}
-        self.makers: dict[str, Callable[[Record], Any]] = {
+        self.done: dict[int, object] = {}
+        self.makers: dict[str, Callable[[Record], object]] = {
             "torch.Size": lambda record: self._plain(tuple, record),
             "collections.OrderedDict": self._mapping,
             "argparse.Namespace": self._namespace,
@@ -136,7 +135,7 @@ class _Values:
             **dict.fromkeys(_PATHS, self._path),
         }
 
-    def of(self, said: Any) -> Any:
+    def of(self, said: object) -> Unpickled:
         """The value of what was said. Raises PickleError."""
         if type(said) in SCALARS:
             return said
@@ -149,15 +148,16 @@ class _Values:
             self.depth -= 1
         return found
 
-    def _of(self, said: Any) -> Any:
+    def _of(self, said: object) -> object:
         if type(said) is dict:
             return {self._key(key): self.of(value) for key, value in said.items()}
-        if type(said) in (list, tuple):
+        if type(said) is list or type(said) is tuple:
             return type(said)(map(self.of, said))
-        if type(said) in (set, frozenset):
+        if type(said) is set or type(said) is frozenset:
             return type(said)(map(self._key, said))
         if type(said) is Name:
             return dtype_of(said.path) or Foreign(said.path)
+        assert type(said) is Record, "run_pickle makes nothing else"
         maker = self.makers.get(said.path)
         if maker is None:
             return Foreign(said.path, self.of(said.args), self.of(said.state))
@@ -168,7 +168,7 @@ class _Values:
         except (IndexError, TypeError, ValueError) as error:
             raise PickleError(f"{said.path}: {error}") from None
 
-    def _key(self, said: Any) -> Any:
+    def _key(self, said: object) -> Unpickled:
         """A key, whose hash takes no time (as run_pickle sees to for what is said)."""
         key = self.of(said)
         parts = key if type(key) is tuple else (key,)
@@ -176,14 +176,14 @@ class _Values:
             raise PickleError(f"a {type(key).__name__} as a key")
         return key
 
-    def _plain(self, kind: type, record: Record) -> Any:
+    def _plain(self, kind: type, record: Record) -> object:
         """A tuple or set of the one argument, a list or tuple of what can be a key."""
         (parts,) = record.args or ((),)
         if type(parts) not in (list, tuple):
             raise PickleError(f"{record.path} of something else than a list")
         return kind(map(self._key, parts))
 
-    def _mapping(self, record: Record) -> dict[Any, Any]:
+    def _mapping(self, record: Record) -> dict[object, object]:
         pairs = [*(record.args[0] if record.args else ()), *record.items]
         return {self._key(key): self.of(value) for key, value in pairs}
 
@@ -212,7 +212,7 @@ class _Values:
             raise PickleError("bytes in an unknown encoding")
         return text.encode("latin1")
 
-    def _tensor(self, record: Record) -> Any:
+    def _tensor(self, record: Record) -> object:
         storage, offset, size, stride = (self.of(part) for part in record.args[:4])
         if not isinstance(storage, Foreign) or storage.path != STORAGE:
             raise PickleError("a tensor without a storage")
@@ -229,7 +229,7 @@ def dtype_of(path: str) -> torch.dtype | None:
     return _KINDS.get(path.removeprefix("torch."))
 
 
-def _storage(said: Any) -> tuple[torch.dtype, str, int]:
+def _storage(said: object) -> tuple[torch.dtype, str, int]:
     """dtype, key and number of values of a storage."""
     match said:
         case ("storage", torch.dtype() as dtype, str() as key, str(), int() as numel) if 0 <= numel < 2**62:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
+K = TypeVar("K")
+Unpickled = Any
+"""What a pickle says, or the value made of it: a pickle gives its parts no type."""
 SCALARS = frozenset({str, int, float, bool, bytes, type(None)})
 LARGEST_KEY = 2**64  # integers far above it can be chosen so that all fall into one slot of a dictionary
 STORAGE = "<storage>"
@@ -31,18 +34,18 @@ class Record:
 
     __slots__ = ("args", "items", "path", "state")
 
-    def __init__(self, path: str, args: tuple[Any, ...]) -> None:
+    def __init__(self, path: str, args: tuple[Unpickled, ...]) -> None:
         self.path, self.args = path, args
-        self.state: Any = None
-        self.items: list[Any] = []
+        self.state: Unpickled = None
+        self.items: list[Unpickled] = []
 
 
-def hashable(key: Any) -> Any:
+def hashable(key: K) -> K:
     """`key` if its hash takes no time: tuples of tuples that share their parts would take 2^depth steps."""
     kind = type(key)
-    if kind is int and abs(key) > LARGEST_KEY:
+    if isinstance(key, int) and abs(key) > LARGEST_KEY:
         raise PickleError("an integer of more than 64 bits as a key")
-    if kind is tuple and all(type(part) is not tuple and hashable(part) is part for part in key):
+    if isinstance(key, tuple) and all(type(part) is not tuple and hashable(part) is part for part in key):
         return key
     if kind in SCALARS or kind is Record or kind is Name:
         return key
