@@ -30,6 +30,6 @@ def _stage(run: RunConfig, stage: StageConfig, world: int) -> Finding:
         found = rehearse_stage(alone, alone.stages[0], world, workers=os.cpu_count() or 1)
     except FlmError as error:
         return Finding("stop", "rehearsal", f"stage {stage.name}: {error}")
-    most = max(found.reports, key=lambda report: report.peak.nbytes)
-    text = f"stage {stage.name}: rank {most.rank} holds most, {most.peak.nbytes / GIB:.2f} GiB"
+    held, rank = max((max(one.building.nbytes, one.peak.nbytes), one.rank) for one in found.reports)
+    text = f"stage {stage.name}: rank {rank} holds most, {held / GIB:.2f} GiB"
     return Finding("ok", "rehearsal", f"{text}; {len(found.met)} ranks meet in every collective")

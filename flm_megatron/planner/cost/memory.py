@@ -24,9 +24,9 @@ GIB = 2**30
 class RankMemory:
     """Bytes on every tensor and data rank of one pipeline rank.
 
-    `activations` is what waits for its backward pass, `working` what one pass needs besides (gradients of
-    activations and weights, logits, recomputed activations), `buffers` what communication holds, `allowance` the
-    driver's share and fragmentation.
+    `activations` is what waits for its backward pass, `working` what one pass (gradients of activations and weights,
+    logits, recomputed activations) or building the model needs besides, `buffers` what communication holds,
+    `allowance` the driver's share and fragmentation.
     """
 
     weights: float
@@ -58,13 +58,18 @@ def rank_memory(work: Workload, rank: int, context_gib: float = 0.0, fragmentati
     if copies and work.parallel.distributed_optimizer:
         # The copy lives when no activation does.
         working = max(working, 4.0 * trained - activations)
+    weights, buffers = work.bytes * work.rank_parameters(rank), _buffers(work)
+    if work.parallel.distributed_optimizer:
+        # While the model is built, its weights lie there beside the buffer of the data-parallel group that they go
+        # into, and the gradients' buffer; neither optimizer nor activations are there yet.
+        working = max(working, weights - optimizer - activations - buffers)
     return RankMemory(
-        weights=work.bytes * work.rank_parameters(rank),
+        weights=weights,
         gradients=4 * trained,
         optimizer=optimizer,
         activations=activations,
         working=working,
-        buffers=_buffers(work),
+        buffers=buffers,
         allowance=context_gib * GIB + fragmentation * (activations + working),
     )
 

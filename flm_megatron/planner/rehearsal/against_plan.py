@@ -40,7 +40,8 @@ def _roles(plan: RunPlan, rehearsed: Sequence[StageRehearsal]) -> Iterator[RoleM
         for role, report in zip(found.roles, found.reports, strict=True):
             memory = stage.memory[report.pipeline_rank]
             planned = round(memory.total - memory.allowance)
-            yield RoleMemory(stage.name, role.name, report.pipeline_rank, planned, report.peak.nbytes)
+            held = max(report.building.nbytes, report.peak.nbytes)
+            yield RoleMemory(stage.name, role.name, report.pipeline_rank, planned, held)
 
 
 def verification_text(roles: Sequence[RoleMemory]) -> str:

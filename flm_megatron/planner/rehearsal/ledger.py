@@ -53,21 +53,33 @@ class Ledger:
         """Bytes that are held now, by what they are for."""
         return {use: self._by_use[use] for use in USES}
 
+    def begin_peak(self) -> Peak:
+        """The peak so far; from now on it is that of what follows."""
+        before, self.peak = self.peak, Peak(self._live, self.by_use(), self.moment)
+        return before
+
     def enter(self, tensor: torch.Tensor, what: str) -> None:
         """Count the storage of a tensor that the operation `what` gave, if it is new."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._held:
             return
-        nbytes = -(-storage.nbytes() // ROUNDED) * ROUNDED
-        if not nbytes:
-            return
-        self._held[key] = Held(nbytes, self.use)
+        self._held[key] = Held(0, self.use)
         if self._in_pass is not None:
             self._in_pass.add(key)
-        self._by_use[self.use] += nbytes
-        self._live += nbytes
         weakref.finalize(storage, self._leave, key)
+        self.resize(storage, what)
+
+    def resize(self, storage: torch.UntypedStorage, what: str) -> None:
+        """Count a storage at the size that it has now: recomputation gives the memory of an output back, and takes it
+        again."""
+        held = self._held.get(storage._cdata)
+        if held is None:
+            return
+        nbytes = -(-storage.nbytes() // ROUNDED) * ROUNDED
+        self._by_use[held.use] += nbytes - held.nbytes
+        self._live += nbytes - held.nbytes
+        held.nbytes = nbytes
         if self._live > self.peak.nbytes:
             self.peak = Peak(self._live, self.by_use(), f"{self.moment}: {what}")
 

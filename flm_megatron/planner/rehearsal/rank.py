@@ -43,7 +43,10 @@ class RankReport:
     ran: int
     steady: dict[str, int]
     """Bytes held between steps, by what they are for."""
+    building: Peak
+    """The most that building and loading held: for a moment weights lie there beside the buffers they go into."""
     peak: Peak
+    """The most that the step held."""
     flops: dict[str, int]
     transfers: tuple[Transfer, ...]
     read_regions: int
@@ -92,11 +95,12 @@ class _Rehearsal:
         pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
         ran = min(total, micro_batches or needed_micro_batches(stage, pipeline_rank))
         with using(choose(self.run.kernels)), without_launches(), self.fake, self.recorder:
+            ledger.moment = "building"
             state = TrainState(stage, self.run.data.sequence_length)
             checkpoint = self._load(state)
-            steady = ledger.by_use()
+            steady, building = ledger.by_use(), ledger.begin_peak()
             self._step(state, ran)
-            transfers = tuple(self.recorder.transfers)
+            transfers, peak = tuple(self.recorder.transfers), ledger.peak
             _, stored = stored_state(state.chunks, state.optimizer)
         return RankReport(
             rank=self.rank,
@@ -107,7 +111,8 @@ class _Rehearsal:
             micro_batches=total,
             ran=ran,
             steady=steady,
-            peak=ledger.peak,
+            building=building,
+            peak=peak,
             flops={name: count * total // ran for name, count in self.recorder.flops.items()},
             transfers=transfers,
             read_regions=checkpoint.regions,
@@ -119,7 +124,7 @@ class _Rehearsal:
     def _load(self, state: TrainState) -> StageCheckpoint:
         """Weights and optimizer out of a checkpoint of the stage, and what all that is held is for."""
         ledger = self.recorder.ledger
-        ledger.use = "optimizer"
+        ledger.use, ledger.moment = "optimizer", "loading"
         checkpoint = StageCheckpoint(self.stage, self.fake)
         load_state(checkpoint, state.chunks, state.optimizer)
         for buffer in _gradient_buffers(state.chunks):

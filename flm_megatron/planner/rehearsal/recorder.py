@@ -80,6 +80,28 @@ class Recorder(TorchDispatchMode):
         self.transfers: list[Transfer] = []
         self.micro_batched = False
 
+    def __enter__(self) -> Recorder:
+        """Watch, storages that are resized too: that is no operation.
+
+        Copies between storages without values do nothing; torch's fake tensors would remember both for good.
+        """
+        resize, copy = self._storage = torch.UntypedStorage.resize_, torch.UntypedStorage.copy_
+
+        def noted(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            """The storage, at its new size."""
+            resize(storage, size)
+            self.ledger.resize(storage, "resize_")
+            return storage
+
+        torch.UntypedStorage.resize_ = noted  # type: ignore[method-assign, assignment]
+        torch.UntypedStorage.copy_ = copy if self.values else _not_copied  # type: ignore[method-assign, assignment]
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        """Look away."""
+        torch.UntypedStorage.resize_, torch.UntypedStorage.copy_ = self._storage  # type: ignore[method-assign]
+        super().__exit__(*error)
+
     def __torch_dispatch__(
         self,
         func: torch._ops.OpOverload,
@@ -140,6 +162,11 @@ class Recorder(TorchDispatchMode):
                 None if peer is None else ranks[peer],
             )
         )
+
+
+def _not_copied(storage: torch.UntypedStorage, source: object, non_blocking: bool | None = None) -> object:
+    """In place of torch's copy of a storage."""
+    return storage
 
 
 def _tensors(tree: object) -> Iterator[torch.Tensor]:

@@ -18,7 +18,7 @@ def rehearsal_text(found: StageRehearsal) -> str:
     pairs = list(zip(found.roles, found.reports, strict=True))
     texts = [
         f"stage {found.stage} on {found.world:,} processes: {len(pairs)} rank(s) through one step",
-        f"GiB at the peak\n{_memory(pairs)}",
+        f"GiB at the peak of building and of the step\n{_memory(pairs)}",
         *(f"a step of rank {report.rank} ({role.name})\n{_step(report)}" for role, report in pairs),
     ]
     if found.met:
@@ -41,6 +41,7 @@ def rehearsal_data(found: StageRehearsal) -> dict[str, object]:
                 "parameters": report.parameters,
                 "micro_batches": report.micro_batches,
                 "micro_batches_run": report.ran,
+                "building_peak": asdict(report.building),
                 "steady_bytes": report.steady,
                 "peak": asdict(report.peak),
                 "flops": report.flops,
@@ -57,12 +58,13 @@ def rehearsal_data(found: StageRehearsal) -> dict[str, object]:
 
 
 def _memory(pairs: Sequence[tuple[Role, RankReport]]) -> str:
-    rows = [["rank", "role", "pipeline ranks", "layers", *USES, "peak", "when"]]
+    rows = [["rank", "role", "pipeline ranks", "layers", "building", *USES, "peak", "when"]]
     for role, report in pairs:
         held = [f"{report.peak.by_use.get(use, 0) / GIB:.2f}" for use in USES]
         layers = "+".join(map(str, report.layers))
         peak = f"{report.peak.nbytes / GIB:.2f}"
-        rows.append([str(report.rank), role.name, _span(role.pipeline_ranks), layers, *held, peak, report.peak.moment])
+        first = [str(report.rank), role.name, _span(role.pipeline_ranks), layers]
+        rows.append([*first, f"{report.building.nbytes / GIB:.2f}", *held, peak, report.peak.moment])
     return table(rows)
 
 

@@ -170,7 +170,7 @@ def test_json_says_what_the_table_says(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_the_run_files_choice_for_head_and_loss_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
-    run = (str(EXAMPLES / "tele-flm-52b.yaml"), "--gpu", "a800", "--gpus", "896", "--json", "--kernels.head_and_loss")
+    run = (str(EXAMPLES / "tele-flm-52b.yaml"), "--gpu", "a800", "--gpus", "64", "--json", "--kernels.head_and_loss")
     fused, separate = (
         json.loads(flm_plan(capsys, *run, asked))["stages"][0]["memory_bytes"][-1]["working"]
         for asked in ("fused", "separate")

@@ -158,3 +158,12 @@ def test_a_z_loss_keeps_the_logits() -> None:
     assert fuses_head(none) and not fuses_head(kept)
     whole = 8 * 4096 * 81_920 * 2  # bytes of logits
     assert head_activations(kept) - head_activations(none) > 0.8 * whole
+
+
+@pytest.mark.parametrize(("data", "more"), [(1, False), (512, True)])
+def test_building_the_model_can_hold_more_than_a_step(data: int, more: bool) -> None:
+    """With many replicas, which share the optimizer: weights lie beside the buffers that they go into."""
+    memory = rank_memory(workload(data=data, tensor=4, pipeline=8), 0)
+    building = 2 * memory.weights + memory.gradients
+    assert memory.total >= building
+    assert (memory.total == pytest.approx(building)) is more

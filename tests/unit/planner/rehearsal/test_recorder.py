@@ -105,3 +105,25 @@ def test_what_a_rank_says_of_itself_is_what_all_say(failed: bool) -> None:
         flag = torch.tensor(float(failed))
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         assert bool(flag.item()) is failed
+
+
+def test_memory_that_an_output_gives_back_is_not_held() -> None:
+    with FakeTensorMode(), Recorder() as recorder:
+        kept = torch.empty(2**20, dtype=torch.uint8)
+        kept.untyped_storage().resize_(0)
+        assert recorder.ledger.live == 0
+        kept.untyped_storage().resize_(2**20)
+        assert recorder.ledger.live == 2**20
+        del kept
+        assert recorder.ledger.live == 0
+
+
+def test_recomputed_outputs_are_not_held_for_good() -> None:
+    with FakeTensorMode(), Recorder() as recorder:
+        for _ in range(3):
+            kept, again = (torch.empty(2**20, dtype=torch.uint8) for _ in range(2))
+            kept.untyped_storage().resize_(0)
+            kept.untyped_storage().resize_(2**20)
+            kept.untyped_storage().copy_(again.untyped_storage())
+            del kept, again
+        assert recorder.ledger.live == 0 and recorder.ledger.peak.nbytes == 2**21

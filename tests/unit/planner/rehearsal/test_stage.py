@@ -49,7 +49,7 @@ def only(run: RunConfig, gpus: int) -> StageRehearsal:
 
 
 @pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_every_role_holds_what_is_planned(parallel: ParallelConfig, recompute: str) -> None:
     run, gpus = run_of(parallel, recompute=recompute), 8
     found = only(run, gpus)
@@ -59,7 +59,8 @@ def test_every_role_holds_what_is_planned(parallel: ParallelConfig, recompute: s
         assert report.steady["weights"] + report.steady["gradients"] + report.steady["optimizer"] == pytest.approx(
             planned.weights + planned.gradients + planned.optimizer, rel=1e-3
         )
-        assert report.peak.nbytes == pytest.approx(planned.total, rel=0.05), (role, report.peak, planned)
+        held = max(report.building.nbytes, report.peak.nbytes)
+        assert held == pytest.approx(planned.total, rel=0.03), (role, report, planned)
 
 
 def test_nothing_of_a_rehearsal_stays_in_the_process() -> None:
@@ -94,7 +95,7 @@ def test_micro_batches_that_memory_grows_over(virtual: int, needed: list[int]) -
 
 
 def test_more_micro_batches_hold_no_more_and_count_the_same() -> None:
-    run = run_of(ParallelConfig(tensor=2, pipeline=2, sequence=True))
+    run = run_of(ParallelConfig(tensor=2, pipeline=2, sequence=True), recompute="selective")
     from flm_megatron.planner.rehearsal.rank import rehearse_rank
 
     few = rehearse_rank(run, run.stages[0], 0, 4)
