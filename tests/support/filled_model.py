@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from flm_megatron.config.schema import ModelConfig, StageConfig
 from flm_megatron.model.build import build_model
 from flm_megatron.model.teleflm import TeleFLM
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 
 def filled_model(model: ModelConfig, tensors: Mapping[str, torch.Tensor], **stage: Any) -> list[TeleFLM]:
@@ -36,6 +38,8 @@ def _shards(
     chunks: Iterable[TeleFLM], value: Callable[[torch.Tensor], torch.Tensor | None]
 ) -> Iterator[tuple[ShardedTensor, torch.Tensor]]:
     """Shards of all parameters, with `value(parameter)` cut and shaped like the shard."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
     for chunk in chunks:
         for entry in chunk.sharded_state_dict().values():
             if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)):

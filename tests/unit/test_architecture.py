@@ -100,6 +100,18 @@ def test_the_engine_is_imported_through_its_gate_alone() -> None:
         assert not [path for path in (REPOSITORY / folder).rglob("*.py") if engines(ast.parse(path.read_text()))]
 
 
+def test_no_module_of_the_tests_imports_the_engine_before_the_device_is_ready() -> None:
+    """Tests take it for an oracle, inside functions: imported with a module it would come before `prepare`."""
+    early = [
+        (path, node.lineno)
+        for folder in ("tests", "benchmarks")
+        for path in (REPOSITORY / folder).rglob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom) and engines(node)
+    ]
+    assert not early
+
+
 def test_the_gate_makes_the_device_ready_before_it_imports_the_engine() -> None:
     for module in (module for module in trees() if module.startswith("engine/") and module != "engine/prepare"):
         ready = False

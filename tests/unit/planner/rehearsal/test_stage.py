@@ -48,8 +48,11 @@ def only(run: RunConfig, gpus: int) -> StageRehearsal:
     return stage
 
 
-@pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    ("parallel", "recompute"),
+    list(zip(LAYOUTS, ["selective", "full", "none", "selective"], strict=True)),
+    ids=["tensor, sequence and pipeline", "tensor", "virtual pipeline", "replicas"],
+)
 def test_every_role_holds_what_is_planned(parallel: ParallelConfig, recompute: str) -> None:
     run, gpus = run_of(parallel, recompute=recompute), 8
     found = only(run, gpus)
