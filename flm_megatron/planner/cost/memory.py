@@ -60,9 +60,9 @@ def rank_memory(work: Workload, rank: int, context_gib: float = 0.0, fragmentati
         working = max(working, 4.0 * trained - activations)
     weights, buffers = work.bytes * work.rank_parameters(rank), _buffers(work)
     if work.parallel.distributed_optimizer:
-        # While the model is built, its weights lie there beside the buffer of the data-parallel group that they go
-        # into, and the gradients' buffer; neither optimizer nor activations are there yet.
-        working = max(working, weights - optimizer - activations - buffers)
+        # While the model is built, the weights that learn lie there beside the buffer of the data-parallel group that
+        # they go into, and the gradients' buffer; neither optimizer nor activations are there yet.
+        working = max(working, work.bytes * trained - optimizer - activations - buffers)
     return RankMemory(
         weights=weights,
         gradients=4 * trained,

@@ -20,7 +20,7 @@ def check_meetings(reports: Sequence[RankReport]) -> None:
     """
     for index, one in enumerate(reports):
         for other in reports[index + 1 :]:
-            for group in _groups(one) & _groups(other):
+            for group in sorted(_groups(one) | _groups(other)):
                 if one.rank in group and other.rank in group:
                     _compare(one, other, group)
             _compare_transfers(one, other)

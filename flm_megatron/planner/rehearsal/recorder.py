@@ -114,16 +114,24 @@ class Recorder(TorchDispatchMode):
             known = getattr(args[0], "constant", None)
             return ANSWER if known is None else known.item()
         if func.namespace == "c10d":
-            self._note_transfer(func, args)
-            if not self.values and func._opname in WITHOUT_SHAPES:
-                return FakeWork().boxed()
-        said = _flags(args) if func.namespace == "c10d" else []
+            return self._transfer(func, args, kwargs or {})
         out = func(*args, **(kwargs or {}))
-        for flag, value in said:
-            flag.constant = value  # others say what this rank says
         if func is torch.ops.prim.device.default:
             return out
         self._count(func, args, kwargs or {}, out)
+        for tensor in _tensors(out):
+            self.ledger.enter(tensor, func._opname)
+        return out
+
+    def _transfer(self, func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        """Take note of a collective, and do it: others say what this rank says."""
+        self._note_transfer(func, args)
+        if not self.values and func._opname in WITHOUT_SHAPES:
+            return FakeWork().boxed()
+        said = _flags(args)
+        out = func(*args, **kwargs)
+        for flag, value in said:
+            flag.constant = value
         for tensor in _tensors(out):
             self.ledger.enter(tensor, func._opname)
         return out

@@ -22,6 +22,7 @@ LAYOUTS = [
     ParallelConfig(pipeline=2, virtual_pipeline=2, data=2),
     ParallelConfig(tensor=2, data=2, overlap_grad_reduce=True, overlap_param_gather=True),
 ]
+CASES = [LAYOUTS[0], pytest.param(LAYOUTS[1], marks=pytest.mark.slow), LAYOUTS[2]]
 Sent = list[tuple[str, tuple[int, ...], int, str, int | None]]
 
 
@@ -49,7 +50,7 @@ def real_step(stage: StageConfig) -> tuple[Sent, int]:
         return sent(recorder), live.peak
 
 
-@pytest.mark.parametrize("parallel", LAYOUTS, ids=name)
+@pytest.mark.parametrize("parallel", CASES, ids=name)
 def test_a_rehearsed_rank_does_what_a_real_one_does(pool: Pool, parallel: ParallelConfig) -> None:
     stage = replace(STAGE, parallel=parallel)
     run = RunConfig(data=DataConfig(sequence_length=SEQUENCE), stages=[stage], kernels=TORCH)

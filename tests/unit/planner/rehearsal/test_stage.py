@@ -22,7 +22,8 @@ from flm_megatron.errors import FlmError, RequestError
 from flm_megatron.model.teleflm import TeleFLM
 from flm_megatron.planner.cost.memory import rank_memory
 from flm_megatron.planner.layout import CUDA, stage_workload
-from flm_megatron.planner.rehearsal.rank import needed_micro_batches
+from flm_megatron.planner.rehearsal.meeting import check_meetings
+from flm_megatron.planner.rehearsal.rank import needed_micro_batches, rehearse_rank
 from flm_megatron.planner.rehearsal.roles import global_rank, roles
 from flm_megatron.planner.rehearsal.stage import StageRehearsal
 
@@ -50,8 +51,12 @@ def only(run: RunConfig, gpus: int) -> StageRehearsal:
 
 @pytest.mark.parametrize(
     ("parallel", "recompute"),
-    list(zip(LAYOUTS, ["selective", "full", "none", "selective"], strict=True)),
-    ids=["tensor, sequence and pipeline", "tensor", "virtual pipeline", "replicas"],
+    [
+        pytest.param(LAYOUTS[0], "selective", id="tensor, sequence and pipeline"),
+        pytest.param(LAYOUTS[1], "full", id="tensor"),
+        pytest.param(LAYOUTS[2], "none", id="virtual pipeline", marks=pytest.mark.slow),
+        pytest.param(LAYOUTS[3], "selective", id="replicas", marks=pytest.mark.slow),
+    ],
 )
 def test_every_role_holds_what_is_planned(parallel: ParallelConfig, recompute: str) -> None:
     run, gpus = run_of(parallel, recompute=recompute), 8
@@ -99,13 +104,11 @@ def test_micro_batches_that_memory_grows_over(virtual: int, needed: list[int]) -
 
 def test_more_micro_batches_hold_no_more_and_count_the_same() -> None:
     run = run_of(ParallelConfig(tensor=2, pipeline=2, sequence=True), recompute="selective")
-    from flm_megatron.planner.rehearsal.rank import rehearse_rank
-
     few = rehearse_rank(run, run.stages[0], 0, 4)
-    all_of_them = rehearse_rank(run, run.stages[0], 0, 4, micro_batches=16)
-    assert (few.ran, all_of_them.ran, few.micro_batches) == (3, 16, 16)
-    assert few.peak.nbytes == all_of_them.peak.nbytes
-    assert few.flops == all_of_them.flops and few.traffic() == all_of_them.traffic()
+    more = rehearse_rank(run, run.stages[0], 0, 4, micro_batches=6)
+    assert (few.ran, more.ran, few.micro_batches) == (3, 6, 16)
+    assert few.peak.nbytes == more.peak.nbytes
+    assert few.flops == more.flops and few.traffic() == more.traffic()
 
 
 def test_a_collective_that_one_rank_leaves_out_is_named_with_both_sites(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +126,14 @@ def test_a_collective_that_one_rank_leaves_out_is_named_with_both_sites(monkeypa
     text = str(error.value)
     assert "on rank 0" in text and "all-reduce of 12 bytes of float32 at" in text and "on rank 1" in text
     assert text.count(" at ") == 2 and "\n" not in text
+
+
+def test_a_rank_that_never_joins_a_group_is_named() -> None:
+    run = run_of(ParallelConfig(tensor=2))
+    here, there = (rehearse_rank(run, run.stages[0], rank, 2, micro_batches=1) for rank in range(2))
+    check_meetings([here, there])
+    with pytest.raises(FlmError, match="nothing on rank 1"):
+        check_meetings([here, replace(there, transfers=())])
 
 
 def test_one_rank_alone_has_the_role_that_it_is_in() -> None:
