@@ -11,8 +11,8 @@ import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -46,40 +46,28 @@ def read_torch_file(path: Path) -> Unpickled:
         )
 
 
-def load_torch_file(path: Path) -> Unpickled:
+def load_torch_file(path: Path, record: IO[bytes] | None = None) -> Unpickled:
     """The saved object with its tensors in memory; those of one storage share it. For small files.
 
-    Raises as `read_torch_file`; of classes fewer are known.
+    With `record` what is read is that range of the file. Raises as `read_torch_file`; of classes fewer are known.
     """
-    with _opened(path) as opened:
-        return _loaded(opened, str(path))
-
-
-def load_torch_bytes(data: bytes, where: str) -> object:
-    """The same of the bytes of such a file, which are kept at `where`."""
-    with _opened(BytesIO(data), where) as opened:
-        return _loaded(opened, where)
-
-
-def _loaded(opened: Opened, where: str) -> Unpickled:
-    archive, entries, text = opened
     storages: dict[str, bytearray] = {}
+    with _opened(path, record) as (archive, entries, text):
 
-    def values(stored: StoredTensor) -> torch.Tensor:
-        """Of one tensor."""
-        if stored.key not in storages:
-            storages[stored.key] = bytearray(read_stored(archive, entries[f"data/{stored.key}"].filename))
-        return _materialise(stored, storages[stored.key])
+        def values(stored: StoredTensor) -> torch.Tensor:
+            """Of one tensor."""
+            if stored.key not in storages:
+                storages[stored.key] = bytearray(read_stored(archive, entries[f"data/{stored.key}"].filename))
+            return _materialise(stored, storages[stored.key])
 
-    return load_pickle(text, where, tensor=values)
+        return load_pickle(text, str(path), tensor=values)
 
 
 @contextmanager
-def _opened(file: Path | BytesIO, where: str = "") -> Iterator[Opened]:
+def _opened(path: Path, record: IO[bytes] | None = None) -> Iterator[Opened]:
     """The archive, its entries by their names below its one folder, and its pickle."""
-    path = Path(where) if isinstance(file, BytesIO) else file
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(record or path) as archive:
             entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
             if sum(entry.filename.partition("/")[2] == "data.pkl" for entry in archive.infolist()) != 1:
                 raise DamagedError(f"{path}: not a file of torch.save")

@@ -8,10 +8,11 @@ import torch
 
 from flm_megatron.checkpoint.files.manifest import MANIFEST
 from flm_megatron.checkpoint.files.pickle.reader import Foreign
-from flm_megatron.checkpoint.files.torch_file import load_torch_bytes, load_torch_file
+from flm_megatron.checkpoint.files.torch_file import load_torch_file
 from flm_megatron.checkpoint.manifest import StagePosition
 from flm_megatron.checkpoint.torch_dist.metadata import StoredMetadata
-from flm_megatron.errors import DamagedError, RequestError, read_error
+from flm_megatron.checkpoint.torch_dist.tensor_record import load_object
+from flm_megatron.errors import DamagedError, RequestError
 
 COMMON = "common.pt"
 RECORD = "common_state/shard_0_1"
@@ -31,18 +32,9 @@ def read_common(path: Path, metadata: StoredMetadata) -> dict[str, object] | Non
         found = load_torch_file(path / COMMON)
     elif RECORD in metadata.of_bytes:
         place = metadata.of_bytes[RECORD]
-        file = path / place.relative_path
         if place.transformed:
             raise RequestError(f"{path}: {RECORD} is stored compressed or transformed, which cannot be read")
-        try:
-            with file.open("rb") as opened:
-                opened.seek(place.offset)
-                data = opened.read(place.length)
-        except FileNotFoundError:
-            raise DamagedError(f"{file} is missing", path) from None
-        except OSError as error:
-            raise read_error(file, error) from error
-        found = load_torch_bytes(data, str(file))
+        found = load_object(path / place.relative_path, place.offset, place.length)
         found = found[0] if isinstance(found, list) and found else found
     return found if isinstance(found, dict) else None
 

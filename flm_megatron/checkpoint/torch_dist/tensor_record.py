@@ -9,16 +9,16 @@ import pickle
 import struct
 import zipfile
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import torch
 from isal.isal_zlib import crc32
 
 from flm_megatron.checkpoint.files.block_checksums import CheckedFile, CheckedRun, read_fully
-from flm_megatron.checkpoint.files.pickle.reader import StoredTensor, load_pickle
+from flm_megatron.checkpoint.files.pickle.reader import StoredTensor, Unpickled, load_pickle
 from flm_megatron.checkpoint.files.stored_array import StoredArray
-from flm_megatron.checkpoint.files.torch_file import ZIP_ERRORS, archive_error, read_stored
-from flm_megatron.errors import DamagedError
+from flm_megatron.checkpoint.files.torch_file import ZIP_ERRORS, archive_error, load_torch_file, read_stored
+from flm_megatron.errors import DamagedError, read_error
 
 ALIGNMENT = 64
 LARGEST = 2**31  # bytes: above it an archive would need 64-bit entries
@@ -78,6 +78,15 @@ def locate(
     except (OSError, *ZIP_ERRORS) as error:
         raise archive_error(path, error, f"cannot be read at byte {offset} (truncated?)") from error
     return StoredArray(path, data, (tensor.storage_numel,), tensor.dtype, own), tensor
+
+
+def load_object(path: Path, offset: int, length: int) -> Unpickled:
+    """The object that the record at `offset` of `length` bytes holds, its tensors in memory. Raises as `locate`."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            return load_torch_file(path, cast(IO[bytes], _Window(file, offset, length, None)))
+    except OSError as error:
+        raise read_error(path, error) from error
 
 
 def _read(file: IO[bytes], position: int, size: int, checked: CheckedFile | None, path: Path) -> bytes:
