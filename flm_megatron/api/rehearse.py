@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from flm_megatron.api.values import require_whole
@@ -53,5 +52,4 @@ def rehearse(
         raise RequestError(f"rank is {rank}, but {gpus:,} processes have the ranks 0 to {gpus - 1:,}")
     run = with_vocabulary(only_stage(run, stage))
     check(run, gpus)
-    shared = workers or (1 if rank is not None else os.cpu_count() or 1)
-    return Rehearsal(tuple(rehearse_stage(run, one, gpus, rank, shared) for one in run.stages))
+    return Rehearsal(tuple(rehearse_stage(run, one, gpus, rank, workers) for one in run.stages))

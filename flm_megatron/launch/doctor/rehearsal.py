@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import replace
-
 from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.errors import FlmError
 from flm_megatron.launch.doctor.findings import Finding
@@ -22,14 +19,14 @@ def rehearsed(run: RunConfig, world: int | None) -> list[Finding]:
 
 
 def _stage(run: RunConfig, stage: StageConfig, world: int) -> Finding:
-    from flm_megatron.planner.chosen_stages import with_vocabulary
+    from flm_megatron.planner.chosen_stages import only_stage, with_vocabulary
     from flm_megatron.planner.rehearsal.stage import rehearse_stage
 
     try:
-        alone = with_vocabulary(replace(run, stages=[replace(stage, growth=None)]))
-        found = rehearse_stage(alone, alone.stages[0], world, workers=os.cpu_count() or 1)
+        alone = with_vocabulary(only_stage(run, stage.name))
+        found = rehearse_stage(alone, alone.stages[0], world)
     except FlmError as error:
         return Finding("stop", "rehearsal", f"stage {stage.name}: {error}")
-    held, rank = max((max(one.building.nbytes, one.peak.nbytes), one.rank) for one in found.reports)
-    text = f"stage {stage.name}: rank {rank} holds most, {held / GIB:.2f} GiB"
+    most = max(found.reports, key=lambda report: report.most_bytes)
+    text = f"stage {stage.name}: rank {most.rank} holds most, {most.most_bytes / GIB:.2f} GiB"
     return Finding("ok", "rehearsal", f"{text}; {len(found.met)} ranks meet in every collective")

@@ -40,8 +40,7 @@ def _roles(plan: RunPlan, rehearsed: Sequence[StageRehearsal]) -> Iterator[RoleM
         for role, report in zip(found.roles, found.reports, strict=True):
             memory = stage.memory[report.pipeline_rank]
             planned = round(memory.total - memory.allowance)
-            held = max(report.building.nbytes, report.peak.nbytes)
-            yield RoleMemory(stage.name, role.name, report.pipeline_rank, planned, held)
+            yield RoleMemory(stage.name, role.name, report.pipeline_rank, planned, report.most_bytes)
 
 
 def verification_text(roles: Sequence[RoleMemory]) -> str:

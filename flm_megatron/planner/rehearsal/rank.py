@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -53,6 +53,11 @@ class RankReport:
     read_bytes: int
     written_regions: int
     written_bytes: int
+
+    @property
+    def most_bytes(self) -> int:
+        """The most that it held at any time."""
+        return max(self.building.nbytes, self.peak.nbytes)
 
     def per_step(self, transfer: Transfer) -> float:
         """How often one of `transfers` is done in a step: those of micro-batches that were not run are counted too."""
@@ -222,5 +227,5 @@ def _gradient_buffers(chunks: Sequence[ReplicatedChunk]) -> Iterator[torch.Tenso
 def _batch(stage: StageConfig, sequence_length: int) -> Batch:
     """A micro-batch without values."""
     shape = (stage.micro_batch, sequence_length)
-    ids: Callable[[], torch.Tensor] = lambda: torch.zeros(shape, dtype=torch.long)  # noqa: E731
-    return {"tokens": ids(), "labels": ids(), "position_ids": ids(), "loss_mask": torch.ones(shape)}
+    ids = {name: torch.zeros(shape, dtype=torch.long) for name in ("tokens", "labels", "position_ids")}
+    return {**ids, "loss_mask": torch.ones(shape)}

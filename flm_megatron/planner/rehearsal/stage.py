@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 
 from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.planner.rehearsal.meeting import check_meetings
@@ -27,26 +28,25 @@ class StageRehearsal:
 
 
 def rehearse_stage(
-    run: RunConfig, stage: StageConfig, world: int, rank: int | None = None, workers: int = 1
+    run: RunConfig, stage: StageConfig, world: int, rank: int | None = None, workers: int | None = None
 ) -> StageRehearsal:
     """Rehearse a stage whose vocabulary is known on `world` processes: one rank of every role, or `rank` alone.
 
-    The rules of the run file have been checked. `workers` processes share the work.
+    The rules of the run file have been checked. `workers` processes share the work, as many as there are processors if
+    not given.
 
     Raises what the real ranks would raise, and FlmError where ranks would wait for each other for ever.
     """
     parallel = stage.parallel
     found = roles(stage.model, parallel)
     if rank is not None:
-        with _on(workers) as rehearse:
-            (report,) = rehearse(run, stage, world, [(rank, None)])
+        report = rehearse_rank(run, stage, rank, world)
         own = [role for role in found if report.pipeline_rank in role.pipeline_ranks]
         return StageRehearsal(stage.name, world, tuple(own), (report,), ())
     whole = [(global_rank(parallel, world, role.pipeline_ranks[0]), None) for role in found]
     meeting = _meeting_ranks(stage, world, found)
-    few = max(2, needed_micro_batches(stage, parallel.pipeline - 1)) if parallel.virtual_pipeline > 1 else 2
-    with _on(workers) as rehearse:
-        reports = list(rehearse(run, stage, world, [*whole, *((one, few) for one in meeting)]))
+    few = needed_micro_batches(stage, parallel.pipeline - 1)
+    reports = _reports(run, stage, world, [*whole, *((one, few) for one in meeting)], workers)
     check_meetings(reports[len(whole) :])
     return StageRehearsal(stage.name, world, tuple(found), tuple(reports[: len(whole)]), tuple(meeting))
 
@@ -64,16 +64,14 @@ Job = tuple[int, int | None]
 """A rank, and how many micro-batches it runs (as many as its memory grows over without a number)."""
 
 
-@contextmanager
-def _on(workers: int) -> Iterator[Callable[[RunConfig, StageConfig, int, Sequence[Job]], Iterable[RankReport]]]:
-    """What rehearses several ranks: in this process, or in several fresh ones."""
+def _reports(
+    run: RunConfig, stage: StageConfig, world: int, jobs: Sequence[Job], workers: int | None
+) -> list[RankReport]:
+    """Reports of the jobs, made in this process if it is the only worker, or in fresh ones."""
+    ranks, micro_batches = zip(*jobs, strict=True)
+    operands = (repeat(run), repeat(stage), ranks, repeat(world), micro_batches)
+    workers = workers or os.cpu_count() or 1
     if workers == 1:
-        yield lambda run, stage, world, jobs: [_one((run, stage, world, job)) for job in jobs]
-        return
+        return list(map(rehearse_rank, *operands))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        yield lambda run, stage, world, jobs: pool.map(_one, [(run, stage, world, job) for job in jobs])
-
-
-def _one(task: tuple[RunConfig, StageConfig, int, Job]) -> RankReport:
-    run, stage, world, (rank, micro_batches) = task
-    return rehearse_rank(run, stage, rank, world, micro_batches)
+        return list(pool.map(rehearse_rank, *operands))
