@@ -6,7 +6,8 @@ Started several times by `torchrun` or `srun`, the processes share the work.
 from __future__ import annotations
 
 import argparse
-import importlib
+
+from flm_megatron.cli.options.actions import add_actions
 
 COMMANDS = {
     "inspect": "show what a checkpoint holds",
@@ -20,14 +21,9 @@ COMMANDS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm checkpoint` and its commands."""
-    commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    for name, summary in COMMANDS.items():
-        module = importlib.import_module(f"flm_megatron.cli.checkpoint.{name.replace('-', '_')}")
-        command = commands.add_parser(name, help=summary, description=module.__doc__, allow_abbrev=False)
-        module.add_arguments(command)
-        command.set_defaults(action_run=module.run)
+    add_actions(parser, __name__, COMMANDS, metavar="ACTION")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run one of the commands; returns the exit status."""
-    return args.action_run(args)
+    return args.run_action(args)

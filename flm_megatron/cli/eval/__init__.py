@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+
+from flm_megatron.cli.options.actions import add_actions
 
 COMMANDS = {
     "bpb": "bits per byte of text, per domain and weighted",
@@ -13,14 +14,9 @@ COMMANDS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of all of `flm eval`'s commands."""
-    commands = parser.add_subparsers(dest="eval_command", required=True, metavar="COMMAND")
-    for name, summary in COMMANDS.items():
-        module = importlib.import_module(f"flm_megatron.cli.eval.{name}")
-        command = commands.add_parser(name, help=summary, description=module.__doc__, allow_abbrev=False)
-        module.add_arguments(command)
-        command.set_defaults(eval_run=module.run)
+    add_actions(parser, __name__, COMMANDS)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the chosen command."""
-    return args.eval_run(args)
+    return args.run_action(args)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+
+from flm_megatron.cli.options.actions import add_actions
 
 COMMANDS = {
     "coord-check": "sizes of activations and updates against width; exit status 1 if they do not follow muP",
@@ -13,16 +14,9 @@ COMMANDS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of all of `flm mup`'s commands."""
-    commands = parser.add_subparsers(dest="mup_command", required=True, metavar="COMMAND")
-    for name, summary in COMMANDS.items():
-        module = importlib.import_module(f"flm_megatron.cli.mup.{name.replace('-', '_')}")
-        command = commands.add_parser(
-            name, help=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-        )
-        module.add_arguments(command)
-        command.set_defaults(mup_run=module.run)
+    add_actions(parser, __name__, COMMANDS, formatter=argparse.ArgumentDefaultsHelpFormatter)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the chosen command."""
-    return args.mup_run(args)
+    return args.run_action(args)
