@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -117,38 +118,37 @@ def test_a_host_cut_off_from_the_network_is_named_in_time(data: Path, tmp_path: 
     assert f"rank 1: host {name} has not reached the first rank's host ({reached}:" in far
 
 
-def test_who_waits_for_a_lost_host_and_is_told_to_stop_ends_soon(data: Path, tmp_path: Path) -> None:
-    source, _ = make_run(data, tmp_path, *ENDLESS)
+@contextmanager
+def waiting_for_a_lost_host(source: Path, output: Path) -> Iterator[tuple[Host, Host, int]]:
+    """Two hosts of a run, the second of them lost without a word, and the process of the rank that waits for it."""
     with hosts(2) as machines:
-        job = start_job(machines, ["train", str(source)], tmp_path)
-        wait_for_step(tmp_path, 3, job[0], LIMIT_S)
+        job = start_job(machines, ["train", str(source)], output)
+        wait_for_step(output, 3, job[0], LIMIT_S)
         machines[1].cut_off()  # first, so that no connection is seen to end
         machines[1].kill()
         (waits,) = ranks_on(machines[0])
+        yield machines[0], machines[1], waits
+
+
+def test_who_waits_for_a_lost_host_and_is_told_to_stop_ends_soon(data: Path, tmp_path: Path) -> None:
+    source, _ = make_run(data, tmp_path, *ENDLESS)
+    with waiting_for_a_lost_host(source, tmp_path) as (left, lost, waits):
         began = time.monotonic()
         os.kill(waits, signal.SIGTERM)
         (ended,) = end_times([waits], LIMIT_S)
-        name = machines[1].name
+        name = lost.name
     assert ended - began < 10
-    assert (
-        f"rank 0: told to stop, and rank 1 on host {name} is gone: "
-        in (tmp_path / f"{machines[0].name}.log").read_text()
-    )
+    assert f"rank 0: told to stop, and rank 1 on host {name} is gone: " in (tmp_path / f"{left.name}.log").read_text()
 
 
 def test_who_waits_for_a_lost_host_ends_although_nobody_tells_it(data: Path, tmp_path: Path) -> None:
     """Long before the heartbeat would miss it: `distributed.timeout_s` is 600."""
     source, _ = make_run(data, tmp_path, *ENDLESS)
-    with hosts(2) as machines:
-        job = start_job(machines, ["train", str(source)], tmp_path)
-        wait_for_step(tmp_path, 3, job[0], LIMIT_S)
-        machines[1].cut_off()  # first, so that no connection is seen to end
-        machines[1].kill()
-        (waits,) = ranks_on(machines[0])
+    with waiting_for_a_lost_host(source, tmp_path) as (left, lost, waits):
         began = time.monotonic()
         (ended,) = end_times([waits], LIMIT_S)
-        name = machines[1].name
-    said = (tmp_path / f"{machines[0].name}.log").read_text()
+        name = lost.name
+    said = (tmp_path / f"{left.name}.log").read_text()
     assert ended - began < 60, said
     assert f"rank 0: rank 1 on host {name} is gone: ending without saving" in said
 
