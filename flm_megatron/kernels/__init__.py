@@ -15,7 +15,7 @@ from flm_megatron.kernels.loss import cross_entropy
 from flm_megatron.kernels.loss.linear_loss import fuses_head_and_loss, linear_cross_entropy
 from flm_megatron.kernels.norm import add_rms_norm, rms_norm
 from flm_megatron.kernels.rotary import rotary_qkv
-from flm_megatron.kernels.weight_gradient import add_weight_gradient_
+from flm_megatron.kernels.weight_gradient import add_weight_gradient_, weight_gradient_notice
 
 __all__ = [
     "NORM_FLOOR",
@@ -37,4 +37,5 @@ __all__ = [
     "scale_grads_",
     "swiglu",
     "use",
+    "weight_gradient_notice",
 ]

@@ -151,6 +151,8 @@ class StageTrainer:
         for reason in self.start.passed_over:
             log.say(f"WARNING: going on from {self.start.source}, for a newer checkpoint is damaged: {reason}")
         log.say(kernels.current().describe())
+        if self.stage.precision == "bf16" and (notice := kernels.weight_gradient_notice()):
+            log.say(notice)
         if self.stage.fp8 != "none":
             log.say(fp8.describe(self.stage.fp8, current().name))
         log.begin(self.stage.name, self.step, self.budget.steps)

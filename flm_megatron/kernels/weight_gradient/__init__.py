@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from flm_megatron.device import current as current_device
+from flm_megatron.kernels import choice
 from flm_megatron.kernels.choice import implementation
 from flm_megatron.kernels.registry import Implementation, Operation
 
@@ -47,3 +50,22 @@ def add_weight_gradient_(total: Tensor, rows: Tensor, grad: Tensor) -> None:
     to a tensor of its own, in the precision of the weights, and added in a second pass.
     """
     implementation(WEIGHT_GRADIENT, rows).add_(total, rows, grad)
+
+
+def weight_gradient_notice() -> str | None:
+    """One line for the log where gradients of bf16 weights take a pass of their own, because torch is too old.
+
+    None on a CPU, and where Apex adds them.
+    """
+    device = current_device().torch_device
+    if device.type == "cpu" or choice.current().names[WEIGHT_GRADIENT.name] != "torch":
+        return None
+    from flm_megatron.kernels.weight_gradient.reference import obstacle
+
+    reason = obstacle(device, torch.bfloat16)
+    if reason is None:
+        return None
+    return (
+        f"weight gradients take a second pass: torch.addmm of torch {torch.__version__} does not add products of bf16 "
+        f"to fp32 ({reason}); that of torch 2.10 does"
+    )
