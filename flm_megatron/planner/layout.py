@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -10,11 +10,23 @@ from typing import Literal
 from flm_megatron.config.rules.pipeline import pipeline_split
 from flm_megatron.config.schema import KernelsConfig, ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.device.chunks import CHUNK_VALUES, LARGE_LOGITS_BYTES, SMALLEST_HEAD_CHUNK
-from flm_megatron.model.parameters import ParameterSpec, parameter_specs
+from flm_megatron.model.parameters import (
+    ATTENTION_NORM,
+    FC1,
+    FC2,
+    MLP_NORM,
+    PROJECTION,
+    QKV,
+    ParameterSpec,
+    parameter_specs,
+)
 from flm_megatron.model.parameters.axis import padded_vocab_size
+from flm_megatron.model.parameters.spec import Place
 
 Recompute = Literal["none", "selective", "attention", "full"]
 BYTES = {"fp32": 4, "bf16": 2}
+MODULES = (ATTENTION_NORM, PROJECTION, QKV, MLP_NORM, FC1, FC2)
+"""Modules of a layer in the order of its module tree."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +172,13 @@ class Workload:
 
     def rank_parameters(self, rank: int, trained: bool = False) -> int:
         """Parameters on each tensor rank of pipeline rank `rank`; if `trained`, those that have gradients alone."""
-        specs = [spec for spec in self._specs if spec.trained or not trained]
+        return self._on_rank(rank, [spec for spec in self._specs if spec.trained or not trained])
+
+    def replicated_parameters(self, rank: int) -> int:
+        """Those that learn and that every tensor rank of pipeline rank `rank` has whole."""
+        return self._on_rank(rank, [spec for spec in self._specs if spec.trained and not spec.cut])
+
+    def _on_rank(self, rank: int, specs: Sequence[ParameterSpec]) -> int:
         stacked = (spec for spec in specs if spec.place == "layers")
         count = sum(self.chunks(rank)) * (self._shard_numel(stacked) // self.model.num_layers)
         if rank == 0:
@@ -170,6 +188,21 @@ class Workload:
             last = (spec for spec in specs if spec.place == "last")
             count += self._shard_numel(spec for spec in last if not (tied and spec.kind == "head"))
         return count
+
+    @cached_property
+    def trained_shards(self) -> dict[Place, list[int]]:
+        """Values on one tensor rank of every parameter that learns, by where it is (those of one layer for `layers`),
+        in the order in which the backward pass finishes them: that of the module tree backwards."""
+        trained = [spec for spec in self._specs if spec.trained]
+        trained.sort(key=lambda spec: MODULES.index(spec.module) if spec.place == "layers" else 0)
+        found: dict[Place, list[int]] = {"first": [], "layers": [], "last": []}
+        tied = self.implementation.tied_embeddings and self.parallel.pipeline == 1
+        for spec in reversed(trained):
+            if tied and spec.kind == "head":
+                continue
+            layers = self.model.num_layers if spec.place == "layers" else 1
+            found[spec.place].append(spec.shard_numel(self.parallel.tensor) // layers)
+        return found
 
     def _shard_numel(self, specs: Iterable[ParameterSpec]) -> int:
         """Values of parameters on one tensor rank."""

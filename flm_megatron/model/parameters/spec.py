@@ -76,7 +76,11 @@ class ParameterSpec:
         """Whether any of its axes counts `unit`."""
         return any(axis.unit is unit for axis in self.axes)
 
+    @property
+    def cut(self) -> bool:
+        """Whether tensor parallelism cuts it; else every tensor rank has all of it."""
+        return any(axis.cut is not Cut.WHOLE for axis in self.axes)
+
     def shard_numel(self, tensor: int) -> int:
         """Values on one of `tensor` ranks, padding included."""
-        cut = any(axis.cut is not Cut.WHOLE for axis in self.axes)
-        return math.prod(axis.padded_size(tensor) for axis in self.axes) // (tensor if cut else 1)
+        return math.prod(axis.padded_size(tensor) for axis in self.axes) // (tensor if self.cut else 1)

@@ -15,6 +15,7 @@ from flm_megatron.planner.cost.activations import (
 )
 from flm_megatron.planner.cost.communication import tensor_time
 from flm_megatron.planner.cost.matmul import matmul_time, memory_time, peak_flops
+from flm_megatron.planner.cost.traffic import PassExchanges, embedding_exchanges, head_exchanges, pair_exchanges
 from flm_megatron.planner.layout import Workload
 from flm_megatron.planner.machine import Machine
 
@@ -84,17 +85,18 @@ def head_passes(work: Workload, machine: Machine) -> Passes:
     if fuses_head(work):
         forward, backward = forward + backward, Seconds()
     norm = residual_bytes(work)
-    forward += Seconds(memory_bound=memory_time(machine, 2 * norm), tensor=_exchange(work, machine))
-    return Passes(forward, backward + Seconds(memory_bound=memory_time(machine, 3 * norm)))
+    exposed = _exposed(work, machine, head_exchanges(work), backward.matmul)
+    forward += Seconds(memory_bound=memory_time(machine, 2 * norm)) + exposed.forward
+    return Passes(forward, backward + Seconds(memory_bound=memory_time(machine, 3 * norm)) + exposed.backward)
 
 
 def embedding_passes(work: Workload, machine: Machine) -> Passes:
     """Rows are copied forward; backward their dense gradient is made and added to the fp32 buffer."""
     stream = stream_bytes(work)
-    exchange = _exchange(work, machine)
+    exposed = _exposed(work, machine, embedding_exchanges(work))
     gradient = work.embedding_parameters * (2 * work.bytes + 8)
-    forward = Seconds(memory_bound=memory_time(machine, 2 * stream), tensor=exchange)
-    return Passes(forward, Seconds(memory_bound=memory_time(machine, stream + gradient), tensor=exchange))
+    forward = Seconds(memory_bound=memory_time(machine, 2 * stream)) + exposed.forward
+    return Passes(forward, Seconds(memory_bound=memory_time(machine, stream + gradient)) + exposed.backward)
 
 
 def _attention_passes(work: Workload, machine: Machine) -> Passes:
@@ -132,31 +134,22 @@ def _feed_forward_passes(work: Workload, machine: Machine) -> Passes:
 
 
 def _around(work: Workload, machine: Machine, column: Passes) -> Passes:
-    """What surrounds a pair of matrices: norm, residual sum and the tensor group's exchanges.
-
-    Forward there is one all-gather and one reduce-scatter (or an all-reduce, which is both). The engine's backward
-    pass runs the first matrix's exchanges beside its weight gradient; with sequence parallelism the gathering of
-    the second matrix's output gradient stands alone.
-    """
+    """What surrounds a pair of matrices, the first split by columns: norm, residual sum and exchanges."""
     stream = residual_bytes(work)
     mask = stream / work.bytes if work.implementation.dropout else 0.0
     # A fused sum spares the norm one stream to read, and backward two; of a layer's two pairs one is fused.
     spared = 0.5 if work.implementation.fused_residual and work.recompute != "selective" else 0.0
     forward = memory_time(machine, 2 * stream) + memory_time(machine, (3 - spared) * stream + mask)
     backward = memory_time(machine, 3 * stream) + memory_time(machine, (3 - 2 * spared) * stream + mask)
-    exchange = _exchange(work, machine)
-    hidden_behind = column.backward.matmul
-    alone = exchange if work.parallel.sequence else 0.0
-    beside = 2 * exchange
-    return Passes(
-        Seconds(memory_bound=forward, tensor=2 * exchange),
-        Seconds(memory_bound=backward, tensor=alone + max(0.0, beside - hidden_behind)),
-    )
+    exposed = _exposed(work, machine, pair_exchanges(work), column.backward.matmul)
+    return Passes(Seconds(memory_bound=forward) + exposed.forward, Seconds(memory_bound=backward) + exposed.backward)
 
 
-def _exchange(work: Workload, machine: Machine) -> float:
-    """An all-gather or reduce-scatter of the residual stream over the tensor group."""
-    return tensor_time(work, machine, stream_bytes(work))
+def _exposed(work: Workload, machine: Machine, exchanges: PassExchanges, hidden: float = 0.0) -> Passes:
+    """Exchanges of the residual stream over the tensor group, less what `hidden` seconds of products hide."""
+    ring = tensor_time(work, machine, stream_bytes(work))
+    backward = exchanges.alone.rings * ring + max(0.0, exchanges.beside.rings * ring - hidden)
+    return Passes(Seconds(tensor=exchanges.forward.rings * ring), Seconds(tensor=backward))
 
 
 def _linear(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flm_megatron.planner.cost.activations import residual_bytes
+from flm_megatron.planner.cost.buckets import gradient_bytes, weight_bytes
 from flm_megatron.planner.cost.communication import data_time, pipeline_time
 from flm_megatron.planner.cost.compute import Passes, Seconds, embedding_passes, head_passes, layer_passes
 from flm_megatron.planner.cost.matmul import memory_time
+from flm_megatron.planner.cost.traffic import transfer_bytes
 from flm_megatron.planner.layout import Workload
 from flm_megatron.planner.machine import Machine
 from flm_megatron.training.metrics.flops import training_flops_per_token
@@ -88,8 +89,7 @@ def _transfer(work: Workload, machine: Machine, passes: ChunkPasses) -> float:
     run beside the next chunk's pass, and cost their start and what that does not hide."""
     if work.parallel.pipeline == 1:
         return 0.0
-    shared = work.parallel.tensor / work.sequence_parallel if work.implementation.scatters_transfers else 1
-    transfer = pipeline_time(work, machine, residual_bytes(work) / shared)
+    transfer = pipeline_time(work, machine, transfer_bytes(work))
     chunks = work.parallel.virtual_pipeline
     if chunks == 1:
         return 2 * transfer
@@ -100,11 +100,11 @@ def _transfer(work: Workload, machine: Machine, passes: ChunkPasses) -> float:
 
 def _data(work: Workload, machine: Machine, passes: ChunkPasses) -> float:
     """Reduction of fp32 gradients and gathering of new weights, less what one micro-batch's passes hide."""
-    parameters = max(work.rank_parameters(rank, trained=True) for rank in range(work.parallel.pipeline))
-    reduce = data_time(work, machine, 4.0 * parameters)
+    ranks = range(work.parallel.pipeline)
+    reduce = data_time(work, machine, max(gradient_bytes(work, rank) for rank in ranks))
     if not work.parallel.distributed_optimizer:
         return 2 * reduce
-    gather = data_time(work, machine, float(work.bytes * parameters))
+    gather = data_time(work, machine, max(weight_bytes(work, rank) for rank in ranks))
     layers = max(sum(work.chunks(rank)) for rank in (0, work.parallel.pipeline - 1))
     if work.parallel.overlap_grad_reduce:
         reduce = max(0.0, reduce - layers * passes.layer.backward.total)
