@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import cast
 
+import torch.distributed as dist
+from torch import Tensor
+
 from flm_megatron.config.schema import ParallelConfig
 from flm_megatron.engine.types import ModelChunk, Optimizer, ReplicatedChunk, SyncFunctions
 
@@ -27,16 +30,34 @@ def replicate(chunks: Sequence[ModelChunk], parallel: ParallelConfig) -> list[Re
 
 def connect(chunks: Sequence[ReplicatedChunk], optimizer: Optimizer, parallel: ParallelConfig) -> None:
     """Tell the schedules how gradients are finished and which communication overlaps."""
-    from megatron.core.distributed import finalize_model_grads
-
     config = chunks[0].config
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = _finish_gradients
     config.grad_scale_func = optimizer.scale_loss
     if parallel.overlap_grad_reduce:
         config.no_sync_func = _one_or_list([chunk.no_sync for chunk in chunks])
         config.grad_sync_func = _one_or_list([chunk.start_grad_sync for chunk in chunks])
     if parallel.overlap_param_gather:
         config.param_sync_func = _one_or_list([chunk.start_param_sync for chunk in chunks])
+
+
+def _finish_gradients(chunks: Sequence[ReplicatedChunk], tokens: Tensor | None = None, **options: object) -> None:
+    """Sum gradients over the ranks that share them, and divide them by the number of tokens [] int32 of the world.
+
+    The engine's own division (0.16) asks on the host whether there are any tokens; where there are none, gradients are
+    zero and stay so. `tokens` is known on the last pipeline rank.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.distributed import finalize_model_grads
+
+    finalize_model_grads(list(chunks), None, **options)
+    if tokens is None:
+        return
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    dist.broadcast(tokens, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
+    dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    factor = 1.0 / tokens.clamp(min=1)
+    for chunk in chunks:
+        chunk.scale_gradients(factor)
 
 
 def finish_gathering(chunks: Sequence[ModelChunk]) -> None:

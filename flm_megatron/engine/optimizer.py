@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from flm_megatron.device import current
 from flm_megatron.engine.prepare import prepare
 from flm_megatron.engine.replaced import replace
 
@@ -99,6 +100,25 @@ def install_clipping(applier: Callable[..., object], norm: Callable[..., object]
     replace(clip_grads, multi_tensor_applier=applier, l2_norm_impl=norm, multi_tensor_scale_impl=scale)
     if hasattr(clip_grads, "multi_tensor_scale_tensor_impl"):  # from 0.19 on; without it norms are numbers
         replace(clip_grads, multi_tensor_scale_tensor_impl=None)
+
+
+def squares_of_gradients(optimizer: Optimizer) -> torch.Tensor:
+    """Sum of the squares of the gradients that this rank counts, [1] fp32; of copies that ranks hold alike, one counts.
+
+    What the engine's `get_grad_norm` sums over ranks, in an all-reduce of its own for which the host waits.
+    """
+    import torch
+
+    gradients: list[torch.Tensor] = []
+    for part in optimizer.chained_optimizers:  # from 0.19 on by another name
+        given = getattr(part, "get_grads_for_grad_norm", None) or part.get_main_grads_for_grad_norm
+        gradients += given()
+    overflow = torch.zeros(1, dtype=torch.int, device=current().torch_device)
+    if not gradients:
+        return overflow.float()
+    clip_grads = _clip_grads()
+    norm, _ = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, overflow, [gradients], False)
+    return norm**2.0
 
 
 def clip_grads_by_norm(part: ChainedPart, norm: float) -> None:

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 ParameterGroup = dict[str, Any]
@@ -46,6 +47,10 @@ class ChainedPart(Protocol):
         """The fp32 masters that this rank updates."""
         ...
 
+    def get_main_grads_for_grad_norm(self) -> list[torch.Tensor]:
+        """The gradients that this rank counts for the global norm."""
+        ...
+
 
 class Optimizer(Protocol):
     """megatron-core's ChainedOptimizer."""
@@ -65,8 +70,8 @@ class Optimizer(Protocol):
         """Hand the gradient buffers to the masters; returns whether one is infinite (which fp16 alone can tell)."""
         ...
 
-    def get_grad_norm(self) -> float | torch.Tensor:
-        """The 2-norm of all gradients over the world."""
+    def get_grad_stats_parallel_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold all gradients between them; none for the world."""
         ...
 
     def step_with_ready_grads(self) -> bool:
@@ -101,6 +106,9 @@ if TYPE_CHECKING:
 
         def zero_grad_buffer(self) -> None:
             """Zero the gradient buffers."""
+
+        def scale_gradients(self, factor: torch.Tensor) -> None:
+            """Multiply the gradient buffers."""
 
         def no_sync(self) -> AbstractContextManager[None]:
             """While it runs, gradients are added up here alone."""

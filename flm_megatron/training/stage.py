@@ -43,7 +43,8 @@ from flm_megatron.training.resume.memory_copies import MemoryCopies
 from flm_megatron.training.resume.start import Beginning, Start, begin, checkpoint_store
 from flm_megatron.training.resume.unfinished_save import bring_to_end
 from flm_megatron.training.spikes import SpikeWatch, joined
-from flm_megatron.training.step import Batch, StepResult, Told, TrainState
+from flm_megatron.training.step import Batch, StepResult, TrainState
+from flm_megatron.training.world_sums import Told
 
 RECENT_STEPS = 20
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch.profiler import record_function
 
 from flm_megatron.config.schema import StageConfig
@@ -16,25 +14,13 @@ from flm_megatron.device import current
 from flm_megatron.engine.data_parallel import connect, replicate
 from flm_megatron.engine.schedules import Report, forward_backward
 from flm_megatron.engine.types import ModelChunk
-from flm_megatron.model.forward import is_output_rank
 from flm_megatron.training.frozen_weights import freeze, frozen_parameters
-from flm_megatron.training.optimizer_step import guarded_step
+from flm_megatron.training.optimizer_step import clip_and_step, ready_squares
+from flm_megatron.training.world_sums import NOTHING, Told, WorldSums, sum_over_world
 
 Batch = dict[str, torch.Tensor]
 OPTIMIZER = "optimizer"
 """Profiler name of clearing gradients, computing their norm, clipping and updating."""
-
-
-class Told(NamedTuple):
-    """Flags that any rank can pass to all others along with a step's losses."""
-
-    stop: bool = False
-    """A stop was requested."""
-    save_failed: bool = False
-    """The save in progress is known to have failed."""
-
-
-NOTHING = Told()
 
 
 @dataclass(frozen=True)
@@ -83,7 +69,8 @@ class TrainState:
     ) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one optimizer step.
 
-        The weights stay as they are where `judge(loss, gradient norm)` gives a reason.
+        The weights stay as they are where `judge(loss, gradient norm)` gives a reason; it has to answer alike on all
+        ranks. Ranks meet in one all-reduce, and the host waits once for the device, to read it.
 
         Takes tokens, labels, position_ids [micro_batch, sequence] int64 and loss_mask [micro_batch, sequence] fp32.
         Gradients and loss are means over all unmasked tokens of the global batch.
@@ -92,11 +79,15 @@ class TrainState:
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-        loss, tokens, heard = self._losses(batches, forward_only=False, told=told)
-        loss /= max(tokens, 1)
+        outputs = self._run(batches, forward_only=False)
         with record_function(OPTIMIZER):
-            grad_norm, refused = guarded_step(self.optimizer, lambda norm: judge(loss, norm))
-        return StepResult(loss, tokens, grad_norm, heard, refused)
+            sums = sum_over_world(outputs, told, ready_squares(self.optimizer))
+            loss = sums.loss / max(sums.tokens, 1)
+            # Numbers, and what is remembered of earlier ones, are equal on all ranks, and so is the answer.
+            refused = judge(loss, sums.grad_norm)
+            if refused is None:
+                clip_and_step(self.optimizer, sums.grad_norm)
+        return StepResult(loss, sums.tokens, sums.grad_norm, sums.heard, refused)
 
     def validation_loss(self, batches: Iterator[list[Batch]]) -> float:
         """Mean loss over all unmasked tokens of the batches, in nats; the same on every rank."""
@@ -104,14 +95,18 @@ class TrainState:
         _set_training(self.chunks, False)
         with torch.no_grad():
             for group in batches:
-                loss, tokens, _ = self._losses(group, forward_only=True)
-                total, count = total + loss, count + tokens
+                sums = self._losses(group, forward_only=True)
+                total, count = total + sums.loss, count + sums.tokens
         _set_training(self.chunks, True)
         return total / max(count, 1)
 
-    def _losses(self, batches: list[Batch], forward_only: bool, told: Told = NOTHING) -> tuple[float, int, Told]:
-        """Sum of losses and number of tokens over all ranks, and the flags of any of them."""
-        outputs = forward_backward(
+    def _losses(self, batches: list[Batch], forward_only: bool) -> WorldSums:
+        """Losses and tokens over all ranks."""
+        return sum_over_world(self._run(batches, forward_only))
+
+    def _run(self, batches: list[Batch], forward_only: bool) -> list[torch.Tensor]:
+        """Losses and tokens of each micro-batch on the last pipeline rank, nothing elsewhere."""
+        return forward_backward(
             forward_step,
             [iter(batches) for _ in self.chunks],
             self.chunks,
@@ -120,7 +115,6 @@ class TrainState:
             sequence_length=self.sequence_length,
             forward_only=forward_only,
         )
-        return _reduce(outputs, told)
 
 
 def forward_step(data_iterator: Iterator[Batch], model: ModelChunk) -> tuple[torch.Tensor, Report[torch.Tensor]]:
@@ -146,17 +140,6 @@ def _with_tokens(mask: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor,
     """Sum over unmasked tokens, their number, and both in float64 for the log (a copy: the engine scales in place)."""
     tokens = mask.sum()
     return total, tokens.to(torch.int), torch.stack([total.detach().double(), tokens.double()])
-
-
-def _reduce(outputs: list[torch.Tensor], told: Told) -> tuple[float, int, Told]:
-    """Sum over the world; only one tensor rank of each last pipeline rank contributes losses."""
-    sums = torch.zeros(2 + len(told), dtype=torch.float64, device=current().torch_device)
-    if outputs and is_output_rank():
-        sums[:2] = torch.stack(outputs).sum(0)
-    sums[2:] = torch.tensor(told, dtype=torch.float64)
-    dist.all_reduce(sums)
-    loss, tokens, *heard = sums.tolist()
-    return loss, int(tokens), Told(*(count > 0 for count in heard))
 
 
 def _set_training(chunks: Sequence[ModelChunk], training: bool) -> None:

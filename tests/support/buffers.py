@@ -57,7 +57,7 @@ def gradient_buffers(
         for chunk in state.chunks:
             chunk.zero_grad_buffer()
         batch = micro_batches(synthetic_batch(0, stage.model.vocab_size or 0), stage.micro_batch)
-        loss, tokens, _ = state._losses(batch, forward_only=False)
+        loss, tokens, *_ = state._losses(batch, forward_only=False)
         buffers = [buffer.grad_data for chunk in state.chunks for buffer in cast(Any, chunk).buffers]
         assert all(buffer.dtype is torch.float32 for buffer in buffers)
         learning = [module.weight for module in linear if module.weight.requires_grad]

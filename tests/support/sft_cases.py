@@ -58,7 +58,7 @@ def gradients(
         for batch in batches:
             for chunk in state.chunks:
                 chunk.zero_grad_buffer()
-            loss, tokens, _ = state._losses(micro_batches(batch, 2), forward_only=False)
+            loss, tokens, *_ = state._losses(micro_batches(batch, 2), forward_only=False)
             parts = [
                 (p.name, p.region, p.parameter.main_grad[p.local.slices].reshape(p.region.sizes).clone())  # type: ignore[attr-defined]
                 for p in placements(state.chunks)

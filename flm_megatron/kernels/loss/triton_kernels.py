@@ -54,9 +54,11 @@ def _gradient_kernel(
 def statistics(logits: Tensor, labels: Tensor, valid: int) -> Tensor:
     """As `reference.statistics`, in fp32."""
     rows, width = logits.shape
-    if not valid:
-        return torch.tensor([-torch.inf, 0.0], device=logits.device).unsqueeze(1).repeat(1, rows)
     found = torch.empty(2, rows, dtype=torch.float32, device=logits.device)
+    if not valid:
+        found[0].fill_(-torch.inf)
+        found[1].zero_()
+        return found
     block = min(BLOCK, triton.next_power_of_2(valid))
     _statistics_kernel[(rows,)](logits, labels, found, rows, width, valid, BLOCK=block, num_warps=_warps(block))
     return found

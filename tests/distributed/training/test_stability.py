@@ -23,7 +23,7 @@ from flm_megatron.training.metrics.events import RefusedEvent, StepEvent, read_e
 from flm_megatron.training.metrics.goodput import read_goodput
 from flm_megatron.training.resume.start import begin, checkpoint_store, find_start
 from flm_megatron.training.stage import StageTrainer
-from flm_megatron.training.step import Batch, Told
+from flm_megatron.training.step import Batch
 from tests.support.layouts import STAGE, relative_difference, synthetic_batch, take_steps, train_state_under
 from tests.support.pool import Pool, RankFailed
 from tests.support.reference_model import reference_logits
@@ -37,17 +37,17 @@ class FaultyTrainer(StageTrainer):
 
     def inject(self, faults: dict[int, str]) -> None:
         """Put the faults in, by the number of the step."""
-        honest = self.state._losses
+        honest = self.state._run
 
-        def faulty(*args: Any, **kwargs: Any) -> tuple[float, int, Told]:
-            loss, tokens, heard = honest(*args, **kwargs)
-            fault = None if kwargs.get("forward_only") else faults.get(self.step + 1)
+        def faulty(batches: list[Batch], forward_only: bool) -> list[torch.Tensor]:
+            outputs = honest(batches, forward_only)
+            fault = None if forward_only else faults.get(self.step + 1)
             if fault == "gradient" and torch.distributed.get_rank() == 1:
                 weight: Any = next(iter(self.state.chunks[0].parameters()))
                 weight.main_grad.view(-1)[0] = math.nan
-            return (loss * 50 if fault == "loss" else loss), tokens, heard
+            return [output * torch.tensor([50.0, 1.0]) if fault == "loss" else output for output in outputs]
 
-        self.state._losses = faulty  # type: ignore[method-assign]
+        self.state._run = faulty  # type: ignore[method-assign]
         self.faults = faults
 
     def _at_intervals(self) -> None:

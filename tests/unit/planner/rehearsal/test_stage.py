@@ -110,6 +110,12 @@ def test_more_micro_batches_hold_no_more_and_count_the_same() -> None:
     assert few.flops == more.flops and few.traffic() == more.traffic()
 
 
+def test_the_world_meets_once_in_a_step() -> None:
+    run = run_of(ParallelConfig(tensor=2, pipeline=2, sequence=True))
+    report = rehearse_rank(run, run.stages[0], 0, 8, micro_batches=2)
+    assert [t.kind for t in report.transfers if len(t.group) == 8] == ["all-reduce"]
+
+
 def test_a_collective_that_one_rank_leaves_out_is_named_with_both_sites(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = TeleFLM.forward
 
