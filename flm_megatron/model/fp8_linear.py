@@ -7,12 +7,14 @@ layout changes no scale; with `rowwise` scaling each shard of a split row has it
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from flm_megatron.kernels import fp8
@@ -35,98 +37,157 @@ class _Fp8Products:
     scaling: fp8.Scaling
     column: bool
     tp_group: dist.ProcessGroup
+    weight_casts: _WeightCasts | None = None
+    """Those of this step, while `weights_cast_once` runs."""
 
     def _forward_impl(
         self,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        gradient_accumulation_fusion: bool,
         allreduce_dgrad: bool,
         sequence_parallel: bool,
         **_: object,
     ) -> Tensor:
         """input weight^T + bias [sequence, batch, output shard], with the signature of the engine's functions."""
-        how = _How(self.scaling, self.column, self.tp_group, sequence_parallel, allreduce_dgrad)
-        output = _Fp8Linear.apply(input, weight, how)
+        how = _How(
+            self.scaling,
+            self.column,
+            self.tp_group,
+            sequence_parallel,
+            allreduce_dgrad,
+            gradient_accumulation_fusion,
+        )
+        output = _Fp8Linear.apply(input, weight, how, self.weight_casts or _WeightCasts(kept=False))
         return output if bias is None else output + bias
+
+
+class _WeightCasts:
+    """The casts of a weight, made when they are first asked for and `kept`, or made anew each time."""
+
+    def __init__(self, kept: bool) -> None:
+        self.kept = kept
+        self.amax: Tensor | None = None
+        self._made: dict[bool, fp8.Quantized] = {}
+
+    def largest(self, weight: Tensor) -> Tensor:
+        """Largest value of this rank's shard; once `amax` is there, that of all shards."""
+        return fp8.largest(weight) if self.amax is None else self.amax
+
+    def cast(self, weight: Tensor, transpose: bool = False) -> fp8.Quantized:
+        """The weight, or its transpose, with the scale that follows from `amax`."""
+        found = self._made.get(transpose) or fp8.quantize(weight, fp8.E4M3, self.amax, transpose)
+        if self.kept:
+            self._made[transpose] = found
+        return found
+
+
+@contextmanager
+def weights_cast_once(chunks: Sequence[nn.Module], micro_batches: int) -> Iterator[None]:
+    """While the block runs no weight changes: each one in FP8 is cast by the first micro-batch that needs it.
+
+    Its two casts, a byte for each value in each, stay until the end of the block. Of a single micro-batch there is
+    nothing to keep.
+    """
+    layers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, _Fp8Products)]
+    if micro_batches > 1:
+        for layer in layers:
+            layer.weight_casts = _WeightCasts(kept=True)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.weight_casts = None
 
 
 @dataclass(frozen=True)
 class _How:
     """Scaling, and which operands are split over the ranks of `group`: the output of a column-parallel layer, the
-    input of a row-parallel one. Under sequence parallelism a column-parallel layer gathers its input first."""
+    input of a row-parallel one. Under sequence parallelism a column-parallel layer gathers its input first. The
+    gradient of the weight is added to its buffer at once where that is asked for (`accumulate`)."""
 
     scaling: fp8.Scaling
     column: bool
     group: dist.ProcessGroup
     gather: bool
     reduce: bool
+    accumulate: bool
 
-    def amaxes(self, *matrices: tuple[Tensor, bool]) -> list[Tensor | None]:
-        """Largest values of matrices, those marked being shards; none where each row has its own scale."""
-        if self.scaling == "rowwise":
-            return [None] * len(matrices)
-        found = torch.stack([fp8.largest(x) for x, _ in matrices])
-        split = [is_shard for _, is_shard in matrices]
-        if any(split) and self.group.size() > 1:
+    def agreed(self, *largest: tuple[Tensor, bool]) -> list[Tensor]:
+        """Largest values of matrices, those marked being of shards, agreed upon by all ranks."""
+        if any(is_shard for _, is_shard in largest) and self.group.size() > 1:
             # The others are the same on every rank.
+            found = torch.stack([value for value, _ in largest])
             dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
-        return list(found.unbind())
+            return list(found.unbind())
+        return [value for value, _ in largest]
 
     def product(self, a: fp8.Quantized, b: fp8.Quantized, dtype: torch.dtype, forward: bool = False) -> Tensor:
         """As torchao's recipes: GPUs are fast with row scales only if they accumulate fast."""
         return fp8.product(a, b, dtype, fast_accumulation=forward or self.scaling == "rowwise")
 
+    def weight_gradient(self, weight: Tensor, grad: fp8.Quantized, rows: fp8.Quantized) -> Tensor | None:
+        """grad rows^T, both [channels, tokens], for autograd; or added to the weight's buffer, and then a placeholder
+        that nothing reads where the engine asks for one."""
+        if not self.accumulate:
+            return self.product(grad, rows, weight.dtype)
+        # By rows, torch's product has results in bf16 alone on most GPUs.
+        dtype = weight.dtype if self.scaling == "rowwise" else torch.float32
+        fp8.add_product_(weight.main_grad, grad, rows, dtype, fast_accumulation=self.scaling == "rowwise")  # type: ignore[attr-defined]
+        if not hasattr(weight, "grad_added_to_main_grad"):
+            return None
+        weight.grad_added_to_main_grad = True
+        return torch.empty_like(weight)
+
 
 class _Context(Context, Protocol):
     how: _How
+    casts: _WeightCasts
 
 
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, x: Tensor, weight: Tensor, how: _How) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, weight: Tensor, how: _How, casts: _WeightCasts) -> Tensor:
         """x weight^T [..., out], from x [..., in] and weight [out, in], gathered and cast to E4M3."""
         rows = _gather(x, how.group)[0] if how.gather else x
-        amax_x, amax_weight = how.amaxes((rows, not how.column), (weight, True))
+        amax_x = None
+        if how.scaling == "tensorwise":
+            largest = (fp8.largest(rows), not how.column), (casts.largest(weight), True)
+            amax_x, casts.amax = how.agreed(*largest)
         out = how.product(
-            fp8.quantize(rows.flatten(0, -2), fp8.E4M3, amax_x),
-            fp8.quantize(weight, fp8.E4M3, amax_weight),
-            x.dtype,
-            True,
+            fp8.quantize(rows.flatten(0, -2), fp8.E4M3, amax_x), casts.cast(weight), x.dtype, forward=True
         )
-        ctx.save_for_backward(x, weight, amax_x, amax_weight)
-        ctx.how = how
+        ctx.save_for_backward(x, weight, amax_x)
+        ctx.how, ctx.casts = how, casts
         return out.view(*rows.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of input and weight; communication overlaps with the products, as in the engine's own layers."""
-        x, weight, amax_x, amax_weight = ctx.saved_tensors
+        x, weight, amax_x = ctx.saved_tensors
         how, learns, rows, gathered = ctx.how, ctx.needs_input_grad[1], x, None
         if how.gather and learns:
             rows, gathered = _gather(x, how.group, wait=False)
-        upstream = grad.flatten(0, -2)
-        (amax_grad,) = how.amaxes((upstream, how.column))
+        upstream, amax_grad = grad.flatten(0, -2), None
+        if how.scaling == "tensorwise":
+            (amax_grad,) = how.agreed((fp8.largest(upstream), how.column))
         dtype = fp8.GRADIENT_DTYPE[how.scaling]
-        grad_x = how.product(
-            fp8.quantize(upstream, dtype, amax_grad),
-            fp8.quantize(weight, fp8.E4M3, amax_weight, transpose=True),
-            x.dtype,
-        )
+        grad_x = how.product(fp8.quantize(upstream, dtype, amax_grad), ctx.casts.cast(weight, transpose=True), x.dtype)
         grad_x, reduced = _reduce(grad_x.view(*grad.shape[:-1], -1), x, how)
         grad_weight = None
         if learns:
             if gathered:
                 gathered.wait()
-            grad_weight = how.product(
+            grad_weight = how.weight_gradient(
+                weight,
                 fp8.quantize(upstream, dtype, amax_grad, transpose=True),
                 fp8.quantize(rows.flatten(0, -2), fp8.E4M3, amax_x, transpose=True),
-                weight.dtype,
             )
         if reduced:
             reduced.wait()
-        return grad_x, grad_weight, None
+        return grad_x, grad_weight, None, None
 
 
 def _gather(x: Tensor, group: dist.ProcessGroup, wait: bool = True) -> tuple[Tensor, dist.Work | None]:

@@ -204,6 +204,12 @@ class Workload:
             found[spec.place].append(spec.shard_numel(self.parallel.tensor) // layers)
         return found
 
+    def layer_matrices(self, rank: int) -> int:
+        """Values of the weights of the layers' linear maps on each tensor rank of pipeline rank `rank`."""
+        matrices = [spec for spec in self._specs if spec.place == "layers" and spec.value == "weight"]
+        matrices = [spec for spec in matrices if len(spec.axes) > 2]
+        return sum(self.chunks(rank)) * (self._shard_numel(matrices) // self.model.num_layers)
+
     def _shard_numel(self, specs: Iterable[ParameterSpec]) -> int:
         """Values of parameters on one tensor rank."""
         return sum(spec.shard_numel(self.parallel.tensor) for spec in specs)

@@ -14,6 +14,7 @@ from flm_megatron.device import current
 from flm_megatron.engine.data_parallel import connect, replicate
 from flm_megatron.engine.schedules import Report, forward_backward
 from flm_megatron.engine.types import ModelChunk
+from flm_megatron.model.fp8_linear import weights_cast_once
 from flm_megatron.training.frozen_weights import freeze, frozen_parameters
 from flm_megatron.training.optimizer_step import clip_and_step, ready_squares
 from flm_megatron.training.world_sums import NOTHING, Told, WorldSums, sum_over_world
@@ -106,15 +107,16 @@ class TrainState:
 
     def _run(self, batches: list[Batch], forward_only: bool) -> list[torch.Tensor]:
         """Losses and tokens of each micro-batch on the last pipeline rank, nothing elsewhere."""
-        return forward_backward(
-            forward_step,
-            [iter(batches) for _ in self.chunks],
-            self.chunks,
-            micro_batches=len(batches),
-            micro_batch=self.stage.micro_batch,
-            sequence_length=self.sequence_length,
-            forward_only=forward_only,
-        )
+        with weights_cast_once(self.chunks, len(batches)):
+            return forward_backward(
+                forward_step,
+                [iter(batches) for _ in self.chunks],
+                self.chunks,
+                micro_batches=len(batches),
+                micro_batch=self.stage.micro_batch,
+                sequence_length=self.sequence_length,
+                forward_only=forward_only,
+            )
 
 
 def forward_step(data_iterator: Iterator[Batch], model: ModelChunk) -> tuple[torch.Tensor, Report[torch.Tensor]]:

@@ -157,18 +157,18 @@ def _linear(
 ) -> Passes:
     """A weight [columns, inner] on this rank: its product, and the gradients of input and weight; the latter is added
     to the fp32 buffer by the product itself, or by a kernel of its own. With `fp8` operands are cast before each
-    product; efficiencies are those of other products, for nothing was measured. `tokens` are a micro-batch's unless
-    given."""
+    product, weights once a step, and what is added is read out of caches; efficiencies are those of other products,
+    for nothing was measured. `tokens` are a micro-batch's unless given."""
     tokens = tokens or work.tokens
     precision: Literal["fp32", "bf16", "fp8"] = "fp8" if fp8 else work.precision
     forward = matmul_time(machine, precision, tokens, columns, inner)
     backward = matmul_time(machine, precision, tokens, inner, columns)
     backward += matmul_time(machine, precision, columns, inner, tokens)
-    added = columns * inner * (6 if work.implementation.fused_weight_gradient and not fp8 else 8 + work.bytes)
+    added = columns * inner * (6 if work.implementation.fused_weight_gradient else 8 + work.bytes)
     cast = [0.0, 0.0]
     if fp8:
         each = 2 * work.bytes + 1  # read for the largest value, read again, written
-        operands = (tokens + columns) * inner
+        operands = (tokens + columns / work.micro_batches) * inner
         cast = [memory_time(machine, each * size) for size in (operands, operands + 2 * tokens * columns)]
     return Passes(
         Seconds(matmul=forward, memory_bound=cast[0]),

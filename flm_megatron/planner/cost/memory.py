@@ -108,7 +108,12 @@ def _dynamic(work: Workload, rank: int) -> tuple[float, float]:
         moments.append(head_activations(work) + _head_working(work))
     if rank == 0:
         moments.append(_embedding_working(work) - chunks[0])
-    return waiting, max(moments)
+    return waiting, max(moments) + _weight_casts(work, rank)
+
+
+def _weight_casts(work: Workload, rank: int) -> float:
+    """Layers' matrices in FP8 and their transposes, which are kept while there are micro-batches to come."""
+    return 2.0 * work.layer_matrices(rank) if work.fp8 and work.micro_batches > 1 else 0.0
 
 
 def _layer_backward(work: Workload) -> float:

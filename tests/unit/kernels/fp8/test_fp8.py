@@ -19,6 +19,7 @@ from flm_megatron.growth.plan import make_plan
 from flm_megatron.growth.schedule import mask_plan
 from flm_megatron.kernels import fp8
 from flm_megatron.launch.preflight import require_installed
+from flm_megatron.model.fp8_linear import weights_cast_once
 from flm_megatron.model.masks import GrowthMasks
 from tests.support.filled_model import filled_model, gradients, seeded_batch
 from tests.support.fp8_oracle import FORMATS, dequantized, linear, rounded
@@ -115,6 +116,41 @@ def test_products_are_those_of_the_rounded_values(
     assert found.dtype is result
     # Sums cancel, so errors are held against what is added up.
     assert bool(((found - expected).abs() <= tolerance * (value(a).abs() @ value(b).abs().t())).all())
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_products_are_added_slab_by_slab(scaling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8, "SLAB_VALUES", 16 * 32)
+    a, b = quantized(draw(48, 96), fp8.E4M3, scaling), quantized(draw(32, 96, seed=1), fp8.E4M3, scaling)
+    before = draw(48, 32, seed=2, dtype=torch.float32)
+    total = before.clone()
+    fp8.add_product_(total, a, b, torch.float32, fast_accumulation=False)
+    added = (total.double() - before - value(a) @ value(b).t()).abs()
+    assert bool((added <= 1e-5 * (before.abs() + value(a).abs() @ value(b).abs().t())).all())
+
+
+def test_casts_of_weights_are_kept_for_one_step() -> None:
+    chunks = filled_model(MODEL, random_tensors(MODEL), precision="bf16", fp8="tensorwise")
+    layer = chunks[0].decoder.layers[0].mlp.linear_fc1
+    x = draw(16, 1, 64).requires_grad_()
+
+    def run() -> tuple[Tensor, Tensor]:
+        """What the layer gives for `x`, and the gradient of `x`."""
+        output = layer(x)[0]
+        return output, torch.autograd.grad(output.sum(), x)[0]
+
+    with weights_cast_once(chunks, micro_batches=2):
+        first, again = run(), run()
+        assert all(map(torch.equal, first, again))
+        with torch.no_grad():
+            layer.weight.mul_(1.5)
+        assert all(map(torch.equal, first, run()))
+    assert not any(map(torch.equal, first, run()))
+    with pytest.raises(ZeroDivisionError), weights_cast_once(chunks, micro_batches=2):
+        raise ZeroDivisionError
+    assert layer.weight_casts is None
+    with weights_cast_once(chunks, micro_batches=1):
+        assert layer.weight_casts is None
 
 
 @pytest.mark.parametrize("target", ["self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1"])

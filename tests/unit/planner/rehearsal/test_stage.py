@@ -70,6 +70,21 @@ def test_every_role_holds_what_is_planned(parallel: ParallelConfig, recompute: s
         assert report.most_bytes == pytest.approx(planned.total, rel=0.03), (role, report, planned)
 
 
+@pytest.mark.parametrize(
+    ("fields", "parallel", "rank"),
+    [
+        pytest.param({"fp8": "tensorwise", "recompute": "selective"}, LAYOUTS[0], 4, id="tensorwise, last"),
+        pytest.param({"fp8": "rowwise"}, LAYOUTS[0], 0, id="rowwise, first", marks=pytest.mark.slow),
+        pytest.param({"fp8": "rowwise", "recompute": "full"}, LAYOUTS[1], 0, id="tensor", marks=pytest.mark.slow),
+    ],
+)
+def test_fp8_holds_what_is_planned(fields: dict[str, str], parallel: ParallelConfig, rank: int) -> None:
+    run = run_of(parallel, **fields, model=replace(MODEL, ffn_hidden_size=1408))
+    report = rehearse_rank(run, run.stages[0], rank, 8)
+    planned = rank_memory(stage_workload(run.stages[0], SEQUENCE, 8, CUDA), report.pipeline_rank)
+    assert report.most_bytes == pytest.approx(planned.total, rel=0.02), (report, planned)
+
+
 def test_nothing_of_a_rehearsal_stays_in_the_process() -> None:
     device, choice = current(), kernels.current()
     only(run_of(ParallelConfig(tensor=2)), 2)
