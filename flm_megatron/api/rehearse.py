@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from flm_megatron.api.values import require_whole
 from flm_megatron.config.ranges import LARGEST_WORLD
-from flm_megatron.config.rules import check
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.errors import RequestError
-from flm_megatron.planner.chosen_stages import only_stage, with_vocabulary
+from flm_megatron.growth.foreseen import check_run_file
+from flm_megatron.planner.chosen_stages import only_stage, whole_run, with_vocabulary
 from flm_megatron.planner.rehearsal.report import rehearsal_data, rehearsal_text
 from flm_megatron.planner.rehearsal.stage import StageRehearsal, rehearse_stage
 
@@ -50,6 +50,8 @@ def rehearse(
     require_whole("workers", workers, LARGEST_WORLD)
     if rank is not None and not 0 <= rank < gpus:
         raise RequestError(f"rank is {rank}, but {gpus:,} processes have the ranks 0 to {gpus - 1:,}")
-    run = with_vocabulary(only_stage(run, stage))
-    check(run, gpus)
-    return Rehearsal(tuple(rehearse_stage(run, one, gpus, rank, workers) for one in run.stages))
+    chosen = with_vocabulary(only_stage(run, stage))
+    check_run_file(chosen, gpus)
+    run, names = whole_run(run, chosen), [one.name for one in chosen.stages]
+    stages = [one for one in run.stages if one.name in names]
+    return Rehearsal(tuple(rehearse_stage(run, one, gpus, rank, workers) for one in stages))

@@ -27,6 +27,15 @@ def only_stage(config: RunConfig, name: str | None) -> RunConfig:
     return replace(config, stages=[replace(stage, growth=None)])
 
 
+def whole_run(config: RunConfig, chosen: RunConfig) -> RunConfig:
+    """The run that stages were chosen from, its other stages with the vocabulary of these: growth keeps it."""
+    size = chosen.stages[0].model.vocab_size
+    stages = [
+        replace(stage, model=replace(stage.model, vocab_size=stage.model.vocab_size or size)) for stage in config.stages
+    ]
+    return replace(config, stages=stages)
+
+
 def with_vocabulary(config: RunConfig) -> RunConfig:
     """The run with the vocabulary sizes that its file leaves to the tokenizer.
 

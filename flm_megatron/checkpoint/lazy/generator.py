@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from flm_megatron.checkpoint.logical import Region
+from flm_megatron.checkpoint.without_values import stand_in
 
 CHUNK = 32768  # values made at a time: the working arrays stay in the second-level cache
 KNOT_BITS, FRACTION_BITS = 16, 24
@@ -60,6 +61,9 @@ def truncated_normal(
     """
     if not 0 < bound <= LARGEST_BOUND:
         raise ValueError(f"bound is {bound} standard deviations: give one above 0 and at most {LARGEST_BOUND}")
+    undrawn = stand_in(None, region.sizes, dtype)
+    if undrawn is not None:
+        return undrawn
     lines = _lines(std, mean, bound)
     out = torch.empty(region.numel, dtype=dtype)
     values = out.numpy() if dtype == torch.float32 else np.empty(region.numel, np.float32)

@@ -125,8 +125,13 @@ def save_state(
     if buffer is not None:
         stored = snapshot(stored, buffer)
     found = [SourceRegion(name, region, _getter(region, tensor)) for name, region, tensor in stored]
-    shards = {f"__{processes.rank}_0.distcp": found}
+    shards = {shard_file(processes.rank): found}
     return SaveHandle(Path(path), tensors, shards, manifest, processes, partial(give_back, buffer) if buffer else None)
+
+
+def shard_file(rank: int) -> str:
+    """Name of the file that a rank writes."""
+    return f"__{rank}_0.distcp"
 
 
 def stored_state(

@@ -47,6 +47,11 @@ def encode(dtype: torch.dtype, shape: tuple[int, ...], crc: int) -> tuple[bytes,
     return head, directory + end
 
 
+def record_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """Size of the whole record of a tensor."""
+    return math.prod(shape) * dtype.itemsize + sum(map(len, encode(dtype, shape, 0)))
+
+
 def locate(
     path: Path, offset: int, length: int, checked: CheckedFile | None = None
 ) -> tuple[StoredArray, StoredTensor]:

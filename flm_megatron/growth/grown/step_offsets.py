@@ -86,11 +86,16 @@ def load_step_offsets(checkpoint: LogicalCheckpoint, chunks: Sequence[ModelChunk
                 f"growth.optimizer_step is `birth`, which {kind} cannot count: use `keep` with a re-warm-up, "
                 "or train without Transformer Engine and Apex"
             )
-        masters = {p.data_ptr(): p for group in inner.param_groups for p in group["params"] if p.numel()}
+        masters = {_memory(p): p for group in inner.param_groups for p in group["params"] if p.numel()}
         for state in part_slices(part):
             values = torch.zeros(state.master.shape, dtype=torch.int32)
             for held in state_regions(state, by_parameter):
                 held.values(values).copy_(step_offsets(growth, held.placement.name, held.region))
             if values.any():
-                master = masters[state.master.data_ptr()]
+                master = masters[_memory(state.master)]
                 inner.state[master]["step_offset"] = values.view(master.shape).to(master.device)
+
+
+def _memory(tensor: torch.Tensor) -> tuple[int, int]:
+    """What tells where a tensor's values are, whether it has values or not."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flm_megatron.config.schema import RunConfig, StageConfig
+from flm_megatron.config.stage_names import stage_index
 from flm_megatron.errors import FlmError
 from flm_megatron.launch.doctor.findings import Finding
 from flm_megatron.launch.run import local_processes
@@ -19,12 +20,12 @@ def rehearsed(run: RunConfig, world: int | None) -> list[Finding]:
 
 
 def _stage(run: RunConfig, stage: StageConfig, world: int) -> Finding:
-    from flm_megatron.planner.chosen_stages import only_stage, with_vocabulary
+    from flm_megatron.planner.chosen_stages import only_stage, whole_run, with_vocabulary
     from flm_megatron.planner.rehearsal.stage import rehearse_stage
 
     try:
-        alone = with_vocabulary(only_stage(run, stage.name))
-        found = rehearse_stage(alone, alone.stages[0], world)
+        whole = whole_run(run, with_vocabulary(only_stage(run, stage.name)))
+        found = rehearse_stage(whole, whole.stages[stage_index(whole, stage.name)], world)
     except FlmError as error:
         return Finding("stop", "rehearsal", f"stage {stage.name}: {error}")
     most = max(found.reports, key=lambda report: report.most_bytes)

@@ -27,14 +27,19 @@ def check_meetings(reports: Sequence[RankReport]) -> None:
             _compare_transfers(other, one)
 
 
+def _all(report: RankReport) -> tuple[Transfer, ...]:
+    """Transfers of the step, of the one under masks, and of validation."""
+    return report.transfers + report.life.transfers
+
+
 def _groups(report: RankReport) -> set[tuple[int, ...]]:
-    return {transfer.group for transfer in report.transfers}
+    return {transfer.group for transfer in _all(report)}
 
 
 def _compare(one: RankReport, other: RankReport, group: tuple[int, ...]) -> None:
     """Collectives of one group have to come in the same order on both."""
     ours, theirs = (
-        [t for t in report.transfers if t.group == group and t.kind not in POINT_TO_POINT] for report in (one, other)
+        [t for t in _all(report) if t.group == group and t.kind not in POINT_TO_POINT] for report in (one, other)
     )
     for number, (mine, its) in enumerate(zip_longest(ours, theirs), 1):
         if mine is None or its is None or not mine.matches(its):
@@ -46,8 +51,8 @@ def _compare(one: RankReport, other: RankReport, group: tuple[int, ...]) -> None
 
 def _compare_transfers(one: RankReport, other: RankReport) -> None:
     """What one sends the other has to receive."""
-    sent = [t for t in one.transfers if t.kind == "send" and t.peer == other.rank]
-    received = [t for t in other.transfers if t.kind == "receive" and t.peer == one.rank]
+    sent = [t for t in _all(one) if t.kind == "send" and t.peer == other.rank]
+    received = [t for t in _all(other) if t.kind == "receive" and t.peer == one.rank]
     for number, (out, back) in enumerate(zip_longest(sent, received), 1):
         if out is None or back is None or (out.nbytes, out.dtype) != (back.nbytes, back.dtype):
             raise FlmError(

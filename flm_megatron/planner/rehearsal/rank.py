@@ -1,16 +1,15 @@
-"""One rank of a stage through its life: built, loaded, one training step, saved; the real program, without values."""
+"""One rank of a stage through its life: built, loaded, a training step, validation, saved; without values."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flm_megatron.checkpoint.sharding.model_state import load_state, stored_state
 from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.distributed.world import layout
 from flm_megatron.engine import parallel_state
@@ -19,9 +18,14 @@ from flm_megatron.engine.types import ReplicatedChunk
 from flm_megatron.kernels.choice import choose, using
 from flm_megatron.kernels.unlaunched import without_launches
 from flm_megatron.optim.learning_rate import set_learning_rates
-from flm_megatron.planner.rehearsal.ledger import Peak
-from flm_megatron.planner.rehearsal.recorder import Recorder, Transfer
-from flm_megatron.planner.rehearsal.stage_checkpoint import StageCheckpoint
+from flm_megatron.planner.rehearsal.ledger import Ledger, Peak
+from flm_megatron.planner.rehearsal.life.beginning import resumed, started
+from flm_megatron.planner.rehearsal.life.life import Life
+from flm_megatron.planner.rehearsal.life.loading import load
+from flm_megatron.planner.rehearsal.life.masks import step_under_masks
+from flm_megatron.planner.rehearsal.life.saving import saved
+from flm_megatron.planner.rehearsal.life.validation import validate
+from flm_megatron.planner.rehearsal.recorder import Recorder, Traffic, Transfer, traffic
 from flm_megatron.planner.rehearsal.world import rehearsed_world
 from flm_megatron.training.step import Batch, TrainState
 
@@ -49,29 +53,20 @@ class RankReport:
     """The most that the step held."""
     flops: dict[str, int]
     transfers: tuple[Transfer, ...]
-    read_regions: int
-    read_bytes: int
-    written_regions: int
-    written_bytes: int
+    life: Life
 
     @property
     def most_bytes(self) -> int:
-        """The most that it held at any time."""
+        """The most that it held while building and in the step."""
         return max(self.building.nbytes, self.peak.nbytes)
 
     def per_step(self, transfer: Transfer) -> float:
         """How often one of `transfers` is done in a step: those of micro-batches that were not run are counted too."""
         return self.micro_batches / self.ran if transfer.repeats else 1.0
 
-    def traffic(self) -> dict[tuple[str, int], tuple[int, int]]:
-        """Count and bytes of a step's transfers by kind and number of ranks."""
-        counts: Counter[tuple[str, int]] = Counter()
-        sizes: Counter[tuple[str, int]] = Counter()
-        for transfer in self.transfers:
-            key = (transfer.kind, len(transfer.group))
-            counts[key] += self.per_step(transfer)  # type: ignore[assignment]
-            sizes[key] += self.per_step(transfer) * transfer.nbytes  # type: ignore[assignment]
-        return {key: (round(counts[key]), round(sizes[key])) for key in counts}
+    def traffic(self) -> Traffic:
+        """Those of a step."""
+        return traffic(self.transfers, self.per_step)
 
 
 def rehearse_rank(
@@ -91,6 +86,7 @@ class _Rehearsal:
     def __init__(self, run: RunConfig, stage: StageConfig, rank: int, world: int) -> None:
         self.run, self.stage, self.rank, self.world = run, stage, rank, world
         self.recorder = Recorder()
+        self.recorder.replicas = tuple(dist.get_process_group_ranks(parallel_state.get_data_parallel_group()))
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def report(self, micro_batches: int | None) -> RankReport:
@@ -99,14 +95,27 @@ class _Rehearsal:
         total = stage.global_batch // stage.micro_batch // parallel_state.get_data_parallel_world_size()
         pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
         ran = min(total, micro_batches or needed_micro_batches(stage, pipeline_rank))
+        beginnings = resumed(self.run, stage), started(self.run, stage)
+        plan = beginnings[1].plan
         with using(choose(self.run.kernels)), without_launches(), self.fake, self.recorder:
             ledger.moment = "building"
-            state = TrainState(stage, self.run.data.sequence_length)
-            checkpoint = self._load(state)
+            state = TrainState(beginnings[1].stage, self.run.data.sequence_length)
+            ledger.use, ledger.moment = "optimizer", "loading"
+            resuming, starting = (load(state, beginning) for beginning in beginnings)
+            _classify(ledger, state)
+            ledger.use = "temporaries"
+            self.recorder.forget()
             steady, building = ledger.by_use(), ledger.begin_peak()
+            masked = None
+            if plan is not None and plan.masked:
+                masked = step_under_masks(self.recorder, state, plan, lambda: self._step(state, ran))
             self._step(state, ran)
-            transfers, peak = tuple(self.recorder.transfers), ledger.peak
-            _, stored = stored_state(state.chunks, state.optimizer)
+            flops, peak = dict(self.recorder.flops), ledger.begin_peak()
+            transfers = self.recorder.forget()
+            with _forward_passes(state.chunks, self.recorder):
+                few = min(total, micro_batches or needed_micro_batches(stage, stage.parallel.pipeline - 1))
+                validation = validate(self.recorder, self.run, state, _batch(self.run, stage), total, few)
+            saving = saved(self.run, stage, state, self.rank)
         return RankReport(
             rank=self.rank,
             world=self.world,
@@ -118,37 +127,10 @@ class _Rehearsal:
             steady=steady,
             building=building,
             peak=peak,
-            flops={name: count * total // ran for name, count in self.recorder.flops.items()},
+            flops={name: count * total // ran for name, count in flops.items()},
             transfers=transfers,
-            read_regions=checkpoint.regions,
-            read_bytes=checkpoint.nbytes,
-            written_regions=len(stored),
-            written_bytes=sum(tensor.nbytes for _, _, tensor in stored),
+            life=Life(starting, resuming, masked, validation, saving),
         )
-
-    def _load(self, state: TrainState) -> StageCheckpoint:
-        """Weights and optimizer out of a checkpoint of the stage, and what all that is held is for."""
-        ledger = self.recorder.ledger
-        ledger.use, ledger.moment = "optimizer", "loading"
-        checkpoint = StageCheckpoint(self.stage, self.fake)
-        load_state(checkpoint, state.chunks, state.optimizer)
-        for buffer in _gradient_buffers(state.chunks):
-            ledger.classify(buffer, "gradients")
-        for part in parts(state.optimizer):
-            for values in part.optimizer.state.values():
-                for tensor in values.values():
-                    if isinstance(tensor, torch.Tensor):
-                        ledger.classify(tensor, "optimizer")
-        for group in state.optimizer.param_groups:
-            for master in group["params"]:
-                ledger.classify(master, "optimizer")
-        for chunk in state.chunks:
-            for parameter in chunk.parameters():
-                ledger.classify(parameter, "weights")
-        ledger.use = "temporaries"
-        self.recorder.transfers.clear()
-        self.recorder.flops.clear()
-        return checkpoint
 
     def _step(self, state: TrainState, micro_batches: int) -> None:
         ledger, recorder = self.recorder.ledger, self.recorder
@@ -162,13 +144,13 @@ class _Rehearsal:
             finalize(*arguments, **named)
             ledger.moment = "optimizer step"
 
-        batch = _batch(self.stage, self.run.data.sequence_length)
+        batch = _batch(self.run, self.stage)
         config.finalize_model_grads_func = finish
         with _forward_passes(state.chunks, recorder):
             ledger.moment, recorder.micro_batched = "start of the step", True
             state.train_step([batch] * micro_batches)
         config.finalize_model_grads_func = finalize
-        ledger.moment = "saving"
+        ledger.moment = "end of the step"
 
 
 def needed_micro_batches(stage: StageConfig, pipeline_rank: int) -> int:
@@ -216,6 +198,23 @@ def _forward_passes(chunks: Sequence[ReplicatedChunk], recorder: Recorder) -> It
             handle.remove()
 
 
+def _classify(ledger: Ledger, state: TrainState) -> None:
+    """Say what all that is held between steps is for."""
+    for buffer in _gradient_buffers(state.chunks):
+        ledger.classify(buffer, "gradients")
+    for part in parts(state.optimizer):
+        for values in part.optimizer.state.values():
+            for tensor in values.values():
+                if isinstance(tensor, torch.Tensor):
+                    ledger.classify(tensor, "optimizer")
+    for group in state.optimizer.param_groups:
+        for master in group["params"]:
+            ledger.classify(master, "optimizer")
+    for chunk in state.chunks:
+        for parameter in chunk.parameters():
+            ledger.classify(parameter, "weights")
+
+
 def _gradient_buffers(chunks: Sequence[ReplicatedChunk]) -> Iterator[torch.Tensor]:
     for chunk in chunks:
         for buffer in chunk.buffers:  # type: ignore[attr-defined]
@@ -224,8 +223,9 @@ def _gradient_buffers(chunks: Sequence[ReplicatedChunk]) -> Iterator[torch.Tenso
                 yield buffer.param_data
 
 
-def _batch(stage: StageConfig, sequence_length: int) -> Batch:
-    """A micro-batch without values."""
-    shape = (stage.micro_batch, sequence_length)
-    ids = {name: torch.zeros(shape, dtype=torch.long) for name in ("tokens", "labels", "position_ids")}
-    return {**ids, "loss_mask": torch.ones(shape)}
+def _batch(run: RunConfig, stage: StageConfig) -> Batch:
+    """A micro-batch without values; of packed conversations it says which position belongs to which."""
+    shape = (stage.micro_batch, run.data.sequence_length)
+    packed = run.data.chat is not None and run.data.chat.packing
+    names = ("tokens", "labels", "position_ids", *(("segments",) if packed else ()))
+    return {**{name: torch.zeros(shape, dtype=torch.long) for name in names}, "loss_mask": torch.ones(shape)}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,10 @@ PACKAGES = ("flm_megatron", "megatron")
 OWN = str(Path(__file__).parent)
 
 
+Traffic = dict[tuple[str, int], tuple[int, int]]
+"""Count and bytes of transfers by kind and number of ranks."""
+
+
 @dataclass(frozen=True)
 class Transfer:
     """One collective or point-to-point transfer that this rank takes part in.
@@ -66,10 +70,22 @@ class Transfer:
         return (self.kind, self.nbytes, self.dtype) == (other.kind, other.nbytes, other.dtype)
 
 
+def traffic(transfers: Iterable[Transfer], times: Callable[[Transfer], float]) -> Traffic:
+    """Count and bytes by kind and number of ranks, of transfers that are each done so many `times`."""
+    counts: dict[tuple[str, int], float] = defaultdict(float)
+    sizes: dict[tuple[str, int], float] = defaultdict(float)
+    for transfer in transfers:
+        key = (transfer.kind, len(transfer.group))
+        counts[key] += times(transfer)
+        sizes[key] += times(transfer) * transfer.nbytes
+    return {key: (round(counts[key]), round(sizes[key])) for key in counts}
+
+
 class Recorder(TorchDispatchMode):
     """Stands above torch's fake tensors, or (with `values`) above real ones.
 
-    `micro_batched` is true while what is done is done for each micro-batch.
+    `micro_batched` is true while what is done is done for each micro-batch, but for what `replicas`, the global ranks
+    of the data-parallel group, do together: weights are gathered in the first one, gradients reduced in the last.
     """
 
     def __init__(self, values: bool = False) -> None:
@@ -79,6 +95,7 @@ class Recorder(TorchDispatchMode):
         self.flops: Counter[str] = Counter()
         self.transfers: list[Transfer] = []
         self.micro_batched = False
+        self.replicas: tuple[int, ...] = ()
 
     def __enter__(self) -> Recorder:
         """Watch, storages that are resized too: that is no operation.
@@ -123,6 +140,13 @@ class Recorder(TorchDispatchMode):
             self.ledger.enter(tensor, func._opname)
         return out
 
+    def forget(self) -> tuple[Transfer, ...]:
+        """The transfers so far; they and the arithmetic are counted anew from now on."""
+        transfers = tuple(self.transfers)
+        self.transfers.clear()
+        self.flops.clear()
+        return transfers
+
     def _transfer(self, func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """Take note of a collective, and do it: others say what this rank says."""
         self._note_transfer(func, args)
@@ -166,7 +190,7 @@ class Recorder(TorchDispatchMode):
                 max(sum(tensor.nbytes for tensor in _tensors(arg)) for arg in args),
                 dtype,
                 _site(),
-                self.micro_batched,
+                self.micro_batched and (len(ranks) == 1 or ranks != self.replicas),
                 None if peer is None else ranks[peer],
             )
         )

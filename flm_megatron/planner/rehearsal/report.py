@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from flm_megatron.planner.cost.memory import GIB
 from flm_megatron.planner.rehearsal.ledger import USES
+from flm_megatron.planner.rehearsal.life.report import life_data, life_text
 from flm_megatron.planner.rehearsal.rank import RankReport
 from flm_megatron.planner.rehearsal.roles import Role
 from flm_megatron.planner.rehearsal.stage import StageRehearsal
@@ -20,6 +21,7 @@ def rehearsal_text(found: StageRehearsal) -> str:
         f"stage {found.stage} on {found.world:,} processes: {len(pairs)} rank(s) through one step",
         f"GiB at the peak of building and of the step\n{_memory(pairs)}",
         *(f"a step of rank {report.rank} ({role.name})\n{_step(report)}" for role, report in pairs),
+        *(f"rank {report.rank} ({role.name}) beside its steps\n{life_text(report.life)}" for role, report in pairs),
     ]
     if found.met:
         texts.append(f"ranks {', '.join(map(str, found.met))} meet in every collective and transfer")
@@ -49,8 +51,7 @@ def rehearsal_data(found: StageRehearsal) -> dict[str, object]:
                     {"kind": kind, "ranks": ranks, "count": count, "bytes": nbytes}
                     for (kind, ranks), (count, nbytes) in report.traffic().items()
                 ],
-                "read": {"regions": report.read_regions, "bytes": report.read_bytes},
-                "written": {"regions": report.written_regions, "bytes": report.written_bytes},
+                **life_data(report.life),
             }
             for role, report in zip(found.roles, found.reports, strict=True)
         ],
@@ -77,8 +78,6 @@ def _step(report: RankReport) -> str:
         [
             table(rows),
             f"{report.micro_batches:,} micro-batches ({report.ran} run): {arithmetic}",
-            f"loading reads {report.read_bytes / GIB:,.2f} GiB in {report.read_regions:,} regions, "
-            f"saving writes {report.written_bytes / GIB:,.2f} GiB in {report.written_regions:,}",
         ]
     )
 

@@ -116,11 +116,13 @@ def test_micro_batches_that_memory_grows_over(virtual: int, needed: list[int]) -
     assert [needed_micro_batches(stage, rank) for rank in range(4)] == needed
 
 
-def test_more_micro_batches_hold_no_more_and_count_the_same() -> None:
-    run = run_of(ParallelConfig(tensor=2, pipeline=2, sequence=True), recompute="selective")
-    few = rehearse_rank(run, run.stages[0], 0, 4)
-    more = rehearse_rank(run, run.stages[0], 0, 4, micro_batches=6)
-    assert (few.ran, more.ran, few.micro_batches) == (3, 6, 16)
+@pytest.mark.parametrize(("gpus", "overlap", "micro_batches"), [(4, False, 16), (8, True, 8)])
+def test_more_micro_batches_hold_no_more_and_count_the_same(gpus: int, overlap: bool, micro_batches: int) -> None:
+    parallel = ParallelConfig(2, 2, sequence=True, overlap_grad_reduce=overlap, overlap_param_gather=overlap)
+    run = run_of(parallel, recompute="selective")
+    few = rehearse_rank(run, run.stages[0], 0, gpus)
+    more = rehearse_rank(run, run.stages[0], 0, gpus, micro_batches=6)
+    assert (few.ran, more.ran, few.micro_batches) == (3, 6, micro_batches)
     assert few.peak.nbytes == more.peak.nbytes
     assert few.flops == more.flops and few.traffic() == more.traffic()
 

@@ -1,0 +1,28 @@
+"""What a rank does beside its steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flm_megatron.planner.rehearsal.life.loading import Loading
+from flm_megatron.planner.rehearsal.life.masks import MaskedStep
+from flm_megatron.planner.rehearsal.life.saving import Saving
+from flm_megatron.planner.rehearsal.life.validation import ValidationPass
+from flm_megatron.planner.rehearsal.recorder import Transfer
+
+
+@dataclass(frozen=True)
+class Life:
+    """How its stage starts and resumes, its first step where it grows behind masks, validation if it has one, and
+    saving."""
+
+    starting: Loading
+    resuming: Loading
+    masked: MaskedStep | None
+    validation: ValidationPass | None
+    saving: Saving
+
+    @property
+    def transfers(self) -> tuple[Transfer, ...]:
+        """Those of the masked step and of validation."""
+        return sum((part.transfers for part in (self.masked, self.validation) if part is not None), ())

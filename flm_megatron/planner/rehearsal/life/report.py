@@ -1,0 +1,104 @@
+"""The life of a rank beside its steps, as text for people and as plain data for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from flm_megatron.planner.cost.memory import GIB
+from flm_megatron.planner.rehearsal.life.counted import STATES, Amount, by_state, total
+from flm_megatron.planner.rehearsal.life.life import Life
+from flm_megatron.planner.rehearsal.life.loading import Loading
+from flm_megatron.planner.rehearsal.life.masks import MaskedStep
+from flm_megatron.planner.rehearsal.life.validation import ValidationPass
+from flm_megatron.planner.rehearsal.recorder import traffic
+from flm_megatron.planner.report.text import table
+
+FILES_SHOWN = 4
+
+
+def life_text(life: Life) -> str:
+    """What the rank reads and writes, a line for each file that is here, and masks and validation where it has them."""
+    rows = [["GiB read and written", "regions", *STATES.values(), "new values"]]
+    rows += [_row(f"{one.how}", by_state(one.tensors.items()), one.drawn) for one in (life.starting, life.resuming)]
+    rows.append(_row("saved", life.saving.states, Amount()))
+    lines = [table(rows), *_files(life.starting), *_files(life.resuming), _saving(life)]
+    lines += [_masked(life.masked)] if life.masked else []
+    lines += [_validation(life.validation)] if life.validation else []
+    return "\n".join(lines)
+
+
+def life_data(life: Life) -> dict[str, object]:
+    """The same as plain data: regions, bytes, operations, counts."""
+    return {
+        "starting": _loading(life.starting),
+        "resuming": _loading(life.resuming),
+        "saving": asdict(life.saving),
+        "masked_step": None
+        if life.masked is None
+        else {
+            "dimensions": list(life.masked.dimensions),
+            "mask_bytes": life.masked.nbytes,
+            "peak": asdict(life.masked.peak),
+        },
+        "validation": None if life.validation is None else _pass_data(life.validation),
+    }
+
+
+def _row(what: str, states: dict[str, Amount], drawn: Amount) -> list[str]:
+    regions = total([*states.values(), drawn]).regions
+    cells = [states.get(name, Amount()).nbytes for name in STATES.values()]
+    return [what, f"{regions:,}", *(f"{nbytes / GIB:,.2f}" for nbytes in (*cells, drawn.nbytes))]
+
+
+def _files(loading: Loading) -> Iterator[str]:
+    """What is read of the files of a checkpoint that is here."""
+    if loading.where is None:
+        return
+    shown = list(loading.files.items())[:FILES_SHOWN]
+    parts = [f"{Path(file).name} ({_amount(amount)})" for file, amount in shown]
+    more = f" and {len(loading.files) - FILES_SHOWN:,} other files" if len(loading.files) > FILES_SHOWN else ""
+    yield f"{loading.how}: {loading.where}, Adam at step {loading.adam_step:,}: {', '.join(parts)}{more}"
+
+
+def _amount(amount: Amount) -> str:
+    return f"{amount.nbytes / GIB:,.2f} GiB in {amount.regions:,} regions"
+
+
+def _saving(life: Life) -> str:
+    saving = life.saving
+    copy = f"; {saving.host_bytes / GIB:,.2f} GiB of host memory hold them meanwhile" if saving.host_bytes else ""
+    return f"saved into {saving.file}{copy}"
+
+
+def _masked(step: MaskedStep) -> str:
+    names = ", ".join(step.dimensions)
+    return (
+        f"first step, {names} masked ({step.nbytes / 2**20:,.2f} MiB of masks): at most {step.peak.nbytes / GIB:.2f} "
+        f"GiB, {step.peak.moment}"
+    )
+
+
+def _validation(one: ValidationPass) -> str:
+    arithmetic = ", ".join(f"{count / 1e12:,.1f} TFLOP of {name}" for name, count in one.flops.items())
+    rows = [["", "ranks", "count", "GiB"]]
+    for (kind, ranks), (count, nbytes) in traffic(one.transfers, one.per_pass).items():
+        rows.append([kind, str(ranks), f"{count:,}", f"{nbytes / GIB:,.2f}"])
+    sets = f" of each of {one.sets} sets" if one.sets > 1 else ""
+    work = f"{one.batches:,} x {one.micro_batches:,} micro-batches ({one.ran} run)"
+    most = f"at most {one.peak.nbytes / GIB:.2f} GiB"
+    return f"validation on {one.samples:,} samples{sets}: {work}, {most}, {arithmetic}\n{table(rows)}"
+
+
+def _loading(loading: Loading) -> dict[str, object]:
+    return asdict(loading) | {"states": {name: asdict(one) for name, one in by_state(loading.tensors.items()).items()}}
+
+
+def _pass_data(one: ValidationPass) -> dict[str, object]:
+    plain = {name: getattr(one, name) for name in ("sets", "samples", "batches", "micro_batches", "ran", "flops")}
+    transfers = [
+        {"kind": kind, "ranks": ranks, "count": count, "bytes": nbytes}
+        for (kind, ranks), (count, nbytes) in traffic(one.transfers, one.per_pass).items()
+    ]
+    return plain | {"peak": asdict(one.peak), "transfers": transfers}
