@@ -34,6 +34,8 @@ class Device(ABC):
     """How processes are started here: `forkserver`, or `spawn` where the device must not be forked."""
     fills_in_threads: bool = True
     """Whether tensors may be filled by several threads at once."""
+    has_values: bool = True
+    """Whether tensors hold numbers; without them no decision can depend on any."""
     random_state: RandomState | None = None
     """What replaces CUDA's generator; none on CUDA."""
 

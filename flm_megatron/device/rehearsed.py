@@ -11,6 +11,7 @@ class RehearsedDevice(CpuDevice):
     name = "rehearsed"
     backend = "fake"
     fills_in_threads = False
+    has_values = False
 
     def engine_options(self) -> dict[str, object]:
         """As on a CPU, but what a pipeline rank has sent is freed, as on a GPU."""

@@ -75,9 +75,10 @@ class TeleFLM(GPTModel):
         validation want no more, and head and loss may then be one operation. Its gradient has to be one.
 
         `tokens` and `labels` are [batch, sequence]. Positions are those of the sequence whatever `position_ids`
-        says; `attention_mask` [batch or 1, 1, sequence, sequence] is true where attention must not look, none
-        leaves it causal. Logits cover this tensor-parallel rank's shard of the padded vocabulary, or all of it with
-        `runtime_gather_output`. A pipeline rank that is not the last returns hidden states.
+        says; `attention_mask` [batch or 1, 1, sequence, sequence] is true where attention must not look, or it is of
+        `segment_ends`, within which attention stays; none leaves it causal. Logits cover this tensor-parallel rank's
+        shard of the padded vocabulary, or all of it with `runtime_gather_output`. A pipeline rank that is not the last
+        returns hidden states.
         """
         return super().forward(
             tokens,

@@ -31,6 +31,8 @@ from flm_megatron.errors import DamagedError
 from flm_megatron.growth.grown.step_offsets import earlier_growth, load_step_offsets
 from flm_megatron.growth.record import GrowthRecord, growth_of
 from flm_megatron.kernels import fp8
+from flm_megatron.model.attention.segments import packing_notice
+from flm_megatron.model.engine_config import DTYPES
 from flm_megatron.optim.learning_rate import learning_rate, set_learning_rates
 from flm_megatron.training.hooks import stage_hooks
 from flm_megatron.training.hooks.saving import Saving
@@ -154,6 +156,10 @@ class StageTrainer:
         log.say(kernels.current().describe())
         if self.stage.precision == "bf16" and (notice := kernels.weight_gradient_notice()):
             log.say(notice)
+        if self.run.data.chat and self.run.data.chat.packing:
+            notice = packing_notice(self.stage.model, DTYPES[self.stage.precision])
+            if notice:
+                log.say(notice)
         if self.stage.fp8 != "none":
             log.say(fp8.describe(self.stage.fp8, current().name))
         log.begin(self.stage.name, self.step, self.budget.steps)

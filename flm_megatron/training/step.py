@@ -14,6 +14,7 @@ from flm_megatron.device import current
 from flm_megatron.engine.data_parallel import connect, replicate
 from flm_megatron.engine.schedules import Report, forward_backward
 from flm_megatron.engine.types import ModelChunk
+from flm_megatron.model.attention.segments import segment_ends
 from flm_megatron.model.fp8_linear import weights_cast_once
 from flm_megatron.training.frozen_weights import freeze, frozen_parameters
 from flm_megatron.training.optimizer_step import clip_and_step, ready_squares
@@ -73,7 +74,8 @@ class TrainState:
         The weights stay as they are where `judge(loss, gradient norm)` gives a reason; it has to answer alike on all
         ranks. Ranks meet in one all-reduce, and the host waits once for the device, to read it.
 
-        Takes tokens, labels, position_ids [micro_batch, sequence] int64 and loss_mask [micro_batch, sequence] fp32.
+        Takes tokens, labels, position_ids [micro_batch, sequence] int64 and loss_mask [micro_batch, sequence] fp32,
+        and, where attention is to stay within segments, segments [micro_batch, sequence] int64.
         Gradients and loss are means over all unmasked tokens of the global batch.
         """
         with record_function(OPTIMIZER):
@@ -121,21 +123,14 @@ class TrainState:
 
 def forward_step(data_iterator: Iterator[Batch], model: ModelChunk) -> tuple[torch.Tensor, Report[torch.Tensor]]:
     """megatron-core's forward step: the sum of the losses of unmasked tokens, and how to report it."""
-    device = current().torch_device
-    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(data_iterator).items()}
-    hidden = cross_document_mask(batch["segments"]) if "segments" in batch else None
+    batch, device = dict(next(data_iterator)), current().torch_device
+    if "segments" in batch:  # numbers of the host, where they are read without waiting for the device
+        batch["segments"] = segment_ends(batch["segments"])
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     mask = batch["loss_mask"]
-    total = model(batch["tokens"], batch["position_ids"], hidden, labels=batch["labels"], loss_mask=mask)
+    ends = batch.get("segments")
+    total = model(batch["tokens"], batch["position_ids"], ends, labels=batch["labels"], loss_mask=mask)
     return total, partial(_with_tokens, mask)
-
-
-def cross_document_mask(segments: torch.Tensor) -> torch.Tensor:
-    """True where attention must not look [batch, 1, sequence, sequence]: at positions of another segment.
-
-    `segments` is [batch, sequence]. Rotary positions (xPos too) act through differences of positions alone, so within a
-    segment they are as if it began at position 0.
-    """
-    return (segments[:, :, None] != segments[:, None, :]).unsqueeze(1)
 
 
 def _with_tokens(mask: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

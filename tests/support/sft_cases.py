@@ -16,6 +16,7 @@ from flm_megatron.checkpoint.sharding.placement import placements
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, StageConfig
+from flm_megatron.config.schema.stage import Recompute
 from flm_megatron.distributed.world import layout
 from flm_megatron.training.step import Batch, TrainState
 from tests.support.chat_cases import conversation, tokenizer, write
@@ -44,13 +45,18 @@ def chat_folder(folder: Path) -> Path:
 
 
 def gradients(
-    parallel: ParallelConfig, model: ModelConfig, checkpoint: LogicalCheckpoint, batches: list[Batch]
+    parallel: ParallelConfig,
+    model: ModelConfig,
+    checkpoint: LogicalCheckpoint,
+    batches: list[Batch],
+    recompute: Recompute = "none",
 ) -> list[Any]:
     """With the weights of `checkpoint`, for each global batch: loss, trained tokens, this rank's parts of the gradient.
 
     The loss is the mean over trained tokens, the gradient the loss's.
     """
-    stage = StageConfig(model=model, micro_batch=2, parallel=replace(parallel, distributed_optimizer=False))
+    parallel = replace(parallel, distributed_optimizer=False)
+    stage = StageConfig(model=model, micro_batch=2, parallel=parallel, recompute=recompute)
     found = []
     with layout(stage.parallel, 120):
         state = TrainState(stage, LENGTH)

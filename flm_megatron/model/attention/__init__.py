@@ -1,1 +1,2 @@
-"""Attention: `core` computes it with the masks of documents, `self_attention` is the layer, `cache` for generation."""
+"""Attention: `core` computes it, `segments` within packed conversations, `self_attention` is the layer, `cache` for
+generation."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flm_megatron.model.attention.cache import KeyValueCache
+from flm_megatron.model.attention.segments import attend_within, scaled_dot_product
 from flm_megatron.model.engine_config import EngineConfig
 
 XPOS_SMOOTHING = 0.4
@@ -47,8 +47,9 @@ class CoreAttention(nn.Module):
         """Attention output [sequence, batch, heads x channels].
 
         `query` is [sequence, batch, heads, channels], `key` and `value` have query groups in place of heads. Position i
-        sees positions up to i, except where `attention_mask` [batch or 1, 1, sequence, keys] is true. With a cache the
-        keys are those of all positions so far, and the queries belong to the last ones.
+        sees positions up to i, except where `attention_mask` [batch or 1, 1, sequence, keys] is true. If it has two
+        axes it is of `segments.segment_ends`, and positions see those of their own segment. With a cache the keys are
+        those of all positions so far, and the queries belong to the last ones.
         """
         if self.cache is not None:
             key, value = self.cache.append(self.layer_number, key, value)
@@ -57,18 +58,14 @@ class CoreAttention(nn.Module):
             scales = _xpos_scales(keys, query.size(-1), self.xpos_scale_base, query.device)
             query = (query * scales[keys - queries :]).to(query.dtype)
             key = (key / scales).to(key.dtype)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            if attention_mask.size(1) > 1:
+                return attend_within(query, key, value, attention_mask, self.softmax_scale)
+            attention_mask = None  # one segment is the whole sequence
         # torch's own causal mask counts from the first key, so it serves only where queries and keys are as many.
         plain = attention_mask is None and queries == keys
-        output = F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            attn_mask=None if plain else _allowed(attention_mask, queries, keys, query.device),
-            is_causal=plain,
-            scale=self.softmax_scale,
-            enable_gqa=query.size(2) != key.size(2),
-        )
-        return output.permute(2, 0, 1, 3).flatten(2)
+        allowed = None if plain else _allowed(attention_mask, queries, keys, query.device)
+        return scaled_dot_product(query, key, value, self.softmax_scale, allowed).flatten(2)
 
 
 def _allowed(attention_mask: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:

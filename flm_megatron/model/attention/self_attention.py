@@ -39,7 +39,7 @@ class PackedSelfAttention(SelfAttention):
         query, key, value = kernels.rotary_qkv(packed.flatten(2), cos, sin, queries)
         if self.config.num_query_groups < self.world_size:
             query = self._own_queries(query)
-        if attention_mask is not None and attention_mask.size(0) > 1:
+        if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.size(0) > 1:
             attention_mask = attention_mask.repeat_interleave(groups, 0)
         output = self.core_attention(query, key, value, attention_mask)
         return self.linear_proj(output.view(sequence, batch, -1))

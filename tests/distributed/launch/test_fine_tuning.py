@@ -67,17 +67,17 @@ def reference(model: ModelConfig, chat: ChatStream) -> tuple[float, Gradients]:
 
 
 @pytest.mark.parametrize(
-    ("parallel", "position"),
+    ("parallel", "position", "recompute"),
     [
-        (ParallelConfig(), "rope"),
-        (ParallelConfig(), "xpos"),
-        (ParallelConfig(data=2), "rope"),
-        (ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=2, sequence=True), "xpos"),
+        (ParallelConfig(), "rope", "full"),
+        (ParallelConfig(), "xpos", "none"),
+        (ParallelConfig(data=2), "rope", "selective"),
+        (ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=2, sequence=True), "xpos", "none"),
     ],
     ids=lambda value: value if isinstance(value, str) else layout_name(value),
 )
 def test_packed_and_separate_conversations_train_alike(
-    pool: Pool, folder: Path, parallel: ParallelConfig, position: Any
+    pool: Pool, folder: Path, parallel: ParallelConfig, position: Any, recompute: Any
 ) -> None:
     model = replace(MODEL, position=position, xpos_scale_base=32.0)
     packed, padded = stream(folder, True), stream(folder, False)
@@ -85,7 +85,7 @@ def test_packed_and_separate_conversations_train_alike(
     world, multiple = parallel.processes, 4 * (parallel.data or 1)
     batches = [global_batch(chat, multiple) for chat in (packed, padded)]
     checkpoint = InitialCheckpoint(model, SEED)
-    ranks = pool.run(world, gradients, parallel, model, checkpoint, batches)
+    ranks = pool.run(world, gradients, parallel, model, checkpoint, batches, recompute)
     loss, expected = reference(model, packed)
     for index in range(2):
         found = whole([rank[index][2] for rank in ranks], checkpoint)
