@@ -209,7 +209,7 @@ class Workload:
 
     def layer_matrices(self, rank: int) -> int:
         """Values of the weights of the layers' linear maps on each tensor rank of pipeline rank `rank`."""
-        matrices = [spec for spec in self._specs if spec.place == "layers" and spec.value == "weight"]
+        matrices = [spec for spec in self.specs if spec.place == "layers" and spec.value == "weight"]
         matrices = [spec for spec in matrices if len(spec.axes) > 2]
         return sum(self.chunks(rank)) * (self._shard_numel(matrices) // self.model.num_layers)
 

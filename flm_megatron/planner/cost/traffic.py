@@ -218,10 +218,8 @@ def _data(work: Workload, rank: int) -> Iterator[Transfers]:
 
 def _control(work: Workload) -> Iterator[Transfers]:
     """Numbers by which all ranks act alike; a broadcast goes out to a group of one too."""
-    parallel, world = work.parallel, work.world_size
-    norm = world if parallel.distributed_optimizer else parallel.model_size
-    yield Transfers("broadcast", parallel.pipeline, 1, 4)  # tokens of a data rank
+    world = work.world_size
+    yield Transfers("broadcast", work.parallel.pipeline, 1, 4)  # tokens of a data rank
     yield Transfers("all-reduce", work.data, int(work.data > 1), 4)  # tokens of the step
-    yield Transfers("all-reduce", world, int(world > 1), 8 * (2 + FLAGS))  # loss, tokens and flags
-    yield Transfers("all-reduce", norm, int(norm > 1), 4)  # gradient norm
-    yield Transfers("all-reduce", world, int(world > 1), 4)  # whether the step is refused
+    squares = 1 if work.parallel.distributed_optimizer else work.data  # of gradients: each replica has its own sum
+    yield Transfers("all-reduce", world, int(world > 1), 8 * (2 + FLAGS + squares))  # with loss, tokens and flags
