@@ -64,7 +64,7 @@ def test_fp8_halves_the_products_of_the_layers_and_adds_casts() -> None:
     assert fp8.matmul == pytest.approx(plain.matmul / 2, rel=1e-3)
     casts = fp8.memory_bound - plain.memory_bound
     assert 0 < casts < 0.5 * (plain.matmul - fp8.matmul)
-    more = layer_passes(replace(apart, fp8=True, global_batch=2 * apart.global_batch), machine).total
+    more = layer_passes(replace(apart, fp8="tensorwise", global_batch=2 * apart.global_batch), machine).total
     assert more.memory_bound < fp8.memory_bound  # weights are cast once for all micro-batches
     assert fp8.attention == plain.attention
     assert plain.total > 1.3 * fp8.total
