@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from benchmarks.planner.rows import MemoryRow, Role, Row, memory_rows, published_seconds, time_rows
+from benchmarks.planner.memory import MemoryRow, memory_rows
+from benchmarks.planner.row import Role, Row, published_seconds
+from benchmarks.planner.rows import time_rows
 from flm_megatron.planner.cost.memory import GIB, all_rank_memory
 from flm_megatron.planner.cost.throughput import step_time
 from flm_megatron.planner.machine import find_machine

@@ -1,97 +1,24 @@
-"""Published iteration times and memory, each with the shape, layout and software it was measured with."""
+"""Published iteration times, each with the shape, layout and software it was measured with."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
-from flm_megatron.config.schema import ModelConfig, ParallelConfig
-from flm_megatron.planner.cost.activations import layer_activations
-from flm_megatron.planner.cost.memory import GIB, rank_memory
-from flm_megatron.planner.layout import NEVER, Implementation, Recompute, Workload
-from flm_megatron.training.metrics.flops import training_flops_per_token
-
-Role = Literal["sets", "checks", "indicative"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One published step. `seconds` is given or follows from `tflops`, which its owners count with the whole square
-    of attention and without recomputation. `assumed` names what the source does not say."""
-
-    name: str
-    gpu: str
-    work: Workload
-    role: Role
-    source: str
-    seconds: float | None = None
-    tflops: float | None = None
-    assumed: str = ""
-
-
-OTHERS = Implementation(fused_loss=False, fused_head_from_mib=NEVER, fused_residual=False, gradient_placeholder=False)
-MEGATRON_2022 = replace(
-    OTHERS,
-    flash_attention=False,
-    rotary=False,
-    dropout=True,
-    tied_embeddings=True,
-    scatters_transfers=True,
+from benchmarks.planner.row import (
+    FLM,
+    GPT3,
+    MEGATRON_2021,
+    MEGATRON_2022,
+    MEGATRON_DEEPSPEED,
+    NEMO,
+    Role,
+    Row,
+    gpt,
+    tele_flm,
+    workload,
 )
-MEGATRON_DEEPSPEED = replace(MEGATRON_2022, fused_weight_gradient=False, scatters_transfers=False)
-GPT3 = replace(OTHERS, rotary=False, tied_embeddings=True)
-FLM = replace(OTHERS, fused_rotary=False)
-
-
-def gpt(layers: int, hidden: int, heads: int, vocab: int) -> ModelConfig:
-    """A GPT-3-style block: LayerNorm, GELU, biases, feed-forward size 4 x hidden."""
-    return ModelConfig(
-        num_layers=layers,
-        hidden_size=hidden,
-        ffn_hidden_size=4 * hidden,
-        num_attention_heads=heads,
-        vocab_size=vocab,
-        normalization="layernorm",
-        activation="gelu",
-        bias=True,
-    )
-
-
-def tele_flm(layers: int, hidden: int, ffn: int) -> ModelConfig:
-    """Tele-FLM's block at head dim 128."""
-    return ModelConfig(
-        num_layers=layers,
-        hidden_size=hidden,
-        ffn_hidden_size=ffn,
-        num_attention_heads=hidden // 128,
-        vocab_size=80000,
-    )
-
-
-def workload(
-    model: ModelConfig,
-    layout: tuple[int, int, int, int],
-    batch: int,
-    micro: int,
-    sequence: int,
-    implementation: Implementation,
-    recompute: Recompute = "none",
-    sequence_parallel: bool = True,
-    overlap: bool = False,
-) -> Workload:
-    """`layout` is (tensor, pipeline, chunks per rank, data)."""
-    tensor, pipeline, virtual, data = layout
-    parallel = ParallelConfig(
-        tensor=tensor,
-        pipeline=pipeline,
-        virtual_pipeline=virtual,
-        data=data,
-        sequence=sequence_parallel and tensor > 1,
-        overlap_grad_reduce=overlap,
-        overlap_param_gather=overlap,
-    )
-    return Workload(model, sequence, batch, micro, parallel, data, "bf16", recompute, implementation)
-
+from flm_megatron.planner.layout import Recompute, Workload
 
 GPT = {
     "22B": (gpt(48, 6144, 64, 51200), (8, 1, 1, 1), 4, 4),
@@ -113,7 +40,7 @@ def _recomputation_rows() -> list[Row]:
     rows = []
     for size, seconds in RECOMPUTED_SECONDS.items():
         for index, name in enumerate(("full recomputation", "sequence parallel + selective")):
-            role: Role = "sets" if size in ("22B", "175B") else "checks"
+            role: Role = "checks" if size == "1T" else "sets"
             work = gpt_2022(size, full=index == 0)
             rows.append(Row(f"{size}, {name}", "a100", work, role, "arXiv 2205.05198", seconds[index]))
     return rows
@@ -131,22 +58,24 @@ def _mt_nlg_rows() -> list[Row]:
 
 
 def _flm_rows() -> list[Row]:
-    flm = "arXiv 2309.03852"
+    """The paper's utilisation is headed HFU: something was recomputed and is counted. Megatron-LM of that spring, which
+    its program was adapted from, recomputes the core attention beside sequence parallelism."""
+    source, recomputed = "arXiv 2309.03852", "micro-batch 1, stored scores, core attention recomputed and counted (HFU)"
     shapes = {
         # Unpublished shapes are those of this project's presets.
-        "FLM 16B": (gpt(40, 5632, 44, 100256), (2, 1, 1, 96), 2304, 162.0, "shape, micro-batch 1, no recomputation"),
-        "FLM 51B": (gpt(80, 7168, 56, 100256), (4, 2, 1, 24), 2304, 160.0, "shape, micro-batch 1, no recomputation"),
-        "FLM 101B": (gpt(80, 10240, 80, 100256), (4, 4, 1, 12), 2160, 165.0, "micro-batch 1, no recomputation"),
+        "FLM 16B": (gpt(40, 5632, 44, 100256), (2, 1, 1, 96), 2304, 162.0, f"shape, {recomputed}"),
+        "FLM 51B": (gpt(80, 7168, 56, 100256), (4, 2, 1, 24), 2304, 160.0, f"shape, {recomputed}"),
+        "FLM 101B": (gpt(80, 10240, 80, 100256), (4, 4, 1, 12), 2160, 165.0, recomputed),
     }
     rows = []
     for name, (model, layout, batch, tflops, assumed) in shapes.items():
         role: Role = "checks" if name == "FLM 101B" else "indicative"
-        model = replace(model, position="xpos")
-        rows.append(Row(name, "a800", workload(model, layout, batch, 1, 2048, FLM), role, flm, None, tflops, assumed))
-    last = rows[-1]
-    stored = replace(last.work, implementation=replace(FLM, flash_attention=False), recompute="attention")
-    assumed = "micro-batch 1, attention that stores its scores, recomputed"
-    rows.append(replace(last, name="FLM 101B, scores stored", work=stored, role="indicative", assumed=assumed))
+        software = replace(FLM, flash_attention=False)
+        work = workload(replace(model, position="xpos"), layout, batch, 1, 2048, software, "attention")
+        rows.append(Row(name, "a800", work, role, source, None, tflops, assumed, counts_recomputed=True))
+    flash = replace(rows[-1].work, implementation=FLM, recompute="none")
+    assumed = "micro-batch 1, flash attention, no recomputation"
+    rows.append(replace(rows[-1], name="FLM 101B, flash attention", work=flash, role="indicative", assumed=assumed))
     return rows
 
 
@@ -199,13 +128,13 @@ def _nemo_rows() -> list[Row]:
     large = replace(gpt(96, 18432, 96, 256000), head_dim=192, **squared_relu)
     rows = []
     for gpus, seconds in ((16, 2.83), (256, 2.88), (2048, 2.96)):
-        work = workload(small, (4, 1, 1, gpus // 4), 4 * gpus, 4, 4096, OTHERS, overlap=True)
-        rows.append(_nemo(f"Nemotron-4 15B, {gpus} GPUs", work, seconds, source, gpus == 16))
+        work = workload(small, (4, 1, 1, gpus // 4), 4 * gpus, 4, 4096, NEMO, overlap=True)
+        rows.append(_nemo(f"Nemotron-4 15B, {gpus} GPUs", work, seconds, source, gpus != 256))
     for gpus, seconds in ((128, 8.309), (512, 8.42), (2048, 8.49)):
         work = workload(gpt(96, 12288, 96, 51200), (4, 8, 12, gpus // 32), 2 * gpus, 1, 2048, GPT3, overlap=True)
-        rows.append(_nemo(f"GPT-3 175B, {gpus} GPUs", work, seconds, source, gpus == 128))
+        rows.append(_nemo(f"GPT-3 175B, {gpus} GPUs", work, seconds, source, gpus != 512))
     for gpus, seconds in ((128, 4.61), (512, 4.70), (2048, 4.84)):
-        work = workload(large, (8, 8, 12, gpus // 64), gpus // 4, 1, 4096, OTHERS, overlap=True)
+        work = workload(large, (8, 8, 12, gpus // 64), gpus // 4, 1, 4096, NEMO, overlap=True)
         rows.append(_nemo(f"Nemotron-4 340B, {gpus} GPUs", work, seconds, source, False))
     return rows
 
@@ -217,7 +146,7 @@ def _nemo(name: str, work: Workload, seconds: float, source: str, sets: bool) ->
 def _readme_rows() -> list[Row]:
     model = gpt(96, 12288, 96, 131072)
     work = [
-        workload(model, (8, 6, virtual, data), 1152, 1, 4096, replace(OTHERS, rotary=False), overlap=True)
+        workload(model, (8, 6, virtual, data), 1152, 1, 4096, replace(NEMO, rotary=False), overlap=True)
         for virtual, data in ((16, 2), (16, 96))
     ]
     assumed = "layout 8/6, 16 chunks, micro-batch 1"
@@ -228,74 +157,54 @@ def _readme_rows() -> list[Row]:
     ]
 
 
+# Layers, hidden size, heads; (tensor, pipeline, chunks, data); batch, micro-batch; TFLOP/s per GPU.
+MEGATRON_2021_STEPS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int, int], int, int, float]] = {
+    "1.7B": ((24, 2304, 24), (1, 1, 1, 32), 512, 16, 137),
+    "3.6B": ((30, 3072, 32), (2, 1, 1, 32), 512, 16, 138),
+    "7.5B": ((36, 4096, 32), (4, 1, 1, 32), 512, 16, 142),
+    "18.4B": ((40, 6144, 48), (8, 1, 1, 32), 1024, 8, 135),
+    "39.1B": ((48, 8192, 64), (8, 2, 1, 32), 1536, 4, 138),
+    "76.1B": ((60, 10240, 80), (8, 4, 3, 32), 1792, 2, 140),
+    "145.6B": ((80, 12288, 96), (8, 8, 2, 24), 2304, 2, 148),
+    "310.1B": ((96, 16384, 128), (8, 16, 2, 15), 2160, 1, 155),
+    "529.6B": ((105, 20480, 128), (8, 35, 3, 9), 2520, 1, 163),
+    "1008B": ((128, 25600, 160), (8, 64, 1, 6), 3072, 1, 163),
+}
+
+
+def _megatron_2021_rows() -> list[Row]:
+    """Table 1 of arXiv 2104.04473, whose TFLOP/s count what is recomputed. Micro-batch, chunks and data parallelism
+    (PyTorch's where there is no pipeline, which overlaps the reduction) are those of its scripts, examples/sc21 of
+    NVIDIA/Megatron-LM."""
+    rows = []
+    for size, ((layers, hidden, heads), layout, batch, micro, tflops) in MEGATRON_2021_STEPS.items():
+        work = workload(
+            gpt(layers, hidden, heads, 51200),
+            layout,
+            batch,
+            micro,
+            2048,
+            MEGATRON_2021,
+            "full",
+            sequence_parallel=False,
+            overlap=layout[1] == 1,
+            precision="fp16",
+            distributed_optimizer=False,
+        )
+        source = "arXiv 2104.04473, table 1; its scripts"
+        row = Row(f"Megatron-LM {size}, {work.world_size} GPUs", "a100", work, "checks", source, None, tflops)
+        rows.append(replace(row, counts_recomputed=True))
+    return rows
+
+
 def time_rows() -> list[Row]:
     """All rows of iteration times."""
-    return _recomputation_rows() + _mt_nlg_rows() + _flm_rows() + _tele_flm_rows() + _nemo_rows() + _readme_rows()
-
-
-def published_seconds(row: Row) -> float:
-    """Seconds per step: as published, or from the published TFLOP/s.
-
-    FLOPs as Megatron-LM counted them until 2025: 6 per weight of every matrix and of the head, and 12 x sequence x
-    hidden per layer for the whole square of attention.
-    """
-    if row.seconds is not None:
-        return row.seconds
-    model, work = row.work.model, row.work
-    half = 6.0 * work.sequence_length * model.num_attention_heads * model.kv_channels * model.num_layers
-    flops = (training_flops_per_token(model, work.sequence_length) + half) * work.step_tokens
-    assert row.tflops is not None
-    return flops / (row.tflops * 1e12 * work.world_size)
-
-
-@dataclass(frozen=True)
-class MemoryRow:
-    """A published amount of memory: GiB, or per cent of the tensor-parallel baseline's activations."""
-
-    name: str
-    published: float
-    predicted: float
-    unit: str
-
-
-# Per cent of the baseline: sequence parallelism, core attention recomputed, both, all recomputed.
-PERCENT = {
-    "22B": (66.84, 49.42, 16.18, 7.64),
-    "175B": (62.04, 56.53, 18.49, 8.71),
-    "530B": (58.31, 62.04, 20.27, 9.42),
-    "1T": (58.31, 62.04, 20.27, 9.42),
-}
-# GiB per GPU, read off a figure: weights and optimizer, activations with neither and with both.
-FIGURE = {
-    "22B": (45.6, 59.3, 9.6),
-    "175B": (45.6, 66.8, 12.4),
-    "530B": (31.6, 114.0, 23.1),
-    "1T": (33.0, 131.3, 26.6),
-}
-MODES: tuple[tuple[str, Recompute, bool], ...] = (
-    ("sequence parallel", "none", True),
-    ("selective", "attention", False),
-    ("both", "attention", True),
-    ("full recomputation", "full", False),
-)
-
-
-def memory_rows() -> list[MemoryRow]:
-    """Memory of arXiv 2205.05198, all of which only checks: the memory model has no constant to set."""
-    rows = []
-    for size, (model, layout, batch, micro) in GPT.items():
-        works = {
-            name: workload(model, layout, batch, micro, 2048, MEGATRON_2022, recompute, sequence_parallel)
-            for name, recompute, sequence_parallel in (("neither", "none", False), *MODES)
-        }
-        baseline = layer_activations(works["neither"]).kept
-        for (name, *_), published in zip(MODES, PERCENT[size], strict=True):
-            predicted = 100 * layer_activations(works[name]).kept / baseline
-            rows.append(MemoryRow(f"{size}, {name}", published, predicted, "%"))
-        memory = {name: rank_memory(works[name], 0) for name in ("neither", "both")}
-        static = memory["both"].weights + memory["both"].gradients + memory["both"].optimizer
-        values = (static, memory["neither"].activations, memory["both"].activations)
-        names = ("weights and optimizer", "activations, neither", "activations, both")
-        for name, published, value in zip(names, FIGURE[size], values, strict=True):
-            rows.append(MemoryRow(f"{size}, {name}", published, value / GIB, "GiB"))
-    return rows
+    return [
+        *_recomputation_rows(),
+        *_megatron_2021_rows(),
+        *_mt_nlg_rows(),
+        *_flm_rows(),
+        *_tele_flm_rows(),
+        *_nemo_rows(),
+        *_readme_rows(),
+    ]

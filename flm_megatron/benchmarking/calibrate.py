@@ -178,7 +178,7 @@ def _fields(machine: Machine) -> dict[str, object]:
     hardware = {
         name: round(value, 4) if isinstance(value, float) else value
         for name, value in asdict(machine.hardware).items()
-        if name not in ("pattern", "fp8")
+        if name not in ("pattern", "fp8", "fp16")
     }
     return {
         "hardware": hardware,

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Precision = Literal["fp32", "bf16", "fp8"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Hardware:
 
     Peaks are in TFLOP/s; none means that the device has no units for that format. `fp32` is the plain (non-TF32)
     rate. `memory_gib` is about what the driver offers to programs, `bandwidth_gb_per_s` (1e9 bytes) the data
-    sheet's. `pattern` is a regular expression that torch's name of the device contains.
+    sheet's; `fp16` is none where it is bf16's rate. `pattern` is a regular expression that torch's name of the device
+    contains.
     """
 
     name: str
@@ -29,16 +30,18 @@ class Hardware:
     fp8: float | None
     memory_gib: float
     bandwidth_gb_per_s: float
+    fp16: float | None = None
 
     def peak_tflops(self, precision: Precision) -> float | None:
         """Dense peak of matrix multiplications in `precision`, in TFLOP/s; none if there are no units for it."""
-        return {"fp32": self.fp32, "bf16": self.bf16, "fp8": self.fp8}[precision]
+        half = self.bf16 if self.fp16 is None else self.fp16
+        return {"fp32": self.fp32, "bf16": self.bf16, "fp16": half, "fp8": self.fp8}[precision]
 
 
 # The first row whose pattern is found wins, so the narrower patterns of a family come first.
 TABLE = (
-    Hardware("v100-16gb", r"V100.*16GB", None, 15.7, None, 15.8, 900),
-    Hardware("v100", r"V100", None, 15.7, None, 31.7, 900),
+    Hardware("v100-16gb", r"V100.*16GB", None, 15.7, None, 15.8, 900, 125),
+    Hardware("v100", r"V100", None, 15.7, None, 31.7, 900, 125),
     Hardware("a100-40gb", r"A100.*40GB", 312, 19.5, None, 39.4, 1555),
     Hardware("a100-pcie", r"A100.*PCIE", 312, 19.5, None, 79.2, 1935),
     Hardware("a100", r"A100", 312, 19.5, None, 79.2, 2039),

@@ -24,8 +24,9 @@ from flm_megatron.model.parameters.axis import padded_vocab_size
 from flm_megatron.model.parameters.spec import Place
 
 Recompute = Literal["none", "selective", "attention", "full"]
-Scaling = Literal["none", "tensorwise", "rowwise"]
-BYTES = {"fp32": 4, "bf16": 2}
+Precision = Literal["fp32", "bf16", "fp16"]
+"""fp16 is planned, not trained: no run file has it."""
+BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 MODULES = (ATTENTION_NORM, PROJECTION, QKV, MLP_NORM, FC1, FC2)
 """Modules of a layer in the order of its module tree."""
 
@@ -67,8 +68,16 @@ class Implementation:
     frees_pipeline_outputs: bool = True
     """Outputs are freed once they were sent to the next pipeline rank."""
     scatters_transfers: bool = False
-    """Tensor ranks share a transfer between pipeline ranks even without sequence parallelism (Megatron-LM until
-    2022)."""
+    """Tensor ranks share a transfer between pipeline ranks even without sequence parallelism, and gather it after it
+    (Megatron-LM until 2022)."""
+    overlaps_transfers: bool = True
+    """Transfers of the interleaved schedule run beside its steady passes (Megatron-LM from June 2023 on)."""
+    overlaps_input_gradient: bool = True
+    """The tensor group's exchange of a matrix's input gradient runs beside its weight gradient (Megatron-LM from
+    October 2021 on)."""
+    gradient_bytes: int = 4
+    """Bytes of a gradient as it is added up and reduced over data ranks (2: Megatron-LM in fp16, NeMo's benchmarks in
+    bf16); the memory model takes 4."""
     copies_gradients_to_reduce: bool = False
     """Reducing gradients needs a second buffer of their size (gloo)."""
 
@@ -94,8 +103,7 @@ class Workload:
     """A model trained under a layout. Sizes per rank follow from it.
 
     `recompute` adds `attention` to the run file's modes: only the core attention (Megatron-LM's selective mode of arXiv
-    2205.05198), which flash attention recomputes anyway. `fp8` runs the products of the layers' matrices in
-    FP8, with scales of this kind.
+    2205.05198), which flash attention recomputes anyway. `fp8` runs the products of the layers' matrices in FP8.
     """
 
     model: ModelConfig
@@ -104,10 +112,10 @@ class Workload:
     micro_batch: int
     parallel: ParallelConfig
     data: int
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Precision = "bf16"
     recompute: Recompute = "none"
     implementation: Implementation = CUDA
-    fp8: Scaling = "none"
+    fp8: bool = False
 
     @property
     def world_size(self) -> int:
@@ -154,8 +162,7 @@ class Workload:
         return self.chunk_layers[rank :: self.parallel.pipeline]
 
     @cached_property
-    def specs(self) -> list[ParameterSpec]:
-        """The model's parameters."""
+    def _specs(self) -> list[ParameterSpec]:
         return list(parameter_specs(self.model).values())
 
     @property
@@ -175,11 +182,11 @@ class Workload:
 
     def rank_parameters(self, rank: int, trained: bool = False) -> int:
         """Parameters on each tensor rank of pipeline rank `rank`; if `trained`, those that have gradients alone."""
-        return self._on_rank(rank, [spec for spec in self.specs if spec.trained or not trained])
+        return self._on_rank(rank, [spec for spec in self._specs if spec.trained or not trained])
 
     def replicated_parameters(self, rank: int) -> int:
         """Those that learn and that every tensor rank of pipeline rank `rank` has whole."""
-        return self._on_rank(rank, [spec for spec in self.specs if spec.trained and not spec.cut])
+        return self._on_rank(rank, [spec for spec in self._specs if spec.trained and not spec.cut])
 
     def _on_rank(self, rank: int, specs: Sequence[ParameterSpec]) -> int:
         stacked = (spec for spec in specs if spec.place == "layers")
@@ -196,7 +203,7 @@ class Workload:
     def trained_shards(self) -> dict[Place, list[int]]:
         """Values on one tensor rank of every parameter that learns, by where it is (those of one layer for `layers`),
         in the order in which the backward pass finishes them: that of the module tree backwards."""
-        trained = [spec for spec in self.specs if spec.trained]
+        trained = [spec for spec in self._specs if spec.trained]
         trained.sort(key=lambda spec: MODULES.index(spec.module) if spec.place == "layers" else 0)
         found: dict[Place, list[int]] = {"first": [], "layers": [], "last": []}
         tied = self.implementation.tied_embeddings and self.parallel.pipeline == 1
@@ -209,7 +216,7 @@ class Workload:
 
     def layer_matrices(self, rank: int) -> int:
         """Values of the weights of the layers' linear maps on each tensor rank of pipeline rank `rank`."""
-        matrices = [spec for spec in self.specs if spec.place == "layers" and spec.value == "weight"]
+        matrices = [spec for spec in self._specs if spec.place == "layers" and spec.value == "weight"]
         matrices = [spec for spec in matrices if len(spec.axes) > 2]
         return sum(self.chunks(rank)) * (self._shard_numel(matrices) // self.model.num_layers)
 
@@ -234,5 +241,5 @@ def stage_workload(
         precision=stage.precision,
         recompute=stage.recompute,
         implementation=implementation,
-        fp8=stage.fp8,
+        fp8=stage.fp8 != "none",
     )

@@ -29,7 +29,8 @@ class Efficiency:
     """Fractions of the data sheet's rates that real kernels reach."""
 
     matmul: float = 0.76
-    """Matrix multiplications with a long inner sum, as a fraction of the dense peak."""
+    """Matrix multiplications with a long inner sum on an accelerator of average speed, as a fraction of the dense
+    peak."""
     tile_overhead: float = 128.0
     """Start and end of a tile of a multiplication, in terms of the inner sum that take as long."""
     attention: float = 0.55
@@ -64,6 +65,8 @@ class Machine:
     """Start-up time of a collective or transfer."""
     kernel_s: float = 4e-6
     """Duration of the shortest kernel."""
+    spread: float = 0.03
+    """Standard deviation of the speed of equal accelerators, relative; the slowest of a run sets its pace."""
     context_gib: float = 2.0
     """Memory of the driver, the communication library and loaded kernels."""
     fragmentation: float = 0.06
@@ -97,9 +100,9 @@ class _Row:
     node_size: int = 8
 
 
-# Set by benchmarks/planner/fit.py; the other efficiencies are assumed.
-AMPERE = Efficiency(matmul=0.91, tile_overhead=544)
-HOPPER = Efficiency(matmul=0.73, tile_overhead=0)
+# Set by benchmarks/planner/fit.py, as the machine's `spread`; the other efficiencies are assumed.
+AMPERE = Efficiency(matmul=0.99, tile_overhead=576)
+HOPPER = Efficiency(matmul=0.77, tile_overhead=192)
 
 # NVLink (or the like) and network of the usual server: DGX A100 has eight 200 Gb/s ports, DGX H100 eight of
 # 400 Gb/s; PCIe cards reach each other and, four together, one 200 Gb/s port. Power is the server's rated power

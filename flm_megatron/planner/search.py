@@ -18,6 +18,8 @@ RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selectiv
 LARGEST_TENSOR = 64
 LARGEST_VIRTUAL = 16
 LARGEST_DATA = 512
+SIMULATED = 16
+"""Layouts, the best by an estimate, whose pipelines are simulated."""
 MEMORY = "does not fit in memory"
 
 
@@ -66,7 +68,8 @@ def search(stage: StageConfig, sequence_length: int, machine: Machine, gpus: int
     """Try every layout of `gpus` accelerators; the vocabulary size is known.
 
     Layouts differ in tensor, pipeline and virtual pipeline size, micro-batch and recomputation; sequence parallelism
-    goes with tensor parallelism. Everything else is the stage's.
+    goes with tensor parallelism. Everything else is the stage's. All are timed by an estimate of their pipeline, and
+    the best of them by its simulation then.
     """
     result = SearchResult()
     passes: dict[tuple[int, int, str], ChunkPasses] = {}
@@ -87,7 +90,11 @@ def search(stage: StageConfig, sequence_length: int, machine: Machine, gpus: int
             key = (work.parallel.tensor, work.micro_batch, recompute)
             if key not in passes:
                 passes[key] = chunk_passes(work, machine)
-            result.candidates.append(Candidate(work, gib, step_time(work, machine, passes[key])))
+            step = step_time(work, machine, passes[key], simulate=False)
+            result.candidates.append(Candidate(work, gib, step))
+    result.candidates.sort(key=lambda candidate: candidate.step.total)
+    best = [replace(each, step=step_time(each.work, machine)) for each in result.candidates[:SIMULATED]]
+    result.candidates[:SIMULATED] = best
     result.candidates.sort(key=lambda candidate: candidate.step.total)
     return result
 

@@ -19,8 +19,8 @@ BUCKET_PER_RANK = 1_000_000
 
 
 def gradient_bytes(work: Workload, rank: int) -> int:
-    """Bytes of the fp32 gradients that pipeline rank `rank` reduces, padding included."""
-    return 4 * rank_values(work, rank)
+    """Bytes of the gradients that pipeline rank `rank` reduces, padding included."""
+    return work.implementation.gradient_bytes * rank_values(work, rank)
 
 
 def weight_bytes(work: Workload, rank: int) -> int:

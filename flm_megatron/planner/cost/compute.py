@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
 
+from flm_megatron.device.hardware import Precision
 from flm_megatron.planner.cost.activations import (
     feed_forward_values,
     fuses_head,
@@ -85,7 +85,8 @@ def head_passes(work: Workload, machine: Machine) -> Passes:
     if fuses_head(work):
         forward, backward = forward + backward, Seconds()
     norm = residual_bytes(work)
-    exposed = _exposed(work, machine, head_exchanges(work), backward.matmul)
+    hidden = backward.matmul * (1.0 if work.parallel.sequence else 0.5)
+    exposed = _exposed(work, machine, head_exchanges(work), hidden)
     forward += Seconds(memory_bound=memory_time(machine, 2 * norm)) + exposed.forward
     return Passes(forward, backward + Seconds(memory_bound=memory_time(machine, 3 * norm)) + exposed.backward)
 
@@ -102,8 +103,8 @@ def embedding_passes(work: Workload, machine: Machine) -> Passes:
 def _attention_passes(work: Workload, machine: Machine) -> Passes:
     model, tensor = work.model, work.parallel.tensor
     heads, groups, channels = model.num_attention_heads, model.query_groups, model.kv_channels
-    qkv = _linear(work, machine, (heads + 2 * groups) * channels / tensor, model.hidden_size, work.fp8 != "none")
-    projection = _linear(work, machine, model.hidden_size, heads * channels / tensor, work.fp8 != "none")
+    qkv = _linear(work, machine, (heads + 2 * groups) * channels / tensor, model.hidden_size, work.fp8)
+    projection = _linear(work, machine, model.hidden_size, heads * channels / tensor, work.fp8)
     core = _core_attention(work, machine)
     rotated = (heads + groups) * channels * work.tokens / tensor * work.bytes if work.implementation.rotary else 0.0
     rotation = memory_time(machine, rotated * (2 if work.implementation.fused_rotary else 12))
@@ -118,8 +119,8 @@ def _attention_passes(work: Workload, machine: Machine) -> Passes:
 def _feed_forward_passes(work: Workload, machine: Machine) -> Passes:
     model, values = work.model, feed_forward_values(work) * work.bytes
     width = model.ffn_hidden_size / work.parallel.tensor
-    first = _linear(work, machine, width * (2 if model.gated else 1), model.hidden_size, work.fp8 != "none")
-    second = _linear(work, machine, model.hidden_size, width, work.fp8 != "none")
+    first = _linear(work, machine, width * (2 if model.gated else 1), model.hidden_size, work.fp8)
+    second = _linear(work, machine, model.hidden_size, width, work.fp8)
     forward, backward = (3, 5) if model.gated else (2, 3)  # halves read and written
     if not work.implementation.fused_activation:
         forward, backward = 2 * forward + 1, 2 * backward
@@ -141,13 +142,17 @@ def _around(work: Workload, machine: Machine, column: Passes) -> Passes:
     spared = 0.5 if work.implementation.fused_residual and work.recompute != "selective" else 0.0
     forward = memory_time(machine, 2 * stream) + memory_time(machine, (3 - spared) * stream + mask)
     backward = memory_time(machine, 3 * stream) + memory_time(machine, (3 - 2 * spared) * stream + mask)
-    exposed = _exposed(work, machine, pair_exchanges(work), column.backward.matmul)
+    # Beside the weight gradient of the first matrix, with sequence parallelism beside the gradient of its input too.
+    hidden = column.backward.matmul * (1.0 if work.parallel.sequence else 0.5)
+    exposed = _exposed(work, machine, pair_exchanges(work), hidden)
     return Passes(Seconds(memory_bound=forward) + exposed.forward, Seconds(memory_bound=backward) + exposed.backward)
 
 
 def _exposed(work: Workload, machine: Machine, exchanges: PassExchanges, hidden: float = 0.0) -> Passes:
     """Exchanges of the residual stream over the tensor group, less what `hidden` seconds of products hide."""
     ring = tensor_time(work, machine, stream_bytes(work))
+    if not work.implementation.overlaps_input_gradient:
+        hidden = 0.0
     backward = exchanges.alone.rings * ring + max(0.0, exchanges.beside.rings * ring - hidden)
     return Passes(Seconds(tensor=exchanges.forward.rings * ring), Seconds(tensor=backward))
 
@@ -160,11 +165,12 @@ def _linear(
     product, weights once a step, and what is added is read out of caches; efficiencies are those of other products,
     for nothing was measured. `tokens` are a micro-batch's unless given."""
     tokens = tokens or work.tokens
-    precision: Literal["fp32", "bf16", "fp8"] = "fp8" if fp8 else work.precision
+    precision: Precision = "fp8" if fp8 else work.precision
     forward = matmul_time(machine, precision, tokens, columns, inner)
     backward = matmul_time(machine, precision, tokens, inner, columns)
     backward += matmul_time(machine, precision, columns, inner, tokens)
-    added = columns * inner * (6 if work.implementation.fused_weight_gradient else 8 + work.bytes)
+    held = 2 * work.implementation.gradient_bytes
+    added = columns * inner * (held + (-2 if work.implementation.fused_weight_gradient else work.bytes))
     cast = [0.0, 0.0]
     if fp8:
         each = 2 * work.bytes + 1  # read for the largest value, read again, written

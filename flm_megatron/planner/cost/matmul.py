@@ -8,7 +8,7 @@ from flm_megatron.device.hardware import Precision
 from flm_megatron.errors import RequestError
 from flm_megatron.planner.machine import Machine
 
-BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 # Rows and columns of the output that one multiprocessor works on, and the speed it reaches with them.
 TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.9), (64, 128, 0.7))
 

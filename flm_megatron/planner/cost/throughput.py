@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 from flm_megatron.planner.cost.buckets import gradient_bytes, weight_bytes
 from flm_megatron.planner.cost.communication import data_time, pipeline_time
 from flm_megatron.planner.cost.compute import Passes, Seconds, embedding_passes, head_passes, layer_passes
 from flm_megatron.planner.cost.matmul import memory_time
-from flm_megatron.planner.cost.traffic import transfer_bytes
+from flm_megatron.planner.cost.pipeline import (
+    ChunkPasses,
+    estimated_waits,
+    rank_compute,
+    simulated_waits,
+    slowest_rank,
+)
 from flm_megatron.planner.layout import Workload
 from flm_megatron.planner.machine import Machine
 from flm_megatron.training.metrics.flops import training_flops_per_token
@@ -34,37 +41,34 @@ class StepTime:
         return self.compute.total + self.pipeline + self.bubble + self.data + self.optimizer
 
 
-@dataclass(frozen=True)
-class ChunkPasses:
-    """Passes of a layer, the head and the embedding; the same in all layouts that differ in data or pipeline only."""
-
-    layer: Passes
-    head: Passes
-    embedding: Passes
-
-
 def chunk_passes(work: Workload, machine: Machine) -> ChunkPasses:
-    """Passes of a layer, the head and the embedding."""
-    return ChunkPasses(layer_passes(work, machine), head_passes(work, machine), embedding_passes(work, machine))
+    """Passes of a layer, the head and the embedding, on the slowest of all ranks."""
+    factor = slowest_of(machine, work.world_size)
+    parts = layer_passes(work, machine), head_passes(work, machine), embedding_passes(work, machine)
+    return ChunkPasses(*(Passes(_slowed(part.forward, factor), _slowed(part.backward, factor)) for part in parts))
 
 
-def step_time(work: Workload, machine: Machine, passes: ChunkPasses | None = None) -> StepTime:
-    """Time of a step.
+def slowest_of(machine: Machine, ranks: int) -> float:
+    """How much longer than the average accelerator the slowest of `ranks` takes.
 
-    The slowest pipeline rank works through all micro-batches; it waits besides while the first and the last ones
-    pass the other ranks, which interleaving shortens by the number of chunks.
+    Expected largest of as many normal numbers (Blom, 1958): ranks wait for each other in every step, and pipeline
+    ranks for every micro-batch.
+    """
+    return 1 + machine.spread * NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 1.0
+
+
+def step_time(work: Workload, machine: Machine, passes: ChunkPasses | None = None, simulate: bool = True) -> StepTime:
+    """Time of a step: what the slowest pipeline rank works in all micro-batches, and what it waits for.
+
+    Without `simulate` waiting is estimated by a formula, within 1 % of the step, for searches.
     """
     passes = passes or chunk_passes(work, machine)
-    pipeline = work.parallel.pipeline
-    ranks = [_rank_compute(work, passes, rank) for rank in range(pipeline)]
-    slowest = max(ranks, key=lambda rank: rank.total)
-    transfer = _transfer(work, machine, passes)
-    others = sum(rank.total + transfer for rank in ranks) - slowest.total - transfer
+    waits = (simulated_waits if simulate else estimated_waits)(work, machine, passes)
     return StepTime(
-        compute=slowest * work.micro_batches,
-        pipeline=transfer * work.micro_batches,
-        bubble=others / work.parallel.virtual_pipeline,
-        data=_data(work, machine, passes),
+        compute=rank_compute(work, passes, slowest_rank(work, passes)) * work.micro_batches,
+        pipeline=waits.transfers,
+        bubble=waits.bubble,
+        data=_data(work, machine, passes) + _tied_embedding(work, machine),
         optimizer=_optimizer(work, machine),
     )
 
@@ -75,36 +79,18 @@ def tflops_per_device(work: Workload, seconds: float) -> float:
     return flops / seconds / work.world_size / 1e12
 
 
-def _rank_compute(work: Workload, passes: ChunkPasses, rank: int) -> Seconds:
-    time = passes.layer.total * sum(work.chunks(rank))
-    if rank == 0:
-        time = time + passes.embedding.total
-    if rank == work.parallel.pipeline - 1:
-        time = time + passes.head.total
-    return time
-
-
-def _transfer(work: Workload, machine: Machine, passes: ChunkPasses) -> float:
-    """Waiting for neighbours per micro-batch: 1F1B exchanges after each pass; the interleaved schedule's transfers
-    run beside the next chunk's pass, and cost their start and what that does not hide."""
-    if work.parallel.pipeline == 1:
-        return 0.0
-    transfer = pipeline_time(work, machine, transfer_bytes(work))
-    chunks = work.parallel.virtual_pipeline
-    if chunks == 1:
-        return 2 * transfer
-    layers = min(work.chunk_layers)
-    times = (passes.layer.forward.total * layers, passes.layer.backward.total * layers)
-    return chunks * sum(machine.latency_s + max(0.0, transfer - hidden) for hidden in times)
+def _slowed(seconds: Seconds, factor: float) -> Seconds:
+    """What a slower accelerator takes; links are as fast as before."""
+    return replace(seconds * factor, tensor=seconds.tensor)
 
 
 def _data(work: Workload, machine: Machine, passes: ChunkPasses) -> float:
-    """Reduction of fp32 gradients and gathering of new weights, less what one micro-batch's passes hide."""
+    """Reduction of gradients and gathering of new weights, less what one micro-batch's passes hide."""
     ranks = range(work.parallel.pipeline)
     reduce = data_time(work, machine, max(gradient_bytes(work, rank) for rank in ranks))
-    if not work.parallel.distributed_optimizer:
-        return 2 * reduce
     gather = data_time(work, machine, max(weight_bytes(work, rank) for rank in ranks))
+    if not work.parallel.distributed_optimizer:
+        reduce, gather = 2 * reduce, 0.0
     layers = max(sum(work.chunks(rank)) for rank in (0, work.parallel.pipeline - 1))
     if work.parallel.overlap_grad_reduce:
         reduce = max(0.0, reduce - layers * passes.layer.backward.total)
@@ -113,9 +99,17 @@ def _data(work: Workload, machine: Machine, passes: ChunkPasses) -> float:
     return reduce + gather
 
 
+def _tied_embedding(work: Workload, machine: Machine) -> float:
+    """The first and the last pipeline rank add up the gradients of an embedding that is the head too."""
+    if not work.implementation.tied_embeddings or work.parallel.pipeline == 1:
+        return 0.0
+    return pipeline_time(work, machine, work.implementation.gradient_bytes * work.embedding_parameters)
+
+
 def _optimizer(work: Workload, machine: Machine) -> float:
     """Clear and scale the gradients (12 bytes each), then norm and update of this rank's shard: read gradient, master
-    and moments, write the latter and the weight."""
+    and moments, write the latter and the weight; fp16's loss scale is taken out of the gradient first, in fp32."""
     parameters = max(work.rank_parameters(rank, trained=True) for rank in (0, work.parallel.pipeline - 1))
     shards = work.data if work.parallel.distributed_optimizer else 1
-    return memory_time(machine, parameters * (12 + (32 + work.bytes) / shards))
+    unscaled = 8 if work.precision == "fp16" else 0
+    return memory_time(machine, parameters * (12 + (32 + unscaled + work.bytes) / shards))

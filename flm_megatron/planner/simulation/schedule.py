@@ -2,7 +2,7 @@
 
 `forward_backward_pipelining_without_interleaving` (1F1B) and `forward_backward_pipelining_with_interleaving` of
 megatron-core 0.16, the latter with transfers that overlap its steady phase but not warm-up and flush, as this program
-sets the engine.
+sets the engine, or with none that do, as Megatron-LM had it until 2023.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class Schedule:
     pipeline: int
     micro_batches: int
     chunks: int = 1
+    overlaps: bool = True
+    """Whether transfers of the interleaved schedule run beside its steady passes."""
 
     @property
     def group(self) -> int:
@@ -59,7 +61,7 @@ class Schedule:
         """What pipeline rank `rank` does, in order."""
         if self.chunks == 1:
             return _one_forward_one_backward(self, rank)
-        return _Interleaved(self, rank).order()
+        return (_Interleaved if self.overlaps else _Blocking)(self, rank).order()
 
 
 def _one_forward_one_backward(schedule: Schedule, rank: int) -> Iterator[Item]:
@@ -184,6 +186,35 @@ class _Interleaved:
             return True
         done = number - (self.pipeline - 1)
         return done >= 0 and self._chunk(done, backward) != (0 if backward else self.chunks - 1)
+
+
+class _Blocking(_Interleaved):
+    """Without overlap: after each steady pair of passes both hand on what they gave, and the rank waits for all."""
+
+    def _fill(self) -> Iterator[Item]:
+        for number in range(self.warm_up):
+            yield self._pass(number, backward=False)
+            asked = self._both(number, False, number == len(self.table) - 1)
+            if self.steady and number == self.warm_up - 1:
+                asked["receive next"] = not self.last
+            yield from _exchange(asked, waits=True)
+
+    def order(self) -> Iterator[Item]:
+        """All that the rank does."""
+        if not self.first:
+            yield Exchange(("receive previous",))
+        yield from self._fill()
+        for number in range(self.steady):
+            yield self._pass(self.warm_up + number, backward=False)
+            yield self._pass(number, backward=True)
+            asked = self._both(self.warm_up + number, False, number == self.steady - 1)
+            yield from _exchange(asked | self._both(number, True, number == len(self.table) - 1), waits=True)
+        yield from self._flush()
+
+    def _both(self, number: int, backward: bool, final: bool) -> dict[End, bool]:
+        send: End = "send previous" if backward else "send next"
+        receive: End = "receive next" if backward else "receive previous"
+        return {send: self._sends(number, backward), receive: self._receives(number, backward) and not final}
 
 
 def _exchange(asked: dict[End, bool], waits: bool) -> Iterator[Item]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import pytest
 
 from benchmarks.planner.compare import memory_error, time_error
-from benchmarks.planner.rows import memory_rows, time_rows
+from benchmarks.planner.memory import memory_rows
+from benchmarks.planner.rows import time_rows
 from flm_megatron.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.planner.cost.communication import data_time, gather_time
 from flm_megatron.planner.cost.compute import layer_passes
 from flm_megatron.planner.cost.matmul import matmul_time, memory_time, peak_flops, tile_efficiency
-from flm_megatron.planner.cost.throughput import chunk_passes, step_time, tflops_per_device
+from flm_megatron.planner.cost.throughput import chunk_passes, slowest_of, step_time, tflops_per_device
 from flm_megatron.planner.layout import Implementation, Workload
 from flm_megatron.planner.machine import Machine, find_machine
 
@@ -34,7 +36,7 @@ def perfect(machine: Machine) -> Machine:
     efficiency = replace(
         machine.efficiency, matmul=1.0, tile_overhead=0.0, attention=1.0, memory=1.0, intra=1.0, inter=1.0
     )
-    return replace(machine, efficiency=efficiency, latency_s=0.0, kernel_s=0.0)
+    return replace(machine, efficiency=efficiency, latency_s=0.0, kernel_s=0.0, spread=0.0)
 
 
 def test_whole_waves_of_whole_tiles_waste_nothing() -> None:
@@ -60,16 +62,16 @@ def test_bytes_take_bandwidth_and_no_kernel_less_than_the_shortest() -> None:
 def test_fp8_halves_the_products_of_the_layers_and_adds_casts() -> None:
     machine = perfect(find_machine("h100"))
     apart = replace(workload(), implementation=Implementation(fused_weight_gradient=False))  # as FP8's always is
-    plain, fp8 = (layer_passes(replace(apart, fp8=on), machine).total for on in ("none", "tensorwise"))
+    plain, fp8 = (layer_passes(replace(apart, fp8=on), machine).total for on in (False, True))
     assert fp8.matmul == pytest.approx(plain.matmul / 2, rel=1e-3)
     casts = fp8.memory_bound - plain.memory_bound
     assert 0 < casts < 0.5 * (plain.matmul - fp8.matmul)
-    more = layer_passes(replace(apart, fp8="tensorwise", global_batch=2 * apart.global_batch), machine).total
+    more = layer_passes(replace(apart, fp8=True, global_batch=2 * apart.global_batch), machine).total
     assert more.memory_bound < fp8.memory_bound  # weights are cast once for all micro-batches
     assert fp8.attention == plain.attention
     assert plain.total > 1.3 * fp8.total
     with pytest.raises(RequestError, match="no fp8 units"):
-        layer_passes(replace(workload(), fp8="tensorwise"), A800)
+        layer_passes(replace(workload(), fp8=True), A800)
 
 
 def test_a_ring_inside_a_node_takes_its_link_one_over_nodes_the_network() -> None:
@@ -110,7 +112,7 @@ def test_sequence_parallel_exchanges_are_those_of_an_all_reduce() -> None:
 
 def test_the_bubble_is_that_of_the_schedule() -> None:
     """(p - 1) / (m v) of the work of an even pipeline, arXiv 2104.04473."""
-    work, machine = workload(pipeline=8), perfect(A800)
+    work, machine = workload(pipeline=8), replace(perfect(A800), intra_gb_per_s=1e9)
     parts = chunk_passes(work, machine)
     even = replace(parts, head=replace(parts.head, forward=parts.head.forward * 0, backward=parts.head.backward * 0))
     even = replace(even, embedding=even.head)
@@ -118,6 +120,57 @@ def test_the_bubble_is_that_of_the_schedule() -> None:
     assert step.bubble / (step.compute.total + step.pipeline) == pytest.approx(7 / 64)
     chunked = step_time(workload(pipeline=8, virtual_pipeline=4), machine, even)
     assert chunked.bubble / (chunked.compute.total + chunked.pipeline) == pytest.approx(7 / 64 / 4)
+
+
+def test_the_estimate_for_searches_comes_near_the_simulation() -> None:
+    for work in (workload(pipeline=8), workload(pipeline=8, virtual_pipeline=4), workload(tensor=8, pipeline=2)):
+        for overlaps in (True, False):
+            each = replace(work, implementation=Implementation(overlaps_transfers=overlaps))
+            simulated, estimated = (step_time(each, A800, simulate=simulate) for simulate in (True, False))
+            assert estimated.total == pytest.approx(simulated.total, rel=0.01)
+
+
+def test_transfers_that_nothing_overlaps_lengthen_the_step_of_a_pipeline_of_chunks() -> None:
+    slow = replace(A800, intra_gb_per_s=2.0)
+    work = workload(pipeline=8, virtual_pipeline=4)
+    beside, apart = (
+        step_time(replace(work, implementation=Implementation(overlaps_transfers=overlaps)), slow).pipeline
+        for overlaps in (True, False)
+    )
+    assert beside < 0.5 * apart
+
+
+def test_the_slowest_of_many_accelerators_sets_the_pace() -> None:
+    """Expected largest of n normal numbers, beside those drawn."""
+    assert slowest_of(A800, 1) == 1
+    random_ = random.Random(0)
+    for ranks in (8, 896):
+        drawn = [max(random_.gauss(0, A800.spread) for _ in range(ranks)) for _ in range(400)]
+        assert slowest_of(A800, ranks) - 1 == pytest.approx(sum(drawn) / len(drawn), rel=0.05)
+    few, many = (step_time(workload(data=data, batch=64 * data), A800).compute for data in (1, 64))
+    assert many.matmul == pytest.approx(few.matmul * slowest_of(A800, 64))
+    assert many.tensor == few.tensor
+
+
+def test_a_shared_embedding_is_reduced_between_the_first_and_the_last_rank() -> None:
+    work = workload(pipeline=2)
+    tied = replace(work, implementation=Implementation(tied_embeddings=True))
+    more = step_time(tied, perfect(A800)).data - step_time(work, perfect(A800)).data
+    assert more == pytest.approx(4 * work.embedding_parameters / 200e9)
+
+
+def test_a_backward_exchange_that_nothing_overlaps_is_exposed() -> None:
+    work = replace(workload(tensor=8), parallel=ParallelConfig(tensor=8))
+    apart = replace(work, implementation=Implementation(overlaps_input_gradient=False))
+    beside = layer_passes(work, A800).backward.tensor
+    assert layer_passes(apart, A800).backward.tensor == pytest.approx(layer_passes(apart, A800).forward.tensor)
+    assert beside < layer_passes(apart, A800).backward.tensor
+
+
+def test_fp16_is_planned_and_takes_bf16s_rate_but_where_there_is_none() -> None:
+    half = replace(workload(), precision="fp16")
+    assert step_time(half, A800).compute == step_time(workload(), A800).compute
+    assert peak_flops(find_machine("v100"), "fp16") == 125e12
 
 
 def test_overlap_hides_data_communication() -> None:
@@ -150,10 +203,14 @@ def test_a_gpu_without_units_for_a_precision_is_refused() -> None:
 
 
 def test_published_times_are_met() -> None:
-    """Rows that set constants within 3 %, those that only check with a median within 10 %."""
-    errors = {role: [abs(time_error(row)) for row in time_rows() if row.role == role] for role in ("sets", "checks")}
-    assert max(errors["sets"]) < 0.03
-    assert median(errors["checks"]) < 0.10
+    """Rows that set constants within 2 %; those that only check with a median of 5 %, and none but those of DeepSpeed's
+    pipeline, over 12 %."""
+    errors = {row.name: abs(time_error(row)) for row in time_rows() if row.role == "checks"}
+    assert max(abs(time_error(row)) for row in time_rows() if row.role == "sets") < 0.02
+    assert median(errors.values()) < 0.05
+    assert {name for name, error in errors.items() if error > 0.12} == {
+        name for name in errors if name.startswith("MT-NLG")
+    }
 
 
 def test_published_memory_is_met() -> None:

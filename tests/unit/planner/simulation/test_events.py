@@ -28,9 +28,10 @@ def parts_sum_to_the_step(found: Simulation) -> bool:
 
 @pytest.mark.parametrize(("pipeline", "chunks"), [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2), (4, 5)])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_the_bubble_is_that_of_the_papers(pipeline: int, chunks: int, groups: int) -> None:
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_the_bubble_is_that_of_the_papers(pipeline: int, chunks: int, groups: int, overlaps: bool) -> None:
     """arXiv 2104.04473: (pipeline - 1) forward and backward passes, divided by the number of chunks."""
-    schedule = Schedule(pipeline, pipeline * groups, chunks)
+    schedule = Schedule(pipeline, pipeline * groups, chunks, overlaps)
     found = simulate_schedule(schedule, lambda rank, done: even(rank, done) / chunks, free)
     bubble = 3.0 * (pipeline - 1) / chunks
     assert found.seconds == pytest.approx(3.0 * schedule.micro_batches + bubble)
@@ -45,6 +46,13 @@ def test_transfers_of_1f1b_are_exposed_and_those_of_chunks_run_beside_passes() -
     assert plain.ranks[1]["pipeline"] == pytest.approx(2 * 64 * 0.01, rel=0.05)
     assert all(rank["pipeline"] < 0.25 for rank in chunks.ranks)  # of warm-up and flush alone
     assert parts_sum_to_the_step(plain) and parts_sum_to_the_step(chunks)
+
+
+def test_transfers_of_chunks_that_nothing_overlaps_are_exposed_once_for_both_directions() -> None:
+    schedule = Schedule(4, 64, 2, overlaps=False)
+    found = simulate_schedule(schedule, lambda rank, done: even(rank, done) / 2, lambda *_: 0.01)
+    assert all(rank["pipeline"] == pytest.approx(2 * 64 * 0.01, rel=0.1) for rank in found.ranks)
+    assert parts_sum_to_the_step(found)
 
 
 def test_a_slow_rank_is_waited_for_by_the_others() -> None:

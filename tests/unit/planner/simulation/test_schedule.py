@@ -51,7 +51,9 @@ def test_transfers_come_as_the_engine_has_them(pipeline: int, virtual: int, micr
         assert planned_transfers(schedule, rank) == found
 
 
-@pytest.mark.parametrize("schedule", [Schedule(1, 3), Schedule(4, 2), Schedule(4, 9), Schedule(2, 6, 2)])
+@pytest.mark.parametrize(
+    "schedule", [Schedule(1, 3), Schedule(4, 2), Schedule(4, 9), Schedule(2, 6, 2), Schedule(2, 6, 2, overlaps=False)]
+)
 def test_every_micro_batch_passes_every_chunk_forward_and_then_backward(schedule: Schedule) -> None:
     for rank in range(schedule.pipeline):
         passes = [item for item in schedule.order(rank) if isinstance(item, Pass)]
