@@ -16,7 +16,7 @@ from flm_megatron.planner.goodput import GoodputPlan, plan_goodput
 from flm_megatron.planner.layout import as_chosen
 from flm_megatron.planner.machine import Machine, find_machine
 from flm_megatron.planner.plan import RunPlan, plan_run
-from flm_megatron.planner.rehearsal.against_plan import RoleMemory, compare, verification_data, verification_text
+from flm_megatron.planner.rehearsal.against_plan import RoleCheck, compare, verification_data, verification_text
 from flm_megatron.planner.report.plot import plot_memory
 from flm_megatron.planner.report.text import goodput_data, goodput_text, run_data, run_text
 from flm_megatron.planner.search import SearchResult, search
@@ -33,7 +33,7 @@ class Plan(RunPlan):
 
     mtbf: float | None = None
     goodput: tuple[GoodputPlan, ...] = ()
-    verified: tuple[RoleMemory, ...] | None = None
+    verified: tuple[RoleCheck, ...] | None = None
 
     def __str__(self) -> str:
         """The report."""
@@ -81,7 +81,8 @@ def plan(
         nodes_of: accelerators in a node (8 unless the table differs).
         hardware: YAML file that changes what is assumed of the machine.
         mtbf: hours that one accelerator runs between failures on average, for the goodput.
-        verify: rehearse one rank of every role too (`rehearse`), and put the memory that it held beside the plan.
+        verify: rehearse one rank of every role too (`rehearse`), and put its memory, arithmetic and transfers
+            beside the plan.
         plot: picture (.png, .svg) to draw of every pipeline rank's memory, also where that does not fit.
 
     Raises:
@@ -103,7 +104,7 @@ def plan(
     return Plan(**vars(planned), mtbf=mtbf, goodput=tuple(goodput), verified=verified)
 
 
-def _verified(run: RunConfig, planned: RunPlan) -> tuple[RoleMemory, ...]:
+def _verified(run: RunConfig, planned: RunPlan) -> tuple[RoleCheck, ...]:
     from flm_megatron.api.rehearse import rehearse
 
     return tuple(compare(planned, rehearse(run, gpus=planned.gpus).stages))

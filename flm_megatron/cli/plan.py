@@ -46,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--plot", type=path, metavar="FILE", help="draw the memory of every pipeline rank (.png, .svg)")
     parser.add_argument(
-        "--verify", action="store_true", help="rehearse a rank of every role too, and show its memory beside the plan"
+        "--verify",
+        action="store_true",
+        help="rehearse a rank of every role too, and show its memory, arithmetic and transfers beside the plan",
     )
     parser.add_argument("--json", action="store_true", help="print plain data instead of tables")
     take_overrides(parser)

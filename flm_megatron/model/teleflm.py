@@ -157,7 +157,8 @@ class TeleFLM(GPTModel):
         """Whether head and loss run as one operation; the z-loss needs the logits."""
         if self.training and self.config.z_loss:
             return False
-        return kernels.fuses_head_and_loss(hidden_states, self.output_layer.weight)
+        shards = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
+        return kernels.fuses_head_and_loss(hidden_states, self.output_layer.weight, shards)
 
     def _fused_loss(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
         """Sum over tokens of mask times loss, without logits.

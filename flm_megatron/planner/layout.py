@@ -24,6 +24,7 @@ from flm_megatron.model.parameters.axis import padded_vocab_size
 from flm_megatron.model.parameters.spec import Place
 
 Recompute = Literal["none", "selective", "attention", "full"]
+Scaling = Literal["none", "tensorwise", "rowwise"]
 Precision = Literal["fp32", "bf16", "fp16"]
 """fp16 is planned, not trained: no run file has it."""
 BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -103,7 +104,8 @@ class Workload:
     """A model trained under a layout. Sizes per rank follow from it.
 
     `recompute` adds `attention` to the run file's modes: only the core attention (Megatron-LM's selective mode of arXiv
-    2205.05198), which flash attention recomputes anyway. `fp8` runs the products of the layers' matrices in FP8.
+    2205.05198), which flash attention recomputes anyway. `fp8` runs the products of the layers' matrices in
+    FP8, with scales of this kind.
     """
 
     model: ModelConfig
@@ -115,7 +117,7 @@ class Workload:
     precision: Precision = "bf16"
     recompute: Recompute = "none"
     implementation: Implementation = CUDA
-    fp8: bool = False
+    fp8: Scaling = "none"
 
     @property
     def world_size(self) -> int:
@@ -162,7 +164,8 @@ class Workload:
         return self.chunk_layers[rank :: self.parallel.pipeline]
 
     @cached_property
-    def _specs(self) -> list[ParameterSpec]:
+    def specs(self) -> list[ParameterSpec]:
+        """The model's parameters."""
         return list(parameter_specs(self.model).values())
 
     @property
@@ -182,11 +185,11 @@ class Workload:
 
     def rank_parameters(self, rank: int, trained: bool = False) -> int:
         """Parameters on each tensor rank of pipeline rank `rank`; if `trained`, those that have gradients alone."""
-        return self._on_rank(rank, [spec for spec in self._specs if spec.trained or not trained])
+        return self._on_rank(rank, [spec for spec in self.specs if spec.trained or not trained])
 
     def replicated_parameters(self, rank: int) -> int:
         """Those that learn and that every tensor rank of pipeline rank `rank` has whole."""
-        return self._on_rank(rank, [spec for spec in self._specs if spec.trained and not spec.cut])
+        return self._on_rank(rank, [spec for spec in self.specs if spec.trained and not spec.cut])
 
     def _on_rank(self, rank: int, specs: Sequence[ParameterSpec]) -> int:
         stacked = (spec for spec in specs if spec.place == "layers")
@@ -203,7 +206,7 @@ class Workload:
     def trained_shards(self) -> dict[Place, list[int]]:
         """Values on one tensor rank of every parameter that learns, by where it is (those of one layer for `layers`),
         in the order in which the backward pass finishes them: that of the module tree backwards."""
-        trained = [spec for spec in self._specs if spec.trained]
+        trained = [spec for spec in self.specs if spec.trained]
         trained.sort(key=lambda spec: MODULES.index(spec.module) if spec.place == "layers" else 0)
         found: dict[Place, list[int]] = {"first": [], "layers": [], "last": []}
         tied = self.implementation.tied_embeddings and self.parallel.pipeline == 1
@@ -216,7 +219,7 @@ class Workload:
 
     def layer_matrices(self, rank: int) -> int:
         """Values of the weights of the layers' linear maps on each tensor rank of pipeline rank `rank`."""
-        matrices = [spec for spec in self._specs if spec.place == "layers" and spec.value == "weight"]
+        matrices = [spec for spec in self.specs if spec.place == "layers" and spec.value == "weight"]
         matrices = [spec for spec in matrices if len(spec.axes) > 2]
         return sum(self.chunks(rank)) * (self._shard_numel(matrices) // self.model.num_layers)
 
@@ -241,5 +244,5 @@ def stage_workload(
         precision=stage.precision,
         recompute=stage.recompute,
         implementation=implementation,
-        fp8=stage.fp8 != "none",
+        fp8=stage.fp8,
     )

@@ -17,12 +17,13 @@ from flm_megatron.kernels.loss import CROSS_ENTROPY, CrossEntropyKernels, Group,
 from flm_megatron.kernels.weight_gradient import WEIGHT_GRADIENT, WeightGradientKernel
 
 
-def fuses_head_and_loss(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether the choice of this process is `linear_cross_entropy` for this head and this many hidden states."""
+def fuses_head_and_loss(hidden: Tensor, weight: Tensor, sequence_shards: int = 1) -> bool:
+    """Whether the choice of this process is `linear_cross_entropy` for this head and this many hidden states, of
+    which `hidden` is one of `sequence_shards` shards."""
     asked = current().head_and_loss
     if asked != "auto":
         return asked == "fused"
-    logits = hidden.numel() // hidden.size(-1) * weight.size(0) * hidden.element_size()
+    logits = hidden.numel() // hidden.size(-1) * sequence_shards * weight.size(0) * hidden.element_size()
     return logits >= LARGE_LOGITS_BYTES
 
 
@@ -82,7 +83,7 @@ class _Plan:
 
 def _chunk_tokens(rows: Tensor, weight: Tensor) -> int:
     """Tokens whose logits take as much memory as all hidden states, but enough to keep the products efficient."""
-    smallest = SMALLEST_HEAD_CHUNK.get(rows.device.type, SMALLEST_HEAD_CHUNK["cuda"])
+    smallest = SMALLEST_HEAD_CHUNK["cpu" if current().device == "cpu" else "cuda"]
     return max(rows.numel() // weight.size(0), smallest)
 
 

@@ -7,6 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from flm_megatron.kernels.choice import current
+
 # Tokens of a product below which it is slow.
 SMALLEST_CHUNK = 64
 # Matrices of the probe: large enough for every alignment that a library asks for.
@@ -17,6 +19,8 @@ def add_(total: Tensor, rows: Tensor, grad: Tensor) -> None:
     """As `kernels.add_weight_gradient_`."""
     if total.dtype is rows.dtype:
         total.addmm_(grad.t(), rows)
+    elif current().device == "rehearsed":  # which stands for a GPU of any kind
+        torch.addmm(total, grad.t(), rows, out_dtype=total.dtype, out=total)
     elif total.device.type == "cpu":
         # PyTorch's product for CPUs has one dtype: fp32, in which products of bf16 values are exact. What is widened
         # at a time takes half as much memory as the buffer, as the gradient itself would.

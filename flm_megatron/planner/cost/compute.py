@@ -103,8 +103,8 @@ def embedding_passes(work: Workload, machine: Machine) -> Passes:
 def _attention_passes(work: Workload, machine: Machine) -> Passes:
     model, tensor = work.model, work.parallel.tensor
     heads, groups, channels = model.num_attention_heads, model.query_groups, model.kv_channels
-    qkv = _linear(work, machine, (heads + 2 * groups) * channels / tensor, model.hidden_size, work.fp8)
-    projection = _linear(work, machine, model.hidden_size, heads * channels / tensor, work.fp8)
+    qkv = _linear(work, machine, (heads + 2 * groups) * channels / tensor, model.hidden_size, work.fp8 != "none")
+    projection = _linear(work, machine, model.hidden_size, heads * channels / tensor, work.fp8 != "none")
     core = _core_attention(work, machine)
     rotated = (heads + groups) * channels * work.tokens / tensor * work.bytes if work.implementation.rotary else 0.0
     rotation = memory_time(machine, rotated * (2 if work.implementation.fused_rotary else 12))
@@ -119,8 +119,8 @@ def _attention_passes(work: Workload, machine: Machine) -> Passes:
 def _feed_forward_passes(work: Workload, machine: Machine) -> Passes:
     model, values = work.model, feed_forward_values(work) * work.bytes
     width = model.ffn_hidden_size / work.parallel.tensor
-    first = _linear(work, machine, width * (2 if model.gated else 1), model.hidden_size, work.fp8)
-    second = _linear(work, machine, model.hidden_size, width, work.fp8)
+    first = _linear(work, machine, width * (2 if model.gated else 1), model.hidden_size, work.fp8 != "none")
+    second = _linear(work, machine, model.hidden_size, width, work.fp8 != "none")
     forward, backward = (3, 5) if model.gated else (2, 3)  # halves read and written
     if not work.implementation.fused_activation:
         forward, backward = 2 * forward + 1, 2 * backward

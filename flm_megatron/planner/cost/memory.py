@@ -113,7 +113,7 @@ def _dynamic(work: Workload, rank: int) -> tuple[float, float]:
 
 def _weight_casts(work: Workload, rank: int) -> float:
     """Layers' matrices in FP8 and their transposes, which are kept while there are micro-batches to come."""
-    return 2.0 * work.layer_matrices(rank) if work.fp8 and work.micro_batches > 1 else 0.0
+    return 2.0 * work.layer_matrices(rank) if work.fp8 != "none" and work.micro_batches > 1 else 0.0
 
 
 def _layer_backward(work: Workload) -> float:

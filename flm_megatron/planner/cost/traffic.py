@@ -15,6 +15,10 @@ from flm_megatron.planner.cost.buckets import rank_buckets
 from flm_megatron.planner.layout import Workload
 
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "broadcast", "send", "receive"]
+MATRICES = ("qkv", "projection", "fc1", "fc2")
+COLUMNS = ("qkv", "fc1")
+"""Those whose output is split."""
+FEED_FORWARD = ("fc1", "fc2")
 FLAGS = 2
 """Flags that ranks pass on along with the losses of a step."""
 
@@ -123,10 +127,9 @@ def _tensor(work: Workload, rank: int) -> Iterator[Transfers]:
     ranks, steps = work.parallel.tensor, work.micro_batches
     if ranks == 1:
         return
-    stream, exchanges = stream_bytes(work), _exchanges(work, rank) * steps
-    yield Transfers("all-gather", ranks, exchanges.gathers, stream)
-    yield Transfers("reduce-scatter", ranks, exchanges.scatters, stream)
-    yield Transfers("all-reduce", ranks, exchanges.reduces, stream)
+    yield from _transfers(work, _exchanges(work, rank), stream_bytes(work))
+    for of_layer, nbytes in (*_adapters(work), *_largest_values(work)):
+        yield from _transfers(work, of_layer * sum(work.chunks(rank)), nbytes)
     if rank == work.parallel.pipeline - 1:
         # Of every token each rank says two fp32 numbers of its part of the vocabulary.
         chunks, rest = divmod(work.tokens, head_tokens(work))
@@ -137,16 +140,53 @@ def _tensor(work: Workload, rank: int) -> Iterator[Transfers]:
         yield Transfers("all-reduce", ranks, 1, 4 * whole)
 
 
+def _transfers(work: Workload, exchanges: Exchanges, nbytes: int) -> Iterator[Transfers]:
+    """Exchanges of a micro-batch in a whole step."""
+    ranks, steps = work.parallel.tensor, work.micro_batches
+    yield Transfers("all-gather", ranks, exchanges.gathers * steps, nbytes)
+    yield Transfers("reduce-scatter", ranks, exchanges.scatters * steps, nbytes)
+    yield Transfers("all-reduce", ranks, exchanges.reduces * steps, nbytes)
+
+
 def _exchanges(work: Workload, rank: int) -> Exchanges:
     """Of a micro-batch on a pipeline rank."""
     pair = pair_exchanges(work)
-    again = {"full": 2, "selective": 1}.get(work.recompute, 0)
+    again = sum(_forward_passes(work, matrix) - 1 for matrix in COLUMNS)
     found = (pair.all * 2 + pair.forward * again) * sum(work.chunks(rank))
     if rank == 0:
         found += embedding_exchanges(work).all
     if rank == work.parallel.pipeline - 1:
         found += head_exchanges(work).all
     return found
+
+
+def _adapters(work: Workload) -> Iterator[tuple[Exchanges, int]]:
+    """Of a layer, what the first factor of each adapter gives: it is as narrow as the adapter."""
+    for target in work.model.lora.targets if work.model.lora else ():
+        column = target in COLUMNS
+        if work.parallel.sequence:
+            forward, back = Exchanges(gathers=1), Exchanges(scatters=1)
+            forward, back = (forward, back) if column else (back, forward)
+        else:
+            forward, back = Exchanges(reduces=int(not column)), Exchanges(reduces=int(column))
+        assert work.model.lora
+        yield forward * _forward_passes(work, target) + back, work.tokens * work.model.lora.rank * work.bytes
+
+
+def _largest_values(work: Workload) -> Iterator[tuple[Exchanges, int]]:
+    """Of a layer, the fp32 numbers by which matrices that are split get one scale in FP8: those of input and weight,
+    and that of the output's gradient where it is split."""
+    if work.fp8 != "tensorwise":
+        return
+    for matrix in MATRICES:
+        yield Exchanges(reduces=_forward_passes(work, matrix)), 8
+        yield Exchanges(reduces=int(matrix in COLUMNS)), 4
+
+
+def _forward_passes(work: Workload, matrix: str) -> int:
+    """How often a matrix of a layer runs forward for every micro-batch: again where it is recomputed."""
+    again = work.recompute == "full" or (work.recompute == "selective" and matrix in FEED_FORWARD)
+    return 1 + again
 
 
 def _pipeline(work: Workload, rank: int) -> Iterator[Transfers]:
@@ -178,10 +218,8 @@ def _data(work: Workload, rank: int) -> Iterator[Transfers]:
 
 def _control(work: Workload) -> Iterator[Transfers]:
     """Numbers by which all ranks act alike; a broadcast goes out to a group of one too."""
-    parallel, world = work.parallel, work.world_size
-    norm = world if parallel.distributed_optimizer else parallel.model_size
-    yield Transfers("broadcast", parallel.pipeline, 1, 4)  # tokens of a data rank
+    world = work.world_size
+    yield Transfers("broadcast", work.parallel.pipeline, 1, 4)  # tokens of a data rank
     yield Transfers("all-reduce", work.data, int(work.data > 1), 4)  # tokens of the step
-    yield Transfers("all-reduce", world, int(world > 1), 8 * (2 + FLAGS))  # loss, tokens and flags
-    yield Transfers("all-reduce", norm, int(norm > 1), 4)  # gradient norm
-    yield Transfers("all-reduce", world, int(world > 1), 4)  # whether the step is refused
+    squares = 1 if work.parallel.distributed_optimizer else work.data  # of gradients: each replica has its own sum
+    yield Transfers("all-reduce", world, int(world > 1), 8 * (2 + FLAGS + squares))  # with loss, tokens and flags

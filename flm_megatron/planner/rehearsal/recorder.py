@@ -36,6 +36,8 @@ WITHOUT_SHAPES = ("allreduce_coalesced_", "allgather_into_tensor_coalesced_", "r
 """Those that torch has no form of for tensors without values."""
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+ADDED = torch.ops.aten.addmm, torch.ops.aten.addmm_
+"""A product that is added to a matrix, which torch's own counter leaves out where that is in place."""
 ANSWER = 1
 """What a computed value is that the program reads: there are tokens, a norm is finite. What a rank says of itself, as
 whether it has failed, is known."""
@@ -172,6 +174,8 @@ class Recorder(TorchDispatchMode):
             self.flops["attention"] += sdpa_backward_flop_count(
                 grad, query, _expanded(key, query), _expanded(value, query)
             )
+        elif packet in ADDED:
+            self.flops["matrix products"] += flop_registry[torch.ops.aten.addmm](*args[:3], out_val=out)
         elif packet in flop_registry:
             self.flops["matrix products"] += flop_registry[packet](*args, **kwargs, out_val=out)
 

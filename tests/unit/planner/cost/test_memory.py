@@ -145,8 +145,9 @@ def test_the_planned_head_is_the_one_that_runs(
     work = Workload(model, tokens, 1, 1, parallel, 1, implementation=as_chosen(CUDA, wanted))
     hidden = torch.empty(tokens, 1, model.hidden_size, dtype=torch.bfloat16, device="meta")
     weight = torch.empty(work.padded_vocab // 2, model.hidden_size, dtype=torch.bfloat16, device="meta")
-    kernels.use(kernels.choose(wanted))
+    kernels.use(kernels.choose(wanted, "cuda"))
     assert fuses_head(work) == kernels.fuses_head_and_loss(hidden, weight)
+    assert fuses_head(work) == kernels.fuses_head_and_loss(hidden[: tokens // 2], weight, 2) or tokens % 2
     if fuses_head(work):
         assert head_tokens(work) == min(tokens, linear_loss._chunk_tokens(hidden.view(tokens, -1), weight))
 

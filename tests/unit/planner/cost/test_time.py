@@ -62,16 +62,16 @@ def test_bytes_take_bandwidth_and_no_kernel_less_than_the_shortest() -> None:
 def test_fp8_halves_the_products_of_the_layers_and_adds_casts() -> None:
     machine = perfect(find_machine("h100"))
     apart = replace(workload(), implementation=Implementation(fused_weight_gradient=False))  # as FP8's always is
-    plain, fp8 = (layer_passes(replace(apart, fp8=on), machine).total for on in (False, True))
+    plain, fp8 = (layer_passes(replace(apart, fp8=on), machine).total for on in ("none", "tensorwise"))
     assert fp8.matmul == pytest.approx(plain.matmul / 2, rel=1e-3)
     casts = fp8.memory_bound - plain.memory_bound
     assert 0 < casts < 0.5 * (plain.matmul - fp8.matmul)
-    more = layer_passes(replace(apart, fp8=True, global_batch=2 * apart.global_batch), machine).total
+    more = layer_passes(replace(apart, fp8="tensorwise", global_batch=2 * apart.global_batch), machine).total
     assert more.memory_bound < fp8.memory_bound  # weights are cast once for all micro-batches
     assert fp8.attention == plain.attention
     assert plain.total > 1.3 * fp8.total
     with pytest.raises(RequestError, match="no fp8 units"):
-        layer_passes(replace(workload(), fp8=True), A800)
+        layer_passes(replace(workload(), fp8="tensorwise"), A800)
 
 
 def test_a_ring_inside_a_node_takes_its_link_one_over_nodes_the_network() -> None:

@@ -75,12 +75,12 @@ def test_a_step_of_four_ranks() -> None:
     work = workload(data=2, tensor=2, pipeline=1, distributed_optimizer=False)
     exchanges = 3 * (4 * 4 + 1 + 1)  # of layers, embedding, head
     ((gradients,),) = rank_buckets(work, 0)
-    in_pairs = exchanges * STREAM + 4 * gradients + 4 + 4  # with the number of tokens, and the gradient norm
+    in_pairs = exchanges * STREAM + 4 * gradients + 4  # with the number of tokens
     assert by_kind(step_traffic(work, 0)) == {
-        ("all-reduce", 2): (exchanges + 1 + 1 + 1, in_pairs),
+        ("all-reduce", 2): (exchanges + 1 + 1, in_pairs),
         ("all-gather", 2): (3, 3 * 2 * 2 * 64 * 4),
         ("broadcast", 1): (1, 4),
-        ("all-reduce", 4): (2, 32 + 4),
+        ("all-reduce", 4): (1, 8 * (4 + 2)),
     }
 
 

@@ -26,6 +26,15 @@ def test_flops_are_those_of_torchs_counter() -> None:
     assert sum(recorder.flops.values()) == oracle.get_total_flops() > 0
 
 
+def test_a_product_added_in_place_counts_as_any_other() -> None:
+    with FakeTensorMode(), Recorder() as recorder:
+        rows, grad = (torch.empty(7, columns, dtype=torch.bfloat16) for columns in (5, 6))
+        total = torch.empty(6, 5)
+        total.addmm_(grad.float().t(), rows.float())
+        torch.addmm(total, grad.t(), rows, out_dtype=torch.float32, out=total)
+    assert recorder.flops["matrix products"] == 2 * 2 * 6 * 7 * 5
+
+
 def test_attention_of_grouped_queries_counts_every_query_head() -> None:
     batch, heads, groups, sequence, channels = 2, 8, 2, 16, 4
     with FakeTensorMode(), Recorder() as recorder:
