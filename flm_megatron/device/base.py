@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import mmap
@@ -21,6 +21,13 @@ class RandomState(NamedTuple):
 
     get: Callable[..., torch.Tensor]
     set: Callable[..., None]
+
+
+class Copying(Protocol):
+    """Copies that are under way."""
+
+    def wait(self) -> None:
+        """Return when they are made; may be called from any thread, and repeatedly."""
 
 
 class Device(ABC):
@@ -75,6 +82,18 @@ class Device(ABC):
     @abstractmethod
     def unpin(self, memory: mmap.mmap) -> None:
         """Release memory that `pin` has locked."""
+
+    @abstractmethod
+    def copy_aside(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Copying:
+        """Begin to copy the second of each pair into the first, memory of the host that `pin` has locked.
+
+        The copies hold what the work queued so far leaves. What is queued later runs beside them: it may change what
+        they read after `hold_changes`.
+        """
+
+    @abstractmethod
+    def hold_changes(self) -> None:
+        """Let work that is queued from now on wait for the copies under way; the host does not wait."""
 
     @abstractmethod
     def peak_memory_gib(self) -> float:

@@ -8,12 +8,13 @@ import platform
 import re
 import resource
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from flm_megatron.device.base import Device, Module, RandomState
+from flm_megatron.device.base import Copying, Device, Module, RandomState
 
 PROCESS = Path("/proc/self")
 KIB_PER_GIB = 2**20
@@ -69,6 +70,15 @@ class CpuDevice(Device):
     def unpin(self, memory: mmap.mmap) -> None:
         """Nothing was done."""
 
+    def copy_aside(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Copying:
+        """A CPU has nothing beside which it could copy: they are made before this returns."""
+        for host, tensor in pairs:
+            host.copy_(tensor)
+        return _Made()
+
+    def hold_changes(self) -> None:
+        """No copies are under way."""
+
     def peak_memory_gib(self) -> float:
         """Largest resident set of this process, in GiB."""
         return _peak_resident_kib() / KIB_PER_GIB
@@ -85,6 +95,13 @@ class CpuDevice(Device):
         info = Path("/proc/cpuinfo")
         found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else None
         return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+class _Made:
+    """Copies that are made."""
+
+    def wait(self) -> None:
+        """Returns at once."""
 
 
 def _give_back_freed_memory() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from flm_megatron.device.base import Device, Module
+from flm_megatron.device.base import Copying, Device, Module
 
 GIB = 2**30
 FP8_CAPABILITY = (8, 9)
@@ -19,6 +21,10 @@ class CudaDevice(Device):
     name = "cuda"
     backend = "nccl"
     start_method = "spawn"
+
+    def __init__(self) -> None:
+        self._side: torch.cuda.Stream | None = None
+        self._copied: torch.cuda.Event | None = None
 
     @property
     def torch_device(self) -> torch.device:
@@ -74,6 +80,25 @@ class CudaDevice(Device):
         """Take them from the driver before they are unmapped."""
         torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(_address(memory)))
 
+    def copy_aside(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Copying:
+        """On a stream of their own, by the GPU's copy engine; memory that is freed meanwhile is kept for them."""
+        side = self._side = self._side or torch.cuda.Stream(self.torch_device)
+        side.wait_stream(torch.cuda.current_stream(self.torch_device))
+        copied = torch.cuda.Event()
+        with torch.cuda.stream(side):
+            for host, tensor in pairs:
+                host.copy_(tensor, non_blocking=True)
+                tensor.record_stream(side)
+            copied.record(side)
+        self._copied = copied
+        return _OnStream(copied)
+
+    def hold_changes(self) -> None:
+        """The current stream waits for them."""
+        if self._copied is not None:
+            torch.cuda.current_stream(self.torch_device).wait_event(self._copied)
+            self._copied = None
+
     def peak_memory_gib(self) -> float:
         """Largest memory that torch's allocator has held, in GiB."""
         return torch.cuda.max_memory_allocated(self.torch_device) / GIB
@@ -85,6 +110,17 @@ class CudaDevice(Device):
     def hardware_name(self) -> str:
         """The driver's name of the GPU, such as `NVIDIA H100 80GB HBM3`."""
         return torch.cuda.get_device_name(self.torch_device)
+
+
+@dataclass(frozen=True)
+class _OnStream:
+    """Copies that are made when the stream has come to `copied`."""
+
+    copied: torch.cuda.Event
+
+    def wait(self) -> None:
+        """Wait for the event."""
+        self.copied.synchronize()
 
 
 def _address(memory: mmap.mmap) -> int:

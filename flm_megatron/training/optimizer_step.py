@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from flm_megatron.device import current
 from flm_megatron.engine import parallel_state
 from flm_megatron.engine.optimizer import squares_of_gradients
 from flm_megatron.engine.types import Optimizer
@@ -32,8 +33,10 @@ def clip_and_step(optimizer: Optimizer, norm: float) -> None:
     """Clip the gradients, whose global norm is `norm`, and update the weights.
 
     Follows the order of megatron-core's ChainedOptimizer.step, but clipping is part of the update (`clip_at_step`):
-    gradients are read once for their norm and once for the update.
+    gradients are read once for their norm and once for the update. Copies of the state that are under way for a save
+    are made first.
     """
+    current().hold_changes()
     for part in optimizer.chained_optimizers:
         clip_at_step(part, norm)
     optimizer.step_with_ready_grads()

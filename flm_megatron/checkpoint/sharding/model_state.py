@@ -32,7 +32,7 @@ from flm_megatron.checkpoint.sharding.optimizer_state import (
 )
 from flm_megatron.checkpoint.sharding.placement import Placement, placements
 from flm_megatron.checkpoint.sharding.shared_reading import SHARED_READ_BYTES, RegionToFill, fill_shared
-from flm_megatron.checkpoint.sharding.snapshot import Stored, give_back, placed, prepare_buffer, snapshot, take_buffer
+from flm_megatron.checkpoint.sharding.snapshot import BackgroundCopies, Stored, placed, prepare_buffer
 from flm_megatron.checkpoint.torch_dist.shard_file import BUFFER_BYTES, SourceRegion
 from flm_megatron.checkpoint.torch_dist.writer import LARGEST_CHUNK, chunk_size
 from flm_megatron.config.schema import StageConfig
@@ -79,6 +79,7 @@ def load_state(
         RequestError: a tensor is missing or of a shape that does not fit the model; moments without their step.
         DamagedError: a tensor cannot be read.
     """
+    current().hold_changes()
     held_here = placements(chunks)
     for placement in held_here:
         _check_shape(checkpoint, placement)
@@ -112,21 +113,27 @@ def save_state(
     """Write a checkpoint of the model and (unless none) its optimizer; every process writes what it holds.
 
     Nothing is gathered: replicas of weights are divided over the data-parallel ranks, optimizer state is written
-    by its owner. `manifest` says where they stand. With
-    `asynchronous` everything is copied to CPU memory before this returns and written in the background. Call
-    `wait()` on the result on every rank: it raises there if the save failed on any.
+    by its owner. `manifest` says where they stand. With `asynchronous` everything is copied to memory of the host and
+    written in the background: what is saved may change after the device's `hold_changes`. Call `wait()` on the result
+    on every rank: it raises there if the save failed on any.
 
     Raises:
         RequestError: (without `asynchronous`) the destination exists or cannot be written.
     """
     processes = writing_processes()
     tensors, stored = stored_state(chunks, optimizer)
-    buffer = take_buffer(placed(stored)[1]) if asynchronous else None
-    if buffer is not None:
-        stored = snapshot(stored, buffer)
-    found = [SourceRegion(name, region, _getter(region, tensor)) for name, region, tensor in stored]
+    copies = BackgroundCopies(stored) if asynchronous else None
+    if copies is not None:
+        found = [SourceRegion(name, region, _copied(copies, region, copy)) for name, region, copy in copies.regions]
+    else:
+        found = [SourceRegion(name, region, _getter(region, tensor)) for name, region, tensor in stored]
     shards = {shard_file(processes.rank): found}
-    return SaveHandle(Path(path), tensors, shards, manifest, processes, partial(give_back, buffer) if buffer else None)
+    try:
+        return SaveHandle(Path(path), tensors, shards, manifest, processes, copies.release if copies else None)
+    except BaseException:
+        if copies is not None:
+            copies.release()
+        raise
 
 
 def shard_file(rank: int) -> str:
@@ -156,6 +163,18 @@ def prepare_asynchronous_save(chunks: Sequence[ModelChunk], optimizer: Optimizer
 
 def _getter(region: Region, tensor: torch.Tensor) -> Callable[[Region], torch.Tensor]:
     return lambda inside: tensor[inside.within(region).slices]
+
+
+def _copied(copies: BackgroundCopies, region: Region, copy: torch.Tensor) -> Callable[[Region], torch.Tensor]:
+    """Values of a region once it is copied; asked for while writing, so that all ranks hear of an error."""
+    values = _getter(region, copy)
+
+    def get(inside: Region) -> torch.Tensor:
+        """Wait, and read."""
+        copies.wait()
+        return values(inside)
+
+    return get
 
 
 def _weight_regions(held_here: list[Placement]) -> Iterator[HeldRegion]:

@@ -1,6 +1,8 @@
 """Copies of what a process stores, in host memory that is reused.
 
 Newly allocated memory comes page by page while training waits, which takes several times as long as the copy itself.
+Copies for a save are made beside the next step's passes (`BackgroundCopies`): training waits for them before it changes
+what they read, in `optimizer_step`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 
 from flm_megatron.checkpoint.logical import Region
 from flm_megatron.device import current
+from flm_megatron.device.base import Copying
 
 ALIGNMENT = 64
 Stored = tuple[str, Region, torch.Tensor]
@@ -61,8 +64,11 @@ def prepare_buffer(nbytes: int) -> None:
 
 
 def give_back(buffer: HostBuffer) -> None:
-    """Make a buffer available again; its values are no longer needed."""
+    """Make a buffer available again, whose values are no longer needed. The largest one is kept, others are closed."""
     _free.append(buffer)
+    _free.sort(key=lambda free: free.nbytes)
+    while len(_free) > 1:
+        _free.pop(0).close()
 
 
 def placed(regions: Sequence[Stored]) -> tuple[list[int], int]:
@@ -74,14 +80,45 @@ def placed(regions: Sequence[Stored]) -> tuple[list[int], int]:
     return positions, end
 
 
-@torch.no_grad()
 def snapshot(regions: Sequence[Stored], buffer: HostBuffer) -> list[Stored]:
-    """Copy regions into a buffer, at the places that `placed` gives; returns the copies."""
-    copies = []
+    """Copy regions into a buffer, at the places that `placed` gives; returns the copies when they are made."""
+    copies, copying = _begin(regions, buffer)
+    copying.wait()
+    return copies
+
+
+class BackgroundCopies:
+    """Copies of `regions` as they are now, in a buffer that `release` gives back.
+
+    Their values are there after `wait`. Until then the regions may change only after the device's `hold_changes`.
+    """
+
+    def __init__(self, regions: Sequence[Stored]) -> None:
+        self._buffer = take_buffer(placed(regions)[1])
+        try:
+            self.regions, self._copying = _begin(regions, self._buffer)
+        except BaseException:
+            give_back(self._buffer)
+            raise
+
+    def wait(self) -> None:
+        """Return when the copies are made; may be called from any thread."""
+        self._copying.wait()
+
+    def release(self) -> None:
+        """Let the memory be used again, also after an error."""
+        try:
+            self.wait()
+        finally:
+            give_back(self._buffer)
+
+
+@torch.no_grad()
+def _begin(regions: Sequence[Stored], buffer: HostBuffer) -> tuple[list[Stored], Copying]:
+    copies, pairs = [], []
     for (name, region, tensor), position in zip(regions, placed(regions)[0], strict=True):
         flat = torch.frombuffer(buffer.mapped, dtype=torch.uint8, offset=position, count=tensor.nbytes)
         copy = flat.view(tensor.dtype).view(tensor.shape)
-        copy.copy_(tensor.detach(), non_blocking=True)
+        pairs.append((copy, tensor.detach()))
         copies.append((name, region, copy))
-    current().synchronize()
-    return copies
+    return copies, current().copy_aside(pairs)

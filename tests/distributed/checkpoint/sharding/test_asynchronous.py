@@ -21,8 +21,10 @@ from flm_megatron.checkpoint.torch_dist.logical_hash import tensor_hashes
 from flm_megatron.checkpoint.torch_dist.tensor_record import encode
 from flm_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
 from flm_megatron.config.schema.stage import Precision
+from flm_megatron.device import use
 from flm_megatron.distributed import channels
 from flm_megatron.errors import FlmError
+from tests.support.late_device import LateDevice
 from tests.support.layouts import take_steps, train_state_under
 from tests.support.pool import Pool
 
@@ -39,9 +41,11 @@ def slow_encode(dtype: torch.dtype, shape: tuple[int, ...], crc: int) -> tuple[b
     return encode(dtype, shape, crc)
 
 
-def change_while_writing(folder: str, precision: Precision) -> list[bool]:
+def change_while_writing(folder: str, precision: Precision, late: bool) -> list[bool]:
     """A plain save, then a slow one in the background during which weights and state change: by training, then all."""
     with train_state_under(LAYOUT, _stage(precision)) as state:
+        if late:
+            use(LateDevice())
         take_steps(state, range(1))
         save_state(f"{folder}/plain", state.chunks, state.optimizer, Manifest(position=StagePosition(1))).wait()
         shard_file.encode = slow_encode
@@ -60,9 +64,9 @@ def change_while_writing(folder: str, precision: Precision) -> list[bool]:
         return [early, handle.done]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_weights_that_change_during_a_slow_write(pool: Pool, tmp_path: Path, precision: Precision) -> None:
-    assert pool.run(4, change_while_writing, str(tmp_path), precision) == [[False, True]] * 4
+@pytest.mark.parametrize(("precision", "late"), [("fp32", True), ("bf16", False)])
+def test_weights_that_change_during_a_slow_write(pool: Pool, tmp_path: Path, precision: Precision, late: bool) -> None:
+    assert pool.run(4, change_while_writing, str(tmp_path), precision, late) == [[False, True]] * 4
     plain, slow = open_checkpoint(tmp_path / "plain"), open_checkpoint(tmp_path / "slow")
     assert tensor_hashes(plain) == tensor_hashes(slow)
     assert any(name.startswith(STATE_PREFIXES) for name in slow.tensors)
