@@ -11,6 +11,7 @@ from statistics import median
 from benchmarks.planner.memory import MemoryRow, memory_rows
 from benchmarks.planner.row import Role, Row, published_seconds
 from benchmarks.planner.rows import time_rows
+from benchmarks.planner.scaling import frontier_rows, megatron_2019_rows, relations
 from flm_megatron.planner.cost.memory import GIB, all_rank_memory
 from flm_megatron.planner.cost.throughput import step_time
 from flm_megatron.planner.machine import find_machine
@@ -50,16 +51,20 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def rows_of(role: Role) -> list[Row]:
+    """The rows of one role."""
+    return [row for row in (*time_rows(), *megatron_2019_rows(), *frontier_rows()) if row.role == role]
+
+
 def time_table(role: Role) -> str:
     """Iteration times of the rows of one role."""
     rows = []
-    for row in time_rows():
-        if row.role == role:
-            machine = find_machine(row.gpu)
-            peak = max(memory.total for memory in all_rank_memory(row.work, machine.context_gib, machine.fragmentation))
-            seconds = f"{published_seconds(row):.2f}" + (f" (from {row.tflops:.0f} TFLOP/s)" if row.tflops else "")
-            values = [seconds, f"{predicted_seconds(row):.2f}", percent(time_error(row)), f"{peak / GIB:.0f}"]
-            rows.append([row.name, row.gpu, *values, row.source, row.assumed or "-"])
+    for row in rows_of(role):
+        machine = find_machine(row.gpu)
+        peak = max(memory.total for memory in all_rank_memory(row.work, machine.context_gib, machine.fragmentation))
+        seconds = f"{published_seconds(row):.2f}" + (f" (from {row.tflops:.0f} TFLOP/s)" if row.tflops else "")
+        values = [seconds, f"{predicted_seconds(row):.2f}", percent(time_error(row)), f"{peak / GIB:.0f}"]
+        rows.append([row.name, row.gpu, *values, row.source, row.assumed or "-"])
     header = ["step", "GPU", "published, s", "predicted, s", "error", "planned GiB", "source", "assumed"]
     return table(header, rows)
 
@@ -83,6 +88,15 @@ def days_table() -> str:
     return table(["FLM-101B on 192 A800", "published, days", "predicted, days", "error", "role"], rows)
 
 
+def scaling_table() -> str:
+    """Throughput of steps relative to others."""
+    rows = []
+    for each in relations():
+        values = [f"{each.published:.3f}", f"{each.predicted:.3f}", percent(each.predicted / each.published - 1)]
+        rows.append([each.name, *values, each.row.source, each.assumed])
+    return table(["throughput per GPU", "published", "predicted", "error", "source", "assumed"], rows)
+
+
 def memory_table() -> str:
     """Memory rows."""
     rows = [
@@ -96,8 +110,9 @@ def main() -> None:
     """Print all tables and the medians."""
     for role, title in TITLES.items():
         print(f"## {title}\n\n{time_table(role)}\n")
-        errors = [abs(time_error(row)) for row in time_rows() if row.role == role]
+        errors = [abs(time_error(row)) for row in rows_of(role)]
         print(f"Median of the absolute errors: {100 * median(errors):.1f} %, largest {100 * max(errors):.1f} %.\n")
+    print(f"## Throughput relative to another step\n\n{scaling_table()}\n")
     print(f"## Days of a staged run\n\n{days_table()}\n")
     print(f"## Memory\n\n{memory_table()}\n")
     errors = [abs(memory_error(row)) for row in memory_rows()]

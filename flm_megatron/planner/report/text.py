@@ -109,7 +109,7 @@ def assumptions(machine: Machine) -> str:
             f"{hardware.bandwidth_gb_per_s} GB/s",
             f"  links per GPU and direction: {machine.intra_gb_per_s:g} GB/s in the node, "
             f"{machine.inter_gb_per_s:g} GB/s between nodes",
-            f"  efficiencies ({machine.source}): {shares}",
+            f"  efficiencies ({machine.source}): {shares}; speeds of equal GPUs spread by {100 * machine.spread:g} %",
             f"  held back: {machine.context_gib:g} GiB for the driver, {100 * machine.fragmentation:g} % of "
             "activations and working memory for fragmentation",
             f"  software: {_software(machine)}",

@@ -11,7 +11,9 @@ import pytest
 
 from benchmarks.planner.compare import memory_error, time_error
 from benchmarks.planner.memory import memory_rows
+from benchmarks.planner.row import flops_per_token
 from benchmarks.planner.rows import time_rows
+from benchmarks.planner.scaling import relations
 from flm_megatron.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.planner.cost.communication import data_time, gather_time
@@ -211,6 +213,21 @@ def test_published_times_are_met() -> None:
     assert {name for name, error in errors.items() if error > 0.12} == {
         name for name in errors if name.startswith("MT-NLG")
     }
+
+
+def test_tflops_that_count_what_is_recomputed_are_those_of_their_paper() -> None:
+    """arXiv 2104.04473: 96 B s l h^2 (1 + s / 6h + V / 16lh)."""
+    row = next(row for row in time_rows() if row.name.startswith("Megatron-LM 145.6B"))
+    layers, hidden, sequence, vocab = 80, 12288, 2048, 51200
+    counted = 96 * layers * hidden**2 * (1 + sequence / (6 * hidden) + vocab / (16 * layers * hidden))
+    assert flops_per_token(row) == pytest.approx(counted, rel=1e-6)
+
+
+def test_published_scaling_is_met() -> None:
+    """Of V100 in fp16, on which no constant was set: 77 % and 76 % of one GPU's throughput on 8 and 512."""
+    eight, many = relations()[:2]
+    assert eight.predicted == pytest.approx(eight.published, rel=0.05)
+    assert many.predicted == pytest.approx(many.published, rel=0.05)
 
 
 def test_published_memory_is_met() -> None:
