@@ -50,6 +50,10 @@ def rehearse(
     require_whole("workers", workers, LARGEST_WORLD)
     if rank is not None and not 0 <= rank < gpus:
         raise RequestError(f"rank is {rank}, but {gpus:,} processes have the ranks 0 to {gpus - 1:,}")
+    if run.data.chat is not None:
+        from flm_megatron.launch.fine_tuning import without_conversations
+
+        run = without_conversations(run)
     chosen = with_vocabulary(only_stage(run, stage))
     check_run_file(chosen, gpus)
     run, names = whole_run(run, chosen), [one.name for one in chosen.stages]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
-from flm_megatron.checkpoint.run_file import stage_of_checkpoint
+from flm_megatron.checkpoint.run_file import stage_of_checkpoint, with_checkpoint_models
 from flm_megatron.config.loader import resolve_vocabulary
 from flm_megatron.config.rules import check
-from flm_megatron.config.schema import ChatConfig, LoraConfig, ModelConfig, RunConfig, StageConfig
+from flm_megatron.config.schema import ChatConfig, ModelConfig, RunConfig, StageConfig
 from flm_megatron.data.conversations.stream import ChatStream
 from flm_megatron.data.streams.stage_streams import training_stream
 from flm_megatron.data.tokenizer import Tokenizer
@@ -33,6 +34,32 @@ def prepared(run: RunConfig) -> tuple[RunConfig, list[str]]:
     return _of_model(run, evaluated.model, evaluated.tokenizer.path)
 
 
+def without_conversations(run: RunConfig) -> RunConfig:
+    """The run with its checkpoint's model in every stage, and with no look at its conversations or its tokenizer.
+
+    Where the checkpoint is not on this machine the models that the run file states stand for its.
+
+    Raises:
+        RequestError: no checkpoint, or none here and no model that is stated; or as `prepared` on stages.
+    """
+    initial, chat = run.checkpoint.initial, run.data.chat or ChatConfig()
+    if initial is None:
+        raise RequestError("checkpoint.initial is not set: name the checkpoint to fine-tune")
+    for stage in run.stages:
+        _check_stage(stage, chat)
+    if Path(initial).exists():
+        taken = [replace(stage, model=replace(stage.model, from_checkpoint=True)) for stage in run.stages]
+        run = with_checkpoint_models(replace(run, stages=taken))
+    for stage in run.stages:
+        if replace(stage.model, lora=None) == ModelConfig():
+            raise RequestError(
+                f"stage {stage.name!r}: checkpoint.initial {initial} is not on this machine: state its model in the run "
+                "file, such as --stages.0.model.hidden_size 8192"
+            )
+        _check_adapters(stage)
+    return run
+
+
 def _of_model(run: RunConfig, model: ModelConfig, tokenizer: str) -> tuple[RunConfig, list[str]]:
     """The run with `model` in every stage and its epochs' tokens, and lines that describe the training data."""
     chat = run.data.chat or ChatConfig()
@@ -53,6 +80,13 @@ def _of_model(run: RunConfig, model: ModelConfig, tokenizer: str) -> tuple[RunCo
 
 
 def _stage(stage: StageConfig, model: ModelConfig, chat: ChatConfig) -> StageConfig:
+    _check_stage(stage, chat)
+    stage = stage_of_checkpoint(stage, model)
+    _check_adapters(stage)
+    return stage
+
+
+def _check_stage(stage: StageConfig, chat: ChatConfig) -> None:
     if stage.growth is not None:
         raise RequestError(f"stage {stage.name!r} grows: grow the checkpoint first (`flm grow`), then fine-tune it")
     if stage.transformer_engine and chat.packing:
@@ -60,13 +94,12 @@ def _stage(stage: StageConfig, model: ModelConfig, chat: ChatConfig) -> StageCon
             f"stage {stage.name!r}: packing needs attention within conversations, which transformer_engine is not "
             "asked for here: set one of transformer_engine and data.chat.packing to false"
         )
-    stage = stage_of_checkpoint(stage, model)
-    if stage.model.lora is not None:
-        _check_adapters(stage, stage.model.lora)
-    return stage
 
 
-def _check_adapters(stage: StageConfig, lora: LoraConfig) -> None:
+def _check_adapters(stage: StageConfig) -> None:
+    lora = stage.model.lora
+    if lora is None:
+        return
     if lora.rank < 1 or not lora.targets:
         raise RequestError(
             f"stage {stage.name!r}: model.lora has rank {lora.rank} and targets {lora.targets}: give both"
