@@ -17,7 +17,8 @@ def check_run_file(run: RunConfig, world_size: int | None = None, stages: Collec
     """Check the rules of the run file and of every growth in it, without looking at the disk.
 
     `world_size` and `stages` are as in `config.rules.check`. A fine-tuning's token budgets follow from its epochs and
-    its models from its checkpoint, so neither they nor the rules on them are checked.
+    its models from its checkpoint, so neither they nor the rules on them are checked; its stages share one model and do
+    not grow.
 
     Raises:
         Mistakes: one line for every rule that is broken.
@@ -27,7 +28,7 @@ def check_run_file(run: RunConfig, world_size: int | None = None, stages: Collec
         run = replace(run, stages=[replace(stage, tokens=LARGEST_TOKENS) for stage in run.stages])
         models = all(stage.model.vocab_size for stage in run.stages)
     broken = violations(run, world_size, stages, models)
-    if models and not shape_violations(run):
+    if models and run.data.chat is None and not shape_violations(run):
         broken += _growth_mistakes(run)
     if broken:
         raise Mistakes(list(dict.fromkeys(broken)))

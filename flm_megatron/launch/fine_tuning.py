@@ -53,8 +53,8 @@ def without_conversations(run: RunConfig) -> RunConfig:
     for stage in run.stages:
         if replace(stage.model, lora=None) == ModelConfig():
             raise RequestError(
-                f"stage {stage.name!r}: checkpoint.initial {initial} is not on this machine: state its model in the run "
-                "file, such as --stages.0.model.hidden_size 8192"
+                f"stage {stage.name!r}: checkpoint.initial {initial} is not on this machine: state its model in the "
+                "run file, such as --stages.0.model.hidden_size 8192"
             )
         _check_adapters(stage)
     return run

@@ -6,6 +6,7 @@ from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.config.stage_names import stage_index
 from flm_megatron.errors import FlmError
 from flm_megatron.launch.doctor.findings import Finding
+from flm_megatron.launch.fine_tuning import without_conversations
 from flm_megatron.launch.run import local_processes
 
 GIB = 2**30
@@ -24,6 +25,7 @@ def _stage(run: RunConfig, stage: StageConfig, world: int) -> Finding:
     from flm_megatron.planner.rehearsal.stage import rehearse_stage
 
     try:
+        run = run if run.data.chat is None else without_conversations(run)
         whole = whole_run(run, with_vocabulary(only_stage(run, stage.name)))
         found = rehearse_stage(whole, whole.stages[stage_index(whole, stage.name)], world)
     except FlmError as error:

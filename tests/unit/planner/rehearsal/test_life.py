@@ -14,8 +14,11 @@ from flm_megatron.checkpoint.manifest import StagePosition
 from flm_megatron.checkpoint.stage_manifest import stage_manifest
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.config.schema import (
+    ChatConfig,
+    CheckpointConfig,
     DataConfig,
     GrowthConfig,
+    LoraConfig,
     ModelConfig,
     ParallelConfig,
     RunConfig,
@@ -153,3 +156,37 @@ def test_life_is_in_the_report_and_in_the_plain_data(ranks: list[RankReport]) ->
     assert "validation on 40 samples of each of 2 sets: 3 x 8 micro-batches (2 run)" in text
     assert data["starting"]["states"]["masters"]["nbytes"] > 0  # type: ignore[index]
     assert data["validation"]["transfers"][-1] == {"kind": "all-reduce", "ranks": 4, "count": 3, "bytes": 96}  # type: ignore[index]
+
+
+def tuned_run(initial: str, **fields: object) -> RunConfig:
+    """A fine-tuning of two stages on packed conversations."""
+    first = StageConfig("first", SMALL, PARALLEL, global_batch=8, tokens=1, precision="bf16")
+    stages = [replace(first, **fields), replace(first, name="second", **fields)]  # type: ignore[arg-type]
+    data = DataConfig(sequence_length=32, chat=ChatConfig())
+    return RunConfig(output="nowhere", data=data, stages=stages, checkpoint=CheckpointConfig(initial=initial))
+
+
+def test_adapters_are_rehearsed_over_frozen_weights() -> None:
+    run = tuned_run("nowhere", model=replace(SMALL, lora=LoraConfig(rank=4)))
+    first, second = (stage.reports[0] for stage in rehearse(run, gpus=2, rank=0).stages)
+    assert first.life.starting.how == "started from checkpoint.initial"
+    assert second.life.starting.how == "started from stage first"
+    assert {_state(name) for name in first.life.starting.tensors} == {"weights"}
+    adapters = [name for name in second.life.starting.tensors if "lora" in name]
+    assert len(adapters) == 4 * 8  # weights, masters and two moments of both factors of four matrices
+    assert first.life.starting.drawn.nbytes > 0 == second.life.starting.drawn.nbytes
+    assert first.steady["gradients"] < 0.2 * first.steady["weights"]
+
+
+def test_the_model_of_a_fine_tuning_comes_with_its_checkpoint(tmp_path: Path) -> None:
+    run = tuned_run("nowhere", model=ModelConfig())
+    with pytest.raises(RequestError, match=r"stage 'first': checkpoint\.initial nowhere is not on this machine: state"):
+        rehearse(run, gpus=2, rank=0)
+    with pytest.raises(RequestError, match=r"model\.lora goes with neither"):
+        rehearse(tuned_run("nowhere", trainable="half", model=replace(SMALL, lora=LoraConfig())), gpus=2, rank=0)
+    manifest = stage_manifest(RunConfig(stages=[StageConfig("base", SMALL)]), 0, SMALL, StagePosition(7, 56, 1792, 7))
+    copy_checkpoint(InitialCheckpoint(SMALL, 3, optimizer=True), tmp_path / "base", manifest)
+    run = replace(run, checkpoint=CheckpointConfig(initial=str(tmp_path / "base")))
+    found = rehearse(run, gpus=2, stage="first", rank=0)
+    life = found.stages[0].reports[0].life
+    assert life.starting.where == str(tmp_path / "base") and life.starting.adam_step == 7
