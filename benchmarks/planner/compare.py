@@ -14,7 +14,6 @@ from benchmarks.planner.rows import time_rows
 from benchmarks.planner.scaling import frontier_rows, megatron_2019_rows, relations
 from flm_megatron.planner.cost.memory import GIB, all_rank_memory
 from flm_megatron.planner.cost.throughput import step_time
-from flm_megatron.planner.machine import find_machine
 
 FLM_DAYS = {"FLM 16B": (245.37e9, 9.63), "FLM 51B": (39.64e9, 5.37), "FLM 101B": (26.54e9, 6.54)}
 FLM_DAYS_FROM_SCRATCH = 76.74
@@ -27,7 +26,7 @@ TITLES: dict[Role, str] = {
 
 def predicted_seconds(row: Row) -> float:
     """Seconds of a step as planned."""
-    return step_time(row.work, find_machine(row.gpu)).total
+    return step_time(row.work, row.machine).total
 
 
 def time_error(row: Row) -> float:
@@ -60,7 +59,7 @@ def time_table(role: Role) -> str:
     """Iteration times of the rows of one role."""
     rows = []
     for row in rows_of(role):
-        machine = find_machine(row.gpu)
+        machine = row.machine
         peak = max(memory.total for memory in all_rank_memory(row.work, machine.context_gib, machine.fragmentation))
         seconds = f"{published_seconds(row):.2f}" + (f" (from {row.tflops:.0f} TFLOP/s)" if row.tflops else "")
         values = [seconds, f"{predicted_seconds(row):.2f}", percent(time_error(row)), f"{peak / GIB:.0f}"]

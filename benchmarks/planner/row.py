@@ -7,6 +7,7 @@ from typing import Literal
 
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
 from flm_megatron.planner.layout import NEVER, Implementation, Precision, Recompute, Workload
+from flm_megatron.planner.machine import Machine, find_machine
 from flm_megatron.training.metrics.flops import training_flops_per_token
 
 Role = Literal["sets", "checks", "indicative"]
@@ -15,7 +16,8 @@ Role = Literal["sets", "checks", "indicative"]
 @dataclass(frozen=True)
 class Row:
     """One published step. `seconds` is given or follows from `tflops`, which its owners count with the whole square
-    of attention, and with what is recomputed if `counts_recomputed`. `assumed` names what the source does not say."""
+    of attention, and with what is recomputed if `counts_recomputed`. `assumed` names what the source does not say,
+    `network_gb_per_s` the network per accelerator and direction, where it is not its usual one."""
 
     name: str
     gpu: str
@@ -26,6 +28,13 @@ class Row:
     tflops: float | None = None
     assumed: str = ""
     counts_recomputed: bool = False
+    network_gb_per_s: float | None = None
+
+    @property
+    def machine(self) -> Machine:
+        """What it ran on."""
+        machine = find_machine(self.gpu)
+        return replace(machine, inter_gb_per_s=self.network_gb_per_s or machine.inter_gb_per_s)
 
 
 OTHERS = Implementation(fused_loss=False, fused_head_from_mib=NEVER, fused_residual=False, gradient_placeholder=False)

@@ -57,6 +57,38 @@ def _mt_nlg_rows() -> list[Row]:
     return rows
 
 
+# (tensor, pipeline, chunks, data); layers, batch, micro-batch; seconds.
+BIGSCIENCE_STEPS: list[tuple[tuple[int, int, int, int], int, int, int, float]] = [
+    ((8, 1, 1, 1), 6, 512, 2, 119.19),
+    ((8, 1, 1, 1), 10, 512, 1, 205.52),
+    ((8, 12, 1, 4), 72, 2048, 4, 117.07),
+    ((4, 12, 1, 8), 72, 2048, 2, 110.48),
+    ((2, 24, 1, 8), 72, 2048, 1, 119.53),
+]
+
+
+def _bigscience_rows() -> list[Row]:
+    """Steps under DeepSpeed of February 2022 on Jean Zay, whose nodes of eight A100 share four ports of 100 Gb/s.
+    Hidden size 14,336, 64 heads, a vocabulary of 250,880; each is the second step of a trial."""
+    source, rows = "bigscience-workshop/bigscience, train/tr11-176B-ml/chronicles-prequel.md", []
+    for layout, layers, batch, micro, seconds in BIGSCIENCE_STEPS:
+        work = workload(
+            gpt(layers, 14336, 64, 250880),
+            layout,
+            batch,
+            micro,
+            2048,
+            MEGATRON_DEEPSPEED,
+            "full",
+            sequence_parallel=False,
+            precision="fp16",
+        )
+        name = f"DeepSpeed {layers} layers, tensor {layout[0]} x pipeline {layout[1]} x data {layout[3]}"
+        row = Row(name, "a100", work, "indicative", source, seconds, assumed="a single step")
+        rows.append(replace(row, network_gb_per_s=6.25))
+    return rows
+
+
 def _flm_rows() -> list[Row]:
     """The paper's utilisation is headed HFU: something was recomputed and is counted. Megatron-LM of that spring, which
     its program was adapted from, recomputes the core attention beside sequence parallelism."""
@@ -203,6 +235,7 @@ def time_rows() -> list[Row]:
         *_recomputation_rows(),
         *_megatron_2021_rows(),
         *_mt_nlg_rows(),
+        *_bigscience_rows(),
         *_flm_rows(),
         *_tele_flm_rows(),
         *_nemo_rows(),

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from benchmarks.planner.row import MEGATRON_2019, Row, flops_per_token, gpt, workload
 from flm_megatron.planner.cost.throughput import step_time
 from flm_megatron.planner.layout import CUDA, Workload
-from flm_megatron.planner.machine import find_machine
 
 FRONTIER = "arXiv 2312.12705"
 FRONTIER_PEAK = 191.5
@@ -45,7 +44,7 @@ class Relation:
 def planned_tflops(row: Row) -> float:
     """TFLOP/s per accelerator by the owners' count."""
     work = row.work
-    seconds = step_time(work, find_machine(row.gpu)).total
+    seconds = step_time(work, row.machine).total
     return flops_per_token(row) * work.step_tokens / seconds / work.world_size / 1e12
 
 
