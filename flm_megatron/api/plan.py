@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from flm_megatron.api.values import require_above_zero, require_whole
 from flm_megatron.config.ranges import LARGEST_WORLD
@@ -20,6 +22,9 @@ from flm_megatron.planner.rehearsal.against_plan import RoleCheck, compare, veri
 from flm_megatron.planner.report.plot import plot_memory
 from flm_megatron.planner.report.text import goodput_data, goodput_text, run_data, run_text
 from flm_megatron.planner.search import SearchResult, search
+
+if TYPE_CHECKING:
+    from flm_megatron.planner.rehearsal.searched import LayoutCheck
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,24 @@ def search_layouts(
         found[one.name] = search(one, length, machine, gpus)
         require_candidates(one, length, machine, gpus, found[one.name])
     return found
+
+
+def rehearse_layouts(
+    run: RunConfig, results: Mapping[str, SearchResult], machine: Machine, top: int
+) -> dict[str, list[LayoutCheck]]:
+    """The `top` best layouts that `search_layouts` has found for stages of a run, rehearsed: one rank of every role of
+    each, by the name of the stage. Run and machine are as `planned_on` gives them.
+
+    Raises:
+        FlmError: a layout does not run; it is named.
+    """
+    from flm_megatron.planner.rehearsal.searched import rehearse_candidates
+
+    stages = {stage.name: stage for stage in run.stages}
+    return {
+        name: rehearse_candidates(run, stages[name], result.candidates[:top], machine)
+        for name, result in results.items()
+    }
 
 
 def planned_on(

@@ -48,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="rehearse a rank of every role too, and show its memory, arithmetic and transfers beside the plan",
+        help="rehearse a rank of every role too, and show its memory, arithmetic and transfers beside the plan; with "
+        "--search of each layout that it shows",
     )
     parser.add_argument("--json", action="store_true", help="print plain data instead of tables")
     take_overrides(parser)
@@ -82,13 +83,19 @@ def _plan(config: RunConfig, args: argparse.Namespace) -> tuple[str, Mapping[str
 
 
 def _search(config: RunConfig, args: argparse.Namespace) -> tuple[str, Mapping[str, object]]:
-    from flm_megatron.api.plan import planned_on, search_layouts
+    from flm_megatron.api.plan import planned_on, rehearse_layouts, search_layouts
     from flm_megatron.planner.report.text import NOTE, assumptions, search_data, search_text
 
     results = search_layouts(config, **_machine(args))
-    _, machine = planned_on(config, **_machine(args))
+    run, machine = planned_on(config, **_machine(args))
     texts = [search_text(name, result, machine, args.top) for name, result in results.items()]
     data = {name: search_data(result, args.top) for name, result in results.items()}
+    if args.verify:
+        from flm_megatron.planner.rehearsal.searched import layouts_data, layouts_text
+
+        for name, layouts in rehearse_layouts(run, results, machine, args.top).items():
+            texts.append(f"Stage {name}\n{layouts_text(layouts)}")
+            data[name]["rehearsed"] = layouts_data(layouts)
     return "\n\n".join([*texts, assumptions(machine), NOTE]), data
 
 

@@ -10,3 +10,6 @@ SMALLEST_HEAD_CHUNK = {"cpu": 512, "cuda": 2048}
 the gradient of the weight, one for each chunk, begin to count. Measured on a CPU; on a GPU not."""
 LARGE_LOGITS_BYTES = 1 << 29
 """From this size on `auto` fuses head and loss, which stores no logits: their memory matters more than time."""
+SHARED_READ_BYTES = 32 * 2**20
+"""Of what ranks hold alike, read by one of them at a time and held by all meanwhile: large enough for sequential reads,
+and so that few blocks, which are checked whole, are read by two ranks."""

@@ -31,12 +31,13 @@ from flm_megatron.checkpoint.sharding.optimizer_state import (
     state_slices,
 )
 from flm_megatron.checkpoint.sharding.placement import Placement, placements
-from flm_megatron.checkpoint.sharding.shared_reading import SHARED_READ_BYTES, RegionToFill, fill_shared
+from flm_megatron.checkpoint.sharding.shared_reading import RegionToFill, fill_shared
 from flm_megatron.checkpoint.sharding.snapshot import BackgroundCopies, Stored, placed, prepare_buffer
 from flm_megatron.checkpoint.torch_dist.shard_file import BUFFER_BYTES, SourceRegion
 from flm_megatron.checkpoint.torch_dist.writer import LARGEST_CHUNK, chunk_size
 from flm_megatron.config.schema import StageConfig
 from flm_megatron.device import current
+from flm_megatron.device.chunks import SHARED_READ_BYTES
 from flm_megatron.engine import parallel_state
 from flm_megatron.engine.data_parallel import finish_gathering
 from flm_megatron.engine.optimizer import initialise_state

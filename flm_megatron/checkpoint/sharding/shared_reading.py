@@ -18,10 +18,6 @@ from flm_megatron.distributed.channels import gathered
 from flm_megatron.distributed.processes import describe
 from flm_megatron.errors import ERRORS, DamagedError, FlmError
 
-SHARED_READ_BYTES = 32 * 2**20
-"""Read by one rank at a time and held by all meanwhile: large enough for sequential reads, and so that few blocks,
-which are checked whole, are read by two ranks."""
-
 
 @dataclass(frozen=True)
 class RegionToFill:

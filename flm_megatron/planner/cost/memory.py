@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
+from flm_megatron.device.chunks import SHARED_READ_BYTES
 from flm_megatron.planner.cost.activations import (
     feed_forward_values,
     fuses_head,
@@ -59,10 +61,7 @@ def rank_memory(work: Workload, rank: int, context_gib: float = 0.0, fragmentati
         # The copy lives when no activation does.
         working = max(working, 4.0 * trained - activations)
     weights, buffers = work.bytes * work.rank_parameters(rank), _buffers(work)
-    if work.parallel.distributed_optimizer:
-        # While the model is built, the weights that learn lie there beside the buffer of the data-parallel group that
-        # they go into, and the gradients' buffer; neither optimizer nor activations are there yet.
-        working = max(working, work.bytes * trained - optimizer - activations - buffers)
+    working = max(working, _before_steps(work, rank, trained, optimizer) - activations - buffers)
     return RankMemory(
         weights=weights,
         gradients=4 * trained,
@@ -72,6 +71,26 @@ def rank_memory(work: Workload, rank: int, context_gib: float = 0.0, fragmentati
         buffers=buffers,
         allowance=context_gib * GIB + fragmentation * (activations + working),
     )
+
+
+def _before_steps(work: Workload, rank: int, trained: int, optimizer: float) -> float:
+    """What building or loading the model needs on top of weights, gradients and `optimizer`; no activation is there."""
+    loading = 0.0
+    if work.data > 1:
+        # What replicas hold alike one of them reads for all: a region that was read, and one that is received.
+        each = work.bytes if work.parallel.distributed_optimizer else 4
+        loading = 2.0 * min(SHARED_READ_BYTES, each * max(chain.from_iterable(_shards_on(work, rank))))
+    if not work.parallel.distributed_optimizer:
+        return loading
+    # While the model is built, the weights that learn lie there beside the buffer of the data-parallel group that they
+    # go into, and the gradients' buffer; the optimizer is not there yet.
+    return max(loading, work.bytes * trained - optimizer)
+
+
+def _shards_on(work: Workload, rank: int) -> list[list[int]]:
+    """Values of each kind of parameter that learns on a pipeline rank."""
+    shards, last = work.trained_shards, work.parallel.pipeline - 1
+    return [shards["layers"], shards["first"] * (rank == 0), shards["last"] * (rank == last)]
 
 
 def worst_memory(work: Workload, context_gib: float = 0.0, fragmentation: float = 0.0) -> RankMemory:

@@ -9,10 +9,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
 
-from flm_megatron.config.schema import RunConfig, StageConfig
+from flm_megatron.config.schema import ParallelConfig, RunConfig, StageConfig
 from flm_megatron.planner.rehearsal.meeting import check_meetings
 from flm_megatron.planner.rehearsal.rank import RankReport, needed_micro_batches, rehearse_rank
 from flm_megatron.planner.rehearsal.roles import Role, global_rank, roles
+
+Job = tuple[int, int | None]
+"""A rank, and how many micro-batches it runs (as many as its memory grows over without a number)."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,23 @@ def rehearse_stage(
         report = rehearse_rank(run, stage, rank, world)
         own = [role for role in found if report.pipeline_rank in role.pipeline_ranks]
         return StageRehearsal(stage.name, world, tuple(own), (report,), ())
-    whole = [(global_rank(parallel, world, role.pipeline_ranks[0]), None) for role in found]
+    whole = _role_jobs(parallel, world, found)
     meeting = _meeting_ranks(stage, world, found)
     few = needed_micro_batches(stage, parallel.pipeline - 1)
     reports = _reports(run, stage, world, [*whole, *((one, few) for one in meeting)], workers)
     check_meetings(reports[len(whole) :])
     return StageRehearsal(stage.name, world, tuple(found), tuple(reports[: len(whole)]), tuple(meeting))
+
+
+def rehearse_roles(run: RunConfig, stage: StageConfig, world: int, workers: int | None = None) -> StageRehearsal:
+    """As `rehearse_stage`, one rank of every role alone: who they would meet is not asked."""
+    found = roles(stage.model, stage.parallel)
+    reports = _reports(run, stage, world, _role_jobs(stage.parallel, world, found), workers)
+    return StageRehearsal(stage.name, world, tuple(found), tuple(reports), ())
+
+
+def _role_jobs(parallel: ParallelConfig, world: int, found: Sequence[Role]) -> list[Job]:
+    return [(global_rank(parallel, world, role.pipeline_ranks[0]), None) for role in found]
 
 
 def _meeting_ranks(stage: StageConfig, world: int, found: Sequence[Role]) -> list[int]:
@@ -58,10 +72,6 @@ def _meeting_ranks(stage: StageConfig, world: int, found: Sequence[Role]) -> lis
     places = [(role.pipeline_ranks[0], *place) for role in found for place in ((0, 0), (tensor, 0), (0, data))]
     places += [(role.pipeline_ranks[-1], 0, 0) for role in found]
     return sorted({global_rank(parallel, world, *place) for place in places})
-
-
-Job = tuple[int, int | None]
-"""A rank, and how many micro-batches it runs (as many as its memory grows over without a number)."""
 
 
 def _reports(

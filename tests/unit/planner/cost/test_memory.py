@@ -152,6 +152,19 @@ def test_the_planned_head_is_the_one_that_runs(
         assert head_tokens(work) == min(tokens, linear_loss._chunk_tokens(hidden.view(tokens, -1), weight))
 
 
+def test_replicas_that_load_hold_what_one_reads_and_what_another_sends() -> None:
+    """Two regions of at most 32 MiB beside weights, gradients and optimizer, where a step needs less."""
+    model = ModelConfig(num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=2, vocab_size=80_000)
+    parallel = ParallelConfig(pipeline=2, distributed_optimizer=False)
+    work = Workload(model, 128, 8, 1, parallel, 2, precision="fp32", recompute="full")
+    alone, together = rank_memory(replace(work, data=1), 0), rank_memory(work, 0)
+    held = together.weights + together.gradients + together.optimizer
+    assert together.total == pytest.approx(held + 2 * 4 * work.embedding_parameters)
+    assert alone.total < together.total
+    bf16 = rank_memory(replace(work, model=replace(model, vocab_size=800_000), precision="bf16"), 0)
+    assert bf16.total - (bf16.weights + bf16.gradients + bf16.optimizer) < 128 * 2**20
+
+
 def test_a_z_loss_keeps_the_logits() -> None:
     large = StageConfig(model=TELE_FLM, micro_batch=8, global_batch=8)
     penalised = replace(large, stability=replace(large.stability, z_loss=1e-4))
