@@ -26,7 +26,7 @@ CASES = [
     (ParallelConfig(data=2), "bf16"),
     (ParallelConfig(data=2, distributed_optimizer=False), "fp32"),
     # Without sequence parallelism, under which the engine compares states of the host's generator: values of the host.
-    (ParallelConfig(tensor=2, data=1), "fp32"),
+    pytest.param(ParallelConfig(tensor=2, data=1), "fp32", marks=pytest.mark.slow),
     (ParallelConfig(pipeline=2, virtual_pipeline=2, data=1), "bf16"),
 ]
 SQUARES: list[tuple[list[list[float]] | None, float]] = [
