@@ -57,8 +57,8 @@ class RankReport:
 
     @property
     def most_bytes(self) -> int:
-        """The most that it held while building and in the step."""
-        return max(self.building.nbytes, self.peak.nbytes)
+        """The most that it held at any time."""
+        return max(self.building.nbytes, self.peak.nbytes, *(peak.nbytes for peak in self.life.peaks))
 
     def per_step(self, transfer: Transfer) -> float:
         """How often one of `transfers` is done in a step: those of micro-batches that were not run are counted too."""

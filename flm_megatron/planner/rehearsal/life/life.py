@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flm_megatron.planner.rehearsal.ledger import Peak
 from flm_megatron.planner.rehearsal.life.loading import Loading
 from flm_megatron.planner.rehearsal.life.masks import MaskedStep
 from flm_megatron.planner.rehearsal.life.saving import Saving
@@ -21,6 +22,11 @@ class Life:
     masked: MaskedStep | None
     validation: ValidationPass | None
     saving: Saving
+
+    @property
+    def peaks(self) -> list[Peak]:
+        """The most that the masked step and validation held."""
+        return [part.peak for part in (self.masked, self.validation) if part is not None]
 
     @property
     def transfers(self) -> tuple[Transfer, ...]:

@@ -93,7 +93,7 @@ def test_ranks_together_read_and_write_a_whole_checkpoint(ranks: list[RankReport
 def test_the_first_step_is_run_behind_masks(ranks: list[RankReport]) -> None:
     masked = ranks[0].life.masked
     assert masked is not None and masked.dimensions == ("hidden", "ffn", "heads")
-    assert masked.nbytes > 0 and masked.peak.nbytes > ranks[0].peak.nbytes
+    assert masked.nbytes > 0 and ranks[0].most_bytes >= masked.peak.nbytes > ranks[0].peak.nbytes
     assert [t.kind for t in masked.transfers] and len(masked.transfers) == len(ranks[0].transfers)
 
 
