@@ -74,7 +74,7 @@ def check_role(work: Workload, report: RankReport, stage: str, role: str) -> Rol
         role=role,
         pipeline_rank=rank,
         planned=round(rank_memory(work, rank).total),
-        rehearsed=report.most_bytes,
+        rehearsed=max(report.building.nbytes, report.peak.nbytes),  # masks and validation are not planned
         planned_flops=step_flops(work, rank),
         flops=report.flops,
         planned_traffic=by_kind(step_traffic(work, rank)),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from flm_megatron.api.rehearse import rehearse
+from flm_megatron.checkpoint.hugging_face.writer import ExportOptions, write_hugging_face
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import split_name
 from flm_megatron.checkpoint.manifest import StagePosition
@@ -184,9 +185,10 @@ def test_the_model_of_a_fine_tuning_comes_with_its_checkpoint(tmp_path: Path) ->
         rehearse(run, gpus=2, rank=0)
     with pytest.raises(RequestError, match=r"model\.lora goes with neither"):
         rehearse(tuned_run("nowhere", trainable="half", model=replace(SMALL, lora=LoraConfig())), gpus=2, rank=0)
-    manifest = stage_manifest(RunConfig(stages=[StageConfig("base", SMALL)]), 0, SMALL, StagePosition(7, 56, 1792, 7))
-    copy_checkpoint(InitialCheckpoint(SMALL, 3, optimizer=True), tmp_path / "base", manifest)
+    write_hugging_face(InitialCheckpoint(SMALL, 3), SMALL, tmp_path / "base", ExportOptions())
     run = replace(run, checkpoint=CheckpointConfig(initial=str(tmp_path / "base")))
     found = rehearse(run, gpus=2, stage="first", rank=0)
-    life = found.stages[0].reports[0].life
-    assert life.starting.where == str(tmp_path / "base") and life.starting.adam_step == 7
+    starting = found.stages[0].reports[0].life.starting
+    assert starting.where == str(tmp_path / "base") and starting.adam_step == 0
+    assert list(starting.files) == [str(tmp_path / "base" / "model.safetensors")]
+    assert total(starting.files.values()).nbytes == total(starting.tensors.values()).nbytes > 0
