@@ -17,6 +17,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--roles", action="store_true", help="one rank of every role (default)")
     which.add_argument("--rank", type=count, metavar="R", help="rank R alone")
     parser.add_argument("--workers", type=processes, metavar="N", help="processes of this machine (all processors)")
+    parser.add_argument("--gpu", help="accelerator, such as a800, h100, mi300x: say how long the step takes there")
+    parser.add_argument(
+        "--nodes-of", type=processes, metavar="N", help="accelerators in a node (8 unless the table differs)"
+    )
+    parser.add_argument(
+        "--hardware", type=path, metavar="FILE", help="YAML that changes what is assumed of the machine"
+    )
+    parser.add_argument("--trace", type=path, metavar="FILE", help="write the step as a Chrome trace (JSON)")
+    parser.add_argument("--plot", type=path, metavar="FILE", help="draw the step of all pipeline ranks (.png, .svg)")
     parser.add_argument("--json", action="store_true", help="print plain data instead of tables")
     take_overrides(parser)
 
@@ -27,6 +36,9 @@ def run(args: argparse.Namespace) -> int:
     from flm_megatron.checkpoint.run_file import open_run
 
     config = open_run(args.run_file, args.overrides)
-    found = rehearse(config, gpus=args.gpus, stage=args.stage, rank=args.rank, workers=args.workers)
+    which = {name: getattr(args, name) for name in ("gpus", "stage", "rank", "workers")}
+    timed = {name: getattr(args, name) for name in ("gpu", "nodes_of", "hardware", "trace", "plot")}
+    found = rehearse(config, **which, **timed)
     print(json.dumps(found.to_dict(), indent=1) if args.json else found)
+    found.require_fit()
     return 0

@@ -5,6 +5,8 @@ Ranks are numbered tensor first, then data, then pipeline, as megatron-core does
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from flm_megatron.planner.layout import Workload
 from flm_megatron.planner.machine import Machine
 
@@ -41,7 +43,17 @@ def data_time(work: Workload, machine: Machine, size: float) -> float:
 
 def pipeline_time(work: Workload, machine: Machine, size: float) -> float:
     """Seconds to send `size` bytes to the next pipeline rank."""
-    same_node = work.world_size <= machine.node_size
+    return transfer_time(machine, size, work.world_size <= machine.node_size)
+
+
+def group_time(machine: Machine, size: float, ranks: Sequence[int]) -> float:
+    """Seconds of an all-gather or reduce-scatter of `size` bytes over global ranks, wherever they lie."""
+    nodes = len({rank // machine.node_size for rank in ranks})
+    return gather_time(machine, size, len(ranks), -(-len(ranks) // nodes))
+
+
+def transfer_time(machine: Machine, size: float, same_node: bool) -> float:
+    """Seconds to send `size` bytes from one rank to another."""
     link = machine.intra_gb_per_s * machine.efficiency.intra if same_node else 0.0
     link = link or machine.inter_gb_per_s * machine.efficiency.inter
     return machine.latency_s + size / (link * 1e9)

@@ -14,7 +14,7 @@ from flm_megatron.planner.cost.activations import (
     stream_bytes,
 )
 from flm_megatron.planner.cost.communication import tensor_time
-from flm_megatron.planner.cost.matmul import matmul_time, memory_time, peak_flops
+from flm_megatron.planner.cost.matmul import attention_time, matmul_time, memory_time
 from flm_megatron.planner.cost.traffic import PassExchanges, embedding_exchanges, head_exchanges, pair_exchanges
 from flm_megatron.planner.layout import Workload
 from flm_megatron.planner.machine import Machine
@@ -187,7 +187,7 @@ def _core_attention(work: Workload, machine: Machine) -> Passes:
     heads, channels = model.num_attention_heads / work.parallel.tensor, model.kv_channels
     if work.implementation.flash_attention:
         flops = 2.0 * work.tokens * sequence * heads * channels  # two products over half of the keys
-        forward = flops / (peak_flops(machine, work.precision) * machine.efficiency.attention)
+        forward = attention_time(machine, work.precision, flops)
         return Passes(Seconds(attention=forward), Seconds(attention=FLASH_BACKWARD * forward))
     batch = work.micro_batch * heads
     product = matmul_time(machine, work.precision, sequence, sequence, channels, batch)

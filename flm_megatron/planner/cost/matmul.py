@@ -49,6 +49,11 @@ def matmul_time(
     return max(compute, memory_time(machine, values * BYTES[precision]))
 
 
+def attention_time(machine: Machine, precision: Precision, flops: float) -> float:
+    """Seconds of flash attention whose products, over the keys that causality leaves, are `flops`."""
+    return flops / (peak_flops(machine, precision) * machine.efficiency.attention)
+
+
 def memory_time(machine: Machine, size: float) -> float:
     """Seconds to read and write `size` bytes in all."""
     speed = machine.hardware.bandwidth_gb_per_s * 1e9 * machine.efficiency.memory

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from flm_megatron.engine.types import ReplicatedChunk
 from flm_megatron.kernels.choice import choose, using
 from flm_megatron.kernels.unlaunched import without_launches
 from flm_megatron.optim.learning_rate import set_learning_rates
+from flm_megatron.planner.machine import Machine
 from flm_megatron.planner.rehearsal.ledger import Ledger, Peak
 from flm_megatron.planner.rehearsal.life.beginning import resumed, started
 from flm_megatron.planner.rehearsal.life.life import Life
@@ -26,7 +28,10 @@ from flm_megatron.planner.rehearsal.life.masks import step_under_masks
 from flm_megatron.planner.rehearsal.life.saving import saved
 from flm_megatron.planner.rehearsal.life.validation import validate
 from flm_megatron.planner.rehearsal.recorder import Recorder, Traffic, Transfer, traffic
+from flm_megatron.planner.rehearsal.timing.operation_times import OperationTimes
+from flm_megatron.planner.rehearsal.timing.timeline import RankTimeline, Timeline
 from flm_megatron.planner.rehearsal.world import rehearsed_world
+from flm_megatron.planner.simulation.schedule import Schedule
 from flm_megatron.training.step import Batch, TrainState
 
 
@@ -54,6 +59,8 @@ class RankReport:
     flops: dict[str, int]
     transfers: tuple[Transfer, ...]
     life: Life
+    timeline: RankTimeline | None = None
+    """What the step's passes do in seconds, where a machine was given."""
 
     @property
     def most_bytes(self) -> int:
@@ -70,23 +77,30 @@ class RankReport:
 
 
 def rehearse_rank(
-    run: RunConfig, stage: StageConfig, rank: int, world: int, micro_batches: int | None = None
+    run: RunConfig,
+    stage: StageConfig,
+    rank: int,
+    world: int,
+    micro_batches: int | None = None,
+    machine: Machine | None = None,
 ) -> RankReport:
     """Run one training step of `rank` of `world` processes; `stage` has its vocabulary.
 
-    `micro_batches` is how many of the step's are run; without it as many as its memory grows over.
+    `micro_batches` is how many of the step's are run; without it as many as its memory grows over. With a `machine` the
+    report has a timeline.
 
     Raises what the real rank would raise: RequestError for what the engine or a rule refuses, and errors of torch.
     """
     with rehearsed_world(rank, world), layout(stage.parallel, run.distributed.timeout_s):
-        return _Rehearsal(run, stage, rank, world).report(micro_batches)
+        return _Rehearsal(run, stage, rank, world, machine).report(micro_batches)
 
 
 class _Rehearsal:
-    def __init__(self, run: RunConfig, stage: StageConfig, rank: int, world: int) -> None:
+    def __init__(self, run: RunConfig, stage: StageConfig, rank: int, world: int, machine: Machine | None) -> None:
         self.run, self.stage, self.rank, self.world = run, stage, rank, world
         self.recorder = Recorder()
         self.recorder.replicas = tuple(dist.get_process_group_ranks(parallel_state.get_data_parallel_group()))
+        self.timeline = _timeline(stage, world, machine)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def report(self, micro_batches: int | None) -> RankReport:
@@ -97,7 +111,7 @@ class _Rehearsal:
         ran = min(total, micro_batches or needed_micro_batches(stage, pipeline_rank))
         beginnings = resumed(self.run, stage), started(self.run, stage)
         plan = beginnings[1].plan
-        with using(choose(self.run.kernels)), without_launches(), self.fake, self.recorder:
+        with using(choose(self.run.kernels)), without_launches(self.recorder.launched), self.fake, self.recorder:
             ledger.moment = "building"
             state = TrainState(beginnings[1].stage, self.run.data.sequence_length)
             ledger.use, ledger.moment = "optimizer", "loading"
@@ -130,6 +144,7 @@ class _Rehearsal:
             flops={name: count * total // ran for name, count in flops.items()},
             transfers=transfers,
             life=Life(starting, resuming, masked, validation, saving),
+            timeline=None if self.timeline is None else self.timeline.of_rank(schedule(stage, ran), pipeline_rank),
         )
 
     def _step(self, state: TrainState, micro_batches: int) -> None:
@@ -141,16 +156,27 @@ class _Rehearsal:
         def finish(*arguments: object, **named: object) -> None:
             """What comes after the last micro-batch is done once."""
             recorder.micro_batched, ledger.moment = False, "gradients"
+            recorder.begin_pass(None)
             finalize(*arguments, **named)
             ledger.moment = "optimizer step"
 
         batch = _batch(self.run, self.stage)
+        if self.timeline and self.stage.parallel.overlap_grad_reduce:
+            self._settle(state, batch)
         config.finalize_model_grads_func = finish
-        with _forward_passes(state.chunks, recorder):
+        with _forward_passes(state.chunks, recorder), recorder.timing(self.timeline):
             ledger.moment, recorder.micro_batched = "start of the step", True
             state.train_step([batch] * micro_batches)
         config.finalize_model_grads_func = finalize
         ledger.moment = "end of the step"
+
+    def _settle(self, state: TrainState, batch: Batch) -> None:
+        """A step before the one that is noted: only from the second on does the engine reduce gradients beside the
+        backward pass, for it learns from the first when they are ready."""
+        parallel, recorder = self.stage.parallel, self.recorder
+        state.train_step([batch] * (parallel.pipeline if parallel.virtual_pipeline > 1 else 1))
+        recorder.forget()
+        recorder.ledger.begin_peak()
 
 
 def needed_micro_batches(stage: StageConfig, pipeline_rank: int) -> int:
@@ -165,29 +191,46 @@ def needed_micro_batches(stage: StageConfig, pipeline_rank: int) -> int:
     return -(-each // parallel.pipeline) * parallel.pipeline
 
 
+def schedule(stage: StageConfig, micro_batches: int) -> Schedule:
+    """The engine's schedule of a stage's pipeline."""
+    return Schedule(stage.parallel.pipeline, micro_batches, stage.parallel.virtual_pipeline)
+
+
+def _timeline(stage: StageConfig, world: int, machine: Machine | None) -> Timeline | None:
+    if machine is None:
+        return None
+    return Timeline(OperationTimes(machine), stage.parallel.tensor, world // stage.parallel.pipeline, world)
+
+
 @contextmanager
 def _forward_passes(chunks: Sequence[ReplicatedChunk], recorder: Recorder) -> Iterator[None]:
-    """While the block runs, the ledger knows when a forward pass of a micro-batch begins and ends."""
+    """While the block runs, the recorder knows when passes of a micro-batch begin, and forward passes end."""
     ledger, begun = recorder.ledger, [0]
 
-    def begin(*_: object) -> None:
+    def begin(chunk: int, *_: object) -> None:
         """Before a chunk's forward pass."""
         begun[0] += 1
         ledger.moment = f"forward pass {begun[0]}"
         ledger.begin_forward()
+        recorder.begin_pass(False, chunk)
 
-    def end(*_: object) -> None:
+    def end(chunk: int, _: object, __: object, output: torch.Tensor) -> None:
         """After it: until the next one begins, what runs is a backward pass."""
         ledger.end_forward()
         ledger.moment = f"after forward pass {begun[0]}"
+        if output.requires_grad:
+            output.register_hook(lambda _: recorder.begin_pass(True, chunk))
 
     def logits(_: object, __: object, output: tuple[torch.Tensor, object]) -> None:
         """The head's product."""
         ledger.classify(output[0], "logits")
 
     handles = []
-    for chunk in chunks:
-        handles += [chunk.register_forward_pre_hook(begin), chunk.register_forward_hook(end)]
+    for number, chunk in enumerate(chunks):
+        handles += [
+            chunk.register_forward_pre_hook(partial(begin, number)),
+            chunk.register_forward_hook(partial(end, number)),
+        ]
         head = getattr(chunk.module, "output_layer", None)
         if head is not None:
             handles.append(head.register_forward_hook(logits))

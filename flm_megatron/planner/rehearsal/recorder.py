@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from flm_megatron.planner.rehearsal.ledger import Ledger
+from flm_megatron.planner.rehearsal.timing.operation_times import FACTORS
+from flm_megatron.planner.rehearsal.timing.timeline import Timeline
 
 KINDS = {
     "allreduce_": "all-reduce",
@@ -98,6 +101,7 @@ class Recorder(TorchDispatchMode):
         self.transfers: list[Transfer] = []
         self.micro_batched = False
         self.replicas: tuple[int, ...] = ()
+        self.timeline: Timeline | None = None
 
     def __enter__(self) -> Recorder:
         """Watch, storages that are resized too: that is no operation.
@@ -120,6 +124,24 @@ class Recorder(TorchDispatchMode):
         """Look away."""
         torch.UntypedStorage.resize_, torch.UntypedStorage.copy_ = self._storage  # type: ignore[method-assign]
         super().__exit__(*error)
+
+    @contextmanager
+    def timing(self, timeline: Timeline | None) -> Iterator[None]:
+        """While the block runs, a timeline is told how long all takes."""
+        self.timeline = timeline
+        with timeline.watching() if timeline else nullcontext():
+            yield
+        self.timeline = None
+
+    def begin_pass(self, backward: bool | None, chunk: int = 0) -> None:
+        """A pass of a micro-batch through a model chunk begins, or (none) all of them are done."""
+        if self.timeline:
+            self.timeline.begin(backward, chunk)
+
+    def launched(self, tensors: Sequence[torch.Tensor]) -> None:
+        """A Triton kernel has been called with some tensors."""
+        if self.timeline:
+            self.timeline.launched(tensors)
 
     def __torch_dispatch__(
         self,
@@ -151,11 +173,14 @@ class Recorder(TorchDispatchMode):
 
     def _transfer(self, func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """Take note of a collective, and do it: others say what this rank says."""
-        self._note_transfer(func, args)
+        transfer = self._note_transfer(func, args)
         if not self.values and func._opname in WITHOUT_SHAPES:
-            return FakeWork().boxed()
+            done = FakeWork().boxed()
+            self._time_transfer(transfer, done)
+            return done
         said = _flags(args)
         out = func(*args, **kwargs)
+        self._time_transfer(transfer, out)
         for flag, value in said:
             flag.constant = value
         for tensor in _tensors(out):
@@ -165,21 +190,34 @@ class Recorder(TorchDispatchMode):
     def _count(
         self, func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: dict[str, object], out: object
     ) -> None:
-        packet = func._overloadpacket
-        if packet is ATTENTION:
-            query, key, value = (_shape(tensor) for tensor in args[:3])
-            self.flops["attention"] += sdpa_flop_count(query, _expanded(key, query), _expanded(value, query))
-        elif packet is ATTENTION_BACKWARD:
-            grad, query, key, value = (_shape(tensor) for tensor in args[:4])
-            self.flops["attention"] += sdpa_backward_flop_count(
-                grad, query, _expanded(key, query), _expanded(value, query)
-            )
-        elif packet in ADDED:
+        packet, timeline = func._overloadpacket, self.timeline
+        if packet in (ATTENTION, ATTENTION_BACKWARD):
+            flops = _attention_flops(packet, args)
+            self.flops["attention"] += flops
+            if timeline:
+                causal = next((arg for arg in args if isinstance(arg, bool)), bool(kwargs.get("is_causal")))
+                timeline.work("attention", timeline.times.attention(next(_tensors(args)), flops, causal))
+            return
+        if packet in ADDED:
             self.flops["matrix products"] += flop_registry[torch.ops.aten.addmm](*args[:3], out_val=out)
         elif packet in flop_registry:
             self.flops["matrix products"] += flop_registry[packet](*args, **kwargs, out_val=out)
+        if timeline and packet in FACTORS:
+            factors = [*_tensors(args[FACTORS[packet] :][:2])]
+            timeline.work("matmul", timeline.times.product(factors))
+            if packet in ADDED and isinstance(out, torch.Tensor) and out.dtype is not factors[0].dtype:
+                timeline.work("memory_bound", timeline.times.adding(out, factors[0]))
+        elif timeline:
+            timeline.work("memory_bound", timeline.times.operation(func, args, out))
 
-    def _note_transfer(self, func: torch._ops.OpOverload, args: tuple[object, ...]) -> None:
+    def _time_transfer(self, transfer: Transfer, boxed: object) -> None:
+        """`boxed` has the handle of a transfer."""
+        if self.timeline is None or transfer.kind in ("send", "receive"):
+            return
+        (handle,) = (dist.Work.unbox(leaf) for leaf in tree_leaves(boxed) if isinstance(leaf, torch.ScriptObject))
+        self.timeline.collective(transfer.kind, transfer.nbytes, transfer.group, handle)
+
+    def _note_transfer(self, func: torch._ops.OpOverload, args: tuple[object, ...]) -> Transfer:
         kind = KINDS.get(func._opname)
         if kind is None:
             raise NotImplementedError(f"rehearsal does not know torch's collective {func._opname}")
@@ -187,17 +225,17 @@ class Recorder(TorchDispatchMode):
         ranks = tuple(dist.get_process_group_ranks(group))
         dtype = next((str(tensor.dtype).removeprefix("torch.") for tensor in _tensors(args)), "")
         peer = next((arg for arg in args if isinstance(arg, int)), None) if kind in ("send", "receive") else None
-        self.transfers.append(
-            Transfer(
-                kind,
-                ranks,
-                max(sum(tensor.nbytes for tensor in _tensors(arg)) for arg in args),
-                dtype,
-                _site(),
-                self.micro_batched and (len(ranks) == 1 or ranks != self.replicas),
-                None if peer is None else ranks[peer],
-            )
+        transfer = Transfer(
+            kind,
+            ranks,
+            max(sum(tensor.nbytes for tensor in _tensors(arg)) for arg in args),
+            dtype,
+            _site(),
+            self.micro_batched and (len(ranks) == 1 or ranks != self.replicas),
+            None if peer is None else ranks[peer],
         )
+        self.transfers.append(transfer)
+        return transfer
 
 
 def _not_copied(storage: torch.UntypedStorage, source: object, non_blocking: bool | None = None) -> object:
@@ -213,6 +251,16 @@ def _flags(args: tuple[object, ...]) -> list[tuple[FakeTensor, torch.Tensor]]:
     """Tensors that this rank has given a value of its own, such as a flag that asks whether any rank has failed."""
     fakes = (tensor for tensor in _tensors(args) if isinstance(tensor, FakeTensor))
     return [(fake, fake.constant) for fake in fakes if fake.constant is not None]
+
+
+def _attention_flops(packet: object, args: tuple[object, ...]) -> int:
+    """FLOPs over all keys, as torch counts them; backward flash attention computes the scores again."""
+    backward = packet is ATTENTION_BACKWARD
+    query, key, value = (_shape(tensor) for tensor in args[backward : 3 + backward])
+    keys, values = _expanded(key, query), _expanded(value, query)
+    if backward:
+        return int(sdpa_backward_flop_count(_shape(args[0]), query, keys, values))
+    return int(sdpa_flop_count(query, keys, values))
 
 
 def _shape(tensor: object) -> tuple[int, ...]:

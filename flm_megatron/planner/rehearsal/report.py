@@ -11,6 +11,7 @@ from flm_megatron.planner.rehearsal.life.report import life_data, life_text
 from flm_megatron.planner.rehearsal.rank import RankReport
 from flm_megatron.planner.rehearsal.roles import Role
 from flm_megatron.planner.rehearsal.stage import StageRehearsal
+from flm_megatron.planner.rehearsal.timing.stage_timing import timing_data, timing_text
 from flm_megatron.planner.report.text import table
 
 
@@ -23,6 +24,8 @@ def rehearsal_text(found: StageRehearsal) -> str:
         *(f"a step of rank {report.rank} ({role.name})\n{_step(report)}" for role, report in pairs),
         *(f"rank {report.rank} ({role.name}) beside its steps\n{life_text(report.life)}" for role, report in pairs),
     ]
+    if found.timing is not None:
+        texts.append(timing_text(found.timing, found.roles))
     if found.met:
         texts.append(f"ranks {', '.join(map(str, found.met))} meet in every collective and transfer")
     return "\n\n".join(texts)
@@ -34,6 +37,7 @@ def rehearsal_data(found: StageRehearsal) -> dict[str, object]:
         "stage": found.stage,
         "world": found.world,
         "compared_ranks": list(found.met),
+        "timing": None if found.timing is None else timing_data(found.timing, found.roles),
         "ranks": [
             {
                 "rank": report.rank,
@@ -73,13 +77,17 @@ def _step(report: RankReport) -> str:
     rows = [["", "ranks", "count", "GiB"]]
     for (kind, ranks), (count, nbytes) in report.traffic().items():
         rows.append([kind, str(ranks), f"{count:,}", f"{nbytes / GIB:,.2f}"])
-    arithmetic = ", ".join(f"{count / 1e12:,.1f} TFLOP of {name}" for name, count in report.flops.items())
+    arithmetic = ", ".join(f"{count / 1e12:,.1f} TFLOP of {_named(name)}" for name, count in report.flops.items())
     return "\n".join(
         [
             table(rows),
             f"{report.micro_batches:,} micro-batches ({report.ran} run): {arithmetic}",
         ]
     )
+
+
+def _named(operation: str) -> str:
+    return "attention over all keys, half of which causality leaves" if operation == "attention" else operation
 
 
 def _span(ranks: Sequence[int]) -> str:
