@@ -19,7 +19,6 @@ from flm_megatron.planner.layout import as_chosen
 from flm_megatron.planner.machine import Machine, find_machine
 from flm_megatron.planner.plan import RunPlan, plan_run
 from flm_megatron.planner.rehearsal.against_plan import RoleCheck, compare, verification_data, verification_text
-from flm_megatron.planner.rehearsal.stage import rehearse_stage
 from flm_megatron.planner.report.plot import plot_memory
 from flm_megatron.planner.report.text import goodput_data, goodput_text, run_data, run_text
 from flm_megatron.planner.search import SearchResult, search
@@ -111,6 +110,8 @@ def plan(
 
 
 def _verified(run: RunConfig, planned: RunPlan) -> tuple[RoleCheck, ...]:
+    from flm_megatron.planner.rehearsal.stage import rehearse_stage
+
     return tuple(compare(planned, [rehearse_stage(run, stage, planned.gpus) for stage in run.stages]))
 
 

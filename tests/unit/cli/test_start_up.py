@@ -69,6 +69,10 @@ def test_help_of_a_command_needs_neither_torch_nor_the_engine(command: str) -> N
     assert not found & {"torch", "megatron", "transformers", "matplotlib"}
 
 
+def test_a_plan_needs_neither_torch_nor_the_engine() -> None:
+    assert not packages(imported("import flm_megatron; flm_megatron.plan")) & {"torch", "megatron"}
+
+
 @pytest.mark.parametrize("arguments", [("-c", "import flm_megatron"), ("-m", "flm_megatron.cli.main", "--help")])
 def test_start_takes_little_more_than_the_interpreters(arguments: tuple[str, ...]) -> None:
     assert processor_s(*arguments) - processor_s("-c", "pass") < ALLOWED_S
