@@ -72,8 +72,7 @@ def search(stage: StageConfig, sequence_length: int, machine: Machine, gpus: int
     the best of them by its simulation then.
     """
     result = SearchResult()
-    passes: dict[tuple[int, int, str], ChunkPasses] = {}
-    full: set[tuple[int, int, int, str]] = set()  # what a micro-batch overfills, a larger one does too
+    passes: dict[tuple[int, int, int, str], ChunkPasses] = {}
     for trial in _layouts(stage, sequence_length, gpus):
         reason = _broken_rule(trial, sequence_length, gpus)
         if reason:
@@ -81,13 +80,11 @@ def search(stage: StageConfig, sequence_length: int, machine: Machine, gpus: int
             continue
         for recompute in RECOMPUTE:
             work = stage_workload(replace(trial, recompute=recompute), sequence_length, gpus, machine.software)
-            sizes = trial.parallel.tensor, trial.parallel.pipeline, trial.parallel.virtual_pipeline, recompute
-            gib = float("inf") if sizes in full else _needed_gib(work, machine)
+            gib = _needed_gib(work, machine)
             if gib > machine.hardware.memory_gib:
-                full.add(sizes)
                 result.reject(MEMORY, describe(work), gib)
                 continue
-            key = (work.parallel.tensor, work.micro_batch, recompute)
+            key = (work.parallel.tensor, work.micro_batch, work.micro_batches, recompute)
             if key not in passes:
                 passes[key] = chunk_passes(work, machine)
             step = step_time(work, machine, passes[key], simulate=False)

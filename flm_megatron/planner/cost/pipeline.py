@@ -20,7 +20,8 @@ from flm_megatron.planner.simulation.schedule import Schedule
 
 @dataclass(frozen=True)
 class ChunkPasses:
-    """Passes of a layer, the head and the embedding; the same in all layouts that differ in data or pipeline only."""
+    """Passes of a layer, the head and the embedding; the same in all layouts of a world that have tensor size,
+    recomputation, size and number of micro-batches in common."""
 
     layer: Passes
     head: Passes

@@ -10,14 +10,15 @@ import pytest
 from flm_megatron.config.rules.layout import LAYOUT_RULES
 from flm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig, StageConfig
 from flm_megatron.errors import RequestError
-from flm_megatron.planner.cost.memory import worst_memory
+from flm_megatron.planner.cost.memory import GIB, worst_memory
+from flm_megatron.planner.cost.throughput import step_time
 from flm_megatron.planner.feasibility import require_candidates, require_fit
 from flm_megatron.planner.layout import stage_workload
 from flm_megatron.planner.machine import find_machine
 from flm_megatron.planner.plan import plan_run, plan_stage
 from flm_megatron.planner.search import MEMORY, search, smallest_fit
 
-A800 = find_machine("a800")
+A800, H100 = find_machine("a800"), find_machine("h100")
 SEVEN_B = StageConfig(
     name="7b",
     model=ModelConfig(num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32, vocab_size=32000),
@@ -49,6 +50,19 @@ def test_layouts_are_ranked_by_the_time_that_a_plan_gives_them() -> None:
     assert best.recompute != "attention"
     stage = replace(SEVEN_B, parallel=best.parallel, micro_batch=best.micro_batch, recompute=best.recompute)
     assert plan_stage(stage, SEQUENCE, A800, 16).step.total == times[0]
+
+
+def test_fp8_casts_weights_once_a_step_in_every_layout() -> None:
+    """So a micro-batch costs less where there are more of them, and a single one keeps no casts in memory."""
+    stage = replace(SEVEN_B, fp8="tensorwise")
+    result = search(stage, SEQUENCE, H100, 32)
+    for candidate in result.candidates:
+        assert candidate.step.compute == step_time(candidate.work, H100, simulate=False).compute, candidate.work
+    two, one = (stage_workload(replace(stage, micro_batch=size, recompute="full"), SEQUENCE, 32) for size in (1, 2))
+    assert worst_memory(one).total < worst_memory(two).total
+    between = (worst_memory(one, H100.context_gib, H100.fragmentation).total + GIB) / GIB
+    tight = replace(H100, hardware=replace(H100.hardware, memory_gib=between))
+    assert any(candidate.work == one for candidate in search(stage, SEQUENCE, tight, 32).candidates)
 
 
 def test_rejections_are_grouped_with_an_example() -> None:
