@@ -34,7 +34,7 @@ class Code(NamedTuple):
 
     def chips(self) -> list[str]:
         """The GPUs that it is for: FP8 came with compute capability 8.9."""
-        return [chip for chip in CHIPS if self.variants[0].operation != "fp8" or chip not in WITHOUT_FP8]
+        return [chip for chip in CHIPS if not self.variants[0].operation.startswith("fp8") or chip not in WITHOUT_FP8]
 
     def title(self) -> str:
         """One line that names it."""

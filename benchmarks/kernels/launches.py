@@ -26,12 +26,14 @@ from flm_megatron.kernels.loss import triton_kernels as loss
 from flm_megatron.kernels.norm import Affine
 from flm_megatron.kernels.norm import triton_kernels as norm
 from flm_megatron.kernels.rotary import triton_kernels as rotary
+from flm_megatron.kernels.unwritten import Gated, Normed
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TYPES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
     torch.int64: "i64",
+    torch.int32: "i32",
     torch.float8_e4m3fn: "fp8e4nv",
     torch.float8_e5m2: "fp8e5",
 }
@@ -40,6 +42,8 @@ ROWS = 2048
 HIDDEN = (8192, 10240, 20480)
 # Their feed-forward sizes, whole and as tensor-parallel ranks have them: over 4 and 8, over 4, 8 and 16, over 8 and 32.
 FFN = (21824, 5456, 2728, 27264, 6816, 3408, 1704, 98304, 12288, 3072)
+# Those that are multiples of 16, as FP8 asks for.
+FP8_FFN = (5456, 6816, 98304, 12288, 3072)
 # Ids of a rank and how many of them are no padding: the vocabulary whole, over 4 (the last rank), 8 and 32.
 VOCABULARY = ((80384, 80000), (20096, 19712), (10048, 10048), (2560, 640))
 HEADS = (64, 160, 20)
@@ -110,7 +114,7 @@ def _launch(kernel: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Launch
 @lru_cache(maxsize=1)
 def variants() -> dict[Variant, Callable[[], object]]:
     """The call of each variant."""
-    return dict((*_norm(), *_glu(), *_rotary(), *_loss(), *_lists(), *_fp8()))
+    return dict((*_norm(), *_glu(), *_rotary(), *_loss(), *_lists(), *_fp8(), *_fp8_of_unwritten()))
 
 
 def launches(variant: Variant) -> list[Launch]:
@@ -133,6 +137,12 @@ def _norm() -> Calls:
         options = _words(residual=residual, mask=masked)
         forward = partial(norm.forward, x, also, affine, 1e-5)
         yield Variant("norm forward", hidden, dtype, options), forward
+        if dtype == "bf16":  # for FP8
+            statistics = partial(norm.statistics, x, also, affine, 1e-5)
+            yield (
+                Variant("norm statistics", hidden, dtype, _words(unwritten=True, residual=residual, mask=masked)),
+                statistics,
+            )
         backward = partial(norm.backward, x, also, x, affine, _tensor(ROWS))
         yield Variant("norm backward", hidden, dtype, options), backward
 
@@ -191,6 +201,33 @@ def _fp8() -> Calls:
         factor = _tensor(columns if turned else rows, 1) if by_row else torch.empty((), device="meta")
         options = f"{name} {_words(rows=by_row, transposed=turned)}".strip()
         yield Variant("fp8", rows, dtype, options), partial(fp8.cast, x, factor, formats[name], turned)
+
+
+def _fp8_of_unwritten() -> Calls:
+    """Casts of norms and activations as they are computed, and their largest values; FP8 is for bf16 alone."""
+    sizes = [("gated", ffn, False) for ffn in FP8_FFN]
+    sizes += [("normed", hidden, masked) for hidden, masked in product(HIDDEN, (False, True))]
+    for kind, columns, masked in sizes:
+        x = _operand(kind, columns, masked)
+        kinds = _words(**{kind: True, "mask": masked})
+        for by_row, turned in product((False, True), (False, True)):
+            factor = _tensor(columns if turned else ROWS, 1) if by_row else torch.empty((), device="meta")
+            call = partial(fp8.cast, x, factor, torch.float8_e4m3fn, turned)
+            options = f"{kinds} {_words(rows=by_row, transposed=turned)}".strip()
+            yield Variant(f"fp8 {kind}", columns, "bf16", options), call
+        for axis in (0, 1):
+            options = f"{kinds} {_words(columns=axis == 0, rows=axis == 1)}"
+            yield Variant(f"fp8 largest {kind}", columns, "bf16", options), partial(fp8.largest, x, axis)
+        if kind == "normed":  # for the exchange of sequence parallelism
+            yield Variant("fp8 written", columns, "bf16", f"{kinds} written"), partial(fp8.written, x)
+
+
+def _operand(kind: str, columns: int, masked: bool) -> Gated | Normed:
+    if kind == "gated":
+        return Gated(_tensor(ROWS, 2 * columns, dtype="bf16"))
+    mask = _tensor(columns) if masked else None
+    weight = _tensor(columns, dtype="bf16")
+    return Normed(_tensor(ROWS, columns, dtype="bf16"), _tensor(ROWS), _tensor(ROWS), weight, mask)
 
 
 def _words(**chosen: bool) -> str:

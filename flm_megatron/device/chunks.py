@@ -13,3 +13,6 @@ LARGE_LOGITS_BYTES = 1 << 29
 SHARED_READ_BYTES = 32 * 2**20
 """Of what ranks hold alike, read by one of them at a time and held by all meanwhile: large enough for sequential reads,
 and so that few blocks, which are checked whole, are read by two ranks."""
+FP8_SLAB_VALUES = 1 << 22
+"""Values of a product of FP8 matrices that are added to a buffer at a time: 16 MiB in fp32, of the 50 MiB of an H100's
+L2 cache."""

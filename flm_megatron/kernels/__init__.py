@@ -10,10 +10,10 @@ from flm_megatron.kernels import fp8
 from flm_megatron.kernels.adam import adamw_
 from flm_megatron.kernels.choice import Choice, choose, current, use
 from flm_megatron.kernels.clip import NORM_FLOOR, clip_factor, clip_grad_norm_, grad_norm, scale_grads_
-from flm_megatron.kernels.glu import swiglu
+from flm_megatron.kernels.glu import swiglu, unwritten_swiglu
 from flm_megatron.kernels.loss import cross_entropy
 from flm_megatron.kernels.loss.linear_loss import fuses_head_and_loss, linear_cross_entropy
-from flm_megatron.kernels.norm import add_rms_norm, rms_norm
+from flm_megatron.kernels.norm import add_rms_norm, may_leave_unwritten, rms_norm, unwritten_rms_norm
 from flm_megatron.kernels.rotary import rotary_qkv
 from flm_megatron.kernels.weight_gradient import add_weight_gradient_, weight_gradient_notice
 
@@ -32,10 +32,13 @@ __all__ = [
     "fuses_head_and_loss",
     "grad_norm",
     "linear_cross_entropy",
+    "may_leave_unwritten",
     "rms_norm",
     "rotary_qkv",
     "scale_grads_",
     "swiglu",
+    "unwritten_rms_norm",
+    "unwritten_swiglu",
     "use",
     "weight_gradient_notice",
 ]

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from flm_megatron.kernels import fp8
 from flm_megatron.kernels.autograd import Context
+from flm_megatron.kernels.unwritten import Gated, Normed, Operand, operand_of
 
 
 def in_fp8(base: type, scaling: fp8.Scaling | None, column: bool) -> type:
@@ -31,6 +32,11 @@ def in_fp8(base: type, scaling: fp8.Scaling | None, column: bool) -> type:
     return type(f"Fp8{base.__name__}", (_Fp8Products, base), {"scaling": scaling, "column": column})
 
 
+def casts_input(layer: nn.Module) -> bool:
+    """Whether a linear layer reads its input for nothing but its cast to FP8: adapters read it as it is."""
+    return isinstance(layer, _Fp8Products) and not hasattr(layer, "lora_a")
+
+
 class _Fp8Products:
     """Replaces the products in the engine's linear layers."""
 
@@ -39,6 +45,13 @@ class _Fp8Products:
     tp_group: dist.ProcessGroup
     weight_casts: _WeightCasts | None = None
     """Those of this step, while `weights_cast_once` runs."""
+    _operand: Operand | None = None
+
+    def forward(self, input_: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
+        """Output [sequence, batch, output shard or output], and the bias if it is not added; of an input that is not
+        written, what it is made of is read."""
+        self._operand = operand_of(input_)
+        return super().forward(input_, *args, **kwargs)  # type: ignore[misc]
 
     def _forward_impl(
         self,
@@ -59,7 +72,10 @@ class _Fp8Products:
             allreduce_dgrad,
             gradient_accumulation_fusion,
         )
-        output = _Fp8Linear.apply(input, weight, how, self.weight_casts or _WeightCasts(kept=False))
+        # What the engine does to the input in between has no values to do it to.
+        operand, self._operand = self._operand, None
+        casts = self.weight_casts or _WeightCasts(kept=False)
+        output = _Fp8Linear.apply(input, weight, operand, how, casts)
         return output if bias is None else output + bias
 
 
@@ -144,38 +160,44 @@ class _How:
 class _Context(Context, Protocol):
     how: _How
     casts: _WeightCasts
+    made_of: type[Gated] | type[Normed] | None
 
 
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, x: Tensor, weight: Tensor, how: _How, casts: _WeightCasts) -> Tensor:
-        """x weight^T [..., out], from x [..., in] and weight [out, in], gathered and cast to E4M3."""
-        rows = _gather(x, how.group)[0] if how.gather else x
+    def forward(ctx: _Context, x: Tensor, weight: Tensor, operand: Operand, how: _How, casts: _WeightCasts) -> Tensor:
+        """x weight^T [..., out], from x [..., in] and weight [out, in], cast to E4M3 and gathered. `operand` is what
+        the rows of `x` are made of, or the rows."""
         amax_x = None
         if how.scaling == "tensorwise":
-            largest = (fp8.largest(rows), not how.column), (casts.largest(weight), True)
+            largest = (fp8.largest(operand), how.gather or not how.column), (casts.largest(weight), True)
             amax_x, casts.amax = how.agreed(*largest)
-        out = how.product(
-            fp8.quantize(rows.flatten(0, -2), fp8.E4M3, amax_x), casts.cast(weight), x.dtype, forward=True
-        )
-        ctx.save_for_backward(x, weight, amax_x)
+        rows, ranks = fp8.quantize(operand, fp8.E4M3, amax_x), 1
+        if how.gather:
+            rows, ranks = _gather_cast(rows, how.group), how.group.size()
+        out = how.product(rows, casts.cast(weight), weight.dtype, forward=True)
+        ctx.made_of = None if isinstance(operand, Tensor) else type(operand)
+        ctx.save_for_backward(weight, amax_x, *((operand,) if isinstance(operand, Tensor) else operand))
         ctx.how, ctx.casts = how, casts
-        return out.view(*rows.shape[:-1], -1)
+        return out.view(ranks * x.size(0), *x.shape[1:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of input and weight; communication overlaps with the products, as in the engine's own layers."""
-        x, weight, amax_x = ctx.saved_tensors
-        how, learns, rows, gathered = ctx.how, ctx.needs_input_grad[1], x, None
+        weight, amax_x, *parts = ctx.saved_tensors
+        how, learns, gathered = ctx.how, ctx.needs_input_grad[1], None
+        rows: Operand = ctx.made_of(*parts) if ctx.made_of else parts[0]
         if how.gather and learns:
-            rows, gathered = _gather(x, how.group, wait=False)
+            rows, gathered = _gather(fp8.written(rows), how.group, wait=False)
         upstream, amax_grad = grad.flatten(0, -2), None
         if how.scaling == "tensorwise":
             (amax_grad,) = how.agreed((fp8.largest(upstream), how.column))
         dtype = fp8.GRADIENT_DTYPE[how.scaling]
-        grad_x = how.product(fp8.quantize(upstream, dtype, amax_grad), ctx.casts.cast(weight, transpose=True), x.dtype)
-        grad_x, reduced = _reduce(grad_x.view(*grad.shape[:-1], -1), x, how)
+        grad_x = how.product(
+            fp8.quantize(upstream, dtype, amax_grad), ctx.casts.cast(weight, transpose=True), weight.dtype
+        )
+        grad_x, reduced = _reduce(grad_x.view(*grad.shape[:-1], -1), how)
         grad_weight = None
         if learns:
             if gathered:
@@ -183,22 +205,29 @@ class _Fp8Linear(torch.autograd.Function):
             grad_weight = how.weight_gradient(
                 weight,
                 fp8.quantize(upstream, dtype, amax_grad, transpose=True),
-                fp8.quantize(rows.flatten(0, -2), fp8.E4M3, amax_x, transpose=True),
+                fp8.quantize(rows, fp8.E4M3, amax_x, transpose=True),
             )
         if reduced:
             reduced.wait()
-        return grad_x, grad_weight, None, None
+        return grad_x, grad_weight, None, None, None
 
 
 def _gather(x: Tensor, group: dist.ProcessGroup, wait: bool = True) -> tuple[Tensor, dist.Work | None]:
-    """All shards of a sequence [sequence shard, batch, channels], and the handle to wait on if not `wait`."""
+    """All shards of the rows [rows, channels] of a sequence, and the handle to wait on if not `wait`."""
     whole = torch.empty(x.size(0) * group.size(), *x.shape[1:], dtype=x.dtype, device=x.device)
     return whole, dist.all_gather_into_tensor(whole, x.contiguous(), group=group, async_op=not wait)
 
 
-def _reduce(grad: Tensor, x: Tensor, how: _How) -> tuple[Tensor, dist.Work | None]:
-    """The gradient summed over ranks, in the shape of `x`, with the handle to wait on; unchanged if there is no sum."""
+def _gather_cast(rows: fp8.Quantized, group: dist.ProcessGroup) -> fp8.Quantized:
+    """All shards of rows in FP8, which travel as bytes, and of their scales where each row has its own."""
+    values = _gather(rows.values.view(torch.uint8), group)[0].view(rows.values.dtype)
+    return fp8.Quantized(values, _gather(rows.scale, group)[0] if rows.scale.ndim else rows.scale)
+
+
+def _reduce(grad: Tensor, how: _How) -> tuple[Tensor, dist.Work | None]:
+    """The gradient summed over ranks, this rank's shard of a gathered input, with the handle to wait on; unchanged if
+    there is no sum."""
     if how.gather:
-        shard = torch.empty_like(x, memory_format=torch.contiguous_format)
+        shard = grad.new_empty(grad.size(0) // how.group.size(), *grad.shape[1:])
         return shard, dist.reduce_scatter_tensor(shard, grad, group=how.group, async_op=True)
     return grad, dist.all_reduce(grad, group=how.group, async_op=True) if how.reduce else None

@@ -11,6 +11,7 @@ from torch import Tensor
 from flm_megatron import kernels
 from flm_megatron.engine.tensor_parallel import CheckpointWithoutOutput, checkpoint
 from flm_megatron.engine.transformer import MLP, TransformerLayer
+from flm_megatron.model.fp8_linear import casts_input
 from flm_megatron.model.norms import RMSNorm
 
 AddFunction = Callable[[bool, bool], Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]]
@@ -23,6 +24,15 @@ class TeleFLMLayer(TransformerLayer):
     The engine's layer with a forward pass of its own, without what Tele-FLM does not have: cross attention, experts,
     inference kernels.
     """
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        for norm, reader in (
+            (self.input_layernorm, self.self_attention.linear_qkv),
+            (self.pre_mlp_layernorm, self.mlp.linear_fc1),
+        ):
+            if isinstance(norm, RMSNorm):
+                norm.unwritten = casts_input(reader)
 
     def forward(
         self,
@@ -53,7 +63,9 @@ class TeleFLMLayer(TransformerLayer):
         packed_seq_params: object,
     ) -> tuple[Tensor, Tensor | None]:
         # `fp8=None`: with the engine's default it calls Transformer Engine, installed or not.
-        norm = CheckpointWithoutOutput(fp8=None) if recompute else None
+        # A norm that is not written has no output to discard.
+        keeps = not (isinstance(self.input_layernorm, RMSNorm) and self.input_layernorm.unwritten)
+        norm = CheckpointWithoutOutput(fp8=None) if recompute and keeps else None
         normed = norm.checkpoint(self.input_layernorm, hidden_states) if norm else self.input_layernorm(hidden_states)
         output, bias = self.self_attention(
             normed,
@@ -83,4 +95,5 @@ class GatedMLP(MLP):
         """Output [sequence, batch, hidden], and linear_fc2's bias, which is not added yet."""
         assert per_token_scale is None, "there are no experts"
         fused, bias = self.linear_fc1(hidden_states)
-        return self.linear_fc2(kernels.swiglu(fused if bias is None else fused + bias))
+        activation = kernels.unwritten_swiglu if casts_input(self.linear_fc2) else kernels.swiglu
+        return self.linear_fc2(activation(fused if bias is None else fused + bias))

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from flm_megatron import kernels
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.device import current
 from flm_megatron.engine import parallel_state
@@ -191,10 +190,8 @@ class MaskedNorm:
         RMSNorm takes a residual too, and returns the sum of both beside its norm.
         """
         m, norm = self.mask.values, self.norm
-        if residual is not None:
-            return kernels.add_rms_norm(x, residual, norm.weight, norm.eps, m)
         if isinstance(norm, RMSNorm):
-            return kernels.rms_norm(x, norm.weight, norm.eps, m)
+            return norm.under_mask(x, residual, m)
         share = m.mean()  # sum(m) / d: turns a mean over all channels into one over masked ones
         wide = x.float()
         wide = (wide - (wide * m).mean(-1, keepdim=True) / share) * m

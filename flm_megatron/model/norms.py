@@ -26,12 +26,21 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = _parameter(hidden_size, config, 1.0)
+        self.unwritten = False
+        """Whether its values are left to the linear layer that reads them, which casts them to FP8."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Normalise x [sequence, batch, hidden]; with a residual, normalise their sum and return it too."""
+        return self.under_mask(x, residual, None)
+
+    def under_mask(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+        """The same under a growth mask [hidden], where there is one."""
+        if self.unwritten and kernels.may_leave_unwritten(x):
+            normed, summed = kernels.unwritten_rms_norm(x, residual, self.weight, self.eps, mask)
+            return normed if residual is None else (normed, summed)
         if residual is None:
-            return kernels.rms_norm(x, self.weight, self.eps)
-        return kernels.add_rms_norm(x, residual, self.weight, self.eps)
+            return kernels.rms_norm(x, self.weight, self.eps, mask)
+        return kernels.add_rms_norm(x, residual, self.weight, self.eps, mask)
 
 
 class LayerNorm(nn.Module):

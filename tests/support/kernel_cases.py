@@ -6,6 +6,7 @@ Run with any implementation on any device: in Triton's interpreter, in PyTorch, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from flm_megatron import kernels
 from flm_megatron.kernels.choice import Choice, implementation
 from flm_megatron.kernels.fp8 import FP8_CAST
 from flm_megatron.kernels.registry import OPERATIONS
+from flm_megatron.kernels.unwritten import operand_of
 from tests.support.fp8_oracle import FORMATS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -331,3 +333,44 @@ def cast_errors(name: str, device: str, dtype: str, by_row: bool, transpose: boo
         parts = {"normal": ~small & ~nan, "small": small, "nan": nan}
         errors |= {f"{fp8} {part}": steps[where].max().item() for part, where in parts.items()}
     return errors
+
+
+OPERANDS = ("swiglu", "norm", "norm of a sum", "norm, masked")
+
+
+def operand_errors(name: str, device: str, dtype: str, kind: str) -> Errors:
+    """Of a norm or activation that is not written: error of its values, relative to the largest, against float64; and
+    in how many numbers its casts and largest values differ from those of the values, were they written."""
+    use(name, device)
+    operation, formula = _unwritten(kind, dtype, device)
+    result = operation()
+    operand, run = operand_of(result), implementation(FP8_CAST, result)
+    assert not isinstance(operand, Tensor)
+    values = run.written(operand)
+    errors: Errors = {"values": error(values, formula().flatten(0, -2))}
+    for axis in (None, 0, 1):
+        wrong = run.largest(operand, axis) != torch.linalg.vector_norm(values, torch.inf, axis).float()
+        errors[f"largest along {axis}"] = float(wrong.sum())
+    exponents = torch.arange(max(values.shape), device=device).remainder(5).float().sub(2).exp2().unsqueeze(-1)
+    for fp8, turned, by_row in product(FORMATS, (False, True), (False, True)):
+        factor = exponents[: values.size(1 if turned else 0)] if by_row else exponents[1, 0]
+        found, wanted = (run.cast(x, factor, fp8, turned) for x in (operand, values))
+        differing = (found.view(torch.uint8) != wanted.view(torch.uint8)).sum()
+        errors[f"{fp8} {turned} {by_row}"] = float(differing)
+    return errors
+
+
+def _unwritten(kind: str, dtype: str, device: str) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """The operation, and its formula in float64."""
+    x, residual = (draw(35, 2, 112, dtype=dtype, device=device, seed=seed) for seed in (1, 2))
+    weight = draw(112, dtype=dtype, device=device, seed=3)
+    if kind == "swiglu":
+        gate, up = x.double().chunk(2, dim=-1)
+        return lambda: kernels.unwritten_swiglu(x), lambda: F.silu(gate) * up
+    also = residual if kind == "norm of a sum" else None
+    mask = growth_mask(112, device) if kind == "norm, masked" else None
+    total = x if also is None else x + also
+    return (
+        lambda: kernels.unwritten_rms_norm(x, also, weight, 1e-3, mask)[0],
+        lambda: rms_norm_formula(total.double(), weight.double(), 1e-3, mask, 1.0),
+    )

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from flm_megatron.config.schema import StageConfig
 from flm_megatron.device import current
+from flm_megatron.device.chunks import FP8_SLAB_VALUES
 from flm_megatron.errors import RequestError
 from flm_megatron.kernels.choice import implementation
 from flm_megatron.kernels.registry import Implementation, Operation
+from flm_megatron.kernels.unwritten import Gated, Normed, Operand
 
 Scaling = Literal["tensorwise", "rowwise"]
 E4M3 = torch.float8_e4m3fn
@@ -25,16 +27,20 @@ GRADIENT_DTYPE = {"tensorwise": torch.float8_e5m2, "rowwise": E4M3}
 SMALLEST = 1e-30
 """Largest values below this count as this, so that zeros have a finite scale too."""
 
-SLAB_VALUES = 1 << 22
-"""Values of a product that are added to a buffer at a time: 16 MiB in fp32, of the 50 MiB of an H100's L2 cache."""
-
 
 class Fp8CastKernel(Protocol):
-    """What an implementation of the cast to FP8 has."""
+    """What an implementation of the cast to FP8 has. Operands are [rows, columns], rounded to their own dtype before
+    they are cast, whether they are written in it or not."""
 
-    def cast(self, x: Tensor, factor: Tensor, dtype: torch.dtype, transpose: bool) -> Tensor:
-        """x [rows, columns], or its transpose, times `factor` ([] or [rows of the result, 1], fp32), within the range
-        of the FP8 format `dtype`, contiguous."""
+    def cast(self, x: Operand, factor: Tensor, dtype: torch.dtype, transpose: bool) -> Tensor:
+        """`x`, or its transpose, times `factor` ([] or [rows of the result, 1], fp32), within the range of the FP8
+        format `dtype`, contiguous."""
+
+    def written(self, x: Gated | Normed) -> Tensor:
+        """The values of `x`."""
+
+    def largest(self, x: Gated | Normed, axis: int | None) -> Tensor:
+        """Largest absolute value, fp32, along `axis` or of all; NaN where there is one."""
 
 
 def _triton() -> Fp8CastKernel:
@@ -61,12 +67,21 @@ class Quantized(NamedTuple):
     scale: Tensor
 
 
-def largest(x: Tensor) -> Tensor:
-    """Largest absolute value of `x`, [] in fp32; NaN if there is one."""
-    return torch.linalg.vector_norm(x, torch.inf).float()
+def largest(x: Operand, axis: int | None = None) -> Tensor:
+    """Largest absolute value of `x` [rows, columns] along `axis`, or of all values, in fp32; NaN if there is one."""
+    if isinstance(x, Tensor):
+        return torch.linalg.vector_norm(x, torch.inf, axis).float()
+    if isinstance(x, Normed) and axis != 0:  # of each row it is known
+        return x.largest.amax() if axis is None else x.largest
+    return implementation(FP8_CAST, x.x).largest(x, axis)
 
 
-def quantize(x: Tensor, dtype: torch.dtype, amax: Tensor | None = None, transpose: bool = False) -> Quantized:
+def written(x: Operand) -> Tensor:
+    """The values of `x` [rows, columns] in its own dtype."""
+    return x if isinstance(x, Tensor) else implementation(FP8_CAST, x.x).written(x)
+
+
+def quantize(x: Operand, dtype: torch.dtype, amax: Tensor | None = None, transpose: bool = False) -> Quantized:
     """`x` [rows, columns], or its transpose, in the FP8 format `dtype`, rounded to the nearest value.
 
     `amax` [] is the largest absolute value of the matrix, which gets the largest value of the format; without it every
@@ -74,11 +89,12 @@ def quantize(x: Tensor, dtype: torch.dtype, amax: Tensor | None = None, transpos
     makes what is scaled with it NaN.
     """
     if amax is None:
-        amax = torch.linalg.vector_norm(x, torch.inf, dim=0 if transpose else 1).float()
-        factor = _power_of_two(_factor(amax, dtype)).unsqueeze(-1)
+        factor = _power_of_two(_factor(largest(x, 0 if transpose else 1), dtype)).unsqueeze(-1)
     else:
         factor = _factor(amax, dtype)
-    values = implementation(FP8_CAST, x).cast(x.contiguous(), factor, dtype, transpose)
+    x = x.contiguous() if isinstance(x, Tensor) else x
+    stored = x if isinstance(x, Tensor) else x.x
+    values = implementation(FP8_CAST, stored).cast(x, factor, dtype, transpose)
     return Quantized(values, factor.reciprocal())
 
 
@@ -94,7 +110,7 @@ def product(a: Quantized, b: Quantized, dtype: torch.dtype, fast_accumulation: b
 def add_product_(total: Tensor, a: Quantized, b: Quantized, dtype: torch.dtype, fast_accumulation: bool) -> None:
     """total += `product(a, b, dtype)`, in place, some rows at a time: what is added is read again out of caches, and no
     tensor of the size of `total` is made. torch's product of FP8 matrices cannot add by itself."""
-    step = max(SLAB_VALUES // total.size(1) // 16, 1) * 16
+    step = max(FP8_SLAB_VALUES // total.size(1) // 16, 1) * 16
     for rows in (slice(first, first + step) for first in range(0, total.size(0), step)):
         part = Quantized(a.values[rows], a.scale[rows] if a.scale.ndim else a.scale)
         total[rows].add_(product(part, b, dtype, fast_accumulation))

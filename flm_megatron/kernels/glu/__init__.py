@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from flm_megatron.kernels.autograd import Context
 from flm_megatron.kernels.choice import implementation
 from flm_megatron.kernels.registry import Implementation, Operation
+from flm_megatron.kernels.unwritten import Gated, made_of, unwritten
 
 
 class SwiGLUKernels(Protocol):
@@ -56,7 +57,13 @@ def swiglu(x: Tensor, mask: Tensor | None = None) -> Tensor:
 
     With a growth mask m [ffn], 1 on old units and v on new ones: silu(gate m) * (up m). `mask` gets no gradient.
     """
-    return _SwiGLU.apply(x, mask, implementation(SWIGLU, x))
+    return _SwiGLU.apply(x, mask, implementation(SWIGLU, x), True)
+
+
+def unwritten_swiglu(x: Tensor) -> Tensor:
+    """As `swiglu`, but its values are left to what reads them (`kernels.unwritten`)."""
+    result: Tensor = _SwiGLU.apply(x, None, implementation(SWIGLU, x), False)
+    return made_of(result, Gated(_rows(x.detach())))
 
 
 class _Context(Context, Protocol):
@@ -65,17 +72,23 @@ class _Context(Context, Protocol):
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, x: Tensor, mask: Tensor | None, kernels: SwiGLUKernels) -> Tensor:
-        """Value of the operation; keeps what its gradient needs."""
-        rows = x.reshape(-1, x.size(-1)).contiguous()
+    def forward(ctx: _Context, x: Tensor, mask: Tensor | None, kernels: SwiGLUKernels, written: bool) -> Tensor:
+        """Value of the operation, if it is to be `written`; keeps what its gradient needs."""
+        rows = _rows(x)
         ctx.save_for_backward(rows, mask)
         ctx.kernels = kernels
+        if not written:
+            return unwritten(x, x.size(-1) // 2)
         return kernels.forward(rows, mask).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
         """Gradients of the inputs."""
         rows, mask = ctx.saved_tensors
         grad_x = ctx.kernels.backward(grad.reshape(rows.size(0), -1).contiguous(), rows, mask)
-        return grad_x.view(*grad.shape[:-1], -1), None, None
+        return grad_x.view(*grad.shape[:-1], -1), None, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.size(-1)).contiguous()

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from flm_megatron.kernels.autograd import Context
 from flm_megatron.kernels.choice import implementation
 from flm_megatron.kernels.registry import Implementation, Operation
+from flm_megatron.kernels.unwritten import Normed, made_of, unwritten
 
 
 class Affine(NamedTuple):
@@ -41,6 +42,11 @@ class RMSNormKernels(Protocol):
     def forward(self, x: Tensor, residual: Tensor | None, affine: Affine, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised rows, the rows they came from (`x`, or x + residual), and 1 / rms of each row."""
 
+    def statistics(
+        self, x: Tensor, residual: Tensor | None, affine: Affine, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with the largest absolute value of each normalised row, fp32, in place of the row."""
+
     def backward(
         self, grad: Tensor, grad_rows: Tensor | None, rows: Tensor, affine: Affine, inverse_rms: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -60,6 +66,15 @@ class FromKernels:
     def add_rms_norm(self, x: Tensor, residual: Tensor, affine: Affine, eps: float) -> tuple[Tensor, Tensor]:
         """As `add_rms_norm` below; the sum is written as it is normalised."""
         return _AddRMSNorm.apply(x, residual, *affine, eps, self._kernels)
+
+    def unwritten(self, x: Tensor, residual: Tensor | None, affine: Affine, eps: float) -> tuple[Tensor, Tensor]:
+        """As `unwritten_rms_norm` below; the sum is written, and the rows are read once for their statistics."""
+        with torch.no_grad():
+            other = None if residual is None else _rows(residual)
+            largest, rows, inverse_rms = self._kernels.statistics(_rows(x), other, affine, eps)
+        operand = Normed(rows, inverse_rms, largest, affine.weight.detach(), affine.mask)
+        result, summed = _UnwrittenRMSNorm.apply(x, residual, affine.weight, operand, affine.scale, self._kernels)
+        return made_of(result, operand), x if residual is None else summed
 
 
 def _apex() -> RMSNorm:
@@ -121,6 +136,21 @@ def add_rms_norm(
     return implementation(RMS_NORM, x, plain=False).add_rms_norm(x, residual, affine, eps)
 
 
+def may_leave_unwritten(x: Tensor) -> bool:
+    """Whether there is an `unwritten_rms_norm` for `x`: a library's norm that was asked for by name has none."""
+    return isinstance(implementation(RMS_NORM, x, plain=False), FromKernels)
+
+
+def unwritten_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `add_rms_norm`, or as `rms_norm` with `x` itself where there is no residual, but the values of the norm are
+    left to what reads them (`kernels.unwritten`)."""
+    kernels = implementation(RMS_NORM, x, plain=False)
+    assert isinstance(kernels, FromKernels), "a library writes its norms"
+    return kernels.unwritten(x, residual, Affine(weight, mask, 1.0), eps)
+
+
 class _Context(Context, Protocol):
     scale: float
     kernels: RMSNormKernels
@@ -175,6 +205,30 @@ class _AddRMSNorm(torch.autograd.Function):
         """Gradients of the inputs."""
         grad_x, grad_weight = _gradients(ctx, grad, grad_summed)
         return grad_x, grad_x, grad_weight, None, None, None, None
+
+
+class _UnwrittenRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: _Context,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        operand: Normed,
+        scale: float,
+        kernels: RMSNormKernels,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The norm without values, and the sum if there is a residual."""
+        ctx.save_for_backward(operand.x, weight, operand.mask, operand.inverse_rms)
+        ctx.scale, ctx.kernels = scale, kernels
+        return unwritten(x, x.size(-1)), None if residual is None else operand.x.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Context, grad: Tensor, grad_summed: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of the inputs."""
+        grad_x, grad_weight = _gradients(ctx, grad, grad_summed)
+        return grad_x, grad_x if ctx.needs_input_grad[1] else None, grad_weight, None, None, None
 
 
 def _gradients(ctx: _Context, grad: Tensor, grad_summed: Tensor | None) -> tuple[Tensor, Tensor]:

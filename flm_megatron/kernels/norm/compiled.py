@@ -23,6 +23,13 @@ def forward(x: Tensor, residual: Tensor | None, affine: Affine, eps: float) -> t
 
 
 @compiled
+def statistics(x: Tensor, residual: Tensor | None, affine: Affine, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.statistics`, computed in fp32."""
+    normed, rows, inverse_rms = forward(x, residual, affine, eps)
+    return normed.abs().amax(1).float(), rows, inverse_rms
+
+
+@compiled
 def backward(
     grad: Tensor, grad_rows: Tensor | None, rows: Tensor, affine: Affine, inverse_rms: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ def forward(x: Tensor, residual: Tensor | None, affine: Affine, eps: float) -> t
 
     `x` and `residual` are [rows, hidden]. 1 / rms is fp32, or float64 for float64 rows.
     """
-    weight, mask, scale = affine
+    mask = affine.mask
     if residual is not None:
         x = x + residual
     values = _working(x)
@@ -21,8 +21,19 @@ def forward(x: Tensor, residual: Tensor | None, affine: Affine, eps: float) -> t
     count = x.size(-1) if mask is None else mask.to(values.dtype).sum()
     mean_square = torch.linalg.vector_norm(masked, dim=-1).square_() / count
     inverse_rms = mean_square.add_(eps).rsqrt_()
-    normed = torch.mul(masked, inverse_rms.unsqueeze(-1)).mul_(_gain(weight, mask, scale, values.dtype))
-    return normed.to(x.dtype), x, inverse_rms
+    return _normalised(masked, affine, inverse_rms, x.dtype), x, inverse_rms
+
+
+def statistics(x: Tensor, residual: Tensor | None, affine: Affine, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """As `forward`, with the largest absolute value of each normalised row, fp32, in place of the row."""
+    normed, rows, inverse_rms = forward(x, residual, affine, eps)
+    return torch.linalg.vector_norm(normed, torch.inf, dim=1).float(), rows, inverse_rms
+
+
+def normalised(rows: Tensor, affine: Affine, inverse_rms: Tensor) -> Tensor:
+    """What `forward` gives for these rows, from 1 / rms of each."""
+    values = _working(rows)
+    return _normalised(values if affine.mask is None else values * affine.mask, affine, inverse_rms, rows.dtype)
 
 
 def backward(
@@ -54,6 +65,11 @@ def backward(
     if grad_rows is not None:
         grad_x.add_(grad_rows)
     return grad_x.to(rows.dtype), grad_weight.to(weight.dtype)
+
+
+def _normalised(masked: Tensor, affine: Affine, inverse_rms: Tensor, dtype: torch.dtype) -> Tensor:
+    normed = torch.mul(masked, inverse_rms.unsqueeze(-1)).mul_(_gain(*affine, masked.dtype))
+    return normed.to(dtype)
 
 
 def _working(x: Tensor) -> Tensor:

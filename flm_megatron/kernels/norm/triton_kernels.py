@@ -63,14 +63,21 @@ def _summed(
 
 
 @triton.jit
-def _write_normalised(
-    x: tensor, inverse_rms: tensor, weight_ptr: tensor, mask_ptr: tensor, out_ptr: tensor,
+def _finish(
+    x: tensor, inverse_rms: tensor, weight_ptr: tensor, mask_ptr: tensor, out_ptr: tensor, x_ptr: tensor,
     start: tensor, columns: tensor, hidden: tensor, scale: tensor,
-    HAS_MASK: tl.constexpr,
-) -> None:  # fmt: skip
+    HAS_MASK: tl.constexpr, WRITTEN: tl.constexpr,
+) -> tensor:  # fmt: skip
+    """Normalise these columns and write them; if they are not `WRITTEN`, only say how large they would be: the bits
+    of the largest absolute value, which are in the order of the numbers, with NaN last."""
     out = x * inverse_rms * (_read(weight_ptr, 0, columns, hidden) * scale)
-    out = _times_mask(out, mask_ptr, columns, hidden, HAS_MASK)
-    tl.store(out_ptr + start + columns, out.to(out_ptr.dtype.element_ty), mask=columns < hidden)
+    out = _times_mask(out, mask_ptr, columns, hidden, HAS_MASK).to(x_ptr.dtype.element_ty)
+    largest = 0
+    if WRITTEN:
+        tl.store(out_ptr + start + columns, out, mask=columns < hidden)
+    else:
+        largest = tl.max(tl.abs(out.to(tl.float32)).to(tl.int32, bitcast=True))
+    return largest
 
 
 @triton.jit
@@ -78,7 +85,7 @@ def _forward_kernel(
     x_ptr: tensor, residual_ptr: tensor, weight_ptr: tensor, mask_ptr: tensor,
     out_ptr: tensor, sum_ptr: tensor, inverse_rms_ptr: tensor,
     hidden: tensor, eps: tensor, scale: tensor,
-    HAS_RESIDUAL: tl.constexpr, HAS_MASK: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_MASK: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, WRITTEN: tl.constexpr,
 ) -> None:  # fmt: skip
     # Blocks are powers of two: a head and a tail waste fewer registers than one block of twice the head.
     row = tl.program_id(0).to(tl.int64)
@@ -96,9 +103,16 @@ def _forward_kernel(
         count = hidden * 1.0
     inverse_rms = 1.0 / tl.sqrt(squares / count + eps)
     tl.store(inverse_rms_ptr + row, inverse_rms)
-    _write_normalised(x, inverse_rms, weight_ptr, mask_ptr, out_ptr, start, head, hidden, scale, HAS_MASK)
+    largest = _finish(
+        x, inverse_rms, weight_ptr, mask_ptr, out_ptr, x_ptr, start, head, hidden, scale, HAS_MASK, WRITTEN
+    )
     if TAIL:
-        _write_normalised(x_tail, inverse_rms, weight_ptr, mask_ptr, out_ptr, start, tail, hidden, scale, HAS_MASK)
+        largest_tail = _finish(
+            x_tail, inverse_rms, weight_ptr, mask_ptr, out_ptr, x_ptr, start, tail, hidden, scale, HAS_MASK, WRITTEN
+        )
+        largest = tl.maximum(largest, largest_tail)
+    if not WRITTEN:
+        tl.store(out_ptr + row, largest)
 
 
 @triton.jit
@@ -227,9 +241,22 @@ def _two_pass_backward_kernel(
 
 def forward(x: Tensor, residual: Tensor | None, affine: Affine, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.forward`; 1 / rms is fp32."""
+    out = torch.empty_like(x)
+    return out, *_forward(x, residual, affine, eps, out, written=True)
+
+
+def statistics(x: Tensor, residual: Tensor | None, affine: Affine, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.statistics`."""
+    bits = torch.empty(x.size(0), dtype=torch.int32, device=x.device)
+    return bits.view(torch.float32), *_forward(x, residual, affine, eps, bits, written=False)
+
+
+def _forward(
+    x: Tensor, residual: Tensor | None, affine: Affine, eps: float, out: Tensor, written: bool
+) -> tuple[Tensor, Tensor]:
+    """The rows that are normalised, and 1 / rms of each; the norm goes to `out`, or the bits of its largest values."""
     weight, mask, scale = affine
     rows, hidden = x.shape
-    out = torch.empty_like(x)
     summed = x if residual is None else torch.empty_like(x)
     inverse_rms = torch.empty(rows, dtype=torch.float32, device=x.device)
     head = 1 << (hidden.bit_length() - 1)
@@ -238,10 +265,10 @@ def forward(x: Tensor, residual: Tensor | None, affine: Affine, eps: float) -> t
     _forward_kernel[(rows,)](
         x, x if residual is None else residual, weight, weight if mask is None else mask, out, summed, inverse_rms,
         hidden, eps, scale,
-        HAS_RESIDUAL=residual is not None, HAS_MASK=mask is not None, HEAD=head, TAIL=tail,
+        HAS_RESIDUAL=residual is not None, HAS_MASK=mask is not None, HEAD=head, TAIL=tail, WRITTEN=written,
         num_warps=_warps(min(head // 16, 512)),
     )  # fmt: skip
-    return out, summed, inverse_rms
+    return summed, inverse_rms
 
 
 def backward(

@@ -32,15 +32,16 @@ def layer_activations(work: Workload) -> LayerActivations:
     """What a layer keeps and makes again under the workload's recomputation."""
     stream = residual_bytes(work)
     scores, attention, mlp = _scores(work), _attention(work), _feed_forward(work)
-    norm = stream + _norm_extra(work)  # a norm's output, and what it keeps besides its input
+    # Norms' outputs where they are written, and what they keep besides their inputs.
+    norms = [_norm_extra(work) + (0 if casts_input(work, reader) else stream) for reader in ("qkv", "fc1")]
     masks = 2 * stream / work.bytes if work.implementation.dropout else 0.0  # one byte per value
-    whole = 2 * stream + 2 * norm + attention + scores + mlp + masks + _adapters(work)
+    whole = 2 * stream + sum(norms) + attention + scores + mlp + masks + _adapters(work)
     if work.recompute == "full":
         return LayerActivations(stream, whole - stream)
     if work.recompute == "attention":
         return LayerActivations(whole - scores, scores)
     if work.recompute == "selective":
-        return LayerActivations(whole - 2 * norm - mlp, norm + mlp)
+        return LayerActivations(whole - sum(norms) - mlp, norms[1] + mlp)
     return LayerActivations(whole, 0.0)
 
 
@@ -75,6 +76,14 @@ def head_tokens(work: Workload) -> int:
 def feed_forward_values(work: Workload) -> float:
     """Values of the feed-forward layer's hidden state on one tensor rank."""
     return work.tokens * work.model.ffn_hidden_size / work.parallel.tensor
+
+
+def casts_input(work: Workload, reader: str) -> bool:
+    """Whether the norm or the activation before a linear layer (`qkv`, `fc1`, `fc2`) is not written: FP8 products read
+    its cast alone, and cast it again for the backward pass."""
+    lora, model = work.model.lora, work.model
+    written = not model.gated if reader == "fc2" else model.normalization != "rmsnorm"
+    return work.fp8 != "none" and reader != "projection" and not written and not (lora and reader in lora.targets)
 
 
 def _norm_extra(work: Workload) -> float:
@@ -122,4 +131,5 @@ def _feed_forward(work: Workload) -> float:
     copies = 2
     if work.model.gated:
         copies = 3 if work.implementation.fused_activation else 5
+        copies -= casts_input(work, "fc2")
     return copies * feed_forward_values(work) * work.bytes

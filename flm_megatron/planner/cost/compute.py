@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 from flm_megatron.device.hardware import Precision
 from flm_megatron.planner.cost.activations import (
+    casts_input,
     feed_forward_values,
     fuses_head,
     head_tokens,
@@ -103,8 +104,8 @@ def embedding_passes(work: Workload, machine: Machine) -> Passes:
 def _attention_passes(work: Workload, machine: Machine) -> Passes:
     model, tensor = work.model, work.parallel.tensor
     heads, groups, channels = model.num_attention_heads, model.query_groups, model.kv_channels
-    qkv = _linear(work, machine, (heads + 2 * groups) * channels / tensor, model.hidden_size, work.fp8 != "none")
-    projection = _linear(work, machine, model.hidden_size, heads * channels / tensor, work.fp8 != "none")
+    qkv = _linear(work, machine, (heads + 2 * groups) * channels / tensor, model.hidden_size, "qkv")
+    projection = _linear(work, machine, model.hidden_size, heads * channels / tensor, "projection")
     core = _core_attention(work, machine)
     rotated = (heads + groups) * channels * work.tokens / tensor * work.bytes if work.implementation.rotary else 0.0
     rotation = memory_time(machine, rotated * (2 if work.implementation.fused_rotary else 12))
@@ -119,8 +120,8 @@ def _attention_passes(work: Workload, machine: Machine) -> Passes:
 def _feed_forward_passes(work: Workload, machine: Machine) -> Passes:
     model, values = work.model, feed_forward_values(work) * work.bytes
     width = model.ffn_hidden_size / work.parallel.tensor
-    first = _linear(work, machine, width * (2 if model.gated else 1), model.hidden_size, work.fp8 != "none")
-    second = _linear(work, machine, model.hidden_size, width, work.fp8 != "none")
+    first = _linear(work, machine, width * (2 if model.gated else 1), model.hidden_size, "fc1")
+    second = _linear(work, machine, model.hidden_size, width, "fc2")
     forward, backward = (3, 5) if model.gated else (2, 3)  # halves read and written
     if not work.implementation.fused_activation:
         forward, backward = 2 * forward + 1, 2 * backward
@@ -158,13 +159,14 @@ def _exposed(work: Workload, machine: Machine, exchanges: PassExchanges, hidden:
 
 
 def _linear(
-    work: Workload, machine: Machine, columns: float, inner: float, fp8: bool = False, tokens: int | None = None
+    work: Workload, machine: Machine, columns: float, inner: float, layer: str = "", tokens: int | None = None
 ) -> Passes:
     """A weight [columns, inner] on this rank: its product, and the gradients of input and weight; the latter is added
-    to the fp32 buffer by the product itself, or by a kernel of its own. With `fp8` operands are cast before each
-    product, weights once a step, and what is added is read out of caches; efficiencies are those of other products,
-    for nothing was measured. `tokens` are a micro-batch's unless given."""
+    to the fp32 buffer by the product itself, or by a kernel of its own. In FP8, that is where it is a `layer` of those
+    that have it, operands are cast before each product, weights once a step, and what is added is read out of caches;
+    efficiencies are those of other products, for nothing was measured. `tokens` are a micro-batch's unless given."""
     tokens = tokens or work.tokens
+    fp8 = bool(layer) and work.fp8 != "none"
     precision: Precision = "fp8" if fp8 else work.precision
     forward = matmul_time(machine, precision, tokens, columns, inner)
     backward = matmul_time(machine, precision, tokens, inner, columns)
@@ -175,11 +177,24 @@ def _linear(
     if fp8:
         each = 2 * work.bytes + 1  # read for the largest value, read again, written
         operands = (tokens + columns / work.micro_batches) * inner
-        cast = [memory_time(machine, each * size) for size in (operands, operands + 2 * tokens * columns)]
+        forward_bytes = each * operands - _spared_bytes(work, layer, each)
+        cast = [memory_time(machine, size) for size in (forward_bytes, each * (operands + 2 * tokens * columns))]
     return Passes(
         Seconds(matmul=forward, memory_bound=cast[0]),
         Seconds(matmul=backward, memory_bound=memory_time(machine, added) + cast[1]),
     )
+
+
+def _spared_bytes(work: Workload, layer: str, each: int) -> float:
+    """What a layer's forward pass in FP8 does not move: a shard of a sequence is cast before it is gathered, and a norm
+    or activation that is cast as it is computed is neither written nor, a norm, read for its largest value. (SwiGLU is
+    computed twice, from twice as many values.)"""
+    spared = 0.0
+    if layer in ("qkv", "fc1"):
+        spared += each * (stream_bytes(work) - residual_bytes(work)) / work.bytes
+    if casts_input(work, layer):
+        spared += feed_forward_values(work) * work.bytes if layer == "fc2" else 2 * residual_bytes(work)
+    return spared
 
 
 def _core_attention(work: Workload, machine: Machine) -> Passes:

@@ -7,7 +7,7 @@ from itertools import chain
 
 import numpy as np
 
-from flm_megatron.device.chunks import SHARED_READ_BYTES
+from flm_megatron.device.chunks import FP8_SLAB_VALUES, SHARED_READ_BYTES
 from flm_megatron.planner.cost.activations import (
     feed_forward_values,
     fuses_head,
@@ -144,6 +144,8 @@ def _layer_backward(work: Workload) -> float:
     matrix = 0.0
     if _makes_weight_gradients(work):
         matrix = hidden * work.model.ffn_hidden_size / tensor * work.bytes
+    if work.fp8 == "tensorwise" and work.trains_weights:  # what is added at a time is in fp32
+        matrix = max(matrix, 4.0 * min(hidden * work.model.ffn_hidden_size / tensor, FP8_SLAB_VALUES))
     halves = 2 * values if work.model.gated else values
     return 2 * stream + max(values + matrix, halves) + layer_activations(work).remade
 

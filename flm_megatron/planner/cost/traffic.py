@@ -7,7 +7,7 @@ reduced, broadcast or sent, what is gathered, what is scattered.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Literal
 
 from flm_megatron.planner.cost.activations import fuses_head, head_tokens, residual_bytes, stream_bytes
@@ -40,19 +40,21 @@ class Exchanges:
     gathers: int = 0
     scatters: int = 0
     reduces: int = 0
+    casts: int = 0
+    """Gathered in FP8, which is half as many bytes."""
 
     @property
-    def rings(self) -> int:
+    def rings(self) -> float:
         """Times around the ring: an all-reduce is a reduce-scatter and an all-gather."""
-        return self.gathers + self.scatters + 2 * self.reduces
+        return self.gathers + self.scatters + 2 * self.reduces + self.casts / 2
 
     def __add__(self, other: Exchanges) -> Exchanges:
         """Both."""
-        return Exchanges(self.gathers + other.gathers, self.scatters + other.scatters, self.reduces + other.reduces)
+        return Exchanges(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def __mul__(self, times: int) -> Exchanges:
         """All of them so many times."""
-        return Exchanges(self.gathers * times, self.scatters * times, self.reduces * times)
+        return Exchanges(*(each * times for each in astuple(self)))
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,13 @@ class PassExchanges:
 def pair_exchanges(work: Workload) -> PassExchanges:
     """Around a pair of matrices, split by columns and by rows, each with its backward pass.
 
-    With sequence parallelism the first matrix's input is gathered again for its weight gradient.
+    With sequence parallelism the first matrix's input is gathered again for its weight gradient; forward as its cast,
+    if the matrix is multiplied in FP8.
     """
     if not work.parallel.sequence:
         return PassExchanges(forward=Exchanges(reduces=1), beside=Exchanges(reduces=1))
     return PassExchanges(
-        forward=Exchanges(gathers=1, scatters=1),
+        forward=Exchanges(gathers=int(work.fp8 == "none"), scatters=1, casts=int(work.fp8 != "none")),
         alone=Exchanges(gathers=1),
         beside=Exchanges(gathers=int(work.trains_weights), scatters=1),
     )
@@ -144,6 +147,9 @@ def _transfers(work: Workload, exchanges: Exchanges, nbytes: int) -> Iterator[Tr
     """Exchanges of a micro-batch in a whole step."""
     ranks, steps = work.parallel.tensor, work.micro_batches
     yield Transfers("all-gather", ranks, exchanges.gathers * steps, nbytes)
+    yield Transfers("all-gather", ranks, exchanges.casts * steps, nbytes // work.bytes)
+    if work.fp8 == "rowwise":
+        yield Transfers("all-gather", ranks, exchanges.casts * steps, 4 * work.tokens)  # their scales
     yield Transfers("reduce-scatter", ranks, exchanges.scatters * steps, nbytes)
     yield Transfers("all-reduce", ranks, exchanges.reduces * steps, nbytes)
 

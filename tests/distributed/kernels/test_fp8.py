@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -51,6 +52,25 @@ def test_a_layout_changes_the_order_of_sums_only(pool: Pool) -> None:
         for found in pool.run(2, curves, parallel, stages, 3, 3):
             for scaling, ours, whole in zip(SCALINGS, found, alone, strict=True):
                 assert relative_difference(ours, whole) < 2e-5, (parallel, scaling)
+
+
+def curves_both_ways(parallel: ParallelConfig, stages: list[StageConfig], steps: int) -> list[Any]:
+    """For each stage its curve, and that with norms and activations written."""
+    found = curves(parallel, stages, steps, 1)
+    with patch("flm_megatron.model.layer.casts_input", lambda layer: False):
+        return list(zip(found, curves(parallel, stages, steps, 1), strict=True))
+
+
+@pytest.mark.parametrize("layout", [pytest.param("tensor", marks=pytest.mark.slow), "tensor_sequence"])
+def test_what_is_cast_as_it_is_computed_changes_no_number(layout: str, pool: Pool) -> None:
+    stages = [
+        replace(STAGE, micro_batch=2, fp8="tensorwise"),
+        replace(STAGE, micro_batch=2, fp8="rowwise", recompute="selective"),
+        replace(STAGE, micro_batch=2, fp8="rowwise", recompute="full"),
+    ]
+    for found in pool.run(2, curves_both_ways, LAYOUTS[layout], stages, 2):
+        for fused, written in found:
+            assert fused == written
 
 
 def test_loss_curves_are_those_of_bf16(pool: Pool) -> None:

@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from tests.support.kernel_cases import CASES, TOLERANCE, cast_errors, run_case
+from tests.support.kernel_cases import CASES, OPERANDS, TOLERANCE, cast_errors, operand_errors, run_case
 
 pytest.importorskip("triton")
 
@@ -43,3 +43,11 @@ def test_casts_to_fp8(dtype: str, by_row: bool, transpose: bool, interpreter: Pr
     # The interpreter's own cast loses the carry of a mantissa that is rounded up, and knows no NaN of e4m3.
     errors = interpreter.submit(cast_errors, "triton", "cpu", dtype, by_row, transpose, exact=True).result()
     assert {error for part, error in errors.items() if not part.endswith("nan")} == {0.0}, errors
+
+
+@pytest.mark.parametrize("kind", OPERANDS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_casts_of_what_is_not_written(dtype: str, kind: str, interpreter: ProcessPoolExecutor) -> None:
+    errors = interpreter.submit(operand_errors, "triton", "cpu", dtype, kind).result()
+    assert errors.pop("values") < TOLERANCE[dtype]
+    assert set(errors.values()) == {0.0}, errors

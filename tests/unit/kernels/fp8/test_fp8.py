@@ -120,7 +120,7 @@ def test_products_are_those_of_the_rounded_values(
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_products_are_added_slab_by_slab(scaling: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fp8, "SLAB_VALUES", 16 * 32)
+    monkeypatch.setattr(fp8, "FP8_SLAB_VALUES", 16 * 32)
     a, b = quantized(draw(48, 96), fp8.E4M3, scaling), quantized(draw(32, 96, seed=1), fp8.E4M3, scaling)
     before = draw(48, 32, seed=2, dtype=torch.float32)
     total = before.clone()

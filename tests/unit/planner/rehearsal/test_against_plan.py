@@ -69,7 +69,7 @@ CASES = [
     case("replicas of chunks", P(pipeline=2, virtual_pipeline=2, distributed_optimizer=False), 4),
     case("adapters without sequence", P(tensor=2), 2, model=ADAPTED, recompute="full", kernels=FUSED),
     case("fp32", P(tensor=2, pipeline=2, sequence=True), 4, precision="fp32"),
-    case("rows in FP8", P(tensor=2, pipeline=2), 4, fp8="rowwise", recompute="selective"),
+    case("rows in FP8", P(tensor=2, pipeline=2, sequence=True), 4, fp8="rowwise", recompute="selective"),
 ]
 
 
