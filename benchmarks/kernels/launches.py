@@ -140,7 +140,7 @@ def _norm() -> Calls:
         if dtype == "bf16":  # for FP8
             statistics = partial(norm.statistics, x, also, affine, 1e-5)
             yield (
-                Variant("norm statistics", hidden, dtype, _words(unwritten=True, residual=residual, mask=masked)),
+                Variant("norm forward", hidden, dtype, _words(unwritten=True, residual=residual, mask=masked)),
                 statistics,
             )
         backward = partial(norm.backward, x, also, x, affine, _tensor(ROWS))
@@ -214,12 +214,12 @@ def _fp8_of_unwritten() -> Calls:
             factor = _tensor(columns if turned else ROWS, 1) if by_row else torch.empty((), device="meta")
             call = partial(fp8.cast, x, factor, torch.float8_e4m3fn, turned)
             options = f"{kinds} {_words(rows=by_row, transposed=turned)}".strip()
-            yield Variant(f"fp8 {kind}", columns, "bf16", options), call
+            yield Variant("fp8 computed", columns, "bf16", options), call
         for axis in (0, 1):
             options = f"{kinds} {_words(columns=axis == 0, rows=axis == 1)}"
-            yield Variant(f"fp8 largest {kind}", columns, "bf16", options), partial(fp8.largest, x, axis)
+            yield Variant("fp8 largest", columns, "bf16", options), partial(fp8.largest, x, axis)
         if kind == "normed":  # for the exchange of sequence parallelism
-            yield Variant("fp8 written", columns, "bf16", f"{kinds} written"), partial(fp8.written, x)
+            yield Variant("fp8 computed", columns, "bf16", f"{kinds} written"), partial(fp8.written, x)
 
 
 def _operand(kind: str, columns: int, masked: bool) -> Gated | Normed:
