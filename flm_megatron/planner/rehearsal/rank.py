@@ -115,21 +115,20 @@ class _Rehearsal:
             ledger.moment = "building"
             state = TrainState(beginnings[1].stage, self.run.data.sequence_length)
             ledger.use, ledger.moment = "optimizer", "loading"
-            resuming, starting = (load(state, beginning) for beginning in beginnings)
+            resuming, starting = (load(self.recorder, state, beginning) for beginning in beginnings)
             _classify(ledger, state)
             ledger.use = "temporaries"
-            self.recorder.forget()
             steady, building = ledger.by_use(), ledger.begin_peak()
             masked = None
             if plan is not None and plan.masked:
                 masked = step_under_masks(self.recorder, state, plan, lambda: self._step(state, ran))
-            self._step(state, ran)
+            self._step(state, ran, self.timeline)
             flops, peak = dict(self.recorder.flops), ledger.begin_peak()
             transfers = self.recorder.forget()
             with _forward_passes(state.chunks, self.recorder):
                 few = min(total, micro_batches or needed_micro_batches(stage, stage.parallel.pipeline - 1))
                 validation = validate(self.recorder, self.run, state, _batch(self.run, stage), total, few)
-            saving = saved(self.run, stage, state, self.rank)
+            saving = saved(self.recorder, self.run, state, self.rank)
         return RankReport(
             rank=self.rank,
             world=self.world,
@@ -147,7 +146,7 @@ class _Rehearsal:
             timeline=None if self.timeline is None else self.timeline.of_rank(schedule(stage, ran), pipeline_rank),
         )
 
-    def _step(self, state: TrainState, micro_batches: int) -> None:
+    def _step(self, state: TrainState, micro_batches: int, timeline: Timeline | None = None) -> None:
         ledger, recorder = self.recorder.ledger, self.recorder
         set_learning_rates(state.optimizer, self.stage, self.stage.optimizer.lr)
         config = state.chunks[0].config
@@ -161,10 +160,10 @@ class _Rehearsal:
             ledger.moment = "optimizer step"
 
         batch = _batch(self.run, self.stage)
-        if self.timeline and self.stage.parallel.overlap_grad_reduce:
+        if timeline and self.stage.parallel.overlap_grad_reduce:
             self._settle(state, batch)
         config.finalize_model_grads_func = finish
-        with _forward_passes(state.chunks, recorder), recorder.timing(self.timeline):
+        with _forward_passes(state.chunks, recorder), recorder.timing(timeline):
             ledger.moment, recorder.micro_batched = "start of the step", True
             state.train_step([batch] * micro_batches)
         config.finalize_model_grads_func = finalize

@@ -43,6 +43,7 @@ SEQUENCE = 32
 SMALL = ModelConfig(num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, vocab_size=500)
 LARGE = replace(SMALL, num_layers=3, hidden_size=96, ffn_hidden_size=160, num_attention_heads=6)
 Read = dict[str, tuple[int, int]]
+Lived = tuple[Read, int, int, Sent, Sent, Sent, int]
 
 
 class Watched(LogicalCheckpoint):
@@ -79,8 +80,8 @@ def micro_batches(stage: StageConfig, world: int, packed: bool = False) -> list[
     return [batch] * (stage.global_batch * stage.parallel.model_size // world)
 
 
-def real_growth(run: RunConfig, source: Path, folder: Path, world: int) -> tuple[Read, int, int, Sent, Sent, int]:
-    """What a real rank reads of tensors and of files and draws, sends behind masks and validating, and writes."""
+def real_growth(run: RunConfig, source: Path, folder: Path, world: int) -> Lived:
+    """What a real rank reads of tensors and files, draws, sends loading, behind masks and validating, and writes."""
     from flm_megatron.checkpoint.sharding.model_state import load_state, save_state
     from flm_megatron.distributed.world import layout
     from flm_megatron.growth.boundary import grown_checkpoint
@@ -109,8 +110,9 @@ def real_growth(run: RunConfig, source: Path, folder: Path, world: int) -> tuple
     batches = micro_batches(stage, world)
     with layout(stage.parallel, timeout_s=120), mock.patch.object(grown_module, "truncated_normal", counted_draw):
         state = TrainState(stage, SEQUENCE)
-        with mock.patch.object(StoredArray, "read", counted):
+        with mock.patch.object(StoredArray, "read", counted), Recorder(values=True) as recorder:
             load_state(grown, state.chunks, state.optimizer)
+        loading = sent(recorder.transfers)
         masks = GrowthMasks(state.chunks, stage.model, mask_plan(plan))
         with Recorder(values=True) as recorder:
             state.train_step(batches)
@@ -122,7 +124,7 @@ def real_growth(run: RunConfig, source: Path, folder: Path, world: int) -> tuple
             validating = sent(recorder.forget())
         save_state(folder / "saved", state.chunks, state.optimizer, Manifest()).wait()
         written = (folder / "saved" / f"__{dist.get_rank()}_0.distcp").stat().st_size
-    return checkpoint.found(), sum(bytes_read), sum(drawn), behind_masks, validating, written
+    return checkpoint.found(), sum(bytes_read), sum(drawn), loading, behind_masks, validating, written
 
 
 def test_the_life_of_a_rank_is_that_of_a_real_one(pool: Pool, tmp_path: Path) -> None:
@@ -136,12 +138,13 @@ def test_the_life_of_a_rank_is_that_of_a_real_one(pool: Pool, tmp_path: Path) ->
     copy_checkpoint(InitialCheckpoint(SMALL, 3, True, torch.bfloat16), source, manifest, chunk_bytes=2**15)
     found = pool.run(4, real_growth, run, source, tmp_path, 4)
     for rank in (0, 3):
-        read, from_files, drawn, behind_masks, validating, written = found[rank]
+        read, from_files, drawn, loading, behind_masks, validating, written = found[rank]
         report = rehearse_rank(run, run.stages[1], rank, 4, micro_batches=4)
         life = report.life
         assert {name: (one.regions, one.nbytes) for name, one in life.starting.tensors.items()} == read
         assert sum(one.nbytes for one in life.starting.files.values()) == from_files > 0
         assert life.starting.drawn.nbytes == drawn
+        assert sent(life.starting.transfers) == loading and loading
         assert life.masked is not None and life.validation is not None
         assert sent(life.masked.transfers) == behind_masks and behind_masks
         assert sent(life.validation.transfers) == validating and validating

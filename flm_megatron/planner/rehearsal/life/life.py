@@ -30,5 +30,6 @@ class Life:
 
     @property
     def transfers(self) -> tuple[Transfer, ...]:
-        """Those of the masked step and of validation."""
-        return sum((part.transfers for part in (self.masked, self.validation) if part is not None), ())
+        """All of them, in the order of the rank's life."""
+        parts = (self.resuming, self.starting, self.masked, self.validation, self.saving)
+        return sum((part.transfers for part in parts if part is not None), ())

@@ -12,6 +12,7 @@ from flm_megatron.engine.types import Optimizer
 from flm_megatron.growth.grown.step_offsets import load_step_offsets
 from flm_megatron.planner.rehearsal.life.beginning import Beginning
 from flm_megatron.planner.rehearsal.life.counted import Amount
+from flm_megatron.planner.rehearsal.recorder import Recorder, Transfer
 from flm_megatron.training.step import TrainState
 
 
@@ -22,7 +23,8 @@ class Loading:
     `how` it begins and `where` the checkpoint is (none where it is not on this machine); regions and bytes by tensor of
     that checkpoint, and by file where it is here; `drawn` are new values, which are read nowhere. `adam_step` is the
     step that Adam goes on at (none where the checkpoint is not here), `offset_bytes` those of the steps at which
-    entries were added, which AdamW holds until they no longer matter.
+    entries were added, which AdamW holds until they no longer matter. `transfers` bring what replicas read
+    for each other.
     """
 
     how: str
@@ -32,18 +34,24 @@ class Loading:
     drawn: Amount = field(default_factory=Amount)
     adam_step: int | None = None
     offset_bytes: int = 0
+    transfers: tuple[Transfer, ...] = ()
 
     def note(self, file: Path | None, nbytes: int) -> None:
         """A region that would be read, or drawn."""
         (self.drawn if file is None else self.files.setdefault(str(file), Amount())).add(nbytes)
 
 
-def load(state: TrainState, beginning: Beginning) -> Loading:
-    """Fill weights and optimizer as a real rank does when its stage begins so, with tensors without values."""
+def load(recorder: Recorder, state: TrainState, beginning: Beginning) -> Loading:
+    """Fill weights and optimizer as a real rank does when its stage begins so, with tensors without values.
+
+    What `recorder` noted before is left out.
+    """
+    recorder.forget()
     found = Loading(beginning.how, str(beginning.where) if beginning.where else None)
     with without_values(found.note):
         load_state(beginning.checkpoint, state.chunks, state.optimizer)
         load_step_offsets(beginning.checkpoint, state.chunks, state.optimizer)
+    found.transfers = recorder.forget()
     found.tensors = beginning.source.tensors_read
     if beginning.where:
         found.adam_step = max(group.get("step", 0) for group in state.optimizer.param_groups)

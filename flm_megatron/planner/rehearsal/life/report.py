@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,8 +11,9 @@ from flm_megatron.planner.rehearsal.life.counted import STATES, Amount, by_state
 from flm_megatron.planner.rehearsal.life.life import Life
 from flm_megatron.planner.rehearsal.life.loading import Loading
 from flm_megatron.planner.rehearsal.life.masks import MaskedStep
+from flm_megatron.planner.rehearsal.life.saving import Saving
 from flm_megatron.planner.rehearsal.life.validation import ValidationPass
-from flm_megatron.planner.rehearsal.recorder import traffic
+from flm_megatron.planner.rehearsal.recorder import Transfer, traffic
 from flm_megatron.planner.report.text import table
 
 FILES_SHOWN = 4
@@ -23,7 +24,8 @@ def life_text(life: Life) -> str:
     rows = [["GiB read and written", "regions", *STATES.values(), "new values"]]
     rows += [_row(f"{one.how}", by_state(one.tensors.items()), one.drawn) for one in (life.starting, life.resuming)]
     rows.append(_row("saved", life.saving.states, Amount()))
-    lines = [table(rows), *_files(life.starting), *_files(life.resuming), _saving(life)]
+    loadings = (life.starting, life.resuming)
+    lines = [table(rows), *(line for one in loadings for line in (*_files(one), *_shared(one))), _saving(life)]
     lines += [_masked(life.masked)] if life.masked else []
     lines += [_validation(life.validation)] if life.validation else []
     return "\n".join(lines)
@@ -34,7 +36,7 @@ def life_data(life: Life) -> dict[str, object]:
     return {
         "starting": _loading(life.starting),
         "resuming": _loading(life.resuming),
-        "saving": asdict(life.saving),
+        "saving": _saved(life.saving),
         "masked_step": None
         if life.masked is None
         else {
@@ -60,6 +62,13 @@ def _files(loading: Loading) -> Iterator[str]:
     parts = [f"{Path(file).name} ({_amount(amount)})" for file, amount in shown]
     more = f" and {len(loading.files) - FILES_SHOWN:,} other files" if len(loading.files) > FILES_SHOWN else ""
     yield f"{loading.how}: {loading.where}, Adam at step {loading.adam_step:,}: {', '.join(parts)}{more}"
+
+
+def _shared(loading: Loading) -> Iterator[str]:
+    """What replicas hold alike, which each of them reads a share of."""
+    received = [t.nbytes for t in loading.transfers if t.kind == "broadcast"]
+    if received:
+        yield f"{loading.how}: {sum(received) / GIB:,.2f} GiB read among replicas, in {len(received):,} broadcasts"
 
 
 def _amount(amount: Amount) -> str:
@@ -92,13 +101,38 @@ def _validation(one: ValidationPass) -> str:
 
 
 def _loading(loading: Loading) -> dict[str, object]:
-    return asdict(loading) | {"states": {name: asdict(one) for name, one in by_state(loading.tensors.items()).items()}}
+    amounts = {key: _plain(getattr(loading, key)) for key in ("tensors", "files")}
+    return amounts | {
+        "how": loading.how,
+        "where": loading.where,
+        "states": _plain(by_state(loading.tensors.items())),
+        "drawn": asdict(loading.drawn),
+        "adam_step": loading.adam_step,
+        "offset_bytes": loading.offset_bytes,
+        "transfers": _traffic(loading.transfers, _once),
+    }
+
+
+def _saved(saving: Saving) -> dict[str, object]:
+    sizes = {key: getattr(saving, key) for key in ("file", "file_bytes", "host_bytes")}
+    return sizes | {"states": _plain(saving.states), "transfers": _traffic(saving.transfers, _once)}
 
 
 def _pass_data(one: ValidationPass) -> dict[str, object]:
     plain = {name: getattr(one, name) for name in ("sets", "samples", "batches", "micro_batches", "ran", "flops")}
-    transfers = [
+    return plain | {"peak": asdict(one.peak), "transfers": _traffic(one.transfers, one.per_pass)}
+
+
+def _plain(amounts: Mapping[str, Amount]) -> dict[str, object]:
+    return {name: asdict(amount) for name, amount in amounts.items()}
+
+
+def _traffic(transfers: Iterable[Transfer], times: Callable[[Transfer], float]) -> list[dict[str, object]]:
+    return [
         {"kind": kind, "ranks": ranks, "count": count, "bytes": nbytes}
-        for (kind, ranks), (count, nbytes) in traffic(one.transfers, one.per_pass).items()
+        for (kind, ranks), (count, nbytes) in traffic(transfers, times).items()
     ]
-    return plain | {"peak": asdict(one.peak), "transfers": transfers}
+
+
+def _once(_: Transfer) -> float:
+    return 1.0
