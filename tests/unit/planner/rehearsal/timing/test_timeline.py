@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flm_megatron import kernels
+from flm_megatron.config.schema import KernelsConfig
+from flm_megatron.kernels.choice import using
 from flm_megatron.planner.cost.communication import gather_time
 from flm_megatron.planner.cost.matmul import attention_time, matmul_time, memory_time
 from flm_megatron.planner.machine import find_machine
@@ -28,7 +30,7 @@ def timed(work: Callable[[], object], tensor: int = 16, stage_ranks: int = 64, w
     """What rank 0 of a world does, in which tensor groups span nodes unless said otherwise."""
     timeline = Timeline(OperationTimes(A800), tensor, stage_ranks, world)
     recorder, fake = Recorder(), FakeTensorMode(allow_non_fake_inputs=True)
-    with rehearsed_world(0, world), fake, recorder, recorder.timing(timeline):
+    with rehearsed_world(0, world), using(kernels.choose(KernelsConfig())), fake, recorder, recorder.timing(timeline):
         work()
     (segment,) = timeline.segments
     return segment
