@@ -37,7 +37,7 @@ def rehearsal_data(found: StageRehearsal) -> dict[str, object]:
         "stage": found.stage,
         "world": found.world,
         "compared_ranks": list(found.met),
-        "timing": None if found.timing is None else timing_data(found.timing, found.roles),
+        "timing": None if found.timing is None else timing_data(found.timing),
         "ranks": [
             {
                 "rank": report.rank,

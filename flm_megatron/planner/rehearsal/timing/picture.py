@@ -56,9 +56,11 @@ def draw_step(step: SimulatedStep, title: str, path: Path) -> Path:
     _lanes(begin, step, 0.0, window, "the step begins")
     _lanes(end, step, step.seconds - window, step.seconds, "and ends")
     _parts(parts, step.ranks)
-    figure.suptitle(title)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in COLORS.values()]
-    figure.legend(handles, COLORS, loc="outside upper center", ncols=len(COLORS), fontsize=7, frameon=False)
+    above = figure.legend(handles, [*COLORS], loc="outside upper center", ncols=len(COLORS), fontsize=8, frameon=False)
+    above.set_title(title)
+    below = parts.get_legend_handles_labels()
+    figure.legend(*below, loc="outside lower center", ncols=len(PARTS), fontsize=8, frameon=False)
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
@@ -106,4 +108,3 @@ def _parts(axes: Axes, ranks: Sequence[RankSeconds]) -> None:
         left = [before + more for before, more in zip(left, seconds, strict=True)]
     axes.set(xlabel="seconds of the step", ylabel="pipeline rank")
     axes.set_ylim(len(ranks) - 0.5, -0.5)
-    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=8, frameon=False)

@@ -42,8 +42,8 @@ def timing_text(timing: StageTiming, roles: Sequence[Role]) -> str:
     )
 
 
-def timing_data(timing: StageTiming, roles: Sequence[Role]) -> dict[str, object]:
-    """The same as plain data."""
+def timing_data(timing: StageTiming) -> dict[str, object]:
+    """The same as plain data, of every pipeline rank."""
     step = timing.step
     return {
         "machine": timing.machine.name,

@@ -76,6 +76,14 @@ def test_other_kernels_take_the_bytes_that_they_move_and_views_nothing() -> None
         assert timed(work).spent["memory_bound"] == pytest.approx(memory_time(A800, moved * mib)), name
 
 
+def test_triton_kernels_take_the_bytes_of_their_tensors_once() -> None:
+    timeline = Timeline(OperationTimes(A800), 1, 1, 1)
+    whole = torch.empty(2 * 2**20, device="meta")
+    first, second = whole.chunk(2)
+    timeline.launched([first, second, first])
+    assert timeline.segments[0].spent["memory_bound"] == pytest.approx(memory_time(A800, whole.nbytes))
+
+
 def test_a_collective_beside_a_product_is_exposed_as_far_as_it_is_longer() -> None:
     whole = 4096 * 20480 * 2
 
