@@ -9,7 +9,17 @@ import torch
 
 from flm_megatron import kernels
 from flm_megatron.device import current
-from tests.support.kernel_cases import CASES, TOLERANCE, cast_errors, draw, growth_mask, run_case, use
+from tests.support.kernel_cases import (
+    CASES,
+    OPERANDS,
+    TOLERANCE,
+    cast_errors,
+    draw,
+    growth_mask,
+    operand_errors,
+    run_case,
+    use,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,6 +63,14 @@ def test_kernels_agree_with_float64(case: str, dtype: str, name: str) -> None:
 def test_casts_to_fp8_round_to_the_nearest(by_row: bool, transpose: bool, name: str) -> None:
     errors = cast_errors(name, "cuda", "bf16", by_row, transpose)
     assert all(error <= 0.5 for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("name", ["triton", "torch"])
+@pytest.mark.parametrize("kind", OPERANDS)
+def test_casts_of_what_is_not_written(kind: str, name: str) -> None:
+    errors = operand_errors(name, "cuda", "bf16", kind)
+    assert errors.pop("values") < TOLERANCE["bf16"]
+    assert set(errors.values()) == {0.0}, errors
 
 
 @pytest.mark.parametrize("case", REAL_SIZES)

@@ -21,6 +21,7 @@ from flm_megatron.growth.schedule import mask_plan
 from flm_megatron.kernels import fp8
 from flm_megatron.kernels.unwritten import operand_of
 from flm_megatron.model.masks import GrowthMasks
+from flm_megatron.model.teleflm import TeleFLM
 from tests.support.filled_model import filled_model, gradients, seeded_batch
 from tests.support.fp8_oracle import FORMATS, dequantized
 from tests.support.growth_cases import grown_weights, growth, trained
@@ -150,15 +151,25 @@ def test_neither_norms_nor_activations_are_kept() -> None:
 )
 def test_adapters_read_what_is_written(targets: Any, norms: list[bool], activation: bool) -> None:
     model = replace(MODEL, lora=LoraConfig(rank=4, targets=targets))
-    chunk = filled_model(model, random_tensors(model), precision="bf16", fp8="rowwise")[0]
-    layer = chunk.decoder.layers[0]
-    assert [layer.input_layernorm.unwritten, layer.pre_mlp_layernorm.unwritten] == norms
-    with patch.object(kernels, "unwritten_swiglu", wraps=kernels.unwritten_swiglu) as spy:
-        tokens, labels = seeded_batch(MODEL, batch=1, sequence=16)
+    tensors = random_tensors(model)
+    tokens, labels = seeded_batch(MODEL, batch=1, sequence=16)
+
+    def run() -> tuple[TeleFLM, Tensor, list[Tensor]]:
+        """A model whose adapters alone learn, its losses, and the adapters' gradients."""
+        chunk = filled_model(model, tensors, precision="bf16", fp8="rowwise")[0]
         loss = chunk(tokens, labels=labels)
         loss.sum().backward()
+        return chunk, loss, [p.grad for p in chunk.parameters() if p.grad is not None]
+
+    with patch.object(kernels, "unwritten_swiglu", wraps=kernels.unwritten_swiglu) as spy:
+        chunk, loss, grads = run()
+    layer = chunk.decoder.layers[0]
+    assert [layer.input_layernorm.unwritten, layer.pre_mlp_layernorm.unwritten] == norms
     assert bool(spy.called) == activation
-    assert bool(loss.isfinite().all())
+    with WRITTEN:
+        _, written_loss, written_grads = run()
+    assert torch.equal(loss, written_loss) and bool(loss.isfinite().all())
+    assert len(grads) == 4 * len(targets) and all(map(torch.equal, grads, written_grads))
 
 
 def test_what_a_library_was_asked_for_is_written() -> None:
