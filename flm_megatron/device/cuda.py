@@ -74,11 +74,13 @@ class CudaDevice(Device):
 
     def pin(self, memory: mmap.mmap) -> None:
         """Register the pages with the driver, which otherwise copies through a small buffer of its own."""
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(_address(memory), len(memory), 0))
+        with torch.cuda.device(self.torch_device):  # a new thread would begin with GPU 0, and take memory there
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(_address(memory), len(memory), 0))
 
     def unpin(self, memory: mmap.mmap) -> None:
         """Take them from the driver before they are unmapped."""
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(_address(memory)))
+        with torch.cuda.device(self.torch_device):
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(_address(memory)))
 
     def copy_aside(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Copying:
         """On a stream of their own, by the GPU's copy engine; memory that is freed meanwhile is kept for them."""
@@ -91,7 +93,7 @@ class CudaDevice(Device):
                 tensor.record_stream(side)
             copied.record(side)
         self._copied = copied
-        return _OnStream(copied)
+        return _OnStream(copied, self.torch_device)
 
     def hold_changes(self) -> None:
         """The current stream waits for them."""
@@ -117,10 +119,12 @@ class _OnStream:
     """Copies that are made when the stream has come to `copied`."""
 
     copied: torch.cuda.Event
+    device: torch.device
 
     def wait(self) -> None:
         """Wait for the event."""
-        self.copied.synchronize()
+        with torch.cuda.device(self.device):  # as for `pin`
+            self.copied.synchronize()
 
 
 def _address(memory: mmap.mmap) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -26,6 +27,11 @@ class Recording:
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: note("stream") or self.side)
         monkeypatch.setattr(torch.cuda, "Event", lambda: event)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.main)
+        monkeypatch.setenv("LOCAL_RANK", "3")
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(note(f"on GPU {device.index}")))
+        monkeypatch.setattr(torch.cuda, "check_error", lambda result: None)
+        driver = SimpleNamespace(cudaHostRegister=lambda *_: note("lock"), cudaHostUnregister=lambda *_: note("unlock"))
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(note(f"on {self._name(stream)}")))
         monkeypatch.setattr(
             torch.Tensor, "record_stream", lambda tensor, stream: note(f"kept for {self._name(stream)}")
@@ -47,9 +53,17 @@ def test_a_gpu_copies_on_a_stream_of_its_own_and_holds_changes_back_once(monkeyp
     copying.wait()
     device.hold_changes()
     device.hold_changes()
-    assert asked == ["host waits", "main waits for the copies"]
+    assert asked == ["on GPU 3", "host waits", "main waits for the copies"]
     device.copy_aside([])
     assert "stream" not in asked, "one stream serves all saves"
+
+
+def test_threads_lock_memory_for_the_gpu_of_their_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new thread's own is GPU 0, on which the driver would set up a context for every process of the host."""
+    asked, memory = Recording(monkeypatch).asked, mmap.mmap(-1, 64)
+    CudaDevice().pin(memory)
+    CudaDevice().unpin(memory)
+    assert asked == ["on GPU 3", "lock", "on GPU 3", "unlock"]
 
 
 def test_a_cpu_copies_at_once() -> None:
