@@ -60,7 +60,7 @@ def slowest_of(machine: Machine, ranks: int) -> float:
 def step_time(work: Workload, machine: Machine, passes: ChunkPasses | None = None, simulate: bool = True) -> StepTime:
     """Time of a step: what the slowest pipeline rank works in all micro-batches, and what it waits for.
 
-    Without `simulate` waiting is estimated by a formula, within 1 % of the step, for searches.
+    Without `simulate` waiting is estimated by a formula, for searches (`estimated_waits`).
     """
     passes = passes or chunk_passes(work, machine)
     waits = (simulated_waits if simulate else estimated_waits)(work, machine, passes)

@@ -10,6 +10,7 @@ from flm_megatron.planner.simulation.schedule import Pass, Schedule
 
 BEYOND = 4
 """Groups of micro-batches that are simulated beyond those that fill the pipeline."""
+ROUNDING = 1e-9
 
 
 def simulate_schedule(
@@ -31,8 +32,8 @@ def quick_simulation(
 ) -> Simulation:
     """As `simulate_schedule`, from steps of `beyond` groups of micro-batches more than fill the pipeline.
 
-    Exact where the others wait for the slowest rank from there on. Where they are little faster they do so later; each
-    further group then takes as long as the busiest rank works on it, and the step is up to 1 % too long.
+    Exact where the others wait for the busiest rank from there on. Where it waits less with each further group, as one
+    does that is little busier than they are, all micro-batches are simulated.
     """
     few = schedule.pipeline + beyond * schedule.group
     if schedule.micro_batches <= few + schedule.group:
@@ -43,13 +44,14 @@ def quick_simulation(
     )
     groups = (schedule.micro_batches - few) / schedule.group
     each = [_difference(before, after) for before, after in zip(short.ranks, long.ranks, strict=True)]
-    busiest = max(rank["compute"] + rank["pipeline"] for rank in each)
-    late = max(0.0, busiest - (long.seconds - short.seconds))
+    steady = long.seconds - short.seconds
+    if max(rank["compute"] + rank["pipeline"] for rank in each) > steady * (1 + ROUNDING):
+        return simulate_schedule(schedule, seconds, transfer_s)
     ranks = [
-        {name: spent + groups * (more[name] + (late if name == "bubble" else 0.0)) for name, spent in before.items()}
+        {name: spent + groups * more[name] for name, spent in before.items()}
         for before, more in zip(short.ranks, each, strict=True)
     ]
-    return Simulation(short.seconds + groups * (long.seconds - short.seconds + late), tuple(ranks))
+    return Simulation(short.seconds + groups * steady, tuple(ranks))
 
 
 def _difference(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:

@@ -52,6 +52,18 @@ def test_layouts_are_ranked_by_the_time_that_a_plan_gives_them() -> None:
     assert plan_stage(stage, SEQUENCE, A800, 16).step.total == times[0]
 
 
+def test_the_estimate_of_a_step_is_close_or_too_long() -> None:
+    """Layers are split evenly over 8 ranks, and not over 12."""
+    for gpus, close in ((8, True), (12, False)):
+        stage = replace(SEVEN_B, global_batch=24, recompute="full")
+        chunks = [1, 2, 4] if close else [1]
+        for parallel in (ParallelConfig(pipeline=gpus, virtual_pipeline=count) for count in chunks):
+            work = stage_workload(replace(stage, parallel=parallel), SEQUENCE, gpus)
+            ratio = step_time(work, A800, simulate=False).total / step_time(work, A800).total
+            assert 0.98 < ratio < (1.02 if close else 1.1), (work, ratio)
+            assert close or ratio > 1.01, (work, ratio)
+
+
 def test_fp8_casts_weights_once_a_step_in_every_layout() -> None:
     """So a micro-batch costs less where there are more of them, and a single one keeps no casts in memory."""
     stage = replace(SEVEN_B, fp8="tensorwise")
