@@ -17,6 +17,7 @@ from flm_megatron.planner.cost.activations import (
     residual_bytes,
     stream_bytes,
 )
+from flm_megatron.planner.cost.buckets import rank_buckets
 from flm_megatron.planner.layout import Workload
 
 GIB = 2**30
@@ -74,17 +75,27 @@ def rank_memory(work: Workload, rank: int, context_gib: float = 0.0, fragmentati
 
 
 def _before_steps(work: Workload, rank: int, trained: int, optimizer: float) -> float:
-    """What building or loading the model needs on top of weights, gradients and `optimizer`; no activation is there."""
+    """What building or loading the model needs on top of weights, gradients and `optimizer`; no activation is there,
+    and while it is built no optimizer."""
     loading = 0.0
     if work.data > 1:
-        # What replicas hold alike one of them reads for all: a region that was read, and one that is received.
-        each = work.bytes if work.parallel.distributed_optimizer else 4
-        loading = 2.0 * min(SHARED_READ_BYTES, each * max(chain.from_iterable(_shards_on(work, rank))))
+        # What replicas hold alike one of them reads for all. Of a tensor in several regions one was read, one is
+        # received and the one before is still there; of others the largest weight, or two of its state.
+        each, state = (work.bytes, 1) if work.parallel.distributed_optimizer else (4, 2)
+        largest = float(each * max(chain.from_iterable(_shards_on(work, rank))))
+        loading = 3.0 * SHARED_READ_BYTES if largest > SHARED_READ_BYTES else state * largest
     if not work.parallel.distributed_optimizer:
         return loading
-    # While the model is built, the weights that learn lie there beside the buffer of the data-parallel group that they
-    # go into, and the gradients' buffer; the optimizer is not there yet.
-    return max(loading, work.bytes * trained - optimizer)
+    return max(loading, _building(work, rank, trained) - optimizer)
+
+
+def _building(work: Workload, rank: int, trained: int) -> float:
+    """While a chunk is built, its weights that learn lie there beside the buffer of the data-parallel group that they
+    go into; the gradients of later chunks are not there yet."""
+    if work.parallel.virtual_pipeline == 1:
+        return float(work.bytes * trained)
+    chunks = [sum(buckets) for buckets in rank_buckets(work, rank)]
+    return float(max(work.bytes * values - 4 * sum(chunks[index + 1 :]) for index, values in enumerate(chunks)))
 
 
 def _shards_on(work: Workload, rank: int) -> list[list[int]]:
@@ -121,13 +132,14 @@ def _dynamic(work: Workload, rank: int) -> tuple[float, float]:
     """Activations in flight, and the most that any moment needs on top of them."""
     pipeline = work.parallel.pipeline
     chunks = chunk_activations(work, rank)
-    waiting = peak_in_flight(rank, pipeline, work.micro_batches, chunks)
-    moments = [_layer_backward(work)]
+    waiting = in_flight(rank, pipeline, work.micro_batches, chunks)
+    most = max(waiting)
+    moments = [_layer_working(work)]
     if rank == pipeline - 1:
-        moments.append(head_activations(work) + _head_working(work))
+        moments.append(waiting[-1] - most + head_activations(work) + _head_working(work))
     if rank == 0:
-        moments.append(_embedding_working(work) - chunks[0])
-    return waiting, max(moments) + _weight_casts(work, rank)
+        moments.append(waiting[0] - most + _embedding_working(work) - chunks[0])
+    return most, max(moments) + _weight_casts(work, rank)
 
 
 def _weight_casts(work: Workload, rank: int) -> float:
@@ -135,11 +147,13 @@ def _weight_casts(work: Workload, rank: int) -> float:
     return 2.0 * work.layer_matrices(rank) if work.fp8 != "none" and work.micro_batches > 1 else 0.0
 
 
-def _layer_backward(work: Workload) -> float:
-    """The larger of two moments of a feed-forward layer's backward pass: the gradients of the second matrix and of
-    what it reads, or those of both halves of a gated activation; with what was recomputed."""
+def _layer_working(work: Workload) -> float:
+    """The largest of three moments of a layer, with what was recomputed: the end of its forward pass, with what both
+    of its parts gave and their sum; in the feed-forward part's backward pass the gradients of the second matrix, of
+    what it reads and, gathered, of what it gives; or those of both halves of a gated activation."""
     hidden, tensor = work.model.hidden_size, work.parallel.tensor
     stream = stream_bytes(work)
+    forward, gathered = stream + 2 * residual_bytes(work), stream if work.sequence_parallel > 1 else 0
     values = feed_forward_values(work) * work.bytes
     matrix = 0.0
     if _makes_weight_gradients(work):
@@ -147,7 +161,12 @@ def _layer_backward(work: Workload) -> float:
     if work.fp8 == "tensorwise" and work.trains_weights:  # what is added at a time is in fp32
         matrix = max(matrix, 4.0 * min(hidden * work.model.ffn_hidden_size / tensor, FP8_SLAB_VALUES))
     halves = 2 * values if work.model.gated else values
-    return 2 * stream + max(values + matrix, halves) + layer_activations(work).remade
+    if work.model.lora:
+        # What an adapter adds, before and after it is scaled: to the layer's output, or to the halves before that.
+        forward = max(forward + 2 * residual_bytes(work), residual_bytes(work) + 2 * halves - values)
+    output = 0 if work.recompute == "none" else residual_bytes(work)  # made again too
+    moments = (forward, gathered + values + matrix + output, halves + output)
+    return max(moments) + layer_activations(work).remade
 
 
 def _head_working(work: Workload) -> float:
@@ -182,32 +201,32 @@ def _embedding_bytes(work: Workload) -> float:
 
 
 def _buffers(work: Workload) -> float:
-    """The gathered sequence, which the engine keeps, and what is being sent and received."""
+    """The gathered sequence, which the engine keeps, and the gradient that a pass begins with; interleaving sends and
+    receives besides while a pass runs."""
     gathered = stream_bytes(work) if work.sequence_parallel > 1 else 0.0
-    transfers = 0.0
-    if work.parallel.pipeline > 1:
-        transfers = (4 if work.parallel.virtual_pipeline > 1 else 2) * residual_bytes(work)
-    return gathered + transfers
+    return gathered + (4 if work.parallel.virtual_pipeline > 1 else 1) * residual_bytes(work)
 
 
-def peak_in_flight(rank: int, pipeline: int, micro_batches: int, chunk_bytes: list[float]) -> float:
-    """Largest sum of kept activations on pipeline rank `rank`, `chunk_bytes` for one micro-batch of each chunk.
+def in_flight(rank: int, pipeline: int, micro_batches: int, chunk_bytes: list[float]) -> list[float]:
+    """The most that waits on pipeline rank `rank` when a backward pass of each chunk begins, `chunk_bytes` for one
+    micro-batch of each chunk.
 
     One chunk: 1F1B, where rank r runs p - r forward passes before its first backward pass. Several: megatron-core's
     interleaved schedule, which takes groups of p micro-batches through the chunks in turn.
     """
     if len(chunk_bytes) == 1:
-        return chunk_bytes[0] * min(pipeline - rank, micro_batches)
+        return [chunk_bytes[0] * min(pipeline - rank, micro_batches)]
     return _interleaved(rank, pipeline, micro_batches, np.asarray(chunk_bytes))
 
 
-def _interleaved(rank: int, pipeline: int, micro_batches: int, chunk_bytes: np.ndarray) -> float:
+def _interleaved(rank: int, pipeline: int, micro_batches: int, chunk_bytes: np.ndarray) -> list[float]:
     chunks = len(chunk_bytes)
     total = micro_batches * chunks
     warmup = min(total, 2 * (pipeline - rank - 1) + (chunks - 1) * pipeline)
-    passes = min(total, warmup + 2 * pipeline * chunks)  # from there on the pattern repeats
-    order = np.arange(passes) // pipeline % chunks
-    made = np.cumsum(chunk_bytes[order])
-    freed = np.cumsum(chunk_bytes[chunks - 1 - order])
-    before = np.concatenate([np.zeros(warmup + 1), freed])[:passes]  # backward passes done when forward k runs
-    return float((made - before).max())
+    backward = np.arange(min(total, 2 * pipeline * chunks))  # from there on the pattern repeats
+    forward = np.minimum(warmup + backward, total - 1)  # the last forward pass before each
+    made = np.cumsum(chunk_bytes[np.arange(forward[-1] + 1) // pipeline % chunks])
+    chunk = chunks - 1 - backward // pipeline % chunks
+    freed = np.concatenate([np.zeros(1), np.cumsum(chunk_bytes[chunk])[:-1]])
+    waiting = made[forward] - freed
+    return [float(waiting[chunk == index].max()) for index in range(chunks)]
