@@ -82,7 +82,7 @@ def test_fp8_holds_what_is_planned(fields: dict[str, str], parallel: ParallelCon
     run = run_of(parallel, **fields, model=replace(MODEL, ffn_hidden_size=1408))
     report = rehearse_rank(run, run.stages[0], rank, 8)
     planned = rank_memory(stage_workload(run.stages[0], SEQUENCE, 8, CUDA), report.pipeline_rank)
-    assert report.most_bytes == pytest.approx(planned.total, rel=0.02), (report, planned)
+    assert report.most_bytes == pytest.approx(planned.total, rel=0.03), (report, planned)
 
 
 def test_nothing_of_a_rehearsal_stays_in_the_process() -> None:
