@@ -1,8 +1,9 @@
 """The engine's linear layers with their three matrix products in FP8, split over tensor-parallel ranks as before.
 
-Weights, activations and gradients stay in the training precision and are cast for each product. With `tensorwise`
-scaling the largest value is taken over the whole matrix, that is over all ranks that hold a shard of it, so that a
-layout changes no scale; with `rowwise` scaling each shard of a split row has its own scale.
+Weights, activations and gradients stay in the training precision and are cast for each product: weights once a step
+(`weights_cast_once`), norms and activations that nothing else reads as they are computed (`casts_input`). With
+`tensorwise` scaling the largest value is taken over the whole matrix, that is over all ranks that hold a shard of it,
+so that a layout changes no scale; with `rowwise` scaling each shard of a split row has its own scale.
 """
 
 from __future__ import annotations
