@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from statistics import NormalDist
 
 from flm_megatron.planner.cost.buckets import gradient_bytes, weight_bytes
@@ -85,18 +87,39 @@ def _slowed(seconds: Seconds, factor: float) -> Seconds:
 
 
 def _data(work: Workload, machine: Machine, passes: ChunkPasses) -> float:
-    """Reduction of gradients and gathering of new weights, less what one micro-batch's passes hide."""
+    """Reduction of gradients and gathering of new weights, less what passes hide."""
     ranks = range(work.parallel.pipeline)
-    reduce = data_time(work, machine, max(gradient_bytes(work, rank) for rank in ranks))
-    gather = data_time(work, machine, max(weight_bytes(work, rank) for rank in ranks))
-    if not work.parallel.distributed_optimizer:
-        reduce, gather = 2 * reduce, 0.0
+    scatters = 1 if work.parallel.distributed_optimizer else 2
+    reduces = [scatters * data_time(work, machine, gradient_bytes(work, rank)) for rank in ranks]
+    gathers = [data_time(work, machine, weight_bytes(work, rank)) for rank in ranks] if scatters == 1 else [0.0]
+    if work.parallel.virtual_pipeline == 1:
+        return _reduction(work, passes, reduces) + _gathering(work, passes, gathers)
+    reduce, gather = max(reduces), max(gathers)
     layers = max(sum(work.chunks(rank)) for rank in (0, work.parallel.pipeline - 1))
     if work.parallel.overlap_grad_reduce:
         reduce = max(0.0, reduce - layers * passes.layer.backward.total)
     if work.parallel.overlap_param_gather:
         gather = max(0.0, gather - layers * passes.layer.forward.total)
     return reduce + gather
+
+
+def _reduction(work: Workload, passes: ChunkPasses, seconds: Sequence[float]) -> float:
+    """Of gradients under 1F1B. Overlapped, that of the first rank runs beside its last backward pass; any other rank's
+    begins after its own, when those before it still have theirs to do."""
+    if not work.parallel.overlap_grad_reduce:
+        return max(seconds)
+    backward = [layers * passes.layer.backward.total for layers in work.chunk_layers]
+    others = (reduce - passed for reduce, passed in zip(seconds[1:], accumulate(backward), strict=False))
+    return max(seconds[0] - backward[0], *others, 0.0)
+
+
+def _gathering(work: Workload, passes: ChunkPasses, seconds: Sequence[float]) -> float:
+    """Of weights under 1F1B. Overlapped, that of the first rank runs beside its first forward pass; any other rank
+    gathers all of its weights, which are one bucket, when this asks for them, and those behind it wait."""
+    if not work.parallel.overlap_param_gather:
+        return max(seconds)
+    first, *others = seconds
+    return max(0.0, first - work.chunk_layers[0] * passes.layer.forward.total) + sum(others)
 
 
 def _tied_embedding(work: Workload, machine: Machine) -> float:

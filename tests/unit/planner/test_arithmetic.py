@@ -89,7 +89,7 @@ def test_an_interleaved_schedule_waits_for_what_a_chunk_does_not_hide() -> None:
     assert step_time(work, slow).pipeline == pytest.approx((2 * 16 + 4) * transfer, rel=1e-3)
 
 
-def test_overlap_hides_gradients_behind_the_backward_pass_of_the_longest_rank() -> None:
+def test_overlap_hides_gradients_of_a_pipeline_rank_behind_the_last_backward_passes_of_those_before_it() -> None:
     layout: dict[str, Any] = {"pipeline": 3, "pipeline_layers": [1, 5, 2]}
     plain = workload(data=8, **layout)
     hidden = workload(data=8, overlap_grad_reduce=True, **layout)
@@ -97,9 +97,9 @@ def test_overlap_hides_gradients_behind_the_backward_pass_of_the_longest_rank() 
     parameters = max(plain.rank_parameters(rank) for rank in range(3))
     reduce = data_time(plain, slow, 4.0 * parameters)
     backward = chunk_passes(plain, slow).layer.backward.total
-    # The first or the last rank is looked at, for those hold embedding and head.
+    # The middle rank has most to reduce; when it begins the first one still has its one layer to go back through.
     assert reduce > 5 * backward
-    assert step_time(plain, slow).data - step_time(hidden, slow).data == pytest.approx(2 * backward)
+    assert step_time(plain, slow).data - step_time(hidden, slow).data == pytest.approx(backward)
 
 
 def stage_plan(gpus: int) -> StagePlan:

@@ -66,6 +66,13 @@ def test_a_step_takes_what_is_planned(parallel: ParallelConfig, gpus: int) -> No
 
 
 @pytest.mark.slow
+def test_what_replicas_overlap_takes_what_is_planned() -> None:
+    layout = ParallelConfig(tensor=4, pipeline=2, sequence=True, overlap_grad_reduce=True, overlap_param_gather=True)
+    step, planned = timing_of(run_of(layout, batch=64), 32)
+    assert step.seconds == pytest.approx(planned.total, rel=0.03)
+
+
+@pytest.mark.slow
 def test_gradients_of_the_first_pipeline_rank_are_reduced_beside_its_last_backward_pass() -> None:
     layout = ParallelConfig(tensor=4, distributed_optimizer=False)
     plain, _ = timing_of(run_of(layout), 16)
