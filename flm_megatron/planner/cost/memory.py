@@ -77,16 +77,21 @@ def rank_memory(work: Workload, rank: int, context_gib: float = 0.0, fragmentati
 def _before_steps(work: Workload, rank: int, trained: int, optimizer: float) -> float:
     """What building or loading the model needs on top of weights, gradients and `optimizer`; no activation is there,
     and while it is built no optimizer."""
-    loading = 0.0
-    if work.data > 1:
-        # What replicas hold alike one of them reads for all. Of a tensor in several regions one was read, one is
-        # received and the one before is still there; of others the largest weight, or two of its state.
-        each, state = (work.bytes, 1) if work.parallel.distributed_optimizer else (4, 2)
-        largest = float(each * max(chain.from_iterable(_shards_on(work, rank))))
-        loading = 3.0 * SHARED_READ_BYTES if largest > SHARED_READ_BYTES else state * largest
+    loading = _loading(work, rank) if work.data > 1 else 0.0
     if not work.parallel.distributed_optimizer:
         return loading
     return max(loading, _building(work, rank, trained) - optimizer)
+
+
+def _loading(work: Workload, rank: int) -> float:
+    """What replicas hold that one of them reads for all, region by region: of a tensor in several regions what was
+    read, what is received and the one before. New weights in bf16 are rounded from fp32; without the distributed
+    optimizer two states of the largest tensor follow each other."""
+    sharded, region = work.parallel.distributed_optimizer, float(SHARED_READ_BYTES)
+    largest = (work.bytes if sharded else 4) * max(chain.from_iterable(_shards_on(work, rank)))
+    if not sharded:
+        return min(2.0 * largest, largest + region, 3 * region)
+    return min(largest, 3 * region) if work.precision == "fp32" else 3 * min(largest, region)
 
 
 def _building(work: Workload, rank: int, trained: int) -> float:
