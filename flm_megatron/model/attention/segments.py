@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.device import current
 
-PROBED_SEQUENCE, PROBED_ENDS = 32, [[7, 32], [37, 64]]
+PROBED_SEQUENCE, PROBED_ENDS = 32, [[7, 32, 32], [37, 50, 64]]
 PROBE_TOLERANCE = 0.05
 """Values of the probe are at most 1, its gradients about as large."""
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -81,6 +82,13 @@ def flat_varlen(
     return torch.cat(pieces)
 
 
+def without_empty_ones(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, *given: Any, **named: Any) -> Tensor:
+    """A call that refuses empty sequences, which a sample has that is packed with fewer than another."""
+    if bounds.diff().min() == 0:
+        raise RuntimeError("empty sequence")
+    return flat_varlen(query, key, value, bounds, *given, **named)
+
+
 @pytest.fixture
 def varlen(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """torch's module of variable-length attention, able to run on a CPU."""
@@ -132,6 +140,9 @@ def test_torch_is_tried_once(grouped: bool, varlen: ModuleType) -> None:
     module.obstacle.cache_clear()
     varlen.varlen_attn = lambda *given, **named: flat_varlen(*given, **named) * 1.5  # type: ignore[attr-defined]
     assert "away" in str(module.obstacle(host, torch.float32, 64, grouped))
+    module.obstacle.cache_clear()
+    varlen.varlen_attn = without_empty_ones  # type: ignore[attr-defined]
+    assert module.obstacle(host, torch.float32, 64, grouped) == "RuntimeError: empty sequence"
     module.obstacle.cache_clear()
     varlen.varlen_attn = lambda *given, is_causal=False: None  # type: ignore[attr-defined]
     assert "TypeError" in str(module.obstacle(host, torch.float32, 64, grouped))
