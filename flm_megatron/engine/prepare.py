@@ -5,9 +5,13 @@ from __future__ import annotations
 import logging
 import warnings
 from functools import cache
+from typing import TYPE_CHECKING
 
 from flm_megatron.device import current
 from flm_megatron.engine.version import require_engine
+
+if TYPE_CHECKING:
+    import torch
 
 IGNORED = (
     r"The \.grad attribute of a Tensor that is not a leaf",  # the engine probes its flat shards
@@ -38,7 +42,20 @@ def prepare() -> None:
     if device.random_state is not None:
         random._get_cuda_rng_state = device.random_state.get
         random._set_cuda_rng_state = device.random_state.set
+    if hasattr(random, "_get_share_storage"):  # from 0.19 on
+        random._get_share_storage = lambda: put_back
     _quiet()
+
+
+def put_back(discarded: torch.Tensor, recomputed: torch.Tensor) -> None:
+    """Give an activation whose memory was freed its values again, below autograd, as megatron-core 0.16 does.
+
+    From 0.19 on it has C++ for this, which every host compiles in its first backward pass; where that was killed, its
+    lock is waited for for ever by all later ones.
+    """
+    storage = recomputed.untyped_storage()
+    discarded.untyped_storage().resize_(storage.size())
+    discarded.untyped_storage().copy_(storage)
 
 
 def _quiet() -> None:
