@@ -47,5 +47,6 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         torch.addmm(total, ones.t(), rows, out_dtype=total.dtype, out=total)
     except (TypeError, RuntimeError) as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        reason, _, _ = str(error).strip().partition("\n")
+        return f"{type(error).__name__}: {reason}"
     return None if torch.equal(total, expected) else "it gives wrong values"

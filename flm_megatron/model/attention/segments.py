@@ -89,7 +89,8 @@ def obstacle(device: torch.device, dtype: torch.dtype, channels: int, grouped: b
                 output = attend(query, key, value, ends, None)
             results.append([output.detach(), *torch.autograd.grad(output.sum(), (query, key, value))])
         except (ImportError, TypeError, ValueError, RuntimeError) as error:
-            return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            reason, _, _ = str(error).strip().partition("\n")
+            return f"{type(error).__name__}: {reason}"
     furthest = max(float((one - other).abs().max()) for one, other in zip(*results, strict=True))
     return None if furthest < PROBE_TOLERANCE else f"its results are {furthest:.3g} away"
 
