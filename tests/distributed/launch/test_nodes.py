@@ -102,6 +102,7 @@ def test_ranks_killed_on_one_host_come_back_by_themselves(data: Path, whole: Pat
     assert losses(tmp_path) == losses(whole)
 
 
+@pytest.mark.slow
 def test_a_host_cut_off_from_the_network_is_named_in_time(data: Path, tmp_path: Path) -> None:
     timeout_s = 15
     source, _ = make_run(data, tmp_path, *ENDLESS, "--distributed.timeout_s", str(timeout_s))
@@ -141,6 +142,7 @@ def test_who_waits_for_a_lost_host_and_is_told_to_stop_ends_soon(data: Path, tmp
     assert f"rank 0: told to stop, and rank 1 on host {name} is gone: " in (tmp_path / f"{left.name}.log").read_text()
 
 
+@pytest.mark.slow
 def test_who_waits_for_a_lost_host_ends_although_nobody_tells_it(data: Path, tmp_path: Path) -> None:
     """Long before the heartbeat would miss it: `distributed.timeout_s` is 600."""
     source, _ = make_run(data, tmp_path, *ENDLESS)

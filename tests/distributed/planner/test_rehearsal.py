@@ -22,7 +22,7 @@ LAYOUTS = [
     ParallelConfig(pipeline=2, virtual_pipeline=2, data=2),
     ParallelConfig(tensor=2, data=2, overlap_grad_reduce=True, overlap_param_gather=True),
 ]
-CASES = [LAYOUTS[0], pytest.param(LAYOUTS[1], marks=pytest.mark.slow), LAYOUTS[2]]
+CASES = [LAYOUTS[0], *(pytest.param(layout, marks=pytest.mark.slow) for layout in LAYOUTS[1:3])]
 Sent = list[tuple[str, tuple[int, ...], int, str, int | None]]
 
 

@@ -14,6 +14,9 @@ from tests.support.pool import Pool
 SMALL = [layout for world in (2, 4) for layout in all_layouts(world)]
 LARGE = list(all_layouts(8))
 PLAIN = [replace(layout, distributed_optimizer=False) for layout in SMALL if layout.data and layout.data > 1]
+SLOW = [layout for layout in SMALL + LARGE if layout.tensor >= 4 and layout.pipeline == 1]
+"""Their ranks meet most often, and two processors are not enough for them."""
+QUICK = [layout for layout in LARGE[::3] if layout not in SLOW]
 TOLERANCE = 1e-5
 
 
@@ -36,23 +39,25 @@ def test_the_run_learns(single: list[tuple[float, float]]) -> None:
     assert len({loss for loss, _ in single}) == 10
 
 
-@pytest.mark.parametrize("parallel", SMALL + PLAIN, ids=name)
+@pytest.mark.parametrize("parallel", [layout for layout in SMALL + PLAIN if layout not in SLOW], ids=name)
 def test_layouts_of_two_and_four_agree_with_one(
     pool: Pool, single: list[tuple[float, float]], parallel: ParallelConfig
 ) -> None:
     check(pool, parallel, single)
 
 
-@pytest.mark.parametrize("parallel", LARGE[::3], ids=name)
-def test_a_third_of_the_layouts_of_eight_agree_with_one(
+@pytest.mark.parametrize("parallel", QUICK, ids=name)
+def test_a_quarter_of_the_layouts_of_eight_agree_with_one(
     pool: Pool, single: list[tuple[float, float]], parallel: ParallelConfig
 ) -> None:
     check(pool, parallel, single)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", [layout for i, layout in enumerate(LARGE) if i % 3], ids=name)
-def test_the_other_layouts_of_eight_agree_with_one(
+@pytest.mark.parametrize(
+    "parallel", [layout for layout in SMALL + LARGE if layout in SLOW or layout not in QUICK + SMALL], ids=name
+)
+def test_the_other_layouts_agree_with_one(
     pool: Pool, single: list[tuple[float, float]], parallel: ParallelConfig
 ) -> None:
     check(pool, parallel, single)

@@ -49,13 +49,14 @@ def only(run: RunConfig, gpus: int) -> StageRehearsal:
     return stage
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parallel", "recompute"),
     [
         pytest.param(LAYOUTS[0], "selective", id="tensor, sequence and pipeline"),
         pytest.param(LAYOUTS[1], "full", id="tensor"),
-        pytest.param(LAYOUTS[2], "none", id="virtual pipeline", marks=pytest.mark.slow),
-        pytest.param(LAYOUTS[3], "selective", id="replicas", marks=pytest.mark.slow),
+        pytest.param(LAYOUTS[2], "none", id="virtual pipeline"),
+        pytest.param(LAYOUTS[3], "selective", id="replicas"),
     ],
 )
 def test_every_role_holds_what_is_planned(parallel: ParallelConfig, recompute: str) -> None:
