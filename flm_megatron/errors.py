@@ -15,6 +15,12 @@ def one_line(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
+def reason(error: Exception) -> str:
+    """Kind of an error, and the first line of what it says."""
+    said, _, _ = str(error).strip().partition("\n")
+    return f"{type(error).__name__}: {said}"
+
+
 class FlmError(Exception):
     """A failure that its message explains in one line; the program ends with `status`."""
 

@@ -134,6 +134,11 @@ class Workload:
         """Tokens in a micro-batch."""
         return self.micro_batch * self.sequence_length
 
+    def forward_passes(self, feed_forward: bool) -> int:
+        """How often a layer's matrix runs forward for every micro-batch: again where it is recomputed, as those of the
+        feed-forward part are more often."""
+        return 1 + (self.recompute == "full" or (self.recompute == "selective" and feed_forward))
+
     @property
     def step_tokens(self) -> int:
         """Tokens in a step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -109,7 +110,8 @@ class TrainState:
 
     def _run(self, batches: list[Batch], forward_only: bool) -> list[torch.Tensor]:
         """Losses and tokens of each micro-batch on the last pipeline rank, nothing elsewhere."""
-        with weights_cast_once(self.chunks, len(batches)):
+        fp8 = self.stage.fp8 != "none"
+        with weights_cast_once(self.chunks, len(batches)) if fp8 else nullcontext():
             return forward_backward(
                 forward_step,
                 [iter(batches) for _ in self.chunks],

@@ -7,6 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from flm_megatron.errors import reason
 from flm_megatron.kernels.choice import current
 
 # Tokens of a product below which it is slow.
@@ -47,6 +48,5 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         torch.addmm(total, ones.t(), rows, out_dtype=total.dtype, out=total)
     except (TypeError, RuntimeError) as error:
-        reason, _, _ = str(error).strip().partition("\n")
-        return f"{type(error).__name__}: {reason}"
+        return reason(error)
     return None if torch.equal(total, expected) else "it gives wrong values"

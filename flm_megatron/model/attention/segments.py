@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.device import current
+from flm_megatron.errors import reason
 
 PROBED_SEQUENCE, PROBED_ENDS = 32, [[7, 32, 32], [37, 50, 64]]
 PROBE_TOLERANCE = 0.05
@@ -89,8 +90,7 @@ def obstacle(device: torch.device, dtype: torch.dtype, channels: int, grouped: b
                 output = attend(query, key, value, ends, None)
             results.append([output.detach(), *torch.autograd.grad(output.sum(), (query, key, value))])
         except (ImportError, TypeError, ValueError, RuntimeError) as error:
-            reason, _, _ = str(error).strip().partition("\n")
-            return f"{type(error).__name__}: {reason}"
+            return reason(error)
     furthest = max(float((one - other).abs().max()) for one, other in zip(*results, strict=True))
     return None if furthest < PROBE_TOLERANCE else f"its results are {furthest:.3g} away"
 
@@ -100,12 +100,12 @@ def packing_notice(model: ModelConfig, dtype: torch.dtype) -> str | None:
     device = current().torch_device
     if device.type == "cpu":
         return None
-    reason = obstacle(device, dtype, model.kv_channels, model.query_groups != model.num_attention_heads)
-    if reason is None:
+    lacking = obstacle(device, dtype, model.kv_channels, model.query_groups != model.num_attention_heads)
+    if lacking is None:
         return None
     return (
         f"packed conversations are attended to one after another: torch {torch.__version__} has no variable-length "
-        f"attention for {model.kv_channels} channels of {str(dtype).removeprefix('torch.')} here ({reason})"
+        f"attention for {model.kv_channels} channels of {str(dtype).removeprefix('torch.')} here ({lacking})"
     )
 
 

@@ -29,8 +29,7 @@ def _layer_products(work: Workload, spec: ParameterSpec) -> int:
     # A factor of an adapter that every tensor rank has whole meets that rank's part of the sequence alone.
     tokens = work.tokens if spec.cut else work.tokens // work.sequence_parallel
     product = 2 * tokens * (spec.shard_numel(work.parallel.tensor) // work.model.num_layers)
-    again = work.recompute == "full" or (work.recompute == "selective" and spec.module in (FC1, FC2))
-    return product * (2 + again + spec.trained)
+    return product * (1 + work.forward_passes(spec.module in (FC1, FC2)) + spec.trained)
 
 
 def _layer_attention(work: Workload) -> int:

@@ -157,7 +157,7 @@ def _transfers(work: Workload, exchanges: Exchanges, nbytes: int) -> Iterator[Tr
 def _exchanges(work: Workload, rank: int) -> Exchanges:
     """Of a micro-batch on a pipeline rank."""
     pair = pair_exchanges(work)
-    again = sum(_forward_passes(work, matrix) - 1 for matrix in COLUMNS)
+    again = sum(work.forward_passes(matrix in FEED_FORWARD) - 1 for matrix in COLUMNS)
     found = (pair.all * 2 + pair.forward * again) * sum(work.chunks(rank))
     if rank == 0:
         found += embedding_exchanges(work).all
@@ -176,7 +176,10 @@ def _adapters(work: Workload) -> Iterator[tuple[Exchanges, int]]:
         else:
             forward, back = Exchanges(reduces=int(not column)), Exchanges(reduces=int(column))
         assert work.model.lora
-        yield forward * _forward_passes(work, target) + back, work.tokens * work.model.lora.rank * work.bytes
+        yield (
+            forward * work.forward_passes(target in FEED_FORWARD) + back,
+            work.tokens * work.model.lora.rank * work.bytes,
+        )
 
 
 def _largest_values(work: Workload) -> Iterator[tuple[Exchanges, int]]:
@@ -185,14 +188,8 @@ def _largest_values(work: Workload) -> Iterator[tuple[Exchanges, int]]:
     if work.fp8 != "tensorwise":
         return
     for matrix in MATRICES:
-        yield Exchanges(reduces=_forward_passes(work, matrix)), 8
+        yield Exchanges(reduces=work.forward_passes(matrix in FEED_FORWARD)), 8
         yield Exchanges(reduces=int(matrix in COLUMNS)), 4
-
-
-def _forward_passes(work: Workload, matrix: str) -> int:
-    """How often a matrix of a layer runs forward for every micro-batch: again where it is recomputed."""
-    again = work.recompute == "full" or (work.recompute == "selective" and matrix in FEED_FORWARD)
-    return 1 + again
 
 
 def _pipeline(work: Workload, rank: int) -> Iterator[Transfers]:

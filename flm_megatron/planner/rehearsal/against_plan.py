@@ -16,14 +16,13 @@ from flm_megatron.planner.cost.traffic import by_kind, step_traffic
 from flm_megatron.planner.layout import Workload
 from flm_megatron.planner.plan import RunPlan
 from flm_megatron.planner.report.text import table
+from flm_megatron.planner.report.traffic import Traffic, traffic_data
 
 if TYPE_CHECKING:
     from flm_megatron.planner.rehearsal.rank import RankReport
     from flm_megatron.planner.rehearsal.stage import StageRehearsal
 
 Key = TypeVar("Key")
-Traffic = Mapping[tuple[str, int], tuple[int, int]]
-"""Count and bytes by kind and number of ranks."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def verification_data(roles: Sequence[RoleCheck]) -> list[dict[str, object]]:
             "planned": role.planned,
             "rehearsed": role.rehearsed,
             "flops": {"planned": dict(role.planned_flops), "rehearsed": dict(role.flops)},
-            "transfers": {"planned": _listed(role.planned_traffic), "rehearsed": _listed(role.traffic)},
+            "transfers": {"planned": traffic_data(role.planned_traffic), "rehearsed": traffic_data(role.traffic)},
         }
         for role in roles
     ]
@@ -126,10 +125,3 @@ def _differences(role: RoleCheck) -> Iterator[str]:
 
 def _said(transfers: tuple[int, int] | None) -> str:
     return "none" if transfers is None else f"{transfers[0]:,} of {transfers[1]:,} bytes together"
-
-
-def _listed(traffic: Traffic) -> list[dict[str, object]]:
-    return [
-        {"kind": kind, "ranks": ranks, "count": count, "bytes": nbytes}
-        for (kind, ranks), (count, nbytes) in traffic.items()
-    ]

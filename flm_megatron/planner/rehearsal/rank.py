@@ -27,10 +27,11 @@ from flm_megatron.planner.rehearsal.life.loading import load
 from flm_megatron.planner.rehearsal.life.masks import step_under_masks
 from flm_megatron.planner.rehearsal.life.saving import saved
 from flm_megatron.planner.rehearsal.life.validation import validate
-from flm_megatron.planner.rehearsal.recorder import Recorder, Traffic, Transfer, traffic
+from flm_megatron.planner.rehearsal.recorder import Recorder, Transfer, traffic
 from flm_megatron.planner.rehearsal.timing.operation_times import OperationTimes
 from flm_megatron.planner.rehearsal.timing.timeline import RankTimeline, Timeline
 from flm_megatron.planner.rehearsal.world import rehearsed_world
+from flm_megatron.planner.report.traffic import Traffic
 from flm_megatron.planner.simulation.schedule import Schedule
 from flm_megatron.training.step import Batch, TrainState
 

@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from flm_megatron.planner.rehearsal.ledger import Ledger
-from flm_megatron.planner.rehearsal.timing.operation_times import FACTORS
+from flm_megatron.planner.rehearsal.timing.operation_times import FACTORS, tensors_in
 from flm_megatron.planner.rehearsal.timing.timeline import Timeline
+from flm_megatron.planner.report.traffic import Traffic
 
 KINDS = {
     "allreduce_": "all-reduce",
@@ -48,10 +49,6 @@ PACKAGES = ("flm_megatron", "megatron")
 OWN = str(Path(__file__).parent)
 
 
-Traffic = dict[tuple[str, int], tuple[int, int]]
-"""Count and bytes of transfers by kind and number of ranks."""
-
-
 @dataclass(frozen=True)
 class Transfer:
     """One collective or point-to-point transfer that this rank takes part in.
@@ -75,7 +72,11 @@ class Transfer:
         return (self.kind, self.nbytes, self.dtype) == (other.kind, other.nbytes, other.dtype)
 
 
-def traffic(transfers: Iterable[Transfer], times: Callable[[Transfer], float]) -> Traffic:
+def _once(_: Transfer) -> float:
+    return 1.0
+
+
+def traffic(transfers: Iterable[Transfer], times: Callable[[Transfer], float] = _once) -> Traffic:
     """Count and bytes by kind and number of ranks, of transfers that are each done so many `times`."""
     counts: dict[tuple[str, int], float] = defaultdict(float)
     sizes: dict[tuple[str, int], float] = defaultdict(float)
@@ -160,7 +161,7 @@ class Recorder(TorchDispatchMode):
         if func is torch.ops.prim.device.default:
             return out
         self._count(func, args, kwargs or {}, out)
-        for tensor in _tensors(out):
+        for tensor in tensors_in(out):
             self.ledger.enter(tensor, func._opname)
         return out
 
@@ -183,7 +184,7 @@ class Recorder(TorchDispatchMode):
         self._time_transfer(transfer, out)
         for flag, value in said:
             flag.constant = value
-        for tensor in _tensors(out):
+        for tensor in tensors_in(out):
             self.ledger.enter(tensor, func._opname)
         return out
 
@@ -196,14 +197,14 @@ class Recorder(TorchDispatchMode):
             self.flops["attention"] += flops
             if timeline:
                 causal = next((arg for arg in args if isinstance(arg, bool)), bool(kwargs.get("is_causal")))
-                timeline.work("attention", timeline.times.attention(next(_tensors(args)), flops, causal))
+                timeline.work("attention", timeline.times.attention(next(tensors_in(args)), flops, causal))
             return
         if packet in ADDED:
             self.flops["matrix products"] += flop_registry[torch.ops.aten.addmm](*args[:3], out_val=out)
         elif packet in flop_registry:
             self.flops["matrix products"] += flop_registry[packet](*args, **kwargs, out_val=out)
         if timeline and packet in FACTORS:
-            factors = [*_tensors(args[FACTORS[packet] :][:2])]
+            factors = [*tensors_in(args[FACTORS[packet] :][:2])]
             timeline.work("matmul", timeline.times.product(factors))
             if packet in ADDED and isinstance(out, torch.Tensor) and out.dtype is not factors[0].dtype:
                 timeline.work("memory_bound", timeline.times.adding(out, factors[0]))
@@ -223,12 +224,12 @@ class Recorder(TorchDispatchMode):
             raise NotImplementedError(f"rehearsal does not know torch's collective {func._opname}")
         group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
         ranks = tuple(dist.get_process_group_ranks(group))
-        dtype = next((str(tensor.dtype).removeprefix("torch.") for tensor in _tensors(args)), "")
+        dtype = next((str(tensor.dtype).removeprefix("torch.") for tensor in tensors_in(args)), "")
         peer = next((arg for arg in args if isinstance(arg, int)), None) if kind in ("send", "receive") else None
         transfer = Transfer(
             kind,
             ranks,
-            max(sum(tensor.nbytes for tensor in _tensors(arg)) for arg in args),
+            max(sum(tensor.nbytes for tensor in tensors_in(arg)) for arg in args),
             dtype,
             _site(),
             self.micro_batched and (len(ranks) == 1 or ranks != self.replicas),
@@ -243,13 +244,9 @@ def _not_copied(storage: torch.UntypedStorage, source: object, non_blocking: boo
     return storage
 
 
-def _tensors(tree: object) -> Iterator[torch.Tensor]:
-    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
-
-
 def _flags(args: tuple[object, ...]) -> list[tuple[FakeTensor, torch.Tensor]]:
     """Tensors that this rank has given a value of its own, such as a flag that asks whether any rank has failed."""
-    fakes = (tensor for tensor in _tensors(args) if isinstance(tensor, FakeTensor))
+    fakes = (tensor for tensor in tensors_in(args) if isinstance(tensor, FakeTensor))
     return [(fake, fake.constant) for fake in fakes if fake.constant is not None]
 
 

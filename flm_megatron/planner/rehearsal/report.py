@@ -13,6 +13,7 @@ from flm_megatron.planner.rehearsal.roles import Role
 from flm_megatron.planner.rehearsal.stage import StageRehearsal
 from flm_megatron.planner.rehearsal.timing.stage_timing import timing_data, timing_text
 from flm_megatron.planner.report.text import table
+from flm_megatron.planner.report.traffic import traffic_data, traffic_table
 
 
 def rehearsal_text(found: StageRehearsal) -> str:
@@ -51,10 +52,7 @@ def rehearsal_data(found: StageRehearsal) -> dict[str, object]:
                 "steady_bytes": report.steady,
                 "peak": asdict(report.peak),
                 "flops": report.flops,
-                "transfers": [
-                    {"kind": kind, "ranks": ranks, "count": count, "bytes": nbytes}
-                    for (kind, ranks), (count, nbytes) in report.traffic().items()
-                ],
+                "transfers": traffic_data(report.traffic()),
                 **life_data(report.life),
             }
             for role, report in zip(found.roles, found.reports, strict=True)
@@ -74,16 +72,9 @@ def _memory(pairs: Sequence[tuple[Role, RankReport]]) -> str:
 
 
 def _step(report: RankReport) -> str:
-    rows = [["", "ranks", "count", "GiB"]]
-    for (kind, ranks), (count, nbytes) in report.traffic().items():
-        rows.append([kind, str(ranks), f"{count:,}", f"{nbytes / GIB:,.2f}"])
     arithmetic = ", ".join(f"{count / 1e12:,.1f} TFLOP of {_named(name)}" for name, count in report.flops.items())
-    return "\n".join(
-        [
-            table(rows),
-            f"{report.micro_batches:,} micro-batches ({report.ran} run): {arithmetic}",
-        ]
-    )
+    work = f"{report.micro_batches:,} micro-batches ({report.ran} run): {arithmetic}"
+    return f"{traffic_table(report.traffic())}\n{work}"
 
 
 def _named(operation: str) -> str:

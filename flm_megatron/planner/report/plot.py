@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flm_megatron.errors import RequestError
 from flm_megatron.planner.cost.memory import GIB, RankMemory
 from flm_megatron.planner.plan import RunPlan
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def plot_memory(plan: RunPlan, path: Path) -> Path:
@@ -38,6 +42,17 @@ def plot_memory(plan: RunPlan, path: Path) -> Path:
         axes.set(ylabel="GiB", title=f"{stage.name} on {plan.gpus} {plan.machine.name}")
     panels[-1, 0].set_xlabel("pipeline rank (dashed: memory of the accelerator)")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=7, fontsize=8)
+    return save_picture(figure, path)
+
+
+def save_picture(figure: Figure, path: Path) -> Path:
+    """Write a figure of pyplot's and close it, written or not; returns the picture's path.
+
+    Raises:
+        RequestError: the picture cannot be written there, or not in that form.
+    """
+    from matplotlib import pyplot
+
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,8 +13,9 @@ from flm_megatron.planner.rehearsal.life.loading import Loading
 from flm_megatron.planner.rehearsal.life.masks import MaskedStep
 from flm_megatron.planner.rehearsal.life.saving import Saving
 from flm_megatron.planner.rehearsal.life.validation import ValidationPass
-from flm_megatron.planner.rehearsal.recorder import Transfer, traffic
+from flm_megatron.planner.rehearsal.recorder import traffic
 from flm_megatron.planner.report.text import table
+from flm_megatron.planner.report.traffic import traffic_data, traffic_table
 
 FILES_SHOWN = 4
 
@@ -22,9 +23,9 @@ FILES_SHOWN = 4
 def life_text(life: Life) -> str:
     """What the rank reads and writes, a line for each file that is here, and masks and validation where it has them."""
     rows = [["GiB read and written", "regions", *STATES.values(), "new values"]]
-    rows += [_row(f"{one.how}", by_state(one.tensors.items()), one.drawn) for one in (life.starting, life.resuming)]
-    rows.append(_row("saved", life.saving.states, Amount()))
     loadings = (life.starting, life.resuming)
+    rows += [_row(one.how, by_state(one.tensors.items()), one.drawn) for one in loadings]
+    rows.append(_row("saved", life.saving.states, Amount()))
     lines = [table(rows), *(line for one in loadings for line in (*_files(one), *_shared(one))), _saving(life)]
     lines += [_masked(life.masked)] if life.masked else []
     lines += [_validation(life.validation)] if life.validation else []
@@ -91,13 +92,11 @@ def _masked(step: MaskedStep) -> str:
 
 def _validation(one: ValidationPass) -> str:
     arithmetic = ", ".join(f"{count / 1e12:,.1f} TFLOP of {name}" for name, count in one.flops.items())
-    rows = [["", "ranks", "count", "GiB"]]
-    for (kind, ranks), (count, nbytes) in traffic(one.transfers, one.per_pass).items():
-        rows.append([kind, str(ranks), f"{count:,}", f"{nbytes / GIB:,.2f}"])
+    transfers = traffic_table(traffic(one.transfers, one.per_pass))
     sets = f" of each of {one.sets} sets" if one.sets > 1 else ""
     work = f"{one.batches:,} x {one.micro_batches:,} micro-batches ({one.ran} run)"
     most = f"at most {one.peak.nbytes / GIB:.2f} GiB"
-    return f"validation on {one.samples:,} samples{sets}: {work}, {most}, {arithmetic}\n{table(rows)}"
+    return f"validation on {one.samples:,} samples{sets}: {work}, {most}, {arithmetic}\n{transfers}"
 
 
 def _loading(loading: Loading) -> dict[str, object]:
@@ -109,30 +108,19 @@ def _loading(loading: Loading) -> dict[str, object]:
         "drawn": asdict(loading.drawn),
         "adam_step": loading.adam_step,
         "offset_bytes": loading.offset_bytes,
-        "transfers": _traffic(loading.transfers, _once),
+        "transfers": traffic_data(traffic(loading.transfers)),
     }
 
 
 def _saved(saving: Saving) -> dict[str, object]:
     sizes = {key: getattr(saving, key) for key in ("file", "file_bytes", "host_bytes")}
-    return sizes | {"states": _plain(saving.states), "transfers": _traffic(saving.transfers, _once)}
+    return sizes | {"states": _plain(saving.states), "transfers": traffic_data(traffic(saving.transfers))}
 
 
 def _pass_data(one: ValidationPass) -> dict[str, object]:
     plain = {name: getattr(one, name) for name in ("sets", "samples", "batches", "micro_batches", "ran", "flops")}
-    return plain | {"peak": asdict(one.peak), "transfers": _traffic(one.transfers, one.per_pass)}
+    return plain | {"peak": asdict(one.peak), "transfers": traffic_data(traffic(one.transfers, one.per_pass))}
 
 
 def _plain(amounts: Mapping[str, Amount]) -> dict[str, object]:
     return {name: asdict(amount) for name, amount in amounts.items()}
-
-
-def _traffic(transfers: Iterable[Transfer], times: Callable[[Transfer], float]) -> list[dict[str, object]]:
-    return [
-        {"kind": kind, "ranks": ranks, "count": count, "bytes": nbytes}
-        for (kind, ranks), (count, nbytes) in traffic(transfers, times).items()
-    ]
-
-
-def _once(_: Transfer) -> float:
-    return 1.0

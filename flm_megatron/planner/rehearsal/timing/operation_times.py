@@ -88,19 +88,20 @@ def _moved(func: torch._ops.OpOverload, args: tuple[object, ...], out: object) -
         id(tensor)
         for value, argument in zip(args, func._schema.arguments, strict=False)
         if argument.alias_info is not None and argument.alias_info.is_write
-        for tensor in _tensors(value)
+        for tensor in tensors_in(value)
     }
-    inputs = list(_tensors(args))
+    inputs = list(tensors_in(args))
     for tensor in inputs:
         if id(tensor) not in written or func._opname not in OVERWRITES:
             yield tensor
         if id(tensor) in written:
             yield tensor
     known = {tensor.untyped_storage()._cdata for tensor in inputs}
-    yield from (tensor for tensor in _tensors(out) if tensor.untyped_storage()._cdata not in known)
+    yield from (tensor for tensor in tensors_in(out) if tensor.untyped_storage()._cdata not in known)
 
 
-def _tensors(tree: object) -> Iterator[torch.Tensor]:
+def tensors_in(tree: object) -> Iterator[torch.Tensor]:
+    """The tensors among an operation's arguments or results, however nested."""
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
 
 

@@ -7,8 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flm_megatron.errors import RequestError
 from flm_megatron.planner.rehearsal.timing.step import RankSeconds, SimulatedStep
+from flm_megatron.planner.report.plot import save_picture
 from flm_megatron.planner.simulation.events import Span
 from flm_megatron.planner.simulation.schedule import Pass
 
@@ -61,13 +61,7 @@ def draw_step(step: SimulatedStep, title: str, path: Path) -> Path:
     above.set_title(title)
     below = parts.get_legend_handles_labels()
     figure.legend(*below, loc="outside lower center", ncols=len(PARTS), fontsize=8, frameon=False)
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise RequestError(f"cannot draw to {path}: {' '.join(str(error).split())}") from None
-    finally:
-        pyplot.close(figure)
-    return path
+    return save_picture(figure, path)
 
 
 def _window(step: SimulatedStep) -> float:

@@ -38,7 +38,7 @@ class Segment:
         """Its collectives, and waiting for them."""
         return [span for span in self.alone.spans if span.what]
 
-    @property
+    @cached_property
     def goes_on(self) -> bool:
         """Whether it starts or waits for something that other passes run beside: all but the tensor group's."""
         return any(not isinstance(task, Work) and getattr(task, "stream", "") != "tensor" for task in self.tasks)
