@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         on_certificate=lambda certificate: print(certificate.table()),
     )
     if is_first_process():
-        copies = [f"{layer.source}{' (copy)' if layer.copy else ''}" for layer in grown.plan.layer_sources]
-        print(f"{args.out}: stage {grown.plan.stage}, layers from {', '.join(copies)}")
+        layers = [str(layer) for layer in grown.plan.layer_sources]
+        print(f"{args.out}: stage {grown.plan.stage}, layers from {', '.join(layers)}")
         print(f"logical hash {grown.logical_hash}")
     return 0

@@ -47,10 +47,10 @@ def grown_checkpoint(
 
 
 def needs_distances(run: RunConfig, stage_index: int) -> bool:
-    """Whether layers are to be chosen by measured distance."""
+    """Whether layers are to be chosen by measured distance, out of more than one."""
     stage, before = run.stages[stage_index], run.stages[stage_index - 1]
     by_distance = (stage.growth or GrowthConfig()).layer_selection == "distance"
-    return by_distance and stage.model.num_layers != before.model.num_layers
+    return by_distance and 1 < before.model.num_layers != stage.model.num_layers
 
 
 def source_model(source: LogicalCheckpoint, run: RunConfig, stage_index: int) -> ModelConfig:

@@ -11,10 +11,17 @@ from flm_megatron.errors import RequestError
 
 @dataclass(frozen=True)
 class LayerSource:
-    """Where one new layer comes from: the old layer's index, and whether it is a copy beside the original."""
+    """Where one layer of the grown model comes from.
 
-    source: int
+    `source` is the old layer's index, none for a layer that is drawn at random. `copy` says that the layer is new: a
+    copy of its source, or drawn; else it is the old layer itself.
+    """
+
+    source: int | None
     copy: bool
+
+    def __str__(self) -> str:
+        return "random" if self.source is None else f"{self.source} (copy)" if self.copy else str(self.source)
 
 
 def select_layers(
@@ -24,18 +31,31 @@ def select_layers(
 
     Every old layer appears once as the original, in its old order. `distance` copies the layers with the smallest of
     `distances` (one number per old layer), `interleave` spreads copies evenly, `top` copies the last layers and `list`
-    those of `growth.copied_layers`; each copy follows its source. `stack` puts copies of layers 0, 1, 2, ... on top. If
-    there are more copies than old layers, copying starts over, so any ratio is possible.
+    those of `growth.copied_layers`; each copy follows its source. `stack` puts copies of layers 0, 1, 2, ... on top,
+    `middle` repeats the middle layers, as a block behind themselves. If there are more copies than old layers, copying
+    starts over, so any ratio is possible. With `layers: random` the same places are filled by layers without a source.
 
     Raises:
         RequestError: distances or the list of copied layers are missing or do not fit the layers.
     """
     extra = new_layers - old_layers
-    if growth.layer_selection == "stack":
-        originals = [LayerSource(i, False) for i in range(old_layers)]
-        return tuple(originals + [LayerSource(i % old_layers, True) for i in range(extra)])
-    counts = _copies(old_layers, extra, growth, distances)
-    return tuple(LayerSource(i, k > 0) for i in range(old_layers) for k in range(1 + counts[i]))
+    if growth.layer_selection in ("stack", "middle"):
+        sources = _repeated_block(old_layers, extra, in_the_middle=growth.layer_selection == "middle")
+    else:
+        counts = _copies(old_layers, extra, growth, distances)
+        sources = [LayerSource(i, k > 0) for i in range(old_layers) for k in range(1 + counts[i])]
+    if growth.layers == "random":
+        sources = [LayerSource(None, True) if layer.copy else layer for layer in sources]
+    return tuple(sources)
+
+
+def _repeated_block(old_layers: int, extra: int, in_the_middle: bool) -> list[LayerSource]:
+    """The old layers, with `extra` copies behind the last of them or, of the middle ones, behind these."""
+    first = max(old_layers - extra, 0) // 2 if in_the_middle else 0
+    end = min(first + extra, old_layers) if in_the_middle else old_layers
+    originals = [LayerSource(i, False) for i in range(old_layers)]
+    copies = [LayerSource(first + i % (end - first), True) for i in range(extra)]
+    return originals[:end] + copies + originals[end:]
 
 
 def _copies(old_layers: int, extra: int, growth: GrowthConfig, distances: Sequence[float] | None) -> list[int]:
@@ -55,7 +75,9 @@ def _copies(old_layers: int, extra: int, growth: GrowthConfig, distances: Sequen
 
 
 def _by_distance(old_layers: int, distances: Sequence[float] | None) -> list[int]:
-    """Old layers in order of closeness to the identity; ties go to the lower index."""
+    """Old layers in order of closeness to the identity; ties go to the lower index. One layer needs no distance."""
+    if old_layers < 2:
+        return list(range(old_layers))
     if distances is None:
         raise RequestError(
             "growth.layer_selection is `distance`, but no layer distances were measured: measure them with "

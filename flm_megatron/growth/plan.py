@@ -34,7 +34,7 @@ class GrowthPlan:
     hidden: Operator
     ffn: Operator
     heads: Operator
-    layers: Literal["mask", "zero", "copy"]
+    layers: Literal["mask", "zero", "copy", "random"]
     layer_sources: tuple[LayerSource, ...]
     seed: int
     optimizer_step: Literal["keep", "birth"] = "keep"
@@ -78,7 +78,7 @@ class GrowthPlan:
     @property
     def preserving(self) -> bool:
         """Whether the grown model computes the old function at its first step."""
-        return not (self.layers == "copy" and self.old.num_layers != self.new.num_layers)
+        return not (self.layers in ("copy", "random") and self.old.num_layers != self.new.num_layers)
 
     def to_json(self) -> dict[str, object]:
         """Plain data, for a checkpoint's manifest."""
@@ -117,7 +117,7 @@ def make_plan(
     Raises:
         RequestError: the growth is not possible as asked.
     """
-    check_growth(old, new, growth)
+    check_growth(old, new)
     assert growth.mask_steps is not None, "the length of masks is the stage's: see stage_growth"
     return GrowthPlan(
         stage=stage,

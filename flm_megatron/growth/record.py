@@ -61,7 +61,8 @@ class Certificate:
 
     def table(self) -> str:
         """The certificate as text."""
-        head = f"growth into {self.stage}, {self.samples} x {self.sequence_length} tokens"
+        kept = "" if self.preserving else ", which changes the function"
+        head = f"growth into {self.stage}{kept}, {self.samples} x {self.sequence_length} tokens"
         rows = ["           max |d|/std   rms d/std   loss before    loss after   relative change"]
         for c in self.comparisons:
             rows.append(

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from flm_megatron.config.budget import stage_steps
-from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig, StageConfig
+from flm_megatron.config.schema import ModelConfig, RunConfig, StageConfig
 from flm_megatron.errors import RequestError
 
 KEPT_FIELDS = ("normalization", "activation", "bias", "position", "rope_theta", "xpos_scale_base")
 WIDTHS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "query_groups")
 
 
-def check_growth(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> None:
+def check_growth(old: ModelConfig, new: ModelConfig) -> None:
     """Check all rules on two models and the growth between them."""
     check_no_adapters(old, new)
     check_kept(old, new)
     check_vocabulary(old, new)
     check_no_shrinking(old, new)
     check_heads(old, new)
-    check_depth_operator(old, new, growth)
 
 
 def check_no_adapters(old: ModelConfig, new: ModelConfig) -> None:
@@ -82,16 +81,6 @@ def check_heads(old: ModelConfig, new: ModelConfig) -> None:
             f"query heads per group fall from {before} to {after} ({new.num_attention_heads} heads, "
             f"{new.query_groups} groups): an old group's queries would lose their keys and values; "
             f"give at least {before * new.query_groups} heads or fewer groups"
-        )
-
-
-def check_depth_operator(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> None:
-    """G_stack's plain copy must be the only operator: it changes the function, so preserving widths would mislead."""
-    grows_width = any(getattr(old, n) != getattr(new, n) for n in WIDTHS if n != "num_layers")
-    if growth.layers == "copy" and grows_width:
-        raise RequestError(
-            "growth.layers is `copy` (not function-preserving) while other dimensions grow too: grow depth alone with "
-            "`copy`, or use `zero` or `mask` for layers"
         )
 
 

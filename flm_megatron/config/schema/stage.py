@@ -37,14 +37,15 @@ class GrowthConfig:
     """Operator for the feed-forward size."""
     heads: Literal["mask", "zero"] = "mask"
     """Operator for attention heads and query groups."""
-    layers: Literal["mask", "zero", "copy"] = "mask"
-    """Operator for layers; `copy` is G_stack's plain copy, which does not preserve the function."""
+    layers: Literal["mask", "zero", "copy", "random"] = "mask"
+    """Operator for layers; `copy` (G_stack's plain copy) and `random` (new layers as in a fresh model) do not preserve
+    the function."""
     mask_steps: int | None = None
     """Steps over which masks open from 0 to 1; none means a fifth of the stage."""
     mask_shape: Literal["linear", "cosine"] = "linear"
     """How masks open."""
-    layer_selection: Literal["distance", "interleave", "top", "stack", "list"] = "distance"
-    """Which layers are copied."""
+    layer_selection: Literal["distance", "interleave", "top", "stack", "middle", "list"] = "distance"
+    """Which layers are copied, or where random ones go."""
     copied_layers: list[int] | None = None
     """For `list`: old layer indices, each copied once per mention, beside its source."""
     distance_samples: int = 8

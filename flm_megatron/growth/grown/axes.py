@@ -13,7 +13,7 @@ from flm_megatron.model.parameters import Axis, Unit
 class Segment:
     """`size` indices of the grown axis from `start`; `source` is the old index of the first, none if they are new.
 
-    `copy` marks a layer that is a copy of its source rather than the original.
+    `copy` marks a new layer: a copy of its source, or one without.
     """
 
     start: int

@@ -92,6 +92,8 @@ class Operators:
         copy = any(s.copy for s in segments)
         if copy and self.plan.layers == "zero" and _writes_residual(spec):
             return Constant(0.0)
+        if copy and self.plan.layers == "random":
+            return self._drawn(spec)
         new = [axis for axis, segment in zip(spec.axes, segments, strict=True) if segment.source is None]
         if not new:
             source = Region(tuple(s.source or 0 for s in segments), tuple(s.size for s in segments))
@@ -100,9 +102,11 @@ class Operators:
             return Constant(0.0)
         if self.plan.hidden == "zero" and any((axis.unit, axis.side) == (Unit.HIDDEN, "out") for axis in new):
             return self._zero_hidden(spec, segments)
-        if spec.init_std == 0:
-            return Constant(spec.init_mean * self.scale(spec))
-        return Fresh(spec.init_std)
+        return self._drawn(spec)
+
+    def _drawn(self, spec: ParameterSpec) -> Content:
+        """What a fresh model of the new shape has; norm weights on the scale of the old ones."""
+        return Fresh(spec.init_std) if spec.init_std else Constant(spec.init_mean * self.scale(spec))
 
     def _is_zero(self, axis: Axis) -> bool:
         """Whether new indices of this axis are outgoing weights of new heads or feed-forward units under `zero`."""

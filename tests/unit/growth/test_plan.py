@@ -39,7 +39,7 @@ from tests.support.prose import prose
 def sources(old: int, new: int, selection: str, **changes: Any) -> list[str]:
     """Sources of the new layers, copies marked with a prime."""
     distances = changes.pop("distances", None)
-    found = select_layers(old, new, growth("zero", layer_selection=selection, **changes), distances)
+    found = select_layers(old, new, growth("zero", **{"layer_selection": selection, **changes}), distances)
     return [f"{s.source}{'c' * s.copy}" for s in found]
 
 
@@ -52,6 +52,12 @@ def test_layer_selection() -> None:
     assert sources(4, 6, "distance", distances=[0.3, 0.1, 0.2, 0.1]) == ["0", "1", "1c", "2", "3", "3c"]
     assert sources(2, 5, "distance", distances=[0.3, 0.1]) == ["0", "0c", "1", "1c", "1c"]
     assert sources(3, 3, "distance") == ["0", "1", "2"]
+    assert sources(1, 4, "distance") == sources(1, 4, "middle") == ["0", "0c", "0c", "0c"]
+    assert sources(4, 6, "middle") == ["0", "1", "2", "1c", "2c", "3"]
+    assert sources(4, 7, "middle") == ["0", "1", "2", "0c", "1c", "2c", "3"]
+    assert sources(3, 8, "middle") == sources(3, 8, "stack") == ["0", "1", "2", "0c", "1c", "2c", "0c", "1c"]
+    assert sources(3, 3, "middle") == ["0", "1", "2"]
+    assert sources(4, 6, "middle", layers="random") == ["0", "1", "2", "Nonec", "Nonec", "3"]
 
 
 @pytest.mark.parametrize(
@@ -94,11 +100,6 @@ def test_distances_of_another_model() -> None:
 def test_what_cannot_grow(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         make_plan(old_model(), old_model(**changes), growth("zero"), seed=1)
-
-
-def test_plain_copies_stand_alone() -> None:
-    with pytest.raises(RequestError, match="grow depth alone"):
-        plan_for("all", "zero", old_model(), {"layers": "copy"})
 
 
 def test_equal_constants_that_were_read_twice_are_the_same() -> None:

@@ -76,10 +76,28 @@ def test_open_masks_change_the_function(case: str) -> None:
     assert difference(plan_for(case, "mask", old_model()), v=0.5) > 1e-3
 
 
-def test_plain_copies_do_not_preserve() -> None:
-    plan = plan_for("layers", "zero", old_model(), {"layers": "copy"})
+@pytest.mark.parametrize("layers", ["copy", "random"])
+def test_plain_copies_and_random_layers_do_not_preserve(layers: str) -> None:
+    plan = plan_for("layers", "zero", old_model(), {"layers": layers})
     assert not plan.preserving
     assert difference(plan) > 1e-3
+
+
+@pytest.mark.parametrize("operator", ["zero", "mask"])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_plain_copies_in_a_wider_model_compute_what_they_do_in_the_old_one(block: str, operator: str) -> None:
+    old = old_model(**BLOCKS[block])
+    deep = plan_for("layers", operator, old, {"layers": "copy"})
+    before = reference_logits(deep.new, grown_weights(deep, trained(old)), TOKENS)
+    plan = plan_for("all", operator, old, {"layers": "copy"})
+    after = logits(plan.new, grown_weights(plan, trained(old)), TOKENS, masks_at(plan, 0.0))
+    assert not plan.preserving and (after - before).abs().max() <= 1e-12 * before.std()
+
+
+@pytest.mark.parametrize("operator", ["zero", "mask"])
+def test_one_layer_grows_into_many(operator: str) -> None:
+    plan = plan_for("deep", operator, old_model(num_layers=1), {"layer_selection": "distance"})
+    assert difference(plan) <= 1e-12
 
 
 @pytest.mark.parametrize("case", ["hidden", "ffn", "groups", "heads_per_group", "layers"])

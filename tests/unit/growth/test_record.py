@@ -92,3 +92,8 @@ def test_a_record_that_is_not_understood_is_refused(
 ) -> None:
     with pytest.raises(RequestError, match=f"{message}.*update it"):
         GrowthRecord.from_json(on_disk(grown.record) | change)
+
+
+def test_a_certificate_says_whether_the_function_was_to_stay() -> None:
+    assert "changes the function" not in MEASURED.table()
+    assert "changes the function, " in replace(MEASURED, preserving=False).table()

@@ -108,6 +108,21 @@ def test_copied_layers_have_fresh_moments() -> None:
         assert torch.equal(moments[i], expected)
 
 
+def test_random_layers_are_those_of_a_fresh_model() -> None:
+    plan = plan_for("all", "zero", old_model(), {"layers": "random", "layer_selection": "middle"})
+    checkpoint = GrownCheckpoint(trained(plan.old, torch.float32, optimizer=True), plan)
+    assert [str(layer) for layer in plan.layer_sources] == ["0", "1", "random", "random", "2"]
+    for name, spec in parameter_specs(plan.new).items():
+        if spec.stacked:
+            values, moments = checkpoint.read(name)[2:4], checkpoint.read(EXP_AVG_SQ + name)
+            assert not moments[2:4].any() and moments[0].any()
+            if spec.init_std:
+                assert values.std().item() == pytest.approx(0.9866 * spec.init_std, rel=0.1)
+                assert not torch.equal(values[0], values[1])
+            else:
+                assert values.unique().tolist() == [pytest.approx(plan.norm_scale)]
+
+
 def test_optimizer_fits_the_scaled_problem() -> None:
     """One Adam step in the scaled parametrization is the old step times the scale, as the moments promise."""
     old = old_model()
