@@ -8,7 +8,7 @@ from flm_megatron.cli.options.actions import add_actions
 
 COMMANDS = {
     "coord-check": "sizes of activations and updates against width; exit status 1 if they do not follow muP",
-    "search": "random search of learning rates, initial standard deviations and multipliers on a narrow model",
+    "search": "random or grid search of learning rates, initial standard deviations and multipliers on a narrow model",
 }
 
 

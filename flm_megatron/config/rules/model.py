@@ -29,7 +29,7 @@ def model_sizes_are_counts(model: ModelConfig) -> list[str]:
 
 def constants_are_positive(model: ModelConfig) -> list[str]:
     """Standard deviations, multipliers and bases are above 0."""
-    values = {name: getattr(model, name) for name in POSITIVE}
+    values = {name: getattr(model, name) for name in POSITIVE} | {"head_init_std": model.head_std}
     return [f"model.{name} is {value}, give a number above 0" for name, value in values.items() if value <= 0]
 
 

@@ -73,7 +73,9 @@ class ModelConfig:
     matrix_init_std: float = 0.02
     """Standard deviation of matrix weights at the base width (at this width without muP)."""
     vector_init_std: float = 0.02
-    """Standard deviation of embedding weights."""
+    """Standard deviation of embedding weights, at any width."""
+    head_init_std: float | None = None
+    """Standard deviation of the head's weights, at any width; none means `vector_init_std`."""
     mup: MupConfig = field(default_factory=MupConfig)
     """Maximal-update parametrization."""
     lora: LoraConfig | None = None
@@ -101,6 +103,11 @@ class ModelConfig:
     def logit_multiplier(self) -> float:
         """Factor on the final hidden state before the head: output_mult / m."""
         return self.output_mult / self.width_factor
+
+    @property
+    def head_std(self) -> float:
+        """Standard deviation of the head's initial weights."""
+        return self.vector_init_std if self.head_init_std is None else self.head_init_std
 
     @property
     def gated(self) -> bool:

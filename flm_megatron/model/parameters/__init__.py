@@ -102,7 +102,7 @@ def _rows(model: ModelConfig, vocab: int) -> Iterator[ParameterSpec]:
     yield from _linear(model, FC1, (_ffn(model, "out"), _hidden(model, "in")), std)
     yield from _linear(model, FC2, (_hidden(model, "out"), _ffn(model, "in")), residual_std)
     yield from _norm(model, FINAL_NORM)
-    yield ParameterSpec(HEAD, (tokens, _hidden(model, "in")), "head", model.vector_init_std)
+    yield ParameterSpec(HEAD, (tokens, _hidden(model, "in")), "head", model.head_std)
 
 
 def _layers(model: ModelConfig) -> Axis:

@@ -39,7 +39,7 @@ OTHER: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
 SAME: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
     "head_dim": (MODEL, {"head_dim": 4}),
     "num_query_groups": (MODEL, {"num_query_groups": 12}),
-    "init": (MODEL, {"matrix_init_std": 0.5, "vector_init_std": 0.5}),
+    "init": (MODEL, {"matrix_init_std": 0.5, "vector_init_std": 0.5, "head_init_std": 0.25}),
     "xpos_scale_base": (MODEL, {"xpos_scale_base": 64.0}),
     "mup off, its factor in output_mult": (MODEL, {"mup": MupConfig(), "output_mult": 1.0}),
     "base of no mup": (replace(MODEL, mup=MupConfig()), {"mup": MupConfig(base_hidden_size=7)}),

@@ -1,4 +1,4 @@
-"""Random search of hyperparameters on a narrow model."""
+"""Random and grid search of hyperparameters on a narrow model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from flm_megatron.cli.main import main
 from flm_megatron.config.loader import load_run
 from flm_megatron.config.schema import ModelConfig, MupConfig, OptimizerConfig, RunConfig, StageConfig
 from flm_megatron.errors import RequestError
+from flm_megatron.hyperparameters import search as searching
 from flm_megatron.hyperparameters.search import (
     SearchSettings,
     Trial,
     best,
+    draws,
     own_values,
     proxy_stage,
     search,
@@ -50,7 +52,7 @@ def test_trials_are_short_runs_that_learn_and_can_be_repeated(data: Path, tmp_pa
     assert trials[0].values == own
     for trial in trials[1:]:
         factors = [trial.values[name] / own[name] for name in own]
-        assert all(1 / 3 <= factor <= 3 for factor in factors) and len(set(factors)) == 7
+        assert all(1 / 3 <= factor <= 3 for factor in factors) and len(set(factors)) == 8
     assert trials[0].loss < math.log(500) - 0.1
     assert len({trial.loss for trial in trials}) == 3
     assert list(search(run, run.stages[0], replace(SETTINGS, trials=2))) == trials[:2]
@@ -78,6 +80,46 @@ def test_the_proxy_is_narrow_and_the_rest_is_kept() -> None:
     assert changed.model.output_mult == 3.0
 
 
+def test_a_grid_tries_every_combination_and_keeps_the_rest(data: Path, tmp_path: Path) -> None:
+    run = resolve(make_run(data, tmp_path, *MUP, "--stages.0.optimizer.lr", "5e-3")[1])
+    grid = (("lr", (1e-3, 4e-3)), ("weight_decay", (0.0, 0.1)))
+    settings = replace(SETTINGS, steps=6, grid=grid)
+    proxy = proxy_stage(run, run.stages[0], settings)
+    assert draws(proxy, settings) == [{"lr": lr, "weight_decay": wd} for lr in (1e-3, 4e-3) for wd in (0.0, 0.1)]
+    changed = with_values(proxy, draws(proxy, settings)[3])
+    assert changed == replace(proxy, optimizer=replace(proxy.optimizer, lr=4e-3, weight_decay=0.1))
+    one, two = list(search(run, run.stages[0], settings)), list(search(run, run.stages[0], replace(settings, jobs=2)))
+    assert len({trial.loss for trial in one}) == 4 and sorted(two, key=lambda trial: trial.number) == one
+    with pytest.raises(RequestError, match="names lr twice"):
+        next(search(run, run.stages[0], replace(settings, grid=(grid[0], grid[0]))))
+
+
+def test_a_trial_that_has_ended_is_not_run_again(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_file, _ = make_run(data, tmp_path, *MUP)
+    lines = tmp_path / "all.jsonl"
+    command = ["mup", "search", str(run_file), "--steps", "4", "--layers", "1", "--out", str(lines), "--vary"]
+    assert main([*command, "lr=1e-3"]) == 0
+    written = lines.read_text()
+    lines.write_text(written + written[: len(written) // 2])  # cut off in the middle of a line
+    trained: list[float] = []
+
+    def train(job: searching.Job) -> Trial:
+        trained.append(job.values["lr"])
+        return Trial(job.number, job.values, 9.0, 0.0, job.key)
+
+    monkeypatch.setattr(searching, "train", train)
+    assert main([*command, "lr=1e-3,2e-3"]) == 0
+    assert trained == [2e-3] and "best: trial 0" in capsys.readouterr().out.split("trial   1")[1]
+
+
+@pytest.mark.parametrize("given", ["lr=0", "lr=nan", "lr=", "lr", "layers=3", "lr=1e-3,-1"])
+def test_values_that_make_no_sense_are_refused(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["mup", "search", "run.yaml", "--vary", given]) == 2
+    assert "argument --vary" in capsys.readouterr().err
+
+
 def test_requests_that_make_no_sense_are_refused() -> None:
     run = RunConfig(stages=[STAGE])
     without = replace(STAGE, model=ModelConfig())
@@ -94,7 +136,7 @@ def test_command_prints_the_best_values(data: Path, tmp_path: Path, capsys: pyte
     assert main(["mup", "search", str(run_file), *arguments]) == 0
     printed = capsys.readouterr().out
     trials = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert len(trials) == 2 and len(trials[1]["values"]) == 7
+    assert len(trials) == 2 and len(trials[1]["values"]) == 8
     assert re.search(r"^best: trial [01], loss \d", printed, re.M)
     section = printed.split("\nmodel:\n")[1]
     written = tmp_path / "found.yaml"

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -123,6 +124,9 @@ def test_initial_checkpoint() -> None:
     assert torch.equal(checkpoint.read(name, Region((1, 5, 0), (1, 7, 64))), weights[1:2, 5:12])
     assert not checkpoint.read(EXP_AVG + name).any()
     assert (checkpoint.read("decoder.final_layernorm.weight") == 1).all()
+    head, of_its_own = "output_layer.weight", InitialCheckpoint(replace(model, head_init_std=0.005), seed=1)
+    assert checkpoint.read(MASTER + head).std().item() == pytest.approx(0.02 * 0.9866, rel=0.02)
+    assert of_its_own.read(head).std().item() == pytest.approx(0.005 * 0.9866, rel=0.02)
     assert checkpoint.has_optimizer() and not InitialCheckpoint(model, 1).has_optimizer()
     with pytest.raises(RequestError, match="nothing"):
         checkpoint.read("nothing")

@@ -69,6 +69,7 @@ REFUSED: list[tuple[str, int | None, str]] = [
     ("stages.1.validation.samples=-1", None, "stages.1.validation.samples is -1, give at least 0"),
     ("distributed.processes=0", None, "distributed.processes is 0, give at least 1"),
     ("stages.0.model.norm_epsilon=0", None, "stage 'one': model.norm_epsilon is 0.0, give a number above 0"),
+    ("stages.0.model.head_init_std=0", None, "model.head_init_std is 0.0, give a number above 0"),
     ("stages.0.model.output_mult=-1", None, "model.output_mult is -1.0, give a number above 0"),
     ("defaults.model.num_attention_heads=3", None, "hidden_size 64 is not a multiple of num_attention_heads 3"),
     ("stages.0.model.num_query_groups=3", None, "num_attention_heads 4 is not a multiple of num_query_groups 3"),
