@@ -14,6 +14,14 @@ from itertools import pairwise
 from flm_megatron.config.history import Segment
 from flm_megatron.config.schema import RunConfig, ScheduleConfig, StageConfig
 
+REWARM_STEPS = 60
+"""Steps of a warm-up of unknown length under `boundary: rewarm`: as in trunks of WSD runs, 40 to 100."""
+REWARM_SHARE = 0.2
+"""Largest share of its stage that such a warm-up takes."""
+DECAY_SHARE = 0.1
+REWARMED_DECAY_SHARE = 0.2
+"""Fraction of a WSD schedule that decays where none is given, and where its stages are re-warmed."""
+
 
 @dataclass(frozen=True)
 class StageBudget:
@@ -31,11 +39,6 @@ class StageBudget:
     def first_token(self) -> int:
         """Tokens of the run before this stage."""
         return self.segments[0].first_token
-
-    @property
-    def sequence_length(self) -> int:
-        """Tokens in the stage's first sample."""
-        return self.segments[0].sequence_length
 
     @property
     def end_sample(self) -> int:
@@ -88,11 +91,24 @@ def stage_steps(stage: StageConfig, sequence_length: int) -> int:
     return math.ceil(stage.tokens / (stage.global_batch * sequence_length))
 
 
-def warmup_tokens(schedule: ScheduleConfig, sequence_length: int) -> int:
-    """Length of a warm-up in tokens, whichever unit it was given in."""
+def warmup_tokens(stage: StageConfig, sequence_length: int, global_batch: int) -> int:
+    """Length of a stage's warm-up in tokens: as given in either unit, else by its boundary.
+
+    `sequence_length` and `global_batch` are those that the stage began with.
+    """
+    schedule = stage.schedule
     if schedule.warmup_samples is not None:
         return schedule.warmup_samples * sequence_length
-    return schedule.warmup_tokens
+    if schedule.warmup_tokens is not None or schedule.boundary != "rewarm":
+        return schedule.warmup_tokens or 0
+    return min(REWARM_STEPS * global_batch * sequence_length, round(REWARM_SHARE * stage.tokens))
+
+
+def decay_fraction(schedule: ScheduleConfig) -> float:
+    """Fraction of a WSD schedule that decays: as given, else by its boundary."""
+    if schedule.wsd_decay_fraction is not None:
+        return schedule.wsd_decay_fraction
+    return REWARMED_DECAY_SHARE if schedule.boundary == "rewarm" else DECAY_SHARE
 
 
 def schedule_start(stages: Sequence[StageConfig], stage_index: int) -> int:

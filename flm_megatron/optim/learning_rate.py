@@ -11,7 +11,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from flm_megatron.config.budget import StageBudget, schedule_start, schedule_tokens, stage_budgets, warmup_tokens
+from flm_megatron.config.budget import (
+    StageBudget,
+    decay_fraction,
+    schedule_start,
+    schedule_tokens,
+    stage_budgets,
+    warmup_tokens,
+)
 from flm_megatron.config.schema import OptimizerConfig, RunConfig, ScheduleConfig, StageConfig
 from flm_megatron.model.parameters import parameter_specs
 from flm_megatron.optim.groups import DECAYED, Group, learning_rate_scales
@@ -27,13 +34,13 @@ def learning_rate(
 
     The shape of the schedule and its warm-up are those of the stage where it started: the nearest one, looking
     back, whose boundary is `restart` (or the first). The values `lr` and `min_lr` are the present stage's own.
-    `budgets` are those of a run under way; without them they are planned. A warm-up in samples counts samples of the
-    length that its stage began with.
+    `budgets` are those of a run under way; without them they are planned. A warm-up in samples, or of unknown length,
+    counts those of the length and batch that its stage began with.
     """
     stage, anchor = run.stages[stage_index], schedule_start(run.stages, stage_index)
     budgets = stage_budgets(run) if budgets is None else budgets
     shape = run.stages[anchor].schedule
-    warmup = warmup_tokens(shape, budgets[anchor].sequence_length)
+    warmup = _warmup(run, anchor, budgets)
     end = schedule_tokens(run, anchor, budgets)
 
     def continued(at: int) -> float:
@@ -41,10 +48,16 @@ def learning_rate(
         return scheduled(at - budgets[anchor].first_token, shape, stage.optimizer, warmup, end)
 
     done = position - budgets[stage_index].first_token
-    rewarm = warmup_tokens(stage.schedule, budgets[stage_index].sequence_length)
+    rewarm = _warmup(run, stage_index, budgets)
     if stage_index > anchor and stage.schedule.boundary == "rewarm" and done < rewarm:
         return continued(position - done + rewarm) * done / rewarm
     return continued(position)
+
+
+def _warmup(run: RunConfig, stage_index: int, budgets: Sequence[StageBudget]) -> int:
+    """Tokens of the warm-up of a stage."""
+    begun = budgets[stage_index].segments[0]
+    return warmup_tokens(run.stages[stage_index], begun.sequence_length, begun.global_batch)
 
 
 def scheduled(tokens: int, schedule: ScheduleConfig, options: OptimizerConfig, warmup: int, end: int) -> float:
@@ -57,7 +70,7 @@ def scheduled(tokens: int, schedule: ScheduleConfig, options: OptimizerConfig, w
         return options.lr
     if tokens >= end:
         return options.min_lr
-    held = warmup if schedule.kind != "wsd" else max(warmup, end - round(schedule.wsd_decay_fraction * end))
+    held = warmup if schedule.kind != "wsd" else max(warmup, end - round(decay_fraction(schedule) * end))
     if tokens <= held:
         return options.lr
     progress = (tokens - held) / (end - held)

@@ -56,7 +56,7 @@ def spans_are_positive(run: RunConfig, index: int) -> list[str]:
     schedule = run.stages[index].schedule
     counts = {f"schedule.{name}": (getattr(schedule, name), least, LARGEST_TOKENS) for name, least in SPANS.items()}
     lines = out_of_range(counts)
-    if not 0 < schedule.wsd_decay_fraction <= 1:
+    if schedule.wsd_decay_fraction is not None and not 0 < schedule.wsd_decay_fraction <= 1:
         lines.append(f"schedule.wsd_decay_fraction is {schedule.wsd_decay_fraction}, give a share above 0 and up to 1")
     if schedule.power_exponent >= 0:
         lines.append(f"schedule.power_exponent is {schedule.power_exponent}, give a number below 0")
@@ -80,7 +80,7 @@ def warmup_fits_stage(run: RunConfig, index: int) -> str | None:
     if index > anchor and stage.schedule.boundary == "continue":
         return None
     budget = stage_budgets(run)[index]
-    warmup = warmup_tokens(stage.schedule, run.data.sequence_length)
+    warmup = warmup_tokens(stage, run.data.sequence_length, stage.global_batch)
     stage_tokens = budget.end_token - budget.first_token
     if warmup > stage_tokens:
         return f"schedule: the warm-up of {warmup} tokens is longer than the stage's {stage_tokens}: shorten it"
@@ -94,7 +94,7 @@ def power_has_a_start(run: RunConfig, index: int) -> str | None:
     schedule = run.stages[index].schedule
     if schedule.kind != "power":
         return None
-    warmup = warmup_tokens(schedule, run.data.sequence_length)
+    warmup = warmup_tokens(run.stages[index], run.data.sequence_length, run.stages[index].global_batch)
     start = warmup if schedule.power_start_tokens is None else schedule.power_start_tokens
     if start < max(1, warmup):
         return (

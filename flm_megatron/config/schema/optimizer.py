@@ -34,19 +34,22 @@ class ScheduleConfig:
 
     kind: Literal["cosine", "linear", "wsd", "power", "constant"] = "cosine"
     """Shape after the warm-up."""
-    warmup_tokens: int = 0
-    """Tokens of linear warm-up from zero; a later stage that continues the schedule has none."""
+    warmup_tokens: int | None = None
+    """Tokens of linear warm-up from zero; a later stage that continues the schedule has none. None means 60 steps, but
+    no more than a fifth of the stage, under `boundary: rewarm`, and 0 under the others."""
     warmup_samples: int | None = None
     """The same in samples; give one of the two."""
     decay_tokens: int | None = None
     """Tokens from the start of the schedule to its end; none means the end of the stage, or of the last stage that
     continues the schedule."""
-    wsd_decay_fraction: float = 0.1
-    """wsd: fraction of the schedule, at its end, that decays linearly."""
+    wsd_decay_fraction: float | None = None
+    """wsd: fraction of the schedule, at its end, that decays linearly; none means 0.2 where the schedule starts with
+    `boundary: rewarm`, and 0.1 under the others."""
     power_exponent: float = -0.51
     """power: learning rate is proportional to tokens to this power once below the peak."""
     power_start_tokens: int | None = None
     """power: tokens at which the power law leaves the peak; none means the end of the warm-up."""
     boundary: Literal["continue", "restart", "rewarm"] = "restart"
     """At the start of a later stage: `continue` the run's schedule, `restart` it at this stage, or `rewarm`: continue,
-    after a linear warm-up from zero to the continued value. `lr` and `min_lr` are always the stage's own."""
+    after a linear warm-up from zero to the continued value. `lr` and `min_lr` are always the stage's own. For staged
+    runs `{kind: wsd, boundary: rewarm}` in `defaults` is recommended (docs/schedules.md)."""

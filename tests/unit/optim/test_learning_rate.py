@@ -144,6 +144,25 @@ def test_rewarm_through_three_stages_follows_the_first() -> None:
     assert third == whole[20:]
 
 
+def test_one_wsd_schedule_over_stages_that_all_say_the_same() -> None:
+    def stages(**given: Any) -> list[StageConfig]:
+        """Three stages, as `defaults` make them."""
+        return [_stage(steps, kind="wsd", boundary="rewarm", **given) for steps in (600, 200, 1200)]
+
+    first, second, third = rates = _rates(*stages())
+    assert rates == _rates(
+        _stage(600, kind="wsd", warmup_tokens=60 * STEP, wsd_decay_fraction=0.2),
+        _stage(200, boundary="rewarm", warmup_tokens=40 * STEP),  # a fifth of so short a stage
+        _stage(1200, boundary="rewarm", warmup_tokens=60 * STEP),
+    )
+    assert first[59] == first[-1] == 1.0 and second[19] == 0.5 and second[39] == second[-1] == 1.0
+    assert third[29] == 0.5 and set(third[59:800]) == {1.0} and third[800] < 1.0 and third[-1] == 0.1
+    explicit = {"warmup_tokens": 0, "wsd_decay_fraction": 0.1}
+    assert _rates(*stages(**explicit)) == _rates(
+        *(_stage(s, kind="wsd", boundary="continue") for s in (600, 200, 1200))
+    )
+
+
 class _Optimizer:
     """Param groups as megatron-core's optimizer has them."""
 
