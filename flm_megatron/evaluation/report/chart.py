@@ -29,6 +29,16 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Bracket:
+    """A named distance along the x axis, from `start` to `end` at the height `y`."""
+
+    start: float
+    end: float
+    y: float
+    name: str
+
+
+@dataclass(frozen=True)
 class Chart:
     """Lines over one x axis; `marks` are named places on it. Sizes are in pixels, text has one size in all."""
 
@@ -40,13 +50,15 @@ class Chart:
     log_y: bool = False
     width: int = 760
     height: int = 300
+    log_x: bool = False
+    brackets: Sequence[Bracket] = ()
 
     def svg(self) -> str:
         """The picture as an SVG element. Points that are not finite are left out."""
-        thinned = [(line, thin(_drawable(line.points, self.log_y))) for line in self.series]
+        thinned = [(line, thin(_drawable(line.points, self.log_x, self.log_y))) for line in self.series]
         xs = [x for _, points in thinned for x, _ in points]
         ys = [y for _, points in thinned for _, y in points]
-        x = scale_over(xs, LEFT, self.width - RIGHT)
+        x = scale_over(xs, LEFT, self.width - RIGHT, self.log_x)
         y = scale_over(ys, self.height - BOTTOM, TOP, self.log_y)
         middle = (LEFT + self.width - RIGHT) / 2
         parts = [
@@ -55,6 +67,7 @@ class Chart:
             *_grid(x, y),
             *_marks([(x.pixel(at), name) for at, name in self.marks if x.low <= at <= x.high], y.start, self.width),
             *(_line(line, points, x, y) for line, points in thinned),
+            *(_bracket(bracket, x, y) for bracket in self.brackets),
             f'<text class="axis" x="{middle}" y="{self.height - 6}">{escape(self.x_label)}</text>',
             f'<text class="axis" x="{LEFT}" y="12" style="text-anchor:start">{escape(self.y_label)}</text>',
             "</svg>",
@@ -83,8 +96,9 @@ def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
     return kept
 
 
-def _drawable(points: Sequence[Point], log_y: bool) -> list[Point]:
-    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log_y)]
+def _drawable(points: Sequence[Point], log_x: bool, log_y: bool) -> list[Point]:
+    finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    return [(x, y) for x, y in finite if (x > 0 or not log_x) and (y > 0 or not log_y)]
 
 
 def _class(line: Series) -> str:
@@ -96,6 +110,16 @@ def _line(line: Series, points: Sequence[Point], x: Scale, y: Scale) -> str:
     path = f'<polyline points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in pixels)}"/>'
     dots = "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3"/>' for a, b in pixels) if _dotted(line, points) else ""
     return f'<g class="line {_class(line)}">{path}{dots}</g>'
+
+
+def _bracket(bracket: Bracket, x: Scale, y: Scale) -> str:
+    """A line with an upright at both ends, its name below it."""
+    left, right = sorted((x.pixel(bracket.start), x.pixel(bracket.end)))
+    height = y.pixel(bracket.y)
+    return (
+        f'<g class="bracket"><path d="M{left:.1f},{height - 5:.1f}v10m0,-5H{right:.1f}m0,-5v10"/>'
+        f'<text class="marked" x="{(left + right) / 2:.1f}" y="{height + 18:.1f}">{escape(bracket.name)}</text></g>'
+    )
 
 
 def _dotted(line: Series, points: Sequence[Point]) -> bool:

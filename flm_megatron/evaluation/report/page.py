@@ -12,19 +12,40 @@ from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.report.chart import Chart
 from flm_megatron.evaluation.report.curves import AXES, detail_charts, loss_charts
 from flm_megatron.evaluation.report.history import History, read_history
-from flm_megatron.evaluation.report.tables import events_table, goodput_table, growths_table, runs_table, stages_table
+from flm_megatron.evaluation.report.saving import Savings, savings
+from flm_megatron.evaluation.report.tables import (
+    events_table,
+    goodput_table,
+    growths_table,
+    runs_table,
+    saving_table,
+    stages_table,
+)
 from flm_megatron.training.metrics.flops import CONVENTION
 
 HERE = Path(__file__).parent
+SAVING_NOTE = (
+    "Saved is 1 - T / T_eq: T are the FLOPs of all stages, T_eq those at which training from scratch first has the "
+    "grown run's final loss. Token credit is (tokens of T_eq - tokens of the large stage) / tokens of the small ones; "
+    "growth has paid where it is above the ratio of their FLOPs per token, small over large. Beyond its ends the curve "
+    "is not continued: then a bound is given; a law is taken as it stands. A run whose learning rate had not decayed "
+    "yet makes T_eq too large; several runs from scratch are compared by their ends. Training losses are means over a "
+    "fiftieth of the steps."
+)
 
 
-def write_report(folders: Sequence[Path], out: Path) -> None:
-    """Write the page over the runs in `folders` to `out`.
+def write_report(folders: Sequence[Path], out: Path, scratch: Sequence[Path] = (), laws: Path | None = None) -> None:
+    """Write the page over the runs in `folders` to `out`; grown ones are compared as `savings` does.
 
     Raises:
-        RequestError: a folder is no run's or has no step yet, or the page cannot be written.
+        RequestError: a folder is no run's or has no step yet, runs or laws to compare with do not fit, or the page
+            cannot be written.
     """
-    text = page(distinctly_named([read_history(folder) for folder in folders]))
+    histories = distinctly_named([read_history(folder) for folder in folders])
+    compared = savings(histories, [read_history(folder) for folder in scratch], laws)
+    if compared is None and (scratch or laws):
+        raise RequestError(f"none of {', '.join(map(str, folders))} has grown: there is nothing to compare")
+    text = page(histories, compared)
     try:
         out.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -40,7 +61,7 @@ def distinctly_named(histories: Sequence[History]) -> list[History]:
     ]
 
 
-def page(histories: Sequence[History]) -> str:
+def page(histories: Sequence[History], compared: Savings | None = None) -> str:
     """The page as HTML; it loads nothing from anywhere."""
     title = " against ".join(history.name for history in histories)
     parts = [
@@ -49,6 +70,7 @@ def page(histories: Sequence[History]) -> str:
         runs_table(histories),
         _loss_section(histories),
         _titled("Growth", growths_table(histories)),
+        _titled("What growth saved", _saving_section(compared) if compared else ""),
         _titled("Course of training", _charts(detail_charts(histories))),
         _titled("Stages", stages_table(histories)),
         _titled("Where the time went", goodput_table(histories) or "<p>Not metered.</p>"),
@@ -73,6 +95,10 @@ def _loss_section(histories: Sequence[History]) -> str:
     )
     charts = "".join(f'<div class="by {axis}">{chart.figure()}</div>' for axis, chart in loss_charts(histories))
     return f'<section><h2>Loss</h2><div class="axes">against {choices}</div>{charts}</section>'
+
+
+def _saving_section(compared: Savings) -> str:
+    return f'<p class="note">{escape(SAVING_NOTE)}</p>{compared.chart().figure()}{saving_table(compared.rows)}'
 
 
 def _charts(charts: Sequence[Chart]) -> str:

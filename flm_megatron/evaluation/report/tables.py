@@ -9,6 +9,7 @@ from statistics import median
 
 from flm_megatron.config.schema import StageConfig
 from flm_megatron.evaluation.report.history import Happening, History
+from flm_megatron.evaluation.report.saving import Saving, percent
 from flm_megatron.growth.record import Comparison
 from flm_megatron.model.parameters import parameter_specs
 from flm_megatron.training.metrics.events import ChangeEvent, RefusedEvent, StepEvent
@@ -112,6 +113,28 @@ def _comparison(measured: Comparison) -> list[str]:
         f"{measured.loss_before:.6f} → {measured.loss_after:.6f}",
         f"{measured.loss_change:.2e}",
     ]
+
+
+def saving_table(rows: Sequence[Saving]) -> str:
+    """What each grown run saved beside from scratch; bounds where the curve does not reach so far."""
+    head = ["run", "beside", "loss compared", "final loss", "FLOPs T", "T_eq", "1 - T / T_eq", "tokens per parameter"]
+    head += ["token credit", "pays above"]
+    cells = [
+        [
+            row.name,
+            row.scratch,
+            row.measured,
+            number(row.loss),
+            f"{row.flops:.3g}",
+            f"{row.bound}{row.equivalent:.3g}",
+            percent(row),
+            f"{(row.small_tokens + row.large_tokens) / row.parameters:.3g}",
+            f"{row.bound}{row.token_credit:.3f}",
+            f"{row.flops_ratio:.3f}",
+        ]
+        for row in rows
+    ]
+    return table(head, cells)
 
 
 def events_table(histories: Sequence[History]) -> str:
