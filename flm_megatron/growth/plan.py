@@ -40,6 +40,7 @@ class GrowthPlan:
     optimizer_step: Literal["keep", "birth"] = "keep"
     mask_steps: int = 0
     mask_shape: Literal["linear", "cosine"] = "linear"
+    rejuvenate: float = 1.0
 
     @property
     def norm_scale(self) -> float:
@@ -132,6 +133,7 @@ def make_plan(
         optimizer_step=growth.optimizer_step,
         mask_steps=growth.mask_steps,
         mask_shape=growth.mask_shape,
+        rejuvenate=1.0 if growth.rejuvenate is None else growth.rejuvenate,
     )
 
 
@@ -167,7 +169,9 @@ def _effective(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> Mode
     """`new` with the old vocabulary, and the epsilon that preserves the function.
 
     Under `zero` on the hidden size, norm_epsilon is d_old / d_new of the old one: the mean square falls by that factor
-    when zero channels are added. output_mult stays as configured; LM-head weights make up for its change.
+    when zero channels are added. `rejuvenate` scales all of the residual stream, and so its mean square by the factor's
+    square. output_mult stays as configured; LM-head weights make up for its change.
     """
     ratio = old.hidden_size / new.hidden_size if growth.hidden == "zero" else 1.0
+    ratio *= (growth.rejuvenate or 1.0) ** 2
     return replace(new, vocab_size=old.vocab_size, norm_epsilon=old.norm_epsilon * ratio)

@@ -52,6 +52,9 @@ class GrowthConfig:
     """For `distance`: validation samples over which the input-output distance is measured."""
     distance_metric: Literal["cosine", "l2"] = "cosine"
     """For `distance`: cosine or relative L2 distance."""
+    rejuvenate: float | None = None
+    """Factor in (0, 1] on all old matrices, embedding and head, which norms undo: it changes no logit, and the old
+    weights learn faster for their size."""
     optimizer_step: Literal["keep", "birth"] = "keep"
     """Steps in Adam's bias correction of new entries: `keep` counts all, `birth` only those since the growth."""
     loss_tolerance: float | None = None

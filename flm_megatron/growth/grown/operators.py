@@ -81,12 +81,18 @@ class Operators:
             yield FilledRegion(cut, self._content(self.specs[name], segments))
 
     def scale(self, spec: ParameterSpec) -> float:
-        """Factor on the old values of a parameter; its first moment takes 1 / scale, its second 1 / scale^2."""
-        if spec.kind == "embedding":
-            return self.plan.embedding_scale
-        if spec.kind == "head":
-            return self.plan.head_scale
-        return self.plan.norm_scale if spec.kind == "norm" and spec.counts(Unit.HIDDEN) else 1.0
+        """Factor on the old values of a parameter; its first moment takes 1 / scale, its second 1 / scale^2.
+
+        `rejuvenate` scales what writes into the residual stream and what reads it; norms in between, whose outputs are
+        divided by it, undo both.
+        """
+        sides = [axis.side for axis in spec.axes if axis.unit is Unit.HIDDEN]
+        if not sides:
+            return 1.0
+        if None in sides:
+            return (self.plan.norm_scale if spec.kind == "norm" else 1.0) / self.plan.rejuvenate
+        multiplier = {"embedding": self.plan.embedding_scale, "head": self.plan.head_scale}.get(spec.kind, 1.0)
+        return multiplier * self.plan.rejuvenate
 
     def _content(self, spec: ParameterSpec, segments: tuple[Segment, ...]) -> Content:
         copy = any(s.copy for s in segments)
@@ -105,8 +111,8 @@ class Operators:
         return self._drawn(spec)
 
     def _drawn(self, spec: ParameterSpec) -> Content:
-        """What a fresh model of the new shape has; norm weights on the scale of the old ones."""
-        return Fresh(spec.init_std) if spec.init_std else Constant(spec.init_mean * self.scale(spec))
+        """What a fresh model of the new shape has; norm weights on the scale of the old ones, if that is below 1."""
+        return Fresh(spec.init_std) if spec.init_std else Constant(spec.init_mean * min(1.0, self.scale(spec)))
 
     def _is_zero(self, axis: Axis) -> bool:
         """Whether new indices of this axis are outgoing weights of new heads or feed-forward units under `zero`."""

@@ -48,8 +48,9 @@ LAYOUTS = {
 
 
 def plan_of(operator: str) -> GrowthPlan:
-    """Everything grows at once."""
-    return make_plan(OLD, NEW, growth(operator), seed=11, stage="big")
+    """Everything grows at once, with `zero` rejuvenated by a factor that bf16 multiplies by exactly."""
+    rejuvenate = 0.5 if operator == "zero" else None
+    return make_plan(OLD, NEW, growth(operator, rejuvenate=rejuvenate), seed=11, stage="big")
 
 
 def certificates(parallel: ParallelConfig, precision: Precision = "fp32") -> list[Certificate]:

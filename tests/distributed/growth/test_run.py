@@ -40,7 +40,7 @@ stages:
     tokens: 1024
     schedule: {{kind: cosine, boundary: rewarm, warmup_samples: 8}}
     growth: {{hidden: mask, ffn: zero, heads: mask, layers: mask, mask_steps: 5, layer_selection: distance,
-              optimizer_step: birth}}
+              optimizer_step: birth, rejuvenate: 0.5}}
 checkpoint: {{interval_steps: 3, keep_last: 9}}
 """
 

@@ -116,6 +116,10 @@ def test_plan_round_trip_and_resume() -> None:
     check_same_plan(plan, again)
     with pytest.raises(RequestError, match="seed = 5, and the run file now gives 6"):
         check_same_plan(plan, replace(plan, seed=6))
+    saved = plan.to_json()
+    written_before = GrowthPlan.from_json({name: saved[name] for name in saved if name != "rejuvenate"})
+    with pytest.raises(RequestError, match=r"grown with rejuvenate = 1\.0, and the run file now gives 0\.5"):
+        check_same_plan(written_before, replace(plan, rejuvenate=0.5))
     with pytest.raises(RequestError, match=r"new\.ffn_hidden_size = 110, and the run file now gives 111"):
         check_same_plan(plan, replace(plan, new=replace(plan.new, ffn_hidden_size=111)))
 
@@ -126,6 +130,7 @@ def test_the_grown_model_keeps_vocabulary_and_derives_epsilon() -> None:
     assert make_plan(old, new, growth("zero"), 1).new.norm_epsilon == pytest.approx(1e-2 * 24 / 36, rel=1e-15)
     assert make_plan(old, new, growth("mask"), 1).new.norm_epsilon == 1e-2
     assert make_plan(old, new, growth("mask"), 1).new.vocab_size == 37
+    assert make_plan(old, new, growth("zero", rejuvenate=0.5), 1).new.norm_epsilon == 1e-2 * 24 / 36 / 4
 
 
 def run_of(*stages: StageConfig) -> RunConfig:

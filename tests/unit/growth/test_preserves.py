@@ -8,10 +8,21 @@ from typing import Any
 import pytest
 import torch
 
-from flm_megatron.config.schema import MupConfig
+from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER, Region
+from flm_megatron.config.schema import ModelConfig, MupConfig
+from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 from flm_megatron.growth.plan import GrowthPlan, make_plan
-from tests.support.growth_cases import GROWN, grown_weights, growth, old_model, plan_for, trained, weights
-from tests.support.growth_oracle import logits, masks_at
+from tests.support.growth_cases import (
+    GROWN,
+    MemoryCheckpoint,
+    grown_weights,
+    growth,
+    old_model,
+    plan_for,
+    trained,
+    weights,
+)
+from tests.support.growth_oracle import Masks, logits, masks_at, open_masks
 from tests.support.reference_model import reference_logits
 
 TOKENS = torch.randint(0, 37, (2, 11), generator=torch.Generator().manual_seed(3))
@@ -49,6 +60,40 @@ def test_open_masks_are_the_plain_model(block: str) -> None:
 @pytest.mark.parametrize("case", GROWN)
 def test_logits_stay(case: str, block: str, operator: str) -> None:
     assert difference(plan_for(case, operator, old_model(**BLOCKS[block]))) <= 1e-12
+
+
+@pytest.mark.parametrize("operator", ["zero", "mask"])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_rejuvenation_changes_no_logit(block: str, operator: str) -> None:
+    old, changes = old_model(**BLOCKS[block]), {"rejuvenate": 0.37}
+    assert difference(plan_for("all", operator, old, changes)) <= 1e-12
+    assert difference(make_plan(old, old, growth(operator, **changes), seed=2)) <= 1e-12
+
+
+@pytest.mark.parametrize("operator", ["zero", "mask"])
+def test_moments_follow_the_gradients(operator: str) -> None:
+    """Old entries have the moments that their gradients in the grown model would have given them."""
+    plan = plan_for("hidden", operator, old_model(input_mult=0.5), {"rejuvenate": 0.37})
+    plan.new.input_mult = 0.7
+    values = trained(plan.old, optimizer=True).values
+    source = MemoryCheckpoint({name: value for name, value in values.items() if not name.startswith(MASTER)})
+    grown = GrownCheckpoint(source, plan)
+    before = gradients(plan.old, weights(source, plan.old), open_masks(plan.old))
+    after = gradients(plan.new, weights(grown, plan.new), masks_at(plan, 0.0))
+    for name, old in before.items():
+        region = Region.whole(tuple(old.shape))
+        now = after[name][region.slices]
+        for prefix, power in ((EXP_AVG, 1), (EXP_AVG_SQ, 2)):
+            found = grown.read(prefix + name, region) * old**power
+            torch.testing.assert_close(found, source.read(prefix + name) * now**power, rtol=1e-5, atol=1e-12)
+
+
+def gradients(model: ModelConfig, tensors: dict[str, torch.Tensor], masks: Masks) -> dict[str, torch.Tensor]:
+    """Gradients of the loss on TOKENS in float64."""
+    leaves = {name: tensor.double().requires_grad_() for name, tensor in tensors.items()}
+    found = logits(model, leaves, TOKENS, masks)
+    torch.nn.functional.cross_entropy(found[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
+    return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 
 @pytest.mark.parametrize("operator", ["zero", "mask"])

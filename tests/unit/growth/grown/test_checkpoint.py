@@ -96,6 +96,17 @@ def test_moments_follow_the_weights(operator: str) -> None:
         assert not new.any()
 
 
+def test_rejuvenation_undoes_what_zero_does_to_norms() -> None:
+    """With the root of the ratio of the widths old and new norm weights are those of a fresh model's scale."""
+    plan = plan_for("hidden", "zero", old_model(), {"rejuvenate": math.sqrt(24 / 33)})
+    source = trained(plan.old)
+    found = GrownCheckpoint(source, plan).read(f"{p.FINAL_NORM}.weight")
+    torch.testing.assert_close(found[:24], source.values[f"{p.FINAL_NORM}.weight"])
+    assert (found[24:] == 1).all()
+    masked = GrownCheckpoint(source, plan_for("hidden", "mask", old_model(), {"rejuvenate": 0.5}))
+    assert (masked.read(f"{p.FINAL_NORM}.weight")[24:] == 1).all()
+
+
 def test_copied_layers_have_fresh_moments() -> None:
     plan = plan_for("layers", "mask", old_model())
     source = trained(plan.old, torch.float32, optimizer=True)
