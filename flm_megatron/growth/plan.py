@@ -16,7 +16,7 @@ from flm_megatron.json_text import JsonObject
 
 Operator = Literal["mask", "zero"]
 MASKED_SHARE = 5
-"""Masks open over the first 1 / MASKED_SHARE of a stage; benchmarks/growth/study.md measures other lengths."""
+"""Masks open over the first 1 / MASKED_SHARE of a stage."""
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from statistics import fmean
 
 from benchmarks.growth.study.arms import ARMS
 from benchmarks.growth.study.sizes import BATCH, SEQUENCE, STEP_TOKENS, UNIT, Sizes
+from flm_megatron.json_text import JsonObject
 from flm_megatron.training.metrics.events import StepEvent, ValidationEvent, read_events
 
 DECAY = 0.2
 """Share of a budget's FLOPs over which the learning rate falls to zero."""
-WARMUP, REWARM = 40, 60
-"""Steps of warm-up at the beginning, and after a growth."""
+WARMUP = 60
+"""Steps of warm-up at the beginning and after a growth, but no more than a fifth of the stage."""
 EARLY = 0.05, 0.1
 """The stretch of the large stage whose training loss may tell early whether a growth pays."""
 SCRATCH = "scratch"
@@ -120,7 +121,7 @@ class Study:
             least = min(b for b in self.budgets if (1 - DECAY) * b > grown_at)
             opening = max(1, round(ARMS[arm].mask_share * self._before(grown_at, least)))
             stages[1]["growth"] = {"mask_steps": opening, "certify_samples": 0, **ARMS[arm].growth}
-            stages[1]["schedule"] |= {"boundary": "rewarm", "warmup_tokens": REWARM * STEP_TOKENS}
+            stages[1]["schedule"] |= {"boundary": "rewarm"}
         document = {
             "name": f"{arm} {seed}",
             "output": str(folder),
@@ -139,17 +140,17 @@ class Study:
         path.write_text(json.dumps(document, indent=1))
         return path
 
-    def _stage(self, name: str, size: str, tokens: int) -> dict[str, dict[str, object]]:
-        tuned = self.sizes.tuned(size)
+    def _stage(self, name: str, size: str, tokens: int) -> JsonObject:
+        tuned, warmup = self.sizes.tuned(size), min(WARMUP * STEP_TOKENS, tokens // 5)
         model = {k: v for k, v in asdict(self.sizes.model(size)).items() if v is not None}
-        return {  # type: ignore[return-value]
+        return {
             "name": name,
             "model": model,
             "tokens": tokens,
             "global_batch": BATCH,
             "micro_batch": BATCH,
             "optimizer": {"lr": tuned["lr"], "min_lr": 0.0, "weight_decay": tuned["weight_decay"]},
-            "schedule": {"kind": "wsd", "warmup_tokens": WARMUP * STEP_TOKENS},
+            "schedule": {"kind": "wsd", "warmup_tokens": warmup},
             "validation": {"samples": self.validation_samples},
         }
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flm_megatron.config.schema import ModelConfig, MupConfig
+from flm_megatron.json_text import JsonObject
 from flm_megatron.model.parameters import parameter_count
 from flm_megatron.training.metrics.flops import training_flops_per_token
 
@@ -59,10 +60,10 @@ class Sizes:
             **values,
         )
 
-    def tuned(self, name: str) -> dict[str, float]:
+    def tuned(self, name: str) -> JsonObject:
         """Learning rate, weight decay, initial deviations and multipliers of a model."""
-        values: dict[str, dict[str, float]] = json.loads(TUNED.read_text())
-        return values["every"] | values.get(name, {})
+        values: dict[str, JsonObject] = json.loads(TUNED.read_text())
+        return {**values["every"], **values.get(name, {})}
 
     def flops(self, name: str) -> float:
         """Training FLOPs per token."""
