@@ -14,7 +14,7 @@ from flm_megatron.growth.layers import LayerSource, select_layers
 from flm_megatron.growth.rules import check_growth
 from flm_megatron.json_text import JsonObject
 
-Operator = Literal["mask", "zero"]
+Operator = Literal["mask", "zero", "clone"]
 MASKED_SHARE = 5
 """Masks open over the first 1 / MASKED_SHARE of a stage."""
 
@@ -41,6 +41,7 @@ class GrowthPlan:
     mask_steps: int = 0
     mask_shape: Literal["linear", "cosine"] = "linear"
     rejuvenate: float = 1.0
+    clone_noise: float = 0.0
 
     @property
     def norm_scale(self) -> float:
@@ -118,7 +119,7 @@ def make_plan(
     Raises:
         RequestError: the growth is not possible as asked.
     """
-    check_growth(old, new)
+    check_growth(old, new, growth)
     assert growth.mask_steps is not None, "the length of masks is the stage's: see stage_growth"
     return GrowthPlan(
         stage=stage,
@@ -134,6 +135,7 @@ def make_plan(
         mask_steps=growth.mask_steps,
         mask_shape=growth.mask_shape,
         rejuvenate=1.0 if growth.rejuvenate is None else growth.rejuvenate,
+        clone_noise=growth.clone_noise,
     )
 
 

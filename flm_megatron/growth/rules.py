@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from flm_megatron.config.budget import stage_steps
-from flm_megatron.config.schema import ModelConfig, RunConfig, StageConfig
+from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig, StageConfig
 from flm_megatron.errors import RequestError
 
 KEPT_FIELDS = ("normalization", "activation", "bias", "position", "rope_theta", "xpos_scale_base")
 WIDTHS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "query_groups")
 
 
-def check_growth(old: ModelConfig, new: ModelConfig) -> None:
+def check_growth(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> None:
     """Check all rules on two models and the growth between them."""
     check_no_adapters(old, new)
     check_kept(old, new)
     check_vocabulary(old, new)
     check_no_shrinking(old, new)
     check_heads(old, new)
+    check_clones(old, new, growth)
 
 
 def check_no_adapters(old: ModelConfig, new: ModelConfig) -> None:
@@ -81,6 +82,22 @@ def check_heads(old: ModelConfig, new: ModelConfig) -> None:
             f"query heads per group fall from {before} to {after} ({new.num_attention_heads} heads, "
             f"{new.query_groups} groups): an old group's queries would lose their keys and values; "
             f"give at least {before * new.query_groups} heads or fewer groups"
+        )
+
+
+def check_clones(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> None:
+    """All hidden channels need equally many copies, for the norms' sums; noise needs clones to be put on."""
+    before, after = old.hidden_size, new.hidden_size
+    if growth.hidden == "clone" and after % before:
+        below = after - after % before
+        raise RequestError(
+            f"growth.hidden is `clone`, but hidden_size {after} is not a multiple of {before}: give {below} or "
+            f"{below + before}, so that every channel has equally many copies, or use mask or zero"
+        )
+    if growth.clone_noise and "clone" not in (growth.hidden, growth.ffn, growth.heads):
+        raise RequestError(
+            f"growth.clone_noise is {growth.clone_noise}, but nothing is cloned: set growth.hidden, ffn or heads to "
+            "clone, or leave clone_noise out"
         )
 
 

@@ -80,9 +80,14 @@ GROWN: dict[str, dict[str, Any]] = {
 }
 
 
+CLONED = {**GROWN, "hidden": {"hidden_size": 72}, "all": {**GROWN["all"], "hidden_size": 48}}
+"""Growths that clones fit: the hidden size by a whole factor, the rest with remainders."""
+
+
 def growth(operator: str, **changes: Any) -> GrowthConfig:
-    """The same operator for every dimension; layers are copied by interleaving."""
-    values = {"hidden": operator, "ffn": operator, "heads": operator, "layers": operator}
+    """The same operator for every dimension (with `clone`, `zero` for layers); layers are copied by interleaving."""
+    layers = "zero" if operator == "clone" else operator
+    values = {"hidden": operator, "ffn": operator, "heads": operator, "layers": layers}
     return GrowthConfig(**{**values, "layer_selection": "interleave", "mask_steps": 4, **changes})
 
 

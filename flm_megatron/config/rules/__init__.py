@@ -235,7 +235,7 @@ def memory_budget_is_positive(run: RunConfig) -> list[str]:
 
 
 def growth_measures_are_counts(run: RunConfig) -> list[str]:
-    """Samples and steps of a growth are not negative, tolerances are above 0, factors are in (0, 1]."""
+    """Samples, steps, tolerances and noise of a growth are not negative, factors are in (0, 1]."""
     values: dict[str, tuple[int | None, int, int]] = {}
     lines = []
     for index, stage in enumerate(run.stages):
@@ -247,6 +247,8 @@ def growth_measures_are_counts(run: RunConfig) -> list[str]:
         values[f"{place}.mask_steps"] = (growth.mask_steps, 0, LARGEST_COUNT)
         if growth.loss_tolerance is not None and growth.loss_tolerance < 0:
             lines.append(f"{place}.loss_tolerance is {growth.loss_tolerance}, give 0 or more")
+        if not growth.clone_noise >= 0:
+            lines.append(f"{place}.clone_noise is {growth.clone_noise}, give 0 or more")
         if growth.rejuvenate is not None and not 0 < growth.rejuvenate <= 1:
             lines.append(f"{place}.rejuvenate is {growth.rejuvenate}, give a factor above 0 and at most 1")
     return out_of_range(values) + lines

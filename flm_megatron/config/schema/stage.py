@@ -31,15 +31,18 @@ class ValidationConfig:
 class GrowthConfig:
     """How a stage grows from the one before."""
 
-    hidden: Literal["mask", "zero"] = "mask"
+    hidden: Literal["mask", "zero", "clone"] = "mask"
     """Operator for the hidden size."""
-    ffn: Literal["mask", "zero"] = "mask"
+    ffn: Literal["mask", "zero", "clone"] = "mask"
     """Operator for the feed-forward size."""
-    heads: Literal["mask", "zero"] = "mask"
+    heads: Literal["mask", "zero", "clone"] = "mask"
     """Operator for attention heads and query groups."""
     layers: Literal["mask", "zero", "copy", "random"] = "mask"
     """Operator for layers; `copy` (G_stack's plain copy) and `random` (new layers as in a fresh model) do not preserve
     the function."""
+    clone_noise: float = 0.0
+    """Noise on the outgoing weights of cloned units, as a share of a fresh model's standard deviation; it cancels over
+    the copies of a unit."""
     mask_steps: int | None = None
     """Steps over which masks open from 0 to 1; none means a fifth of the stage."""
     mask_shape: Literal["linear", "cosine"] = "linear"

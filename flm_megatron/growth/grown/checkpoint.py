@@ -31,9 +31,9 @@ from flm_megatron.model.parameters import parameter_specs
 class GrownCheckpoint(LogicalCheckpoint):
     """`source` grown by `plan`: weights, and masters and moments where the source has them.
 
-    Old values are scaled where the plan scales weights (first moments by 1/c, second by 1/c^2 for weights times c);
-    new entries have zero moments, and so do copied layers. New values depend on the plan's seed and stage, the
-    tensor's name and the global index only.
+    Old values are scaled where the plan scales weights, first moments as the gradients and second moments as their
+    squares (1/c and 1/c^2 for weights times c); new entries have zero moments, and so do copies. New values depend on
+    the plan's seed and stage, the tensor's name and the global index only.
 
     Raises:
         RequestError: the source's tensors are not those of the plan's old model.
@@ -76,25 +76,31 @@ class GrownCheckpoint(LogicalCheckpoint):
         if isinstance(content, Constant):
             return content.value
         if isinstance(content, Fresh):
-            key, shape = f"growth:{self.plan.stage}:{name}", self.operators.specs[name].shape
-            dtype = self.tensors[prefix + name].dtype
-            return truncated_normal(self.plan.seed, key, shape, filled.region, content.std, dtype=dtype)
-        if isinstance(content, Old) and content.scale == 1.0:
+            return self._draw(name, filled.region, content.std, self.tensors[prefix + name].dtype)
+        noise = content.noise if isinstance(content, Old) else None
+        if isinstance(content, Old) and content.scale == 1.0 and noise is None:
             return self.source.read(prefix + name, content.region)
         exact = MASTER + name if MASTER + name in self.source.tensors else prefix + name
         values = self.source.read(exact, content.region)
         values = values if values.dtype == torch.float64 else values.float()
         if isinstance(content, Mean):
             values = axis_mean(values, content.axis)
-        return values * content.scale
+        values = values * content.scale
+        return values if noise is None else values + self._draw(name, noise.region, noise.std, values.dtype)
+
+    def _draw(self, name: str, region: Region, std: float, dtype: torch.dtype) -> torch.Tensor:
+        """Truncated normal values that belong to a region of the grown tensor."""
+        key, shape = f"growth:{self.plan.stage}:{name}", self.operators.specs[name].shape
+        return truncated_normal(self.plan.seed, key, shape, region, std, dtype=dtype)
 
     def _moments(self, prefix: str, name: str, filled: FilledRegion) -> torch.Tensor | float:
-        """Moments of one region: scaled inversely to the weights, zero where new."""
+        """Moments of one region: scaled as the gradient is, zero where new."""
         content = filled.content
         if not isinstance(content, Old) or content.copy:
             return 0.0
         values = self.source.read(prefix + name, content.region)
-        return values if content.scale == 1.0 else values / content.scale ** (1 if prefix == EXP_AVG else 2)
+        ratio = content.gradient_ratio
+        return values if ratio == 1.0 else values / ratio ** (1 if prefix == EXP_AVG else 2)
 
 
 def axis_mean(values: torch.Tensor, axis: int) -> torch.Tensor:

@@ -2,12 +2,13 @@
 
 `docs/growth.md` derives the rules. In short: old weights stay in the top-left block (times a scale where a norm or a
 multiplier changes); new weights are drawn as for a fresh model of the new shape; under `zero`, new weights that would
-write into old activations are zero instead.
+write into old activations are zero instead; under `clone`, new units are copies of old ones, whose readers share.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,12 +19,26 @@ from flm_megatron.model.parameters import Axis, ParameterSpec, Unit, parameter_s
 
 
 @dataclass(frozen=True)
+class Noise:
+    """Truncated normal values as those of `region` of the grown tensor; a negative `std` turns their signs."""
+
+    region: Region
+    std: float
+
+
+@dataclass(frozen=True)
 class Old:
-    """Values of the old tensor's `region`, times `scale`; `copy` where the layer is a copy of its source."""
+    """Values of the old tensor's `region`, times `scale`, plus `noise`.
+
+    `copy` where they are a copy of what stands elsewhere too. `gradient_ratio` is the gradient of the old weight over
+    that of the new one.
+    """
 
     region: Region
     scale: float
     copy: bool
+    gradient_ratio: float
+    noise: Noise | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +96,7 @@ class Operators:
             yield FilledRegion(cut, self._content(self.specs[name], segments))
 
     def scale(self, spec: ParameterSpec) -> float:
-        """Factor on the old values of a parameter; its first moment takes 1 / scale, its second 1 / scale^2.
+        """Factor on the old values of a parameter that are not cloned.
 
         `rejuvenate` scales what writes into the residual stream and what reads it; norms in between, whose outputs are
         divided by it, undo both.
@@ -95,20 +110,38 @@ class Operators:
         return multiplier * self.plan.rejuvenate
 
     def _content(self, spec: ParameterSpec, segments: tuple[Segment, ...]) -> Content:
-        copy = any(s.copy for s in segments)
-        if copy and self.plan.layers == "zero" and _writes_residual(spec):
+        new_layer = spec.stacked and segments[0].copy
+        if new_layer and self.plan.layers == "zero" and _writes_residual(spec):
             return Constant(0.0)
-        if copy and self.plan.layers == "random":
+        if new_layer and self.plan.layers == "random":
             return self._drawn(spec)
         new = [axis for axis, segment in zip(spec.axes, segments, strict=True) if segment.source is None]
         if not new:
-            source = Region(tuple(s.source or 0 for s in segments), tuple(s.size for s in segments))
-            return Old(source, self.scale(spec), copy)
+            return self._old(spec, segments)
         if any(self._is_zero(axis) for axis in new):
             return Constant(0.0)
         if self.plan.hidden == "zero" and any((axis.unit, axis.side) == (Unit.HIDDEN, "out") for axis in new):
             return self._zero_hidden(spec, segments)
         return self._drawn(spec)
+
+    def _old(self, spec: ParameterSpec, segments: tuple[Segment, ...]) -> Old:
+        """Old values: what reads n copies of a unit takes 1/n of its weight from each, and each gets 1/n of the
+        gradient."""
+        region = Region(tuple(s.source or 0 for s in segments), tuple(s.size for s in segments))
+        read, scale = _copies_read(spec, segments), self.scale(spec)
+        held = math.prod(s.copies for s in segments) // read
+        return Old(region, scale / read, any(s.copy for s in segments), scale * held, self._noise(spec, segments))
+
+    def _noise(self, spec: ParameterSpec, segments: tuple[Segment, ...]) -> Noise | None:
+        """Noise on what reads a cloned unit, which cancels over its copies."""
+        axis = next((i for i, axis in enumerate(spec.axes) if axis.side == "in"), None)
+        if not self.plan.clone_noise or axis is None or segments[axis].noise is None:
+            return None
+        offsets = [s.start for s in segments]
+        sign = 1 if segments[axis].noise == offsets[axis] else -1
+        offsets[axis] = segments[axis].noise or 0
+        std = sign * self.plan.clone_noise * spec.init_std
+        return Noise(Region(tuple(offsets), tuple(s.size for s in segments)), std)
 
     def _drawn(self, spec: ParameterSpec) -> Content:
         """What a fresh model of the new shape has; norm weights on the scale of the old ones, if that is below 1."""
@@ -132,7 +165,12 @@ class Operators:
             return Constant(0.0)
         offsets, sizes = [s.source or 0 for s in segments], [s.size for s in segments]
         sizes[axis] = self.plan.old.hidden_size
-        return Mean(Region(tuple(offsets), tuple(sizes)), axis, self.scale(spec))
+        return Mean(Region(tuple(offsets), tuple(sizes)), axis, self.scale(spec) / _copies_read(spec, segments))
+
+
+def _copies_read(spec: ParameterSpec, segments: tuple[Segment, ...]) -> int:
+    """How many copies of each unit the inputs of a matrix hold."""
+    return math.prod(s.copies for axis, s in zip(spec.axes, segments, strict=True) if axis.side == "in")
 
 
 def _writes_residual(spec: ParameterSpec) -> bool:

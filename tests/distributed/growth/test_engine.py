@@ -38,6 +38,7 @@ OLD = ModelConfig(
 )
 NEW = replace(OLD, num_layers=4, hidden_size=72, ffn_hidden_size=200, num_attention_heads=12, num_query_groups=4)
 TOKENS = torch.randint(0, 300, (6, 81), generator=torch.Generator().manual_seed(3))
+OPERATORS = ("zero", "mask", "clone")
 LAYOUTS = {
     "one": ParallelConfig(),
     "tensor_sequence": ParallelConfig(tensor=2, sequence=True),
@@ -48,13 +49,18 @@ LAYOUTS = {
 
 
 def plan_of(operator: str) -> GrowthPlan:
-    """Everything grows at once, with `zero` rejuvenated by a factor that bf16 multiplies by exactly."""
+    """Everything grows at once, with `zero` rejuvenated by a factor that bf16 multiplies by exactly.
+
+    Clones have noise; they need a hidden size that is a multiple of the old one.
+    """
+    if operator == "clone":
+        return make_plan(OLD, replace(NEW, hidden_size=96), growth("clone", clone_noise=0.4), seed=11, stage="big")
     rejuvenate = 0.5 if operator == "zero" else None
     return make_plan(OLD, NEW, growth(operator, rejuvenate=rejuvenate), seed=11, stage="big")
 
 
 def certificates(parallel: ParallelConfig, precision: Precision = "fp32") -> list[Certificate]:
-    """Certificates of `zero` and `mask` growth of random weights, as this rank has them."""
+    """Certificates of growth of random weights by each of OPERATORS, as this rank has them."""
     from flm_megatron.distributed.world import layout
     from flm_megatron.engine.prepare import prepare
 
@@ -62,7 +68,7 @@ def certificates(parallel: ParallelConfig, precision: Precision = "fp32") -> lis
     source = trained(OLD, torch.bfloat16 if precision == "bf16" else torch.float32, optimizer=True)
     stage = StageConfig(name="big", model=NEW, parallel=parallel, precision=precision)
     found = []
-    for operator in ("zero", "mask"):
+    for operator in OPERATORS:
         plan = plan_of(operator)
         checkpoint = GrownCheckpoint(source, plan)
         found.append(certify(source, checkpoint, plan, stage, TOKENS, partial(layout, timeout_s=120)))

@@ -18,7 +18,7 @@ from flm_megatron.growth.boundary import saved_plan
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 from flm_megatron.growth.grown.step_offsets import load_step_offsets
 from flm_megatron.growth.offline import write_grown
-from tests.distributed.growth.test_engine import OLD, plan_of
+from tests.distributed.growth.test_engine import OLD, OPERATORS, plan_of
 from tests.support.growth_cases import trained
 from tests.support.layouts import SEQUENCE, STAGE, relative_difference, take_steps
 from tests.support.pool import Pool
@@ -39,22 +39,20 @@ def stage_of(checkpoint: GrownCheckpoint, parallel: ParallelConfig, precision: P
     return replace(STAGE, model=checkpoint.plan.new, parallel=parallel, precision=precision)
 
 
-def written_hash(path: Path, operator: str) -> str:
-    """Write a grown checkpoint on all processes of the world (of this one alone without a world)."""
-    return write_grown(grown(operator), path, Processes()).logical_hash
+def written_hashes(path: Path) -> list[str]:
+    """Write a grown checkpoint of each operator on all processes of the world (of this one alone without a world)."""
+    return [write_grown(grown(each), path / each, Processes()).logical_hash for each in OPERATORS]
 
 
-@pytest.mark.parametrize("operator", ["zero", "mask"])
-def test_grown_checkpoints_are_the_same_bits_for_any_number_of_processes(
-    pool: Pool, tmp_path: Path, operator: str
-) -> None:
-    alone = written_hash(tmp_path / "1", operator)
+def test_grown_checkpoints_are_the_same_bits_for_any_number_of_processes(pool: Pool, tmp_path: Path) -> None:
+    alone = written_hashes(tmp_path / "1")
     for world in (2, 3):
-        assert pool.run(world, written_hash, tmp_path / str(world), operator) == [alone] * world
-    written, checkpoint = open_checkpoint(tmp_path / "3"), grown(operator)
-    assert dict(written.tensors) == dict(checkpoint.tensors)
-    assert all(torch.equal(written.read(name), checkpoint.read(name)) for name in checkpoint.tensors)
-    assert saved_plan(written.manifest) == checkpoint.plan
+        assert pool.run(world, written_hashes, tmp_path / str(world)) == [alone] * world
+    for operator in OPERATORS:
+        written, checkpoint = open_checkpoint(tmp_path / "3" / operator), grown(operator)
+        assert dict(written.tensors) == dict(checkpoint.tensors)
+        assert all(torch.equal(written.read(name), checkpoint.read(name)) for name in checkpoint.tensors)
+        assert saved_plan(written.manifest) == checkpoint.plan
 
 
 def trained_both_ways(path: Path, parallel: ParallelConfig, precision: Precision) -> Any:

@@ -102,6 +102,18 @@ def test_what_cannot_grow(changes: dict[str, Any], message: str) -> None:
         make_plan(old_model(), old_model(**changes), growth("zero"), seed=1)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden": "clone"}, "hidden_size 33 is not a multiple of 24: give 24 or 48"),
+        ({"clone_noise": 0.1}, r"clone_noise is 0\.1, but nothing is cloned"),
+    ],
+)
+def test_clones_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        plan_for("all", "zero", old_model(), changes)
+
+
 def test_equal_constants_that_were_read_twice_are_the_same() -> None:
     old, new = (replace(model, **json.loads('{"rope_theta": 54321.5}')) for model in (old_model(), old_model()))
     assert old.rope_theta is not new.rope_theta

@@ -12,7 +12,9 @@ from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER, Region
 from flm_megatron.config.schema import ModelConfig, MupConfig
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 from flm_megatron.growth.plan import GrowthPlan, make_plan
+from flm_megatron.model import parameters as p
 from tests.support.growth_cases import (
+    CLONED,
     GROWN,
     MemoryCheckpoint,
     grown_weights,
@@ -96,17 +98,57 @@ def gradients(model: ModelConfig, tensors: dict[str, torch.Tensor], masks: Masks
     return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 
-@pytest.mark.parametrize("operator", ["zero", "mask"])
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("case", ["hidden", "ffn", "groups", "heads_per_group", "heads_and_groups", "all"])
+def test_clones_stay_and_their_noise_cancels(case: str, block: str) -> None:
+    old = old_model(**BLOCKS[block])
+    plans = [
+        make_plan(old, replace(old, **CLONED[case]), growth("clone", clone_noise=noise), seed=5) for noise in (0.0, 0.4)
+    ]
+    assert all(difference(plan) <= 1e-12 for plan in plans)
+    plain, noisy = (grown_weights(plan, trained(old)) for plan in plans)
+    changed = {name for name in plain if not torch.equal(plain[name], noisy[name])}
+    readers = {"ffn": {f"{p.FC2}.weight"}, "hidden": {f"{p.QKV}.weight", f"{p.FC1}.weight", p.HEAD}}
+    heads = {f"{p.PROJECTION}.weight"}
+    assert changed == (set().union(*readers.values(), heads) if case == "all" else readers.get(case, heads))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_moments_of_clones_are_those_of_the_gradients_they_get(block: str) -> None:
+    """Gradients of the old model as its moments, grown, are the gradients of the grown one; copies start anew."""
+    old = old_model(**BLOCKS[block], input_mult=0.5)
+    new = replace(old, **{**CLONED["all"], "num_layers": 3}, input_mult=0.7)
+    plan, source = make_plan(old, new, growth("clone", rejuvenate=0.37), seed=5), trained(old)
+    before = gradients(old, weights(source, old), open_masks(old))
+    after = gradients(plan.new, grown_weights(plan, source), open_masks(plan.new))
+    moments = {EXP_AVG + name: gradient for name, gradient in before.items()}
+    moments |= {EXP_AVG_SQ + name: gradient**2 for name, gradient in before.items()}
+    grown = GrownCheckpoint(MemoryCheckpoint({**source.values, **moments}), plan)
+    for name, gradient in after.items():
+        for prefix, power in ((EXP_AVG, 1), (EXP_AVG_SQ, 2)):
+            found = grown.read(prefix + name)
+            assert found.count_nonzero() == before[name].count_nonzero()
+            torch.testing.assert_close(found, gradient**power * (found != 0), rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("operator", ["zero", "mask", "clone"])
 def test_multi_head_attention_stays(operator: str) -> None:
     old = old_model(num_query_groups=None)
-    new = replace(old, num_attention_heads=7, hidden_size=40)
+    new = replace(old, num_attention_heads=7, hidden_size=48)
     assert difference(make_plan(old, new, growth(operator), seed=2)) <= 1e-12
 
 
-@pytest.mark.parametrize("masked", ["hidden", "ffn", "heads", "layers"])
-def test_operators_mix(masked: str) -> None:
-    assert difference(plan_for("all", "zero", old_model(), {masked: "mask"})) <= 1e-12
-    assert difference(plan_for("all", "mask", old_model(), {masked: "zero"})) <= 1e-12
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("dimension", ["hidden", "ffn", "heads", "layers"])
+def test_operators_mix(dimension: str, block: str) -> None:
+    old = old_model(**BLOCKS[block])
+    new = replace(old, **CLONED["all"])
+    mixes = [("zero", "mask"), ("mask", "zero"), ("zero", "clone"), ("mask", "clone")]
+    if dimension == "layers":
+        mixes = [("zero", "mask"), ("mask", "zero")]
+    for others, one in mixes:
+        noise = {"clone_noise": 0.4} if one == "clone" else {}
+        assert difference(make_plan(old, new, growth(others, **{dimension: one}, **noise), seed=5)) <= 1e-12
 
 
 def test_multipliers_may_change_at_growth() -> None:

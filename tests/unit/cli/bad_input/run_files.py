@@ -112,6 +112,7 @@ RULES = [
     Row("config grow.yaml --stages.1.model.position xpos", "growth keeps it"),
     Row("config grow.yaml --stages.1.growth.mask_steps 100000", "mask_steps is 100000"),
     Row("config grow.yaml --stages.1.growth.layer_selection list", "growth.copied_layers names 0 layers"),
+    Row("config grow.yaml --stages.1.growth.hidden clone", "hidden_size 48 is not a multiple of 32: give 32 or 64"),
     Row("config grow.yaml --stages.1.growth.rejuvenate 0", "rejuvenate is 0.0, give a factor above 0"),
     Row("config grow.yaml --stages.1.growth.distance_samples 0", "distance_samples is 0"),
     Row("config grow.yaml --stages.1.name SMALL", "share a name"),

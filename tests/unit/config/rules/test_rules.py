@@ -56,6 +56,7 @@ REFUSED: list[tuple[str, int | None, str]] = [
     (f"stages.0.name={'a' * 101}", None, "use at most 100 letters"),
     ("seed=9223372036854775808", None, "seed is 9223372036854775808, give at most 9223372036854775807"),
     ("distributed.timeout_s=1000000000", None, "distributed.timeout_s is 1000000000, give at most 10000000"),
+    ("stages.1.growth.clone_noise=-0.1", None, "stages.1.growth.clone_noise is -0.1, give 0 or more"),
     ("stages.1.growth.rejuvenate=1.5", None, "stages.1.growth.rejuvenate is 1.5, give a factor above 0 and at most 1"),
     ("stages.1.growth.distance_samples=0", None, "stages.1.growth.distance_samples is 0, give at least 1"),
     ("stages.1.growth.certify_samples=-1", None, "stages.1.growth.certify_samples is -1, give at least 0"),

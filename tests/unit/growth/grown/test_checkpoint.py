@@ -19,7 +19,14 @@ from flm_megatron.growth.plan import GrowthPlan, make_plan
 from flm_megatron.growth.record import GrowthRecord, growth_behind
 from flm_megatron.model import parameters as p
 from flm_megatron.model.parameters import parameter_specs
-from tests.support.growth_cases import MemoryCheckpoint, growth, old_model, plan_for, trained
+from tests.support.growth_cases import (
+    CLONED,
+    MemoryCheckpoint,
+    growth,
+    old_model,
+    plan_for,
+    trained,
+)
 
 GPT3 = old_model(normalization="layernorm", activation="gelu", bias=True)
 CHECKPOINTS = [
@@ -27,6 +34,13 @@ CHECKPOINTS = [
         trained(model, torch.float32, optimizer=True), plan_for("all", operator, model, {"optimizer_step": "birth"})
     )
     for operator in ("zero", "mask")
+    for model in (old_model(), GPT3)
+]
+CLONES = growth("clone", layers="random", clone_noise=0.4)
+CHECKPOINTS += [
+    GrownCheckpoint(
+        trained(model, torch.float32, optimizer=True), make_plan(model, replace(model, **CLONED["all"]), CLONES, 5)
+    )
     for model in (old_model(), GPT3)
 ]
 WHOLE = [{name: checkpoint.read(name) for name in checkpoint.tensors} for checkpoint in CHECKPOINTS]
@@ -173,10 +187,11 @@ def test_stages_and_seeds_draw_different_numbers() -> None:
 
 
 def test_bf16_weights_are_rounded_masters() -> None:
-    plan = plan_for("all", "zero", old_model())
-    checkpoint = GrownCheckpoint(trained(plan.old, torch.bfloat16, optimizer=True), plan)
-    for name in parameter_specs(plan.new):
-        assert torch.equal(checkpoint.read(name), checkpoint.read(MASTER + name).bfloat16()), name
+    old = old_model()
+    for plan in (plan_for("all", "zero", old), make_plan(old, replace(old, **CLONED["all"]), CLONES, seed=5)):
+        checkpoint = GrownCheckpoint(trained(plan.old, torch.bfloat16, optimizer=True), plan)
+        for name in parameter_specs(plan.new):
+            assert torch.equal(checkpoint.read(name), checkpoint.read(MASTER + name).bfloat16()), name
 
 
 def test_step_offsets() -> None:
