@@ -42,6 +42,7 @@ class GrowthPlan:
     mask_shape: Literal["linear", "cosine"] = "linear"
     rejuvenate: float = 1.0
     clone_noise: float = 0.0
+    shrink: float | None = None
 
     @property
     def norm_scale(self) -> float:
@@ -69,6 +70,8 @@ class GrowthPlan:
     @property
     def masked(self) -> tuple[str, ...]:
         """Dimensions that grow behind a mask, of hidden, ffn, heads, layers."""
+        if self.shrink is not None:
+            return ()
         grows = {
             "hidden": self.old.hidden_size != self.new.hidden_size,
             "ffn": self.old.ffn_hidden_size != self.new.ffn_hidden_size,
@@ -80,7 +83,8 @@ class GrowthPlan:
     @property
     def preserving(self) -> bool:
         """Whether the grown model computes the old function at its first step."""
-        return not (self.layers in ("copy", "random") and self.old.num_layers != self.new.num_layers)
+        changed_depth = self.layers in ("copy", "random") and self.old.num_layers != self.new.num_layers
+        return self.shrink is None and not changed_depth
 
     def to_json(self) -> dict[str, object]:
         """Plain data, for a checkpoint's manifest."""
@@ -136,6 +140,7 @@ def make_plan(
         mask_shape=growth.mask_shape,
         rejuvenate=1.0 if growth.rejuvenate is None else growth.rejuvenate,
         clone_noise=growth.clone_noise,
+        shrink=growth.shrink,
     )
 
 

@@ -20,6 +20,7 @@ def check_growth(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> No
     check_no_shrinking(old, new)
     check_heads(old, new)
     check_clones(old, new, growth)
+    check_shrink(growth)
 
 
 def check_no_adapters(old: ModelConfig, new: ModelConfig) -> None:
@@ -98,6 +99,23 @@ def check_clones(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> No
         raise RequestError(
             f"growth.clone_noise is {growth.clone_noise}, but nothing is cloned: set growth.hidden, ffn or heads to "
             "clone, or leave clone_noise out"
+        )
+
+
+def check_shrink(growth: GrowthConfig) -> None:
+    """Shrink and perturb fills every matrix in its own way, and changes the loss."""
+    if growth.shrink is None:
+        return
+    for name in ("hidden", "ffn", "heads", "layers"):
+        if (operator := getattr(growth, name)) in ("zero", "clone"):
+            raise RequestError(
+                f"growth.shrink takes the place of growth.{name} `{operator}`, whose function it would not preserve: "
+                "leave one of the two out"
+            )
+    if growth.loss_tolerance is not None:
+        raise RequestError(
+            f"growth.shrink changes the loss, so that growth.loss_tolerance {growth.loss_tolerance:g} cannot be "
+            "certified: leave one of the two out"
         )
 
 

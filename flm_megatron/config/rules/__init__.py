@@ -249,8 +249,10 @@ def growth_measures_are_counts(run: RunConfig) -> list[str]:
             lines.append(f"{place}.loss_tolerance is {growth.loss_tolerance}, give 0 or more")
         if not growth.clone_noise >= 0:
             lines.append(f"{place}.clone_noise is {growth.clone_noise}, give 0 or more")
-        if growth.rejuvenate is not None and not 0 < growth.rejuvenate <= 1:
-            lines.append(f"{place}.rejuvenate is {growth.rejuvenate}, give a factor above 0 and at most 1")
+        for name in ("rejuvenate", "shrink"):
+            factor = getattr(growth, name)
+            if factor is not None and not 0 < factor <= 1:
+                lines.append(f"{place}.{name} is {factor}, give a factor above 0 and at most 1")
     return out_of_range(values) + lines
 
 

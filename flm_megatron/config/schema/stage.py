@@ -58,6 +58,9 @@ class GrowthConfig:
     rejuvenate: float | None = None
     """Factor in (0, 1] on all old matrices, embedding and head, which norms undo: it changes no logit, and the old
     weights learn faster for their size."""
+    shrink: float | None = None
+    """Shrink and perturb, in place of masks: old matrices, embedding and head times this factor in (0, 1], plus a fresh
+    initialisation of the new shape. Layers are copied, or `random`. It does not preserve the function."""
     optimizer_step: Literal["keep", "birth"] = "keep"
     """Steps in Adam's bias correction of new entries: `keep` counts all, `birth` only those since the growth."""
     loss_tolerance: float | None = None

@@ -2,7 +2,8 @@
 
 `docs/growth.md` derives the rules. In short: old weights stay in the top-left block (times a scale where a norm or a
 multiplier changes); new weights are drawn as for a fresh model of the new shape; under `zero`, new weights that would
-write into old activations are zero instead; under `clone`, new units are copies of old ones, whose readers share.
+write into old activations are zero instead; under `clone`, new units are copies of old ones, whose readers share;
+under `shrink`, a fresh model is added to the shrunk old one.
 """
 
 from __future__ import annotations
@@ -130,10 +131,14 @@ class Operators:
         region = Region(tuple(s.source or 0 for s in segments), tuple(s.size for s in segments))
         read, scale = _copies_read(spec, segments), self.scale(spec)
         held = math.prod(s.copies for s in segments) // read
-        return Old(region, scale / read, any(s.copy for s in segments), scale * held, self._noise(spec, segments))
+        shrink = self.plan.shrink if self.plan.shrink and spec.init_std else 1.0
+        noise = self._noise(spec, segments)
+        return Old(region, scale * shrink / read, any(s.copy for s in segments), scale * held, noise)
 
     def _noise(self, spec: ParameterSpec, segments: tuple[Segment, ...]) -> Noise | None:
-        """Noise on what reads a cloned unit, which cancels over its copies."""
+        """Noise on what reads a cloned unit, which cancels over its copies; under `shrink` a fresh matrix."""
+        if self.plan.shrink and spec.init_std:
+            return Noise(Region(tuple(s.start for s in segments), tuple(s.size for s in segments)), spec.init_std)
         axis = next((i for i, axis in enumerate(spec.axes) if axis.side == "in"), None)
         if not self.plan.clone_noise or axis is None or segments[axis].noise is None:
             return None

@@ -55,6 +55,8 @@ def plan_of(operator: str) -> GrowthPlan:
     """
     if operator == "clone":
         return make_plan(OLD, replace(NEW, hidden_size=96), growth("clone", clone_noise=0.4), seed=11, stage="big")
+    if operator == "shrink":
+        return make_plan(OLD, NEW, growth("mask", shrink=0.4), seed=11, stage="big")
     rejuvenate = 0.5 if operator == "zero" else None
     return make_plan(OLD, NEW, growth(operator, rejuvenate=rejuvenate), seed=11, stage="big")
 

@@ -114,6 +114,19 @@ def test_clones_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
         plan_for("all", "zero", old_model(), changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ffn": "zero"}, "takes the place of growth.ffn `zero`"),
+        ({"heads": "clone"}, "takes the place of growth.heads `clone`"),
+        ({"loss_tolerance": 0.1}, "growth.loss_tolerance 0.1 cannot be certified"),
+    ],
+)
+def test_what_shrink_and_perturb_contradicts(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        plan_for("all", "mask", old_model(), {"shrink": 0.4, **changes})
+
+
 def test_equal_constants_that_were_read_twice_are_the_same() -> None:
     old, new = (replace(model, **json.loads('{"rope_theta": 54321.5}')) for model in (old_model(), old_model()))
     assert old.rope_theta is not new.rope_theta
@@ -129,7 +142,7 @@ def test_plan_round_trip_and_resume() -> None:
     with pytest.raises(RequestError, match="seed = 5, and the run file now gives 6"):
         check_same_plan(plan, replace(plan, seed=6))
     saved = plan.to_json()
-    written_before = GrowthPlan.from_json({name: saved[name] for name in saved if name != "rejuvenate"})
+    written_before = GrowthPlan.from_json({name: saved[name] for name in saved if name not in ("rejuvenate", "shrink")})
     with pytest.raises(RequestError, match=r"grown with rejuvenate = 1\.0, and the run file now gives 0\.5"):
         check_same_plan(written_before, replace(plan, rejuvenate=0.5))
     with pytest.raises(RequestError, match=r"new\.ffn_hidden_size = 110, and the run file now gives 111"):

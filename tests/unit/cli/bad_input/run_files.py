@@ -114,6 +114,7 @@ RULES = [
     Row("config grow.yaml --stages.1.growth.layer_selection list", "growth.copied_layers names 0 layers"),
     Row("config grow.yaml --stages.1.growth.hidden clone", "hidden_size 48 is not a multiple of 32: give 32 or 64"),
     Row("config grow.yaml --stages.1.growth.rejuvenate 0", "rejuvenate is 0.0, give a factor above 0"),
+    Row("config grow.yaml --stages.1.growth.shrink 0.5 --stages.1.growth.loss_tolerance 1", "leave one of the two out"),
     Row("config grow.yaml --stages.1.growth.distance_samples 0", "distance_samples is 0"),
     Row("config grow.yaml --stages.1.name SMALL", "share a name"),
     Row(

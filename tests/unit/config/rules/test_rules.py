@@ -58,6 +58,7 @@ REFUSED: list[tuple[str, int | None, str]] = [
     ("distributed.timeout_s=1000000000", None, "distributed.timeout_s is 1000000000, give at most 10000000"),
     ("stages.1.growth.clone_noise=-0.1", None, "stages.1.growth.clone_noise is -0.1, give 0 or more"),
     ("stages.1.growth.rejuvenate=1.5", None, "stages.1.growth.rejuvenate is 1.5, give a factor above 0 and at most 1"),
+    ("stages.1.growth.shrink=0", None, "stages.1.growth.shrink is 0.0, give a factor above 0 and at most 1"),
     ("stages.1.growth.distance_samples=0", None, "stages.1.growth.distance_samples is 0, give at least 1"),
     ("stages.1.growth.certify_samples=-1", None, "stages.1.growth.certify_samples is -1, give at least 0"),
     ("stages.1.growth.loss_tolerance=-1", None, "stages.1.growth.loss_tolerance is -1.0, give 0 or more"),

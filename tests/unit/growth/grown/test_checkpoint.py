@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flm_megatron.checkpoint.lazy.generator import truncated_normal
 from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER, Region
 from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.errors import RequestError
@@ -43,6 +44,7 @@ CHECKPOINTS += [
     )
     for model in (old_model(), GPT3)
 ]
+CHECKPOINTS += [GrownCheckpoint(CHECKPOINTS[0].source, plan_for("all", "mask", old_model(), {"shrink": 0.4}))]
 WHOLE = [{name: checkpoint.read(name) for name in checkpoint.tensors} for checkpoint in CHECKPOINTS]
 
 
@@ -121,6 +123,24 @@ def test_rejuvenation_undoes_what_zero_does_to_norms() -> None:
     assert (masked.read(f"{p.FINAL_NORM}.weight")[24:] == 1).all()
 
 
+@pytest.mark.parametrize("layers", ["copy", "random"])
+def test_shrink_and_perturb(layers: str) -> None:
+    """Matrices, embedding and head are a fresh model plus the shrunk old one in its place; norms and biases stay."""
+    plan = plan_for("all", "mask", GPT3, {"shrink": 0.4, "layers": layers})
+    assert plan.masked == () and not plan.preserving
+    source = trained(plan.old)
+    shrunk = GrownCheckpoint(source, plan)
+    plain = GrownCheckpoint(source, replace(plan, shrink=None))
+    from_nothing = GrownCheckpoint(MemoryCheckpoint({n: t * 0 for n, t in source.values.items()}), plain.plan)
+    for name, spec in parameter_specs(plan.new).items():
+        expected = plain.read(name)
+        if spec.init_std:
+            whole = Region.whole(spec.shape)
+            fresh = truncated_normal(5, f"growth:big:{name}", spec.shape, whole, spec.init_std).double()
+            expected = 0.4 * (expected - from_nothing.read(name)) + fresh
+        torch.testing.assert_close(shrunk.read(name), expected)
+
+
 def test_copied_layers_have_fresh_moments() -> None:
     plan = plan_for("layers", "mask", old_model())
     source = trained(plan.old, torch.float32, optimizer=True)
@@ -188,7 +208,8 @@ def test_stages_and_seeds_draw_different_numbers() -> None:
 
 def test_bf16_weights_are_rounded_masters() -> None:
     old = old_model()
-    for plan in (plan_for("all", "zero", old), make_plan(old, replace(old, **CLONED["all"]), CLONES, seed=5)):
+    clones = make_plan(old, replace(old, **CLONED["all"]), CLONES, seed=5)
+    for plan in (plan_for("all", "zero", old), clones, plan_for("all", "mask", old, {"shrink": 0.4})):
         checkpoint = GrownCheckpoint(trained(plan.old, torch.bfloat16, optimizer=True), plan)
         for name in parameter_specs(plan.new):
             assert torch.equal(checkpoint.read(name), checkpoint.read(MASTER + name).bfloat16()), name
