@@ -12,13 +12,14 @@ from flm_megatron.launch.preflight import require_places, require_turn, resolve
 STOPPED_EARLY = "stopped by a signal before training began"
 
 
-def train(run: RunConfig, *, stage: str | None = None, start_anew: bool = False) -> int:
-    """Train what is left of a run: all stages, growing between them, or one `stage` alone.
+def train(run: RunConfig, *, stage: str | None = None, start_anew: bool = False, branch: str | None = None) -> int:
+    """Train what is left of a run: all stages, growing between them, or one `stage` alone, or a `branch`.
 
     Without a launcher processes of this machine are started for every stage, as many as its layout needs; under
     torchrun, and what `flm launch` writes, this process is a rank, and all ranks call. Goes on where the run stands;
-    with `start_anew` it begins from nothing, and earlier results are kept as NAME.before-N. Everything is checked
-    before any process starts. For the main thread, because it listens to signals.
+    with `start_anew` it begins from nothing, and earlier results are kept as NAME.before-N. The branch `decay@TOKENS`
+    is a copy of the run from its checkpoint at TOKENS on, cooled down in an output folder of its own. Everything is
+    checked before any process starts. For the main thread, because it listens to signals.
 
     Returns:
         0 when the run is trained to the end of its budget, 3 when SIGTERM or SIGINT stopped it after saving.
@@ -30,16 +31,21 @@ def train(run: RunConfig, *, stage: str | None = None, start_anew: bool = False)
         SystemExit: with status 3, a signal came before the first step.
     """
     _require_main_thread()
+    if branch is not None and stage is not None:
+        raise RequestError(f"a branch has a stage of its own: give --branch or --stage {stage}, not both")
     with stop_before_training(STOPPED_EARLY):
         require_places(run, stage)
-        run = resolve(run, start_anew)
+        run = resolve(run, start_anew and branch is None)
+        if branch is not None:
+            run, stage = _branch(run, branch)
         from flm_megatron.distributed.world import launched  # torch takes seconds: mistakes are found before
         from flm_megatron.launch.run import check_local
         from flm_megatron.launch.run import train as train_checked
 
         if not launched():
             check_local(run)
-        require_turn(run, stage, start_anew)
+        if branch is None:
+            require_turn(run, stage, start_anew)
         return train_checked(run, stage, start_anew)
 
 
@@ -68,6 +74,19 @@ def fine_tune(run: RunConfig) -> int:
             check_local(run)
             print("\n".join(lines), flush=True)
         return train_checked(run)
+
+
+def _branch(run: RunConfig, branch: str) -> tuple[RunConfig, str]:
+    """The run of a branch, checked, and its last stage, which alone is left to train. Raises as `decay_branch`."""
+    from flm_megatron.growth.foreseen import check_run_file
+    from flm_megatron.launch.branch import decay_branch
+    from flm_megatron.launch.preflight import check_epochs
+
+    run = decay_branch(run, branch)
+    check_run_file(run)
+    check_epochs(run)
+    require_places(run)
+    return run, run.stages[-1].name
 
 
 def _require_main_thread() -> None:

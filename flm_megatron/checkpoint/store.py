@@ -57,6 +57,11 @@ class CheckpointStore:
         """Steps of a stage that have a checkpoint under its final name, oldest first."""
         return sorted({_place(path)[0] for path in self._paths(stage)})
 
+    @staticmethod
+    def step_of(path: Path) -> int:
+        """The step of a checkpoint under its final name."""
+        return _place(path)[0]
+
     def newest(self, stage: str) -> list[Path]:
         """Checkpoints of a stage under their final names, newest first, whole or not."""
         return self._paths(stage)[::-1]

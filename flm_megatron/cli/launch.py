@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=processes, default=1, help="nodes (default 1)")
     parser.add_argument("--processes-per-node", type=processes, default=8, help="processes, one per GPU, of a node")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what the nodes have (default cuda)")
-    parser.add_argument("--stage", help="only this stage")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--stage", help="only this stage")
+    part.add_argument("--branch", metavar="decay@TOKENS", help="only this branch, as `flm train` takes it")
     parser.add_argument(
         "--rehearse", action="store_true", help="first run a rank of every role through one step, without values"
     )
@@ -49,6 +51,11 @@ def run(args: argparse.Namespace) -> int:
     from flm_megatron.paths import require_folder
 
     config = open_run(args.run_file, args.overrides)
+    if args.branch is not None:
+        from flm_megatron.launch.branch import decay_branch
+
+        config = decay_branch(config, args.branch)
+        args.stage = config.stages[-1].name
     if not args.dry_run:
         require_folder(config.output, "output")
     job = plan_job(
@@ -62,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         gpu=args.device == "cuda",
         grace_s=args.grace_s,
         restarts=args.max_restarts,
+        branch=args.branch,
     )
     site = Site(
         args.fabric, args.interface, args.rendezvous, args.endpoint, args.time, args.partition, args.image, args.claim

@@ -6,11 +6,15 @@ import argparse
 
 from flm_megatron.cli.options.parser import path, take_overrides
 
+BRANCH = "from the checkpoint kept at TOKENS (1.5M, 3e6), cool down a copy of the run in OUTPUT/branches"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm train`; anything else of the form `--field value` overrides the run file."""
     parser.add_argument("run_file", type=path, help="run file (YAML)")
-    parser.add_argument("--stage", help="train only this stage")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--stage", help="train only this stage")
+    part.add_argument("--branch", metavar="decay@TOKENS", help=BRANCH)
     parser.add_argument(
         "--start-anew", action="store_true", help="begin from nothing; earlier results are kept as NAME.before-N"
     )
@@ -31,7 +35,11 @@ def run(args: argparse.Namespace) -> int:
     with stop_before_training(STOPPED_EARLY):
         config = open_run(args.run_file, args.overrides)
         if args.print_config:
+            if args.branch is not None:
+                from flm_megatron.launch.branch import decay_branch
+
+                config = decay_branch(config, args.branch)
             check_run_file(config)
             print(dump_run(config), end="")
             return 0
-        return train(config, stage=args.stage, start_anew=args.start_anew)
+        return train(config, stage=args.stage, start_anew=args.start_anew, branch=args.branch)

@@ -50,6 +50,7 @@ def train(run: RunConfig, only: str | None = None, anew: bool = False) -> int:
 
 def _train_locally(run: RunConfig, only: str | None, anew: bool) -> int:
     """Start fresh processes for each stage, as many as its layout needs."""
+    from flm_megatron.launch.branch import bring_metrics
     from flm_megatron.launch.run_lease import run_lease
     from flm_megatron.training.resume.memory_copies import NOT_USED
     from flm_megatron.training.resume.start import checked_start, set_aside
@@ -60,6 +61,7 @@ def _train_locally(run: RunConfig, only: str | None, anew: bool) -> int:
             set_aside(run)
         start = checked_start(run, only)
         write_run_file(run)
+        bring_metrics(run, start)
         if run.checkpoint.memory is not None:
             print(NOT_USED, flush=True)
         return _train_what_is_left(run, only, start)
@@ -112,6 +114,7 @@ def _train_as_rank(run: RunConfig, only: str | None) -> int:
     from flm_megatron.distributed.error_file import write_error_file
     from flm_megatron.distributed.processes import Processes
     from flm_megatron.distributed.world import is_main_rank, world
+    from flm_megatron.launch.branch import bring_metrics
     from flm_megatron.launch.heartbeat import heartbeat
     from flm_megatron.launch.outcome import report_end
     from flm_megatron.launch.run_lease import run_lease
@@ -124,6 +127,7 @@ def _train_as_rank(run: RunConfig, only: str | None) -> int:
         start = first_start(run, only, copies)
         if is_main_rank():
             write_run_file(run)
+            bring_metrics(run, start)
         goes_on = True
         while start is not None and goes_on:
             goes_on = train_stage(run, start, copies)

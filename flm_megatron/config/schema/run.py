@@ -38,6 +38,9 @@ class CheckpointConfig:
     lost."""
     initial: str | None = None
     """Checkpoint (ours or a Hugging Face folder) whose weights the first stage starts from."""
+    branch_of: str | None = None
+    """Checkpoint of another run with the same stages up to there, from which this run goes on as if it were its own:
+    set by `flm train --branch`."""
 
 
 @dataclass(config=SETTINGS)

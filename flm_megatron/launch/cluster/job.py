@@ -33,6 +33,8 @@ class Job:
     """Seconds from SIGTERM until processes are killed: one step and one checkpoint."""
     restarts: int = 10
     """How often torchrun restarts the ranks after a failure."""
+    branch: str | None = None
+    """The branch to train, as `flm train` takes it: `run` is that branch."""
 
     @property
     def name(self) -> str:
@@ -48,6 +50,8 @@ class Job:
     def command(self, stage: str | None = None) -> str:
         """The `flm train` command; `stage` is inserted unquoted, so that a shell can expand it."""
         words = ["train", shlex.quote(self.run_file)]
+        if self.branch is not None:
+            return " ".join([*words, "--branch", shlex.quote(self.branch), *map(shlex.quote, self.overrides)])
         chosen = stage or (None if self.whole else shlex.quote(self.stages[0].name))
         words += ["--stage", chosen] if chosen else []
         return " ".join([*words, *map(shlex.quote, self.overrides)])
@@ -68,9 +72,11 @@ def plan_job(
     gpu: bool = True,
     grace_s: int = 120,
     restarts: int = 10,
+    branch: str | None = None,
 ) -> Job:
     """The job that trains `run` (or one stage of it) on `nodes` nodes of `per_node` processes.
 
+    With `branch` `run` is that branch, and the stage its last one.
     With `separate` every stage is a job of its own and may take fewer nodes. `grace_s` is in seconds.
 
     Raises:
@@ -83,7 +89,18 @@ def plan_job(
         raise RequestError(f"--max-restarts is {restarts}, give 0 or more")
     stages = tuple(run.stages) if stage is None else (run.stages[stage_index(run, stage)],)
     job = Job(
-        run, str(run_file), tuple(overrides), stages, nodes, per_node, gpu, stage is None, separate, grace_s, restarts
+        run,
+        str(run_file),
+        tuple(overrides),
+        stages,
+        nodes,
+        per_node,
+        gpu,
+        whole=stage is None,
+        separate=separate,
+        grace_s=grace_s,
+        restarts=restarts,
+        branch=branch,
     )
     check(run, stages=[])
     for each in stages:

@@ -116,10 +116,15 @@ class MetricsLog:
 def _reopen(path: Path, stages: list[str], stage: str, step: int) -> TextIO:
     """Open for appending, dropping what came after `step` of `stage`."""
     if path.exists():
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _is_before(line, stages, stage, step)]
+        kept = lines_up_to(path, stages, stage, step)
         check_fences()
         replace_file(path, "".join(line + "\n" for line in kept).encode())
     return path.open("a", encoding="utf-8")
+
+
+def lines_up_to(path: Path, stages: list[str], stage: str, step: int) -> list[str]:
+    """The lines of a `metrics.jsonl` up to `step` of `stage`, without line ends; `stages` are the names in order."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if _is_before(line, stages, stage, step)]
 
 
 def _is_before(text: str, stages: list[str], stage: str, step: int) -> bool:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 
-from flm_megatron.checkpoint.files.manifest import read_manifest
-from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.config.schema import RunConfig, ScheduleConfig
-from flm_megatron.errors import DamagedError
-from flm_megatron.training.resume.start import checkpoint_store
+from flm_megatron.training.resume.start import newest_manifest
 
 
 def with_saved_schedules(run: RunConfig) -> RunConfig:
@@ -21,7 +17,7 @@ def with_saved_schedules(run: RunConfig) -> RunConfig:
     """
     if not any(_is_open(stage.schedule) for stage in run.stages):
         return run
-    saved = {stage.name: stage.saved.get("schedule") for stage in _newest_manifest(run).run.stages}
+    saved = {stage.name: stage.saved.get("schedule") for stage in newest_manifest(run).run.stages}
     stages = [replace(stage, schedule=_as_saved(stage.schedule, saved.get(stage.name))) for stage in run.stages]
     return replace(run, stages=stages)
 
@@ -39,13 +35,3 @@ def _as_saved(schedule: ScheduleConfig, saved: object) -> ScheduleConfig:
     if schedule.wsd_decay_fraction is None and saved.get("wsd_decay_fraction") == 0.1:
         schedule = replace(schedule, wsd_decay_fraction=0.1)
     return schedule
-
-
-def _newest_manifest(run: RunConfig) -> Manifest:
-    """The manifest of the newest checkpoint that has a whole one; an empty one if there is none."""
-    store = checkpoint_store(run)
-    for path in (path for stage in reversed(run.stages) for path in store.newest(stage.name)):
-        with suppress(DamagedError):
-            if (manifest := read_manifest(path)) is not None:
-                return manifest
-    return Manifest()

@@ -37,7 +37,7 @@ from flm_megatron.training.resume.continuation import (
 )
 from flm_megatron.training.resume.first_checkpoint import first_checkpoint
 
-MADE = ("checkpoints", "metrics.jsonl", "log.txt", "goodput.jsonl", "tensorboard")
+MADE = ("checkpoints", "metrics.jsonl", "log.txt", "goodput.jsonl", "tensorboard", "branches")
 """Names in the output folder that a run makes and continues with."""
 
 
@@ -98,7 +98,7 @@ def find_start(run: RunConfig, only: str | None = None) -> Start | None:
         wanted = wanted[: stage_index(run, only) + 1]
     store = checkpoint_store(run)
     path, damaged = store.search(wanted)
-    start = _after(run, path)
+    start = _after(run, path or _branching_point(run))
     if start.stage >= len(wanted):
         return None
     start = replace(start, passed_over=tuple(map(str, damaged)), taken=store.taken(wanted[start.stage]))
@@ -112,6 +112,36 @@ def run_history(run: RunConfig) -> History:
     """The history in the newest checkpoint of a run; none if it has no checkpoint. Raises as `find_start`."""
     path = checkpoint_store(run).latest([stage.name for stage in run.stages])
     return known_history(run, _manifest(path), str(path)) if path else ()
+
+
+def newest_manifest(run: RunConfig) -> Manifest:
+    """The manifest of the run's newest checkpoint that has a whole one; an empty one if there is none.
+
+    Nothing else of the checkpoint is looked at.
+
+    Raises:
+        RequestError: the disk does not answer, or it is of a newer version.
+    """
+    store = checkpoint_store(run)
+    for path in (path for stage in reversed(run.stages) for path in store.newest(stage.name)):
+        with suppress(DamagedError):
+            if (manifest := read_manifest(path)) is not None:
+                return manifest
+    return Manifest()
+
+
+def _branching_point(run: RunConfig) -> Path | None:
+    """The checkpoint that a branch starts from; none for any other run.
+
+    Raises:
+        RequestError: it is not there.
+    """
+    if run.checkpoint.branch_of is None:
+        return None
+    path = Path(run.checkpoint.branch_of)
+    if read_manifest(path) is None:
+        raise RequestError(f"checkpoint.branch_of {path} is not a checkpoint, or no longer: branch from one that is")
+    return path
 
 
 def _manifest(path: Path) -> Manifest:

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from flm_megatron.api.train import train as train_branch
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.config.loader import load_run
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.errors import FlmError
+from flm_megatron.evaluation.report.history import read_history
 from flm_megatron.growth.boundary import saved_mask_value, saved_plan
 from flm_megatron.growth.record import growth_of
+from flm_megatron.launch.branch import decay_branch
 from flm_megatron.launch.preflight import resolve
 from flm_megatron.launch.run import train
 from flm_megatron.optim.learning_rate import learning_rate
@@ -30,6 +33,7 @@ data:
 defaults:
   global_batch: 4
   optimizer: {{lr: 3.0e-3, min_lr: 1.0e-3}}
+  schedule: {{kind: wsd, boundary: rewarm, warmup_samples: 12, wsd_decay_fraction: 0.2}}
 stages:
   - name: small
     model: {{num_layers: 2, hidden_size: 32, ffn_hidden_size: 48, num_attention_heads: 4}}
@@ -38,7 +42,6 @@ stages:
     model: {{num_layers: 3, hidden_size: 48, ffn_hidden_size: 96, num_attention_heads: 6}}
     parallel: {{tensor: 2, sequence: true}}
     tokens: 1024
-    schedule: {{kind: cosine, boundary: rewarm, warmup_samples: 8}}
     growth: {{hidden: mask, ffn: zero, heads: mask, layers: mask, mask_steps: 5, layer_selection: distance,
               optimizer_step: birth, rejuvenate: 0.5}}
 checkpoint: {{interval_steps: 3, keep_last: 9}}
@@ -86,6 +89,50 @@ def test_a_run_stopped_inside_a_mask_goes_on_with_the_same_bits(
     assert saved_plan(ours) == saved_plan(theirs)
     expected = [line for line in losses(whole[0]) if line[0] == "big" and line[1] > 3]
     assert losses(tmp_path) == expected
+
+
+def _files(run: RunConfig) -> dict[Path, bytes]:
+    """What lies in the output of a run, but for its branches."""
+    output = Path(run.output)
+    found = [path for path in output.rglob("*") if path.is_file() and output / "branches" not in path.parents]
+    return {path: path.read_bytes() for path in found}
+
+
+def test_a_branch_inside_a_mask_has_the_bits_of_a_run_written_to_decay_there(
+    data: Path, whole: tuple[Path, RunConfig], tmp_path: Path
+) -> None:
+    trunk, before = whole[1], _files(whole[1])
+    assert train_branch(trunk, branch="decay@896") == 0  # after 4 + 3 of the trunk's 4 + 8 steps
+    assert _files(trunk) == before
+    branch = decay_branch(trunk, "decay@896")
+    assert losses(Path(branch.output))[:7] == losses(whole[0])[:7]
+    written = make_run(data, tmp_path, "--stages.1.tokens", "640", "--defaults.schedule.wsd_decay_fraction", str(2 / 9))
+    _copy_until(whole[0] / "checkpoints", tmp_path / "checkpoints", "step_00000003")
+    assert train(written) == 0
+    assert losses(tmp_path) == losses(Path(branch.output))[7:]
+    assert [rate for *_, rate in losses(tmp_path)] == pytest.approx([2e-3, 1e-3])
+    ours, theirs = (open_checkpoint(checkpoint_store(run).path("big", 5)).manifest for run in (branch, written))
+    assert ours.logical_hash == theirs.logical_hash
+    assert ours.position == theirs.position and saved_plan(ours) == saved_plan(theirs)
+    report = read_history(Path(branch.output))
+    assert report.boundaries[0][1] == "big" and report.steps[-1][0].tokens == 1152 and "big" in report.certificates
+
+
+@pytest.mark.slow
+def test_a_branch_that_was_stopped_goes_on_with_the_same_bits(
+    data: Path, whole: tuple[Path, RunConfig], tmp_path: Path
+) -> None:
+    trunk = make_run(data, tmp_path, "--checkpoint.interval_steps", "1")
+    _copy_until(whole[0] / "checkpoints", tmp_path / "checkpoints", "step_00000003")
+    assert train_branch(trunk, branch="decay@896") == 0
+    branch = decay_branch(trunk, "decay@896")
+    whole_branch, last = losses(Path(branch.output)), checkpoint_store(branch).path("big", 5)
+    hashed = open_checkpoint(last).manifest.logical_hash
+    shutil.rmtree(last)
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert train_branch(trunk, branch="decay@896") == 0
+    assert losses(Path(branch.output)) == whole_branch and len(whole_branch) == 2
+    assert open_checkpoint(last).manifest.logical_hash == hashed
 
 
 def _copy_until(source: Path, target: Path, last: str) -> None:
