@@ -80,7 +80,7 @@ def resumed_plan(run: RunConfig, index: int, saved: Manifest) -> GrowthPlan | No
     growth = stage.growth or GrowthConfig()
     if growth.mask_steps is None:  # a share of the stage as long as it was then
         growth = replace(growth, mask_steps=plan.mask_steps)
-    now = unmeasured_plan(plan.old, run, stage, growth)
+    now = replace(unmeasured_plan(plan.old, run, stage, growth), masked_paths=plan.masked_paths)
     if growth.layer_selection == "distance":  # measured at the boundary, not again
         now = replace(now, layer_sources=plan.layer_sources)
     check_same_plan(plan, now)

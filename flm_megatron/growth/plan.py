@@ -13,6 +13,7 @@ from flm_megatron.errors import RequestError
 from flm_megatron.growth.layers import LayerSource, select_layers
 from flm_megatron.growth.rules import check_growth
 from flm_megatron.json_text import JsonObject
+from flm_megatron.model.mask_plan import MaskedPaths
 
 Operator = Literal["mask", "zero", "clone"]
 MASKED_SHARE = 5
@@ -25,7 +26,7 @@ class GrowthPlan:
 
     `new` is the model that the grown stage trains: as configured, but for changes that preserve the function. New
     values are drawn from `seed` and `stage` (the grown stage's name), so two growths of one run never draw the same
-    numbers.
+    numbers. Plans of commits that masked a path at each of its modules do not name `masked_paths`.
     """
 
     stage: str
@@ -40,6 +41,7 @@ class GrowthPlan:
     optimizer_step: Literal["keep", "birth"] = "keep"
     mask_steps: int = 0
     mask_shape: Literal["linear", "cosine"] = "linear"
+    masked_paths: MaskedPaths = "each"
     rejuvenate: float = 1.0
     clone_noise: float = 0.0
     shrink: float | None = None
@@ -138,6 +140,7 @@ def make_plan(
         optimizer_step=growth.optimizer_step,
         mask_steps=growth.mask_steps,
         mask_shape=growth.mask_shape,
+        masked_paths="once",
         rejuvenate=1.0 if growth.rejuvenate is None else growth.rejuvenate,
         clone_noise=growth.clone_noise,
         shrink=growth.shrink,

@@ -24,4 +24,5 @@ def mask_plan(plan: GrowthPlan) -> MaskPlan:
         ffn=old.ffn_hidden_size if "ffn" in masked else None,
         heads=(old.query_groups, old.num_attention_heads // old.query_groups) if "heads" in masked else None,
         layers=tuple(i for i, s in enumerate(plan.layer_sources) if s.copy) if "layers" in masked else (),
+        paths=plan.masked_paths,
     )

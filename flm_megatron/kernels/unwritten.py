@@ -20,7 +20,7 @@ class Gated(NamedTuple):
 
 
 class Normed(NamedTuple):
-    """RMSNorm of x [rows, hidden]: x m / rms times weight m.
+    """RMSNorm of x [rows, hidden]: x / rms times weight m.
 
     `inverse_rms` [rows] is 1 / rms, `largest` [rows] the largest absolute value of each row of the result, both fp32;
     `weight` is [hidden], as is the growth mask m where there is one.

@@ -34,8 +34,9 @@ def in_fp8(base: type, scaling: fp8.Scaling | None, column: bool) -> type:
 
 
 def casts_input(layer: nn.Module) -> bool:
-    """Whether a linear layer reads its input for nothing but its cast to FP8: adapters read it as it is."""
-    return isinstance(layer, _Fp8Products) and not hasattr(layer, "lora_a")
+    """Whether a linear layer reads its input for nothing but its cast to FP8: adapters and growth masks read it as it
+    is."""
+    return isinstance(layer, _Fp8Products) and not hasattr(layer, "lora_a") and not hasattr(layer, "reads_masked")
 
 
 class _Fp8Products:

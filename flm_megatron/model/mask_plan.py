@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+MaskedPaths = Literal["each", "once"]
+"""Whether each of the modules on a path through a new unit masks it, or the path is masked once."""
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,7 @@ class MaskPlan:
     ffn: int | None = None
     heads: tuple[int, int] | None = None
     layers: tuple[int, ...] = ()
+    paths: MaskedPaths = "once"
 
     def __bool__(self) -> bool:
         return any(part is not None for part in (self.hidden, self.ffn, self.heads)) or bool(self.layers)

@@ -57,7 +57,6 @@ def logits(model: ModelConfig, tensors: Mapping[str, Tensor], tokens: Tensor, ma
     masks = masks or open_masks(model)
     weights = {name: t.double() for name, t in tensors.items()}
     x = torch.nn.functional.embedding(tokens, weights["embedding.word_embeddings.weight"]) * model.input_mult
-    x = x * masks.hidden
     for i, blend in enumerate(masks.layers):
         layer = {name[len(LAYER) :]: t[i] for name, t in weights.items() if name.startswith(LAYER)}
         y = x + attention(model, layer, norm(model, layer, "self_attention.linear_qkv.layer_norm_", x, masks), masks)
@@ -68,36 +67,30 @@ def logits(model: ModelConfig, tensors: Mapping[str, Tensor], tokens: Tensor, ma
 
 
 def norm(model: ModelConfig, weights: Mapping[str, Tensor], prefix: str, x: Tensor, masks: Masks) -> Tensor:
-    """RMSNorm or LayerNorm over the masked channels."""
+    """RMSNorm or LayerNorm whose sums are weighted by the mask, which is on the output too."""
     m = masks.hidden
     if model.normalization == "layernorm":
         x = x - (x * m).sum(-1, keepdim=True) / m.sum()
-    x = x * m
-    x = x * torch.rsqrt((x**2).sum(-1, keepdim=True) / m.sum() + model.norm_epsilon)
+    x = x * torch.rsqrt((x**2 * m).sum(-1, keepdim=True) / m.sum() + model.norm_epsilon)
     return (x * weights[prefix + "weight"] + weights.get(prefix + "bias", torch.zeros(1).double())) * m
 
 
 def attention(model: ModelConfig, layer: Mapping[str, Tensor], x: Tensor, masks: Masks) -> Tensor:
-    """Grouped-query attention with rotary positions; new heads' queries, keys and values are masked."""
+    """Grouped-query attention with rotary positions; what the projection reads of new heads is masked."""
     batch, length, _ = x.shape
     groups, channels = model.query_groups, model.kv_channels
     per_group = model.num_attention_heads // groups
     qkv = x @ layer["self_attention.linear_qkv.weight"].T + layer.get("self_attention.linear_qkv.bias", 0)
     qkv = qkv.view(batch, length, groups, per_group + 2, channels)
-    mask = masks.heads.view(groups, per_group, 1)
-    q = qkv[..., :per_group, :] * mask
-    k, v = qkv[..., per_group, :] * mask[:, 0], qkv[..., per_group + 1, :] * mask[:, 0]
+    q, k, v = qkv[..., :per_group, :], qkv[..., per_group, :], qkv[..., per_group + 1, :]
     q, k = rotate(model, q.flatten(2, 3)), rotate(model, k)
     k, v = (t.repeat_interleave(per_group, 2) for t in (k, v))
     scores = torch.einsum("bqhc,bkhc->bhqk", q, k) / math.sqrt(channels)
     scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
     out = torch.einsum("bhqk,bkhc->bqhc", scores.softmax(-1), v).view(batch, length, groups, per_group, channels)
-    in_old_group = mask[:, :1].expand_as(mask)
-    out = out * torch.where(in_old_group == 1, mask, torch.ones_like(mask))
-    out = out.flatten(2) @ layer["self_attention.linear_proj.weight"].T + layer.get(
-        "self_attention.linear_proj.bias", 0
-    )
-    return out * masks.hidden
+    out = out * masks.heads.view(groups, per_group, 1)
+    weight, bias = layer["self_attention.linear_proj.weight"], layer.get("self_attention.linear_proj.bias", 0)
+    return out.flatten(2) @ weight.T + bias
 
 
 def rotate(model: ModelConfig, x: Tensor) -> Tensor:
@@ -110,11 +103,11 @@ def rotate(model: ModelConfig, x: Tensor) -> Tensor:
 
 
 def feed_forward(model: ModelConfig, layer: Mapping[str, Tensor], x: Tensor, masks: Masks) -> Tensor:
-    """SwiGLU or GELU; gate and up are masked each."""
+    """SwiGLU or GELU, masked where the second matrix reads it."""
     y = x @ layer["mlp.linear_fc1.weight"].T + layer.get("mlp.linear_fc1.bias", 0)
     if model.gated:
-        gate, up = (part * masks.ffn for part in y.chunk(2, -1))
+        gate, up = y.chunk(2, -1)
         y = torch.nn.functional.silu(gate) * up
     else:
-        y = torch.nn.functional.gelu(y * masks.ffn)
-    return (y @ layer["mlp.linear_fc2.weight"].T + layer.get("mlp.linear_fc2.bias", 0)) * masks.hidden
+        y = torch.nn.functional.gelu(y)
+    return (y * masks.ffn) @ layer["mlp.linear_fc2.weight"].T + layer.get("mlp.linear_fc2.bias", 0)

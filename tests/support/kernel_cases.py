@@ -112,10 +112,10 @@ def add_rms_norm(name: str, device: str, dtype: str, rows: int, hidden: int, mas
 
 
 def rms_norm_formula(x: Tensor, weight: Tensor, eps: float, mask: Tensor | None, scale: float) -> Tensor:
-    """x m rsqrt(sum((x m)^2) / sum(m) + eps) w m scale."""
+    """x rsqrt(sum(m x^2) / sum(m) + eps) w m scale."""
     m = torch.ones_like(weight) if mask is None else mask.double()
-    mean_square = (x * m).square().sum(-1, keepdim=True) / m.sum()
-    return x * m * torch.rsqrt(mean_square + eps) * weight * m * scale
+    mean_square = (x.square() * m).sum(-1, keepdim=True) / m.sum()
+    return x * torch.rsqrt(mean_square + eps) * weight * m * scale
 
 
 def swiglu(name: str, device: str, dtype: str, rows: int, ffn: int, masked: bool = False) -> Errors:

@@ -11,15 +11,15 @@ from flm_megatron.growth.grown.axes import axis_segments
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.model.parameters import Axis, Unit, parameter_specs
 
-FOLDABLE = {"ffn", "heads"}
+FOLDABLE = {Unit.FFN: "ffn", Unit.HEAD: "heads"}
 
 
 def folded(source: LogicalCheckpoint, fold: bool) -> LogicalCheckpoint:
     """`source` with its masks folded in if `fold`, else refused.
 
-    Masks on feed-forward units and heads scale the outputs of single rows or columns of weights, so the weights can
-    take them up. A mask on the hidden size changes the norms and one on layers blends input and output, which no
-    weights can do.
+    Masks on feed-forward units and heads scale what single columns of weights read (or what single rows give), so the
+    weights can take them up. A mask on the hidden size changes the norms and one on layers blends input and output,
+    which no weights can do.
 
     Raises:
         RequestError: the masks are not fully open and folding was not asked for, or cannot be done.
@@ -29,7 +29,7 @@ def folded(source: LogicalCheckpoint, fold: bool) -> LogicalCheckpoint:
         check_masks_open(source.manifest)
         return source
     v = saved_mask_value(source.manifest)
-    if fixed := [dimension for dimension in plan.masked if dimension not in FOLDABLE]:
+    if fixed := [dimension for dimension in plan.masked if dimension not in FOLDABLE.values()]:
         raise RequestError(
             f"the growth mask on {' and '.join(fixed)} (v = {v:.3f}) cannot be folded into weights, only masks on ffn "
             f"and heads can: train the stage on to step {plan.mask_steps}, where masks are open"
@@ -72,14 +72,16 @@ def _factors(plan: GrowthPlan, v: float) -> dict[str, tuple[int, torch.Tensor]]:
 
 
 def _is_masked(plan: GrowthPlan, axis: Axis) -> bool:
-    """Whether a mask of the plan applies along this axis: outputs of feed-forward units; heads, on both sides.
+    """Whether a mask of the plan applies along this axis: where feed-forward units and heads are read.
 
-    Queries of new heads and all of new groups are multiplied by v. So are the outputs of new heads in old groups,
-    because the keys and values of these are old.
+    Where each module of a path masks it, that is what gives feed-forward units and heads, and, of new heads in old
+    groups, whose keys and values are old, what reads them too.
     """
-    if axis.unit is Unit.FFN:
-        return "ffn" in plan.masked and axis.side == "out"
-    return axis.unit is Unit.HEAD and "heads" in plan.masked
+    if FOLDABLE.get(axis.unit) not in plan.masked:
+        return False
+    if plan.masked_paths == "once":
+        return axis.side == "in"
+    return axis.side == "out" or axis.unit is Unit.HEAD
 
 
 def _along(plan: GrowthPlan, old: Axis, new: Axis, v: float) -> torch.Tensor:
@@ -88,6 +90,6 @@ def _along(plan: GrowthPlan, old: Axis, new: Axis, v: float) -> torch.Tensor:
     for segment in axis_segments(plan, old, new):
         if segment.source is None:
             factors[segment.start : segment.start + segment.size] = v
-    if new.side == "in":
+    if plan.masked_paths == "each" and new.side == "in":
         factors[old.groups * new.group_size :] = 1  # values of new groups are masked where they come from
     return factors

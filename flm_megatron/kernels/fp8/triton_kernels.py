@@ -40,8 +40,7 @@ def _tile(
         weight = tl.load(weight_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
         x = x * inverse_rms[:, None] * weight[None, :]
         if HAS_MASK:
-            m = tl.load(mask_ptr + column, mask=column < columns, other=0.0)
-            x *= (m * m)[None, :]
+            x *= tl.load(mask_ptr + column, mask=column < columns, other=0.0)[None, :]
         x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
     return x, row, column, inside
 

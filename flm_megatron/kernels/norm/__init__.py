@@ -116,7 +116,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, mask: Tensor | None = None, 
     """x / sqrt(mean(x^2) + eps) * weight * scale over the last axis, in the dtype of `x`, computed in fp32.
 
     `x` is [..., hidden], `weight` and `mask` are [hidden]. With a mask m, which is 1 on old channels and v on new
-    ones: x m / sqrt(sum((x m)^2) / sum(m) + eps) * weight * m * scale. `mask` gets no gradient.
+    ones: x / sqrt(sum(m x^2) / sum(m) + eps) * weight * m * scale. `mask` gets no gradient.
 
     Raises:
         RequestError: the implementation that was asked for by name takes no mask and no factor.

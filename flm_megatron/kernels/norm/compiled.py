@@ -14,9 +14,10 @@ def forward(x: Tensor, residual: Tensor | None, affine: Affine, eps: float) -> t
     """As `reference.forward`, computed in fp32."""
     weight, mask, scale = affine
     rows = x if residual is None else x + residual
-    values = rows.float() if mask is None else rows.float() * mask
+    values = rows.float()
+    squares = values.square() if mask is None else values.square() * mask
     count = x.size(-1) if mask is None else mask.sum()
-    inverse_rms = torch.rsqrt(values.square().sum(-1) / count + eps)
+    inverse_rms = torch.rsqrt(squares.sum(-1) / count + eps)
     gain = weight.float() * scale if mask is None else weight.float() * mask * scale
     normed = values * inverse_rms.unsqueeze(-1) * gain
     return normed.to(x.dtype), rows, inverse_rms
@@ -37,11 +38,10 @@ def backward(
     weight, mask, scale = affine
     upstream, values = grad.float(), rows.float()
     gain = weight.float() * scale
-    count: Tensor | int = rows.size(-1)
-    if mask is not None:
-        values, gain, count = values * mask, gain * mask, mask.sum()
+    count = rows.size(-1) if mask is None else mask.sum()
+    masked = gain if mask is None else gain * mask
     rms = inverse_rms.unsqueeze(-1)
-    share = (upstream * gain * values).sum(-1, keepdim=True) * rms.pow(3) / count
+    share = (upstream * masked * values).sum(-1, keepdim=True) * rms.pow(3) / count
     grad_x = upstream * gain * rms - values * share
     grad_weight = (upstream * values * rms).sum(0) * scale
     if mask is not None:

@@ -17,11 +17,13 @@ def forward(x: Tensor, residual: Tensor | None, affine: Affine, eps: float) -> t
     if residual is not None:
         x = x + residual
     values = _working(x)
-    masked = values if mask is None else values * mask
-    count = x.size(-1) if mask is None else mask.to(values.dtype).sum()
-    mean_square = torch.linalg.vector_norm(masked, dim=-1).square_() / count
+    if mask is None:
+        mean_square = torch.linalg.vector_norm(values, dim=-1).square_() / x.size(-1)
+    else:
+        m = mask.to(values.dtype)
+        mean_square = torch.mv(values.square(), m) / m.sum()
     inverse_rms = mean_square.add_(eps).rsqrt_()
-    return _normalised(masked, affine, inverse_rms, x.dtype), x, inverse_rms
+    return _normalised(values, affine, inverse_rms, x.dtype), x, inverse_rms
 
 
 def statistics(x: Tensor, residual: Tensor | None, affine: Affine, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,8 +34,7 @@ def statistics(x: Tensor, residual: Tensor | None, affine: Affine, eps: float) -
 
 def normalised(rows: Tensor, affine: Affine, inverse_rms: Tensor) -> Tensor:
     """What `forward` gives for these rows, from 1 / rms of each."""
-    values = _working(rows)
-    return _normalised(values if affine.mask is None else values * affine.mask, affine, inverse_rms, rows.dtype)
+    return _normalised(_working(rows), affine, inverse_rms, rows.dtype)
 
 
 def backward(
@@ -42,19 +43,17 @@ def backward(
     """Gradients of the rows and of the weight.
 
     `grad` is the gradient of the normalised rows, `grad_rows` what else flows into the rows (from the residual).
-    With u = x m, n = sum(m), r = 1 / rms and w' = w m scale the output is u r w', so its gradient by x is
-    m (g w' r - u r^3 / n sum(g w' u)), and by w sum over rows of g u r m scale.
+    With n = sum(m), r = 1 / rms and w' = w scale the output is x r w' m, so its gradient by x is
+    m (g w' r - x r^3 / n sum(g w' m x)), and by w sum over rows of g x r m scale.
     """
     weight, mask, scale = affine
     upstream, values = _working(grad), _working(rows)
-    count: Tensor | float = rows.size(-1)
-    if mask is not None:
-        values, count = values * mask, mask.to(values.dtype).sum()
-    gain = _gain(weight, mask, scale, values.dtype)
+    count = rows.size(-1) if mask is None else mask.to(values.dtype).sum()
     product = upstream * values
     # Matrix-vector products read the product once more and write nothing large.
-    share = torch.mv(product, gain).mul_(inverse_rms.pow(3)).div_(count)
+    share = torch.mv(product, _gain(weight, mask, scale, values.dtype)).mul_(inverse_rms.pow(3)).div_(count)
     grad_weight = torch.mv(product.t(), inverse_rms)
+    gain = _gain(weight, None, scale, values.dtype)
     grad_x = torch.mul(upstream, gain, out=product).mul_(inverse_rms.unsqueeze(-1))
     grad_x.addcmul_(values, share.unsqueeze(-1), value=-1)
     if mask is not None:
@@ -67,8 +66,8 @@ def backward(
     return grad_x.to(rows.dtype), grad_weight.to(weight.dtype)
 
 
-def _normalised(masked: Tensor, affine: Affine, inverse_rms: Tensor, dtype: torch.dtype) -> Tensor:
-    normed = torch.mul(masked, inverse_rms.unsqueeze(-1)).mul_(_gain(*affine, masked.dtype))
+def _normalised(values: Tensor, affine: Affine, inverse_rms: Tensor, dtype: torch.dtype) -> Tensor:
+    normed = torch.mul(values, inverse_rms.unsqueeze(-1)).mul_(_gain(*affine, values.dtype))
     return normed.to(dtype)
 
 

@@ -35,10 +35,8 @@ def _read(ptr: tensor, start: tensor, columns: tensor, hidden: tensor) -> tensor
 
 @triton.jit
 def _times_mask(x: tensor, mask_ptr: tensor, columns: tensor, hidden: tensor, HAS_MASK: tl.constexpr) -> tensor:
-    """x m^2: the mask is on what is normalised and on the weight."""
     if HAS_MASK:
-        m = _read(mask_ptr, 0, columns, hidden)
-        x *= m * m
+        x *= _read(mask_ptr, 0, columns, hidden)
     return x
 
 
@@ -59,7 +57,7 @@ def _summed(
     if not HAS_MASK:
         return x, tl.sum(x * x), 0.0
     m = _read(mask_ptr, 0, columns, hidden)
-    return x, tl.sum(x * m * (x * m)), tl.sum(m)
+    return x, tl.sum(x * x * m), tl.sum(m)
 
 
 @triton.jit

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from flm_megatron.checkpoint.logical import EXP_AVG
+from flm_megatron.checkpoint.manifest import Manifest, StagePosition
+from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.config.schema import ParallelConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.plan import GrowthPlan, make_plan
 from flm_megatron.model.mask_plan import MaskPlan
+from flm_megatron.model.parameters import parameter_specs
 from tests.support.growth_cases import grown_weights, growth, old_model, trained
 from tests.support.growth_oracle import logits, masks_at
+from tests.support.layouts import SEQUENCE, STAGE, take_steps
 from tests.support.pool import Pool
 
 TOKENS = torch.randint(0, 37, (2, 12), generator=torch.Generator().manual_seed(3))
@@ -90,45 +96,79 @@ def expected_losses(plan: GrowthPlan, v: float) -> torch.Tensor:
     return F.cross_entropy(out.transpose(1, 2), TOKENS, reduction="none")
 
 
-def check(pool: Pool, plan: GrowthPlan, parallel: ParallelConfig, recompute: str = "none") -> list[dict[str, Any]]:
-    """Losses at every v are the oracle's; afterwards the modules are as they were."""
-    ranks = pool.run(parallel.model_size, masked_run, plan, parallel, recompute)
-    for i, v in enumerate(VALUES):
-        found = torch.cat(ranks[-1]["losses"][i])
-        torch.testing.assert_close(found.double(), expected_losses(plan, v), rtol=2e-5, atol=2e-5)
-    assert all(rank["clean"] for rank in ranks)
-    return ranks
+def masked_runs(plans: list[GrowthPlan], parallel: ParallelConfig, recompute: str) -> list[dict[str, Any]]:
+    """`masked_run` of each plan."""
+    return [masked_run(plan, parallel, recompute) for plan in plans]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def check(pool: Pool, plans: list[GrowthPlan], parallel: ParallelConfig, recompute: str = "none") -> dict[str, Any]:
+    """Losses at every v are the oracle's; afterwards the modules are as they were. What rank 0 found of the first."""
+    ranks = pool.run(parallel.model_size, masked_runs, plans, parallel, recompute)
+    for number, plan in enumerate(plans):
+        for i, v in enumerate(VALUES):
+            found = torch.cat(ranks[-1][number]["losses"][i])
+            torch.testing.assert_close(found.double(), expected_losses(plan, v), rtol=2e-5, atol=2e-5)
+        assert all(rank[number]["clean"] for rank in ranks)
+    first: dict[str, Any] = ranks[0][0]
+    return first
+
+
+@pytest.mark.parametrize(
+    "layout", ["tensor", pytest.param("tensor_sequence_pipeline", marks=pytest.mark.slow), "virtual_pipeline"]
+)
 def test_masks_under_layouts(pool: Pool, layout: str) -> None:
-    check(pool, grown(), LAYOUTS[layout])
+    check(pool, [grown()], LAYOUTS[layout])
 
 
-@pytest.mark.parametrize("masked", ["hidden", "ffn", "heads", "layers"])
-def test_each_mask_alone(pool: Pool, masked: str) -> None:
-    check(pool, grown(masked), ParallelConfig(tensor=2, sequence=True))
+def test_each_mask_alone_and_those_of_the_gpt3_block(pool: Pool) -> None:
+    plans = [grown("hidden"), grown("ffn"), grown("heads"), grown("layers"), grown(**GPT3)]
+    check(pool, plans, ParallelConfig(tensor=2, sequence=True))
 
 
-def test_masks_of_the_gpt3_block(pool: Pool) -> None:
-    check(pool, grown(**GPT3), ParallelConfig(tensor=2, sequence=True))
-
-
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("recompute", [pytest.param("selective", marks=pytest.mark.slow), "full"])
 def test_masks_with_recomputation(pool: Pool, recompute: str) -> None:
-    check(pool, grown(), ParallelConfig(tensor=2, sequence=True), recompute)
+    check(pool, [grown()], ParallelConfig(tensor=2, sequence=True), recompute)
 
 
 def test_closed_masks_give_old_units_their_old_gradients(pool: Pool) -> None:
     """At v = 0 the loss is a function of old units alone, so that is where the gradients are."""
     plan = grown()
-    found = check(pool, plan, ParallelConfig())[0]["gradients"]
+    found = check(pool, [plan], ParallelConfig())["gradients"]
     tensors = {name: t.double().requires_grad_() for name, t in grown_weights(plan, trained(plan.old)).items()}
     out = logits(plan.new, tensors, TOKENS, masks_at(plan, 0.0))
     F.cross_entropy(out.transpose(1, 2), TOKENS, reduction="sum").backward()
     for name, tensor in tensors.items():
         torch.testing.assert_close(found[name].double(), tensor.grad, rtol=1e-4, atol=1e-4, msg=name)
     assert not found["embedding.word_embeddings.weight"][:, plan.old.hidden_size :].any()
+
+
+def first_moments(path: Path, parallel: ParallelConfig) -> None:
+    """Take a step with masks half open and save what it leaves, under a layout."""
+    from flm_megatron.checkpoint.sharding.model_state import load_state, save_state
+    from flm_megatron.distributed.world import layout
+    from flm_megatron.growth.schedule import mask_plan
+    from flm_megatron.model.masks import GrowthMasks
+    from flm_megatron.training.step import TrainState
+
+    plan = grown()
+    with layout(parallel, timeout_s=120):
+        state = TrainState(replace(STAGE, model=plan.new, parallel=parallel), SEQUENCE)
+        load_state(trained(plan.new, torch.float32, optimizer=True), state.chunks, state.optimizer)
+        GrowthMasks(state.chunks, plan.new, mask_plan(plan)).set(0.5)
+        take_steps(state, range(1))
+        save_state(path, state.chunks, state.optimizer, Manifest(position=StagePosition(1))).wait()
+
+
+def test_new_weights_learn_alike_under_every_layout(pool: Pool, tmp_path: Path) -> None:
+    """Adam's first moment after a step is the old one and the step's gradient."""
+    everything = ParallelConfig(tensor=2, pipeline=2, data=2, sequence=True)
+    pool.run(1, first_moments, tmp_path / "one", ParallelConfig())
+    pool.run(8, first_moments, tmp_path / "eight", everything)
+    plan, alone, shared = grown(), open_checkpoint(tmp_path / "one"), open_checkpoint(tmp_path / "eight")
+    before = trained(plan.new, torch.float32, optimizer=True)
+    for name in parameter_specs(plan.new):
+        one, eight = ((c.read(EXP_AVG + name) - 0.9 * before.read(EXP_AVG + name)) for c in (alone, shared))
+        assert one.any() and float((eight - one).norm() / one.norm()) < 1e-4, name
 
 
 def refused() -> str:

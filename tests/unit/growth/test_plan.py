@@ -228,6 +228,9 @@ def test_a_stage_made_longer_keeps_the_masks_that_it_began_with() -> None:
     checkpoint, plan = grown_checkpoint(trained(old_model()), run, 1)
     run.stages[1].tokens *= 3
     assert resumed_plan(run, 1, checkpoint.manifest) == plan
+    stored = {"plan": {name: value for name, value in plan.to_json().items() if name != "masked_paths"}}
+    resumed = resumed_plan(run, 1, edited(checkpoint.manifest, growth=stored))
+    assert plan.masked_paths == "once" and resumed is not None and resumed.masked_paths == "each"
     asked = small_run(mask_steps=3)
     with pytest.raises(RequestError, match="was grown with mask_steps = 2, and the run file now gives 3"):
         resumed_plan(asked, 1, checkpoint.manifest)
