@@ -24,6 +24,9 @@ from flm_megatron.errors import RequestError
 from flm_megatron.growth.certificate.forward import Layout, forward_samples, on_one_replica, patient_processes
 from flm_megatron.json_text import parse_json
 
+TOKENS = 512
+"""Positions whose distances are computed at a time: in float64 they take as much memory as a layer's activations."""
+
 
 @dataclass(frozen=True)
 class LayerDistance:
@@ -47,7 +50,7 @@ def layer_distances(
 def _distances(num_layers: int, tokens: torch.Tensor, chunks: Sequence[ModelChunk]) -> list[LayerDistance]:
     """The distances, on every rank of one replica."""
     sums = torch.zeros(num_layers, 3, dtype=torch.float64, device=current().torch_device)
-    handles = [hook for chunk in chunks for hook in _watch(chunk, sums)]
+    handles = watch_layers(chunks, sums)
     forward_samples(chunks, tokens, lambda sample, logits: None)
     for handle in handles:
         handle.remove()
@@ -108,8 +111,9 @@ def plot_distances(found: list[LayerDistance], path: str) -> None:
     pyplot.close(figure)
 
 
-def _watch(chunk: nn.Module, sums: torch.Tensor) -> list[RemovableHandle]:
-    """Hooks that add each layer's distances to its row of `sums`."""
+def watch_layers(chunks: Sequence[nn.Module], sums: torch.Tensor) -> list[RemovableHandle]:
+    """Hooks that add each layer's distances over its tokens to its row of `sums` [layers, 3] float64: the sum of
+    1 - cos, that of relative L2 distances, and the number of tokens."""
     from flm_megatron.engine.transformer import TransformerLayer
 
     def hook(
@@ -119,12 +123,16 @@ def _watch(chunk: nn.Module, sums: torch.Tensor) -> list[RemovableHandle]:
         output: tuple[torch.Tensor, ...],
     ) -> None:
         """Add one layer's distances over its tokens."""
-        before = (args[0] if args else kwargs["hidden_states"]).double()
-        after = output[0].double()
-        cosine = 1 - F.cosine_similarity(before, after, dim=-1)
-        l2 = (after - before).norm(dim=-1) / before.norm(dim=-1)
-        count = torch.tensor(float(cosine.numel()), dtype=torch.float64, device=sums.device)
-        sums[layer.layer_number - 1] += torch.stack([cosine.sum(), l2.sum(), count])
+        inputs = args[0] if args else kwargs["hidden_states"]
+        for before, after in zip(inputs.detach().split(TOKENS), output[0].detach().split(TOKENS), strict=True):
+            sums[layer.layer_number - 1] += _summed(before.double(), after.double())
 
-    layers = [module for module in chunk.modules() if isinstance(module, TransformerLayer)]
+    layers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, TransformerLayer)]
     return [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]
+
+
+def _summed(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """The row of `sums` that some tokens add."""
+    cosine = 1 - F.cosine_similarity(before, after, dim=-1)
+    l2 = (after - before).norm(dim=-1) / before.norm(dim=-1)
+    return torch.stack([cosine.sum(), l2.sum(), torch.full_like(l2.sum(), cosine.numel())])

@@ -94,7 +94,7 @@ class StageTrainer:
         self.checkpoint = beginning.checkpoint
         self._load(self.checkpoint)
         self.watch = SpikeWatch(self.stage.stability, _watched(start, self.checkpoint.manifest))
-        self.growth = _growth_record(beginning)
+        self.growth, self.distances = _growth_record(beginning), beginning.distances
         self.earlier = earlier_growth(self.checkpoint, grows=self.growth is not None)
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.data_size = parallel_state.get_data_parallel_world_size()
@@ -141,7 +141,7 @@ class StageTrainer:
         """Log how the stage begins."""
         if self.growth and self.step == 0:
             certificate = self.growth.certificate
-            log.write(GrowthEvent(*self.position(), certificate))
+            log.write(GrowthEvent(*self.position(), certificate, self.distances))
             if certificate:
                 log.say(certificate.table())
         if self.step:

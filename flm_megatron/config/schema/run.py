@@ -53,6 +53,9 @@ class LoggingConfig:
     """Write TensorBoard events."""
     layer_norms: bool = False
     """Also log the norms of weights and gradients of each layer."""
+    growth_health: int = 0
+    """Steps between measurements of a grown stage's old and new entries in every layer: norms, updates, effective
+    ranks, distance from the identity; also after its first step; 0 never measures."""
 
 
 @dataclass(config=SETTINGS)

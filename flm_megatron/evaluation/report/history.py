@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from flm_megatron.training.metrics.events import (
     FILE,
     ChangeEvent,
     GrowthEvent,
+    GrowthHealthEvent,
     Line,
     MetricsEvent,
     OtherEvent,
@@ -60,6 +61,10 @@ class History:
     """By the stage grown into."""
     boundaries: list[tuple[Position, str]]
     """Where each stage but the first begins."""
+    health: list[tuple[Position, GrowthHealthEvent]] = field(default_factory=list)
+    """What was measured of grown stages."""
+    distances: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """Of each old layer from the identity, by the stage whose layers were chosen by them."""
     goodput: Goodput | None = None
     """Where the wall time went; none for runs that did not meter it."""
 
@@ -95,6 +100,7 @@ def read_history(folder: Path) -> History:
         raise RequestError(f"{folder} has no step in its {FILE} yet")
     placed = list(_placed(run, of_kind(lines, MetricsEvent)))
     steps = [(at, event) for at, event in placed if isinstance(event, StepEvent)]
+    growths = of_kind(lines, GrowthEvent)
     return History(
         name=run.name,
         folder=folder,
@@ -102,8 +108,10 @@ def read_history(folder: Path) -> History:
         steps=steps,
         validations=[(at, event) for at, event in placed if isinstance(event, ValidationEvent)],
         events=[(at, event) for at, event in placed if isinstance(event, Happening)],
-        certificates=_certificates(run, folder, of_kind(lines, GrowthEvent)),
+        certificates=_certificates(run, folder, growths),
         boundaries=_boundaries(steps),
+        health=[(at, event) for at, event in placed if isinstance(event, GrowthHealthEvent)],
+        distances={growth.stage: growth.distances for growth in growths if growth.distances},
         goodput=read_goodput(folder),
     )
 

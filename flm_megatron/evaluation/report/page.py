@@ -11,6 +11,7 @@ from flm_megatron.config.loader import dump_run
 from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.report.chart import Chart
 from flm_megatron.evaluation.report.curves import AXES, detail_charts, loss_charts
+from flm_megatron.evaluation.report.growth_charts import growth_charts
 from flm_megatron.evaluation.report.history import History, read_history
 from flm_megatron.evaluation.report.saving import Savings, savings
 from flm_megatron.evaluation.report.tables import (
@@ -63,6 +64,7 @@ def distinctly_named(histories: Sequence[History]) -> list[History]:
 
 def page(histories: Sequence[History], compared: Savings | None = None) -> str:
     """The page as HTML; it loads nothing from anywhere."""
+    grown = growth_charts(histories)
     title = " against ".join(history.name for history in histories)
     parts = [
         f"<h1>{escape(title)}</h1>",
@@ -71,6 +73,7 @@ def page(histories: Sequence[History], compared: Savings | None = None) -> str:
         _loss_section(histories),
         _titled("Growth", growths_table(histories)),
         _titled("What growth saved", _saving_section(compared) if compared else ""),
+        _titled("Old and new entries", _charts(grown) if grown else ""),
         _titled("Course of training", _charts(detail_charts(histories))),
         _titled("Stages", stages_table(histories)),
         _titled("Where the time went", goodput_table(histories) or "<p>Not metered.</p>"),

@@ -18,6 +18,7 @@ __all__ = ["Hook", "load_hook", "stage_hooks"]
 
 def stage_hooks(trainer: StageTrainer, copies: MemoryCopies | None) -> list[Hook]:
     """The hooks that this stage needs, then those of the run file; saving and copying come after all that only read."""
+    from flm_megatron.training.hooks.growth_health import MeasureGrowth
     from flm_megatron.training.hooks.layer_norms import LayerNorms
     from flm_megatron.training.hooks.masks import OpenMasks
     from flm_megatron.training.hooks.memory_copies import CopyToMemory
@@ -28,6 +29,8 @@ def stage_hooks(trainer: StageTrainer, copies: MemoryCopies | None) -> list[Hook
     hooks: list[Hook] = []
     if trainer.plan is not None:
         hooks.append(OpenMasks(trainer.plan))
+        if trainer.run.logging.growth_health:
+            hooks.append(MeasureGrowth(trainer.plan, trainer.run.logging.growth_health))
     if stage.stability.checksum_interval_steps:
         hooks.append(CompareReplicas(stage.stability.checksum_interval_steps, copies))
     if trainer.run.logging.layer_norms:

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from flm_megatron.checkpoint.sharding.optimizer_state import placements_by_parameter, state_regions, state_slices
-from flm_megatron.checkpoint.sharding.placement import Placement, placements
+from flm_megatron.checkpoint.sharding.placement import Placement
 from flm_megatron.device import current
-from flm_megatron.engine import parallel_state
 from flm_megatron.engine.types import Optimizer
 from flm_megatron.model.parameters import parameter_specs
 from flm_megatron.training.hooks.hook import Hook
+from flm_megatron.training.hooks.owned import counted_regions, layer_name
 from flm_megatron.training.step import StepResult, TrainState
 
 if TYPE_CHECKING:
@@ -51,21 +50,15 @@ def layer_norms(state: TrainState) -> dict[str, float]:
 def _parts(state: TrainState) -> list[str]:
     model = state.stage.model
     outside = [spec.name for spec in parameter_specs(model).values() if not spec.stacked]
-    return [f"layer_{layer:03d}" for layer in range(model.num_layers)] + outside
+    return [*map(layer_name, range(model.num_layers)), *outside]
 
 
 def _owned(state: TrainState) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Name, masters and gradients of every region that this rank owns and has to count."""
-    first_replica = parallel_state.get_data_parallel_rank() == 0
-    by_parameter = placements_by_parameter(placements(state.chunks))
     gradients = _gradients(state.optimizer)
-    for owned in state_slices(state.optimizer):
-        if not (owned.sharded or first_replica):
-            continue
+    for owned, held in counted_regions(state):
         flat = gradients[owned.master.data_ptr()].view(-1)
-        for held in state_regions(owned, by_parameter):
-            if held.placement.main:
-                yield _part(held.placement), held.values(owned.master), held.values(flat)
+        yield _part(held.placement), held.values(owned.master), held.values(flat)
 
 
 def _gradients(optimizer: Optimizer) -> dict[int, torch.Tensor]:
@@ -75,4 +68,4 @@ def _gradients(optimizer: Optimizer) -> dict[int, torch.Tensor]:
 
 
 def _part(placement: Placement) -> str:
-    return placement.name if placement.layer is None else f"layer_{placement.layer:03d}"
+    return placement.name if placement.layer is None else layer_name(placement.layer)

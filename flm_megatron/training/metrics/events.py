@@ -194,21 +194,30 @@ CHANGE = ("what", "before", "now")
 
 @dataclass(frozen=True)
 class GrowthEvent(MetricsEvent):
-    """The stage began with a growth; `certificate` is its measurement, none if it was not measured."""
+    """The stage began with a growth; `certificate` is its measurement, none if it was not measured.
+
+    `distances` of each old layer from the identity, by `growth.distance_metric`, if the layers to copy were chosen by
+    them in this run.
+    """
 
     KEY: ClassVar[str] = "certificate"
 
     certificate: Certificate | None
+    distances: tuple[float, ...] = ()
 
     @classmethod
     def read(cls, values: Values) -> GrowthEvent:
-        """The certificate."""
+        """The certificate and the distances."""
         given = values["certificate"]
-        return cls(*_place(values), Certificate.from_json(given) if given else None)
+        certificate = Certificate.from_json(given) if given else None
+        return cls(*_place(values), certificate, tuple(values.get("layer_distances") or ()))
 
     @classmethod
     def problem(cls, values: Values) -> str:
-        """Neither a certificate nor null."""
+        """Neither a certificate nor null, or distances that are not numbers."""
+        distances = values.get("layer_distances") or []
+        if not isinstance(distances, list) or not all(map(_is_number, distances)):
+            return "no numbers as layer_distances"
         try:
             cls.read(values)
         except RequestError:
@@ -216,8 +225,37 @@ class GrowthEvent(MetricsEvent):
         return ""
 
     def own_values(self) -> dict[str, object]:
-        """The certificate."""
-        return {"certificate": self.certificate.to_json() if self.certificate else None}
+        """The certificate, and the distances if there are any."""
+        certificate = self.certificate.to_json() if self.certificate else None
+        return {"certificate": certificate} | ({"layer_distances": list(self.distances)} if self.distances else {})
+
+
+@dataclass(frozen=True)
+class GrowthHealthEvent(MetricsEvent):
+    """Old and new entries of a grown model after a step: numbers by name for each layer (`layer_000` ...), and for
+    embedding and head; docs/growth.md says what they are."""
+
+    KEY: ClassVar[str] = "growth_health"
+
+    parts: Mapping[str, Mapping[str, float]]
+
+    @classmethod
+    def read(cls, values: Values) -> GrowthHealthEvent:
+        """The numbers of each part."""
+        return cls(*_place(values), values["growth_health"])
+
+    @classmethod
+    def problem(cls, values: Values) -> str:
+        """Parts that are not mappings to numbers."""
+        parts = values["growth_health"]
+        if isinstance(parts, Mapping) and all(isinstance(part, Mapping) for part in parts.values()):
+            wrong = [name for part in parts.values() for name, number in part.items() if not _is_number(number)]
+            return f"no number as {wrong[0]}" if wrong else ""
+        return "no parts in growth_health"
+
+    def own_values(self) -> dict[str, object]:
+        """All parts under one key."""
+        return {"growth_health": {name: dict(part) for name, part in self.parts.items()}}
 
 
 @dataclass(frozen=True)
@@ -264,7 +302,8 @@ class OtherEvent:
 
 Line = MetricsEvent | OtherEvent
 KINDS: tuple[type[MetricsEvent], ...] = (
-    StepEvent, RefusedEvent, ValidationEvent, RestartEvent, ChangeEvent, GrowthEvent, NewLevelEvent
+    StepEvent, RefusedEvent, ValidationEvent, RestartEvent, ChangeEvent, GrowthEvent, NewLevelEvent,
+    GrowthHealthEvent,
 )  # fmt: skip
 """Steps come first: a hook may record with a step the key by which another kind is known."""
 

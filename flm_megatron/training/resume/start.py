@@ -191,13 +191,14 @@ class Beginning:
     """How a stage begins.
 
     The stage as it is trained (growth derives some of its model), the checkpoint that its state is loaded from, the
-    growth it began with, and that growth's certificate if it was measured now.
+    growth it began with, and that growth's certificate and layer distances if they were measured now.
     """
 
     stage: StageConfig
     checkpoint: LogicalCheckpoint
     plan: GrowthPlan | None = None
     certificate: Certificate | None = None
+    distances: tuple[float, ...] = ()
 
 
 def begin(run: RunConfig, start: Start, under: Layout, in_memory: LogicalCheckpoint | None = None) -> Beginning:
@@ -219,9 +220,10 @@ def begin(run: RunConfig, start: Start, under: Layout, in_memory: LogicalCheckpo
         return Beginning(_resumed_stage(stage, source.manifest, plan, _where(start)), source, plan)
     if run.data.chat is not None:  # stages of a fine-tuning share one model
         return Beginning(stage, source)
-    checkpoint, plan = grown_checkpoint(source, run, start.stage, boundary_distances(source, run, start.stage, under))
+    distances = boundary_distances(source, run, start.stage, under)
+    checkpoint, plan = grown_checkpoint(source, run, start.stage, distances)
     certificate = boundary_certificate(checkpoint, run, start.stage, under)
-    return Beginning(replace(stage, model=plan.new), checkpoint, plan, certificate)
+    return Beginning(replace(stage, model=plan.new), checkpoint, plan, certificate, tuple(distances or ()))
 
 
 def _saved(start: Start) -> Path:

@@ -19,7 +19,7 @@ from flm_megatron.launch.branch import decay_branch
 from flm_megatron.launch.preflight import resolve
 from flm_megatron.launch.run import train
 from flm_megatron.optim.learning_rate import learning_rate
-from flm_megatron.training.metrics.events import GrowthEvent, read_events
+from flm_megatron.training.metrics.events import GrowthEvent, GrowthHealthEvent, read_events
 from flm_megatron.training.resume.start import checkpoint_store
 from tests.support.runs import losses
 
@@ -45,6 +45,7 @@ stages:
     growth: {{hidden: mask, ffn: zero, heads: mask, layers: mask, mask_steps: 5, layer_selection: distance,
               optimizer_step: birth, rejuvenate: 0.5}}
 checkpoint: {{interval_steps: 3, keep_last: 9}}
+logging: {{growth_health: 4}}
 """
 
 
@@ -73,9 +74,22 @@ def test_the_boundary_is_certified_and_the_learning_rate_is_the_run_files(whole:
     assert growth.certificate
     (measured,) = growth.certificate.comparisons
     assert measured.loss_change <= 1e-5
+    assert len(growth.distances) == 2 and all(0 < distance < 1 for distance in growth.distances)
     manifest = open_checkpoint(checkpoint_store(run).path("big", 3)).manifest
     record = growth_of(manifest)
     assert saved_mask_value(manifest) == 0.6 and record is not None and record.certificate == growth.certificate
+
+
+def test_old_and_new_entries_are_measured_at_the_boundary_and_every_n_steps(whole: tuple[Path, RunConfig]) -> None:
+    lines = read_events(whole[0], GrowthHealthEvent)
+    assert [(line.stage, line.step) for line in lines] == [("big", 1), ("big", 4), ("big", 8)]
+    first, *_, last = (line.parts["layer_000"] for line in lines)
+    assert first["update_old"] > 0 and first["update_new"] < last["update_new"], "new entries are behind masks at first"
+    copied = [
+        name for name, part in lines[0].parts.items() if name.startswith("layer") and "weight_norm_old" not in part
+    ]
+    assert len(copied) == 1
+    assert lines[0].parts[copied[0]]["distance_l2"] < 1e-6 < lines[-1].parts[copied[0]]["distance_l2"]
 
 
 def test_a_run_stopped_inside_a_mask_goes_on_with_the_same_bits(

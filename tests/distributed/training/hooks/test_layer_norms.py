@@ -25,8 +25,14 @@ def norms_after_a_step(parallel: ParallelConfig, precision: Precision = "fp32") 
         return layer_norms(state), grad_norm
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("distributed_optimizer", [True, False])
+@pytest.mark.parametrize(
+    ("distributed_optimizer", "precision"),
+    [
+        (True, "fp32"),
+        (False, "bf16"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((True, "bf16"), (False, "fp32"))),
+    ],
+)
 def test_norms_are_those_of_the_whole_model(pool: Pool, distributed_optimizer: bool, precision: str) -> None:
     parallel = ParallelConfig(tensor=2, data=2, distributed_optimizer=distributed_optimizer)
     norms, grad_norm = pool.run(4, norms_after_a_step, parallel, precision)[0]

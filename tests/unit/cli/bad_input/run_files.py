@@ -97,6 +97,7 @@ RULES = [
     Row("train run.yaml --stages.0.growth {}", "is the first"),
     Row("train run.yaml --checkpoint.keep_last 0", "keep_last is 0"),
     Row("train run.yaml --logging.interval_steps 0", "logging.interval_steps is 0"),
+    Row("train run.yaml --logging.growth_health -1", "logging.growth_health is -1"),
     Row("train run.yaml --data.train.0.weight -1", "data.train: weight is -1.0"),
     Row("train run.yaml --data.train.0.epochs 1e9", "give at most 10000"),
     Row("train run.yaml --stages.0.stability.window_steps 10000000000", "window_steps is 10000000000"),

@@ -16,6 +16,7 @@ from flm_megatron.cli.main import main
 from flm_megatron.config.loader import dump_run
 from flm_megatron.config.schema import DataConfig, ModelConfig, RunConfig, StageConfig
 from flm_megatron.evaluation.report.chart import Chart, Series, thin
+from flm_megatron.evaluation.report.growth_charts import growth_charts
 from flm_megatron.evaluation.report.history import read_history
 from flm_megatron.evaluation.report.scale import label, scale_over
 from flm_megatron.growth.record import Certificate
@@ -55,6 +56,12 @@ def step(stage: str, number: int, done: int, loss: float) -> dict[str, Any]:
     }
 
 
+def health(layer: int, new: float) -> dict[str, float]:
+    """What was measured of a layer; the last one is new as a whole."""
+    old = {} if layer == 5 else {"weight_rms_old": 0.1, "update_old": 0.01, "rank_fc1_old": 30.0}
+    return old | {"weight_rms_new": 0.03, "update_new": new, "rank_fc1_new": 7.0, "distance_cosine": 0.1 + new}
+
+
 def make_run(folder: Path, name: str = "a run <&>") -> Path:
     """A run of two stages with a validation, a restart, a refused step, a loss that is not finite, a certificate."""
     folder.mkdir()
@@ -65,8 +72,14 @@ def make_run(folder: Path, name: str = "a run <&>") -> Path:
     lines.insert(9, {"stage": "small", "step": 8, "tokens": 8 * 64, "restart": True})
     changed = {"what": "global_batch", "before": 4, "now": 8}
     lines.insert(10, {"stage": "small", "step": 8, "tokens": 8 * 64, "changed": changed})
-    lines += [{"stage": "grown", "step": 0, "tokens": 20 * 64, "certificate": CERTIFICATE}]
+    lines += [
+        {"stage": "grown", "step": 0, "tokens": 20 * 64, "certificate": CERTIFICATE, "layer_distances": [0.3] * 4}
+    ]
     lines += [step("grown", i, 20 + i, 3 - i / 20 if i != 5 else math.nan) for i in range(1, 11)]
+    for number, new in ((1, 1e-6), (10, 0.02)):
+        layers = {f"layer_{i:03d}": health(i, new) for i in range(6)}
+        line = {"stage": "grown", "step": number, "tokens": (20 + number) * 64, "growth_health": layers}
+        lines.insert(len(lines) - 10 + number, line)
     refused = {"refused": "loss is 9 sigma above", "policy": "skip", "samples": ["x"]}
     lines += [{"stage": "grown", "step": 10, "tokens": 30 * 64, **refused}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -117,6 +130,22 @@ def test_the_page_says_what_happened_and_needs_nothing_else(page: Path) -> None:
     outside = [url for url in re.findall(r"(?:https?:)?//[\w./-]+", text) if url != "http://www.w3.org/2000/svg"]
     assert [url for url in outside if "." in url] == []
     assert not re.search(r"<(?:link|script|img)[^>]+(?:src|href)=\"(?!data:)", text)
+
+
+def test_old_and_new_entries_are_drawn_by_layer(run_folder: Path) -> None:
+    course, updates, weights, ranks, distances = growth_charts([read_history(run_folder)])
+    assert [list(line.points) for line in course.series] == [
+        [(21 * 64, 0.01), (30 * 64, 0.01)],
+        [(21 * 64, pytest.approx(1e-6)), (30 * 64, pytest.approx(0.02))],
+    ]
+    assert [(line.name, len(line.points)) for line in updates.series] == [("old", 5), ("new", 6)]
+    assert weights.series[1].points[0] == (0, 0.03)
+    assert [line.name for line in ranks.series] == ["fc1, old", "fc1, new"]
+    assert [(line.name, len(line.points)) for line in distances.series] == [
+        ("before the growth", 4),
+        ("after step 1", 6),
+        ("after step 10", 6),
+    ]
 
 
 def test_runs_are_compared(run_folder: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from flm_megatron.training.metrics import events
 from flm_megatron.training.metrics.events import (
     ChangeEvent,
     GrowthEvent,
+    GrowthHealthEvent,
     Line,
     MetricsEvent,
     NewLevelEvent,
@@ -66,7 +67,12 @@ CASES: list[tuple[MetricsEvent, str]] = [
         '"loss_after": 3.5}]}',
     ),
     (GrowthEvent(*AT, None), ', "certificate": null'),
+    (GrowthEvent(*AT, None, (0.5, 0.25)), ', "certificate": null, "layer_distances": [0.5, 0.25]'),
     (NewLevelEvent(*AT, "loss 5 is a new level"), ', "new_level": "loss 5 is a new level"'),
+    (
+        GrowthHealthEvent(*AT, {"layer_000": {"update_old": 0.01, "update_new": 0.5}}),
+        ', "growth_health": {"layer_000": {"update_old": 0.01, "update_new": 0.5}}',
+    ),
 ]
 
 
@@ -116,6 +122,9 @@ def test_a_kind_that_is_not_known_is_kept_as_it_is(values: dict[str, Any]) -> No
         (PLACE + ', "loss": "low"}', "no number as loss"),
         (PLACE + ', "loss": 1.0, "lr": null}', "no number as lr"),
         (PLACE + ', "val_loss": 1, "val_loss/a": null}', "no number as val_loss/a"),
+        (PLACE + ', "growth_health": {"layer_000": {"update_old": "low"}}}', "no number as update_old"),
+        (PLACE + ', "growth_health": [1]}', "no parts in growth_health"),
+        (PLACE + ', "certificate": null, "layer_distances": ["far"]}', "no numbers as layer_distances"),
         (PLACE + ', "changed": {"what": "x", "now": 1}}', "no before in changed"),
         (PLACE + ', "changed": 1}', "no what in changed"),
         (PLACE + ', "certificate": 1}', "no certificate that this program knows"),
