@@ -17,7 +17,7 @@ from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.foreseen import check_boundary, unmeasured_plan
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
-from flm_megatron.growth.grown.step_offsets import has_moments
+from flm_megatron.growth.grown.step_offsets import carries_moments
 from flm_megatron.growth.plan import GrowthPlan, check_same_plan, make_plan, stage_growth
 from flm_megatron.growth.record import growth_of
 from flm_megatron.growth.rules import check_source_stage
@@ -126,7 +126,7 @@ def _manifest(source: LogicalCheckpoint, run: RunConfig, stage_index: int, plan:
     """The manifest of the grown stage at step 0, with the run's position carried over."""
     known = source.manifest
     at = known.position
-    position = StagePosition(0, at.samples, at.tokens, at.optimizer_step if has_moments(source) else 0)
+    position = StagePosition(0, at.samples, at.tokens, at.optimizer_step if carries_moments(source, plan) else 0)
     run = resolve_vocabulary(run, int(plan.new.vocab_size or 0))
     carried = Manifest(tokenizer_sha256=known.tokenizer_sha256, history=known.history)
     return carried | stage_manifest(run, stage_index, plan.new, position)

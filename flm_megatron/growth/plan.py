@@ -16,6 +16,7 @@ from flm_megatron.json_text import JsonObject
 from flm_megatron.model.mask_plan import MaskedPaths
 
 Operator = Literal["mask", "zero", "clone"]
+OptimizerState = Literal["keep", "reset_new", "reset_all"]
 MASKED_SHARE = 5
 """Masks open over the first 1 / MASKED_SHARE of a stage."""
 
@@ -45,6 +46,7 @@ class GrowthPlan:
     rejuvenate: float = 1.0
     clone_noise: float = 0.0
     shrink: float | None = None
+    optimizer_state: OptimizerState = "reset_new"
 
     @property
     def norm_scale(self) -> float:
@@ -87,6 +89,10 @@ class GrowthPlan:
         """Whether the grown model computes the old function at its first step."""
         changed_depth = self.layers in ("copy", "random") and self.old.num_layers != self.new.num_layers
         return self.shrink is None and not changed_depth
+
+    def keeps_moments(self, copy: bool) -> bool:
+        """Whether old entries (with `copy`, copies of them) go on with moments and with their place in Adam's count."""
+        return self.optimizer_state == "keep" or (self.optimizer_state == "reset_new" and not copy)
 
     def to_json(self) -> dict[str, object]:
         """Plain data, for a checkpoint's manifest."""
@@ -144,6 +150,7 @@ def make_plan(
         rejuvenate=1.0 if growth.rejuvenate is None else growth.rejuvenate,
         clone_noise=growth.clone_noise,
         shrink=growth.shrink,
+        optimizer_state=growth.optimizer_state,
     )
 
 

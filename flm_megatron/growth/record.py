@@ -76,7 +76,7 @@ class Certificate:
 class GrowthRecord:
     """One growth: its plan; hash, manifest and path of its source; and the version of the program that did it.
 
-    `optimizer_step` is Adam's step at the growth, `moments` whether the source had Adam's moments (true where an
+    `optimizer_step` is Adam's step at the growth, `moments` whether it went on with Adam's moments (true where an
     earlier version did not record it), `before` the last growth of the source, `extra` the keys of later versions.
     `absent` names keys that an earlier version did not write; they are not written now either.
     """

@@ -22,7 +22,7 @@ from flm_megatron.checkpoint.logical import (
 from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.grown.operators import Constant, FilledRegion, Fresh, Mean, Old, Operators
-from flm_megatron.growth.grown.step_offsets import has_moments
+from flm_megatron.growth.grown.step_offsets import carries_moments
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.growth.record import GrowthRecord, growth_behind
 from flm_megatron.model.parameters import parameter_specs
@@ -32,8 +32,8 @@ class GrownCheckpoint(LogicalCheckpoint):
     """`source` grown by `plan`: weights, and masters and moments where the source has them.
 
     Old values are scaled where the plan scales weights, first moments as the gradients and second moments as their
-    squares (1/c and 1/c^2 for weights times c); new entries have zero moments, and so do copies. New values depend on
-    the plan's seed and stage, the tensor's name and the global index only.
+    squares (1/c and 1/c^2 for weights times c); new entries have zero moments, and so do copies unless the plan keeps
+    theirs. New values depend on the plan's seed and stage, the tensor's name and the global index only.
 
     Raises:
         RequestError: the source's tensors are not those of the plan's old model.
@@ -94,9 +94,9 @@ class GrownCheckpoint(LogicalCheckpoint):
         return truncated_normal(self.plan.seed, key, shape, region, std, dtype=dtype)
 
     def _moments(self, prefix: str, name: str, filled: FilledRegion) -> torch.Tensor | float:
-        """Moments of one region: scaled as the gradient is, zero where new."""
+        """Moments of one region: scaled as the gradient is, zero where they are not kept."""
         content = filled.content
-        if not isinstance(content, Old) or content.copy:
+        if not isinstance(content, Old) or not self.plan.keeps_moments(content.copy):
             return 0.0
         values = self.source.read(prefix + name, content.region)
         ratio = content.gradient_ratio
@@ -123,8 +123,8 @@ def growth_record(source: LogicalCheckpoint, plan: GrowthPlan) -> GrowthRecord:
         source_manifest_sha256=hashlib.sha256(text.encode()).hexdigest(),
         source_stage=at.stage,
         source_step=at.step,
-        optimizer_step=(at.optimizer_step or 0) if has_moments(source) else 0,
-        moments=has_moments(source),
+        optimizer_step=(at.optimizer_step or 0) if carries_moments(source, plan) else 0,
+        moments=carries_moments(source, plan),
         code_version=__version__,
         before=growth_behind(source.manifest),
     )

@@ -15,12 +15,18 @@ from flm_megatron.checkpoint.manifest import RecordedGrowth
 from flm_megatron.engine.types import ModelChunk, Optimizer
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.grown.operators import Old, Operators
+from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.growth.record import GrowthRecord, growth_behind
 
 
 def has_moments(checkpoint: LogicalCheckpoint) -> bool:
     """Whether a checkpoint has Adam's moments; without, all entries count from 0."""
     return any(name.startswith(EXP_AVG) for name in checkpoint.tensors)
+
+
+def carries_moments(source: LogicalCheckpoint, plan: GrowthPlan) -> bool:
+    """Whether a growth goes on with any moments of its source; else Adam begins at step 0."""
+    return has_moments(source) and plan.optimizer_state != "reset_all"
 
 
 def earlier_growth(checkpoint: LogicalCheckpoint, grows: bool) -> RecordedGrowth | None:
@@ -42,16 +48,17 @@ def has_step_offsets(growth: GrowthRecord | None) -> bool:
 def step_offsets(growth: GrowthRecord | None, name: str, region: Region) -> torch.Tensor:
     """Adam's step at which each entry was added, of a region of parameter `name` (int32, of shape `region.sizes`).
 
-    It is 0 for entries of the first stage, for those of growths that `keep` the step, and for all where a growth had
-    no moments to start from.
+    It is 0 for entries of the first stage, for those of growths that `keep` the step, and for all where a growth went
+    on with no moments. Copies that have the moments of their source have its offset.
     """
     out = torch.zeros(region.sizes, dtype=torch.int32)
     if growth is None or not growth.moments:
         return out
-    added_at = growth.optimizer_step if growth.plan.optimizer_step == "birth" else 0
+    added_at: torch.Tensor | int = growth.optimizer_step if growth.plan.optimizer_step == "birth" else 0
     for filled in Operators(growth.plan).regions(name, region):
-        old = isinstance(filled.content, Old) and not filled.content.copy
-        values = step_offsets(growth.before, name, filled.content.region) if old else added_at  # type: ignore[union-attr]
+        content, values = filled.content, added_at
+        if isinstance(content, Old) and growth.plan.keeps_moments(content.copy):
+            values = step_offsets(growth.before, name, content.region)
         out[filled.region.within(region).slices] = values
     return out
 

@@ -115,7 +115,7 @@ def test_clones_stay_and_their_noise_cancels(case: str, block: str) -> None:
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_moments_of_clones_are_those_of_the_gradients_they_get(block: str) -> None:
-    """Gradients of the old model as its moments, grown, are the gradients of the grown one; copies start anew."""
+    """Gradients of the old model as its moments, grown, are those of the grown one, of copies too if they are kept."""
     old = old_model(**BLOCKS[block], input_mult=0.5)
     new = replace(old, **{**CLONED["all"], "num_layers": 3}, input_mult=0.7)
     plan, source = make_plan(old, new, growth("clone", rejuvenate=0.37), seed=5), trained(old)
@@ -123,12 +123,14 @@ def test_moments_of_clones_are_those_of_the_gradients_they_get(block: str) -> No
     after = gradients(plan.new, grown_weights(plan, source), open_masks(plan.new))
     moments = {EXP_AVG + name: gradient for name, gradient in before.items()}
     moments |= {EXP_AVG_SQ + name: gradient**2 for name, gradient in before.items()}
-    grown = GrownCheckpoint(MemoryCheckpoint({**source.values, **moments}), plan)
+    held = MemoryCheckpoint({**source.values, **moments})
+    grown, kept = GrownCheckpoint(held, plan), GrownCheckpoint(held, replace(plan, optimizer_state="keep"))
     for name, gradient in after.items():
         for prefix, power in ((EXP_AVG, 1), (EXP_AVG_SQ, 2)):
             found = grown.read(prefix + name)
             assert found.count_nonzero() == before[name].count_nonzero()
             torch.testing.assert_close(found, gradient**power * (found != 0), rtol=1e-9, atol=1e-15)
+            torch.testing.assert_close(kept.read(prefix + name), gradient**power, rtol=1e-9, atol=1e-15)
 
 
 @pytest.mark.parametrize("operator", ["zero", "mask", "clone"])

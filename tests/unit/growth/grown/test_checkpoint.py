@@ -141,16 +141,20 @@ def test_shrink_and_perturb(layers: str) -> None:
         torch.testing.assert_close(shrunk.read(name), expected)
 
 
-def test_copied_layers_have_fresh_moments() -> None:
-    plan = plan_for("layers", "mask", old_model())
+@pytest.mark.parametrize(
+    ("optimizer_state", "kept"), [("reset_new", (True, False)), ("keep", (True, True)), ("reset_all", (False, False))]
+)
+def test_moments_of_originals_and_copies(optimizer_state: str, kept: tuple[bool, bool]) -> None:
+    plan = plan_for("layers", "mask", old_model(), {"optimizer_state": optimizer_state})
     source = trained(plan.old, torch.float32, optimizer=True)
     checkpoint = GrownCheckpoint(source, plan)
     name = f"{p.QKV}.weight"
     moments, values = checkpoint.read(EXP_AVG + name), checkpoint.read(name)
     for i, layer in enumerate(plan.layer_sources):
         assert torch.equal(values[i], source.values[name][layer.source])
-        expected = torch.zeros_like(moments[i]) if layer.copy else source.values[EXP_AVG + name][layer.source]
-        assert torch.equal(moments[i], expected)
+        assert torch.equal(moments[i], source.values[EXP_AVG + name][layer.source] * kept[layer.copy])
+    assert checkpoint.record.moments == (optimizer_state != "reset_all")
+    assert checkpoint.record.optimizer_step == (0 if optimizer_state == "reset_all" else 40)
 
 
 def test_random_layers_are_those_of_a_fresh_model() -> None:
@@ -233,6 +237,10 @@ def test_step_offsets() -> None:
     assert has_step_offsets(twice) and has_step_offsets(kept)
     assert step_offsets(kept, name, whole).unique().tolist() == [0, 40]
     assert not has_step_offsets(GrownCheckpoint(trained(plan.old), plan_for("ffn", "zero", plan.old)).record)
+    copied = replace(deeper, layers="mask", optimizer_state="keep")
+    assert step_offsets(GrownCheckpoint(held, copied).record, name, whole).unique().tolist() == [0, 40]
+    anew = replace(deeper, optimizer_state="reset_all")
+    assert not step_offsets(GrownCheckpoint(held, anew).record, name, whole).any()
 
 
 def test_without_moments_every_entry_is_born_anew() -> None:
