@@ -154,7 +154,7 @@ def _process_main(rank: int, world_info: _World, function: Callable[..., int], a
     from flm_megatron.distributed.world import world
 
     folder = Path(world_info.folder)
-    _end_with_parent()
+    end_with_parent()
     os.environ["LOCAL_RANK"] = str(rank)
     config = DistributedConfig(timeout_s=world_info.timeout_s)
     with stop_before_training():
@@ -180,7 +180,7 @@ def _in_world(folder: Path, rank: int, function: Callable[..., int], args: tuple
         os._exit(1)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """End this process when its parent is gone, even by SIGKILL."""
     import multiprocessing
 

@@ -24,6 +24,7 @@ from flm_megatron.checkpoint.sharding.model_state import load_state
 from flm_megatron.config.schema import ParallelConfig, RunConfig, ScheduleConfig, StageConfig
 from flm_megatron.data.streams.loader import batches
 from flm_megatron.data.streams.stream import SampleStream
+from flm_megatron.distributed.local_processes import end_with_parent
 from flm_megatron.distributed.world import one_process
 from flm_megatron.errors import RequestError
 from flm_megatron.hyperparameters.coordinate_check import power_of_width, scaled_model
@@ -127,7 +128,7 @@ def search(
     if settings.jobs == 1:
         yield from map(train, left)
         return
-    with ProcessPoolExecutor(settings.jobs, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(settings.jobs, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         for done in as_completed([pool.submit(train, job) for job in left]):
             yield done.result()
 

@@ -76,7 +76,9 @@ class Study:
         if not set(budgets) - had:
             return
         folder = self.out / f"{''.join(c if c.isalnum() else '-' for c in arm)}-{grown_at:g}-{seed}"
-        run_file = self._write(arm, seed, grown_at, max(budgets), folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        run_file = folder / "study.yaml"
+        run_file.write_text(json.dumps(self.document(arm, seed, grown_at, max(budgets), folder), indent=1))
         if arm != SCRATCH:
             self._small_stage(arm, seed, grown_at, folder, run_file)
         flm("train", str(run_file))
@@ -108,9 +110,8 @@ class Study:
             shutil.copytree(shared / "checkpoints", folder / "checkpoints")
             shutil.copy(shared / "metrics.jsonl", folder)
 
-    def _write(self, arm: str, seed: int, grown_at: float, budget: float, folder: Path) -> Path:
-        """The run file of a trunk, in its folder; JSON is YAML."""
-        folder.mkdir(parents=True, exist_ok=True)
+    def document(self, arm: str, seed: int, grown_at: float, budget: float, folder: Path) -> JsonObject:
+        """The run file of a trunk."""
         stages = []
         large_steps = self._before(grown_at, budget) + self.sizes.steps(budget, DECAY)
         if arm != SCRATCH:
@@ -122,7 +123,7 @@ class Study:
             opening = max(1, round(ARMS[arm].mask_share * self._before(grown_at, least)))
             stages[1]["growth"] = {"mask_steps": opening, "certify_samples": 0, **ARMS[arm].growth}
             stages[1]["schedule"] |= {"boundary": "rewarm"}
-        document = {
+        return {
             "name": f"{arm} {seed}",
             "output": str(folder),
             "seed": seed,
@@ -136,9 +137,6 @@ class Study:
             "logging": {"interval_steps": 100, "tensorboard": False},
             "checkpoint": {"interval_steps": UNIT, "keep_every_steps": UNIT},
         }
-        path = folder / "study.yaml"
-        path.write_text(json.dumps(document, indent=1))
-        return path
 
     def _stage(self, name: str, size: str, tokens: int) -> JsonObject:
         tuned, warmup = self.sizes.tuned(size), min(WARMUP * STEP_TOKENS, tokens // 5)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import repeat
 
 from flm_megatron.config.schema import ParallelConfig, RunConfig, StageConfig
+from flm_megatron.distributed.local_processes import end_with_parent
 from flm_megatron.planner.machine import Machine
 from flm_megatron.planner.plan import plan_stage
 from flm_megatron.planner.rehearsal.meeting import check_meetings
@@ -106,5 +107,5 @@ def _reports(
     workers = workers or os.cpu_count() or 1
     if workers == 1:
         return list(map(rehearse_rank, *operands))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         return list(pool.map(rehearse_rank, *operands))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flm_megatron.cli.main import main
@@ -153,3 +156,24 @@ def test_command_refuses_a_run_without_mup(data: Path, tmp_path: Path, capsys: p
     run_file, _ = make_run(data, tmp_path)
     assert main(["mup", "search", str(run_file)]) == 2
     assert "does not use muP" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_trials_end_with_the_command(data: Path, tmp_path: Path) -> None:
+    run_file, _ = make_run(data, tmp_path, *MUP)
+    options = ["--steps", "1000000", "--vary", "lr=1e-3,2e-3", "--jobs", "2"]
+    command = psutil.Popen([sys.executable, "-m", "flm_megatron.cli.main", "mup", "search", str(run_file), *options])
+    try:
+        deadline = time.monotonic() + 120
+        while len(trials := trials_of(command)) < 2:
+            assert time.monotonic() < deadline, "no trials"
+            time.sleep(0.05)
+    finally:
+        command.kill()
+        command.wait()
+    assert not psutil.wait_procs(trials, timeout=20)[1]
+
+
+def trials_of(command: psutil.Popen) -> list[psutil.Process]:
+    """The processes that train trials."""
+    return [child for child in command.children() if any("spawn_main" in part for part in child.cmdline())]
