@@ -32,6 +32,14 @@ def frozen_units(model: ModelConfig, seed: int) -> set[Unit]:
     return units
 
 
+def trained_count(stage: StageConfig) -> int:
+    """Number of parameters of the whole model that a stage trains."""
+    specs, layers = parameter_specs(stage.model), stage.model.num_layers
+    units = frozen_units(stage.model, stage.trainable_seed) if stage.trainable == "half" else set()
+    frozen = sum(specs[name].numel // (layers if specs[name].stacked else 1) for name, _ in units)
+    return sum(spec.numel for spec in specs.values() if spec.trained) - frozen
+
+
 def frozen_parameters(chunks: Sequence[ModelChunk], stage: StageConfig) -> list[torch.nn.Parameter]:
     """Parameters of this rank's chunks that a stage does not train."""
     if stage.trainable == "all":

@@ -17,7 +17,8 @@ from flm_megatron.engine.schedules import Report, forward_backward
 from flm_megatron.engine.types import ModelChunk
 from flm_megatron.model.attention.segments import segment_ends
 from flm_megatron.model.fp8_linear import weights_cast_once
-from flm_megatron.training.frozen_weights import freeze, frozen_parameters
+from flm_megatron.optim.epsilon import set_relative_epsilon
+from flm_megatron.training.frozen_weights import freeze, frozen_parameters, trained_count
 from flm_megatron.training.optimizer_step import clip_and_step, ready_squares
 from flm_megatron.training.world_sums import NOTHING, Told, WorldSums, sum_over_world
 
@@ -57,6 +58,7 @@ class TrainState:
         from flm_megatron.optim.build import build_optimizer
 
         self.stage = stage
+        self.trained = trained_count(stage)
         self.sequence_length = sequence_length
         place = current().place
         self.chunks = replicate([place(chunk) for chunk in build_model(stage.model, stage)], stage.parallel)
@@ -90,6 +92,7 @@ class TrainState:
             # Numbers, and what is remembered of earlier ones, are equal on all ranks, and so is the answer.
             refused = judge(loss, sums.grad_norm)
             if refused is None:
+                set_relative_epsilon(self.optimizer, self.stage.optimizer, sums.grad_norm, self.trained)
                 clip_and_step(self.optimizer, sums.grad_norm)
         return StepResult(loss, sums.tokens, sums.grad_norm, sums.heard, refused)
 

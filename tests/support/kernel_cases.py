@@ -202,18 +202,25 @@ def linear_cross_entropy(
 
 
 def adamw(
-    name: str, device: str, dtype: str, sizes: Sequence[int], steps: int = 3, factor: float | None = None
+    name: str,
+    device: str,
+    dtype: str,
+    sizes: Sequence[int],
+    steps: int = 3,
+    factor: float | None = None,
+    eps: float = 1e-6,
+    size: float = 1.0,
 ) -> Errors:
-    """Parameters after some steps against torch.optim.AdamW in float64."""
+    """Parameters after some steps against torch.optim.AdamW in float64; gradients are about `size`."""
     use(name, device)
-    params = [draw(size, dtype=dtype, device=device, seed=size) for size in sizes]
+    params = [draw(values, dtype=dtype, device=device, seed=values) for values in sizes]
     exact = [torch.nn.Parameter(param.double()) for param in params]
-    optimizer = torch.optim.AdamW(exact, lr=3e-2, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(exact, lr=3e-2, betas=(0.9, 0.95), eps=eps, weight_decay=0.1)
     moments = [[torch.zeros_like(param) for param in params] for _ in range(2)]
-    options: dict[str, Any] = {"lr": 3e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.1}
+    options: dict[str, Any] = {"lr": 3e-2, "beta1": 0.9, "beta2": 0.95, "eps": eps, "weight_decay": 0.1}
     multiplier = None if factor is None else torch.tensor(factor, device=device)
     for step in range(1, steps + 1):
-        grads = [draw(size, dtype=dtype, device=device, seed=1000 * step + size) for size in sizes]
+        grads = [size * draw(values, dtype=dtype, device=device, seed=1000 * step + values) for values in sizes]
         kept = [grad.clone() for grad in grads]
         kernels.adamw_(params, grads, *moments, step=step, grad_factor=multiplier, **options)
         for grad, copy in zip(grads, kept, strict=True):
@@ -292,6 +299,7 @@ CASES: dict[str, tuple[Callable[..., Errors], dict[str, Any]]] = {
         {"rows": 13, "channels": 24, "width": 64, "vocab_size": 51, "chunk_tokens": 5},
     ),
     "adamw": (adamw, {"sizes": (7, 1, 1500, 33000)}),
+    "adamw, 1e12 parameters": (adamw, {"sizes": (130,), "size": 2e-7, "eps": 2e-10}),
     "adamw, gradients scaled": (adamw, {"sizes": (7, 130), "factor": 0.25}),
     "clip": (clip, {"sizes": (5, 1, 1030, 33000), "max_norm": 0.5}),
     "clip, nothing to do": (clip, {"sizes": (5, 130), "max_norm": 1e6}),

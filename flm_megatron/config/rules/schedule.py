@@ -43,8 +43,10 @@ def adam_is_bounded(run: RunConfig, index: int) -> list[str]:
     lines = []
     if not all(0 <= beta < 1 for beta in options.betas):
         lines.append(f"optimizer.betas {list(options.betas)} do not lie in [0, 1)")
-    if options.eps <= 0:
-        lines.append(f"optimizer.eps is {options.eps}, give a number above 0")
+    for name in ("eps", "eps_relative"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            lines.append(f"optimizer.{name} is {value}, give a number above 0")
     for name in ("weight_decay", "clip_grad"):
         if getattr(options, name) < 0:
             lines.append(f"optimizer.{name} is {getattr(options, name)}, give 0 or more")

@@ -22,6 +22,9 @@ class OptimizerConfig:
     """Decay of the moments."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
+    eps_relative: float | None = None
+    """In place of `eps`: epsilon as a multiple of the root mean square of each step's clipped gradients. For models so
+    large that `eps` is not small beside their gradients; 1e-3 is what 1e-8 is at about a billion parameters."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices and embeddings."""
     clip_grad: float = 1.0

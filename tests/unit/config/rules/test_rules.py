@@ -138,6 +138,7 @@ REFUSED: list[tuple[str, int | None, str]] = [
     ("stages.0.optimizer.matrix_lr=0", None, "optimizer.matrix_lr is 0.0"),
     ("stages.0.optimizer.betas=[0.9, 1]", None, "optimizer.betas [0.9, 1.0] do not lie in [0, 1)"),
     ("stages.0.optimizer.eps=0", None, "optimizer.eps is 0.0"),
+    ("stages.0.optimizer.eps_relative=0", None, "optimizer.eps_relative is 0.0, give a number above 0"),
     (f"stages.0.tokens={10**40}", None, "tokens is 100000000000... (41 digits), give at most"),
     ("stages.0.schedule.decay_tokens=0", None, "schedule.decay_tokens is 0, give at least 1"),
     ("stages.0.optimizer.weight_decay=-1", None, "optimizer.weight_decay is -1.0, give 0 or more"),
