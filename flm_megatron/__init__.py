@@ -9,13 +9,14 @@ __version__ = "0.1.0"
 
 TYPE_CHECKING = False  # as in `typing`, which this does not wait for
 if TYPE_CHECKING:
+    from flm_megatron.api.budget.advise import GrowthAdvice, advise
+    from flm_megatron.api.budget.plan_budget import BudgetPlan, plan_budget
     from flm_megatron.api.checkpoint import open_checkpoint
     from flm_megatron.api.compare import compare
     from flm_megatron.api.distance import layer_distances
     from flm_megatron.api.grow import Growth, grow
     from flm_megatron.api.hugging_face import HuggingFaceExport, export_hf, import_hf
     from flm_megatron.api.plan import Plan, plan, search_layouts
-    from flm_megatron.api.plan_budget import BudgetPlan, plan_budget
     from flm_megatron.api.rehearse import Rehearsal, rehearse
     from flm_megatron.api.reshard import CheckpointCopy, reshard
     from flm_megatron.api.run_file import load_run
@@ -67,6 +68,7 @@ __all__ = [
     "DistributedConfig",
     "FlmError",
     "Growth",
+    "GrowthAdvice",
     "GrowthConfig",
     "GrowthPlan",
     "Hook",
@@ -98,6 +100,7 @@ __all__ = [
     "ValidationConfig",
     "Verification",
     "__version__",
+    "advise",
     "compare",
     "export_hf",
     "fine_tune",
@@ -116,13 +119,14 @@ __all__ = [
 ]
 
 _MODULES = {
+    "api.budget.advise": ("GrowthAdvice", "advise"),
+    "api.budget.plan_budget": ("BudgetPlan", "plan_budget"),
     "api.checkpoint": ("open_checkpoint",),
     "api.compare": ("compare",),
     "api.distance": ("layer_distances",),
     "api.grow": ("Growth", "grow"),
     "api.hugging_face": ("HuggingFaceExport", "export_hf", "import_hf"),
     "api.plan": ("Plan", "plan", "search_layouts"),
-    "api.plan_budget": ("BudgetPlan", "plan_budget"),
     "api.rehearse": ("Rehearsal", "rehearse"),
     "api.reshard": ("CheckpointCopy", "reshard"),
     "api.run_file": ("load_run",),

@@ -22,6 +22,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 COMMANDS = {
     "train": "train a run file's stages, growing between them",
     "plan": "plan memory, time and cost before asking for the machines",
+    "advise": "whether, when and how to grow into the last model of a run",
     "rehearse": "run ranks of a run at their true size on this machine, without values",
     "bench": "measure throughput on this hardware, or calibrate the planner to it",
     "launch": "start a run on a cluster, or print what would start it",

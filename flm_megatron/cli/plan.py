@@ -100,7 +100,7 @@ def _search(config: RunConfig, args: argparse.Namespace) -> tuple[str, Mapping[s
 
 
 def _budget(config: RunConfig, args: argparse.Namespace) -> tuple[str, Mapping[str, object]]:
-    from flm_megatron.api.plan_budget import plan_budget
+    from flm_megatron.api.budget.plan_budget import plan_budget
 
     divided = plan_budget(config, args.budget, **_machine(args), laws=args.laws)
     return str(divided), divided.to_dict()

@@ -15,10 +15,6 @@ from flm_megatron.json_text import Json
 
 EXPONENTS = np.linspace(0.02, 1.0, 197)
 FEWEST_POINTS = 5
-# Hoffmann et al., arXiv 2203.15556, approach 3.
-CHINCHILLA = {"floor": 1.69, "size_scale": 406.4, "size_exponent": 0.34, "scale": 410.7, "exponent": 0.28}
-
-
 Tokens = TypeVar("Tokens", float, np.ndarray)
 
 
@@ -41,12 +37,30 @@ class LossLaw:
             return (above / self.scale) ** (-1 / self.exponent)
 
 
+@dataclass(frozen=True)
+class SizeLaw:
+    """Loss of every size: L(N, D) = floor + size_scale x N^-size_exponent + scale x D^-exponent."""
+
+    floor: float
+    size_scale: float
+    size_exponent: float
+    scale: float
+    exponent: float
+
+    def at(self, parameters: float) -> LossLaw:
+        """The law of one size."""
+        return LossLaw(self.floor + self.size_scale * parameters**-self.size_exponent, self.scale, self.exponent)
+
+
+HOFFMANN = SizeLaw(1.69, 406.4, 0.34, 410.7, 0.28)
+"""Hoffmann et al., arXiv 2203.15556, approach 3."""
+BESIROGLU = SizeLaw(1.8172, 482.01, 0.3478, 2085.43, 0.3658)
+"""The fit of Besiroglu et al., arXiv 2404.10102, to the same runs."""
+
+
 def chinchilla_law(parameters: float) -> LossLaw:
     """The general law of Hoffmann et al. for `parameters` parameters; another data mix has other constants."""
-    law = CHINCHILLA
-    return LossLaw(
-        law["floor"] + law["size_scale"] * parameters ** -law["size_exponent"], law["scale"], law["exponent"]
-    )
+    return HOFFMANN.at(parameters)
 
 
 def fit_law(tokens: Sequence[float], losses: Sequence[float]) -> LossLaw:

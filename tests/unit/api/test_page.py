@@ -36,7 +36,7 @@ def test_examples_of_the_page(tiny: Path) -> None:
     assert run_examples(doctest.DocTestParser().get_doctest(text, {}, PAGE.name, str(PAGE), 0)) > 25
 
 
-@pytest.mark.parametrize("name", ["load_run", "open_checkpoint", "plan"])
+@pytest.mark.parametrize("name", ["advise", "load_run", "open_checkpoint", "plan"])
 def test_examples_of_docstrings(name: str, tiny: Path) -> None:
     function = getattr(flm, name)
     tests = doctest.DocTestFinder(recurse=False).find(function, name, globs=dict(function.__globals__))
@@ -45,7 +45,7 @@ def test_examples_of_docstrings(name: str, tiny: Path) -> None:
 
 def test_docstrings_with_examples_are_all_run() -> None:
     assert {name for name in FUNCTIONS if ">>>" in str(getattr(flm, name).__doc__)} == {
-        *("load_run", "open_checkpoint", "plan")
+        *("advise", "load_run", "open_checkpoint", "plan")
     }
 
 

@@ -1,0 +1,97 @@
+"""What operators were measured to keep of the small model's tokens: a table in a file, filled by a study.
+
+    {"source": "where the figures come from",
+     "measured": [{"operator": "depth: copy", "dimensions": ["layers"], "tokens_per_parameter": 5,
+                   "growth": {"layers": "copy", "layer_selection": "stack"}, "kept": [0.91, 0.88, 0.94]}]}
+
+`kept` has one number for each seed: the token credit of the grown run, (tokens of T_eq - tokens of the large stage) /
+tokens of the small stage, over D_0 / D_s, the credit by equality of losses at the same point (`equivalence`), both from
+the same runs. `growth` is the block of the run file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+from flm_megatron.errors import RequestError
+from flm_megatron.json_text import Json, JsonObject, parse_json
+from flm_megatron.planner.advice.equivalence import Kept
+
+TABLE = Path(__file__).with_name("token_credit.json")
+DIMENSIONS = {"hidden", "ffn", "heads", "layers"}
+FEWEST_SEEDS = 2
+
+
+@dataclass(frozen=True)
+class OperatorCredit:
+    """What one way to grow kept, by seed, at a number of tokens per parameter."""
+
+    operator: str
+    dimensions: frozenset[str]
+    growth: JsonObject
+    tokens_per_parameter: float
+    kept: tuple[float, ...]
+
+    def interval(self) -> Kept:
+        """The mean over seeds, and twice their standard deviation on either side."""
+        mean, spread = fmean(self.kept), 2 * stdev(self.kept)
+        return Kept(mean, max(0.0, mean - spread), mean + spread)
+
+
+@dataclass(frozen=True)
+class CreditTable:
+    """All that was measured, and where."""
+
+    source: str
+    measured: tuple[OperatorCredit, ...]
+
+    def for_growth(self, dimensions: frozenset[str], tokens_per_parameter: float) -> list[OperatorCredit]:
+        """Of each operator that was measured on these dimensions the row nearest in tokens per parameter."""
+
+        def distance(row: OperatorCredit) -> float:
+            """How far a row is, in the logarithm of tokens per parameter."""
+            return abs(math.log(row.tokens_per_parameter / tokens_per_parameter))
+
+        nearest: dict[str, OperatorCredit] = {}
+        for row in sorted(self.measured, key=distance):
+            if row.dimensions == dimensions:
+                nearest.setdefault(row.operator, row)
+        return list(nearest.values())
+
+
+def read_credits(path: Path = TABLE) -> CreditTable:
+    """The table in a file; that of the program by default.
+
+    Raises:
+        RequestError: the file cannot be read, or is no such table.
+    """
+    try:
+        data = parse_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise RequestError(f"cannot read token credit {path}: {error.strerror}") from None
+    if not isinstance(data, dict) or not isinstance(data.get("measured"), list):
+        raise RequestError(f"{path} is no table of token credit: it has no list `measured`")
+    return CreditTable(str(data.get("source", path)), tuple(_row(row, path) for row in data["measured"]))
+
+
+def _row(data: Json, path: Path) -> OperatorCredit:
+    try:
+        row = OperatorCredit(
+            str(data["operator"]),
+            frozenset(data["dimensions"]),
+            dict(data["growth"]),
+            float(data["tokens_per_parameter"]),
+            tuple(float(kept) for kept in data["kept"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise RequestError(f"{path}: a row of token credit lacks or has a wrong {error}") from None
+    numbers: Sequence[float] = (row.tokens_per_parameter, *row.kept)
+    if len(row.kept) < FEWEST_SEEDS or not all(map(math.isfinite, numbers)) or row.tokens_per_parameter <= 0:
+        raise RequestError(f"{path}: {row.operator!r} needs finite numbers of at least {FEWEST_SEEDS} seeds in `kept`")
+    if not row.dimensions or row.dimensions - DIMENSIONS:
+        raise RequestError(f"{path}: {row.operator!r} needs `dimensions` out of {', '.join(sorted(DIMENSIONS))}")
+    return row
