@@ -33,12 +33,15 @@ def select_layers(
     `distances` (one number per old layer), `interleave` spreads copies evenly, `top` copies the last layers and `list`
     those of `growth.copied_layers`; each copy follows its source. `stack` puts copies of layers 0, 1, 2, ... on top,
     `middle` repeats the middle layers, as a block behind themselves. If there are more copies than old layers, copying
-    starts over, so any ratio is possible. With `layers: random` the same places are filled by layers without a source.
+    starts over, so any ratio is possible. With `layers: random` the same places are filled by layers without a source,
+    as are all places where there is no old layer.
 
     Raises:
         RequestError: distances or the list of copied layers are missing or do not fit the layers.
     """
     extra = new_layers - old_layers
+    if not old_layers:
+        return (LayerSource(None, True),) * extra
     if growth.layer_selection in ("stack", "middle"):
         sources = _repeated_block(old_layers, extra, in_the_middle=growth.layer_selection == "middle")
     else:

@@ -76,10 +76,11 @@ class GrowthPlan:
         """Dimensions that grow behind a mask, of hidden, ffn, heads, layers."""
         if self.shrink is not None:
             return ()
+        has_layers = self.old.num_layers > 0
         grows = {
             "hidden": self.old.hidden_size != self.new.hidden_size,
-            "ffn": self.old.ffn_hidden_size != self.new.ffn_hidden_size,
-            "heads": self.grows_heads,
+            "ffn": has_layers and self.old.ffn_hidden_size != self.new.ffn_hidden_size,
+            "heads": has_layers and self.grows_heads,
             "layers": self.old.num_layers != self.new.num_layers,
         }
         return tuple(name for name, does in grows.items() if does and getattr(self, name) == "mask")

@@ -88,6 +88,7 @@ def _shape(model: ModelConfig) -> dict[str, object]:
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "perform_initialization": False,
+        "output_layer_init_method": torch.nn.init.zeros_,  # not called; the engine's own divides by the layers
         **without_cuda_graphs(),
         "xpos_scale_base": model.xpos_scale_base if model.position == "xpos" else None,
     }

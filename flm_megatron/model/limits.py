@@ -25,8 +25,9 @@ def check_limits(model: ModelConfig, where: str) -> ModelConfig:
         ("vocab_size", 1 if model.vocab_size is None else model.vocab_size, LARGEST_VOCABULARY),
     )
     for name, value, largest in limits:
-        if not 1 <= value <= largest:
-            raise RequestError(f"{where}: {name} is {_shown(value)}: it has to lie between 1 and {largest:,}")
+        least = 0 if name == "num_layers" else 1
+        if not least <= value <= largest:
+            raise RequestError(f"{where}: {name} is {_shown(value)}: it has to lie between {least} and {largest:,}")
     if model.num_attention_heads % model.query_groups:
         raise RequestError(
             f"{where}: {model.num_attention_heads} heads cannot be shared out to {model.query_groups} query groups"

@@ -97,7 +97,7 @@ class TeleFLM(GPTModel):
         the logits of the last position only.
         """
         layers = [module for module in self.modules() if isinstance(module, CoreAttention)]
-        assert layers and not self.config.sequence_parallel
+        assert (layers or not self.config.num_layers) and not self.config.sequence_parallel
         holders: list[TeleFLM | CoreAttention] = [self, *layers]
         cache = KeyValueCache(capacity)
         for holder in holders:

@@ -109,7 +109,7 @@ def group_learning_rates(rate: float, stage: StageConfig) -> dict[Group, float]:
         "vector": options.lr,
     }
     scales = learning_rate_scales(parameter_specs(stage.model))
-    return {group: rate * (peak / options.lr) * scales[group] for group, peak in peaks.items()}
+    return {group: rate * (peak / options.lr) * scales.get(group, 1.0) for group, peak in peaks.items()}
 
 
 def set_learning_rates(optimizer: Optimizer, stage: StageConfig, rate: float) -> dict[Group, float]:

@@ -198,7 +198,7 @@ class Workload:
 
     def _on_rank(self, rank: int, specs: Sequence[ParameterSpec]) -> int:
         stacked = (spec for spec in specs if spec.place == "layers")
-        count = sum(self.chunks(rank)) * (self._shard_numel(stacked) // self.model.num_layers)
+        count = sum(self.chunks(rank)) * (self._shard_numel(stacked) // max(1, self.model.num_layers))
         if rank == 0:
             count += self._shard_numel(spec for spec in specs if spec.place == "first")
         if rank == self.parallel.pipeline - 1:
@@ -226,7 +226,7 @@ class Workload:
         """Values of the weights of the layers' linear maps on each tensor rank of pipeline rank `rank`."""
         matrices = [spec for spec in self.specs if spec.place == "layers" and spec.value == "weight"]
         matrices = [spec for spec in matrices if len(spec.axes) > 2]
-        return sum(self.chunks(rank)) * (self._shard_numel(matrices) // self.model.num_layers)
+        return sum(self.chunks(rank)) * (self._shard_numel(matrices) // max(1, self.model.num_layers))
 
     def _shard_numel(self, specs: Iterable[ParameterSpec]) -> int:
         """Values of parameters on one tensor rank."""

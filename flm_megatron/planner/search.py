@@ -129,7 +129,7 @@ def describe(work: Workload) -> str:
 
 
 def _layouts(stage: StageConfig, sequence_length: int, gpus: int) -> Iterator[StageConfig]:
-    layers = stage.model.num_layers
+    layers = max(1, stage.model.num_layers)
     for tensor in _divisors(gpus, LARGEST_TENSOR):
         for pipeline in _divisors(gpus // tensor, layers):
             for virtual in _divisors(layers, LARGEST_VIRTUAL) if pipeline > 1 else [1]:
@@ -154,7 +154,7 @@ def _trial(stage: StageConfig, parallel: ParallelConfig, micro_batch: int, seque
 def _lean_workloads(stage: StageConfig, sequence_length: int, machine: Machine) -> Iterator[Workload]:
     """Every layout of whole nodes, or of a part of one, that recomputes all and takes one sample at a time."""
     for tensor in _divisors(stage.model.query_groups, LARGEST_TENSOR):
-        for pipeline in range(1, stage.model.num_layers + 1):
+        for pipeline in range(1, max(1, stage.model.num_layers) + 1):
             trial = _trial(stage, ParallelConfig(tensor=tensor, pipeline=pipeline), 1, sequence_length)
             for data in _divisors(stage.global_batch, LARGEST_DATA):
                 world = tensor * pipeline * data

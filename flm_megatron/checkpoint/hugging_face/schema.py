@@ -80,7 +80,7 @@ class ModelFields(BaseModel):
     """The fields that determine the function, with the defaults of transformers' LlamaConfig."""
 
     model_config = STRICT
-    num_hidden_layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
+    num_hidden_layers: Annotated[int, Field(ge=0, le=MOST_LAYERS)]
     hidden_size: Annotated[int, Field(ge=1, le=LARGEST_HIDDEN)]
     intermediate_size: Annotated[int, Field(ge=1, le=LARGEST_FFN)]
     num_attention_heads: Heads

@@ -19,12 +19,13 @@ POSITIVE = (
 
 
 def model_sizes_are_counts(model: ModelConfig) -> list[str]:
-    """Counts are at least 1, and not beyond reason."""
+    """Counts are at least 1 (layers 0), and not beyond reason."""
     values = {f"model.{name}": (getattr(model, name), largest) for name, largest in LARGEST_MODEL.items()}
     values["model.mup.base_hidden_size"] = (model.mup.base_hidden_size, LARGEST_MODEL["hidden_size"])
     if model.lora is not None:
         values["model.lora.rank"] = (model.lora.rank, LARGEST_RANK)
-    return out_of_range({name: (value, 1, largest) for name, (value, largest) in values.items()})
+    least = {"model.num_layers": 0}
+    return out_of_range({name: (value, least.get(name, 1), largest) for name, (value, largest) in values.items()})
 
 
 def constants_are_positive(model: ModelConfig) -> list[str]:
@@ -63,7 +64,15 @@ def head_dim_is_even(model: ModelConfig) -> str | None:
     return None
 
 
+def adapters_have_layers(model: ModelConfig) -> str | None:
+    """Adapters are beside the matrices of layers."""
+    if model.lora is not None and not model.num_layers:
+        return "model.num_layers is 0, so model.lora has nothing to adapt: give at least 1 layer, or leave lora out"
+    return None
+
+
 MODEL_RULES = (
+    adapters_have_layers,
     constants_are_positive,
     heads_divide_hidden,
     heads_divide_into_groups,

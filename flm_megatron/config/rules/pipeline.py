@@ -15,7 +15,7 @@ def pipeline_split(num_layers: int, parallel: ParallelConfig) -> list[int]:
     """Layers of each model chunk in the order of execution: pipeline x virtual_pipeline numbers.
 
     Chunk i lies on pipeline rank i mod pipeline, as its own chunk i div pipeline. Without `pipeline_layers` they
-    are as even as can be, the first ones taking what is over.
+    are as even as can be, the first ones taking what is over. Only a single chunk may be without a layer.
 
     Raises:
         RequestError: a virtual pipeline without a pipeline, a chunk without a layer, or an explicit split whose length
@@ -30,7 +30,7 @@ def pipeline_split(num_layers: int, parallel: ParallelConfig) -> list[int]:
     sizes = f"pipeline {parallel.pipeline} x virtual_pipeline {parallel.virtual_pipeline}"
     if parallel.pipeline_layers is not None:
         return _explicit_split(num_layers, parallel.pipeline_layers, chunks, sizes)
-    if num_layers < chunks:
+    if num_layers < chunks and chunks > 1:
         raise RequestError(
             f"{num_layers} layers cannot be split into {chunks} model chunks ({sizes}) of at least one layer each; "
             "use a shorter pipeline or more layers"

@@ -39,7 +39,7 @@ class ModelConfig:
     """Shape of a decoder. The defaults are Tele-FLM's block; FLM-101B's is `layernorm`, `gelu`, `bias`, `xpos`."""
 
     num_layers: int = 4
-    """Number of transformer layers."""
+    """Number of transformer layers; 0 leaves embedding, final norm and head."""
     hidden_size: int = 128
     """Width of the residual stream."""
     ffn_hidden_size: int = 352

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import cache
 
 from flm_megatron.checkpoint.logical import Region
-from flm_megatron.growth.grown.axes import Segment, axis_segments
+from flm_megatron.growth.grown.axes import Segment, tensor_segments
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.model.parameters import parameter_specs
 
@@ -34,8 +34,7 @@ class AddedEntries:
         return [_added(segment) for segment in self._segments(name)[axis] for _ in range(segment.size)]
 
     def _all_segments(self, name: str) -> list[list[Segment]]:
-        axes = zip(self._old[name].axes, self._new[name].axes, strict=True)
-        return [axis_segments(self.plan, old, new) for old, new in axes]
+        return tensor_segments(self.plan, self._old.get(name), self._new[name])
 
 
 def _added(segment: Segment) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from flm_megatron.growth.plan import GrowthPlan
-from flm_megatron.model.parameters import Axis, Unit
+from flm_megatron.model.parameters import Axis, ParameterSpec, Unit
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,13 @@ class Segment:
         after = replace(self, start=segment.start, size=segment.size)
         moved = after if self.source is None else replace(after, source=self.source + self.size)
         return segment == (moved if self.noise is None else replace(moved, noise=self.noise + self.size))
+
+
+def tensor_segments(plan: GrowthPlan, old: ParameterSpec | None, new: ParameterSpec) -> list[list[Segment]]:
+    """The axes of a grown tensor as segments; `old` is none where the model before the growth has no layers."""
+    if old is None:
+        return [[Segment(0, axis.size, None, copy=True)] for axis in new.axes]
+    return [axis_segments(plan, before, after) for before, after in zip(old.axes, new.axes, strict=True)]
 
 
 def axis_segments(plan: GrowthPlan, old: Axis, new: Axis) -> list[Segment]:

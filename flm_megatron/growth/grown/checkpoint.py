@@ -25,7 +25,7 @@ from flm_megatron.growth.grown.operators import Constant, FilledRegion, Fresh, M
 from flm_megatron.growth.grown.step_offsets import carries_moments
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.growth.record import GrowthRecord, growth_behind
-from flm_megatron.model.parameters import parameter_specs
+from flm_megatron.model.parameters import EMBEDDING, parameter_specs
 
 
 class GrownCheckpoint(LogicalCheckpoint):
@@ -65,10 +65,11 @@ class GrownCheckpoint(LogicalCheckpoint):
         return torch.empty(region.sizes, dtype=info.dtype) if out is None else out
 
     def _infos(self, name: str) -> list[tuple[str, TensorInfo]]:
-        """The parameter, and its optimizer state if the source has it."""
+        """The parameter, and its optimizer state if the source has it (of the embedding, if it has no layers)."""
         shape = self.operators.specs[name].shape
+        like = name if name in self.source.tensors else EMBEDDING
         prefixes = ("", *STATE_PREFIXES)
-        return [(p + name, TensorInfo(shape, i.dtype)) for p in prefixes if (i := self.source.tensors.get(p + name))]
+        return [(p + name, TensorInfo(shape, i.dtype)) for p in prefixes if (i := self.source.tensors.get(p + like))]
 
     def _weights(self, prefix: str, name: str, filled: FilledRegion) -> torch.Tensor | float:
         """Weights or masters of one region. A low-precision weight that changes is rounded from its fp32 master."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flm_megatron.checkpoint.logical import Region
-from flm_megatron.growth.grown.axes import Segment, axis_segments
+from flm_megatron.growth.grown.axes import Segment, tensor_segments
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.model.parameters import Axis, ParameterSpec, Unit, parameter_specs
 
@@ -87,10 +87,10 @@ class Operators:
 
     def regions(self, name: str, region: Region) -> Iterator[FilledRegion]:
         """`region` of parameter `name` cut by what fills it: covered once, in row-major order of corners."""
-        old, new = self._old_specs[name].axes, self.specs[name].axes
+        whole = tensor_segments(self.plan, self._old_specs.get(name), self.specs[name])
         axes = [
-            [c for s in axis_segments(self.plan, before, after) if (c := s.clip(start, start + size))]
-            for before, after, start, size in zip(old, new, region.offsets, region.sizes, strict=True)
+            [c for s in segments if (c := s.clip(start, start + size))]
+            for segments, start, size in zip(whole, region.offsets, region.sizes, strict=True)
         ]
         for segments in itertools.product(*axes):
             cut = Region(tuple(s.start for s in segments), tuple(s.size for s in segments))
@@ -111,11 +111,11 @@ class Operators:
         return multiplier * self.plan.rejuvenate
 
     def _content(self, spec: ParameterSpec, segments: tuple[Segment, ...]) -> Content:
-        new_layer = spec.stacked and segments[0].copy
-        if new_layer and self.plan.layers == "zero" and _writes_residual(spec):
-            return Constant(0.0)
-        if new_layer and self.plan.layers == "random":
-            return self._drawn(spec)
+        if spec.stacked and segments[0].copy:
+            if segments[0].source is None:
+                return self._new_layer(spec)
+            if self.plan.layers == "zero" and _writes_residual(spec):
+                return Constant(0.0)
         new = [axis for axis, segment in zip(spec.axes, segments, strict=True) if segment.source is None]
         if not new:
             return self._old(spec, segments)
@@ -147,6 +147,10 @@ class Operators:
         offsets[axis] = segments[axis].noise or 0
         std = sign * self.plan.clone_noise * spec.init_std
         return Noise(Region(tuple(offsets), tuple(s.size for s in segments)), std)
+
+    def _new_layer(self, spec: ParameterSpec) -> Content:
+        """What a layer has that is no copy."""
+        return Constant(0.0) if self.plan.layers == "zero" and _writes_residual(spec) else self._drawn(spec)
 
     def _drawn(self, spec: ParameterSpec) -> Content:
         """What a fresh model of the new shape has; norm weights on the scale of the old ones, if that is below 1."""

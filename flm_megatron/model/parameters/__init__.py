@@ -91,18 +91,23 @@ def parameter_count(model: ModelConfig) -> int:
 
 
 def _rows(model: ModelConfig, vocab: int) -> Iterator[ParameterSpec]:
-    std = model.matrix_init_std / math.sqrt(model.width_factor)
-    residual_std = std / math.sqrt(2 * model.num_layers)
     tokens = Axis(Unit.VOCABULARY, (Band(vocab),), cut=Cut.PADDED)
     yield ParameterSpec(EMBEDDING, (tokens, _hidden(model, "out")), "embedding", model.vector_init_std)
+    if model.num_layers:
+        yield from _layer_rows(model)
+    yield from _norm(model, FINAL_NORM)
+    yield ParameterSpec(HEAD, (tokens, _hidden(model, "in")), "head", model.head_std)
+
+
+def _layer_rows(model: ModelConfig) -> Iterator[ParameterSpec]:
+    std = model.matrix_init_std / math.sqrt(model.width_factor)
+    residual_std = std / math.sqrt(2 * model.num_layers)
     yield from _norm(model, ATTENTION_NORM)
     yield from _linear(model, QKV, (_query_key_value(model), _hidden(model, "in")), std)
     yield from _linear(model, PROJECTION, (_hidden(model, "out"), _heads(model)), residual_std)
     yield from _norm(model, MLP_NORM)
     yield from _linear(model, FC1, (_ffn(model, "out"), _hidden(model, "in")), std)
     yield from _linear(model, FC2, (_hidden(model, "out"), _ffn(model, "in")), residual_std)
-    yield from _norm(model, FINAL_NORM)
-    yield ParameterSpec(HEAD, (tokens, _hidden(model, "in")), "head", model.head_std)
 
 
 def _layers(model: ModelConfig) -> Axis:

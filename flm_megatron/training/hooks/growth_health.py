@@ -92,12 +92,12 @@ class HealthParts:
     def __init__(self, plan: GrowthPlan) -> None:
         specs, old = parameter_specs(plan.new), parameter_specs(plan.old)
         self.num_layers = plan.new.num_layers
-        self.specs = {n: s for n, s in specs.items() if s.kind in ("matrix", "embedding", "head") and n in old}
+        self.specs = {n: s for n, s in specs.items() if s.kind in ("matrix", "embedding", "head")}
         self.added = AddedEntries(plan)
         self.names = [*map(layer_name, range(self.num_layers)), *(n for n, s in self.specs.items() if not s.stacked)]
         self.numbers = {name: index for index, name in enumerate(self.names)}
         self.new_layers = [layer.copy for layer in plan.layer_sources]
-        grows = {unit for unit in Unit for n in self.specs if _size(specs[n], unit) != _size(old[n], unit)}
+        grows = {unit for unit in Unit for n in self.specs if n in old and _size(specs[n], unit) != _size(old[n], unit)}
         unit = next((each for each in (Unit.HIDDEN, Unit.FFN, Unit.HEAD) if each in grows), Unit.HIDDEN)
         targets = ("qkv", "projection") if unit is Unit.HEAD else ("fc1", "fc2")
         self.channels = {f"{TARGETS[target]}.weight": self._channels(target, unit) for target in targets}

@@ -24,6 +24,7 @@ from flm_megatron.growth.record import Certificate, Comparison
 from tests.support.growth_cases import MemoryCheckpoint, growth, trained, weights
 from tests.support.growth_oracle import attention, feed_forward, norm, open_masks
 from tests.support.pool import Pool
+from tests.support.reference_model import reference_logits
 
 OLD = ModelConfig(
     num_layers=2,
@@ -88,6 +89,27 @@ def test_growth_preserves_in_fp32(pool: Pool, name: str) -> None:
         assert measured.max_difference <= 1e-4 * measured.logit_std
         assert measured.loss_change <= 1e-6
         assert measured.loss_before == pytest.approx(reference_loss(), rel=1e-5)
+
+
+def certificate_out_of_none() -> Certificate:
+    """The certificate of a growth out of a model without layers, under tensor parallelism."""
+    from flm_megatron.distributed.world import layout
+    from flm_megatron.engine.prepare import prepare
+
+    prepare()
+    old = replace(OLD, num_layers=0)
+    plan, source = make_plan(old, NEW, growth("zero"), seed=11, stage="big"), trained(old, torch.float32)
+    stage = StageConfig(name="big", model=NEW, parallel=LAYOUTS["tensor_sequence"])
+    return certify(source, GrownCheckpoint(source, plan), plan, stage, TOKENS, partial(layout, timeout_s=120))
+
+
+def test_layers_grow_out_of_none(pool: Pool) -> None:
+    old = replace(OLD, num_layers=0)
+    (measured,) = pool.run(2, certificate_out_of_none)[0].comparisons
+    logits = reference_logits(old, trained(old).values, TOKENS[:, :-1])
+    expected = F.cross_entropy(logits.flatten(0, 1), TOKENS[:, 1:].flatten()).item()
+    assert measured.loss_before == pytest.approx(expected, rel=1e-5) and measured.loss_change <= 1e-6
+    assert measured.max_difference <= 1e-4 * measured.logit_std
 
 
 class Counted(MemoryCheckpoint):

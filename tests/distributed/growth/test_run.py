@@ -149,6 +149,20 @@ def test_a_branch_that_was_stopped_goes_on_with_the_same_bits(
     assert open_checkpoint(last).manifest.logical_hash == hashed
 
 
+@pytest.mark.slow
+def test_a_run_begins_without_layers(data: Path, tmp_path: Path) -> None:
+    run = make_run(
+        data, tmp_path, "--stages.0.model.num_layers", "0", "--stages.1.growth.layers", "zero",
+        "--stages.1.growth.heads", "clone", "--stages.1.growth.clone_noise", "0.2",
+    )  # fmt: skip
+    assert train(run) == 0
+    assert [line[0] for line in losses(tmp_path)] == ["small"] * 4 + ["big"] * 8
+    (growth,) = read_events(tmp_path, GrowthEvent)
+    assert growth.certificate and growth.certificate.comparisons[0].loss_change <= 1e-6
+    (health, *_) = read_events(tmp_path, GrowthHealthEvent)
+    assert {"layer_000", "layer_001", "layer_002"} < set(health.parts)
+
+
 def _copy_until(source: Path, target: Path, last: str) -> None:
     """The checkpoints of a run that was killed right after `last` of its second stage."""
     shutil.copytree(source / "small", target / "small")

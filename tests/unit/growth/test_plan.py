@@ -57,6 +57,7 @@ def test_layer_selection() -> None:
     assert sources(4, 7, "middle") == ["0", "1", "2", "0c", "1c", "2c", "3"]
     assert sources(3, 8, "middle") == sources(3, 8, "stack") == ["0", "1", "2", "0c", "1c", "2c", "0c", "1c"]
     assert sources(3, 3, "middle") == ["0", "1", "2"]
+    assert sources(0, 2, "list") == ["Nonec", "Nonec"]
     assert sources(4, 6, "middle", layers="random") == ["0", "1", "2", "Nonec", "Nonec", "3"]
 
 

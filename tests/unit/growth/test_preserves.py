@@ -183,10 +183,14 @@ def test_plain_copies_in_a_wider_model_compute_what_they_do_in_the_old_one(block
     assert not plan.preserving and (after - before).abs().max() <= 1e-12 * before.std()
 
 
-@pytest.mark.parametrize("operator", ["zero", "mask"])
-def test_one_layer_grows_into_many(operator: str) -> None:
-    plan = plan_for("deep", operator, old_model(num_layers=1), {"layer_selection": "distance"})
-    assert difference(plan) <= 1e-12
+@pytest.mark.parametrize("operator", ["zero", "mask", "clone"])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_no_layer_and_one_grow_into_many(block: str, operator: str) -> None:
+    for layers in (0, 1):
+        old = old_model(num_layers=layers, **BLOCKS[block])
+        chosen = growth(operator, layer_selection="distance")
+        assert difference(make_plan(old, replace(old, **CLONED["all"]), chosen, seed=5)) <= 1e-12
+    assert not make_plan(old, replace(old, num_layers=3), growth(operator, layers="copy"), seed=5).preserving
 
 
 @pytest.mark.parametrize("case", ["hidden", "ffn", "groups", "heads_per_group", "layers"])

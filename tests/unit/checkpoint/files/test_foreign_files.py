@@ -178,7 +178,7 @@ LLAMA = {
     ("change", "message"),
     [
         ({"num_hidden_layers": 10**12}, "num_hidden_layers 1000000000000: it should be less than or equal to 10000"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers 0: it should be greater than or equal to 1"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers -1: it should be greater than or equal to 0"),
         ({"num_hidden_layers": True}, "num_hidden_layers True: it should be a valid integer"),
         ({"num_hidden_layers": 2.0}, "num_hidden_layers 2.0: it should be a valid integer"),
         ({"num_hidden_layers": 10**4000}, "num_hidden_layers of over 40 digits"),
@@ -309,7 +309,7 @@ def test_a_manifest_that_is_no_such_thing_is_damage(text: str, tmp_path: Path) -
 def test_the_model_of_a_manifest_has_limits(exported: Path) -> None:
     manifest = json.loads((exported / "ours" / MANIFEST).read_text())
     manifest["run"]["stages"][0]["model"]["num_layers"] = 10**12
-    with pytest.raises(RequestError, match="num_layers is 1,000,000,000,000: it has to lie between 1 and 10,000"):
+    with pytest.raises(RequestError, match="num_layers is 1,000,000,000,000: it has to lie between 0 and 10,000"):
         manifest_model(Manifest.from_json(manifest))
 
 
@@ -348,7 +348,7 @@ def classic(exported: Path, tmp_path: Path, **change: Any) -> Path:
             {"model": {"embedding.word_embeddings.weight": torch.tensor(1.0)}},
             "embedding.word_embeddings.weight is missing",
         ),
-        ({"args": {"num_layers": 10**12}}, "num_layers is 1,000,000,000,000: it has to lie between 1 and 10,000"),
+        ({"args": {"num_layers": 10**12}}, "num_layers is 1,000,000,000,000: it has to lie between 0 and 10,000"),
         ({"args": {"num_attention_heads": 0}}, "do not describe a decoder|num_attention_heads is 0"),
         ({"args": {"num_layers": [1]}}, "do not describe a decoder"),
         ({"args": {"num_layers": True}}, "do not describe a decoder"),

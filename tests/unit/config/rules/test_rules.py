@@ -27,7 +27,7 @@ FP8 = "stages.0.precision=bf16 stages.0.fp8=tensorwise"
 # Overrides, processes (none: not known), and words of the line that refuses them.
 SIZES: list[tuple[str, int | None, str]] = [
     ("data.sequence_length=0", None, "data.sequence_length is 0, give at least 1"),
-    ("stages.0.model.num_layers=0", None, "stages.0.model.num_layers is 0, give at least 1"),
+    ("stages.0.model.num_layers=-1", None, "stages.0.model.num_layers is -1, give at least 0"),
     ("stages.1.model.head_dim=-2", None, "stages.1.model.head_dim is -2, give at least 1"),
     ("stages.0.parallel.tensor=0", None, "stages.0.parallel.tensor is 0, give at least 1"),
     ("stages.0.micro_batch=0", None, "stages.0.micro_batch is 0, give at least 1"),
@@ -46,6 +46,7 @@ REFUSED: list[tuple[str, int | None, str]] = [
     ("stages.0.name=a.b", None, "stages.0.name 'a.b' is not fit for a folder"),
     ("stages.0.name=Two", None, "stages 'Two', 'two' share a name"),
     ("stages.0.growth={}", None, "stages.0.growth is given, but stage 'one' is the first"),
+    ("stages.0.model.num_layers=0 stages.0.model.lora={rank: 2}", None, "num_layers is 0, so model.lora has nothing"),
     ("stages.1.model.num_layers=9", None, "stage 'two' has model.num_layers 9 after 8, but no growth"),
     ("data.train.0.weight=2", None, "data.train: weight is given to 1 of 2 sources, but not to 'b'"),
     ("data.train.0.weight=2 data.train.1.weight=0", None, "data.train: weight is 0.0 for 'b', give above 0"),
@@ -255,10 +256,10 @@ def test_all_mistakes_are_listed(tmp_path: Path) -> None:
 
 
 def test_a_size_that_is_no_count_hides_nothing_that_does_not_compute_with_it(tmp_path: Path) -> None:
-    run = _run(tmp_path, "data.sequence_length=0 stages.0.model.num_layers=0 checkpoint.keep_last=0 stages.1.tokens=0")
+    run = _run(tmp_path, "data.sequence_length=0 stages.0.model.num_layers=-1 checkpoint.keep_last=0 stages.1.tokens=0")
     assert violations(run) == [
         "data.sequence_length is 0, give at least 1",
-        "stages.0.model.num_layers is 0, give at least 1",
+        "stages.0.model.num_layers is -1, give at least 0",
         "checkpoint.keep_last is 0, give at least 1",
         "stage 'two': tokens is 0, give the stage a budget",
     ]

@@ -14,6 +14,7 @@ from flm_megatron.checkpoint.lazy.generator import truncated_normal
 from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER, Region
 from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.errors import RequestError
+from flm_megatron.growth.grown.added import AddedEntries
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint, axis_mean
 from flm_megatron.growth.grown.step_offsets import earlier_growth, has_step_offsets, step_offsets
 from flm_megatron.growth.plan import GrowthPlan, make_plan
@@ -29,6 +30,7 @@ from tests.support.growth_cases import (
     trained,
 )
 
+WRITERS = {f"{p.PROJECTION}.weight", f"{p.FC2}.weight"}
 GPT3 = old_model(normalization="layernorm", activation="gelu", bias=True)
 CHECKPOINTS = [
     GrownCheckpoint(
@@ -42,7 +44,7 @@ CHECKPOINTS += [
     GrownCheckpoint(
         trained(model, torch.float32, optimizer=True), make_plan(model, replace(model, **CLONED["all"]), CLONES, 5)
     )
-    for model in (old_model(), GPT3)
+    for model in (old_model(), GPT3, old_model(num_layers=0))
 ]
 CHECKPOINTS += [GrownCheckpoint(CHECKPOINTS[0].source, plan_for("all", "mask", old_model(), {"shrink": 0.4}))]
 WHOLE = [{name: checkpoint.read(name) for name in checkpoint.tensors} for checkpoint in CHECKPOINTS]
@@ -170,6 +172,25 @@ def test_random_layers_are_those_of_a_fresh_model() -> None:
                 assert not torch.equal(values[0], values[1])
             else:
                 assert values.unique().tolist() == [pytest.approx(plan.norm_scale)]
+
+
+def test_layers_out_of_none_are_those_of_a_fresh_model() -> None:
+    source = trained(old_model(num_layers=0), torch.bfloat16, optimizer=True)
+    added = []
+    for operator in ("zero", "mask", "copy"):
+        plan = plan_for("layers", "zero", old_model(num_layers=0), {"layers": operator, "optimizer_step": "birth"})
+        checkpoint = GrownCheckpoint(source, plan)
+        assert [str(layer) for layer in plan.layer_sources] == ["random"] * 5
+        assert checkpoint.tensors[f"{p.FC2}.weight"].dtype == torch.bfloat16
+        for name, spec in parameter_specs(plan.new).items():
+            if spec.stacked:
+                values, zero = checkpoint.read(MASTER + name), operator == "zero" and name in WRITERS
+                assert values.std().item() == pytest.approx(0 if zero else 0.9866 * spec.init_std, rel=0.1)
+                assert not checkpoint.read(EXP_AVG_SQ + name).any()
+                assert (step_offsets(checkpoint.record, name, Region.whole(spec.shape)) == 40).all()
+        added.append(AddedEntries(plan))
+    assert all(each.indices(f"{p.FC2}.weight", 2) == [True] * 50 for each in added)
+    assert not any(added[0].indices(p.HEAD, 1))
 
 
 def test_optimizer_fits_the_scaled_problem() -> None:
