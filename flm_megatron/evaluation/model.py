@@ -18,14 +18,10 @@ def load_model(evaluated: EvaluatedCheckpoint, parallel: ParallelConfig, precisi
 
     Runs inside the groups of `parallel`. Raises RequestError if the model cannot be split over them.
     """
-    from flm_megatron.growth.boundary import saved_mask_value, saved_plan
-    from flm_megatron.growth.schedule import mask_plan
-    from flm_megatron.model.masks import GrowthMasks
+    from flm_megatron.growth.boundary import masks_as_saved
 
     check_layout(evaluated.model, parallel)
     stage = StageConfig(model=evaluated.model, parallel=parallel, precision=precision or evaluated.precision)  # type: ignore[arg-type]
     chunks = chunks_to_evaluate(evaluated.checkpoint, stage)
-    plan, opening = saved_plan(evaluated.checkpoint.manifest), saved_mask_value(evaluated.checkpoint.manifest)
-    if plan is not None and opening < 1:
-        GrowthMasks(chunks, evaluated.model, mask_plan(plan)).set(opening)
+    masks_as_saved(chunks, evaluated.model, evaluated.checkpoint.manifest)
     return chunks[0]

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
 from flm_megatron.checkpoint.described import recorded_model
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.manifest import Manifest, StagePosition
@@ -15,13 +17,14 @@ from flm_megatron.config.loader import resolve_vocabulary
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import RequestError
-from flm_megatron.growth.foreseen import check_boundary, unmeasured_plan
+from flm_megatron.growth.foreseen import check_boundary, check_masks, unmeasured_plan
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 from flm_megatron.growth.grown.step_offsets import carries_moments
+from flm_megatron.growth.opening import OpeningMasks
 from flm_megatron.growth.plan import GrowthPlan, check_same_plan, make_plan, stage_growth
 from flm_megatron.growth.record import growth_of
 from flm_megatron.growth.rules import check_source_stage
-from flm_megatron.growth.schedule import mask_value
+from flm_megatron.growth.schedule import still_opening
 
 
 def grown_checkpoint(
@@ -38,11 +41,12 @@ def grown_checkpoint(
     check_boundary(run, stage_index)
     stage = run.stages[stage_index]
     check_source_stage(run, stage_index, source.manifest.position.stage)
-    check_masks_open(source.manifest)
     old = source_model(source, run, stage_index)
     check_same_tokenizer(source.manifest, run, old)
     growth = stage_growth(stage, run.data.sequence_length)
     plan = make_plan(old, stage.model, growth, run.seed, distances, stage.name)
+    plan = replace(plan, earlier_masks=saved_opening(source.manifest))
+    check_masks(run, stage_index, plan)
     return GrownCheckpoint(source, plan, _manifest(source, run, stage_index, plan)), plan
 
 
@@ -80,32 +84,46 @@ def resumed_plan(run: RunConfig, index: int, saved: Manifest) -> GrowthPlan | No
     growth = stage.growth or GrowthConfig()
     if growth.mask_steps is None:  # a share of the stage as long as it was then
         growth = replace(growth, mask_steps=plan.mask_steps)
-    now = replace(unmeasured_plan(plan.old, run, stage, growth), masked_paths=plan.masked_paths)
+    now = unmeasured_plan(plan.old, run, stage, growth)
+    now = replace(now, masked_paths=plan.masked_paths, earlier_masks=plan.earlier_masks)
     if growth.layer_selection == "distance":  # measured at the boundary, not again
         now = replace(now, layer_sources=plan.layer_sources)
     check_same_plan(plan, now)
     return plan
 
 
-def saved_mask_value(manifest: Manifest) -> float:
-    """How far the masks of a checkpoint are open: 1 where it has none."""
+def saved_opening(manifest: Manifest) -> tuple[OpeningMasks, ...]:
+    """The masks of a checkpoint that are not fully open, as a stage that begins from it has them."""
     plan = saved_plan(manifest)
-    return mask_value(plan, manifest.position.step or 0) if plan is not None and plan.masked else 1.0
+    return still_opening(plan, manifest.position.step or 0) if plan is not None else ()
+
+
+def saved_mask_value(manifest: Manifest) -> float:
+    """How far the masks of a checkpoint are open that are least so: 1 where it has none."""
+    return min((masks.value(0) for masks in saved_opening(manifest)), default=1.0)
 
 
 def check_masks_open(manifest: Manifest) -> None:
-    """Refuse to grow a checkpoint whose growth masks are not fully open.
+    """Refuse a checkpoint whose growth masks are not fully open.
 
     Raises:
         RequestError: its masks are not fully open.
     """
-    plan, v = saved_plan(manifest), saved_mask_value(manifest)
-    if plan is not None and v < 1:
-        at = manifest.position
+    if opening := saved_opening(manifest):
+        at, left = manifest.position, max(masks.left for masks in opening)
         raise RequestError(
-            f"the checkpoint of stage {at.stage!r} is at step {at.step}, in the middle of "
-            f"its growth mask (v = {v:.3f}, open at step {plan.mask_steps}): train the stage to that step first"
+            f"the checkpoint of stage {at.stage!r} is at step {at.step}, in the middle of its growth mask "
+            f"(v = {saved_mask_value(manifest):.3f}, open at step {(at.step or 0) + left}): train the stage to that "
+            "step first"
         )
+
+
+def masks_as_saved(chunks: Sequence[nn.Module], model: ModelConfig, manifest: Manifest) -> None:
+    """Put the masks of a checkpoint on the built `model`, as far open as they were."""
+    from flm_megatron.model.masks import GrowthMasks
+
+    for masks in saved_opening(manifest):
+        GrowthMasks(chunks, model, masks.masks).set(masks.value(0))
 
 
 def check_same_tokenizer(manifest: Manifest, run: RunConfig, model: ModelConfig) -> None:

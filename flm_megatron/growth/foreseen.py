@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
+from flm_megatron.config.budget import stage_steps
 from flm_megatron.config.ranges import LARGEST_TOKENS
 from flm_megatron.config.rules import shape_violations, violations
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig, StageConfig
 from flm_megatron.errors import Mistakes, RequestError
+from flm_megatron.growth.opening import OpeningMasks
 from flm_megatron.growth.plan import GrowthPlan, make_plan, stage_growth
-from flm_megatron.growth.rules import check_epsilons, check_mask_length, check_masks_reach_norms
+from flm_megatron.growth.rules import (
+    check_earlier_masks,
+    check_epsilons,
+    check_mask_length,
+    check_masks_reach_norms,
+)
+from flm_megatron.growth.schedule import all_masks, still_opening
 
 
 def check_run_file(run: RunConfig, world_size: int | None = None, stages: Collection[str] | None = None) -> None:
@@ -53,12 +61,37 @@ def check_boundary(run: RunConfig, stage_index: int) -> None:
     """
     if stage_index < 1:
         return
-    stage, before = run.stages[stage_index], run.stages[stage_index - 1]
     check_epsilons(run)
-    plan = unmeasured_plan(before.model, run, stage, stage_growth(stage, run.data.sequence_length))
-    check_masks_reach_norms(stage, plan.masked)
+    plan = foreseen_plan(run, stage_index)
     if plan.masked:
-        check_mask_length(stage, plan.mask_steps, run.data.sequence_length)
+        check_mask_length(run.stages[stage_index:], plan.mask_steps, run.data.sequence_length)
+    check_masks(run, stage_index, plan)
+
+
+def check_masks(run: RunConfig, stage_index: int, plan: GrowthPlan) -> None:
+    """Check that a stage can train behind all masks of its plan, those of earlier growths among them.
+
+    Raises:
+        RequestError: it cannot.
+    """
+    stages = run.stages[stage_index:]
+    check_earlier_masks(stages, plan.earlier_masks, plan.grows, run.data.sequence_length)
+    check_masks_reach_norms(stages[0], [name for masks in all_masks(plan) for name in masks.masks.dimensions])
+
+
+def foreseen_plan(run: RunConfig, stage_index: int) -> GrowthPlan:
+    """The plan that a stage will begin with by the run file alone: nothing is measured, every stage ends as it says."""
+    stage, length = run.stages[stage_index], run.data.sequence_length
+    plan = unmeasured_plan(run.stages[stage_index - 1].model, run, stage, stage_growth(stage, length))
+    return replace(plan, earlier_masks=foreseen_masks(run, stage_index))
+
+
+def foreseen_masks(run: RunConfig, stage_index: int) -> tuple[OpeningMasks, ...]:
+    """Masks of the stages before that will not be open where a stage begins."""
+    if stage_index < 2:
+        return ()
+    steps = stage_steps(run.stages[stage_index - 1], run.data.sequence_length)
+    return still_opening(foreseen_plan(run, stage_index - 1), steps)
 
 
 def unmeasured_plan(old: ModelConfig, run: RunConfig, stage: StageConfig, growth: GrowthConfig) -> GrowthPlan:

@@ -11,6 +11,7 @@ from flm_megatron.config.budget import stage_steps
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, StageConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.layers import LayerSource, select_layers
+from flm_megatron.growth.opening import MaskShape, OpeningMasks
 from flm_megatron.growth.rules import check_growth
 from flm_megatron.json_text import JsonObject
 from flm_megatron.model.mask_plan import MaskedPaths
@@ -27,7 +28,8 @@ class GrowthPlan:
 
     `new` is the model that the grown stage trains: as configured, but for changes that preserve the function. New
     values are drawn from `seed` and `stage` (the grown stage's name), so two growths of one run never draw the same
-    numbers. Plans of commits that masked a path at each of its modules do not name `masked_paths`.
+    numbers. Plans of commits that masked a path at each of its modules do not name `masked_paths`. `earlier_masks` are
+    those of growths before, of other dimensions, that were not open when this one came.
     """
 
     stage: str
@@ -41,8 +43,9 @@ class GrowthPlan:
     seed: int
     optimizer_step: Literal["keep", "birth"] = "keep"
     mask_steps: int = 0
-    mask_shape: Literal["linear", "cosine"] = "linear"
+    mask_shape: MaskShape = "linear"
     masked_paths: MaskedPaths = "each"
+    earlier_masks: tuple[OpeningMasks, ...] = ()
     rejuvenate: float = 1.0
     clone_noise: float = 0.0
     shrink: float | None = None
@@ -72,10 +75,8 @@ class GrowthPlan:
         )
 
     @property
-    def masked(self) -> tuple[str, ...]:
-        """Dimensions that grow behind a mask, of hidden, ffn, heads, layers."""
-        if self.shrink is not None:
-            return ()
+    def grows(self) -> tuple[str, ...]:
+        """Dimensions that grow, of hidden, ffn, heads, layers."""
         has_layers = self.old.num_layers > 0
         grows = {
             "hidden": self.old.hidden_size != self.new.hidden_size,
@@ -83,7 +84,12 @@ class GrowthPlan:
             "heads": has_layers and self.grows_heads,
             "layers": self.old.num_layers != self.new.num_layers,
         }
-        return tuple(name for name, does in grows.items() if does and getattr(self, name) == "mask")
+        return tuple(name for name, does in grows.items() if does)
+
+    @property
+    def masked(self) -> tuple[str, ...]:
+        """Those of them that grow behind a mask."""
+        return tuple(name for name in self.grows if self.shrink is None and getattr(self, name) == "mask")
 
     @property
     def preserving(self) -> bool:
@@ -105,6 +111,7 @@ class GrowthPlan:
         values = dict(data)
         values["old"], values["new"] = ModelConfig(**values["old"]), ModelConfig(**values["new"])
         values["layer_sources"] = tuple(LayerSource(**source) for source in values["layer_sources"])
+        values["earlier_masks"] = tuple(map(OpeningMasks.from_json, values.get("earlier_masks", ())))
         return cls(**values)
 
 

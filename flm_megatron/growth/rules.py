@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from flm_megatron.config.budget import stage_steps
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig, StageConfig
 from flm_megatron.errors import RequestError
+from flm_megatron.growth.opening import OpeningMasks
 
 KEPT_FIELDS = ("normalization", "activation", "bias", "position", "rope_theta", "xpos_scale_base")
 WIDTHS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "query_groups")
@@ -119,16 +120,38 @@ def check_shrink(growth: GrowthConfig) -> None:
         )
 
 
-def check_mask_length(stage: StageConfig, mask_steps: int, sequence_length: int) -> None:
-    """The mask must open within the stage."""
-    steps = stage_steps(stage, sequence_length)
+def check_mask_length(stages: Sequence[StageConfig], mask_steps: int, sequence_length: int) -> None:
+    """The mask of the first of `stages` must open within them."""
+    stage, later = stages[0], stages[1:]
+    steps = sum(stage_steps(each, sequence_length) for each in stages)
     if mask_steps > steps:
+        has = f"it and those after it have {steps} steps" if later else f"the stage has {steps} steps"
         raise RequestError(
-            f"stage {stage.name!r}: growth.mask_steps is {mask_steps}, but the stage has {steps} steps "
-            f"({stage.tokens} tokens): give at most {steps}"
+            f"stage {stage.name!r}: growth.mask_steps is {mask_steps}, but {has} "
+            f"({sum(each.tokens for each in stages)} tokens): give at most {steps}"
         )
     if mask_steps < 1:
         raise RequestError(f"stage {stage.name!r}: growth.mask_steps is {mask_steps}: give at least 1")
+
+
+def check_earlier_masks(
+    stages: Sequence[StageConfig], earlier: Collection[OpeningMasks], grows: Collection[str], sequence_length: int
+) -> None:
+    """Masks that are still opening are of dimensions that do not grow in the first of `stages`, and open within them
+    all."""
+    stage, steps = stages[0], sum(stage_steps(each, sequence_length) for each in stages)
+    for masks in earlier:
+        here = f"of the growth mask of stage {masks.stage!r} (v = {masks.value(0):.3f}, open after {masks.left} steps"
+        if again := masks.grown_by(grows):
+            raise RequestError(
+                f"stage {stage.name!r} grows {' and '.join(again)} in the middle {here} more): train stage "
+                f"{masks.stage!r} until it is open first, or give it fewer growth.mask_steps"
+            )
+        if masks.left > steps:
+            raise RequestError(
+                f"stage {stage.name!r} begins in the middle {here} more), but has no more than {steps} steps with "
+                f"those after it: train stage {masks.stage!r} on first"
+            )
 
 
 def check_masks_reach_norms(stage: StageConfig, masked: Collection[str]) -> None:

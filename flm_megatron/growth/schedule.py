@@ -1,23 +1,30 @@
-"""How far growth masks are open: a function of the plan and the stage's step, so it need not be saved."""
+"""How far the growth masks of a stage are open: its own, and those of earlier growths that were not open before it."""
 
 from __future__ import annotations
 
-import math
-
+from flm_megatron.growth.opening import OpeningMasks
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.model.mask_plan import MaskPlan
 
 
+def all_masks(plan: GrowthPlan) -> tuple[OpeningMasks, ...]:
+    """The masks of a stage that began with this growth, each of other dimensions."""
+    own = OpeningMasks(plan.stage, mask_plan(plan), plan.mask_steps, plan.mask_shape)
+    return (*plan.earlier_masks, *((own,) if own.masks else ()))
+
+
+def still_opening(plan: GrowthPlan, step: int) -> tuple[OpeningMasks, ...]:
+    """Those that are not open after `step` steps of the stage, as a stage that begins then has them."""
+    return tuple(masks.after(step) for masks in all_masks(plan) if masks.value(step) < 1)
+
+
 def mask_value(plan: GrowthPlan, step: int) -> float:
-    """v in [0, 1] for the forward pass after `step` steps of the stage: 0 at the first, 1 from `mask_steps` on."""
-    if step >= plan.mask_steps:
-        return 1.0
-    progress = max(step, 0) / plan.mask_steps
-    return progress if plan.mask_shape == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    """v of the masks that are least open for the forward pass after `step` steps of the stage; 1 if all are open."""
+    return min((masks.value(step) for masks in all_masks(plan)), default=1.0)
 
 
 def mask_plan(plan: GrowthPlan) -> MaskPlan:
-    """What the model masks under a growth plan."""
+    """What the model masks of this growth."""
     old, masked = plan.old, plan.masked
     return MaskPlan(
         hidden=old.hidden_size if "hidden" in masked else None,

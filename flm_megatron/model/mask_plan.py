@@ -8,6 +8,8 @@ from typing import Literal
 MaskedPaths = Literal["each", "once"]
 """Whether each of the modules on a path through a new unit masks it, or the path is masked once."""
 
+DIMENSIONS = ("hidden", "ffn", "heads", "layers")
+
 
 @dataclass(frozen=True)
 class MaskPlan:
@@ -22,5 +24,10 @@ class MaskPlan:
     layers: tuple[int, ...] = ()
     paths: MaskedPaths = "once"
 
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """Those that are masked, of hidden, ffn, heads, layers."""
+        return tuple(name for name in DIMENSIONS if getattr(self, name) not in (None, ()))
+
     def __bool__(self) -> bool:
-        return any(part is not None for part in (self.hidden, self.ffn, self.heads)) or bool(self.layers)
+        return bool(self.dimensions)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.growth.plan import GrowthPlan
+from flm_megatron.model.mask_plan import MaskPlan
 
 LAYER = "decoder.layers."
 
@@ -37,7 +38,7 @@ def open_masks(model: ModelConfig) -> Masks:
 
 
 def masks_at(plan: GrowthPlan, v: float) -> Masks:
-    """Masks of a plan at v."""
+    """Masks of a plan at v, and those of earlier growths as they are where it begins."""
     masks, old, new = open_masks(plan.new), plan.old, plan.new
     if "hidden" in plan.masked:
         masks.hidden[old.hidden_size :] = v
@@ -49,7 +50,23 @@ def masks_at(plan: GrowthPlan, v: float) -> Masks:
         per_group[:, old.num_attention_heads // old.query_groups :] = v
     if "layers" in plan.masked:
         masks.layers = [v if s.copy else 1.0 for s in plan.layer_sources]
+    for opening in plan.earlier_masks:
+        _add(masks, new, opening.masks, opening.done / opening.steps)
     return masks
+
+
+def _add(masks: Masks, model: ModelConfig, earlier: MaskPlan, v: float) -> None:
+    """Masks of dimensions that the plan itself does not grow."""
+    if earlier.hidden:
+        masks.hidden[earlier.hidden :] = v
+    if earlier.ffn:
+        masks.ffn[earlier.ffn :] = v
+    if earlier.heads:
+        per_group = masks.heads.view(model.query_groups, -1)
+        per_group[earlier.heads[0] :] = v
+        per_group[:, earlier.heads[1] :] = v
+    for layer in earlier.layers:
+        masks.layers[layer] = v
 
 
 def logits(model: ModelConfig, tensors: Mapping[str, Tensor], tokens: Tensor, masks: Masks | None = None) -> Tensor:

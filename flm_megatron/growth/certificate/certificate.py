@@ -19,7 +19,6 @@ from flm_megatron.errors import FlmError
 from flm_megatron.growth.certificate.forward import Layout, forward_samples, on_one_replica, patient_processes
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.growth.record import Certificate, Comparison
-from flm_megatron.growth.schedule import mask_plan
 
 POSITIONS = 256
 """Positions of each sample whose logits are compared, evenly spaced; the loss is over all positions."""
@@ -44,8 +43,8 @@ def certify(
     comparisons = []
     for precision in dict.fromkeys(("fp32", stage.precision)):
         at = replace(stage, precision=precision)
-        before = _evaluate(source, plan.old, at, tokens, layout, None)
-        after = _evaluate(grown, plan.new, at, tokens, layout, plan)
+        before = _evaluate(source, plan.old, at, tokens, layout)
+        after = _evaluate(grown, plan.new, at, tokens, layout)
         comparisons.append(patient_processes().on_first(partial(_compare, before, after, precision)))
     return Certificate(stage.name, plan.preserving, len(tokens), tokens.shape[1] - 1, tuple(comparisons))
 
@@ -76,19 +75,9 @@ def _evaluate(
     stage: StageConfig,
     tokens: torch.Tensor,
     layout: Layout,
-    plan: GrowthPlan | None,
 ) -> Evaluation | None:
-    """The evaluation, on rank 0; none elsewhere. A plan's masks are closed."""
-
-    def evaluate(chunks: Sequence[ModelChunk]) -> Evaluation | None:
-        """Evaluate on the ranks of one replica."""
-        if plan is not None and plan.masked:
-            from flm_megatron.model.masks import GrowthMasks
-
-            GrowthMasks(chunks, model, mask_plan(plan))
-        return _logits(chunks, tokens)
-
-    return on_one_replica(checkpoint, model, stage, layout, evaluate)
+    """The evaluation, on rank 0; none elsewhere."""
+    return on_one_replica(checkpoint, model, stage, layout, lambda chunks: _logits(chunks, tokens))
 
 
 def _logits(chunks: Sequence[ModelChunk], tokens: torch.Tensor) -> Evaluation | None:

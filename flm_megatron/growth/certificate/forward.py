@@ -21,6 +21,7 @@ from flm_megatron.distributed.processes import Processes
 from flm_megatron.engine import parallel_state
 from flm_megatron.engine.types import ModelChunk
 from flm_megatron.errors import RequestError
+from flm_megatron.growth.boundary import masks_as_saved
 from flm_megatron.model.forward import Batch, forward
 
 T = TypeVar("T")
@@ -63,10 +64,11 @@ def on_one_replica(
 ) -> T | None:
     """The result of `measure(chunks)` on the ranks of the first data-parallel replica; none on the other ranks.
 
-    The chunks are of `model` with a checkpoint's weights, ready to evaluate, under the stage's layout or a smaller one
-    that fits. The other replicas, which would read the same weights for the same numbers, wait at the world's store,
-    without a collective that could time out. fp32 weights come from the checkpoint's masters if it has them. FP8 is
-    off: its noise would hide what is measured, and the old model's sizes may not fit it.
+    The chunks are of `model` with a checkpoint's weights, ready to evaluate, growth masks as far open as they were,
+    under the stage's layout or a smaller one that fits. The other replicas, which would read the same weights for the
+    same numbers, wait at the world's store, without a collective that could time out. fp32 weights come from the
+    checkpoint's masters if it has them. FP8 is off: its noise would hide what is measured, and the old model's sizes
+    may not fit it.
 
     Raises:
         DamagedError: (on every rank) the checkpoint cannot be read.
@@ -79,6 +81,7 @@ def on_one_replica(
         chunks: list[ModelChunk] = []
         processes.together(lambda: chunks.extend(chunks_to_evaluate(checkpoint, stage, alone=True)) if first else None)
         # Not together: a rank that fails in a collective has to end, or the rest of its replica would wait there.
+        masks_as_saved(chunks, model, checkpoint.manifest)
         found = measure(chunks) if first else None
         processes.on_first(lambda: None)
         return found

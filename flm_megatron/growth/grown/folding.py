@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from flm_megatron.checkpoint.logical import STATE_PREFIXES, LogicalCheckpoint, Region
+from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import RequestError
-from flm_megatron.growth.boundary import check_masks_open, saved_mask_value, saved_plan
-from flm_megatron.growth.grown.axes import axis_segments
-from flm_megatron.growth.plan import GrowthPlan
+from flm_megatron.growth.boundary import check_masks_open, saved_mask_value, saved_opening, saved_plan
+from flm_megatron.growth.opening import OpeningMasks
+from flm_megatron.model.mask_plan import MaskPlan
 from flm_megatron.model.parameters import Axis, Unit, parameter_specs
 
 FOLDABLE = {Unit.FFN: "ffn", Unit.HEAD: "heads"}
@@ -24,17 +25,18 @@ def folded(source: LogicalCheckpoint, fold: bool) -> LogicalCheckpoint:
     Raises:
         RequestError: the masks are not fully open and folding was not asked for, or cannot be done.
     """
-    plan = saved_plan(source.manifest)
+    opening, plan = saved_opening(source.manifest), saved_plan(source.manifest)
     if not fold or plan is None:
         check_masks_open(source.manifest)
         return source
-    v = saved_mask_value(source.manifest)
-    if fixed := [dimension for dimension in plan.masked if dimension not in FOLDABLE.values()]:
-        raise RequestError(
-            f"the growth mask on {' and '.join(fixed)} (v = {v:.3f}) cannot be folded into weights, only masks on ffn "
-            f"and heads can: train the stage on to step {plan.mask_steps}, where masks are open"
-        )
-    return FoldedMask(source, _factors(plan, v))
+    step = source.manifest.position.step or 0
+    for masks in opening:
+        if fixed := [dimension for dimension in masks.masks.dimensions if dimension not in FOLDABLE.values()]:
+            raise RequestError(
+                f"the growth mask on {' and '.join(fixed)} (v = {masks.value(0):.3f}) cannot be folded into weights, "
+                f"only masks on ffn and heads can: train the stage on to step {step + masks.left}, where masks are open"
+            )
+    return FoldedMask(source, {k: v for masks in opening for k, v in _factors(plan.new, masks).items()})
 
 
 def without_mask(source: LogicalCheckpoint, fold: bool) -> LogicalCheckpoint:
@@ -61,35 +63,39 @@ class FoldedMask(LogicalCheckpoint):
         return (values.float() * along).to(values.dtype)
 
 
-def _factors(plan: GrowthPlan, v: float) -> dict[str, tuple[int, torch.Tensor]]:
-    old = parameter_specs(plan.old)
+def _factors(model: ModelConfig, opening: OpeningMasks) -> dict[str, tuple[int, torch.Tensor]]:
     return {
-        name: (number, _along(plan, old[name].axes[number], axis, v))
-        for name, spec in parameter_specs(plan.new).items()
+        name: (number, _along(axis, model, opening))
+        for name, spec in parameter_specs(model).items()
         for number, axis in enumerate(spec.axes)
-        if _is_masked(plan, axis)
+        if _is_masked(opening.masks, axis)
     }
 
 
-def _is_masked(plan: GrowthPlan, axis: Axis) -> bool:
-    """Whether a mask of the plan applies along this axis: where feed-forward units and heads are read.
+def _is_masked(masks: MaskPlan, axis: Axis) -> bool:
+    """Whether a mask applies along this axis: where feed-forward units and heads are read.
 
     Where each module of a path masks it, that is what gives feed-forward units and heads, and, of new heads in old
     groups, whose keys and values are old, what reads them too.
     """
-    if FOLDABLE.get(axis.unit) not in plan.masked:
+    if FOLDABLE.get(axis.unit) not in masks.dimensions:
         return False
-    if plan.masked_paths == "once":
+    if masks.paths == "once":
         return axis.side == "in"
     return axis.side == "out" or axis.unit is Unit.HEAD
 
 
-def _along(plan: GrowthPlan, old: Axis, new: Axis, v: float) -> torch.Tensor:
-    """Factors along a grown axis: v at new indices, 1 at old ones."""
-    factors = torch.ones(new.size)
-    for segment in axis_segments(plan, old, new):
-        if segment.source is None:
-            factors[segment.start : segment.start + segment.size] = v
-    if plan.masked_paths == "each" and new.side == "in":
-        factors[old.groups * new.group_size :] = 1  # values of new groups are masked where they come from
-    return factors
+def _along(axis: Axis, model: ModelConfig, opening: OpeningMasks) -> torch.Tensor:
+    """Factors along an axis of the grown model: v at new indices, 1 at old ones."""
+    masks, v = opening.masks, opening.value(0)
+    old_groups, old = axis.groups, masks.ffn or 0
+    if axis.unit is Unit.HEAD and masks.heads:
+        old_groups, old = masks.heads[0], masks.heads[1] * model.kv_channels
+    factors, start = torch.ones(axis.groups, axis.group_size), 0
+    for band in axis.bands:
+        if band.name not in ("key", "value"):
+            factors[:, start + old : start + band.size] = v
+        start += band.size
+    # Where each module of a path masks it, values of new groups are masked where they come from.
+    factors[old_groups:] = 1 if (masks.paths, axis.side) == ("each", "in") else v
+    return factors.flatten()

@@ -16,6 +16,7 @@ from flm_megatron.distributed.world import layout
 from flm_megatron.engine import parallel_state
 from flm_megatron.engine.optimizer import parts
 from flm_megatron.engine.types import ReplicatedChunk
+from flm_megatron.growth.schedule import all_masks
 from flm_megatron.kernels.choice import choose, using
 from flm_megatron.kernels.unlaunched import without_launches
 from flm_megatron.optim.learning_rate import set_learning_rates
@@ -121,7 +122,7 @@ class _Rehearsal:
             ledger.use = "temporaries"
             steady, building = ledger.by_use(), ledger.begin_peak()
             masked = None
-            if plan is not None and plan.masked:
+            if plan is not None and all_masks(plan):
                 masked = step_under_masks(self.recorder, state, plan, lambda: self._step(state, ran))
             self._step(state, ran, self.timeline)
             flops, peak = dict(self.recorder.flops), ledger.begin_peak()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flm_megatron.growth.opening import OpeningMasks
 from flm_megatron.growth.plan import GrowthPlan
-from flm_megatron.growth.schedule import mask_plan, mask_value
+from flm_megatron.growth.schedule import all_masks
 from flm_megatron.model.masks import GrowthMasks
 from flm_megatron.training.hooks.hook import Hook
 
@@ -14,21 +15,22 @@ if TYPE_CHECKING:
 
 
 class OpenMasks(Hook):
-    """Opens the masks of the growth that the stage began with."""
+    """Opens the masks of the growth that the stage began with, and those that it began with half open."""
 
     def __init__(self, plan: GrowthPlan) -> None:
         self.plan = plan
-        self.masks: GrowthMasks | None = None
+        self.masks: list[tuple[OpeningMasks, GrowthMasks]] = []
 
     def on_start(self, trainer: StageTrainer) -> None:
         """Install the masks unless they are open already."""
-        if self.plan.masked and mask_value(self.plan, trainer.step) < 1:
-            self.masks = GrowthMasks(trainer.state.chunks, trainer.stage.model, mask_plan(self.plan))
+        self.masks = [
+            (opening, GrowthMasks(trainer.state.chunks, trainer.stage.model, opening.masks))
+            for opening in all_masks(self.plan)
+            if opening.value(trainer.step) < 1
+        ]
 
     def before_step(self, trainer: StageTrainer) -> None:
-        """Set them to this step's value; at 1 they are removed."""
-        if self.masks is None:
-            return
-        self.masks.set(mask_value(self.plan, trainer.step))
-        if not self.masks.installed:
-            self.masks = None
+        """Set them to this step's values; at 1 they are removed."""
+        for opening, masks in self.masks:
+            masks.set(opening.value(trainer.step))
+        self.masks = [(opening, masks) for opening, masks in self.masks if masks.installed]

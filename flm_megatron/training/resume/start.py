@@ -24,8 +24,10 @@ from flm_megatron.errors import DamagedError, RequestError
 from flm_megatron.growth.boundary import grown_checkpoint, resumed_plan, saved_plan, source_model
 from flm_megatron.growth.certificate.forward import Layout
 from flm_megatron.growth.certificate.measure import boundary_certificate, boundary_distances
+from flm_megatron.growth.foreseen import foreseen_plan
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.growth.record import Certificate
+from flm_megatron.growth.schedule import all_masks
 from flm_megatron.training.resume.continuation import (
     continued,
     first_history,
@@ -232,18 +234,23 @@ def _saved(start: Start) -> Path:
 
 
 def check_masks_open_in_time(run: RunConfig, index: int, step: int, plan: GrowthPlan | None, history: History) -> None:
-    """Masks open over a number of steps, whatever the batch: a stage of fewer steps would end with them half open.
+    """Masks open over a number of steps, whatever the batch: with fewer steps before the run ends, or the next growth
+    in their dimensions begins, they would stay half open.
 
     Raises:
-        RequestError: it would.
+        RequestError: they would.
     """
-    steps = stage_budgets(run, history)[index].steps
-    if plan is not None and plan.masked and step < plan.mask_steps and steps < plan.mask_steps:
-        raise RequestError(
-            f"stage {run.stages[index].name!r}: growth masks open over {plan.mask_steps} steps, of which "
-            f"{step} are done, but with global_batch {run.stages[index].global_batch} and sequence_length "
-            f"{run.data.sequence_length} it ends after {steps}: change them when the masks are open, or raise tokens"
-        )
+    budgets = stage_budgets(run, history)
+    for masks in all_masks(plan) if plan is not None else ():
+        grown_again = (i for i in range(index + 1, len(run.stages)) if masks.grown_by(foreseen_plan(run, i).grows))
+        steps = sum(budget.steps for budget in budgets[index : next(grown_again, None)])
+        if step < masks.left and steps < masks.left:
+            raise RequestError(
+                f"stage {run.stages[index].name!r}: growth masks open over {masks.left} steps, of which "
+                f"{step} are done, but with global_batch {run.stages[index].global_batch} and sequence_length "
+                f"{run.data.sequence_length} it ends after {steps}: change them when the masks are open, or raise "
+                "tokens"
+            )
 
 
 def checked_start(run: RunConfig, only: str | None = None) -> Start | None:

@@ -193,7 +193,7 @@ def bf16_between_layouts() -> torch.Tensor:
     world = torch.distributed.get_world_size()
     stage = StageConfig(parallel=ParallelConfig(tensor=world, sequence=world > 1), precision="bf16")
     source = trained(OLD, torch.bfloat16, optimizer=True)
-    found = _evaluate(source, OLD, stage, TOKENS, partial(layout, timeout_s=120), None)
+    found = _evaluate(source, OLD, stage, TOKENS, partial(layout, timeout_s=120))
     return found[1] if found else torch.zeros(0)
 
 

@@ -114,7 +114,12 @@ def check(pool: Pool, plans: list[GrowthPlan], parallel: ParallelConfig, recompu
 
 
 @pytest.mark.parametrize(
-    "layout", ["tensor", pytest.param("tensor_sequence_pipeline", marks=pytest.mark.slow), "virtual_pipeline"]
+    "layout",
+    [
+        pytest.param("tensor", marks=pytest.mark.slow),
+        pytest.param("tensor_sequence_pipeline", marks=pytest.mark.slow),
+        "virtual_pipeline",
+    ],
 )
 def test_masks_under_layouts(pool: Pool, layout: str) -> None:
     check(pool, [grown()], LAYOUTS[layout])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from flm_megatron.config.loader import load_run
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.errors import FlmError
 from flm_megatron.evaluation.report.history import read_history
-from flm_megatron.growth.boundary import saved_mask_value, saved_plan
+from flm_megatron.growth.boundary import saved_mask_value, saved_opening, saved_plan
 from flm_megatron.growth.record import growth_of
 from flm_megatron.launch.branch import decay_branch
 from flm_megatron.launch.preflight import resolve
@@ -174,6 +175,36 @@ def test_a_changed_plan_is_refused_on_resume(whole: tuple[Path, RunConfig], data
     _copy_until(whole[0] / "checkpoints", tmp_path / "checkpoints", "step_00000003")
     with pytest.raises(FlmError, match="was grown with ffn = 'zero', and the run file now gives 'mask'"):
         train(run)
+
+
+def test_masks_go_on_opening_behind_the_growth_of_the_next_stage(data: Path, tmp_path: Path) -> None:
+    """Wide behind masks over 6 steps of a stage of 4; then deep, over 4: both half open at its first steps."""
+    wide = "{num_layers: 2, hidden_size: 48, ffn_hidden_size: 48, num_attention_heads: 4, head_dim: 8}"
+    deep = wide.replace("num_layers: 2", "num_layers: 3")
+    growths = [{"hidden": "mask", "mask_steps": 6}, {"mask_steps": 4, "layer_selection": "distance"}]
+    stages = [
+        f"{{name: {name}, model: {model}, tokens: 512, growth: {json.dumps(growth)}}}"
+        for name, model, growth in zip(("wide", "deep"), (wide, deep), growths, strict=True)
+    ]
+    small = f"{{name: small, model: {wide.replace('hidden_size: 48, ffn', 'hidden_size: 32, ffn')}, tokens: 128}}"
+    options = [
+        "--defaults.schedule.warmup_samples",
+        "4",
+        "--stages",
+        f"[{', '.join([small, *stages])}]",
+        "--checkpoint.interval_steps",
+        "1",
+    ]
+    run, again = make_run(data, tmp_path / "a", *options), make_run(data, tmp_path / "b", *options)
+    assert train(run) == 0
+    certified = [event.certificate for event in read_events(tmp_path / "a", GrowthEvent)]
+    assert [c is not None and c.comparisons[0].loss_change <= 1e-5 for c in certified] == [True, True]
+    at = open_checkpoint(checkpoint_store(run).path("deep", 1)).manifest
+    assert [(m.masks.dimensions, m.value(0)) for m in saved_opening(at)] == [(("hidden",), 5 / 6), (("layers",), 0.25)]
+    for folder in ("small", "wide", "deep/step_00000001"):
+        shutil.copytree(tmp_path / "a" / "checkpoints" / folder, tmp_path / "b" / "checkpoints" / folder)
+    assert train(again) == 0
+    assert losses(tmp_path / "b") == losses(tmp_path / "a")[-3:]
 
 
 def test_a_loss_beyond_the_tolerance_stops_the_run(whole: tuple[Path, RunConfig], data: Path, tmp_path: Path) -> None:

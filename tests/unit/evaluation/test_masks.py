@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from flm_megatron.evaluation.evaluated import EvaluatedCheckpoint
 from flm_megatron.evaluation.model import load_model
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 from flm_megatron.growth.plan import make_plan
+from flm_megatron.growth.schedule import still_opening
 from flm_megatron.model.forward import Batch, forward
 from tests.support.evaluation_cases import MODEL
+from tests.support.growth_cases import growth
 
 TOKENS = torch.randint(4, 400, (2, 16), generator=torch.Generator().manual_seed(0))
 
@@ -45,6 +48,22 @@ def test_masks_are_as_far_open_as_the_step_says() -> None:
     assert torch.allclose(closed, before, rtol=0, atol=1e-4 * float(before.std()))
     differences = [float((x - before).std() / before.std()) for x in (half, full)]
     assert min(differences) > 0.01 and float((half - full).std() / before.std()) > 0.01
+
+
+def test_masks_of_two_growths_are_each_as_far_open_as_they_were() -> None:
+    deep = make_plan(MODEL, replace(MODEL, num_layers=6), growth("mask", mask_steps=10), seed=5, stage="deep")
+    first = GrownCheckpoint(InitialCheckpoint(MODEL, 3), deep, Manifest(position=StagePosition(6, stage="deep")))
+    wide = make_plan(deep.new, replace(deep.new, ffn_hidden_size=80), growth("mask"), seed=5, stage="wide")
+    wide = replace(wide, earlier_masks=still_opening(deep, 6))
+    with one_process():
+        half_deep = logits(first, deep.new)
+        found = [
+            logits(GrownCheckpoint(first, wide, Manifest(position=StagePosition(step, stage="wide"))), wide.new)
+            for step in (0, 2, 4)
+        ]
+    assert torch.allclose(found[0], half_deep, rtol=0, atol=1e-4 * float(half_deep.std()))
+    for opened, before in pairwise(found):  # layers at 0.6, 0.8, 1; feed-forward units at 0, 0.5, 1
+        assert float((opened - before).std() / before.std()) > 0.01
 
 
 def test_a_model_that_does_not_fit_the_layout_is_refused() -> None:

@@ -170,10 +170,10 @@ def test_rules_about_stages() -> None:
     second = StageConfig(name="b", tokens=16 * 8 * 10)
     run = run_of(first, second)
     with pytest.raises(RequestError, match=r"mask_steps is 11, but the stage has 10 steps \(1280 tokens\)"):
-        check_mask_length(second, 11, 16)
+        check_mask_length([second], 11, 16)
     with pytest.raises(RequestError, match="mask_steps is 0: give at least 1"):
-        check_mask_length(second, 0, 16)
-    check_mask_length(second, 10, 16)
+        check_mask_length([second], 0, 16)
+    check_mask_length([second], 10, 16)
     check_source_stage(run, 1, "a")
     with pytest.raises(RequestError, match="grows from stage 'a', but the checkpoint is of stage 'c'"):
         check_source_stage(run, 1, "c")

@@ -12,6 +12,7 @@ from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER, Region
 from flm_megatron.config.schema import ModelConfig, MupConfig
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 from flm_megatron.growth.plan import GrowthPlan, make_plan
+from flm_megatron.growth.schedule import still_opening
 from flm_megatron.model import parameters as p
 from tests.support.growth_cases import (
     CLONED,
@@ -151,6 +152,24 @@ def test_operators_mix(dimension: str, block: str) -> None:
     for others, one in mixes:
         noise = {"clone_noise": 0.4} if one == "clone" else {}
         assert difference(make_plan(old, new, growth(others, **{dimension: one}, **noise), seed=5)) <= 1e-12
+
+
+@pytest.mark.parametrize("block", ["teleflm", "gpt3"])
+@pytest.mark.parametrize("operator", ["zero", "mask"])
+@pytest.mark.parametrize("first", ["hidden", "ffn", "heads_and_groups", "layers"])
+def test_a_model_behind_half_open_masks_grows_in_the_other_dimensions(first: str, operator: str, block: str) -> None:
+    earlier = plan_for(first, "mask", old_model(**BLOCKS[block]))
+    source = trained(earlier.new)
+    before = logits(earlier.new, weights(source, earlier.new), TOKENS, masks_at(earlier, 0.5))
+    kept = {field: getattr(earlier.new, field) for field in GROWN[first]}
+    new = replace(earlier.new, **{**GROWN["all"], **kept})
+    plan = make_plan(earlier.new, new, growth(operator), seed=5, stage="bigger")
+    plan = replace(plan, earlier_masks=still_opening(earlier, 2))
+    after = logits(plan.new, grown_weights(plan, source), TOKENS, masks_at(plan, 0.0))
+    assert (after - before).abs().max() / before.std() <= 1e-12
+    opened = replace(plan, earlier_masks=())
+    without = logits(plan.new, grown_weights(plan, source), TOKENS, masks_at(opened, 0.0))
+    assert (without - before).abs().max() / before.std() > 1e-3, "the earlier masks matter"
 
 
 def test_multipliers_may_change_at_growth() -> None:

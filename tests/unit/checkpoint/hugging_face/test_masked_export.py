@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
+from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.config.schema import GrowthConfig, ModelConfig
+from flm_megatron.growth.grown.folding import folded as folded_in
 from flm_megatron.growth.plan import GrowthPlan, make_plan
+from flm_megatron.growth.schedule import still_opening
 from tests.support.checkpoint_cases import Memory, flm_checkpoint, manifest_of
 from tests.support.growth_oracle import logits, masks_at
 from tests.support.reference_model import random_tensors, reference_logits
@@ -27,7 +30,11 @@ TOKENS = torch.arange(30).view(2, 15) * 5 % 77
 
 def save(path: Path, new: ModelConfig, step: int) -> tuple[GrowthPlan, dict[str, torch.Tensor]]:
     """A checkpoint of `new` at a step of its growth out of OLD; its plan and weights."""
-    plan = make_plan(OLD, new, MASKED, seed=1, stage="small")
+    return save_plan(path, make_plan(OLD, new, MASKED, seed=1, stage="small"), step)
+
+
+def save_plan(path: Path, plan: GrowthPlan, step: int) -> tuple[GrowthPlan, dict[str, torch.Tensor]]:
+    """The same of a growth by this plan."""
     values = random_tensors(plan.new)
     copy_checkpoint(Memory(values), path, manifest_of(plan.new, step=step, growth={"plan": plan.to_json()}))
     return plan, values
@@ -54,6 +61,17 @@ def test_a_half_open_mask_is_refused_unless_folding_is_asked_for(
     assert "in the middle of its growth mask (v = 0.250" in capsys.readouterr().err
     save(tmp_path / "open", WIDER, step=8)
     assert flm_checkpoint("export-hf", tmp_path / "open", tmp_path / "out") == 0
+
+
+def test_masks_of_an_earlier_growth_are_folded_in_too(tmp_path: Path) -> None:
+    earlier = make_plan(OLD, replace(OLD, ffn_hidden_size=36), MASKED, seed=1, stage="before")
+    plan = make_plan(earlier.new, WIDER, replace(MASKED, mask_steps=4), seed=1, stage="small")
+    plan, values = save_plan(tmp_path / "a", replace(plan, earlier_masks=still_opening(earlier, 2)), step=2)
+    folded = folded_in(open_checkpoint(tmp_path / "a"), fold=True)
+    found = {name: folded.read(name).double() for name in values}
+    at_half = replace(plan, earlier_masks=still_opening(plan, 2)[:1])
+    masked = logits(plan.new, values, TOKENS, masks_at(at_half, 0.5))
+    torch.testing.assert_close(reference_logits(plan.new, found, TOKENS), masked, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
