@@ -16,7 +16,7 @@ from flm_megatron.distributed.launched import launched_processes
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.distributed.world import Layouts, is_main_rank, tool_world
 from flm_megatron.errors import RequestError
-from flm_megatron.growth.boundary import grown_checkpoint, needs_distances
+from flm_megatron.growth.boundary import boundary_scale, grown_checkpoint, needs_distances
 from flm_megatron.growth.certificate.forward import Layout
 from flm_megatron.growth.certificate.measure import boundary_certificate, boundary_distances
 from flm_megatron.growth.distance import read_distances
@@ -78,7 +78,8 @@ def grow(
     measures = needs_distances(run, index) and distances is None
     with _world(run, certify is not None or measures), Layouts(run.distributed.timeout_s) as under:
         chosen = _distances(distances, run, index, source, under) if needs_distances(run, index) else None
-        opened, plan = grown_checkpoint(source, run, index, chosen)
+        trained = boundary_scale(source, run, index, Processes)
+        opened, plan = grown_checkpoint(source, run, index, chosen, trained)
         certificate = (
             None if certify is None else _certificate(given_path(certify, "certify"), run, index, opened, under)
         )

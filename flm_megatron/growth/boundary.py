@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,23 +16,30 @@ from flm_megatron.checkpoint.stage_manifest import stage_manifest
 from flm_megatron.config.loader import resolve_vocabulary
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig
 from flm_megatron.data.tokenizer import Tokenizer
+from flm_megatron.distributed.processes import Processes
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.foreseen import check_boundary, check_masks, unmeasured_plan
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 from flm_megatron.growth.grown.step_offsets import carries_moments
 from flm_megatron.growth.opening import OpeningMasks
-from flm_megatron.growth.plan import GrowthPlan, check_same_plan, make_plan, stage_growth
+from flm_megatron.growth.plan import GrowthPlan, TrainedScale, check_same_plan, make_plan, stage_growth
 from flm_megatron.growth.record import growth_of
 from flm_megatron.growth.rules import check_source_stage
 from flm_megatron.growth.schedule import still_opening
+from flm_megatron.growth.trained_scale import trained_scale
 
 
 def grown_checkpoint(
-    source: LogicalCheckpoint, run: RunConfig, stage_index: int, distances: Sequence[float] | None = None
+    source: LogicalCheckpoint,
+    run: RunConfig,
+    stage_index: int,
+    distances: Sequence[float] | None = None,
+    trained: TrainedScale | None = None,
 ) -> tuple[GrownCheckpoint, GrowthPlan]:
     """Stage `stage_index` of `run` as it starts: `source`, the checkpoint of the stage before, grown.
 
-    `distances` (one per old layer) are needed where `needs_distances` says so. The checkpoint's manifest is that of the
+    `distances` (one per old layer) are needed where `needs_distances` says so, `trained` (see `boundary_scale`) to read
+    new entries that start beside trained ones. The checkpoint's manifest is that of the
     new stage at step 0, with tokens, samples and Adam's step carried over. Nothing is read from `source` yet.
 
     Raises:
@@ -44,7 +51,7 @@ def grown_checkpoint(
     old = source_model(source, run, stage_index)
     check_same_tokenizer(source.manifest, run, old)
     growth = stage_growth(stage, run.data.sequence_length)
-    plan = make_plan(old, stage.model, growth, run.seed, distances, stage.name)
+    plan = make_plan(old, stage.model, growth, run.seed, distances, stage.name, trained)
     plan = replace(plan, earlier_masks=saved_opening(source.manifest))
     check_masks(run, stage_index, plan)
     return GrownCheckpoint(source, plan, _manifest(source, run, stage_index, plan)), plan
@@ -55,6 +62,19 @@ def needs_distances(run: RunConfig, stage_index: int) -> bool:
     stage, before = run.stages[stage_index], run.stages[stage_index - 1]
     by_distance = (stage.growth or GrowthConfig()).layer_selection == "distance"
     return by_distance and 1 < before.model.num_layers != stage.model.num_layers
+
+
+def boundary_scale(
+    source: LogicalCheckpoint, run: RunConfig, stage_index: int, processes: Callable[[], Processes]
+) -> TrainedScale | None:
+    """How large the trained weights and moments are that new entries start beside; see `trained_scale`.
+
+    None, and no `processes` are made, where the growth does not look at them.
+    """
+    growth = run.stages[stage_index].growth or GrowthConfig()
+    if growth.new_scale == "init" and growth.optimizer_state != "grow":
+        return None
+    return trained_scale(source, source_model(source, run, stage_index), growth, processes())
 
 
 def source_model(source: LogicalCheckpoint, run: RunConfig, stage_index: int) -> ModelConfig:
@@ -86,7 +106,8 @@ def resumed_plan(run: RunConfig, index: int, saved: Manifest) -> GrowthPlan | No
         growth = replace(growth, mask_steps=plan.mask_steps)
     now = unmeasured_plan(plan.old, run, stage, growth)
     now = replace(now, masked_paths=plan.masked_paths, earlier_masks=plan.earlier_masks)
-    if growth.layer_selection == "distance":  # measured at the boundary, not again
+    now = replace(now, trained=plan.trained)  # measured at the boundary, not again
+    if growth.layer_selection == "distance":  # likewise
         now = replace(now, layer_sources=plan.layer_sources)
     check_same_plan(plan, now)
     return plan

@@ -11,7 +11,7 @@ from flm_megatron.config.rules import shape_violations, violations
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig, StageConfig
 from flm_megatron.errors import Mistakes, RequestError
 from flm_megatron.growth.opening import OpeningMasks
-from flm_megatron.growth.plan import GrowthPlan, make_plan, stage_growth
+from flm_megatron.growth.plan import GrowthPlan, TrainedScale, make_plan, stage_growth
 from flm_megatron.growth.rules import (
     check_earlier_masks,
     check_epsilons,
@@ -19,6 +19,7 @@ from flm_megatron.growth.rules import (
     check_masks_reach_norms,
 )
 from flm_megatron.growth.schedule import all_masks, still_opening
+from flm_megatron.model.parameters import parameter_specs
 
 
 def check_run_file(run: RunConfig, world_size: int | None = None, stages: Collection[str] | None = None) -> None:
@@ -92,6 +93,12 @@ def foreseen_masks(run: RunConfig, stage_index: int) -> tuple[OpeningMasks, ...]
         return ()
     steps = stage_steps(run.stages[stage_index - 1], run.data.sequence_length)
     return still_opening(foreseen_plan(run, stage_index - 1), steps)
+
+
+def unmeasured_scale(old: ModelConfig) -> TrainedScale:
+    """Stands for what is measured of an old model where nothing is drawn."""
+    specs = parameter_specs(old).items()
+    return TrainedScale(rms={name: (1.0,) * (spec.shape[0] if spec.stacked else 1) for name, spec in specs})
 
 
 def unmeasured_plan(old: ModelConfig, run: RunConfig, stage: StageConfig, growth: GrowthConfig) -> GrowthPlan:

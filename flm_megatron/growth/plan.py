@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean
 from typing import Literal
 
 from flm_megatron.config.budget import stage_steps
@@ -17,9 +18,30 @@ from flm_megatron.json_text import JsonObject
 from flm_megatron.model.mask_plan import MaskedPaths
 
 Operator = Literal["mask", "zero", "clone"]
-OptimizerState = Literal["keep", "reset_new", "reset_all"]
+OptimizerState = Literal["keep", "reset_new", "reset_all", "grow"]
 MASKED_SHARE = 5
 """Masks open over the first 1 / MASKED_SHARE of a stage."""
+
+
+@dataclass(frozen=True)
+class TrainedScale:
+    """Root mean squares of trained weights and means of their second moments: per tensor one number for each old layer
+    (one in all where it has no layers). Only tensors that were measured are there."""
+
+    rms: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    exp_avg_sq: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def rms_of(self, name: str, layer: int | None) -> float:
+        """Of an old layer; of all together without one."""
+        values = self.rms[name]
+        return math.sqrt(fmean(v * v for v in values)) if layer is None else values[layer]
+
+    def exp_avg_sq_of(self, name: str, layer: int | None) -> float:
+        """Of an old layer; of all together without one; 0 where nothing was measured, as there were no moments."""
+        values = self.exp_avg_sq.get(name)
+        if values is None:
+            return 0.0
+        return fmean(values) if layer is None else values[layer]
 
 
 @dataclass(frozen=True)
@@ -50,6 +72,8 @@ class GrowthPlan:
     clone_noise: float = 0.0
     shrink: float | None = None
     optimizer_state: OptimizerState = "reset_new"
+    new_scale: Literal["init", "trained"] = "init"
+    trained: TrainedScale = field(default_factory=TrainedScale)
 
     @property
     def norm_scale(self) -> float:
@@ -99,7 +123,12 @@ class GrowthPlan:
 
     def keeps_moments(self, copy: bool) -> bool:
         """Whether old entries (with `copy`, copies of them) go on with moments and with their place in Adam's count."""
-        return self.optimizer_state == "keep" or (self.optimizer_state == "reset_new" and not copy)
+        return self.optimizer_state in ("keep", "grow") or (self.optimizer_state == "reset_new" and not copy)
+
+    @property
+    def looks_at_trained(self) -> bool:
+        """Whether new entries depend on the trained ones beside them, and so on their layer."""
+        return self.new_scale == "trained" or self.optimizer_state == "grow"
 
     def to_json(self) -> dict[str, object]:
         """Plain data, for a checkpoint's manifest."""
@@ -112,6 +141,8 @@ class GrowthPlan:
         values["old"], values["new"] = ModelConfig(**values["old"]), ModelConfig(**values["new"])
         values["layer_sources"] = tuple(LayerSource(**source) for source in values["layer_sources"])
         values["earlier_masks"] = tuple(map(OpeningMasks.from_json, values.get("earlier_masks", ())))
+        by_kind = values.get("trained", {}).items()
+        values["trained"] = TrainedScale(**{kind: {n: tuple(v) for n, v in each.items()} for kind, each in by_kind})
         return cls(**values)
 
 
@@ -130,11 +161,12 @@ def make_plan(
     seed: int,
     distances: Sequence[float] | None = None,
     stage: str = "grown",
+    trained: TrainedScale | None = None,
 ) -> GrowthPlan:
     """Plan the growth of `old`, the model as it was trained, into the configured `new`.
 
     `mask_steps` of `growth` must be set (see `stage_growth`). `distances` has one number per old layer and is needed
-    only if layers are selected by distance.
+    only if layers are selected by distance; `trained` only to read new entries that start beside trained ones.
 
     Raises:
         RequestError: the growth is not possible as asked.
@@ -159,6 +191,8 @@ def make_plan(
         clone_noise=growth.clone_noise,
         shrink=growth.shrink,
         optimizer_state=growth.optimizer_state,
+        new_scale=growth.new_scale,
+        trained=trained or TrainedScale(),
     )
 
 

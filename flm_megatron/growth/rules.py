@@ -22,6 +22,7 @@ def check_growth(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> No
     check_heads(old, new)
     check_clones(old, new, growth)
     check_shrink(growth)
+    check_optimizer_state(growth)
 
 
 def check_no_adapters(old: ModelConfig, new: ModelConfig) -> None:
@@ -113,10 +114,23 @@ def check_shrink(growth: GrowthConfig) -> None:
                 f"growth.shrink takes the place of growth.{name} `{operator}`, whose function it would not preserve: "
                 "leave one of the two out"
             )
+    if growth.new_scale == "trained":
+        raise RequestError(
+            "growth.shrink adds a fresh model, so that growth.new_scale cannot be `trained`: leave one of the two out"
+        )
     if growth.loss_tolerance is not None:
         raise RequestError(
             f"growth.shrink changes the loss, so that growth.loss_tolerance {growth.loss_tolerance:g} cannot be "
             "certified: leave one of the two out"
+        )
+
+
+def check_optimizer_state(growth: GrowthConfig) -> None:
+    """Entries with a grown second moment are not at the start of its average, whose bias would be corrected."""
+    if growth.optimizer_state == "grow" and growth.optimizer_step == "birth":
+        raise RequestError(
+            "growth.optimizer_state `grow` gives new entries second moments that are not biased, so that "
+            "growth.optimizer_step cannot be `birth`: use `keep` for one of the two"
         )
 
 

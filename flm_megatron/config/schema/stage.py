@@ -61,9 +61,13 @@ class GrowthConfig:
     shrink: float | None = None
     """Shrink and perturb, in place of masks: old matrices, embedding and head times this factor in (0, 1], plus a fresh
     initialisation of the new shape. Layers are copied, or `random`. It does not preserve the function."""
-    optimizer_state: Literal["keep", "reset_new", "reset_all"] = "reset_new"
-    """Adam's moments: `reset_new` keeps those of old entries, `keep` gives copies those of their sources too,
-    `reset_all` begins anew, with Adam's step at 0."""
+    new_scale: Literal["init", "trained"] = "init"
+    """Standard deviation of new random entries: that of a fresh model, or the root mean square of the trained ones
+    beside them, in the same tensor and layer."""
+    optimizer_state: Literal["keep", "reset_new", "reset_all", "grow"] = "reset_new"
+    """Adam's moments: `reset_new` keeps those of old entries, `keep` gives copies those of their sources too, `grow`
+    gives all other new entries the mean second moment of the trained ones beside them as well. `reset_all` begins anew,
+    with Adam's step at 0."""
     optimizer_step: Literal["keep", "birth"] = "keep"
     """Steps in Adam's bias correction of new entries: `keep` counts all, `birth` only those since the growth."""
     loss_tolerance: float | None = None

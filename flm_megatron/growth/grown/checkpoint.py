@@ -12,6 +12,7 @@ from flm_megatron.checkpoint.files.manifest import sealed
 from flm_megatron.checkpoint.lazy.generator import truncated_normal
 from flm_megatron.checkpoint.logical import (
     EXP_AVG,
+    EXP_AVG_SQ,
     MASTER,
     STATE_PREFIXES,
     LogicalCheckpoint,
@@ -95,10 +96,10 @@ class GrownCheckpoint(LogicalCheckpoint):
         return truncated_normal(self.plan.seed, key, shape, region, std, dtype=dtype)
 
     def _moments(self, prefix: str, name: str, filled: FilledRegion) -> torch.Tensor | float:
-        """Moments of one region: scaled as the gradient is, zero where they are not kept."""
+        """Moments of one region: scaled as the gradient is, where they are not kept zero or grown."""
         content = filled.content
         if not isinstance(content, Old) or not self.plan.keeps_moments(content.copy):
-            return 0.0
+            return filled.exp_avg_sq if prefix == EXP_AVG_SQ else 0.0
         values = self.source.read(prefix + name, content.region)
         ratio = content.gradient_ratio
         return values if ratio == 1.0 else values / ratio ** (1 if prefix == EXP_AVG else 2)

@@ -71,10 +71,11 @@ Content = Old | Mean | Constant | Fresh
 
 @dataclass(frozen=True)
 class FilledRegion:
-    """A region of the grown tensor and what fills it."""
+    """A region of the grown tensor and what fills it; `exp_avg_sq` is what entries without moments of their own get."""
 
     region: Region
     content: Content
+    exp_avg_sq: float = 0.0
 
 
 class Operators:
@@ -87,14 +88,17 @@ class Operators:
 
     def regions(self, name: str, region: Region) -> Iterator[FilledRegion]:
         """`region` of parameter `name` cut by what fills it: covered once, in row-major order of corners."""
-        whole = tensor_segments(self.plan, self._old_specs.get(name), self.specs[name])
+        spec = self.specs[name]
+        whole = tensor_segments(self.plan, self._old_specs.get(name), spec)
         axes = [
             [c for s in segments if (c := s.clip(start, start + size))]
             for segments, start, size in zip(whole, region.offsets, region.sizes, strict=True)
         ]
+        if spec.stacked and self.plan.looks_at_trained:
+            axes[0] = [layer for s in axes[0] for i in range(s.size) if (layer := s.clip(s.start + i, s.start + i + 1))]
         for segments in itertools.product(*axes):
             cut = Region(tuple(s.start for s in segments), tuple(s.size for s in segments))
-            yield FilledRegion(cut, self._content(self.specs[name], segments))
+            yield FilledRegion(cut, self._content(spec, segments), self._exp_avg_sq(spec, segments))
 
     def scale(self, spec: ParameterSpec) -> float:
         """Factor on the old values of a parameter that are not cloned.
@@ -113,7 +117,7 @@ class Operators:
     def _content(self, spec: ParameterSpec, segments: tuple[Segment, ...]) -> Content:
         if spec.stacked and segments[0].copy:
             if segments[0].source is None:
-                return self._new_layer(spec)
+                return self._new_layer(spec, segments)
             if self.plan.layers == "zero" and _writes_residual(spec):
                 return Constant(0.0)
         new = [axis for axis, segment in zip(spec.axes, segments, strict=True) if segment.source is None]
@@ -123,17 +127,27 @@ class Operators:
             return Constant(0.0)
         if self.plan.hidden == "zero" and any((axis.unit, axis.side) == (Unit.HIDDEN, "out") for axis in new):
             return self._zero_hidden(spec, segments)
-        return self._drawn(spec)
+        return self._drawn(spec, segments)
 
     def _old(self, spec: ParameterSpec, segments: tuple[Segment, ...]) -> Old:
         """Old values: what reads n copies of a unit takes 1/n of its weight from each, and each gets 1/n of the
         gradient."""
         region = Region(tuple(s.source or 0 for s in segments), tuple(s.size for s in segments))
-        read, scale = _copies_read(spec, segments), self.scale(spec)
-        held = math.prod(s.copies for s in segments) // read
         shrink = self.plan.shrink if self.plan.shrink and spec.init_std else 1.0
-        noise = self._noise(spec, segments)
-        return Old(region, scale * shrink / read, any(s.copy for s in segments), scale * held, noise)
+        scale = self.scale(spec) * shrink / _copies_read(spec, segments)
+        copy, noise = any(s.copy for s in segments), self._noise(spec, segments)
+        return Old(region, scale, copy, self._gradient_ratio(spec, segments), noise)
+
+    def _gradient_ratio(self, spec: ParameterSpec, segments: tuple[Segment, ...]) -> float:
+        """The gradient of an old weight over that of the new one: copies of a unit share it."""
+        return self.scale(spec) * (math.prod(s.copies for s in segments) // _copies_read(spec, segments))
+
+    def _exp_avg_sq(self, spec: ParameterSpec, segments: tuple[Segment, ...]) -> float:
+        """Under `grow` the mean second moment of the old entries beside, else 0."""
+        if self.plan.optimizer_state != "grow":
+            return 0.0
+        found = self.plan.trained.exp_avg_sq_of(spec.name, _old_layer(spec, segments))
+        return found / self._gradient_ratio(spec, segments) ** 2
 
     def _noise(self, spec: ParameterSpec, segments: tuple[Segment, ...]) -> Noise | None:
         """Noise on what reads a cloned unit, which cancels over its copies; under `shrink` a fresh matrix."""
@@ -148,13 +162,22 @@ class Operators:
         std = sign * self.plan.clone_noise * spec.init_std
         return Noise(Region(tuple(offsets), tuple(s.size for s in segments)), std)
 
-    def _new_layer(self, spec: ParameterSpec) -> Content:
+    def _new_layer(self, spec: ParameterSpec, segments: tuple[Segment, ...]) -> Content:
         """What a layer has that is no copy."""
-        return Constant(0.0) if self.plan.layers == "zero" and _writes_residual(spec) else self._drawn(spec)
+        zero = self.plan.layers == "zero" and _writes_residual(spec)
+        return Constant(0.0) if zero else self._drawn(spec, segments)
 
-    def _drawn(self, spec: ParameterSpec) -> Content:
-        """What a fresh model of the new shape has; norm weights on the scale of the old ones, if that is below 1."""
-        return Fresh(spec.init_std) if spec.init_std else Constant(spec.init_mean * min(1.0, self.scale(spec)))
+    def _drawn(self, spec: ParameterSpec, segments: tuple[Segment, ...]) -> Content:
+        """What a fresh model of the new shape has, or random values as large as the old ones beside.
+
+        Norm weights are on the scale of the old ones, if that is below 1.
+        """
+        if not spec.init_std:
+            return Constant(spec.init_mean * min(1.0, self.scale(spec)))
+        if self.plan.new_scale == "init" or spec.name not in self._old_specs:
+            return Fresh(spec.init_std)
+        rms = self.plan.trained.rms_of(spec.name, _old_layer(spec, segments))
+        return Fresh(rms * self.scale(spec) / _copies_read(spec, segments))
 
     def _is_zero(self, axis: Axis) -> bool:
         """Whether new indices of this axis are outgoing weights of new heads or feed-forward units under `zero`."""
@@ -175,6 +198,11 @@ class Operators:
         offsets, sizes = [s.source or 0 for s in segments], [s.size for s in segments]
         sizes[axis] = self.plan.old.hidden_size
         return Mean(Region(tuple(offsets), tuple(sizes)), axis, self.scale(spec) / _copies_read(spec, segments))
+
+
+def _old_layer(spec: ParameterSpec, segments: tuple[Segment, ...]) -> int | None:
+    """The old layer that a region belongs to, 0 where there are no layers; none for a layer without a source."""
+    return segments[0].source if spec.stacked else 0
 
 
 def _copies_read(spec: ParameterSpec, segments: tuple[Segment, ...]) -> int:

@@ -21,8 +21,8 @@ from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.config.stage_names import stage_index
 from flm_megatron.durable import sync
 from flm_megatron.errors import DamagedError, RequestError
-from flm_megatron.growth.boundary import grown_checkpoint, resumed_plan, saved_plan, source_model
-from flm_megatron.growth.certificate.forward import Layout
+from flm_megatron.growth.boundary import boundary_scale, grown_checkpoint, resumed_plan, saved_plan, source_model
+from flm_megatron.growth.certificate.forward import Layout, patient_processes
 from flm_megatron.growth.certificate.measure import boundary_certificate, boundary_distances
 from flm_megatron.growth.foreseen import foreseen_plan
 from flm_megatron.growth.plan import GrowthPlan
@@ -223,7 +223,8 @@ def begin(run: RunConfig, start: Start, under: Layout, in_memory: LogicalCheckpo
     if run.data.chat is not None:  # stages of a fine-tuning share one model
         return Beginning(stage, source)
     distances = boundary_distances(source, run, start.stage, under)
-    checkpoint, plan = grown_checkpoint(source, run, start.stage, distances)
+    trained = boundary_scale(source, run, start.stage, patient_processes)
+    checkpoint, plan = grown_checkpoint(source, run, start.stage, distances, trained)
     certificate = boundary_certificate(checkpoint, run, start.stage, under)
     return Beginning(replace(stage, model=plan.new), checkpoint, plan, certificate, tuple(distances or ()))
 

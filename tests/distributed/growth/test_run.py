@@ -208,7 +208,8 @@ def test_masks_go_on_opening_behind_the_growth_of_the_next_stage(data: Path, tmp
 
 
 def test_a_loss_beyond_the_tolerance_stops_the_run(whole: tuple[Path, RunConfig], data: Path, tmp_path: Path) -> None:
-    run = make_run(data, tmp_path, "--stages.1.growth.loss_tolerance", "1e-30")
+    strict = ("--stages.1.growth.loss_tolerance", "1e-30", "--stages.1.growth.new_scale", "trained")
+    run = make_run(data, tmp_path, *strict)
     shutil.copytree(whole[0] / "checkpoints" / "small", tmp_path / "checkpoints" / "small")
     with pytest.raises(FlmError, match=r"--stages\.1\.growth\.loss_tolerance"):
         train(run)

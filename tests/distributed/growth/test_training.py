@@ -18,19 +18,25 @@ from flm_megatron.growth.boundary import saved_plan
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 from flm_megatron.growth.grown.step_offsets import load_step_offsets
 from flm_megatron.growth.offline import write_grown
-from tests.distributed.growth.test_engine import OLD, plan_of
-from tests.support.growth_cases import trained
+from flm_megatron.growth.plan import make_plan
+from flm_megatron.growth.trained_scale import trained_scale
+from tests.distributed.growth.test_engine import NEW, OLD, plan_of
+from tests.support.growth_cases import growth, trained
 from tests.support.layouts import SEQUENCE, STAGE, relative_difference, take_steps
 from tests.support.pool import Pool
 
 MANIFEST = Manifest(position=StagePosition(0, 0, 0, 40, "big"))
 BOTH = ParallelConfig(tensor=2, pipeline=2, sequence=True)
-WRITTEN = ("zero", "clone", "shrink")
+WRITTEN = ("zero", "clone", "shrink", "trained")
 
 
 def grown(operator: str = "zero", precision: Precision = "fp32", step_offset: bool = False) -> GrownCheckpoint:
     """A source with moments, grown in every dimension."""
     source = trained(OLD, torch.bfloat16 if precision == "bf16" else torch.float32, optimizer=True)
+    if operator == "trained":
+        asked = growth("mask", new_scale="trained", optimizer_state="grow")
+        scale = trained_scale(source, OLD, asked, Processes())
+        return GrownCheckpoint(source, make_plan(OLD, NEW, asked, seed=11, stage="big", trained=scale), MANIFEST)
     plan = replace(plan_of(operator), optimizer_step="birth" if step_offset else "keep")
     return GrownCheckpoint(source, plan, MANIFEST)
 

@@ -121,11 +121,13 @@ def test_clones_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
         ({"ffn": "zero"}, "takes the place of growth.ffn `zero`"),
         ({"heads": "clone"}, "takes the place of growth.heads `clone`"),
         ({"loss_tolerance": 0.1}, "growth.loss_tolerance 0.1 cannot be certified"),
+        ({"new_scale": "trained"}, "growth.new_scale cannot be `trained`"),
+        ({"optimizer_state": "grow", "optimizer_step": "birth"}, "growth.optimizer_step cannot be `birth`"),
     ],
 )
-def test_what_shrink_and_perturb_contradicts(changes: dict[str, Any], message: str) -> None:
+def test_what_shrink_and_grown_moments_contradict(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        plan_for("all", "mask", old_model(), {"shrink": 0.4, **changes})
+        plan_for("all", "mask", old_model(), {"shrink": None if "optimizer_state" in changes else 0.4, **changes})
 
 
 def test_equal_constants_that_were_read_twice_are_the_same() -> None:
@@ -143,7 +145,7 @@ def test_plan_round_trip_and_resume() -> None:
     with pytest.raises(RequestError, match="seed = 5, and the run file now gives 6"):
         check_same_plan(plan, replace(plan, seed=6))
     saved = plan.to_json()
-    added = ("rejuvenate", "shrink", "optimizer_state")
+    added = ("rejuvenate", "shrink", "optimizer_state", "new_scale", "trained")
     written_before = GrowthPlan.from_json({name: saved[name] for name in saved if name not in added})
     with pytest.raises(RequestError, match=r"grown with rejuvenate = 1\.0, and the run file now gives 0\.5"):
         check_same_plan(written_before, replace(plan, rejuvenate=0.5))

@@ -11,7 +11,7 @@ from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.config.stage_names import stage_index
 from flm_megatron.growth.boundary import grown_checkpoint, resumed_plan, source_model
-from flm_megatron.growth.foreseen import foreseen_masks
+from flm_megatron.growth.foreseen import foreseen_masks, unmeasured_scale
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.planner.rehearsal.life.counted import Counted
 from flm_megatron.planner.rehearsal.life.stage_checkpoint import StageCheckpoint
@@ -67,8 +67,8 @@ def started(run: RunConfig, stage: StageConfig) -> Beginning:
     source = Counted(open_checkpoint(where) if where else StageCheckpoint(before))
     if run.data.chat is not None:
         return Beginning(f"started from stage {before.name}", where, stage, source, source)
-    unmeasured = [0.0] * source_model(source, run, index).num_layers
-    grown, plan = grown_checkpoint(source, run, index, unmeasured)
+    model = source_model(source, run, index)
+    grown, plan = grown_checkpoint(source, run, index, [0.0] * model.num_layers, unmeasured_scale(model))
     if where is None:
         plan = replace(plan, earlier_masks=foreseen_masks(run, index))
     trained = replace(stage, model=plan.new)
