@@ -11,6 +11,8 @@ from flm_megatron.training.metrics.events import GrowthHealthEvent
 
 LAYER = "layer_"
 SIDES = ("old", "new")
+NOTHING = 1e-8
+"""Where an update of 0 is drawn on a logarithmic axis, so that what does not learn at all is seen too."""
 Measurements = Sequence[tuple[Position, GrowthHealthEvent]]
 
 
@@ -27,8 +29,10 @@ def _charts(history: History) -> list[Chart]:
     updates = [_course(lines, side, index) for index, side in enumerate(SIDES)]
     by_rank = [line for index, rank in enumerate(ranks) for line in _sides(last, rank, 2 * index)]
     return [
-        Chart(f"{title}: update over weight", "tokens", "mean over layers, norms", updates, log_y=True),
-        _by_layer(f"{title}: update over weight {step}", "norms", _sides(last, "update"), log_y=True),
+        Chart(f"{title}: update over weight", "tokens", f"mean over layers ({NOTHING:g}: none)", updates, log_y=True),
+        _by_layer(
+            f"{title}: update over weight {step}", f"norms ({NOTHING:g}: none)", _sides(last, "update"), log_y=True
+        ),
         _by_layer(f"{title}: weights {step}", "root mean square", _sides(last, "weight_rms")),
         _by_layer(f"{title}: effective rank of channels {step}", "rank", by_rank),
         _by_layer(
@@ -66,7 +70,8 @@ def _sides(line: GrowthHealthEvent, key: str, colour: int = 0) -> list[Series]:
 
 def _values(line: GrowthHealthEvent, key: str) -> list[Point]:
     layers = [(int(name.removeprefix(LAYER)), part) for name, part in line.parts.items() if name.startswith(LAYER)]
-    return [(float(layer), part[key]) for layer, part in layers if key in part]
+    least = NOTHING if key.startswith("update") else 0.0
+    return [(float(layer), max(part[key], least)) for layer, part in layers if key in part]
 
 
 def _course(lines: Measurements, side: str, colour: int) -> Series:

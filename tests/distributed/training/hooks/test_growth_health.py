@@ -24,6 +24,7 @@ NEW = replace(STAGE.model, num_layers=4, ffn_hidden_size=32, head_dim=4)  # no s
 GROWN_STAGE = replace(STAGE, model=NEW, optimizer=replace(STAGE.optimizer, lr=1e-2, matrix_lr=1e-2))
 SMALLER: dict[str, Any] = {"hidden_size": 24, "ffn_hidden_size": 20, "num_attention_heads": 6, "num_layers": 3}
 Weights = dict[str, torch.Tensor]
+Alone = tuple[list[Health], Weights, Weights, list[tuple[float, float]]]
 
 
 def plan(**old: Any) -> GrowthPlan:
@@ -62,15 +63,24 @@ def plain_rank(block: torch.Tensor) -> float:
     return float(torch.exp(-(shares * shares.log()).sum()))
 
 
+def measured_beside_the_command() -> Alone:
+    """`measured` on one process, and what `flm distance` measures of the weights before on the step's tokens."""
+    found = measured(ParallelConfig(), PLANS)
+    tokens = synthetic_batch(1, NEW.vocab_size or 0)["tokens"]
+    under = partial(layout, timeout_s=120)
+    distances = layer_distances(MemoryCheckpoint(found[1]), NEW, GROWN_STAGE, tokens, under)
+    return *found, [(each.cosine, each.l2) for each in distances]
+
+
 @pytest.fixture(scope="module")
-def alone(pool: Pool) -> tuple[list[Health], Weights, Weights]:
+def alone(pool: Pool) -> Alone:
     """Growths of all dimensions at once, and of one each, measured on one process."""
-    found: tuple[list[Health], Weights, Weights] = pool.run(1, measured, ParallelConfig(), PLANS)[0]
+    found: Alone = pool.run(1, measured_beside_the_command)[0]
     return found
 
 
-def test_the_numbers_are_those_of_the_whole_matrices(alone: tuple[list[Health], Weights, Weights]) -> None:
-    (health, *_), before, after = alone
+def test_the_numbers_are_those_of_the_whole_matrices(alone: Alone) -> None:
+    (health, *_), before, after, _ = alone
     copied = [layer.copy for layer in PLANS[0].layer_sources]
     assert sum(copied) == 1
     rows = torch.zeros(NEW.vocab_size or 0, 32, dtype=torch.bool)
@@ -93,20 +103,11 @@ def test_the_numbers_are_those_of_the_whole_matrices(alone: tuple[list[Health], 
     assert whole == pytest.approx(sum(tensor.double().square().sum().item() for tensor in matrices), rel=1e-6)
 
 
-def test_distances_are_those_of_the_command(alone: tuple[list[Health], Weights, Weights], pool: Pool) -> None:
-    (health, *_), before, _ = alone
-    found = pool.run(1, distances_under_the_command, before)[0]
-    for layer, (cosine, l2) in enumerate(found):
+def test_distances_are_those_of_the_command(alone: Alone) -> None:
+    (health, *_), *_, found = alone
+    for layer, expected in enumerate(found):
         numbers = health[f"layer_{layer:03d}"]
-        assert (numbers["distance_cosine"], numbers["distance_l2"]) == pytest.approx((cosine, l2), rel=1e-5)
-
-
-def distances_under_the_command(weights: Weights) -> list[tuple[float, float]]:
-    """What `flm distance` measures of weights on the tokens of the second step."""
-    tokens = synthetic_batch(1, NEW.vocab_size or 0)["tokens"]
-    under = partial(layout, timeout_s=120)
-    found = layer_distances(MemoryCheckpoint(weights), NEW, GROWN_STAGE, tokens, under)
-    return [(each.cosine, each.l2) for each in found]
+        assert (numbers["distance_cosine"], numbers["distance_l2"]) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +118,7 @@ def distances_under_the_command(weights: Weights) -> list[tuple[float, float]]:
         pytest.param(ParallelConfig(pipeline=2, data=2, distributed_optimizer=False), marks=pytest.mark.slow),
     ],
 )
-def test_the_numbers_do_not_depend_on_the_layout(
-    parallel: ParallelConfig, alone: tuple[list[Health], Weights, Weights], pool: Pool
-) -> None:
+def test_the_numbers_do_not_depend_on_the_layout(parallel: ParallelConfig, alone: Alone, pool: Pool) -> None:
     world = parallel.tensor * parallel.pipeline * (parallel.data or 1)
     for found, *_ in pool.run(world, measured, parallel, PLANS):
         for health, expected in zip(found, alone[0], strict=True):
@@ -128,8 +127,8 @@ def test_the_numbers_do_not_depend_on_the_layout(
                 assert health[name] == pytest.approx(numbers, rel=1e-5), name
 
 
-def test_ranks_are_those_of_the_channels_that_grow(alone: tuple[list[Health], Weights, Weights]) -> None:
-    (_, ffn, heads, layers), _, after = alone
+def test_ranks_are_those_of_the_channels_that_grow(alone: Alone) -> None:
+    (_, ffn, heads, layers), _, after, _ = alone
     ranks = [{key for key in health["layer_000"] if key.startswith("rank")} for health in (ffn, heads, layers)]
     assert ranks == [
         {"rank_fc1_old", "rank_fc1_new", "rank_fc2_old", "rank_fc2_new"},

@@ -76,7 +76,7 @@ def make_run(folder: Path, name: str = "a run <&>") -> Path:
         {"stage": "grown", "step": 0, "tokens": 20 * 64, "certificate": CERTIFICATE, "layer_distances": [0.3] * 4}
     ]
     lines += [step("grown", i, 20 + i, 3 - i / 20 if i != 5 else math.nan) for i in range(1, 11)]
-    for number, new in ((1, 1e-6), (10, 0.02)):
+    for number, new in ((1, 0.0), (10, 0.02)):
         layers = {f"layer_{i:03d}": health(i, new) for i in range(6)}
         line = {"stage": "grown", "step": number, "tokens": (20 + number) * 64, "growth_health": layers}
         lines.insert(len(lines) - 10 + number, line)
@@ -136,7 +136,7 @@ def test_old_and_new_entries_are_drawn_by_layer(run_folder: Path) -> None:
     course, updates, weights, ranks, distances = growth_charts([read_history(run_folder)])
     assert [list(line.points) for line in course.series] == [
         [(21 * 64, 0.01), (30 * 64, 0.01)],
-        [(21 * 64, pytest.approx(1e-6)), (30 * 64, pytest.approx(0.02))],
+        [(21 * 64, pytest.approx(1e-8)), (30 * 64, pytest.approx(0.02))],
     ]
     assert [(line.name, len(line.points)) for line in updates.series] == [("old", 5), ("new", 6)]
     assert weights.series[1].points[0] == (0, 0.03)
