@@ -75,7 +75,7 @@ class Study:
         had = {r.budget for r in self.results() if (r.arm, r.seed, r.grown_at) == (arm, seed, grown_at)}
         if not set(budgets) - had:
             return
-        folder = self.out / f"{''.join(c if c.isalnum() else '-' for c in arm)}-{grown_at:g}-{seed}"
+        folder = run_folder(self.out, arm, grown_at, seed)
         folder.mkdir(parents=True, exist_ok=True)
         run_file = folder / "study.yaml"
         run_file.write_text(json.dumps(self.document(arm, seed, grown_at, max(budgets), folder), indent=1))
@@ -183,6 +183,11 @@ class Study:
     def _keep(self, result: Result) -> None:
         with (self.out / RESULTS).open("a") as file:
             file.write(json.dumps(asdict(result)) + "\n")
+
+
+def run_folder(out: Path, arm: str, grown_at: float, seed: int) -> Path:
+    """The output folder of a trunk."""
+    return out / f"{''.join(c if c.isalnum() else '-' for c in arm)}-{grown_at:g}-{seed}"
 
 
 LOCKS: dict[Path, threading.Lock] = {}
