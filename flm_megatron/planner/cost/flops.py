@@ -16,10 +16,8 @@ def step_flops(work: Workload, rank: int) -> dict[str, int]:
     if rank == work.parallel.pipeline - 1:
         each = 2 * work.tokens * work.embedding_parameters
         products += each * (2 + work.trains_weights)
-    return {
-        "matrix products": work.micro_batches * products,
-        "attention": work.micro_batches * layers * _layer_attention(work),
-    }
+    attention = {"attention": work.micro_batches * layers * _layer_attention(work)} if layers else {}
+    return {"matrix products": work.micro_batches * products, **attention}
 
 
 def _layer_products(work: Workload, spec: ParameterSpec) -> int:

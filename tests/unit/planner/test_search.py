@@ -42,6 +42,16 @@ def test_every_layout_is_fitting_or_rejected_and_all_that_fit_can_run() -> None:
         assert candidate.memory_gib <= A800.hardware.memory_gib
 
 
+def test_a_model_without_layers_is_planned_without_a_pipeline() -> None:
+    bare = replace(SEVEN_B, model=replace(SEVEN_B.model, num_layers=0))
+    found = search(bare, SEQUENCE, A800, 16).candidates
+    assert found and {each.work.parallel.pipeline for each in found} == {1}
+    whole = [each.work for each in found if each.work.parallel.tensor == 1]
+    assert whole and all(work.rank_parameters(0) == 2 * 32000 * 4096 + 4096 for work in whole)
+    fit = smallest_fit(bare, SEQUENCE, A800)
+    assert fit is not None and fit.world_size == 1
+
+
 def test_layouts_are_ranked_by_the_time_that_a_plan_gives_them() -> None:
     candidates = search(SEVEN_B, SEQUENCE, A800, 16).candidates
     times = [candidate.step.total for candidate in candidates]

@@ -92,7 +92,7 @@ ROWS = [
         "grow ours grow.yaml --stage large --out g --distances folder --stages.1.growth.layer_selection distance",
         "folder",
     ),
-    Row("grow ours grow.yaml --stage large --out g --stages.1.model.num_layers 0", "num_layers is 0"),
+    Row("grow ours grow.yaml --stage large --out g --stages.1.model.num_layers 0", "num_layers shrinks from"),
     Row("grow ours grow.yaml --stage large --out g --stages.1.model.num_layers 1", "num_layers"),
     Row("grow ours grow.yaml --stage large --out g --stages.1.model.hidden_size 1000000000000", "give at most"),
     Row("grow ours grow.yaml --stage large --out g --stages.1.parallel.tensor 0", "tensor is 0"),

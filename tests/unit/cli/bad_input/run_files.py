@@ -65,7 +65,7 @@ RULES = [
     Row("train run.yaml --print-config --stages.0.tokens 0", "tokens is 0, give the stage a budget"),
     Row("train run.yaml --stages.0.tokens -5", "tokens is -5, give the stage a budget"),
     Row(f"train run.yaml --stages.0.tokens 1{'0' * 40}", "tokens"),
-    Row("train run.yaml --stages.0.model.num_layers 0", "num_layers is 0, give at least 1"),
+    Row("train run.yaml --stages.0.model.num_layers -1", "num_layers is -1, give at least 0"),
     Row("train run.yaml --stages.0.model.num_layers 1000000000000", "give at most 100000"),
     Row("train run.yaml --stages.0.model.vocab_size 1000000000000000", "give at most 16777216"),
     Row("train run.yaml --stages.0.model.hidden_size 1000000000000", "give at most 1048576"),

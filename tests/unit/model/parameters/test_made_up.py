@@ -123,8 +123,9 @@ def test_growth_keeps_what_it_was(dtype: torch.dtype) -> None:
 def test_half_open_masks_fold_into_it() -> None:
     plan = make_plan(MODEL, replace(MODEL, ffn_hidden_size=64), growth("mask"), seed=5, stage="big")
     grown = GrownCheckpoint(trained(MODEL, torch.float32), plan, Manifest(position=StagePosition(1, stage="big")))
-    closed, opened = grown.read(UP), folded(grown, fold=True).read(UP)
-    assert torch.equal(opened[:, :48], closed[:, :48]) and torch.equal(opened[:, 48:], closed[:, 48:] / 4)
+    closed, opened = grown.read(DOWN), folded(grown, fold=True).read(DOWN)
+    assert torch.equal(opened[..., :48], closed[..., :48]) and torch.equal(opened[..., 48:], closed[..., 48:] / 4)
+    assert torch.equal(folded(grown, fold=True).read(UP), grown.read(UP))
 
 
 def test_the_optimizer_groups_it_by_its_kind() -> None:

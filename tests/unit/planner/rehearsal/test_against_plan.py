@@ -62,6 +62,7 @@ CASES = [
     case("one operation", P(tensor=2, sequence=True), 2, False, model=WIDE),
     case("alone", P(), 1),
     case("tensor", P(tensor=4), 4, recompute="full"),
+    case("no layers", P(tensor=2, sequence=True), 4, model=replace(MODEL, num_layers=0), recompute="selective"),
     case("middle ranks", P(tensor=2, pipeline=4, sequence=True), 8, model=GPT, recompute="full"),
     case("more chunks", P(pipeline=4, virtual_pipeline=2), 8, model=replace(MODEL, num_layers=8)),
     case("uneven", P(tensor=2, pipeline=2, pipeline_layers=[1, 3]), 4, model=replace(MODEL, num_query_groups=2)),
