@@ -69,8 +69,8 @@ def laws_of_file(path: Path, run: RunConfig) -> Laws:
         found = read_laws(path, [stage.name for stage in run.stages])
         by_model = [(stage.model, found[stage.name]) for stage in run.stages if stage.name in found]
         return Laws(f"{path}, by stage", (partial(_of_model, by_model),))
-    if not all(isinstance(number, int | float) and number >= 0 for number in values.values()):
-        raise RequestError(f"law of all sizes in {path}: its numbers have to be at least 0, not {values}")
+    if not all(isinstance(n, int | float) and (n > 0 or (n == 0 and name == "floor")) for name, n in values.items()):
+        raise RequestError(f"law of all sizes in {path}: floor has to be at least 0, the others above 0, not {values}")
     return Laws(f"{path}, one law of all sizes", (partial(_at_size, SizeLaw(**values)),))
 
 

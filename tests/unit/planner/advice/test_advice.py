@@ -197,7 +197,7 @@ def test_what_cannot_be_advised_is_refused(tmp_path: Path, capsys: pytest.Captur
         (["--pilot", str(pilot)], "give laws or pilots of both sizes"),
         (["--pilot", str(pilot), "--laws", str(file)], "not allowed with"),
         (["--laws", str(tmp_path / "none.yaml")], "cannot read laws"),
-        (["--laws", str(tmp_path / "negative.yaml")], "have to be at least 0"),
+        (["--laws", str(tmp_path / "negative.yaml")], "floor has to be at least 0"),
         (["--laws", str(tmp_path / "one.yaml")], "give laws or pilots of both sizes"),
         (["--credit", str(tmp_path / "none.json")], "cannot read token credit"),
         (["--credit", str(tmp_path / "list.json")], "is no table of token credit"),
