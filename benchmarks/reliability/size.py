@@ -29,7 +29,7 @@ from flm_megatron.config.schema import DistributedConfig, ModelConfig, ParallelC
 from flm_megatron.distributed.channels import StoreChannel, gathered
 from flm_megatron.distributed.local_processes import run_processes
 from flm_megatron.distributed.processes import Processes
-from flm_megatron.optim import step_offset
+from flm_megatron.optim import by_entry
 
 MIB = 2**20
 CONNECTIONS = 40
@@ -159,14 +159,14 @@ def replicas() -> int:
 def update(whole: bool) -> None:
     """One update by age of 128 million values: the most memory that it took beside them."""
     if whole:
-        step_offset.CHUNK_VALUES = 2**62
+        by_entry.CHUNK_VALUES = 2**62
     count = 2**27
     param = torch.nn.Parameter(torch.zeros(count))
     param.grad = torch.ones(count)
     state = {name: torch.zeros(count, dtype=kind) for name, kind in STATE.items()}
     group = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "step": 9}
     before, began = _peak(), time.perf_counter()
-    step_offset.update_by_age(param, state, group)
+    by_entry.update_by_entry(param, state, group)
     seconds = time.perf_counter() - began
     print(f"{(_peak() - before) / count:.2f} bytes a value beside the state, {seconds:.2f} s, {count} values")
 

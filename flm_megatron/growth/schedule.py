@@ -1,7 +1,9 @@
-"""How far the growth masks of a stage are open: its own, and those of earlier growths that were not open before it."""
+"""How far the growth masks of a stage are open, its own and those of earlier growths that were not open before it; how
+much faster it learns at first. All are functions of its step, so nothing is saved."""
 
 from __future__ import annotations
 
+from flm_megatron.config.schema import GrowthConfig
 from flm_megatron.growth.opening import OpeningMasks
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.model.mask_plan import MaskPlan
@@ -21,6 +23,16 @@ def still_opening(plan: GrowthPlan, step: int) -> tuple[OpeningMasks, ...]:
 def mask_value(plan: GrowthPlan, step: int) -> float:
     """v of the masks that are least open for the forward pass after `step` steps of the stage; 1 if all are open."""
     return min((masks.value(step) for masks in all_masks(plan)), default=1.0)
+
+
+def lr_multipliers(growth: GrowthConfig, plan: GrowthPlan, step: int) -> tuple[float, float]:
+    """Factors on the learning rate of all weights, and beside that of added ones, in the update after `step` steps.
+
+    Both begin as `growth` says and go linearly to 1.
+    """
+    steps = plan.mask_steps if growth.lr_mult_steps is None else growth.lr_mult_steps
+    left = max(0.0, 1 - step / steps) if steps else 0.0
+    return 1 + (growth.lr_mult - 1) * left, 1 + (growth.new_lr_mult - 1) * left
 
 
 def mask_plan(plan: GrowthPlan) -> MaskPlan:

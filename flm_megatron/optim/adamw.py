@@ -18,7 +18,7 @@ from torch.optim.optimizer import ParamsT
 from flm_megatron import kernels
 from flm_megatron.engine.optimizer import install_fused_adam
 from flm_megatron.engine.types import ParameterGroup
-from flm_megatron.optim.step_offset import settling_steps, update_by_age
+from flm_megatron.optim.by_entry import BY_ENTRY, settling_steps, update_by_entry
 
 FUSED_DEVICES = ("cpu", "cuda")
 FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -30,7 +30,8 @@ class AdamW(torch.optim.Optimizer):
     Takes the keywords megatron-core gives to FusedAdam. Each group has an int `step`, 0 before the first update
     and counted in every group whether or not this rank owns a part of it, so that all groups always agree. The
     state of a parameter is `exp_avg` and `exp_avg_sq`, of its shape and dtype, made on its first update. A state that
-    also has `step_offset` (int32 steps) is updated by `optim.step_offset` until the offsets round away.
+    also says something of each entry is updated by `optim.by_entry`: `step_offset` (int32 steps) until the offsets
+    round away, `added` (bool) until `added_lr_mult`, the factor on the learning rate of such entries, is 1.
 
     `clip(factor)` before a step lets that step multiply gradients, in place, as it reads them.
 
@@ -60,6 +61,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
         self._youngest: dict[torch.Tensor, int] = {}
         self._factor: float | None = None
+        self.added_lr_mult = 1.0
 
     def clip(self, factor: float) -> None:
         """Multiply all gradients by `factor` at the next step."""
@@ -74,7 +76,7 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             group["step"] = int(group.get("step", 0)) + 1
-            self._update_young(group)
+            self._update_by_entry(group)
             for params in self._by_device_and_dtype(group):
                 self._update(params, group)
         self._factor = None
@@ -84,22 +86,30 @@ class AdamW(torch.optim.Optimizer):
         """Parameters of `group` that have values and a gradient; one kernel call takes one device and dtype."""
         batches: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = defaultdict(list)
         for param in group["params"]:
-            if param.grad is not None and param.numel() and "step_offset" not in self.state.get(param, ()):
+            if param.grad is not None and param.numel() and not self._differs_by_entry(param):
                 batches[param.device, param.dtype].append(param)
         return list(batches.values())
 
-    def _update_young(self, group: ParameterGroup) -> None:
-        """Update parameters with entries so young that their step offset matters; drop the offsets of others."""
+    def _differs_by_entry(self, param: torch.Tensor) -> bool:
+        """Whether the state of a parameter says something of each entry."""
+        state = self.state.get(param, ())
+        return any(name in state for name in BY_ENTRY)
+
+    def _update_by_entry(self, group: ParameterGroup) -> None:
+        """Update parameters whose entries differ; drop what no longer matters of each entry."""
         for param in group["params"]:
-            state = self.state.get(param, {})
-            if "step_offset" not in state or param.grad is None:
+            if param.grad is None or not self._differs_by_entry(param):
                 continue
-            youngest = self._youngest.setdefault(param, int(state["step_offset"].max()) if param.numel() else 0)
-            if group["step"] - youngest >= settling_steps(group["betas"]):
-                del state["step_offset"], self._youngest[param]
-            else:
+            state = self.state[param]
+            if "step_offset" in state:
+                youngest = self._youngest.setdefault(param, int(state["step_offset"].max()) if param.numel() else 0)
+                if group["step"] - youngest >= settling_steps(group["betas"]):
+                    del state["step_offset"], self._youngest[param]
+            if "added" in state and self.added_lr_mult == 1.0:
+                del state["added"]
+            if self._differs_by_entry(param):
                 self._scale([param.grad])
-                update_by_age(param, self._state_of(param), group)
+                update_by_entry(param, self._state_of(param), group, self.added_lr_mult)
 
     def _update(self, params: list[torch.Tensor], group: ParameterGroup) -> None:
         grads = [param.grad for param in params if param.grad is not None]

@@ -19,7 +19,7 @@ from flm_megatron.checkpoint.sharding.model_state import load_state
 from flm_megatron.checkpoint.stage_manifest import stage_manifest
 from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.history import history_to_json
-from flm_megatron.config.schema import RunConfig
+from flm_megatron.config.schema import GrowthConfig, RunConfig
 from flm_megatron.data.streams.loader import batches
 from flm_megatron.data.streams.stage_streams import training_stream
 from flm_megatron.device import current
@@ -28,8 +28,10 @@ from flm_megatron.distributed.signals import StopRequest, stop_on_signal
 from flm_megatron.distributed.world import Layouts, is_main_rank
 from flm_megatron.engine import parallel_state
 from flm_megatron.errors import DamagedError
-from flm_megatron.growth.grown.step_offsets import earlier_growth, load_step_offsets
+from flm_megatron.growth.grown.entries import load_entries, set_added_lr_mult
+from flm_megatron.growth.grown.step_offsets import earlier_growth
 from flm_megatron.growth.record import GrowthRecord, growth_of
+from flm_megatron.growth.schedule import lr_multipliers
 from flm_megatron.kernels import fp8
 from flm_megatron.model.attention.segments import packing_notice
 from flm_megatron.model.engine_config import DTYPES
@@ -173,7 +175,7 @@ class StageTrainer:
     def _train_step(self, group: list[Batch], stop: StopRequest, waited_s: float) -> bool:
         """One step with its learning rate, its check and its report; returns whether a stop was requested."""
         began = time.perf_counter()
-        lr = learning_rate(self.budget.tokens_at(self.step + 1), self.run, self.index, self.budgets)
+        lr = self._learning_rate()
         set_learning_rates(self.state.optimizer, self.stage, lr)
         for hook in self.hooks:
             hook.before_step(self)
@@ -188,6 +190,15 @@ class StageTrainer:
         else:
             self._report(result, lr)
         return result.heard.stop
+
+    def _learning_rate(self) -> float:
+        """The learning rate of the next step: the schedule's, times what a stage that has just grown is given."""
+        rate = learning_rate(self.budget.tokens_at(self.step + 1), self.run, self.index, self.budgets)
+        if self.plan is None:
+            return rate
+        factor, of_added = lr_multipliers(self.stage.growth or GrowthConfig(), self.plan, self.step)
+        set_added_lr_mult(self.state.optimizer, of_added)
+        return rate * factor
 
     def _report(self, result: StepResult, lr: float) -> None:
         """Log the metrics of a step that was applied, with those of hooks."""
@@ -222,7 +233,7 @@ class StageTrainer:
     def _load(self, checkpoint: LogicalCheckpoint) -> None:
         """Load weights and optimizer from a checkpoint."""
         load_state(checkpoint, self.state.chunks, self.state.optimizer)
-        load_step_offsets(checkpoint, self.state.chunks, self.state.optimizer)
+        load_entries(checkpoint, self.stage, self.state.chunks, self.state.optimizer)
 
     def _step_event(self, result: StepResult, lr: float, measured: dict[str, float]) -> StepEvent:
         """The metrics of the step that was just applied, with those of hooks."""

@@ -246,6 +246,10 @@ def growth_measures_are_counts(run: RunConfig) -> list[str]:
         values[f"{place}.distance_samples"] = (growth.distance_samples, 1, LARGEST_COUNT)
         values[f"{place}.certify_samples"] = (growth.certify_samples, 0, LARGEST_COUNT)
         values[f"{place}.mask_steps"] = (growth.mask_steps, 0, LARGEST_COUNT)
+        values[f"{place}.lr_mult_steps"] = (growth.lr_mult_steps, 1, LARGEST_COUNT)
+        for name in ("lr_mult", "new_lr_mult"):
+            if getattr(growth, name) <= 0:
+                lines.append(f"{place}.{name} is {getattr(growth, name)}, give a number above 0")
         if growth.loss_tolerance is not None and growth.loss_tolerance < 0:
             lines.append(f"{place}.loss_tolerance is {growth.loss_tolerance}, give 0 or more")
         if not growth.clone_noise >= 0:

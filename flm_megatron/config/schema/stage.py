@@ -70,6 +70,12 @@ class GrowthConfig:
     with Adam's step at 0."""
     optimizer_step: Literal["keep", "birth"] = "keep"
     """Steps in Adam's bias correction of new entries: `keep` counts all, `birth` only those since the growth."""
+    lr_mult: float = 1.0
+    """Factor on the learning rate of all weights when the stage begins; it goes linearly to 1."""
+    new_lr_mult: float = 1.0
+    """A further factor on that of the entries that the growth added; it goes linearly to 1."""
+    lr_mult_steps: int | None = None
+    """Steps after which both factors are 1; none means `mask_steps`."""
     loss_tolerance: float | None = None
     """Largest relative change of the loss at the boundary; none means 1e-3 in bf16 and 1e-5 in fp32."""
     certify_samples: int = 4

@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Iterator
 from functools import cache
 
+import torch
+
 from flm_megatron.checkpoint.logical import Region
 from flm_megatron.growth.grown.axes import Segment, tensor_segments
 from flm_megatron.growth.plan import GrowthPlan
@@ -28,6 +30,13 @@ class AddedEntries:
         ]
         for cut in itertools.product(*clipped):
             yield Region(tuple(s.start for s in cut), tuple(s.size for s in cut)), any(map(_added, cut))
+
+    def flags(self, name: str, region: Region) -> torch.Tensor:
+        """For each entry of a region whether it was added: bool, of shape `region.sizes`."""
+        out = torch.zeros(region.sizes, dtype=torch.bool)
+        for part, added in self.regions(name, region):
+            out[part.within(region).slices] = added
+        return out
 
     def indices(self, name: str, axis: int) -> list[bool]:
         """For each index along an axis of parameter `name` whether it was added."""

@@ -6,14 +6,10 @@ those of its shard.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from flm_megatron.checkpoint.logical import EXP_AVG, LogicalCheckpoint, Region
 from flm_megatron.checkpoint.manifest import RecordedGrowth
-from flm_megatron.engine.types import ModelChunk, Optimizer
-from flm_megatron.errors import RequestError
 from flm_megatron.growth.grown.operators import Old, Operators
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.growth.record import GrowthRecord, growth_behind
@@ -61,48 +57,3 @@ def step_offsets(growth: GrowthRecord | None, name: str, region: Region) -> torc
             values = step_offsets(growth.before, name, content.region)
         out[filled.region.within(region).slices] = values
     return out
-
-
-def load_step_offsets(checkpoint: LogicalCheckpoint, chunks: Sequence[ModelChunk], optimizer: Optimizer) -> None:
-    """Set the step offsets of a loaded optimizer's AdamW, unless all are 0.
-
-    Call it after `load_state`, with the same checkpoint. Without moments in the checkpoint Adam starts anew, from
-    offset 0.
-
-    Raises:
-        RequestError: a growth asked for step offsets, but the optimizer is Transformer Engine's or Apex's.
-    """
-    from flm_megatron.checkpoint.sharding.optimizer_state import (
-        part_slices,
-        placements_by_parameter,
-        state_regions,
-    )
-    from flm_megatron.checkpoint.sharding.placement import placements
-    from flm_megatron.engine.optimizer import parts
-    from flm_megatron.optim.adamw import AdamW
-
-    growth = growth_behind(checkpoint.manifest)
-    if not has_moments(checkpoint) or not has_step_offsets(growth):
-        return
-    by_parameter = placements_by_parameter(placements(chunks))
-    for part in parts(optimizer):
-        inner = part.optimizer
-        if not isinstance(inner, AdamW):
-            kind = f"{type(inner).__module__}.{type(inner).__name__}"
-            raise RequestError(
-                f"growth.optimizer_step is `birth`, which {kind} cannot count: use `keep` with a re-warm-up, "
-                "or train without Transformer Engine and Apex"
-            )
-        masters = {_memory(p): p for group in inner.param_groups for p in group["params"] if p.numel()}
-        for state in part_slices(part):
-            values = torch.zeros(state.master.shape, dtype=torch.int32)
-            for held in state_regions(state, by_parameter):
-                held.values(values).copy_(step_offsets(growth, held.placement.name, held.region))
-            if values.any():
-                master = masters[_memory(state.master)]
-                inner.state[master]["step_offset"] = values.view(master.shape).to(master.device)
-
-
-def _memory(tensor: torch.Tensor) -> tuple[int, int]:
-    """What tells where a tensor's values are, whether it has values or not."""
-    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())

@@ -11,15 +11,18 @@ import torch
 
 from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.checkpoint.opening import open_checkpoint
-from flm_megatron.config.schema import ParallelConfig, StageConfig
+from flm_megatron.config.schema import GrowthConfig, ParallelConfig, StageConfig
 from flm_megatron.config.schema.stage import Precision
 from flm_megatron.distributed.processes import Processes
+from flm_megatron.errors import RequestError
 from flm_megatron.growth.boundary import saved_plan
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
-from flm_megatron.growth.grown.step_offsets import load_step_offsets
+from flm_megatron.growth.grown.entries import load_entries, set_added_lr_mult
 from flm_megatron.growth.offline import write_grown
 from flm_megatron.growth.plan import make_plan
+from flm_megatron.growth.schedule import lr_multipliers
 from flm_megatron.growth.trained_scale import trained_scale
+from flm_megatron.model.parameters import parameter_count
 from tests.distributed.growth.test_engine import NEW, OLD, plan_of
 from tests.support.growth_cases import growth, trained
 from tests.support.layouts import SEQUENCE, STAGE, relative_difference, take_steps
@@ -53,8 +56,7 @@ def written_hashes(path: Path) -> list[str]:
 
 def test_grown_checkpoints_are_the_same_bits_for_any_number_of_processes(pool: Pool, tmp_path: Path) -> None:
     alone = written_hashes(tmp_path / "1")
-    for world in (2, 3):
-        assert pool.run(world, written_hashes, tmp_path / str(world)) == [alone] * world
+    assert pool.run(3, written_hashes, tmp_path / "3") == [alone] * 3
     for operator in WRITTEN:
         written, checkpoint = open_checkpoint(tmp_path / "3" / operator), grown(operator)
         assert dict(written.tensors) == dict(checkpoint.tensors)
@@ -90,30 +92,75 @@ def test_training_from_the_view_is_training_from_the_written_checkpoint(
         assert len({loss for loss, _ in checkpoint[0]}) == 10
 
 
-def offset_run(path: Path, parallel: ParallelConfig, first: int, last: int, step_offset: bool = True) -> Any:
+FASTER = GrowthConfig(new_lr_mult=4.0, lr_mult_steps=6)
+
+
+def run_by_entry(
+    path: Path, parallel: ParallelConfig, first: int, last: int, birth: bool, settings: GrowthConfig
+) -> Any:
     """Steps `first` to `last` from the growth, or from what was saved at `first`; saves at `last`."""
     from flm_megatron.checkpoint.sharding.model_state import load_state, save_state
     from flm_megatron.distributed.world import layout
     from flm_megatron.training.step import TrainState
 
-    opened = grown(step_offset=step_offset)
+    opened = grown(step_offset=birth)
     checkpoint = open_checkpoint(path / str(first)) if first else opened
     with layout(parallel, timeout_s=120):
-        state = TrainState(stage_of(opened, parallel), SEQUENCE)
+        state = TrainState(replace(stage_of(opened, parallel), growth=settings), SEQUENCE)
         load_state(checkpoint, state.chunks, state.optimizer)
-        load_step_offsets(checkpoint, state.chunks, state.optimizer)
-        losses = take_steps(state, range(first, last))
+        load_entries(checkpoint, state.stage, state.chunks, state.optimizer)
+        losses = []
+        for step in range(first, last):
+            set_added_lr_mult(state.optimizer, lr_multipliers(settings, opened.plan, step)[1])
+            losses += take_steps(state, range(step, step + 1))
         position = StagePosition(last, 0, 0, 40 + last, "big")
         manifest = Manifest(position=position, growth=checkpoint.manifest.growth)
         save_state(path / str(last), state.chunks, state.optimizer, manifest).wait()
     return losses
 
 
-def test_step_offsets_give_the_same_run_under_another_layout_and_after_a_resume(pool: Pool, tmp_path: Path) -> None:
-    whole, halves, kept = (tmp_path / name for name in ("whole", "halves", "kept"))
-    expected = pool.run(1, offset_run, whole, ParallelConfig(), 0, 8)[0]
-    first = pool.run(4, offset_run, halves, BOTH, 0, 4)[0]
-    second = pool.run(2, offset_run, halves, ParallelConfig(data=2), 4, 8)[0]
+def test_ages_and_rates_of_entries_give_the_same_run_under_another_layout_and_after_a_resume(
+    pool: Pool, tmp_path: Path
+) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    expected = pool.run(1, run_by_entry, whole, ParallelConfig(), 0, 8, True, FASTER)[0]
+    first = pool.run(4, run_by_entry, halves, BOTH, 0, 4, True, FASTER)[0]
+    second = pool.run(2, run_by_entry, halves, ParallelConfig(data=2), 4, 8, True, FASTER)[0]
     assert relative_difference(first + second, expected) <= 1e-5
-    without = pool.run(1, offset_run, kept, ParallelConfig(), 0, 8, False)[0]
-    assert relative_difference(without, expected) > 1e-4
+    for number, (birth, settings) in enumerate([(False, FASTER), (True, GrowthConfig())]):
+        without = pool.run(1, run_by_entry, tmp_path / str(number), ParallelConfig(), 0, 4, birth, settings)[0]
+        assert relative_difference(without, expected[:4]) > 1e-4
+
+
+def added_entries(parallel: ParallelConfig) -> tuple[int, list[str]]:
+    """How many entries of this rank's share count as added, and why another AdamW is refused."""
+    from flm_megatron.distributed.world import layout
+    from flm_megatron.engine.optimizer import initialise_state, parts
+    from flm_megatron.training.step import TrainState
+
+    refusals = []
+    with layout(parallel, timeout_s=120):
+        checkpoint = grown()
+        state = TrainState(replace(stage_of(checkpoint, parallel), growth=FASTER), SEQUENCE)
+        initialise_state(state.optimizer)
+        load_entries(checkpoint, state.stage, state.chunks, state.optimizer)
+        (part,) = parts(state.optimizer)
+        count = sum(int(held["added"].sum()) for held in part.optimizer.state.values() if "added" in held)
+        part.optimizer = torch.optim.AdamW(part.optimizer.param_groups)
+        for each, settings in ((checkpoint, FASTER), (grown(step_offset=True), GrowthConfig())):
+            with pytest.raises(RequestError) as refused:
+                load_entries(each, replace(state.stage, growth=settings), state.chunks, state.optimizer)
+            refusals.append(str(refused.value))
+    return count, refusals
+
+
+def test_every_added_entry_is_told_once_and_only_to_our_adamw(pool: Pool) -> None:
+    plan = grown().plan
+    ranks = pool.run(2, added_entries, ParallelConfig(data=2))
+    assert sum(count for count, _ in ranks) == parameter_count(plan.new) - parameter_count(plan.old)
+    of_rate, of_age = ranks[0][1]
+    assert of_rate == (
+        "growth.new_lr_mult is given, but torch.optim.adamw.AdamW has one learning rate for old and new entries: use "
+        "growth.lr_mult, or train without Transformer Engine and Apex"
+    )
+    assert of_age.startswith("growth.optimizer_step is `birth`, which torch.optim.adamw.AdamW cannot count")

@@ -11,7 +11,7 @@ import pytest
 
 from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.checkpoint.stage_manifest import manifest_model
-from flm_megatron.config.schema import ChatConfig, DataConfig, MupConfig, RunConfig, StageConfig
+from flm_megatron.config.schema import ChatConfig, DataConfig, GrowthConfig, MupConfig, RunConfig, StageConfig
 from flm_megatron.data.tokenizer import train_tokenizer
 from flm_megatron.errors import Mistakes, RequestError
 from flm_megatron.growth.boundary import (
@@ -29,7 +29,7 @@ from flm_megatron.growth.foreseen import check_run_file
 from flm_megatron.growth.layers import select_layers
 from flm_megatron.growth.plan import GrowthPlan, check_same_plan, make_plan
 from flm_megatron.growth.rules import check_epsilons, check_mask_length, check_source_stage
-from flm_megatron.growth.schedule import mask_plan, mask_value
+from flm_megatron.growth.schedule import lr_multipliers, mask_plan, mask_value
 from flm_megatron.model.mask_plan import MaskPlan
 from tests.support.checkpoint_cases import edited
 from tests.support.growth_cases import GROWN, MemoryCheckpoint, growth, old_model, plan_for, trained
@@ -314,6 +314,16 @@ def test_masks_are_a_function_of_the_step() -> None:
     assert [mask_value(cosine, s) for s in range(6)] == pytest.approx([0, 0.1464466, 0.5, 0.8535534, 1, 1])
     saved = GrowthPlan.from_json(json.loads(json.dumps(linear.to_json())))
     assert mask_value(saved, 1) == 0.25 and mask_value(linear, -1) == 0
+
+
+def test_factors_on_learning_rates_are_a_function_of_the_step() -> None:
+    plan = plan_for("all", "mask", old_model(), {"mask_steps": 4})
+    growth = GrowthConfig(lr_mult=3.0, new_lr_mult=0.5)
+    found = [lr_multipliers(growth, plan, step) for step in range(6)]
+    assert found == [(3.0, 0.5), (2.5, 0.625), (2.0, 0.75), (1.5, 0.875), (1.0, 1.0), (1.0, 1.0)]
+    longer = replace(growth, lr_mult_steps=8)
+    assert [lr_multipliers(longer, plan, step)[0] for step in (0, 4, 8)] == [3.0, 2.0, 1.0]
+    assert lr_multipliers(growth, replace(plan, mask_steps=0), 0) == lr_multipliers(GrowthConfig(), plan, 0) == (1, 1)
 
 
 def test_the_model_is_told_what_is_old_in_it() -> None:

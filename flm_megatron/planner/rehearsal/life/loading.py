@@ -9,7 +9,8 @@ from flm_megatron.checkpoint.sharding.model_state import load_state
 from flm_megatron.checkpoint.without_values import without_values
 from flm_megatron.engine.optimizer import parts
 from flm_megatron.engine.types import Optimizer
-from flm_megatron.growth.grown.step_offsets import load_step_offsets
+from flm_megatron.growth.grown.entries import load_entries
+from flm_megatron.optim.by_entry import BY_ENTRY
 from flm_megatron.planner.rehearsal.life.beginning import Beginning
 from flm_megatron.planner.rehearsal.life.counted import Amount
 from flm_megatron.planner.rehearsal.recorder import Recorder, Transfer
@@ -22,9 +23,9 @@ class Loading:
 
     `how` it begins and `where` the checkpoint is (none where it is not on this machine); regions and bytes by tensor of
     that checkpoint, and by file where it is here; `drawn` are new values, which are read nowhere. `adam_step` is the
-    step that Adam goes on at (none where the checkpoint is not here), `offset_bytes` those of the steps at which
-    entries were added, which AdamW holds until they no longer matter. `transfers` bring what replicas read
-    for each other.
+    step that Adam goes on at (none where the checkpoint is not here), `offset_bytes` those of what AdamW is told of
+    entries until it no longer matters: the step at which each was added, and whether its learning rate is its own.
+    `transfers` bring what replicas read for each other.
     """
 
     how: str
@@ -50,7 +51,7 @@ def load(recorder: Recorder, state: TrainState, beginning: Beginning) -> Loading
     found = Loading(beginning.how, str(beginning.where) if beginning.where else None)
     with without_values(found.note):
         load_state(beginning.checkpoint, state.chunks, state.optimizer)
-        load_step_offsets(beginning.checkpoint, state.chunks, state.optimizer)
+        load_entries(beginning.checkpoint, state.stage, state.chunks, state.optimizer)
     found.transfers = recorder.forget()
     found.tensors = beginning.source.tensors_read
     if beginning.where:
@@ -61,4 +62,4 @@ def load(recorder: Recorder, state: TrainState, beginning: Beginning) -> Loading
 
 def _offset_bytes(optimizer: Optimizer) -> int:
     held = (values for part in parts(optimizer) for values in part.optimizer.state.values())
-    return sum(values["step_offset"].nbytes for values in held if "step_offset" in values)
+    return sum(values[name].nbytes for values in held for name in BY_ENTRY if name in values)

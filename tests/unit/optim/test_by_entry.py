@@ -1,4 +1,4 @@
-"""Adam's step at growth: what new entries' first update is, with `keep` and with `birth`."""
+"""New entries beside old ones: their first update, with `keep` and with `birth`, and a learning rate of their own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flm_megatron.optim.adamw import AdamW
-from flm_megatron.optim.step_offset import CHUNK_VALUES, settling_steps, update_by_age
+from flm_megatron.optim.by_entry import CHUNK_VALUES, settling_steps, update_by_entry
 
 GROWN_AT = 50_000
 
@@ -73,6 +73,31 @@ def test_step_offsets_match_a_fresh_optimizer_beside_an_old_one() -> None:
     assert "step_offset" not in mixed.state[param]
 
 
+@pytest.mark.parametrize("young", [False, True], ids=["one age", "two ages"])
+def test_added_entries_learn_at_a_rate_of_their_own(young: bool) -> None:
+    """As two tensors under two torch optimizers with two learning rates, until the factor is 1."""
+    draw = torch.Generator().manual_seed(1)
+    start, grads = (torch.randn(*size, generator=draw, dtype=torch.float64) for size in ((6,), (12, 6)))
+    parts = [torch.nn.Parameter(start[:3].clone()), torch.nn.Parameter(start[3:].clone())]
+    options: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    theirs = [torch.optim.AdamW([part], **options) for part in parts]
+    param = torch.nn.Parameter(start.clone())
+    ours = AdamW([param], **options)
+    ours.state[param]["added"] = torch.tensor([False] * 3 + [True] * 3)
+    if young:
+        ours.state[param]["step_offset"] = torch.zeros(6, dtype=torch.int32)
+    for step, grad in enumerate(grads):
+        ours.added_lr_mult = factor = max(1.0, 4.0 - step / 2)
+        theirs[1].param_groups[0]["lr"] = factor * 1e-2
+        for part, optimizer, piece in zip(parts, theirs, (grad[:3], grad[3:]), strict=True):
+            part.grad = piece.clone()
+            optimizer.step()
+        param.grad = grad.clone()
+        ours.step()
+        assert ("added" in ours.state[param]) == (factor > 1)
+    torch.testing.assert_close(param.detach(), torch.cat([part.detach() for part in parts]), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("beta2", [0.95, 0.999])
 def test_step_offsets_are_dropped_when_they_round_away(beta2: float) -> None:
     age = settling_steps((0.9, beta2))
@@ -86,7 +111,7 @@ def test_step_offsets_are_dropped_when_they_round_away(beta2: float) -> None:
     assert "step_offset" not in optimizer.state[param]
 
 
-def test_update_by_age_is_adam_where_all_are_old() -> None:
+def test_update_by_entry_is_adam_where_all_are_old() -> None:
     draw = torch.Generator().manual_seed(2)
     ours, theirs = (torch.nn.Parameter(torch.randn(9, generator=torch.Generator().manual_seed(3))) for _ in range(2))
     state = {"exp_avg": torch.zeros(9), "exp_avg_sq": torch.zeros(9), "step_offset": torch.zeros(9, dtype=torch.int32)}
@@ -95,7 +120,7 @@ def test_update_by_age_is_adam_where_all_are_old() -> None:
     for step in range(1, 6):
         ours.grad = torch.randn(9, generator=draw)
         theirs.grad = ours.grad.clone()
-        update_by_age(ours, state, {**options, "step": step})
+        update_by_entry(ours, state, {**options, "step": step})
         reference.step()
     torch.testing.assert_close(ours, theirs)
     assert not math.isclose(ours[0].item(), 0.0)
@@ -157,7 +182,7 @@ def test_an_update_in_chunks_takes_little_memory_and_gives_the_same_bits() -> No
             whole.grad = ours.grad.clone()
             before = memory.now
             memory.most = before
-            update_by_age(ours, states[0], {**group, "step": step})
+            update_by_entry(ours, states[0], {**group, "step": step})
             in_chunks = memory.most - before
             reference_update(whole, states[1], {**group, "step": step})
             at_once = memory.most - before
