@@ -83,7 +83,8 @@ def trained_both_ways(path: Path, parallel: ParallelConfig, precision: Precision
     return results
 
 
-@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_from_the_view_is_training_from_the_written_checkpoint(
     pool: Pool, tmp_path: Path, precision: Precision
 ) -> None:
