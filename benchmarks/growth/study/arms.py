@@ -34,5 +34,15 @@ ARMS = {
     "depth: mask": Arm("shallow", {"layers": "mask", "layer_selection": "interleave"}),
     "depth: copy, shrink 0.4": Arm("shallow", {"layers": "copy", "layer_selection": "stack", "shrink": 0.4}),
     "depth: copies of one layer": Arm("one", {"layers": "copy", "layer_selection": "stack"}),
+    "depth: copy, moments kept": Arm(
+        "shallow", {"layers": "copy", "layer_selection": "stack", "optimizer_state": "keep"}
+    ),
+    "depth: copy beside its source": Arm("shallow", {"layers": "copy", "layer_selection": "interleave"}),
+    "depth: copy, rejuvenated": Arm("shallow", {"layers": "copy", "layer_selection": "stack", "rejuvenate": 0.5}),
+    "width: mask, rejuvenated": Arm("thin", _all("mask", *WIDTH) | {"rejuvenate": 0.5}),
+    "width: mask, new at the scale of the trained": Arm("thin", _all("mask", *WIDTH) | {"new_scale": "trained"}),
+    "width: shrink 0.2": Arm("thin", {"shrink": 0.2}),
+    "width: shrink 0.6": Arm("thin", {"shrink": 0.6}),
+    "both: shrink 0.4": Arm("small", {"shrink": 0.4, "layers": "copy", "layer_selection": "stack"}),
     "both: mask": Arm("small", _all("mask", *WIDTH, "layers") | {"layer_selection": "interleave"}),
 }
