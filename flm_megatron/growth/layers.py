@@ -41,6 +41,11 @@ def select_layers(
     """
     extra = new_layers - old_layers
     if not old_layers:
+        if growth.layer_selection == "list" and growth.copied_layers:
+            raise RequestError(
+                f"growth.copied_layers names layer {growth.copied_layers[0]}, but the old model has no layers: leave "
+                "copied_layers out"
+            )
         return (LayerSource(None, True),) * extra
     if growth.layer_selection in ("stack", "middle"):
         sources = _repeated_block(old_layers, extra, in_the_middle=growth.layer_selection == "middle")

@@ -13,7 +13,7 @@ from flm_megatron.config.schema import GrowthConfig, ModelConfig, StageConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.layers import LayerSource, select_layers
 from flm_megatron.growth.opening import MaskShape, OpeningMasks
-from flm_megatron.growth.rules import check_growth
+from flm_megatron.growth.rules import check_growth, grown_dimensions
 from flm_megatron.json_text import JsonObject
 from flm_megatron.model.mask_plan import MaskedPaths
 
@@ -91,24 +91,9 @@ class GrowthPlan:
         return self.old.input_mult / self.new.input_mult
 
     @property
-    def grows_heads(self) -> bool:
-        """Whether query heads or query groups are added."""
-        return (self.old.num_attention_heads, self.old.query_groups) != (
-            self.new.num_attention_heads,
-            self.new.query_groups,
-        )
-
-    @property
     def grows(self) -> tuple[str, ...]:
         """Dimensions that grow, of hidden, ffn, heads, layers."""
-        has_layers = self.old.num_layers > 0
-        grows = {
-            "hidden": self.old.hidden_size != self.new.hidden_size,
-            "ffn": has_layers and self.old.ffn_hidden_size != self.new.ffn_hidden_size,
-            "heads": has_layers and self.grows_heads,
-            "layers": self.old.num_layers != self.new.num_layers,
-        }
-        return tuple(name for name, does in grows.items() if does)
+        return grown_dimensions(self.old, self.new)
 
     @property
     def masked(self) -> tuple[str, ...]:

@@ -23,6 +23,21 @@ def check_growth(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> No
     check_clones(old, new, growth)
     check_shrink(growth)
     check_optimizer_state(growth)
+    check_new_scale(old, new, growth)
+    check_learning_rates(old, new, growth)
+
+
+def grown_dimensions(old: ModelConfig, new: ModelConfig) -> tuple[str, ...]:
+    """Dimensions that grow, of hidden, ffn, heads, layers; out of a model without layers ffn and heads do not."""
+    heads_differ = (old.num_attention_heads, old.query_groups) != (new.num_attention_heads, new.query_groups)
+    has_layers = old.num_layers > 0
+    grows = {
+        "hidden": old.hidden_size != new.hidden_size,
+        "ffn": has_layers and old.ffn_hidden_size != new.ffn_hidden_size,
+        "heads": has_layers and heads_differ,
+        "layers": old.num_layers != new.num_layers,
+    }
+    return tuple(name for name, does in grows.items() if does)
 
 
 def check_no_adapters(old: ModelConfig, new: ModelConfig) -> None:
@@ -97,7 +112,7 @@ def check_clones(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> No
             f"growth.hidden is `clone`, but hidden_size {after} is not a multiple of {before}: give {below} or "
             f"{below + before}, so that every channel has equally many copies, or use mask or zero"
         )
-    if growth.clone_noise and "clone" not in (growth.hidden, growth.ffn, growth.heads):
+    if growth.clone_noise and "clone" not in [getattr(growth, name) for name in grown_dimensions(old, new)]:
         raise RequestError(
             f"growth.clone_noise is {growth.clone_noise}, but nothing is cloned: set growth.hidden, ffn or heads to "
             "clone, or leave clone_noise out"
@@ -126,11 +141,45 @@ def check_shrink(growth: GrowthConfig) -> None:
 
 
 def check_optimizer_state(growth: GrowthConfig) -> None:
-    """Entries with a grown second moment are not at the start of its average, whose bias would be corrected."""
-    if growth.optimizer_state == "grow" and growth.optimizer_step == "birth":
+    """Entries with a grown second moment are not at the start of its average, whose bias would be corrected; where
+    Adam begins anew, all are."""
+    if growth.optimizer_step != "birth":
+        return
+    if growth.optimizer_state == "grow":
         raise RequestError(
             "growth.optimizer_state `grow` gives new entries second moments that are not biased, so that "
             "growth.optimizer_step cannot be `birth`: use `keep` for one of the two"
+        )
+    if growth.optimizer_state == "reset_all":
+        raise RequestError(
+            "growth.optimizer_state `reset_all` begins Adam's step anew for all entries, so that "
+            "growth.optimizer_step `birth` has nothing to tell apart: leave one of the two out"
+        )
+
+
+def check_new_scale(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> None:
+    """There are new random entries, and trained ones beside them."""
+    if growth.new_scale == "init":
+        return
+    operators = {name: getattr(growth, name) for name in grown_dimensions(old, new)}
+    layers = operators.pop("layers", None)
+    drawn_layers = layers == "random" and old.num_layers > 0
+    if not drawn_layers and not {"mask", "zero"} & set(operators.values()):
+        raise RequestError(
+            "growth.new_scale is `trained`, but no random entries are added beside trained ones: leave it out"
+        )
+
+
+def check_learning_rates(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> None:
+    """Raised learning rates are those of something, and last."""
+    if growth.new_lr_mult != 1 and not grown_dimensions(old, new):
+        raise RequestError(
+            f"growth.new_lr_mult is {growth.new_lr_mult}, but nothing is added to the model: use growth.lr_mult, or "
+            "leave it out"
+        )
+    if (growth.lr_mult, growth.new_lr_mult) != (1, 1) and growth.lr_mult_steps is None and growth.mask_steps == 0:
+        raise RequestError(
+            "growth.lr_mult and new_lr_mult last for growth.mask_steps, which is 0: give growth.lr_mult_steps"
         )
 
 

@@ -123,11 +123,37 @@ def test_clones_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
         ({"loss_tolerance": 0.1}, "growth.loss_tolerance 0.1 cannot be certified"),
         ({"new_scale": "trained"}, "growth.new_scale cannot be `trained`"),
         ({"optimizer_state": "grow", "optimizer_step": "birth"}, "growth.optimizer_step cannot be `birth`"),
+        ({"optimizer_state": "reset_all", "optimizer_step": "birth"}, "`birth` has nothing to tell apart"),
     ],
 )
 def test_what_shrink_and_grown_moments_contradict(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         plan_for("all", "mask", old_model(), {"shrink": None if "optimizer_state" in changes else 0.4, **changes})
+
+
+CLONES_AND_COPIES = {"hidden": "clone", "ffn": "clone", "heads": "clone", "layers": "copy"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changes", "message"),
+    [
+        ({}, {"ffn_hidden_size": 87}, {"hidden": "clone", "clone_noise": 0.1}, "but nothing is cloned"),
+        ({}, {"hidden_size": 48, "num_layers": 5}, {**CLONES_AND_COPIES, "new_scale": "trained"}, "no random entries"),
+        ({"num_layers": 0}, {"num_layers": 3}, {"layers": "random", "new_scale": "trained"}, "no random entries"),
+        ({}, {}, {"rejuvenate": 0.5, "new_lr_mult": 2}, "new_lr_mult is 2.0, but nothing is added to the model"),
+        ({}, {"num_layers": 5}, {"lr_mult": 2, "mask_steps": 0}, "mask_steps, which is 0: give growth.lr_mult_steps"),
+        (
+            {"num_layers": 0},
+            {"num_layers": 2},
+            {"layer_selection": "list", "copied_layers": [1, 0]},
+            "names layer 1, but the old model has no layers",
+        ),
+    ],
+)
+def test_what_would_do_nothing(old: dict[str, Any], new: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    before = old_model(**old)
+    with pytest.raises(RequestError, match=message):
+        make_plan(before, replace(before, **new), growth("zero", **changes), seed=5)
 
 
 def test_equal_constants_that_were_read_twice_are_the_same() -> None:

@@ -115,10 +115,11 @@ def test_layers_that_had_none_before_are_those_of_a_fresh_model() -> None:
     source = trained(replace(OLD, num_layers=0), torch.float32, optimizer=True)
     asked = growth("mask", **CHANGES)
     scale = trained_scale(source, replace(OLD, num_layers=0), asked, Processes())
-    plan = make_plan(replace(OLD, num_layers=0), OLD, asked, seed=5, trained=scale)
+    plan = make_plan(replace(OLD, num_layers=0), replace(OLD, hidden_size=33), asked, seed=5, trained=scale)
     grown, usual = GrownCheckpoint(source, plan), GrownCheckpoint(source, replace(plan, new_scale="init"))
     assert set(scale.rms) == {p.EMBEDDING, p.HEAD}
     assert torch.equal(grown.read(f"{p.FC1}.weight"), usual.read(f"{p.FC1}.weight"))
+    assert not torch.equal(grown.read(p.HEAD), usual.read(p.HEAD))
     assert not grown.read(f"{EXP_AVG_SQ}{p.FC1}.weight").any()
 
 
