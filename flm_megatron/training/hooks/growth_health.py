@@ -99,7 +99,8 @@ class HealthParts:
         self.new_layers = [layer.copy for layer in plan.layer_sources]
         grows = {unit for unit in Unit for n in self.specs if n in old and _size(specs[n], unit) != _size(old[n], unit)}
         unit = next((each for each in (Unit.HIDDEN, Unit.FFN, Unit.HEAD) if each in grows), Unit.HIDDEN)
-        targets = ("qkv", "projection") if unit is Unit.HEAD else ("fc1", "fc2")
+        targets: tuple[str, ...] = ("qkv", "projection") if unit is Unit.HEAD else ("fc1", "fc2")
+        targets = targets if self.num_layers else ()
         self.channels = {f"{TARGETS[target]}.weight": self._channels(target, unit) for target in targets}
 
     def part(self, held: StateRegion) -> int:

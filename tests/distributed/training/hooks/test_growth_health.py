@@ -146,6 +146,13 @@ def test_dead_and_flat_channels_are_seen_in_the_rank() -> None:
     assert ranks.tolist() == pytest.approx([0, 1, 64], rel=1e-5)
 
 
+def test_a_model_without_layers_has_its_embedding_and_head_measured() -> None:
+    bare = replace(NEW, num_layers=0)
+    narrow = replace(bare, hidden_size=24, num_attention_heads=6)
+    parts = HealthParts(make_plan(narrow, bare, growth("mask"), seed=5))
+    assert parts.names == [EMBEDDING, "output_layer.weight"] and not parts.channels
+
+
 def test_a_projected_matrix_is_the_sum_of_its_regions_and_keeps_a_low_rank() -> None:
     model = replace(NEW, hidden_size=200, num_attention_heads=50, ffn_hidden_size=150)
     parts = HealthParts(
