@@ -33,7 +33,6 @@ REAL_SIZES: dict[str, dict[str, Any]] = {
     "rms_norm, masked": {"rows": 512, "hidden": 20480},
     "add_rms_norm": {"rows": 2048, "hidden": 8192},
     "swiglu": {"rows": 512, "ffn": 21824},
-    "swiglu, masked": {"rows": 256, "ffn": 21824},
     "rotary, one query a group": {"sequence": 2048, "batch": 1, "groups": 64, "queries": 1, "channels": 128},
     "rotary, grouped queries": {"sequence": 2048, "batch": 2, "groups": 8, "queries": 8, "channels": 128},
     "cross_entropy, padded": {"rows": 256, "width": 81920, "vocab_size": 80000},

@@ -118,14 +118,12 @@ def rms_norm_formula(x: Tensor, weight: Tensor, eps: float, mask: Tensor | None,
     return x * torch.rsqrt(mean_square + eps) * weight * m * scale
 
 
-def swiglu(name: str, device: str, dtype: str, rows: int, ffn: int, masked: bool = False) -> Errors:
-    """silu(gate m) (up m)."""
+def swiglu(name: str, device: str, dtype: str, rows: int, ffn: int) -> Errors:
+    """silu(gate) up."""
     use(name, device)
-    mask = growth_mask(ffn, device) if masked else None
-    m = torch.ones(ffn, device=device).double() if mask is None else mask.double()
     return compare(
-        lambda x: kernels.swiglu(x, mask),
-        lambda x: F.silu(x[..., :ffn] * m) * (x[..., ffn:] * m),
+        kernels.swiglu,
+        lambda x: F.silu(x[..., :ffn]) * x[..., ffn:],
         {"x": draw(rows, 2, 2 * ffn, dtype=dtype, device=device, seed=1)},
     )
 
@@ -280,7 +278,6 @@ CASES: dict[str, tuple[Callable[..., Errors], dict[str, Any]]] = {
     "add_rms_norm, two passes": (add_rms_norm, {"rows": 3, "hidden": 20480}),
     "swiglu": (swiglu, {"rows": 3, "ffn": 37}),
     "swiglu, two blocks": (swiglu, {"rows": 1, "ffn": 1100}),
-    "swiglu, masked": (swiglu, {"rows": 3, "ffn": 41, "masked": True}),
     "rotary, one query a group": (
         rotary,
         {"sequence": 5, "batch": 3, "groups": 3, "queries": 1, "channels": 8},

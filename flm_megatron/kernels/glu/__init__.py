@@ -15,12 +15,12 @@ from flm_megatron.kernels.unwritten import Gated, made_of, unwritten
 
 
 class SwiGLUKernels(Protocol):
-    """What an implementation of SwiGLU has; x is [rows, 2 ffn], the output [rows, ffn], `mask` [ffn]."""
+    """What an implementation of SwiGLU has; x is [rows, 2 ffn], the output [rows, ffn]."""
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """silu(gate m) (up m) of x, whose first half is the gate."""
+    def forward(self, x: Tensor) -> Tensor:
+        """silu(gate) up of x, whose first half is the gate."""
 
-    def backward(self, grad: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    def backward(self, grad: Tensor, x: Tensor) -> Tensor:
         """Gradient of x from that of the output."""
 
 
@@ -52,17 +52,14 @@ SWIGLU: Operation[SwiGLUKernels] = Operation(
 )
 
 
-def swiglu(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """silu(gate) * up [..., ffn] of `x` [..., 2 ffn], whose first half is the gate and whose second is up.
-
-    With a growth mask m [ffn], 1 on old units and v on new ones: silu(gate m) * (up m). `mask` gets no gradient.
-    """
-    return _SwiGLU.apply(x, mask, implementation(SWIGLU, x), True)
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up [..., ffn] of `x` [..., 2 ffn], whose first half is the gate and whose second is up."""
+    return _SwiGLU.apply(x, implementation(SWIGLU, x), True)
 
 
 def unwritten_swiglu(x: Tensor) -> Tensor:
     """As `swiglu`, but its values are left to what reads them (`kernels.unwritten`)."""
-    result: Tensor = _SwiGLU.apply(x, None, implementation(SWIGLU, x), False)
+    result: Tensor = _SwiGLU.apply(x, implementation(SWIGLU, x), False)
     return made_of(result, Gated(_rows(x.detach())))
 
 
@@ -72,22 +69,22 @@ class _Context(Context, Protocol):
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, x: Tensor, mask: Tensor | None, kernels: SwiGLUKernels, written: bool) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, kernels: SwiGLUKernels, written: bool) -> Tensor:
         """Value of the operation, if it is to be `written`; keeps what its gradient needs."""
         rows = _rows(x)
-        ctx.save_for_backward(rows, mask)
+        ctx.save_for_backward(rows)
         ctx.kernels = kernels
         if not written:
             return unwritten(x, x.size(-1) // 2)
-        return kernels.forward(rows, mask).view(*x.shape[:-1], -1)
+        return kernels.forward(rows).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None]:
         """Gradients of the inputs."""
-        rows, mask = ctx.saved_tensors
-        grad_x = ctx.kernels.backward(grad.reshape(rows.size(0), -1).contiguous(), rows, mask)
-        return grad_x.view(*grad.shape[:-1], -1), None, None, None
+        (rows,) = ctx.saved_tensors
+        grad_x = ctx.kernels.backward(grad.reshape(rows.size(0), -1).contiguous(), rows)
+        return grad_x.view(*grad.shape[:-1], -1), None, None
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -25,64 +25,48 @@ def _halves(x_ptr: tensor, ffn: tensor, BLOCK: tl.constexpr) -> tuple[tensor, ..
 
 @triton.jit
 def _forward_kernel(
-    x_ptr: tensor, mask_ptr: tensor, out_ptr: tensor,
+    x_ptr: tensor, out_ptr: tensor,
     units: tensor,
-    HAS_MASK: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     ffn = units * UNIT
     row, columns, inside, gate, up = _halves(x_ptr, ffn, BLOCK)
-    if HAS_MASK:
-        m = tl.load(mask_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-        gate *= m
-        up *= m
     out = gate * tl.sigmoid(gate) * up
     tl.store(out_ptr + row * ffn + columns, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _backward_kernel(
-    grad_ptr: tensor, x_ptr: tensor, mask_ptr: tensor, grad_x_ptr: tensor,
+    grad_ptr: tensor, x_ptr: tensor, grad_x_ptr: tensor,
     units: tensor,
-    HAS_MASK: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     ffn = units * UNIT
     row, columns, inside, gate, up = _halves(x_ptr, ffn, BLOCK)
     grad = tl.load(grad_ptr + row * ffn + columns, mask=inside, other=0.0).to(tl.float32)
-    if HAS_MASK:
-        m = tl.load(mask_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-        gate *= m
-        grad *= m
     sigmoid = tl.sigmoid(gate)
     grad_gate = grad * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    if HAS_MASK:
-        grad_gate *= m
     grad_up = grad * gate * sigmoid
     start = grad_x_ptr + row * 2 * ffn + columns
     tl.store(start, grad_gate.to(grad_x_ptr.dtype.element_ty), mask=inside)
     tl.store(start + ffn, grad_up.to(grad_x_ptr.dtype.element_ty), mask=inside)
 
 
-def forward(x: Tensor, mask: Tensor | None) -> Tensor:
+def forward(x: Tensor) -> Tensor:
     """As `reference.forward`, computed in fp32."""
     rows, ffn = x.size(0), x.size(1) // 2
     unit = _unit(ffn)
     out = torch.empty(rows, ffn, dtype=x.dtype, device=x.device)
-    _forward_kernel[(rows, triton.cdiv(ffn, BLOCK))](
-        x, x if mask is None else mask, out, ffn // unit, HAS_MASK=mask is not None, UNIT=unit, BLOCK=BLOCK
-    )
+    _forward_kernel[(rows, triton.cdiv(ffn, BLOCK))](x, out, ffn // unit, UNIT=unit, BLOCK=BLOCK)
     return out
 
 
-def backward(grad: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+def backward(grad: Tensor, x: Tensor) -> Tensor:
     """As `reference.backward`, computed in fp32."""
     rows, ffn = grad.shape
     unit = _unit(ffn)
     grad_x = torch.empty_like(x)
-    _backward_kernel[(rows, triton.cdiv(ffn, BLOCK))](
-        grad, x, x if mask is None else mask, grad_x,
-        ffn // unit,
-        HAS_MASK=mask is not None, UNIT=unit, BLOCK=BLOCK,
-    )  # fmt: skip
+    _backward_kernel[(rows, triton.cdiv(ffn, BLOCK))](grad, x, grad_x, ffn // unit, UNIT=unit, BLOCK=BLOCK)
     return grad_x
 
 
