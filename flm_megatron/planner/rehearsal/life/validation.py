@@ -54,7 +54,7 @@ def validate(
     recorder.micro_batched = False
     batches = -(-samples // stage.global_batch)
     flops = {name: count * batches * total // ran for name, count in recorder.flops.items()}
-    *passed, losses = recorder.forget()
-    transfers = (*passed, replace(losses, repeats=False))
+    transfers = recorder.forget()  # none where a rank is alone
+    transfers = (*transfers[:-1], *(replace(losses, repeats=False) for losses in transfers[-1:]))
     peak = recorder.ledger.begin_peak()
     return ValidationPass(len(run.data.validation), samples, batches, total, ran, peak, flops, transfers)

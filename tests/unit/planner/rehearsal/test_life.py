@@ -118,6 +118,13 @@ def test_validation_counts_the_whole_pass_whatever_was_run(ranks: list[RankRepor
     assert traffic(few.transfers, few.per_pass) == traffic(all_of_it.transfers, all_of_it.per_pass)
 
 
+def test_a_rank_that_is_alone_validates_without_transfers() -> None:
+    run = grown_run()
+    alone = [replace(stage, parallel=ParallelConfig(), global_batch=2) for stage in run.stages]
+    found = rehearse_rank(replace(run, stages=alone), alone[1], 0, 1).life.validation
+    assert found is not None and found.transfers == () and found.batches == 20
+
+
 def test_steps_at_which_entries_were_added_are_held_where_they_count() -> None:
     run = grown_run(optimizer_step="birth")
     found = rehearse_rank(run, run.stages[1], 0, 2)
