@@ -123,7 +123,8 @@ def search(
         for number, values in enumerate(draws(proxy, settings))
     ]
     known = known or {}
-    yield from (replace(known[job.key], number=job.number) for job in jobs if job.key in known)
+    ended = [job for job in jobs if job.key in known]
+    yield from (replace(known[job.key], number=job.number, values=job.values) for job in ended)
     left = [job for job in jobs if job.key not in known]
     if settings.jobs == 1:
         yield from map(train, left)
@@ -146,6 +147,12 @@ def draws(proxy: StageConfig, settings: SearchSettings) -> list[dict[str, float]
 def best(trials: Sequence[Trial]) -> Trial | None:
     """The stable trial of the lowest loss; none if all are unstable."""
     return min((trial for trial in trials if trial.stable), key=lambda trial: trial.loss, default=None)
+
+
+def lower_but_unstable(trials: Sequence[Trial]) -> Trial | None:
+    """The unstable trial of the lowest finite loss, if that is below the best stable one's."""
+    found = min((trial for trial in trials if math.isfinite(trial.loss)), key=lambda trial: trial.loss, default=None)
+    return None if found is None or found.stable else found
 
 
 def proxy_stage(run: RunConfig, stage: StageConfig, settings: SearchSettings) -> StageConfig:
@@ -179,7 +186,7 @@ def _short(schedule: ScheduleConfig, tokens: int) -> ScheduleConfig:
 def own_values(stage: StageConfig) -> dict[str, float]:
     """The eight values as the stage has them."""
     optimizer, model = stage.optimizer, stage.model
-    values = {name: getattr(optimizer, name) or optimizer.lr for name in OPTIMIZER_VALUES}
+    values = {"lr": optimizer.lr, "matrix_lr": optimizer.matrix_lr or optimizer.lr, "min_lr": optimizer.min_lr}
     return values | {name: getattr(model, name) for name in MODEL_VALUES} | {"head_init_std": model.head_std}
 
 

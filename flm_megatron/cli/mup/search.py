@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,14 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print each trial and the values of the best; 1 if none is stable."""
+    """Print each trial and the values of the best; returns 1 if none is stable."""
     from flm_megatron.checkpoint.run_file import open_run
-    from flm_megatron.hyperparameters.search import SearchSettings, best, search
+    from flm_megatron.hyperparameters.search import SearchSettings, search
     from flm_megatron.launch.preflight import resolve
     from flm_megatron.paths import require_file
 
     if args.out:
         require_file(args.out, "--out")
+    if args.vary:
+        _refuse_draws(args)
     run_config = resolve(open_run(args.run_file))
     settings = SearchSettings(
         trials=args.trials,
@@ -68,28 +71,47 @@ def run(args: argparse.Namespace) -> int:
         trials.append(trial)
         values = " ".join(f"{name} {value:.3g}" for name, value in trial.values.items())
         state = "stable" if trial.stable else "unstable"
-        print(f"trial {trial.number:3} loss {trial.loss:.4f} gradient norm rise {trial.rise:+.2f} {state}: {values}")
+        line = f"trial {trial.number:3} loss {trial.loss:.4f} gradient norm rise {trial.rise:+.2f} {state}: {values}"
+        print(line, flush=True)
         if args.out and trial.key not in known:
             _append(args.out, asdict(trial))
-    return _print_best(best(trials), next((trial for trial in trials if trial.number == 0), None))
+    return _print_best(trials)
 
 
-def _print_best(found: Trial | None, first: Trial | None) -> int:
-    """Print the best trial's values as they go into a run file; 1 if there is none."""
-    from flm_megatron.hyperparameters.search import MODEL_VALUES
+def _refuse_draws(args: argparse.Namespace) -> None:
+    """Raise RequestError if options of random draws were given beside a grid."""
+    from flm_megatron.errors import RequestError
+    from flm_megatron.hyperparameters.search import SearchSettings
 
+    for name in ("trials", "spread", "seed"):
+        if getattr(args, name) != getattr(SearchSettings, name):
+            raise RequestError(f"--{name} is for random draws, and --vary tries every combination: give one of the two")
+
+
+def _print_best(trials: Sequence[Trial]) -> int:
+    """Print the best trial's values as they go into a run file, and an unstable one that is lower; 1 if none is
+    stable."""
+    from flm_megatron.hyperparameters.search import LARGEST_RISE, MODEL_VALUES, best, lower_but_unstable
+
+    found, unstable = best(trials), lower_but_unstable(trials)
     if found is None:
         print("no trial is stable: the loss or the gradient norm is not finite, or the norm keeps rising")
-        return 1
-    compared = f" (trial 0: {first.loss:.4f})" if first else ""
-    print(f"best: trial {found.number}, loss {found.loss:.4f}{compared}")
-    for section in ("model", "optimizer"):
-        values = [name for name in found.values if (name in MODEL_VALUES) == (section == "model")]
-        if values:
-            print(f"{section}:")
-        for name in values:
-            print(f"  {name}: {found.values[name]:.4g}")
-    return 0
+    else:
+        own = next(trial for trial in trials if trial.number == 0)
+        print(f"best: trial {found.number}, loss {found.loss:.4f} (trial 0: {own.loss:.4f})")
+        for section in ("model", "optimizer"):
+            values = [name for name in found.values if (name in MODEL_VALUES) == (section == "model")]
+            if values:
+                print(f"{section}:")
+            for name in values:
+                print(f"  {name}: {found.values[name]:.4g}")
+    if unstable:
+        print(
+            f"# unstable, but lower: trial {unstable.number}, loss {unstable.loss:.4f}, whose gradient norm rises as "
+            f"step^{unstable.rise:.2f} (stable is up to {LARGEST_RISE}). Norms also rise in short runs whose loss "
+            "falls fast, most of all from small deviations: try its values with more --steps"
+        )
+    return 0 if found else 1
 
 
 def _values(text: str) -> tuple[str, tuple[float, ...]]:
@@ -103,9 +125,11 @@ def _values(text: str) -> tuple[str, tuple[float, ...]]:
         values = tuple(float(value) for value in listed.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: give NAME=V1,V2,... with numbers") from None
-    lowest = 0.0 if name == DECAY else sys.float_info.min
+    lowest = 0.0 if name in (DECAY, "min_lr") else sys.float_info.min
     if not all(lowest <= value < math.inf for value in values):
-        raise argparse.ArgumentTypeError(f"{text!r}: give finite numbers above 0 (weight_decay may be 0)")
+        raise argparse.ArgumentTypeError(f"{text!r}: give finite numbers above 0 (weight_decay and min_lr may be 0)")
+    if len(set(values)) < len(values):
+        raise argparse.ArgumentTypeError(f"{text!r}: give each value once")
     return name, values
 
 
@@ -114,7 +138,7 @@ def _ended(file: Path) -> dict[str, Trial]:
     from flm_megatron.hyperparameters.search import Trial
 
     trials = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             trial = Trial(**json.loads(line))
         except (ValueError, TypeError):
@@ -125,6 +149,8 @@ def _ended(file: Path) -> dict[str, Trial]:
 
 
 def _append(path: Path, line: dict[str, object]) -> None:
+    """Add a line of JSON, on a line of its own even after one that was cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    cut_off = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write("\n" * cut_off + json.dumps(line) + "\n")

@@ -23,6 +23,7 @@ from flm_megatron.hyperparameters.search import (
     Trial,
     best,
     draws,
+    lower_but_unstable,
     own_values,
     proxy_stage,
     search,
@@ -69,7 +70,32 @@ def test_a_trial_that_diverges_is_unstable(data: Path, tmp_path: Path) -> None:
 
 def test_the_best_trial_is_the_lowest_that_does_not_keep_rising() -> None:
     trials = [Trial(0, {}, 3.0, 0.0), Trial(1, {}, 2.0, 0.9), Trial(2, {}, 2.5, -0.4), Trial(3, {}, math.nan, 0.0)]
-    assert best(trials) is trials[2]
+    assert best(trials) is trials[2] and lower_but_unstable(trials) is trials[1]
+    assert lower_but_unstable([trials[0], trials[2], trials[3], Trial(4, {}, math.inf, math.inf)]) is None
+
+
+def test_an_unstable_trial_that_is_lower_is_not_passed_over_in_silence(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_file, _ = make_run(data, tmp_path, *MUP)
+
+    def train(job: searching.Job) -> Trial:
+        low = job.values["matrix_init_std"] < 0.01
+        return Trial(job.number, job.values, 2.0 if low else 3.0, 0.45 if low else 0.1, job.key)
+
+    monkeypatch.setattr(searching, "train", train)
+    command = ["mup", "search", str(run_file), "--vary"]
+    assert main([*command, "matrix_init_std=0.001,0.02"]) == 0
+    printed = capsys.readouterr().out
+    assert "best: trial 1, loss 3.0000" in printed
+    assert "unstable, but lower: trial 0, loss 2.0000, whose gradient norm rises as step^0.45" in printed
+    assert main([*command, "matrix_init_std=0.001"]) == 1
+    assert "no trial is stable" in (printed := capsys.readouterr().out) and "unstable, but lower: trial 0" in printed
+
+
+def test_trial_0_has_the_run_files_own_values_even_0() -> None:
+    to_zero = replace(STAGE, optimizer=replace(STAGE.optimizer, min_lr=0.0))
+    assert with_values(to_zero, own_values(to_zero)).optimizer == to_zero.optimizer
 
 
 def test_the_proxy_is_narrow_and_the_rest_is_kept() -> None:
@@ -115,12 +141,21 @@ def test_a_trial_that_has_ended_is_not_run_again(
     monkeypatch.setattr(searching, "train", train)
     assert main([*command, "lr=1e-3,2e-3"]) == 0
     assert trained == [2e-3] and "best: trial 0" in capsys.readouterr().out.split("trial   1")[1]
+    assert main([*command, "lr=1e-3", "--vary", "weight_decay=0"]) == 0  # the same trial, described anew
+    assert len(trained) == 1 and "  weight_decay: 0\n" in capsys.readouterr().out
+    lines.write_bytes(b"\xff\xfe\n" + lines.read_bytes())
+    assert main([*command, "lr=2e-3"]) == 0 and len(trained) == 1
 
 
-@pytest.mark.parametrize("given", ["lr=0", "lr=nan", "lr=", "lr", "layers=3", "lr=1e-3,-1"])
+@pytest.mark.parametrize("given", ["lr=0", "lr=nan", "lr=", "lr", "layers=3", "lr=1e-3,-1", "lr=1,1"])
 def test_values_that_make_no_sense_are_refused(given: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["mup", "search", "run.yaml", "--vary", given]) == 2
     assert "argument --vary" in capsys.readouterr().err
+
+
+def test_a_grid_takes_no_options_of_random_draws(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["mup", "search", "run.yaml", "--vary", "lr=1", "--spread", "2"]) == 2
+    assert "--spread is for random draws, and --vary tries every combination" in capsys.readouterr().err
 
 
 def test_requests_that_make_no_sense_are_refused() -> None:
