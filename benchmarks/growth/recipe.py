@@ -5,8 +5,8 @@
 
 Three stages in the proportions of 52B, 102B and 1T (layers 64 : 80 : 140, width 2 : 2.5 : 5, a wider feed-forward layer
 at the last) with their tokens per parameter (38, 2.9 and 0.016), grown by masks with layers chosen by distance. Beside
-it, for the same FLOPs: the last model from scratch, and the first two models trained on without the next growth. Writes
-results.jsonl and tables.md into OUT; what has a result is not run again.
+it, for the same FLOPs: the last model from scratch at three learning rates, and the first two models trained on without
+the next growth. Writes results.jsonl and tables.md into OUT; what has a result is not run again.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from flm_megatron.training.metrics.flops import training_flops_per_token
 
 SEQUENCE = 128
 HEAD_DIM = 8
-TUNED: JsonObject = {"input_mult": 10.0, "matrix_init_std": 0.05}
-LR = 6e-3
+TUNED: JsonObject = {"input_mult": 10.0, "matrix_init_std": 0.1}
+LR = 1.2e-2
+"""Values of tuning.md, at the base width 32."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,13 @@ SIZES = {
 RUNS: dict[str, tuple[str, ...]] = {
     "recipe": ("52B", "102B", "1T"),
     "1T from scratch": ("1T",),
+    "1T from scratch, half the rate": ("1T",),
+    "1T from scratch, twice the rate": ("1T",),
     "52B, 102B, not grown again": ("52B", "102B"),
     "52B, not grown": ("52B",),
 }
+RATES = {"1T from scratch, half the rate": 0.5, "1T from scratch, twice the rate": 2.0}
+"""Multiples of LR: the run from scratch is much shorter than what the values were searched for."""
 
 
 def document(name: str, seed: int, vocab: int, data: Path, output: Path) -> JsonObject:
@@ -117,7 +122,7 @@ def document(name: str, seed: int, vocab: int, data: Path, output: Path) -> Json
             "validation": [{"path": f"{data}/validation"}],
         },
         "defaults": {
-            "optimizer": {"lr": LR, "min_lr": 0.0},
+            "optimizer": {"lr": LR * RATES.get(name, 1.0), "min_lr": 0.0},
             "schedule": {"kind": "wsd", "boundary": "rewarm"},
             "validation": {"samples": 1024},
         },
