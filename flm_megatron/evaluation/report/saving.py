@@ -257,7 +257,8 @@ def _model(history: History) -> ModelConfig:
 
 
 def _is_from_scratch(history: History, model: ModelConfig) -> bool:
-    return len(history.run.stages) == 1 and _shapes(_model(history)) == _shapes(model)
+    begun = history.run.checkpoint.initial is None and len(history.run.stages) == 1
+    return begun and _shapes(_model(history)) == _shapes(model)
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -269,6 +270,8 @@ def _check_scratch(run: History, grown: History) -> None:
         return
     if len(run.run.stages) > 1:
         raise RequestError(f"--scratch {run.folder}: a run of {len(run.run.stages)} stages is not one from scratch")
+    if run.run.checkpoint.initial is not None:
+        raise RequestError(f"--scratch {run.folder}: it began from {run.run.checkpoint.initial}, not from scratch")
     raise RequestError(
         f"--scratch {run.folder}: its model has other shapes than stage {_last_stage(grown)!r} of {grown.folder}"
     )

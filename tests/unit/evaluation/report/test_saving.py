@@ -122,11 +122,16 @@ def test_the_page_has_the_bracket_and_the_table(tmp_path: Path) -> None:
 
 def test_runs_and_laws_that_do_not_fit_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, other = grown(tmp_path / "grown", 15), write_run(tmp_path / "other", [SMALL], 5, law)
+    begun = write_run(tmp_path / "begun", [LARGE], 5, law)
+    text = (begun / "run.yaml").read_text()
+    (begun / "run.yaml").write_text(text.replace("initial: null", "initial: runs/x"))
+    assert savings([read_history(run), read_history(begun)]) is None
     (tmp_path / "laws.yaml").write_text("s0: {floor: 2, scale: 3, exponent: 0.1}\n")
     laws = ["--laws", str(tmp_path / "laws.yaml")]
     for given, words in (
         ([str(run), "--scratch", str(other)], "its model has other shapes than stage 's1'"),
         ([str(run), "--scratch", str(run)], "a run of 2 stages is not one from scratch"),
+        ([str(run), "--scratch", str(begun)], "it began from runs/x, not from scratch"),
         ([str(run), *laws], "has no law for stage 's1'"),
         ([str(other), "--scratch", str(other)], "has grown: there is nothing to compare"),
         ([str(run), "--scratch", str(other), *laws], "not allowed with"),
