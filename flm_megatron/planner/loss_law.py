@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from flm_megatron.config.yaml_text import parse_yaml, read_yaml
 from flm_megatron.errors import RequestError
-from flm_megatron.json_text import Json
+from flm_megatron.json_text import Json, JsonObject
 
 EXPONENTS = np.linspace(0.02, 1.0, 197)
 FEWEST_POINTS = 5
@@ -94,13 +95,26 @@ def read_law(value: Json, name: str, folder: Path) -> LossLaw:
         RequestError: neither of the two, or a file that cannot be read or fitted.
     """
     if isinstance(value, dict) and set(value) == {"floor", "scale", "exponent"}:
-        law = LossLaw(**{key: float(number) for key, number in value.items()})
-        if law.floor < 0 or law.scale <= 0 or law.exponent <= 0:
-            raise RequestError(f"law of {name!r}: floor has to be at least 0, scale and exponent above 0, not {value}")
-        return law
+        return LossLaw(**law_numbers(value, f"law of {name!r}"))
     if isinstance(value, str):
         return _fit_metrics(folder / value, name)
     raise RequestError(f"law of {name!r} has to be floor, scale and exponent, or the path of a metrics.jsonl")
+
+
+def law_numbers(values: JsonObject, law: str) -> dict[str, float]:
+    """The constants of a law by name: finite, the floor at least 0, the others above 0.
+
+    Raises:
+        RequestError: they are not; it begins with `law`.
+    """
+    for name, value in values.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not (0 if name == "floor" else sys.float_info.min) <= value <= sys.float_info.max:
+            *others, last = (other for other in values if other != "floor")
+            raise RequestError(
+                f"{law}: floor has to be at least 0, {', '.join(others)} and {last} above 0, not {name} {value!r:.40}"
+            )
+    return {name: float(value) for name, value in values.items()}
 
 
 def read_laws(path: Path, stages: Sequence[str]) -> dict[str, LossLaw]:
@@ -109,17 +123,22 @@ def read_laws(path: Path, stages: Sequence[str]) -> dict[str, LossLaw]:
     Raises:
         RequestError: the file cannot be read, or names an unknown stage.
     """
-    try:
-        text = read_yaml(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"cannot read laws {path}: {' '.join(str(error).split())}") from None
-    values = parse_yaml(text, f"cannot read laws {path}")
+    values = laws_document(path)
     if not isinstance(values, dict):
         raise RequestError(f"laws {path} have to be a mapping of stage names")
     unknown = sorted(set(values) - set(stages))
     if unknown:
         raise RequestError(f"{path}: unknown stage {unknown[0]!r}; the run has {', '.join(stages)}")
     return {name: read_law(value, name, path.parent) for name, value in values.items()}
+
+
+def laws_document(path: Path) -> Json:
+    """What a YAML file of laws holds. Raises RequestError if it cannot be read."""
+    try:
+        text = read_yaml(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"cannot read laws {path}: {' '.join(str(error).split())}") from None
+    return parse_yaml(text, f"cannot read laws {path}")
 
 
 def _fit_metrics(path: Path, name: str) -> LossLaw:

@@ -90,6 +90,8 @@ def _cost(
     if gpu is None or gpus is None:
         if gpu is not None or gpus is not None:
             raise RequestError("gpu and gpus: give both, or neither")
+        if nodes_of is not None or hardware is not None:
+            raise RequestError("nodes_of and hardware are of a machine: give gpu and gpus too, or leave them out")
         return None, "FLOPs"
     run, machine = planned_on(run, gpu, gpus, None, nodes_of, hardware)
     last, length = run.stages[-1], run.data.sequence_length

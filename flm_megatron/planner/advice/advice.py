@@ -10,7 +10,7 @@ from flm_megatron.config.schema import ModelConfig, RunConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.json_text import JsonObject
 from flm_megatron.model.parameters import parameter_count
-from flm_megatron.planner.advice.candidates import Candidate, candidates
+from flm_megatron.planner.advice.candidates import Candidate, can_grow, candidates
 from flm_megatron.planner.advice.equivalence import GrowthPoint, best_growth
 from flm_megatron.planner.advice.laws import Laws
 from flm_megatron.planner.advice.token_credit import CreditTable, OperatorCredit
@@ -25,8 +25,9 @@ CostPerToken = Callable[[ModelConfig], float | None]
 
 @dataclass(frozen=True)
 class Option:
-    """One small model: the bound by equality of losses and, if an operator was measured on the dimensions that grow,
-    what the best of them is expected to save; none where nothing is saved. `factor` is the ratio of parameters."""
+    """One small model: the bound by equality of losses and, if an operator that fits was measured on the dimensions
+    that grow, what the best of them is expected to save; none where nothing is saved. `factor` is the ratio of
+    parameters."""
 
     candidate: Candidate
     factor: float
@@ -115,7 +116,11 @@ def _option(
         return None
     ratio = costs[0] / costs[1]
     parameters = parameter_count(large)
-    measured = credits.for_growth(candidate.dimensions, tokens / parameters)
+    measured = [
+        row
+        for row in credits.for_growth(candidate.dimensions, tokens / parameters)
+        if can_grow(candidate.model, large, row.config())
+    ]
     expected = [(row, best_growth(pairs, ratio, tokens, row.interval())) for row in measured]
     credit, point = max(expected, key=lambda each: each[1].saved if each[1] else 0.0, default=(None, None))
     factor = parameters / parameter_count(candidate.model)

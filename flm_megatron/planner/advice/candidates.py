@@ -29,7 +29,7 @@ def candidates(large: ModelConfig, stages: Sequence[StageConfig]) -> list[Candid
     found: dict[tuple[object, ...], Candidate] = {}
     for name, model in (*given, *_divided(large)):
         dimensions = grown_dimensions(model, large)
-        if dimensions and parameter_count(model) < parameter_count(large) and _can_grow(model, large):
+        if dimensions and parameter_count(model) < parameter_count(large) and can_grow(model, large):
             found.setdefault(_sizes(model), Candidate(name, model, dimensions))
     return list(found.values())
 
@@ -74,9 +74,10 @@ def _narrow(large: ModelConfig, by: int) -> ModelConfig | None:
     )
 
 
-def _can_grow(small: ModelConfig, large: ModelConfig) -> bool:
+def can_grow(small: ModelConfig, large: ModelConfig, growth: GrowthConfig | None = None) -> bool:
+    """Whether `small` grows into `large` by the given operators, or by those of the defaults."""
     try:
-        check_growth(small, large, GrowthConfig())
+        check_growth(small, large, growth or GrowthConfig())
     except RequestError:
         return False
     return True

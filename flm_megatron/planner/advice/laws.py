@@ -11,12 +11,20 @@ import numpy as np
 
 from flm_megatron.config.loader import load_run
 from flm_megatron.config.schema import ModelConfig, RunConfig
-from flm_megatron.config.yaml_text import parse_yaml
 from flm_megatron.errors import RequestError
 from flm_megatron.model.parameters import parameter_count
 from flm_megatron.planner.advice.equivalence import Pair
 from flm_megatron.planner.advice.size_law import fit_size_law
-from flm_megatron.planner.loss_law import BESIROGLU, HOFFMANN, LossLaw, SizeLaw, fit_law, read_laws
+from flm_megatron.planner.loss_law import (
+    BESIROGLU,
+    HOFFMANN,
+    LossLaw,
+    SizeLaw,
+    fit_law,
+    law_numbers,
+    laws_document,
+    read_laws,
+)
 from flm_megatron.training.metrics.events import FILE, StepEvent, read_events
 
 FEWEST_SIZES = 3
@@ -50,7 +58,7 @@ class Pilot:
 
 def published_laws() -> Laws:
     """The fits of Hoffmann et al. and of Besiroglu et al.; other data have other constants."""
-    source = "the fits of arXiv 2203.15556 and arXiv 2404.10102, which are of other data"
+    source = "the fits of arXiv 2203.15556 and arXiv 2404.10102, of other data and of 70M to 16B parameters"
     return Laws(source, (partial(_at_size, HOFFMANN), partial(_at_size, BESIROGLU)))
 
 
@@ -60,18 +68,13 @@ def laws_of_file(path: Path, run: RunConfig) -> Laws:
     Raises:
         RequestError: the file cannot be read or is neither.
     """
-    names = {field.name for field in fields(SizeLaw)}
-    try:
-        values = parse_yaml(path.read_text(encoding="utf-8"), f"cannot read laws {path}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"cannot read laws {path}: {' '.join(str(error).split())}") from None
+    names, values = {field.name for field in fields(SizeLaw)}, laws_document(path)
     if not isinstance(values, dict) or set(values) != names:
         found = read_laws(path, [stage.name for stage in run.stages])
         by_model = [(stage.model, found[stage.name]) for stage in run.stages if stage.name in found]
         return Laws(f"{path}, by stage", (partial(_of_model, by_model),))
-    if not all(isinstance(n, int | float) and (n > 0 or (n == 0 and name == "floor")) for name, n in values.items()):
-        raise RequestError(f"law of all sizes in {path}: floor has to be at least 0, the others above 0, not {values}")
-    return Laws(f"{path}, one law of all sizes", (partial(_at_size, SizeLaw(**values)),))
+    law = SizeLaw(**law_numbers(values, f"law of all sizes in {path}"))
+    return Laws(f"{path}, one law of all sizes", (partial(_at_size, law),))
 
 
 def laws_of_pilots(pilots: Sequence[Pilot]) -> Laws:
@@ -90,7 +93,8 @@ def laws_of_pilots(pilots: Sequence[Pilot]) -> Laws:
         except RequestError:  # a resample may be too poor to fit, all points were not
             continue
     kind = "one law of all sizes" if sizes >= FEWEST_SIZES else "a law of each size"
-    return Laws(f"{kind}, fitted to {len(pilots)} pilots and to {RESAMPLES} resamples of them", tuple(readings))
+    source = f"{kind}, fitted to {len(pilots)} pilots and to {len(readings) - 1} resamples of them"
+    return Laws(source, tuple(readings))
 
 
 def read_pilot(folder: Path) -> Pilot:
@@ -121,10 +125,7 @@ def _at_size(law: SizeLaw, model: ModelConfig) -> LossLaw:
 
 
 def _of_model(laws: Sequence[tuple[ModelConfig, LossLaw]], model: ModelConfig) -> LossLaw | None:
-    size = parameter_count(model)
-    return next(
-        (law for each, law in laws if each.num_layers == model.num_layers and parameter_count(each) == size), None
-    )
+    return next((law for each, law in laws if _size(each) == _size(model)), None)
 
 
 def _fit_all(pilots: Sequence[Pilot]) -> Reading:
@@ -134,7 +135,21 @@ def _fit_all(pilots: Sequence[Pilot]) -> Reading:
 
 
 def _fit_each(pilots: Sequence[Pilot]) -> Reading:
-    return partial(_of_model, [(pilot.model, fit_law(list(pilot.tokens), list(pilot.losses))) for pilot in pilots])
+    of_size: dict[tuple[int, int], list[Pilot]] = {}
+    for pilot in pilots:
+        of_size.setdefault(_size(pilot.model), []).append(pilot)
+    return partial(_of_model, [(each[0].model, _fit_together(each)) for each in of_size.values()])
+
+
+def _fit_together(pilots: Sequence[Pilot]) -> LossLaw:
+    """One law of pilots of one size, in order of tokens."""
+    tokens, losses = (np.concatenate([getattr(pilot, name) for pilot in pilots]) for name in ("tokens", "losses"))
+    order = tokens.argsort()
+    return fit_law(list(tokens[order]), list(losses[order]))
+
+
+def _size(model: ModelConfig) -> tuple[int, int]:
+    return model.num_layers, parameter_count(model)
 
 
 def _resampled(pilot: Pilot, draw: np.random.Generator) -> Pilot:

@@ -17,6 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
+from pydantic import ValidationError
+
+from flm_megatron.config.messages import explain
+from flm_megatron.config.schema import GrowthConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.json_text import Json, JsonObject, parse_json
 from flm_megatron.planner.advice.equivalence import Kept
@@ -39,7 +43,11 @@ class OperatorCredit:
     def interval(self) -> Kept:
         """The mean over seeds, and twice their standard deviation on either side."""
         mean, spread = fmean(self.kept), 2 * stdev(self.kept)
-        return Kept(mean, max(0.0, mean - spread), mean + spread)
+        return Kept(mean, mean - spread, mean + spread)
+
+    def config(self) -> GrowthConfig:
+        """The growth block as a run file has it. Raises ValidationError if a run file does not take it."""
+        return GrowthConfig(**self.growth)
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,8 @@ def read_credits(path: Path = TABLE) -> CreditTable:
 
 
 def _row(data: Json, path: Path) -> OperatorCredit:
+    if not isinstance(data, dict):
+        raise RequestError(f"{path}: a row of token credit is {data!r:.40}, not an object")
     try:
         row = OperatorCredit(
             str(data["operator"]),
@@ -89,6 +99,11 @@ def _row(data: Json, path: Path) -> OperatorCredit:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise RequestError(f"{path}: a row of token credit lacks or has a wrong {error}") from None
+    try:
+        row.config()
+    except ValidationError as error:
+        mistake = explain(error, of=("stages", "0", "growth"))[0]
+        raise RequestError(f"{path}: {row.operator!r} has a growth block that no run file takes: {mistake}") from None
     numbers: Sequence[float] = (row.tokens_per_parameter, *row.kept)
     if len(row.kept) < FEWEST_SEEDS or not all(map(math.isfinite, numbers)) or row.tokens_per_parameter <= 0:
         raise RequestError(f"{path}: {row.operator!r} needs finite numbers of at least {FEWEST_SEEDS} seeds in `kept`")

@@ -17,6 +17,8 @@ from flm_megatron.config.schema import ModelConfig, MupConfig, RunConfig, StageC
 from flm_megatron.growth.rules import check_growth
 from flm_megatron.model.parameters import parameter_count
 from flm_megatron.planner.advice.candidates import candidates
+from flm_megatron.planner.advice.laws import laws_of_pilots, read_pilot
+from flm_megatron.planner.advice.token_credit import OperatorCredit
 from flm_megatron.planner.loss_law import SizeLaw
 from tests.unit.evaluation.report.test_report import step
 
@@ -73,6 +75,21 @@ def test_what_an_operator_kept_decides(tmp_path: Path) -> None:
         each for each in flm.advise(RUN, laws=laws, credit=credit_file(tmp_path, [0.2, 0.21])).options if each.credit
     ]
     assert for_depth and all(each.expected is None for each in for_depth)
+
+
+def test_an_operator_that_does_not_fit_the_sizes_is_not_advised(tmp_path: Path) -> None:
+    third = replace(LARGE, hidden_size=192, ffn_hidden_size=528, num_attention_heads=6)
+    run = replace(RUN, stages=[replace(RUN.stages[0], model=third), RUN.stages[1]])
+    for operator, of_third in (("zero", True), ("clone", False)):
+        table = credit_file(tmp_path, [0.98, 0.99], dimensions=["hidden", "ffn", "heads"], growth={"hidden": operator})
+        options = flm.advise(run, laws=law_file(tmp_path), credit=table).options
+        known = {option.candidate.name: option.credit is not None for option in options}
+        assert known["hidden size 128 of 256"] and known["stage 'small'"] is of_third
+
+
+def test_the_interval_is_the_mean_and_twice_the_spread() -> None:
+    kept = OperatorCredit("x", frozenset({"layers"}), {}, 5, (0.1, 0.5)).interval()
+    assert (kept.expected, kept.low, kept.high) == pytest.approx((0.3, 0.3 - 0.32**0.5, 0.3 + 0.32**0.5))
 
 
 def test_a_long_run_is_not_worth_growing() -> None:
@@ -155,6 +172,15 @@ def test_pilots_of_both_sizes_are_enough(tmp_path: Path) -> None:
     assert option.bound.saved == pytest.approx(expected.saved, abs=0.05)
 
 
+def test_pilots_of_one_size_are_fitted_together(tmp_path: Path) -> None:
+    """The second pilot of the small size has losses of its own, which one law has to lie between."""
+    pilots = [read_pilot(write_pilot(tmp_path / f"pilot{i}", model, i)) for i, model in enumerate((SMALL, LARGE))]
+    above = replace(pilots[0], losses=pilots[0].losses + 1)
+    law = laws_of_pilots([pilots[0], above, pilots[1]]).readings[0](SMALL)
+    assert law is not None
+    assert law.loss(1e7) == pytest.approx(LAW.at(parameter_count(SMALL)).loss(1e7) + 0.5, abs=0.1)
+
+
 def test_with_a_machine_savings_are_of_gpu_hours(tmp_path: Path) -> None:
     run = replace(RUN, stages=[replace(stage, global_batch=8) for stage in RUN.stages])
     laws = law_file(tmp_path)
@@ -184,11 +210,16 @@ def test_what_cannot_be_advised_is_refused(tmp_path: Path, capsys: pytest.Captur
     (short / "metrics.jsonl").write_text("".join((short / "metrics.jsonl").read_text().splitlines(keepends=True)[:20]))
     for name, text in (
         ("negative.yaml", "{floor: -1, size_scale: 1, size_exponent: 1, scale: 1, exponent: 1}"),
+        ("words.yaml", "large: {floor: low, scale: 10, exponent: 0.2}"),
+        ("infinite.yaml", "{floor: 1, size_scale: 1, size_exponent: .inf, scale: 1, exponent: 1}"),
+        ("truth.yaml", "{floor: 1, size_scale: 1, size_exponent: 1, scale: true, exponent: 1}"),
+        ("number.json", '{"measured": [3]}'),
         ("one.yaml", "large: {floor: 1, scale: 10, exponent: 0.2}"),
         ("list.json", "[]"),
         ("row.json", '{"measured": [{"operator": "x"}]}'),
     ):
         (tmp_path / name).write_text(text)
+    unknown = credit_file(tmp_path, [0.9, 0.9], growth={"layrs": "copy"}).rename(tmp_path / "unknown.json")
     one_seed = credit_file(tmp_path, [0.9])
     for given, words in (
         (["--pilot", str(tmp_path)], "is not a run's output folder"),
@@ -198,13 +229,19 @@ def test_what_cannot_be_advised_is_refused(tmp_path: Path, capsys: pytest.Captur
         (["--pilot", str(pilot), "--laws", str(file)], "not allowed with"),
         (["--laws", str(tmp_path / "none.yaml")], "cannot read laws"),
         (["--laws", str(tmp_path / "negative.yaml")], "floor has to be at least 0"),
+        (["--laws", str(tmp_path / "words.yaml")], "scale and exponent above 0, not floor 'low'"),
+        (["--laws", str(tmp_path / "infinite.yaml")], "scale and exponent above 0, not size_exponent inf"),
+        (["--laws", str(tmp_path / "truth.yaml")], "scale and exponent above 0, not scale True"),
         (["--laws", str(tmp_path / "one.yaml")], "give laws or pilots of both sizes"),
         (["--credit", str(tmp_path / "none.json")], "cannot read token credit"),
         (["--credit", str(tmp_path / "list.json")], "is no table of token credit"),
         (["--credit", str(tmp_path / "row.json")], "lacks or has a wrong 'dimensions'"),
+        (["--credit", str(tmp_path / "number.json")], "a row of token credit is 3, not an object"),
+        (["--credit", str(unknown)], "has a growth block that no run file takes: stages.0.growth.layrs: unknown key"),
         (["--credit", str(one_seed)], "at least 2 seeds"),
         (["--budget", "0"], "is not above 0"),
         (["--gpu", "h100"], "gpu and gpus: give both"),
+        (["--nodes-of", "8"], "nodes_of and hardware are of a machine"),
         (["--stages.large.tokens", "0"], "tokens"),
     ):
         assert main(["advise", str(file), *given]) == 2, given
