@@ -18,8 +18,9 @@ def train(run: RunConfig, *, stage: str | None = None, start_anew: bool = False,
     Without a launcher processes of this machine are started for every stage, as many as its layout needs; under
     torchrun, and what `flm launch` writes, this process is a rank, and all ranks call. Goes on where the run stands;
     with `start_anew` it begins from nothing, and earlier results are kept as NAME.before-N. The branch `decay@TOKENS`
-    is a copy of the run from its checkpoint at TOKENS on, cooled down in an output folder of its own. Everything is
-    checked before any process starts. For the main thread, because it listens to signals.
+    is a copy of the run from its checkpoint at TOKENS on, cooled down in an output folder of its own; with `start_anew`
+    it begins there again, and the run stays as it is. Everything is checked before any process starts. For the main
+    thread, because it listens to signals.
 
     Returns:
         0 when the run is trained to the end of its budget, 3 when SIGTERM or SIGINT stopped it after saving.
@@ -37,7 +38,7 @@ def train(run: RunConfig, *, stage: str | None = None, start_anew: bool = False,
         require_places(run, stage)
         run = resolve(run, start_anew and branch is None)
         if branch is not None:
-            run, stage = _branch(run, branch)
+            run, stage = _branch(run, branch, start_anew)
         from flm_megatron.distributed.world import launched  # torch takes seconds: mistakes are found before
         from flm_megatron.launch.run import check_local
         from flm_megatron.launch.run import train as train_checked
@@ -76,13 +77,13 @@ def fine_tune(run: RunConfig) -> int:
         return train_checked(run)
 
 
-def _branch(run: RunConfig, branch: str) -> tuple[RunConfig, str]:
+def _branch(run: RunConfig, branch: str, anew: bool) -> tuple[RunConfig, str]:
     """The run of a branch, checked, and its last stage, which alone is left to train. Raises as `decay_branch`."""
     from flm_megatron.growth.foreseen import check_run_file
     from flm_megatron.launch.branch import decay_branch
     from flm_megatron.launch.preflight import check_epochs
 
-    run = decay_branch(run, branch)
+    run = decay_branch(run, branch, anew)
     check_run_file(run)
     check_epochs(run)
     require_places(run)

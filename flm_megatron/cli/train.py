@@ -7,6 +7,7 @@ import argparse
 from flm_megatron.cli.options.parser import path, take_overrides
 
 BRANCH = "from the checkpoint kept at TOKENS (1.5M, 3e6), cool down a copy of the run in OUTPUT/branches"
+ANEW = "begin from nothing, or the branch from its checkpoint; earlier results are kept as NAME.before-N"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,9 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--stage", help="train only this stage")
     part.add_argument("--branch", metavar="decay@TOKENS", help=BRANCH)
-    parser.add_argument(
-        "--start-anew", action="store_true", help="begin from nothing; earlier results are kept as NAME.before-N"
-    )
+    parser.add_argument("--start-anew", action="store_true", help=ANEW)
     parser.add_argument(
         "--print-config", action="store_true", help="check the run file by its rules, print it resolved and stop"
     )
@@ -38,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
             if args.branch is not None:
                 from flm_megatron.launch.branch import decay_branch
 
-                config = decay_branch(config, args.branch)
+                config = decay_branch(config, args.branch, args.start_anew)
             check_run_file(config)
             print(dump_run(config), end="")
             return 0

@@ -46,11 +46,11 @@ def branch_tokens(branch: str) -> int:
     return int(tokens)
 
 
-def decay_branch(run: RunConfig, branch: str) -> RunConfig:
+def decay_branch(run: RunConfig, branch: str, anew: bool = False) -> RunConfig:
     """The run that is `branch` (decay@TOKENS) of `run`: its stages up to the checkpoint at TOKENS, then the decay.
 
     The decay is `wsd_decay_fraction` of the tokens from the start of the schedule to its end, in whole steps. A branch
-    that has checkpoints is known from these, whether the trunk keeps the first one or not.
+    that has checkpoints is known from these, whether the trunk keeps the first one or not, unless it begins `anew`.
 
     Raises:
         RequestError: there is no checkpoint at TOKENS, the schedule is not in its stable phase there, `run` is itself a
@@ -63,7 +63,7 @@ def decay_branch(run: RunConfig, branch: str) -> RunConfig:
         raise RequestError("a fine-tuning (data.chat) has no branches: they are of runs on text")
     run = with_saved_schedules(run)
     output = Path(run.output) / FOLDER / f"decay@{tokens}"
-    manifest = newest_manifest(replace(run, output=str(output)))
+    manifest = Manifest() if anew else newest_manifest(replace(run, output=str(output)))
     source = _recorded_source(manifest)
     if source is None:
         source = _kept_checkpoint(run, tokens)

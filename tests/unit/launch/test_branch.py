@@ -116,6 +116,8 @@ def test_a_branch_that_has_begun_needs_the_trunks_checkpoint_no_longer(trunk: Ru
     own = save(branch, 1, 45)
     shutil.rmtree(checkpoint_store(trunk).path("two", 40))
     assert decay_branch(trunk, "decay@9000") == branch
+    with pytest.raises(RequestError, match="keeps no checkpoint at 9,000 tokens"):  # before anything is set aside
+        decay_branch(trunk, "decay@9000", anew=True)
     assert checkpoint_store(branch).newest("two") == [own]
     shutil.rmtree(own)
     with pytest.raises(RequestError, match=r"branch_of .*step_00000040 is not a checkpoint, or no longer"):
