@@ -30,6 +30,8 @@ from flm_megatron.training.resume.start import Start, checkpoint_store, newest_m
 FORM = re.compile(r"decay@(\d+(?:\.\d+)?(?:[eE]\+?\d{1,2})?)([KMBT]?)")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 FOLDER = "branches"
+ROUNDING = Fraction(1, 10**6)
+"""Part of a step by which the decay may be shorter than its share, which a number of 16 digits gives."""
 STABLE_KINDS = ("wsd", "constant")
 
 
@@ -119,7 +121,7 @@ def _decaying_stages(run: RunConfig, index: int, tokens: int, budgets: Sequence[
     if share >= 1:
         raise RequestError("schedule.wsd_decay_fraction is 1: a branch needs a share below 1 for its decay")
     step_tokens = stage.global_batch * run.data.sequence_length
-    decay = step_tokens * math.ceil(share / (1 - share) * (tokens - first) / step_tokens)
+    decay = step_tokens * math.ceil(share / (1 - share) * (tokens - first) / step_tokens - ROUNDING)
     fraction = decay / (tokens + decay - first)
     schedules = [
         replace(each.schedule, kind="wsd", decay_tokens=None, wsd_decay_fraction=fraction)

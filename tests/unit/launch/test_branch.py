@@ -78,7 +78,7 @@ def test_other_forms_are_refused(text: str) -> None:
         branch_tokens(text)
 
 
-@pytest.mark.parametrize(("share", "steps"), [(0.1, 100), (0.2, 113), (0.5, 180)])
+@pytest.mark.parametrize(("share", "steps"), [(0.1, 100), (1 / 11, 99), (0.2, 113), (0.5, 180)])
 def test_a_branch_follows_the_trunk_and_then_decays_over_its_share(trunk: RunConfig, share: float, steps: int) -> None:
     schedules = [replace(SCHEDULE, wsd_decay_fraction=share) for _ in trunk.stages]
     stages = [replace(stage, schedule=each) for stage, each in zip(trunk.stages, schedules, strict=True)]
