@@ -20,6 +20,7 @@ from flm_megatron.config.ranges import LARGEST_TOKENS
 from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.durable import replace_file
 from flm_megatron.errors import RequestError
+from flm_megatron.launch.run_lease import LEASE, run_lease
 from flm_megatron.optim.learning_rate import learning_rate
 from flm_megatron.training.metrics.events import FILE
 from flm_megatron.training.metrics.log import lines_up_to
@@ -149,6 +150,17 @@ def _check_stable(run: RunConfig, index: int, tokens: int, budgets: Sequence[Sta
             f"the schedule is not in its stable phase at {tokens:,} tokens: the learning rate of stage {stage.name!r} "
             f"is {rate:.3g} there, on its way to or from {peak:.3g}; branch between warm-up and decay"
         )
+
+
+def require_no_branch_in_training(run: RunConfig) -> None:
+    """Check that no branch of the run is being trained, so that it can be set aside. For one process.
+
+    Raises:
+        RequestError: one is.
+    """
+    for held in sorted((Path(run.output) / FOLDER).glob(f"*/{LEASE}")):
+        with run_lease(replace(run, output=str(held.parent))):
+            pass
 
 
 def bring_metrics(run: RunConfig, start: Start | None) -> None:

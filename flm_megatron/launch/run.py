@@ -50,7 +50,7 @@ def train(run: RunConfig, only: str | None = None, anew: bool = False) -> int:
 
 def _train_locally(run: RunConfig, only: str | None, anew: bool) -> int:
     """Start fresh processes for each stage, as many as its layout needs."""
-    from flm_megatron.launch.branch import bring_metrics
+    from flm_megatron.launch.branch import bring_metrics, require_no_branch_in_training
     from flm_megatron.launch.run_lease import run_lease
     from flm_megatron.training.resume.memory_copies import NOT_USED
     from flm_megatron.training.resume.start import checked_start, set_aside
@@ -58,6 +58,7 @@ def _train_locally(run: RunConfig, only: str | None, anew: bool) -> int:
     check_local(run)
     with run_lease(run):
         if anew:
+            require_no_branch_in_training(run)
             set_aside(run)
         start = checked_start(run, only)
         write_run_file(run)

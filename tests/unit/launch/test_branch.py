@@ -18,7 +18,9 @@ from flm_megatron.config.loader import dump_run, run_to_dict
 from flm_megatron.config.rules import violations
 from flm_megatron.config.schema import ChatConfig, DataConfig, OptimizerConfig, RunConfig, ScheduleConfig, StageConfig
 from flm_megatron.errors import RequestError
-from flm_megatron.launch.branch import branch_tokens, bring_metrics, decay_branch
+from flm_megatron.launch.branch import branch_tokens, bring_metrics, decay_branch, require_no_branch_in_training
+from flm_megatron.launch.run import train as train_checked
+from flm_megatron.launch.run_lease import run_lease
 from flm_megatron.optim.learning_rate import learning_rate
 from flm_megatron.training.metrics.events import FILE, MetricsEvent, RestartEvent, line_text, read_events
 from flm_megatron.training.resume.start import checkpoint_store, find_start
@@ -154,6 +156,14 @@ def test_runs_without_branches_are_refused(trunk: RunConfig, tmp_path: Path) -> 
     whole = [replace(stage, schedule=ScheduleConfig("constant", wsd_decay_fraction=1)) for stage in trunk.stages]
     with pytest.raises(RequestError, match="wsd_decay_fraction is 1: a branch needs a share below 1"):
         decay_branch(replace(trunk, stages=whole), "decay@9000")
+
+
+def test_a_run_is_not_set_aside_under_a_branch_in_training(trunk: RunConfig) -> None:
+    branch = decay_branch(trunk, "decay@9000")
+    with run_lease(branch), pytest.raises(RequestError, match=r"branches/decay@9000 is in use by .*: wait until"):
+        train_checked(trunk, anew=True)
+    assert checkpoint_store(trunk).newest("two") and not list(Path(trunk.output).glob("*.before-*"))
+    require_no_branch_in_training(trunk)
 
 
 def test_metrics_begin_with_the_trunks(trunk: RunConfig) -> None:
