@@ -14,7 +14,7 @@ from flm_megatron.device import current
 from flm_megatron.growth.distance import watch_layers
 from flm_megatron.growth.grown.added import AddedEntries
 from flm_megatron.growth.plan import GrowthPlan
-from flm_megatron.model.parameters import TARGETS, ParameterSpec, Unit, parameter_specs
+from flm_megatron.model.parameters import TARGETS, Unit, parameter_specs
 from flm_megatron.training.hooks.hook import Hook
 from flm_megatron.training.hooks.owned import counted_regions, layer_name
 from flm_megatron.training.metrics.events import GrowthHealthEvent
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 COLUMNS = 64
 """Directions onto which channels, and what they read or write, are projected where they are more."""
 SIDES = ("old", "new")
+WIDTHS = {"hidden": Unit.HIDDEN, "ffn": Unit.FFN, "heads": Unit.HEAD}
 Health = dict[str, dict[str, float]]
 
 
@@ -90,15 +91,14 @@ class HealthParts:
     """
 
     def __init__(self, plan: GrowthPlan) -> None:
-        specs, old = parameter_specs(plan.new), parameter_specs(plan.old)
+        specs = parameter_specs(plan.new)
         self.num_layers = plan.new.num_layers
         self.specs = {n: s for n, s in specs.items() if s.kind in ("matrix", "embedding", "head")}
         self.added = AddedEntries(plan)
         self.names = [*map(layer_name, range(self.num_layers)), *(n for n, s in self.specs.items() if not s.stacked)]
         self.numbers = {name: index for index, name in enumerate(self.names)}
         self.new_layers = [layer.copy for layer in plan.layer_sources]
-        grows = {unit for unit in Unit for n in self.specs if n in old and _size(specs[n], unit) != _size(old[n], unit)}
-        unit = next((each for each in (Unit.HIDDEN, Unit.FFN, Unit.HEAD) if each in grows), Unit.HIDDEN)
+        unit = next((unit for name, unit in WIDTHS.items() if name in plan.grows), Unit.HIDDEN)
         targets: tuple[str, ...] = ("qkv", "projection") if unit is Unit.HEAD else ("fc1", "fc2")
         targets = targets if self.num_layers else ()
         self.channels = {f"{TARGETS[target]}.weight": self._channels(target, unit) for target in targets}
@@ -230,7 +230,3 @@ def _projection(size: int, seed: int) -> torch.Tensor:
     else:
         projection = torch.randn((size, COLUMNS), generator=torch.Generator().manual_seed(seed))
     return projection.to(current().torch_device)
-
-
-def _size(spec: ParameterSpec, unit: Unit) -> int:
-    return sum(axis.size for axis in spec.axes if axis.unit is unit)
