@@ -74,7 +74,7 @@ def advise_run(
     Savings are shares of the cost from scratch, by `cost` (FLOPs by default).
 
     Raises:
-        RequestError: no budget, or no smaller model and no laws to compare.
+        RequestError: no budget, a last model without a price, or no smaller model and no laws to compare.
     """
     large, length = run.stages[-1].model, run.data.sequence_length
     per_token = training_flops_per_token(large, length)
@@ -82,10 +82,13 @@ def advise_run(
     if tokens <= 0:
         raise RequestError(f"stage {run.stages[-1].name!r} has no tokens: give --budget FLOPS, or its tokens")
     price = cost or (lambda model: training_flops_per_token(model, length))
+    whole = price(large)
+    if whole is None:
+        raise RequestError(f"the model of stage {run.stages[-1].name!r} fits the machine under no layout: give more")
     found = [
         option
         for candidate in candidates(large, run.stages[:-1])
-        if (option := _option(candidate, large, laws, credits, price, tokens)) is not None
+        if (option := _option(candidate, large, laws, credits, price, whole, tokens)) is not None
     ]
     if not found:
         raise RequestError(
@@ -107,14 +110,20 @@ def advise_run(
 
 
 def _option(
-    candidate: Candidate, large: ModelConfig, laws: Laws, credits: CreditTable, price: CostPerToken, tokens: float
+    candidate: Candidate,
+    large: ModelConfig,
+    laws: Laws,
+    credits: CreditTable,
+    price: CostPerToken,
+    whole: float,
+    tokens: float,
 ) -> Option | None:
-    """An option; none where its law or its price is not known."""
+    """An option; none where its law or its price is not known. `whole` is the price of a token of `large`."""
     pairs = laws.pairs(candidate.model, large)
-    costs = price(candidate.model), price(large)
-    if not pairs or costs[0] is None or costs[1] is None:
+    cost = price(candidate.model) if pairs else None
+    if cost is None:
         return None
-    ratio = costs[0] / costs[1]
+    ratio = cost / whole
     parameters = parameter_count(large)
     measured = [
         row

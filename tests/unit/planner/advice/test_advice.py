@@ -14,11 +14,13 @@ import flm_megatron as flm
 from flm_megatron.cli.main import main
 from flm_megatron.config.loader import dump_run
 from flm_megatron.config.schema import ModelConfig, MupConfig, RunConfig, StageConfig
+from flm_megatron.errors import RequestError
 from flm_megatron.growth.rules import check_growth
 from flm_megatron.model.parameters import parameter_count
+from flm_megatron.planner.advice.advice import advise_run
 from flm_megatron.planner.advice.candidates import candidates
-from flm_megatron.planner.advice.laws import laws_of_pilots, read_pilot
-from flm_megatron.planner.advice.token_credit import OperatorCredit
+from flm_megatron.planner.advice.laws import laws_of_pilots, published_laws, read_pilot
+from flm_megatron.planner.advice.token_credit import OperatorCredit, read_credits
 from flm_megatron.planner.loss_law import SizeLaw
 from tests.unit.evaluation.report.test_report import step
 
@@ -190,6 +192,20 @@ def test_with_a_machine_savings_are_of_gpu_hours(tmp_path: Path) -> None:
     assert all(ratios[1][name] > ratios[0][name] for name in ratios[1] if "hidden" in name), (
         "narrow models use a GPU less"
     )
+
+
+def test_every_model_is_priced_once() -> None:
+    priced: list[ModelConfig] = []
+
+    def price(model: ModelConfig) -> float | None:
+        priced.append(model)
+        return None if model == SMALL else float(parameter_count(model))
+
+    advice = advise_run(RUN, published_laws(), read_credits(), None, price, "euros")
+    assert len(priced) == len(advice.options) + 2, "every option, the last model, and the one without a price"
+    assert all(option.candidate.model != SMALL for option in advice.options)
+    with pytest.raises(RequestError, match="the model of stage 'large' fits the machine under no layout"):
+        advise_run(RUN, published_laws(), read_credits(), None, lambda model: None, "euros")
 
 
 def test_the_command_prints_text_and_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
