@@ -130,6 +130,16 @@ def first_stage_does_not_grow(run: RunConfig) -> str | None:
     return None
 
 
+def fine_tuning_does_not_grow(run: RunConfig) -> list[str]:
+    """The stages of a fine-tuning share one model."""
+    growing = [index for index, stage in enumerate(run.stages) if index > 0 and stage.growth is not None]
+    return [
+        f"stages.{index}.growth is given, but the stages of a fine-tuning share one model: leave it out"
+        for index in growing
+        if run.data.chat is not None
+    ]
+
+
 def other_shapes_grow(run: RunConfig) -> list[str]:
     """A later stage of another shape says how it grows."""
     lines = []
@@ -284,6 +294,7 @@ RUN_RULES = (
     stage_names_are_folders,
     stage_names_are_unique,
     first_stage_does_not_grow,
+    fine_tuning_does_not_grow,
     shares_are_all_or_none,
     validation_has_sources,
     source_names_are_words,

@@ -67,6 +67,7 @@ REFUSED: list[tuple[str, int | None, str]] = [
     ("stages.1.growth.certify_samples=-1", None, "stages.1.growth.certify_samples is -1, give at least 0"),
     ("stages.1.growth.loss_tolerance=-1", None, "stages.1.growth.loss_tolerance is -1.0, give 0 or more"),
     ("data.chat.epochs=1000000", None, "data.chat.epochs is 1000000, give at most 1000"),
+    ("data.chat.epochs=1 stages.1.growth.lr_mult=2", None, "stages.1.growth is given, but the stages of a fine-tuning"),
     ("data.chat.mix=[{stage: one, source: a, passes: -1}]", None, "data.chat.mix.0.passes is -1.0, give 0 to 1000"),
     ("data.train.0.epochs=1e9", None, "data.train.0.epochs is 1000000000.0, give at most 10000"),
     ("data.train.0.name=''", None, "data.train.0.name is '', give a name"),
