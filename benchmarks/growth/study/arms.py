@@ -32,7 +32,8 @@ ARMS = {
     "width: clone, noise 1": Arm("thin", _all("clone", *WIDTH) | {"clone_noise": 1.0}),
     "width: ffn and heads, mask": Arm("slim", _all("mask", *WIDTH)),
     "depth: copy": Arm("shallow", {"layers": "copy", "layer_selection": "stack"}),
-    "depth: mask": Arm("shallow", {"layers": "mask", "layer_selection": "interleave"}),
+    "depth: mask beside its source": Arm("shallow", {"layers": "mask", "layer_selection": "interleave"}),
+    "depth: mask, stacked": Arm("shallow", {"layers": "mask", "layer_selection": "stack"}),
     "depth: copy, shrink 0.4": Arm("shallow", {"layers": "copy", "layer_selection": "stack", "shrink": 0.4}),
     "depth: copies of one layer": Arm("one", {"layers": "copy", "layer_selection": "stack"}),
     "depth: copy, moments kept": Arm(
