@@ -71,7 +71,7 @@ class Size:
 SIZES = {
     "52B": Size(4, 32, 88, 38.0, 16),
     "102B": Size(5, 40, 106, 2.9, 16),
-    "1T": Size(9, 80, 384, 0.0157, 4),
+    "1T": Size(9, 80, 384, 0.0157, 2),
 }
 RUNS: dict[str, tuple[str, ...]] = {
     "recipe": ("52B", "102B", "1T"),
@@ -83,6 +83,9 @@ RUNS: dict[str, tuple[str, ...]] = {
 }
 RATES = {"1T from scratch, half the rate": 0.5, "1T from scratch, twice the rate": 2.0}
 """Multiples of LR: the run from scratch is much shorter than what the values were searched for."""
+DECAY, LAST_STAGE_DECAY = 0.2, 0.5
+"""Share of the run over which the rate decays, but no more than this share of a grown last stage: new width has to
+learn while its masks open."""
 
 
 def document(name: str, seed: int, vocab: int, data: Path, output: Path) -> JsonObject:
@@ -111,6 +114,8 @@ def document(name: str, seed: int, vocab: int, data: Path, output: Path) -> Json
                 **({"growth": {"certify_samples": 0}} if stages else {}),
             }
         )
+    trained = sum(stage["tokens"] for stage in stages)
+    decay = min(DECAY, LAST_STAGE_DECAY * stages[-1]["tokens"] / trained) if len(stages) > 1 else DECAY
     return {
         "name": f"{name} {seed}",
         "output": str(output),
@@ -123,7 +128,7 @@ def document(name: str, seed: int, vocab: int, data: Path, output: Path) -> Json
         },
         "defaults": {
             "optimizer": {"lr": LR * RATES.get(name, 1.0), "min_lr": 0.0},
-            "schedule": {"kind": "wsd", "boundary": "rewarm"},
+            "schedule": {"kind": "wsd", "boundary": "rewarm", "wsd_decay_fraction": decay},
             "validation": {"samples": 1024},
         },
         "stages": stages,
