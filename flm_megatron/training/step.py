@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch.profiler import record_function
@@ -58,7 +58,6 @@ class TrainState:
         from flm_megatron.optim.build import build_optimizer
 
         self.stage = stage
-        self.trained = trained_count(stage)
         self.sequence_length = sequence_length
         place = current().place
         self.chunks = replicate([place(chunk) for chunk in build_model(stage.model, stage)], stage.parallel)
@@ -95,6 +94,11 @@ class TrainState:
                 set_relative_epsilon(self.optimizer, self.stage.optimizer, sums.grad_norm, self.trained)
                 clip_and_step(self.optimizer, sums.grad_norm)
         return StepResult(loss, sums.tokens, sums.grad_norm, sums.heard, refused)
+
+    @cached_property
+    def trained(self) -> int:
+        """Number of parameters of the whole model that learn."""
+        return trained_count(self.stage)
 
     def validation_loss(self, batches: Iterator[list[Batch]]) -> float:
         """Mean loss over all unmasked tokens of the batches, in nats; the same on every rank."""
