@@ -1,4 +1,4 @@
-"""Schedules of runs that an earlier version began, whose defaults were others under `boundary: rewarm`."""
+"""Schedules of runs that an earlier version began, which wrote its defaults out where none are given now."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from flm_megatron.training.resume.start import newest_manifest
 def with_saved_schedules(run: RunConfig) -> RunConfig:
     """The run with the old defaults, where its newest checkpoint was trained with them and the run file gives nothing.
 
+    Under `boundary: rewarm` they are other values than today's. Under the others they are the same, and what a run file
+    leaves out is then no change.
+
     Raises:
         RequestError: the disk does not answer, or the checkpoint is of a newer version.
     """
@@ -23,12 +26,12 @@ def with_saved_schedules(run: RunConfig) -> RunConfig:
 
 
 def _is_open(schedule: ScheduleConfig) -> bool:
-    """Whether a default of the schedule was another in earlier versions."""
-    return schedule.boundary == "rewarm" and None in (schedule.warmup_tokens, schedule.wsd_decay_fraction)
+    """Whether the run file leaves out what earlier versions had a number for."""
+    return None in (schedule.warmup_tokens, schedule.wsd_decay_fraction)
 
 
 def _as_saved(schedule: ScheduleConfig, saved: object) -> ScheduleConfig:
-    if not _is_open(schedule) or not isinstance(saved, Mapping) or saved.get("boundary") != "rewarm":
+    if not _is_open(schedule) or not isinstance(saved, Mapping) or saved.get("boundary") != schedule.boundary:
         return schedule
     if schedule.warmup_tokens is None and saved.get("warmup_tokens") == 0:
         schedule = replace(schedule, warmup_tokens=0)
