@@ -50,7 +50,7 @@ def advise(
     >>> from flm_megatron import load_run
     >>> advice = advise(load_run("run.yaml"), budget=1e13)
     >>> advice.verdict
-    'not measured'
+    'do not grow'
 
     Args:
         run: as `load_run` gives it; models of its other stages are candidates to grow out of, beside divided ones.

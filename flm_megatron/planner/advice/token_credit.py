@@ -58,17 +58,19 @@ class CreditTable:
     measured: tuple[OperatorCredit, ...]
 
     def for_growth(self, dimensions: frozenset[str], tokens_per_parameter: float) -> list[OperatorCredit]:
-        """Of each operator that was measured on these dimensions the row nearest in tokens per parameter."""
+        """The operators that were measured on these dimensions, at the nearest of their tokens per parameter.
+
+        What an operator kept at other tokens per parameter is not set against it: shorter runs keep more in width, less
+        in depth.
+        """
 
         def distance(row: OperatorCredit) -> float:
             """How far a row is, in the logarithm of tokens per parameter."""
             return abs(math.log(row.tokens_per_parameter / tokens_per_parameter))
 
-        nearest: dict[str, OperatorCredit] = {}
-        for row in sorted(self.measured, key=distance):
-            if row.dimensions == dimensions:
-                nearest.setdefault(row.operator, row)
-        return list(nearest.values())
+        rows = [row for row in self.measured if row.dimensions == dimensions]
+        nearest = min(rows, key=distance).tokens_per_parameter if rows else None
+        return [row for row in rows if row.tokens_per_parameter == nearest]
 
 
 def read_credits(path: Path = TABLE) -> CreditTable:

@@ -53,7 +53,9 @@ def law_file(folder: Path, law: SizeLaw = LAW) -> Path:
 
 
 def test_without_measurements_the_bound_is_given_and_said_to_be_one(tmp_path: Path) -> None:
-    advice = flm.advise(RUN, laws=law_file(tmp_path))
+    empty = tmp_path / "empty.json"
+    empty.write_text('{"source": "nothing", "measured": []}')
+    advice = flm.advise(RUN, laws=law_file(tmp_path), credit=empty)
     assert advice.verdict == "not measured" and advice.best is not None and advice.best.bound is not None
     assert advice.best.expected is None and advice.growth is None
     text = str(advice)
@@ -114,6 +116,23 @@ def test_the_nearest_measurement_in_tokens_per_parameter_counts(tmp_path: Path) 
         for run in (RUN, few)
     ]
     assert rates == [0.5, 0.99]
+
+
+def test_an_operator_measured_far_away_does_not_count(tmp_path: Path) -> None:
+    path = credit_file(tmp_path, [0.5, 0.5])
+    table = json.loads(path.read_text())
+    far = {"operator": "depth: mask", "growth": {"layers": "mask"}, "tokens_per_parameter": 5, "kept": [0.99, 0.99]}
+    table["measured"].append(table["measured"][0] | far)
+    path.write_text(json.dumps(table))
+    found = read_credits(path)
+    assert [row.operator for row in found.for_growth(frozenset({"layers"}), 15)] == ["depth: copy"]
+    assert [row.operator for row in found.for_growth(frozenset({"layers"}), 4)] == ["depth: mask"]
+    assert found.for_growth(frozenset({"hidden"}), 15) == []
+
+
+def test_the_table_of_the_program_has_operators_for_depth_width_and_both() -> None:
+    for dimensions in ({"layers"}, {"hidden", "ffn", "heads"}, {"hidden", "ffn", "heads", "layers"}):
+        assert read_credits().for_growth(frozenset(dimensions), 5.0)
 
 
 def test_candidates_can_grow_and_are_named_once() -> None:
