@@ -99,7 +99,7 @@ def _catches_sigterm(pid: int) -> bool:
     return bool(int(status["SigCgt"], 16) >> (signal.SIGTERM - 1) & 1)
 
 
-@pytest.mark.parametrize("after_s", [0.0, 3.0, pytest.param(6.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("after_s", [0.0, *(pytest.param(s, marks=pytest.mark.slow) for s in (3.0, 6.0))])
 def test_a_signal_before_training_leaves_nothing_half_made(data: Path, tmp_path: Path, after_s: float) -> None:
     long = ("--stages.0.tokens", "1280000")  # 10,000 steps: a quick machine may have begun, none has ended
     source, run = make_run(data, tmp_path, "--output", str(tmp_path / "run"), *long)
