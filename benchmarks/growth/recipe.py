@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from benchmarks.growth.study.runs import flm
+from benchmarks.growth.study.runs import flm, model_fields, run_head
+from benchmarks.growth.study.sizes import SEQUENCE
 from flm_megatron.config.schema import ModelConfig, MupConfig
 from flm_megatron.json_text import JsonObject
 from flm_megatron.model.parameters import parameter_count
 from flm_megatron.training.metrics.events import ValidationEvent, read_events
 from flm_megatron.training.metrics.flops import training_flops_per_token
 
-SEQUENCE = 128
 HEAD_DIM = 8
 TUNED: JsonObject = {"input_mult": 10.0, "matrix_init_std": 0.1}
 LR = 1.2e-2
@@ -99,15 +99,7 @@ def document(name: str, seed: int, vocab: int, data: Path, output: Path) -> Json
         stages.append(
             {
                 "name": key,
-                "model": {
-                    "num_layers": size.layers,
-                    "hidden_size": size.hidden,
-                    "ffn_hidden_size": size.ffn,
-                    "num_attention_heads": size.hidden // HEAD_DIM,
-                    "head_dim": HEAD_DIM,
-                    "mup": {"enabled": True, "base_hidden_size": 32},
-                    **TUNED,
-                },
+                "model": model_fields(size.model(vocab)),
                 "global_batch": size.batch,
                 "micro_batch": size.batch,
                 "tokens": tokens,
@@ -116,23 +108,13 @@ def document(name: str, seed: int, vocab: int, data: Path, output: Path) -> Json
         )
     trained = sum(stage["tokens"] for stage in stages)
     decay = min(DECAY, LAST_STAGE_DECAY * stages[-1]["tokens"] / trained) if len(stages) > 1 else DECAY
-    return {
-        "name": f"{name} {seed}",
-        "output": str(output),
-        "seed": seed,
-        "tokenizer": f"{data}/tokenizer.model",
-        "data": {
-            "sequence_length": SEQUENCE,
-            "train": [{"path": f"{data}/train"}],
-            "validation": [{"path": f"{data}/validation"}],
-        },
+    return run_head(f"{name} {seed}", seed, data, output) | {
         "defaults": {
             "optimizer": {"lr": LR * RATES.get(name, 1.0), "min_lr": 0.0},
             "schedule": {"kind": "wsd", "boundary": "rewarm", "wsd_decay_fraction": decay},
             "validation": {"samples": 1024},
         },
         "stages": stages,
-        "logging": {"interval_steps": 100, "tensorboard": False},
         "checkpoint": {"keep_last": 1},
     }
 

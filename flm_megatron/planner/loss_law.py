@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,6 +37,17 @@ class LossLaw:
         above = np.maximum(loss - self.floor, 0.0)
         with np.errstate(divide="ignore"):
             return (above / self.scale) ** (-1 / self.exponent)
+
+
+def first_reached(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
+    """Where a measured curve (tokens or FLOPs, loss), in order, first comes down to `loss`, straight between points
+    over the logarithm; none where it begins below or ends above."""
+    if not curve or curve[0][1] < loss:
+        return None
+    for (x0, l0), (x1, l1) in pairwise(curve):
+        if l1 <= loss <= l0 and l1 < l0:
+            return x0 * (x1 / x0) ** ((l0 - loss) / (l0 - l1))
+    return None
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from benchmarks.growth.study.runs import SCRATCH, Study, run_folder
 from benchmarks.growth.study.sizes import Sizes
 from flm_megatron.planner.advice.candidates import grown_dimensions
 from flm_megatron.planner.advice.token_credit import FEWEST_SEEDS, TABLE, read_credits
+from flm_megatron.planner.loss_law import first_reached
 from flm_megatron.training.metrics.events import StepEvent, read_events
 
 WINDOWS = 20
@@ -34,15 +35,9 @@ def equal_tokens(small: Sequence[StepEvent], scratch: Sequence[StepEvent]) -> fl
     """Tokens after which `scratch` first had the mean loss of the last steps of `small`; none outside of it."""
     size = max(1, len(small) // WINDOWS)
     loss = fmean(step.loss for step in small[-size:])
-    before: tuple[float, float] | None = None
-    for end in range(size, len(scratch) + 1, size):
-        here = float(scratch[end - 1].tokens), fmean(step.loss for step in scratch[end - size : end])
-        if here[1] <= loss:
-            if before is None:
-                return None
-            return before[0] * (here[0] / before[0]) ** ((before[1] - loss) / (before[1] - here[1]))
-        before = here
-    return None
+    ends = range(size, len(scratch) + 1, size)
+    curve = [(float(scratch[end - 1].tokens), fmean(step.loss for step in scratch[end - size : end])) for end in ends]
+    return first_reached(curve, loss)
 
 
 def table(study: Study, found: Sequence[Line]) -> dict[str, object]:

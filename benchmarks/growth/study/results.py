@@ -6,10 +6,10 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import fmean, stdev
 
 from benchmarks.growth.study.runs import SCRATCH, Result
+from flm_megatron.planner.loss_law import first_reached
 
 Curve = list[tuple[float, float]]
 """(FLOPs, loss at the end of the decay) of one seed from scratch, in order."""
@@ -92,15 +92,7 @@ def lines(results: Sequence[Result], flops_per_token: float) -> list[Line]:
     ]
 
 
-def equal_flops(curve: Curve, loss: float) -> float | None:
-    """FLOPs at which the curve has this loss, interpolated in their logarithm; none outside of it."""
-    for (f0, l0), (f1, l1) in pairwise(curve):
-        if l1 <= loss <= l0 and l1 < l0:
-            return f0 * (f1 / f0) ** ((l0 - loss) / (l0 - l1))
-    return None
-
-
 def _saving(result: Result, curve: Curve, flops_per_token: float) -> Saving:
-    equal = equal_flops(curve, result.loss)
+    equal = first_reached(curve, result.loss)
     credit = None if equal is None else (equal / flops_per_token - result.large_tokens) / result.small_tokens
     return Saving(result, equal, credit)

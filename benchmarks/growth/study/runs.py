@@ -14,6 +14,7 @@ from statistics import fmean
 
 from benchmarks.growth.study.arms import ARMS
 from benchmarks.growth.study.sizes import BATCH, SEQUENCE, STEP_TOKENS, UNIT, Sizes
+from flm_megatron.config.schema import ModelConfig
 from flm_megatron.json_text import JsonObject
 from flm_megatron.training.metrics.events import StepEvent, ValidationEvent, read_events
 
@@ -123,27 +124,16 @@ class Study:
             opening = max(1, round(ARMS[arm].mask_share * self._before(grown_at, least)))
             stages[1]["growth"] = {"mask_steps": opening, "certify_samples": 0, **ARMS[arm].growth}
             stages[1]["schedule"] |= {"boundary": "rewarm"}
-        return {
-            "name": f"{arm} {seed}",
-            "output": str(folder),
-            "seed": seed,
-            "tokenizer": f"{self.data}/tokenizer.model",
-            "data": {
-                "sequence_length": SEQUENCE,
-                "train": [{"path": f"{self.data}/train"}],
-                "validation": [{"path": f"{self.data}/validation"}],
-            },
+        return run_head(f"{arm} {seed}", seed, self.data, folder) | {
             "stages": stages,
-            "logging": {"interval_steps": 100, "tensorboard": False},
             "checkpoint": {"interval_steps": UNIT, "keep_every_steps": UNIT},
         }
 
     def _stage(self, name: str, size: str, tokens: int) -> JsonObject:
         tuned, warmup = self.sizes.tuned(size), min(WARMUP * STEP_TOKENS, tokens // 5)
-        model = {k: v for k, v in asdict(self.sizes.model(size)).items() if v is not None}
         return {
             "name": name,
-            "model": model,
+            "model": model_fields(self.sizes.model(size)),
             "tokens": tokens,
             "global_batch": BATCH,
             "micro_batch": BATCH,
@@ -183,6 +173,27 @@ class Study:
     def _keep(self, result: Result) -> None:
         with (self.out / RESULTS).open("a") as file:
             file.write(json.dumps(asdict(result)) + "\n")
+
+
+def run_head(name: str, seed: int, data: Path, output: Path) -> JsonObject:
+    """What the run files of all runs begin with; JSON is YAML."""
+    return {
+        "name": name,
+        "output": str(output),
+        "seed": seed,
+        "tokenizer": f"{data}/tokenizer.model",
+        "data": {
+            "sequence_length": SEQUENCE,
+            "train": [{"path": f"{data}/train"}],
+            "validation": [{"path": f"{data}/validation"}],
+        },
+        "logging": {"interval_steps": 100, "tensorboard": False},
+    }
+
+
+def model_fields(model: ModelConfig) -> JsonObject:
+    """A model as a run file has it."""
+    return {name: value for name, value in asdict(model).items() if value is not None}
 
 
 def run_folder(out: Path, arm: str, grown_at: float, seed: int) -> Path:

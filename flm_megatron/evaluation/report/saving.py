@@ -14,8 +14,8 @@ from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.report.chart import Bracket, Chart, Point, Series
 from flm_megatron.evaluation.report.history import History, Position
-from flm_megatron.model.parameters import parameter_specs
-from flm_megatron.planner.loss_law import LossLaw, read_laws
+from flm_megatron.model.parameters import parameter_count, parameter_specs
+from flm_megatron.planner.loss_law import LossLaw, first_reached, read_laws
 from flm_megatron.training.metrics.events import StepEvent
 
 WINDOWS = 50
@@ -42,15 +42,10 @@ class ScratchCurve:
         """
         if self.law and loss > self.law.floor:
             return float(self.law.tokens(np.asarray(loss))) * self.flops_per_token, ""
-        before: Point | None = None
-        for flops, found in self.points:
-            if found <= loss:
-                if before is None:
-                    return flops, "<"
-                part = (before[1] - loss) / (before[1] - found)
-                return before[0] * (flops / before[0]) ** part, ""
-            before = flops, found
-        return self.points[-1][0], ">"
+        if self.points[0][1] <= loss:
+            return self.points[0][0], "<"
+        at = first_reached(self.points, loss)
+        return (self.points[-1][0], ">") if at is None else (at, "")
 
 
 @dataclass(frozen=True)
@@ -212,7 +207,7 @@ def _saving(history: History, measured: Measured, end: tuple[Position, float], c
         large_tokens=large_tokens,
         scratch_tokens=equivalent / curve.flops_per_token,
         flops_ratio=boundary.flops / boundary.tokens / per_token,
-        parameters=sum(spec.numel for spec in parameter_specs(_model(history)).values()),
+        parameters=parameter_count(_model(history)),
     )
 
 

@@ -11,7 +11,7 @@ from flm_megatron.config.schema import StageConfig
 from flm_megatron.evaluation.report.history import Happening, History
 from flm_megatron.evaluation.report.saving import Saving, percent
 from flm_megatron.growth.record import Comparison
-from flm_megatron.model.parameters import parameter_specs
+from flm_megatron.model.parameters import parameter_count
 from flm_megatron.training.metrics.events import ChangeEvent, RefusedEvent, StepEvent
 from flm_megatron.training.metrics.goodput import Goodput
 from flm_megatron.training.metrics.log import duration, short
@@ -75,7 +75,7 @@ def _stage_row(history: History, stage: StageConfig, steps: list[StepEvent]) -> 
     return [
         history.name,
         stage.name,
-        short(sum(spec.numel for spec in parameter_specs(model).values())),
+        short(parameter_count(model)),
         f"{model.num_layers} / {model.hidden_size} / {model.ffn_hidden_size} / {model.num_attention_heads}",
         f"{parallel.tensor} / {parallel.pipeline}",
         steps[-1].step,

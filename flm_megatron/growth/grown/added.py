@@ -9,7 +9,7 @@ from functools import cache
 import torch
 
 from flm_megatron.checkpoint.logical import Region
-from flm_megatron.growth.grown.axes import Segment, tensor_segments
+from flm_megatron.growth.grown.axes import Segment, segments_within, tensor_segments
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.model.parameters import parameter_specs
 
@@ -24,11 +24,7 @@ class AddedEntries:
 
     def regions(self, name: str, region: Region) -> Iterator[tuple[Region, bool]]:
         """`region` of parameter `name`, cut into regions that are wholly added or wholly old: (region, added)."""
-        clipped = [
-            [c for s in segments if (c := s.clip(start, start + size))]
-            for segments, start, size in zip(self._segments(name), region.offsets, region.sizes, strict=True)
-        ]
-        for cut in itertools.product(*clipped):
+        for cut in itertools.product(*segments_within(self._segments(name), region)):
             yield Region(tuple(s.start for s in cut), tuple(s.size for s in cut)), any(map(_added, cut))
 
     def flags(self, name: str, region: Region) -> torch.Tensor:

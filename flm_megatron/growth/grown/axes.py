@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from flm_megatron.checkpoint.logical import Region
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.model.parameters import Axis, ParameterSpec, Unit
 
@@ -47,6 +48,14 @@ def tensor_segments(plan: GrowthPlan, old: ParameterSpec | None, new: ParameterS
     if old is None:
         return [[Segment(0, axis.size, None, copy=True)] for axis in new.axes]
     return [axis_segments(plan, before, after) for before, after in zip(old.axes, new.axes, strict=True)]
+
+
+def segments_within(whole: list[list[Segment]], region: Region) -> list[list[Segment]]:
+    """The part of a tensor's segments that lies in a region, axis by axis."""
+    return [
+        [clipped for segment in segments if (clipped := segment.clip(start, start + size))]
+        for segments, start, size in zip(whole, region.offsets, region.sizes, strict=True)
+    ]
 
 
 def axis_segments(plan: GrowthPlan, old: Axis, new: Axis) -> list[Segment]:

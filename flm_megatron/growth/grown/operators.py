@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flm_megatron.checkpoint.logical import Region
-from flm_megatron.growth.grown.axes import Segment, tensor_segments
+from flm_megatron.growth.grown.axes import Segment, segments_within, tensor_segments
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.model.parameters import Axis, ParameterSpec, Unit, parameter_specs
 
@@ -89,11 +89,7 @@ class Operators:
     def regions(self, name: str, region: Region) -> Iterator[FilledRegion]:
         """`region` of parameter `name` cut by what fills it: covered once, in row-major order of corners."""
         spec = self.specs[name]
-        whole = tensor_segments(self.plan, self._old_specs.get(name), spec)
-        axes = [
-            [c for s in segments if (c := s.clip(start, start + size))]
-            for segments, start, size in zip(whole, region.offsets, region.sizes, strict=True)
-        ]
+        axes = segments_within(tensor_segments(self.plan, self._old_specs.get(name), spec), region)
         if spec.stacked and self.plan.looks_at_trained:
             axes[0] = [layer for s in axes[0] for i in range(s.size) if (layer := s.clip(s.start + i, s.start + i + 1))]
         for segments in itertools.product(*axes):

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.growth.study.arms import ARMS
-from benchmarks.growth.study.results import equal_flops, lines
+from benchmarks.growth.study.results import lines
 from benchmarks.growth.study.runs import SCRATCH, Result, Study
 from benchmarks.growth.study.sizes import SHAPES, Sizes
 from flm_megatron.config.loader import load_run
 from flm_megatron.growth.foreseen import check_run_file
+from flm_megatron.planner.loss_law import first_reached
 
 PER_TOKEN = 2.0
 
@@ -53,9 +54,9 @@ def test_nothing_is_claimed_within_twice_the_spread_or_beyond_the_curve() -> Non
 
 def test_no_equal_flops_beyond_the_ends() -> None:
     curve = [(10.0, 4.0), (100.0, 3.0), (1000.0, 2.0)]
-    assert equal_flops(curve, 3.5) == pytest.approx(10**1.5)
-    assert equal_flops(curve, 2.0) == pytest.approx(1000)
-    assert equal_flops(curve, 4.1) is None and equal_flops(curve, 1.9) is None
+    assert first_reached(curve, 3.5) == pytest.approx(10**1.5)
+    assert first_reached(curve, 2.0) == pytest.approx(1000)
+    assert first_reached(curve, 4.1) is None and first_reached(curve, 1.9) is None
 
 
 def test_small_models_cost_less_and_every_arm_has_one() -> None:
