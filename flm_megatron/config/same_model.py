@@ -12,7 +12,7 @@ CLOSE = 1e-7
 """Relative difference of two constants below which fp32 does not tell them apart."""
 FUNCTION = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim"),
-    *("vocab_size", "normalization", "activation", "bias", "position", "norm_epsilon", "rope_theta"),
+    *("vocab_size", "normalization", "activation", "bias", "qkv_bias", "position", "norm_epsilon", "rope_theta"),
     *("xpos_scale_base", "input_mult", "output_mult", "lora"),
 )
 """Fields that the function of a model with given weights follows from."""

@@ -85,6 +85,7 @@ def _shape(model: ModelConfig) -> dict[str, object]:
         "gated_linear_unit": model.gated,
         "activation_func": activation,
         "add_bias_linear": model.bias,
+        "add_qkv_bias": model.qkv_bias,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "perform_initialization": False,

@@ -50,7 +50,8 @@ def check_peers(names: Sequence[str], stage: StageConfig) -> None:
             f"--compare runs on one process, the stage's layout is tensor {parallel.tensor} x pipeline "
             f"{parallel.pipeline} x data {parallel.data or 1}: override its parallel sizes with 1"
         )
-    if model.normalization != "rmsnorm" or not model.gated or model.bias or model.position != "rope":
+    biased = model.bias or model.qkv_bias
+    if model.normalization != "rmsnorm" or not model.gated or biased or model.position != "rope":
         raise RequestError("--compare needs the Llama block (rmsnorm, swiglu, no bias, rope), as peers have it")
     if stage.recompute == "selective":
         raise RequestError("--compare: peers have no selective recomputation; set recompute to none or full")

@@ -86,13 +86,14 @@ def refuse_other_blocks(model: ModelConfig) -> None:
             ("normalization", model.normalization, "rmsnorm"),
             ("activation", model.activation, "swiglu"),
             ("position", model.position, "rope"),
+            ("qkv_bias", model.qkv_bias, False),
         )
         if value != wanted
     ]
     if reasons:
         raise RequestError(
             f"the model's block ({', '.join(reasons)}) has no Hugging Face form here: Llama's block has rmsnorm, "
-            "swiglu and rope; use `flm checkpoint reshard` instead"
+            "swiglu, rope and biases everywhere or nowhere; use `flm checkpoint reshard` instead"
         )
 
 

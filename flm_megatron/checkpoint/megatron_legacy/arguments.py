@@ -73,6 +73,7 @@ def arguments_of(
         norm_epsilon=model.norm_epsilon,
         swiglu=model.gated,
         add_bias_linear=model.bias,
+        add_qkv_bias=model.qkv_bias,
         position_embedding_type="rope",
         rotary_base=int(model.rope_theta) if model.rope_theta.is_integer() else model.rope_theta,
         rotary_percent=1.0,
@@ -102,7 +103,6 @@ PLAIN: dict[str, tuple[object, ...]] = {
     "untie_embeddings_and_output_weights": (True,),
     "apply_layernorm_1p": (False,),
     "num_experts": (None, 0),
-    "add_qkv_bias": (False,),
     "qk_layernorm": (False,),
     "qk_l2_norm": (False,),
     "squared_relu": (False,),
@@ -122,6 +122,7 @@ def _refuse(known: Arguments, where: str) -> None:
 
 def _model(known: Arguments, vocab_size: int) -> ModelConfig:
     hidden, heads = known["hidden_size"], known["num_attention_heads"]
+    biased = bool(known.get("add_bias_linear", True))
     factor = float(known.get("mup_scale_factor", 1.0))
     channels = known.get("kv_channels") or hidden // heads
     epsilon = "norm_epsilon" if "norm_epsilon" in known else "layernorm_epsilon"
@@ -135,7 +136,8 @@ def _model(known: Arguments, vocab_size: int) -> ModelConfig:
         vocab_size=vocab_size,
         normalization="rmsnorm" if known.get("normalization") == "RMSNorm" else "layernorm",
         activation="swiglu" if known.get("swiglu") else "gelu",
-        bias=bool(known.get("add_bias_linear", True)),
+        bias=biased,
+        qkv_bias=not biased and bool(known.get("add_qkv_bias")),
         norm_epsilon=known.get(epsilon, 1e-5),
         rope_theta=float(known.get("rotary_base") or 10000.0),
         input_mult=float(known.get("input_mult", 1.0)),

@@ -64,6 +64,13 @@ def head_dim_is_even(model: ModelConfig) -> str | None:
     return None
 
 
+def biases_are_said_once(model: ModelConfig) -> str | None:
+    """The biases of all linear layers include those of queries, keys and values."""
+    if model.bias and model.qkv_bias:
+        return "model.bias and model.qkv_bias are both true: bias has them in every linear layer, leave one of them out"
+    return None
+
+
 def adapters_have_layers(model: ModelConfig) -> str | None:
     """Adapters are beside the matrices of layers."""
     if model.lora is not None and not model.num_layers:
@@ -73,6 +80,7 @@ def adapters_have_layers(model: ModelConfig) -> str | None:
 
 MODEL_RULES = (
     adapters_have_layers,
+    biases_are_said_once,
     constants_are_positive,
     heads_divide_hidden,
     heads_divide_into_groups,

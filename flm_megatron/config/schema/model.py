@@ -58,6 +58,8 @@ class ModelConfig:
     """Feed-forward activation."""
     bias: bool = False
     """Biases in every linear layer but the language-model head."""
+    qkv_bias: bool = False
+    """Biases in the query-key-value matrix alone, as Qwen 2 has them."""
     position: Literal["rope", "xpos"] = "rope"
     """Rotary positions, or xPos (rotary with exponential decay)."""
     norm_epsilon: float = 1e-5

@@ -103,11 +103,12 @@ def _layer_rows(model: ModelConfig) -> Iterator[ParameterSpec]:
     std = model.matrix_init_std / math.sqrt(model.width_factor)
     residual_std = std / math.sqrt(2 * model.num_layers)
     yield from _norm(model, ATTENTION_NORM)
-    yield from _linear(model, QKV, (_query_key_value(model), _hidden(model, "in")), std)
-    yield from _linear(model, PROJECTION, (_hidden(model, "out"), _heads(model)), residual_std)
+    biased = model.bias or model.qkv_bias
+    yield from _linear(model, QKV, (_query_key_value(model), _hidden(model, "in")), std, biased)
+    yield from _linear(model, PROJECTION, (_hidden(model, "out"), _heads(model)), residual_std, model.bias)
     yield from _norm(model, MLP_NORM)
-    yield from _linear(model, FC1, (_ffn(model, "out"), _hidden(model, "in")), std)
-    yield from _linear(model, FC2, (_hidden(model, "out"), _ffn(model, "in")), residual_std)
+    yield from _linear(model, FC1, (_ffn(model, "out"), _hidden(model, "in")), std, model.bias)
+    yield from _linear(model, FC2, (_hidden(model, "out"), _ffn(model, "in")), residual_std, model.bias)
 
 
 def _layers(model: ModelConfig) -> Axis:
@@ -143,11 +144,13 @@ def _ffn(model: ModelConfig, side: Side) -> Axis:
     return Axis(Unit.FFN, bands, side=side, cut=Cut.BANDS)
 
 
-def _linear(model: ModelConfig, name: str, axes: tuple[Axis, Axis], std: float) -> Iterator[ParameterSpec]:
-    """A matrix of every layer and its bias, which is cut as the matrix's output is."""
+def _linear(
+    model: ModelConfig, name: str, axes: tuple[Axis, Axis], std: float, biased: bool
+) -> Iterator[ParameterSpec]:
+    """A matrix of every layer and, if `biased`, its bias, which is cut as the matrix's output is."""
     layers, scale = _layers(model), 1 / model.width_factor
     yield ParameterSpec(f"{name}.weight", (layers, *axes), "matrix", std, lr_scale=scale)
-    if model.bias:
+    if biased:
         yield ParameterSpec(f"{name}.bias", (layers, axes[0]), "bias", 0.0, value="bias")
 
 

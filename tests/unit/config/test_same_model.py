@@ -72,11 +72,14 @@ def test_what_changes_no_logits_is_not(case: str) -> None:
 
 
 def test_all_differences_are_named_at_once_with_both_values() -> None:
-    ours = replace(MODEL, rope_theta=5e5, norm_epsilon=1e-6, mup=MupConfig(), bias=True, activation="gelu")
+    ours = replace(
+        MODEL, rope_theta=5e5, norm_epsilon=1e-6, mup=MupConfig(), bias=True, activation="gelu", qkv_bias=True
+    )
     assert differences(ours, replace(MODEL, normalization="layernorm")) == [
         "model.normalization is 'rmsnorm' in the run file and 'layernorm' in the checkpoint",
         "model.activation is 'gelu' in the run file and 'swiglu' in the checkpoint",
         "model.bias is True in the run file and False in the checkpoint",
+        "model.qkv_bias is True in the run file and False in the checkpoint",
         "model.norm_epsilon is 1e-06 in the run file and 1e-05 in the checkpoint",
         "model.rope_theta is 500000.0 in the run file and 10000.0 in the checkpoint",
         "the factor on the logits (model.output_mult over muP's width factor) is 2.0 in the run file and 1.0 in the "

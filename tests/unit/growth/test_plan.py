@@ -94,6 +94,7 @@ def test_distances_of_another_model() -> None:
         ({"activation": "gelu"}, "model.activation is 'swiglu'"),
         ({"normalization": "layernorm"}, "model.normalization is 'rmsnorm'"),
         ({"bias": True}, "model.bias is False"),
+        ({"qkv_bias": True}, "model.qkv_bias is False"),
         ({"rope_theta": 5e5}, "model.rope_theta is 10000.0"),
         ({"mup": MupConfig()}, "model.mup.enabled is True"),
     ],

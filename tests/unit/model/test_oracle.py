@@ -29,6 +29,7 @@ MODELS = {
     "grouped queries": ModelConfig(**SHAPE, num_query_groups=2),
     "one key for all queries, wide heads": ModelConfig(**SHAPE, num_query_groups=1, head_dim=32),
     "vocabulary without padding": ModelConfig(**{**SHAPE, "vocab_size": 256}),
+    "biased queries": ModelConfig(**SHAPE, num_query_groups=2, qkv_bias=True),
     "gpt3 block": ModelConfig(**SHAPE, normalization="layernorm", activation="gelu", bias=True),
     "gpt3 block with xpos": ModelConfig(
         **SHAPE, normalization="layernorm", activation="gelu", bias=True, position="xpos", xpos_scale_base=8

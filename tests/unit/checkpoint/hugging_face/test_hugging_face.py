@@ -191,9 +191,10 @@ def test_any_region_is_that_part_of_the_whole(
         ({"normalization": "layernorm"}, "normalization = layernorm"),
         ({"activation": "gelu"}, "activation = gelu"),
         ({"position": "xpos"}, "position = xpos"),
+        ({"qkv_bias": True}, "qkv_bias = True"),
     ],
 )
-def test_other_blocks_are_refused_by_name(tmp_path: Path, change: dict[str, str], message: str) -> None:
+def test_other_blocks_are_refused_by_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     model = ModelConfig(**(vars(ODD) | change))
     with pytest.raises(RequestError, match=message):
         write_hugging_face(Memory(random_tensors(model)), model, tmp_path / "out", ExportOptions())

@@ -193,19 +193,23 @@ def test_a_tensor_of_another_kind_of_block_is_not_left_out(tmp_path: Path) -> No
         MegatronLegacyCheckpoint(path)
 
 
+BIASES: list[dict[str, Any]] = [{}, {"bias": True}, {"qkv_bias": True}]
+
+
 @given(
     theta=st.floats(100, 1e6), epsilon=st.floats(1e-9, 1e-2), multipliers=st.tuples(*[st.floats(0.1, 10)] * 2),
     base=st.integers(1, 99), heads=st.sampled_from([(1, 1), (2, 1), (6, 3), (6, 6)]), channels=st.sampled_from([2, 6]),
-    kinds=st.tuples(st.sampled_from(["rmsnorm", "layernorm"]), st.sampled_from(["swiglu", "gelu"]), st.booleans()),
+    kinds=st.tuples(st.sampled_from(["rmsnorm", "layernorm"]), st.sampled_from(["swiglu", "gelu"])),
+    biases=st.sampled_from(BIASES),
 )  # fmt: skip
 def test_the_arguments_describe_the_same_model(
     theta: float, epsilon: float, multipliers: tuple[float, float], base: int, heads: tuple[int, int], channels: int,
-    kinds: tuple[Any, Any, bool],
+    kinds: tuple[Any, Any], biases: dict[str, Any],
 ) -> None:  # fmt: skip
     model = ModelConfig(
         hidden_size=24, num_attention_heads=heads[0], num_query_groups=heads[1], head_dim=channels, vocab_size=77,
         rope_theta=theta, norm_epsilon=epsilon, input_mult=multipliers[0], output_mult=multipliers[1],
-        normalization=kinds[0], activation=kinds[1], bias=kinds[2], mup=MupConfig(True, base),
+        normalization=kinds[0], activation=kinds[1], **biases, mup=MupConfig(True, base),
     )  # fmt: skip
     assert differences(model_from_arguments(arguments_of(model, ParallelConfig(), 32, 0), "here"), model) == []
 
