@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from flm_megatron.api.reshard import CheckpointCopy
-from flm_megatron.api.values import require_one_of, require_vocabulary, require_whole
+from flm_megatron.api.values import require_vocabulary, require_whole
 from flm_megatron.checkpoint.described import required_model
 from flm_megatron.checkpoint.files.destination import require_new
+from flm_megatron.checkpoint.hugging_face.families.registry import family_named
 from flm_megatron.checkpoint.hugging_face.reader import HuggingFaceCheckpoint
 from flm_megatron.checkpoint.hugging_face.writer import ExportOptions, folding_note, write_hugging_face
 from flm_megatron.checkpoint.lazy.adapters import merged
@@ -31,7 +32,7 @@ class HuggingFaceExport:
     nbytes: int
     """Of all weights."""
     folding: str | None
-    """How multipliers were folded into the weights (`llama`), and whether that is exact; none where they were not."""
+    """How multipliers were folded into the weights , and whether that is exact; none where they were not."""
     no_tokenizer: str
     """Why no tokenizer files were written; empty where they were."""
 
@@ -40,7 +41,7 @@ def export_hf(
     checkpoint: FilePath,
     out: FilePath,
     *,
-    flavour: Literal["teleflm", "llama"] = "teleflm",
+    flavour: str = "teleflm",
     dtype: Literal["fp32", "bf16", "fp16"] | None = None,
     shard_size: int = 5 * 10**9,
     pad_vocab_to: int = 1,
@@ -55,8 +56,9 @@ def export_hf(
 
     Args:
         checkpoint, out: folders to read and to write; the second must not exist.
-        flavour: "teleflm" is the released form, with its code; "llama" has the multipliers folded into embedding and
-            head, so that plain Llama gives the same logits.
+        flavour: the family to write it as (docs/families.md). "teleflm" is the released form, with its code; the
+            others have the multipliers folded into embedding and head, so that plain `transformers` gives the same
+            logits.
         dtype: of the weights; the stored one without.
         shard_size: largest size of a file in bytes; a larger tensor has a file of its own.
         pad_vocab_to: pad the vocabulary to a multiple of this.
@@ -68,7 +70,7 @@ def export_hf(
         RequestError: it cannot be exported as asked, or `out` cannot be written.
         DamagedError: the checkpoint cannot be read.
     """
-    require_one_of("flavour", flavour, ("teleflm", "llama"))
+    family = family_named(flavour)
     require_whole("shard_size", shard_size)
     require_whole("pad_vocab_to", pad_vocab_to)
     require_vocabulary(vocab_size)
@@ -83,7 +85,7 @@ def export_hf(
         length = source.manifest.run.sequence_length
         options = ExportOptions(flavour, weights, shard_size, pad_vocab_to, found, length)
         nbytes = write_hugging_face(source, model, out, options, processes)
-    return HuggingFaceExport(out, nbytes, folding_note(model) if flavour == "llama" else None, missing)
+    return HuggingFaceExport(out, nbytes, None if family.multipliers else folding_note(model), missing)
 
 
 def import_hf(
@@ -93,7 +95,7 @@ def import_hf(
     dtype: Literal["fp32", "bf16", "fp16"] | None = None,
     vocab_size: int | None = None,
 ) -> CheckpointCopy:
-    """Write a Hugging Face folder of Llama's or Tele-FLM's form as a checkpoint of ours.
+    """Write a Hugging Face folder of a known family as a checkpoint of ours.
 
     Training can also start from the folder as it is: see `checkpoint.initial` of the run file. Processes that torchrun
     or srun started share the work and all call.
@@ -105,7 +107,7 @@ def import_hf(
         vocab_size: true vocabulary, where the folder's is padded.
 
     Raises:
-        RequestError: the folder is of no known form, or `out` cannot be written.
+        RequestError: the folder is of no known family, or `out` cannot be written.
         DamagedError: a file of it cannot be read.
     """
     require_vocabulary(vocab_size)

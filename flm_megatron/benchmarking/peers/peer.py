@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from flm_megatron.benchmarking.steps import Step, draw_weights
-from flm_megatron.checkpoint.hugging_face.config import llama_shape
+from flm_megatron.checkpoint.hugging_face.families.llama import llama_shape
 from flm_megatron.config.schema import ModelConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.errors import RequestError

@@ -1,4 +1,4 @@
-"""How the logical tensors lie in Llama's: bands of rows, the same in every layer.
+"""How the logical tensors lie in a family's: bands of rows, the same in every layer.
 
 A logical tensor is cut into bands of whole rows, each of which is a band of rows of one Hugging Face tensor: the
 query-key-value matrix has, per query group, the rows of its queries, its key and its value; the first feed-forward
@@ -11,26 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from flm_megatron.checkpoint.hugging_face.families.family import Modules
 from flm_megatron.checkpoint.logical import Region
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import RequestError
-from flm_megatron.model.parameters import (
-    ATTENTION_NORM,
-    EMBEDDING,
-    FC1,
-    FC2,
-    FINAL_NORM,
-    HEAD,
-    MLP_NORM,
-    PROJECTION,
-    QKV,
-    ParameterSpec,
-    parameter_specs,
-)
-from flm_megatron.model.parameters.axis import BandName
+from flm_megatron.model.parameters import ParameterSpec, parameter_specs
 from flm_megatron.model.parameters.spec import Place
-
-LAYER = "model.layers.{layer}."
 
 
 @dataclass(frozen=True)
@@ -78,34 +64,17 @@ class TargetTensor:
                 yield start, Region(offsets, sizes)
 
 
-def refuse_other_blocks(model: ModelConfig) -> None:
-    """Raise RequestError, naming what Llama's block lacks, if `model` has another block."""
-    reasons = [
-        f"{name} = {value}"
-        for name, value, wanted in (
-            ("normalization", model.normalization, "rmsnorm"),
-            ("activation", model.activation, "swiglu"),
-            ("position", model.position, "rope"),
-            ("qkv_bias", model.qkv_bias, False),
-        )
-        if value != wanted
-    ]
-    if reasons:
-        raise RequestError(
-            f"the model's block ({', '.join(reasons)}) has no Hugging Face form here: Llama's block has rmsnorm, "
-            "swiglu, rope and biases everywhere or nowhere; use `flm checkpoint reshard` instead"
-        )
+def bands_of(model: ModelConfig, modules: Modules) -> dict[str, tuple[Band, ...]]:
+    """The bands of every logical tensor of `model`, by its name, in a family's `modules`.
+
+    Raises RequestError for a tensor that is in none of them.
+    """
+    return {name: tuple(_bands(spec, modules)) for name, spec in parameter_specs(model).items()}
 
 
-def bands_of(model: ModelConfig) -> dict[str, tuple[Band, ...]]:
-    """The bands of every logical tensor of `model`, by its name. Raises RequestError for a block Llama lacks."""
-    refuse_other_blocks(model)
-    return {name: tuple(_bands(spec)) for name, spec in parameter_specs(model).items()}
-
-
-def target_tensors(model: ModelConfig) -> dict[str, TargetTensor]:
+def target_tensors(model: ModelConfig, modules: Modules) -> dict[str, TargetTensor]:
     """Every Hugging Face tensor of `model` by name, in the order of execution."""
-    bands, specs = bands_of(model), parameter_specs(model).values()
+    bands, specs = bands_of(model, modules), parameter_specs(model).values()
     numbers: dict[Place, Sequence[int | None]] = {"first": [None], "layers": range(model.num_layers), "last": [None]}
     return {
         name: target
@@ -147,32 +116,15 @@ def _targets(spec: ParameterSpec, bands: dict[str, tuple[Band, ...]], layer: int
     }
 
 
-def _bands(spec: ParameterSpec) -> Iterator[Band]:
+def _bands(spec: ParameterSpec, modules: Modules) -> Iterator[Band]:
     """The bands of the axis of rows, each after those before it in the Hugging Face tensor it belongs to."""
     axis = spec.axes[1 if spec.stacked else 0]
-    if spec.module not in MODULES:
+    if spec.module not in modules:
         raise RequestError(f"{spec.name} has no Hugging Face form here: use `flm checkpoint reshard` instead")
-    row, filled = 0, dict.fromkeys(MODULES[spec.module], 0)
+    targets, row = modules[spec.module], 0
+    filled = dict.fromkeys(targets.values(), 0)
     for _ in range(axis.groups):
         for band in axis.bands:
-            target = f"{MODULES[spec.module][band.name]}.{spec.value}"
-            yield Band(target, filled[band.name], row, band.size)
-            row, filled[band.name] = row + band.size, filled[band.name] + band.size
-
-
-MODULES: dict[str, dict[BandName, str]] = {
-    EMBEDDING.removesuffix(".weight"): {"": "model.embed_tokens"},
-    ATTENTION_NORM: {"": f"{LAYER}input_layernorm"},
-    QKV: {
-        "query": f"{LAYER}self_attn.q_proj",
-        "key": f"{LAYER}self_attn.k_proj",
-        "value": f"{LAYER}self_attn.v_proj",
-    },
-    PROJECTION: {"": f"{LAYER}self_attn.o_proj"},
-    MLP_NORM: {"": f"{LAYER}post_attention_layernorm"},
-    FC1: {"gate": f"{LAYER}mlp.gate_proj", "up": f"{LAYER}mlp.up_proj"},
-    FC2: {"": f"{LAYER}mlp.down_proj"},
-    FINAL_NORM: {"": "model.norm"},
-    HEAD.removesuffix(".weight"): {"": "lm_head"},
-}
-"""Llama's module for every band of rows of every logical module."""
+            module = targets[band.name]
+            yield Band(f"{module}.{spec.value}", filled[module], row, band.size)
+            row, filled[module] = row + band.size, filled[module] + band.size

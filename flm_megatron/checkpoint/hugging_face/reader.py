@@ -9,7 +9,8 @@ import torch
 
 from flm_megatron.checkpoint.files.stored_array import StoredArray
 from flm_megatron.checkpoint.files.torch_file import read_torch_file
-from flm_megatron.checkpoint.hugging_face.config import model_from_config, read_json
+from flm_megatron.checkpoint.hugging_face.config import read_json
+from flm_megatron.checkpoint.hugging_face.families.registry import family_of
 from flm_megatron.checkpoint.hugging_face.names import RegionPair, bands_of, region_pairs, target_tensors
 from flm_megatron.checkpoint.hugging_face.safetensors import arrays_in
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
@@ -17,7 +18,7 @@ from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.torch_dist.shard_file import BUFFER_BYTES
 from flm_megatron.errors import DamagedError, RequestError
-from flm_megatron.model.parameters import parameter_specs
+from flm_megatron.model.parameters import EMBEDDING, HEAD, parameter_specs
 from flm_megatron.paths import is_file_name
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -27,28 +28,29 @@ IGNORED = "rotary_emb.inv_freq"
 
 
 class HuggingFaceCheckpoint(LogicalCheckpoint):
-    """Weights of a Llama or Tele-FLM model in Hugging Face form, safetensors or pickled (read without running it).
+    """Weights of a model of a known family in Hugging Face form, safetensors or pickled (read without running it).
 
-    `config` is the model its `config.json` describes. It has no optimizer state and its manifest is empty.
-    `vocab_size` gives the true vocabulary where the files are padded and the configuration does not record it, as
-    `true_vocab_size` does.
+    `config` is the model its `config.json` describes, `family` its family. It has no optimizer state and its manifest
+    is empty. `vocab_size` gives the true vocabulary where the files are padded and the configuration does not record
+    it, as `true_vocab_size` does.
 
     Raises:
-        RequestError: not such a folder, an architecture that is not Llama's, or tensors that do not fit it.
+        RequestError: not such a folder, a family that is not known, or tensors that do not fit it.
         DamagedError: a shard is missing, truncated or unreadable.
     """
 
     def __init__(self, path: Path | str, vocab_size: int | None = None) -> None:
         self.path = Path(path)
         self.settings = read_json(self.path / "config.json")
-        self.config = model_from_config(self.settings, str(self.path))
+        self.family = family_of(self.settings, str(self.path))
+        self.config = self.family.model(self.settings, str(self.path))
         self.manifest = Manifest()
         self._arrays = stored_arrays(self.path)
         self._set_vocabulary(vocab_size)
         if self.settings.get("tie_word_embeddings"):
             self._tie_head()
         self._check_shapes()
-        self._bands = bands_of(self.config)
+        self._bands = bands_of(self.config, self.family.modules)
         self._specs = parameter_specs(self.config)
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(spec.shape, self._dtype(name)) for name, spec in self._specs.items()
@@ -71,11 +73,11 @@ class HuggingFaceCheckpoint(LogicalCheckpoint):
 
         Of such files transformers 4 uses the embedding, transformers 5 the head.
         """
-        embedding = self._array("model.embed_tokens.weight")
-        head = self._arrays.setdefault("lm_head.weight", embedding)
+        embedding, name = self._array(self._target(EMBEDDING)), self._target(HEAD)
+        head = self._arrays.setdefault(name, embedding)
         if head is not embedding and not _same_values(head, embedding):
             raise RequestError(
-                f"{self.path}: config.json has tie_word_embeddings True, and an lm_head.weight is stored that is not "
+                f"{self.path}: config.json has tie_word_embeddings True, and an {name} is stored that is not "
                 "the embedding: set it to false if that is the head, or take the tensor out of the files"
             )
 
@@ -91,13 +93,17 @@ class HuggingFaceCheckpoint(LogicalCheckpoint):
         spec = self._specs[name]
         return region_pairs(self._bands[name], spec.stacked, Region.whole(spec.shape))
 
+    def _target(self, name: str) -> str:
+        """The family's name of a weight that is one of its tensors."""
+        return f"{self.family.modules[name.removesuffix('.weight')]['']}.weight"
+
     def _array(self, name: str) -> StoredArray:
         if name not in self._arrays:
             raise DamagedError(f"{self.path}: tensor {name} is missing")
         return self._arrays[name]
 
     def _set_vocabulary(self, vocab_size: int | None) -> None:
-        stored = self._array("model.embed_tokens.weight").shape[0]
+        stored = self._array(self._target(EMBEDDING)).shape[0]
         if not self.settings.get("true_vocab_size"):
             self.config.vocab_size = vocab_size or self.config.vocab_size
         if not self.config.vocab_size or self.config.vocab_size > stored:
@@ -105,7 +111,7 @@ class HuggingFaceCheckpoint(LogicalCheckpoint):
 
     def _check_shapes(self) -> None:
         """Raise RequestError if a tensor does not fit the configuration or is not one of its tensors."""
-        wanted = target_tensors(self.config)
+        wanted = target_tensors(self.config, self.family.modules)
         for name, target in wanted.items():
             shape = self._array(name).shape
             fits = shape == target.shape or (target.padded and shape[1:] == target.shape[1:])

@@ -1,12 +1,12 @@
 """The fields of a Hugging Face `config.json` that determine the function: types, limits, and what is refused.
 
 A field that changes the function and that this program does not implement is refused by name, never ignored. Fields
-that `LlamaForCausalLM` does not compute with either (tokens, caches, versions, dropout) are left alone.
+that no family computes with (tokens, caches, versions, dropout) are left alone.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -24,7 +24,6 @@ from flm_megatron.model.limits import (
 
 STRICT = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 Positive = Annotated[float, Field(gt=0, le=1e30)]
-Multiplier = Annotated[float, Field(ge=-1e30, le=1e30)]
 Vocabulary = Annotated[int, Field(ge=1, le=LARGEST_VOCABULARY)]
 Heads = Annotated[int, Field(ge=1, le=MOST_HEADS)]
 
@@ -76,8 +75,28 @@ class RotaryFields(BaseModel):
     partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] | None = None
 
 
-class ModelFields(BaseModel):
-    """The fields that determine the function, with the defaults of transformers' LlamaConfig."""
+class Shape(TypedDict):
+    """Fields of a model by their names in ModelConfig."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int | None
+    head_dim: int | None
+    vocab_size: int
+    norm_epsilon: float
+    rope_theta: float
+
+
+Fields = TypeVar("Fields", bound="DecoderFields")
+
+
+class DecoderFields(BaseModel):
+    """The fields that most families share, with the defaults of transformers' LlamaConfig.
+
+    A family adds its own. One that is in `UNSUPPORTED` or `LIKE_LLAMA` is no longer refused there, once it is a field.
+    """
 
     model_config = STRICT
     num_hidden_layers: Annotated[int, Field(ge=0, le=MOST_LAYERS)]
@@ -93,15 +112,7 @@ class ModelFields(BaseModel):
     rope_theta: Positive | None = None
     rope_scaling: RotaryFields | None = None
     rope_parameters: RotaryFields | None = None
-    attention_bias: bool | None = None
-    mlp_bias: bool | None = None
     tie_word_embeddings: bool | None = None
-    use_mup: bool | None = None
-    mup_scale_factor: Positive = 1.0
-    input_mult: Multiplier = 1.0
-    output_mult: Multiplier = 1.0
-    matrix_init_std: Annotated[float, Field(ge=0, le=1e6)] | None = None
-    vector_init_std: Annotated[float, Field(ge=0, le=1e6)] | None = None
 
     @property
     def theta(self) -> float:
@@ -110,15 +121,30 @@ class ModelFields(BaseModel):
         found = [place.rope_theta for place in places if place and place.rope_theta is not None]
         return next(iter([*found, *([self.rope_theta] if self.rope_theta is not None else [])]), 10000.0)
 
+    def shape(self) -> Shape:
+        """What these fields say of a model; `vocab_size` is the true one if `true_vocab_size` tells it."""
+        heads = self.num_attention_heads
+        return {
+            "num_layers": self.num_hidden_layers,
+            "hidden_size": self.hidden_size,
+            "ffn_hidden_size": self.intermediate_size,
+            "num_attention_heads": heads,
+            "num_query_groups": _unless_same(self.num_key_value_heads, heads),
+            "head_dim": _unless_same(self.head_dim, self.hidden_size // heads),
+            "vocab_size": self.true_vocab_size or self.vocab_size,
+            "norm_epsilon": self.rms_norm_eps,
+            "rope_theta": self.theta,
+        }
 
-def read_fields(config: JsonObject, where: str) -> ModelFields:
-    """The fields of a `config.json`, each of its type and within its limits.
+
+def read_fields(config: JsonObject, kind: type[Fields], where: str) -> Fields:
+    """The fields `kind` of a `config.json`, each of its type and within its limits.
 
     Raises RequestError, naming `where`, the field and its value.
     """
-    _refuse_unsupported(config, where)
+    _refuse_unsupported(config, kind, where)
     try:
-        fields = ModelFields.model_validate(config)
+        fields = kind.model_validate(config)
     except ValidationError as error:
         mistake = error.errors(include_url=False)[0]
         name = ".".join(map(str, mistake["loc"]))
@@ -128,11 +154,6 @@ def read_fields(config: JsonObject, where: str) -> ModelFields:
             f"{where}: config.json has {name} {_shown(mistake['input'])}: {_expected(mistake)}"
         ) from None
     _check_heads(fields, where)
-    if bool(fields.attention_bias) != bool(fields.mlp_bias):
-        raise RequestError(
-            f"{where}: config.json has attention_bias {bool(fields.attention_bias)} and mlp_bias "
-            f"{bool(fields.mlp_bias)}: biases in all linear layers or in none are supported here"
-        )
     return fields
 
 
@@ -144,7 +165,7 @@ def _expected(mistake: ErrorDetails) -> str:
     return str(mistake["msg"]).replace("Input should be", "it should be")
 
 
-def _check_heads(fields: ModelFields, where: str) -> None:
+def _check_heads(fields: DecoderFields, where: str) -> None:
     heads, groups = fields.num_attention_heads, fields.num_key_value_heads
     if groups is not None and heads % groups:
         raise RequestError(
@@ -158,15 +179,19 @@ def _check_heads(fields: ModelFields, where: str) -> None:
         )
 
 
-def _refuse_unsupported(config: JsonObject, where: str) -> None:
+def _refuse_unsupported(config: JsonObject, kind: type[DecoderFields], where: str) -> None:
     for name in UNSUPPORTED:
-        if value := config.get(name):
+        if (value := config.get(name)) and name not in kind.model_fields:
             raise RequestError(f"{where}: config.json has {name} {_shown(value)}, which is not supported here")
     for name, wanted in LIKE_LLAMA.items():
-        if config.get(name, wanted) not in (wanted, None):
+        if config.get(name, wanted) not in (wanted, None) and name not in kind.model_fields:
             raise RequestError(
                 f"{where}: config.json has {name} {_shown(config[name])}; only {wanted!r} is supported here"
             )
+
+
+def _unless_same(value: int | None, default: int) -> int | None:
+    return None if value is None or value == default else value
 
 
 def _shown(value: object) -> str:

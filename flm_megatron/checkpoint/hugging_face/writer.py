@@ -14,7 +14,8 @@ import torch
 
 from flm_megatron.checkpoint.files.destination import destination, write_errors
 from flm_megatron.checkpoint.files.stored_array import StoredArray
-from flm_megatron.checkpoint.hugging_face.config import Flavour, config_of
+from flm_megatron.checkpoint.hugging_face.config import config_of
+from flm_megatron.checkpoint.hugging_face.families.registry import family_named, require_expressible
 from flm_megatron.checkpoint.hugging_face.names import TargetTensor, target_tensors
 from flm_megatron.checkpoint.hugging_face.safetensors import arrays_in, lay_out
 from flm_megatron.checkpoint.hugging_face.tokenizer import SpecialIds, write_tokenizer
@@ -35,11 +36,12 @@ DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float
 class ExportOptions:
     """Options of an export.
 
-    `dtype` none keeps the stored one; `shard_bytes` is the largest size of a shard file (a larger tensor gets its own);
-    the vocabulary is padded to a multiple of `pad_vocab_to`; `tokenizer` is a SentencePiece model file.
+    `flavour` is the name of a family; `dtype` none keeps the stored one; `shard_bytes` is the largest size of a shard
+    file (a larger tensor gets its own); the vocabulary is padded to a multiple of `pad_vocab_to`; `tokenizer` is a
+    SentencePiece model file.
     """
 
-    flavour: Flavour = "teleflm"
+    flavour: str = "teleflm"
     dtype: torch.dtype | None = None
     shard_bytes: int = 5 * 10**9
     pad_vocab_to: int = 1
@@ -48,7 +50,7 @@ class ExportOptions:
 
 
 def folding(model: ModelConfig) -> dict[str, float]:
-    """Factors on the weights that make plain Llama compute what `model` does with its multipliers."""
+    """Factors on the weights that make a model without multipliers compute what `model` does with its own."""
     multipliers = {"embedding": model.input_mult, "head": model.logit_multiplier}
     specs = parameter_specs(model).values()
     return {spec.name: multipliers[spec.kind] for spec in specs if spec.kind in multipliers}
@@ -72,12 +74,14 @@ def write_hugging_face(
     """Write the weights of `source`, whose model is `model`, to the new folder `path`; returns the bytes of weights.
 
     At most BUFFER_BYTES are in memory at a time. The folder appears under its name only when whole.
-    Raises RequestError if it exists, if the disk is too small or if the block has no Hugging Face form.
+    Raises RequestError if it exists, if the disk is too small or if the family is not known or cannot express `model`.
     """
     processes = processes or Processes()
-    factors = folding(model) if options.flavour == "llama" else None
+    family = family_named(options.flavour)
+    require_expressible(model, family)
+    factors = None if family.multipliers else folding(model)
     checkpoint = ConvertedCheckpoint(source, options.dtype, factors, optimizer=False)
-    targets = target_tensors(model)
+    targets = target_tensors(model, family.modules)
     padded = -(-int(model.vocab_size or 0) // options.pad_vocab_to) * options.pad_vocab_to
     infos = {name: _info(name, target, checkpoint, padded) for name, target in targets.items()}
     shards = shard_names(infos, options.shard_bytes)
@@ -182,17 +186,16 @@ def _describe(
     if len(set(shards.values())) > 1:
         _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": shards})
     dtype = DTYPE_NAMES.get(checkpoint.tensors[HEAD].dtype, "float32")
-    config = config_of(model, options.flavour, padded, options.sequence_length, dtype)
+    family = family_named(options.flavour)
+    config = config_of(model, family, padded, options.sequence_length, dtype)
     special = write_tokenizer(folder, options.tokenizer, options.sequence_length) if options.tokenizer else SpecialIds()
     _write_json(folder / "config.json", config | special.settings())
     generation: dict[str, object] = {"do_sample": False, **special.settings()}
     if padded > int(model.vocab_size or 0):
         generation["suppress_tokens"] = list(range(int(model.vocab_size or 0), padded))
     _write_json(folder / "generation_config.json", generation)
-    if options.flavour == "teleflm":
-        code = Path(__file__).parent / "released_form"
-        for name in ("configuration_teleflm.py", "modeling_teleflm.py"):
-            shutil.copyfile(code / name, folder / name)
+    for name in family.code:
+        shutil.copyfile(Path(__file__).parent / "released_form" / name, folder / name)
 
 
 def _write_json(path: Path, value: Mapping[str, object]) -> None:

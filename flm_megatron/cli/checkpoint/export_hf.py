@@ -1,8 +1,8 @@
 """Write a checkpoint as a Hugging Face folder, adapters merged into its weights.
 
 The `teleflm` flavour has the released form, with its multipliers in config.json and code that `transformers` loads
-with trust_remote_code. The `llama` flavour has the multipliers folded into embedding and head, so that plain Llama
-gives the same logits and every inference server can load it.
+with trust_remote_code. Every other flavour is a family of `transformers`, such as `llama`: it has the multipliers
+folded into embedding and head, so that every inference server that knows the family gives the same logits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm checkpoint export-hf`."""
     parser.add_argument("source", type=path, help="checkpoint of any format")
     parser.add_argument("destination", type=path, help="new folder")
-    parser.add_argument("--flavour", choices=["teleflm", "llama"], default="teleflm", help="released form, or Llama's")
+    parser.add_argument("--flavour", default="teleflm", help="family to write, such as llama; teleflm if not given")
     parser.add_argument("--shard-size", type=byte_size, default=5 * 10**9, help="largest shard, such as 5GB (default)")
     parser.add_argument("--pad-vocab-to", type=positive, default=1, help="pad the vocabulary to a multiple of this")
     parser.add_argument("--tokenizer", type=path, help="SentencePiece model; the run's if not given")

@@ -1,4 +1,4 @@
-"""Make a checkpoint of a Hugging Face folder of Llama's or Tele-FLM's form.
+"""Make a checkpoint of a Hugging Face folder of a known family, such as Llama or Tele-FLM.
 
 Training can also start from the folder as it is: give it as `checkpoint.initial` in the run file.
 """

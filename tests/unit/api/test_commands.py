@@ -207,7 +207,10 @@ def test_what_the_command_refuses_is_refused_in_the_same_words(
         (lambda run: flm.plan(run, gpu="h100", gpus=2.5), "gpus is 2.5: give a whole number"),  # type: ignore[arg-type]
         (lambda run: flm.plan(run, gpu="h100", gpus=1, mtbf=float("nan")), "mtbf is nan"),
         (lambda run: flm.plan_budget(run, 0.0, gpu="h100", gpus=1), "budget is 0.0: give a number above 0"),
-        (lambda run: flm.export_hf(TRAINED, "o", flavour="gpt2"), "flavour is 'gpt2': give one of teleflm, llama"),  # type: ignore[arg-type]
+        (
+            lambda run: flm.export_hf(TRAINED, "o", flavour="lama"),
+            "flavour is 'lama', no family known here",
+        ),
         (lambda run: flm.export_hf(TRAINED, "o", dtype="fp8"), "dtype 'fp8' is not one of fp32, bf16, fp16"),  # type: ignore[arg-type]
         (lambda run: flm.reshard(TRAINED, "o", format="zip"), "format is 'zip'"),  # type: ignore[arg-type]
         (lambda run: flm.reshard(TRAINED, "o", tensor=0), "tensor is 0"),

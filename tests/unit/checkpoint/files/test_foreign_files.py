@@ -221,7 +221,7 @@ LLAMA = {
         ({"attention_bias": 1}, "attention_bias 1: it should be a valid boolean"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu': only 'silu' is supported"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings 'yes'"),
-        ({"model_type": "mistral"}, "model_type 'mistral' is not supported"),
+        ({"model_type": "lama4"}, "model_type 'lama4' is not supported: did you mean 'llama'?"),
         ({"model_type": ["llama"]}, "model_type .* is not supported"),
         ({"use_mup": True, "mup_scale_factor": 0}, "mup_scale_factor 0"),
         ({"use_mup": True, "mup_scale_factor": -2.0}, "mup_scale_factor -2.0"),

@@ -188,8 +188,11 @@ def test_any_region_is_that_part_of_the_whole(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"normalization": "layernorm"}, "normalization = layernorm"),
-        ({"activation": "gelu"}, "activation = gelu"),
+        ({"normalization": "layernorm"}, r"teleflm cannot express the model's normalization = layernorm \(here: rms"),
+        (
+            {"activation": "gelu", "bias": True},
+            r"the model's activation = gelu \(here: swiglu\): no family known here can",
+        ),
         ({"position": "xpos"}, "position = xpos"),
         ({"qkv_bias": True}, "qkv_bias = True"),
     ],

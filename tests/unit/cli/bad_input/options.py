@@ -50,7 +50,7 @@ ROWS = [
     Row("checkpoint export-hf ours out --shard-size big", "'big' is not a size such as 5GB"),
     Row("checkpoint export-hf ours out --shard-size 0GB", "'0GB' is not a size"),
     Row("checkpoint export-hf ours out --pad-vocab-to 0", "--pad-vocab-to: 0 is below 1"),
-    Row("checkpoint export-hf ours out --flavour gpt", "invalid choice: 'gpt'"),
+    Row("checkpoint export-hf ours out --flavour lama", "'lama', no family known here: did you mean 'llama'?"),
     Row("checkpoint reshard ours out --tensor x", "--tensor: 'x' is not a whole number"),
     Row("plan run.yaml --gpu h100", "required: --gpus"),
     Row("plan run.yaml --gpu h100 --gpus 0", "--gpus: 0 is below 1"),

@@ -1,0 +1,46 @@
+"""The families that are known, and which of them is meant."""
+
+from __future__ import annotations
+
+from flm_megatron.checkpoint.hugging_face.families.family import Family
+from flm_megatron.checkpoint.hugging_face.families.llama import LLAMA
+from flm_megatron.checkpoint.hugging_face.families.teleflm import TELEFLM, is_teleflm
+from flm_megatron.config.messages import nearest
+from flm_megatron.config.schema import ModelConfig
+from flm_megatron.errors import RequestError
+from flm_megatron.json_text import JsonObject
+
+FAMILIES = {family.name: family for family in (TELEFLM, LLAMA)}
+"""By `model_type`; the first that can express a model is proposed where another was asked for."""
+
+
+def family_named(name: str) -> Family:
+    """The family of this name. Raises RequestError, naming the nearest one, if there is none."""
+    if name not in FAMILIES:
+        raise RequestError(f"flavour is {name!r:.80}, no family known here: {nearest(name, FAMILIES)}")
+    return FAMILIES[name]
+
+
+def family_of(config: JsonObject, where: str) -> Family:
+    """The family that a `config.json` belongs to; `where` names it in errors.
+
+    Raises RequestError, naming the nearest known one, for another `model_type`.
+    """
+    given = config.get("model_type", "")
+    plain = given.lower().replace("-", "").replace("_", "") if isinstance(given, str) else ""
+    if is_teleflm(config, plain):
+        return TELEFLM
+    known = {name.replace("_", ""): family for name, family in FAMILIES.items()}
+    if plain not in known:
+        raise RequestError(f"{where}: model_type {given!r:.80} is not supported: {nearest(plain, FAMILIES)}")
+    return known[plain]
+
+
+def require_expressible(model: ModelConfig, family: Family) -> None:
+    """Raise RequestError, naming what stands against it and a family that can, if `family` cannot express `model`."""
+    obstacles = family.obstacles(model)
+    if not obstacles:
+        return
+    other = next((other.name for other in FAMILIES.values() if not other.obstacles(model)), None)
+    advice = f"--flavour {other} can" if other else "no family known here can, use `flm checkpoint reshard` instead"
+    raise RequestError(f"{family.name} cannot express the model's {', '.join(obstacles)}: {advice}")
