@@ -17,14 +17,16 @@ from flm_megatron.checkpoint.files.manifest import read_manifest
 from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.config.budget import StageBudget, decay_fraction, schedule_start, stage_budgets, warmup_tokens
 from flm_megatron.config.ranges import LARGEST_TOKENS
-from flm_megatron.config.schema import RunConfig, StageConfig
+from flm_megatron.config.schema import GrowthConfig, RunConfig, StageConfig
 from flm_megatron.durable import replace_file
 from flm_megatron.errors import RequestError
+from flm_megatron.growth.record import growth_of
+from flm_megatron.growth.schedule import lr_multipliers
 from flm_megatron.launch.run_lease import LEASE, run_lease
 from flm_megatron.optim.learning_rate import learning_rate
 from flm_megatron.training.metrics.events import FILE
 from flm_megatron.training.metrics.log import lines_up_to
-from flm_megatron.training.resume.continuation import past_history, stage_of
+from flm_megatron.training.resume.continuation import past_history, stage_and_step, stage_of
 from flm_megatron.training.resume.schedules import with_saved_schedules
 from flm_megatron.training.resume.start import Start, checkpoint_store, newest_manifest
 
@@ -56,8 +58,8 @@ def decay_branch(run: RunConfig, branch: str, anew: bool = False) -> RunConfig:
     that has checkpoints is known from these, whether the trunk keeps the first one or not, unless it begins `anew`.
 
     Raises:
-        RequestError: there is no checkpoint at TOKENS, the schedule is not in its stable phase there, `run` is itself a
-            branch or a fine-tuning.
+        RequestError: there is no checkpoint at TOKENS, the schedule is not in its stable phase there, a growth's
+            multipliers still change the learning rate, `run` is itself a branch or a fine-tuning.
     """
     tokens = branch_tokens(branch)
     if run.checkpoint.branch_of is not None:
@@ -67,12 +69,14 @@ def decay_branch(run: RunConfig, branch: str, anew: bool = False) -> RunConfig:
     run = with_saved_schedules(run)
     output = Path(run.output) / FOLDER / f"decay@{tokens}"
     manifest = Manifest() if anew else newest_manifest(replace(run, output=str(output)))
-    source = _recorded_source(manifest)
-    if source is None:
-        source = _kept_checkpoint(run, tokens)
+    recorded = _recorded_source(manifest)
+    source = recorded or _kept_checkpoint(run, tokens)
+    if recorded is None:
         manifest = read_manifest(source) or manifest
     past = past_history(run, manifest, str(source))
     index = stage_of(run, manifest, past, str(source))
+    if recorded is None:
+        _check_multipliers(run.stages[index], manifest, tokens)
     return replace(
         run,
         name=f"{run.name} decay@{tokens}",
@@ -150,6 +154,19 @@ def _check_stable(run: RunConfig, index: int, tokens: int, budgets: Sequence[Sta
             f"the schedule is not in its stable phase at {tokens:,} tokens: the learning rate of stage {stage.name!r} "
             f"is {rate:.3g} there, on its way to or from {peak:.3g}; branch between warm-up and decay"
         )
+
+
+def _check_multipliers(stage: StageConfig, manifest: Manifest, tokens: int) -> None:
+    """Raise RequestError if the growth's multipliers would change the learning rate in the decay."""
+    record, step = growth_of(manifest), stage_and_step(manifest)[1]
+    growth = stage.growth or GrowthConfig()
+    if record is None or lr_multipliers(growth, record.plan, step) == (1, 1):
+        return
+    last = record.plan.mask_steps if growth.lr_mult_steps is None else growth.lr_mult_steps
+    raise RequestError(
+        f"growth.lr_mult and new_lr_mult of stage {stage.name!r} still change the learning rate at {tokens:,} tokens, "
+        f"its step {step}: branch from its step {last} on, where both are 1"
+    )
 
 
 def require_no_branch_in_training(run: RunConfig) -> None:

@@ -16,8 +16,19 @@ from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.history import history_to_json
 from flm_megatron.config.loader import dump_run, run_to_dict
 from flm_megatron.config.rules import violations
-from flm_megatron.config.schema import ChatConfig, DataConfig, OptimizerConfig, RunConfig, ScheduleConfig, StageConfig
+from flm_megatron.config.schema import (
+    ChatConfig,
+    DataConfig,
+    GrowthConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    StageConfig,
+)
 from flm_megatron.errors import RequestError
+from flm_megatron.growth.plan import make_plan
+from flm_megatron.growth.record import GrowthRecord
 from flm_megatron.launch.branch import branch_tokens, bring_metrics, decay_branch, require_no_branch_in_training
 from flm_megatron.launch.run import train as train_checked
 from flm_megatron.launch.run_lease import run_lease
@@ -40,12 +51,12 @@ def run_in(output: Path, schedule: ScheduleConfig = SCHEDULE) -> RunConfig:
     return RunConfig(name="trunk", output=str(output), stages=stages, data=DataConfig(sequence_length=10))
 
 
-def save(run: RunConfig, stage: int, step: int) -> Path:
-    """The manifest of a checkpoint of the run."""
+def save(run: RunConfig, stage: int, step: int, **more: object) -> Path:
+    """The manifest of a checkpoint of the run, with `more` in it."""
     budgets = stage_budgets(run)[: stage + 1]
     path = checkpoint_store(run).path(run.stages[stage].name, step)
     history = history_to_json([budget.segments[0] for budget in budgets])
-    known = {"run": run_to_dict(run), "stage": run.stages[stage].name, "step": step, "history": history}
+    known = {"run": run_to_dict(run), "stage": run.stages[stage].name, "step": step, "history": history, **more}
     path.mkdir(parents=True)
     (path / MANIFEST).write_text(manifest_text(Manifest.from_json(known)))
     return path
@@ -140,6 +151,25 @@ def test_tokens_without_a_branch_are_refused(trunk: RunConfig, tokens: int, word
     save(trunk, 1, 5) if tokens == 5_500 else None
     with pytest.raises(RequestError, match=words):
         decay_branch(trunk, f"decay@{tokens}")
+
+
+@pytest.mark.parametrize("multiplier", ["lr_mult", "new_lr_mult"])
+def test_a_rate_that_a_growth_still_changes_does_not_decay(tmp_path: Path, multiplier: str) -> None:
+    run = run_in(tmp_path)
+    growth = run.stages[1].growth = GrowthConfig()
+    setattr(growth, multiplier, 2.0)
+    plan = make_plan(ModelConfig(num_layers=1), ModelConfig(num_layers=2), GrowthConfig(mask_steps=60), 1, [0.5])
+    grown = {"growth": GrowthRecord(plan).to_json()}
+    for step in (59, 60):
+        save(run, 1, step, **grown)
+    with pytest.raises(RequestError, match=r"new_lr_mult of stage 'two' still .*: branch from its step 60 on"):
+        decay_branch(run, "decay@10900")
+    branch = decay_branch(run, "decay@11000")
+    growth.lr_mult_steps = 80
+    with pytest.raises(RequestError, match="at 11,000 tokens, its step 60: branch from its step 80 on"):
+        decay_branch(run, "decay@11000")
+    save(branch, 1, 61, **grown)
+    decay_branch(run, "decay@11000")  # what has begun goes on
 
 
 def test_runs_without_branches_are_refused(trunk: RunConfig, tmp_path: Path) -> None:
