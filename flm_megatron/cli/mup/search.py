@@ -17,6 +17,9 @@ from flm_megatron.cli.options.parser import layers, path, positive, real, seed, 
 if TYPE_CHECKING:
     from flm_megatron.hyperparameters.search import Trial
 
+BEGINNING = '{"number": '
+"""What every line of results begins with."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm mup search`."""
@@ -134,11 +137,19 @@ def _values(text: str) -> tuple[str, tuple[float, ...]]:
 
 
 def _ended(file: Path) -> dict[str, Trial]:
-    """Trials of an earlier search by key; a line that was cut off, or that is older than keys, is passed over."""
+    """Trials of an earlier search by key; a line that was cut off, or that is older than keys, is passed over.
+
+    Raises:
+        RequestError: the file holds something else.
+    """
+    from flm_megatron.errors import RequestError
     from flm_megatron.hyperparameters.search import Trial
 
     trials = {}
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+    lines = [line for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    if lines and not any(line.startswith(BEGINNING) for line in lines):
+        raise RequestError(f"--out {file} holds something else than trials of `flm mup search`: give another file")
+    for line in lines:
         try:
             trial = Trial(**json.loads(line))
         except (ValueError, TypeError):

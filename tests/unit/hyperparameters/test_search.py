@@ -150,6 +150,13 @@ def test_a_trial_that_has_ended_is_not_run_again(
     assert main([*command, "lr=2e-3"]) == 0 and len(trained) == 1
 
 
+def test_a_file_of_something_else_is_left_alone(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_file, _ = make_run(data, tmp_path, *MUP)
+    before = run_file.read_text()
+    assert main(["mup", "search", str(run_file), "--steps", "4", "--layers", "1", "--out", str(run_file)]) == 2
+    assert "holds something else than trials" in capsys.readouterr().err and run_file.read_text() == before
+
+
 @pytest.mark.parametrize("given", ["lr=0", "lr=nan", "lr=", "lr", "layers=3", "lr=1e-3,-1", "lr=1,1"])
 def test_values_that_make_no_sense_are_refused(given: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["mup", "search", "run.yaml", "--vary", given]) == 2
