@@ -67,7 +67,7 @@ class Chart:
             *_grid(x, y),
             *_marks([(x.pixel(at), name) for at, name in self.marks if x.low <= at <= x.high], y.start, self.width),
             *(_line(line, points, x, y) for line, points in thinned),
-            *(_bracket(bracket, x, y) for bracket in self.brackets),
+            *(_bracket(bracket, x, y, self.width) for bracket in self.brackets),
             f'<text class="axis" x="{middle}" y="{self.height - 6}">{escape(self.x_label)}</text>',
             f'<text class="axis" x="{LEFT}" y="12" style="text-anchor:start">{escape(self.y_label)}</text>',
             "</svg>",
@@ -112,13 +112,16 @@ def _line(line: Series, points: Sequence[Point], x: Scale, y: Scale) -> str:
     return f'<g class="line {_class(line)}">{path}{dots}</g>'
 
 
-def _bracket(bracket: Bracket, x: Scale, y: Scale) -> str:
-    """A line with an upright at both ends, its name below it."""
-    left, right = sorted((x.pixel(bracket.start), x.pixel(bracket.end)))
-    height = y.pixel(bracket.y)
+def _bracket(bracket: Bracket, x: Scale, y: Scale, width: float) -> str:
+    """A line with an upright at both ends, its name below it, inside of `width`; beyond the x axis it is cut off."""
+    ends = sorted((bracket.start, bracket.end))
+    left, right = (x.pixel(min(max(at, x.low), x.high)) for at in ends)
+    height, half = y.pixel(bracket.y), LETTER * len(bracket.name) / 2
+    uprights = "".join(f"M{x.pixel(at):.1f},{height - 5:.1f}v10" for at in ends if x.low <= at <= x.high)
+    middle = max(half, min((left + right) / 2, width - half))
     return (
-        f'<g class="bracket"><path d="M{left:.1f},{height - 5:.1f}v10m0,-5H{right:.1f}m0,-5v10"/>'
-        f'<text class="marked" x="{(left + right) / 2:.1f}" y="{height + 18:.1f}">{escape(bracket.name)}</text></g>'
+        f'<g class="bracket"><path d="M{left:.1f},{height:.1f}H{right:.1f}{uprights}"/>'
+        f'<text class="marked" x="{middle:.1f}" y="{height + 18:.1f}">{escape(bracket.name)}</text></g>'
     )
 
 
