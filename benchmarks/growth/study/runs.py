@@ -106,10 +106,10 @@ class Study:
         with LOCKS.setdefault(shared, threading.Lock()):
             if not shared.exists():
                 flm("train", str(run_file), "--stage", "small")
-                shutil.copytree(folder, shared)
+                copy_whole(folder, shared)
         if not (folder / "checkpoints").exists():
-            shutil.copytree(shared / "checkpoints", folder / "checkpoints")
             shutil.copy(shared / "metrics.jsonl", folder)
+            copy_whole(shared / "checkpoints", folder / "checkpoints")
 
     def document(self, arm: str, seed: int, grown_at: float, budget: float, folder: Path) -> JsonObject:
         """The run file of a trunk."""
@@ -173,6 +173,14 @@ class Study:
     def _keep(self, result: Result) -> None:
         with (self.out / RESULTS).open("a") as file:
             file.write(json.dumps(asdict(result)) + "\n")
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a folder, which is not there under its name before it is whole."""
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    partial.rename(target)
 
 
 def run_head(name: str, seed: int, data: Path, output: Path) -> JsonObject:

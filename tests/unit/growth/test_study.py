@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 
 from benchmarks.growth.study.arms import ARMS
 from benchmarks.growth.study.results import lines
-from benchmarks.growth.study.runs import SCRATCH, Result, Study
+from benchmarks.growth.study.runs import SCRATCH, Result, Study, copy_whole
 from benchmarks.growth.study.sizes import SHAPES, Sizes
 from flm_megatron.config.loader import load_run
 from flm_megatron.growth.foreseen import check_run_file
@@ -63,6 +64,20 @@ def test_small_models_cost_less_and_every_arm_has_one() -> None:
     sizes = Sizes(64, 4, 512)
     assert {arm.small for arm in ARMS.values()} | {"large"} == set(SHAPES)
     assert all(sizes.flops(name) < sizes.flops("large") for name in SHAPES if name != "large")
+
+
+def test_a_copy_that_was_cut_off_is_not_taken_for_whole(tmp_path: Path) -> None:
+    source, target = tmp_path / "trunk", tmp_path / "shared"
+    (source / "checkpoints").mkdir(parents=True)
+    (source / "metrics.jsonl").symlink_to("nowhere")
+    with pytest.raises(shutil.Error):
+        copy_whole(source, target)
+    assert not target.exists()
+    (source / "metrics.jsonl").unlink()
+    (source / "metrics.jsonl").touch()
+    copy_whole(source, target)
+    assert {path.name for path in target.iterdir()} == {"checkpoints", "metrics.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"trunk", "shared"}
 
 
 @pytest.mark.parametrize("arm", ARMS)
