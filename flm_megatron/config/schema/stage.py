@@ -59,8 +59,9 @@ class GrowthConfig:
     """Factor in (0, 1] on all old matrices, embedding and head, which norms undo: it changes no logit, and the old
     weights learn faster for their size."""
     shrink: float | None = None
-    """Shrink and perturb, in place of masks: old matrices, embedding and head times this factor in (0, 1], plus a fresh
-    initialisation of the new shape. Layers are copied, or `random`. It does not preserve the function."""
+    """Shrink and perturb: old matrices, embedding and head times this factor in (0, 1], plus a fresh initialisation of
+    the new shape. It does not preserve the function. It takes the place of `mask`, written out or by default, in every
+    dimension: nothing is masked, and layers are copied (or `random`)."""
     new_scale: Literal["init", "trained"] = "init"
     """Standard deviation of new random entries: that of a fresh model, or the root mean square of the trained ones
     beside them, in the same tensor and layer."""
