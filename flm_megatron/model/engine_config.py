@@ -29,6 +29,9 @@ class EngineConfig(TransformerConfig):
     """Build layers from Transformer Engine's modules."""
     xpos_scale_base: float | None = None
     """xPos: tokens over which the decay exponent grows by one; none for plain rotary positions."""
+    sliding_window: int | None = None
+    """Positions that attention sees, itself among them; none for all. (The engine's own `window_size` is Transformer
+    Engine's.)"""
     embedding_gradient_shrink: float = 1.0
     """Factor on the gradient of the embedding."""
     z_loss: float = 0.0
@@ -92,6 +95,8 @@ def _shape(model: ModelConfig) -> dict[str, object]:
         "output_layer_init_method": torch.nn.init.zeros_,  # not called; the engine's own divides by the layers
         **without_cuda_graphs(),
         "xpos_scale_base": model.xpos_scale_base if model.position == "xpos" else None,
+        "sliding_window": model.sliding_window,
+        "window_size": None if model.sliding_window is None else (model.sliding_window - 1, 0),
     }
 
 

@@ -158,7 +158,7 @@ class StageTrainer:
         log.say(kernels.current().describe())
         if self.stage.precision == "bf16" and (notice := kernels.weight_gradient_notice()):
             log.say(notice)
-        if self.run.data.chat and self.run.data.chat.packing:
+        if (self.run.data.chat and self.run.data.chat.packing) or self.stage.model.sliding_window:
             notice = packing_notice(self.stage.model, DTYPES[self.stage.precision])
             if notice:
                 log.say(notice)

@@ -77,6 +77,8 @@ def _attention(model: ModelConfig, layer: Mapping[str, Tensor], x: Tensor) -> Te
     query, key = _positions(model, query, +1), _positions(model, key, -1)
     scores = torch.einsum("bigqc,bjgkc->bgqij", query, key) / math.sqrt(channels)
     future = torch.ones(sequence, sequence, dtype=torch.bool).triu(1)
+    if model.sliding_window:
+        future |= torch.ones(sequence, sequence, dtype=torch.bool).tril(-model.sliding_window)
     weights = scores.masked_fill(future, -torch.inf).softmax(-1)
     mixed = torch.einsum("bgqij,bjgkc->bigqc", weights, value).reshape(batch, sequence, -1)
     return _linear(layer, "self_attention.linear_proj", mixed)

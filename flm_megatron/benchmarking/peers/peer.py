@@ -53,6 +53,8 @@ def check_peers(names: Sequence[str], stage: StageConfig) -> None:
     biased = model.bias or model.qkv_bias
     if model.normalization != "rmsnorm" or not model.gated or biased or model.position != "rope":
         raise RequestError("--compare needs the Llama block (rmsnorm, swiglu, no bias, rope), as peers have it")
+    if model.sliding_window is not None:
+        raise RequestError("--compare: peers attend to the whole sequence; leave model.sliding_window out")
     if stage.recompute == "selective":
         raise RequestError("--compare: peers have no selective recomputation; set recompute to none or full")
 

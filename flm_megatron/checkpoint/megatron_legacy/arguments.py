@@ -54,8 +54,13 @@ def arguments_of(
 ) -> argparse.Namespace:
     """Arguments under which Megatron-LM's core GPT model has the shape of `model`.
 
-    Raises RequestError for positions that Megatron-LM does not have.
+    Raises RequestError for what Megatron-LM's checkpoints do not have.
     """
+    if model.sliding_window is not None:
+        raise RequestError(
+            f"the model has sliding_window = {model.sliding_window}, which is not written into Megatron-LM's "
+            "checkpoints: use `flm checkpoint reshard`"
+        )
     if model.position != "rope":
         raise RequestError(f"the model has position = {model.position}, which Megatron-LM's checkpoints cannot express")
     return argparse.Namespace(

@@ -68,6 +68,8 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     xpos_scale_base: float = 512.0
     """xPos: tokens over which the decay exponent grows by one."""
+    sliding_window: int | None = None
+    """Positions that attention sees, the token itself and those before it, as Mistral's; none means all."""
     input_mult: float = 1.0
     """Multiplies the embedding output."""
     output_mult: float = 1.0

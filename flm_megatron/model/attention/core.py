@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from flm_megatron.model.attention.cache import KeyValueCache
-from flm_megatron.model.attention.segments import attend_within, scaled_dot_product
+from flm_megatron.model.attention.scaled_dot_product import scaled_dot_product
+from flm_megatron.model.attention.segments import attend_within
+from flm_megatron.model.attention.window import attend_in_window
 from flm_megatron.model.engine_config import EngineConfig
 
 XPOS_SMOOTHING = 0.4
@@ -15,7 +17,8 @@ XPOS_SMOOTHING = 0.4
 class CoreAttention(nn.Module):
     """Causal attention with grouped queries; replaces megatron-core's DotProductAttention.
 
-    The scale is 1/sqrt(channels) unless `softmax_scale` is given. Heads may be split over tensor-parallel ranks: each
+    The scale is 1/sqrt(channels) unless `softmax_scale` is given; with `sliding_window` positions see that many of the
+    last ones, themselves among them. Heads may be split over tensor-parallel ranks: each
     rank passes its own.
     """
 
@@ -33,6 +36,7 @@ class CoreAttention(nn.Module):
         self.layer_number = layer_number
         self.cache: KeyValueCache | None = None
         self.xpos_scale_base = config.xpos_scale_base
+        self.window = config.sliding_window
 
     def forward(
         self,
@@ -58,10 +62,13 @@ class CoreAttention(nn.Module):
             scales = _xpos_scales(keys, query.size(-1), self.xpos_scale_base, query.device)
             query = (query * scales[keys - queries :]).to(query.dtype)
             key = (key / scales).to(key.dtype)
+        window = self.window if self.window is not None and self.window < keys else None
         if attention_mask is not None and attention_mask.dim() == 2:
-            if attention_mask.size(1) > 1:
-                return attend_within(query, key, value, attention_mask, self.softmax_scale)
+            if attention_mask.size(1) > 1 or (window and query.device.type != "cpu"):
+                return attend_within(query, key, value, attention_mask, self.softmax_scale, window)
             attention_mask = None  # one segment is the whole sequence
+        if window:
+            return attend_in_window(query, key, value, self.softmax_scale, window, attention_mask).flatten(2)
         # torch's own causal mask counts from the first key, so it serves only where queries and keys are as many.
         plain = attention_mask is None and queries == keys
         allowed = None if plain else _allowed(attention_mask, queries, keys, query.device)

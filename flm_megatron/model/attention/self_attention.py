@@ -9,6 +9,7 @@ from torch import Tensor
 from flm_megatron import kernels
 from flm_megatron.engine import parallel_state
 from flm_megatron.engine.transformer import SelfAttention
+from flm_megatron.model.attention.segments import whole_sequences
 
 
 class PackedSelfAttention(SelfAttention):
@@ -41,6 +42,8 @@ class PackedSelfAttention(SelfAttention):
             query = self._own_queries(query)
         if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.size(0) > 1:
             attention_mask = attention_mask.repeat_interleave(groups, 0)
+        if attention_mask is None and self.config.sliding_window is not None:
+            attention_mask = whole_sequences(batch, sequence, query.device)
         output = self.core_attention(query, key, value, attention_mask)
         return self.linear_proj(output.view(sequence, batch, -1))
 

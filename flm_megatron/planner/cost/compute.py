@@ -19,6 +19,7 @@ from flm_megatron.planner.cost.matmul import attention_time, matmul_time, memory
 from flm_megatron.planner.cost.traffic import PassExchanges, embedding_exchanges, head_exchanges, pair_exchanges
 from flm_megatron.planner.layout import Workload
 from flm_megatron.planner.machine import Machine
+from flm_megatron.training.metrics.flops import seen_keys
 
 # Bytes per logit that the loss reads and writes in fp32, forward and backward, as a row of plain kernels.
 LOSS_BYTES = 38, 14
@@ -201,7 +202,7 @@ def _core_attention(work: Workload, machine: Machine) -> Passes:
     model, sequence = work.model, work.sequence_length
     heads, channels = model.num_attention_heads / work.parallel.tensor, model.kv_channels
     if work.implementation.flash_attention:
-        flops = 2.0 * work.tokens * sequence * heads * channels  # two products over half of the keys
+        flops = 4.0 * work.tokens * seen_keys(model, sequence) * heads * channels  # two products
         forward = attention_time(machine, work.precision, flops)
         return Passes(Seconds(attention=forward), Seconds(attention=FLASH_BACKWARD * forward))
     batch = work.micro_batch * heads

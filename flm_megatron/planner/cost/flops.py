@@ -1,4 +1,5 @@
-"""Floating-point operations of a step as the program does them: recomputation counts, and causal attention whole."""
+"""Floating-point operations of a step as the program does them: recomputation counts, and causal attention whole (of a
+sliding window as many keys as it has, for every query)."""
 
 from __future__ import annotations
 
@@ -32,6 +33,7 @@ def _layer_products(work: Workload, spec: ParameterSpec) -> int:
 
 def _layer_attention(work: Workload) -> int:
     heads = work.model.num_attention_heads // work.parallel.tensor
-    product = 2 * work.micro_batch * heads * work.sequence_length**2 * work.model.kv_channels
+    keys = min(work.model.sliding_window or work.sequence_length, work.sequence_length)
+    product = 2 * work.tokens * heads * keys * work.model.kv_channels
     again = work.recompute in ("full", "attention")
     return product * (FORWARD_PRODUCTS * (1 + again) + BACKWARD_PRODUCTS)

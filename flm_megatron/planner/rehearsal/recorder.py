@@ -197,7 +197,8 @@ class Recorder(TorchDispatchMode):
             self.flops["attention"] += flops
             if timeline:
                 causal = next((arg for arg in args if isinstance(arg, bool)), bool(kwargs.get("is_causal")))
-                timeline.work("attention", timeline.times.attention(next(tensors_in(args)), flops, causal))
+                query, keys = list(tensors_in(args[packet is ATTENTION_BACKWARD :]))[:2]
+                timeline.work("attention", timeline.times.attention(query, keys, flops, causal))
             return
         if packet in ADDED:
             self.flops["matrix products"] += flop_registry[torch.ops.aten.addmm](*args[:3], out_val=out)

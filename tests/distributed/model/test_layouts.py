@@ -28,7 +28,13 @@ Result = tuple[np.ndarray | None, dict[str, np.ndarray], dict[str, np.ndarray]]
 MODELS = {
     "mup": ModelConfig(**SHAPE, input_mult=1.5, output_mult=2.0, mup=MupConfig(enabled=True, base_hidden_size=32)),
     "gpt3": ModelConfig(
-        **SHAPE, normalization="layernorm", activation="gelu", bias=True, position="xpos", xpos_scale_base=8
+        **SHAPE,
+        normalization="layernorm",
+        activation="gelu",
+        bias=True,
+        position="xpos",
+        xpos_scale_base=8,
+        sliding_window=6,
     ),
 }
 LAYOUTS = [

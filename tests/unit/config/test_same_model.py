@@ -31,6 +31,7 @@ OTHER: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
     "xpos_scale_base": (XPOS, {"xpos_scale_base": 64.0}),
     "rope_theta": (MODEL, {"rope_theta": 500000.0}),
     "norm_epsilon": (MODEL, {"norm_epsilon": 1e-2}),
+    "sliding_window": (MODEL, {"sliding_window": 17}),
     "input_mult": (MODEL, {"input_mult": 1.0}),
     "output_mult": (MODEL, {"output_mult": 1.0}),
     "mup base": (MODEL, {"mup": MupConfig(enabled=True, base_hidden_size=12)}),

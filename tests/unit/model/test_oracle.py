@@ -34,6 +34,7 @@ MODELS = {
     "gpt3 block with xpos": ModelConfig(
         **SHAPE, normalization="layernorm", activation="gelu", bias=True, position="xpos", xpos_scale_base=8
     ),
+    "sliding window": ModelConfig(**SHAPE, num_query_groups=2, sliding_window=5),
     "other theta and epsilon": ModelConfig(**SHAPE, rope_theta=500.0, norm_epsilon=1e-2),
 }
 

@@ -57,9 +57,14 @@ class OperationTimes:
         """What a product of `factor` that is added to a wider `out` moves more than one of its own width."""
         return memory_time(self.machine, out.numel() * (2 * out.element_size() - factor.element_size()))
 
-    def attention(self, query: torch.Tensor, flops: int, causal: bool) -> float:
-        """Flash attention whose products are `flops` over all keys, half of which causality leaves."""
-        return attention_time(self.machine, _precision(query), flops / 2 if causal else flops)
+    def attention(self, query: torch.Tensor, key: torch.Tensor, flops: int, causal: bool) -> float:
+        """Flash attention of `query` and `key` [..., positions, channels], whose products are `flops` over all keys.
+
+        Causality leaves half of as many keys as queries; fewer keys are a sliding window's, which leaves all but half
+        of its first queries' (`model.attention.window`).
+        """
+        left = 1 - key.size(-2) / (2 * query.size(-2)) if causal else 1.0
+        return attention_time(self.machine, _precision(query), flops * left)
 
     def memory_bound(self, tensors: Iterable[torch.Tensor]) -> float:
         """A kernel that reads or writes each of some tensors once."""

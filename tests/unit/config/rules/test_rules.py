@@ -28,6 +28,7 @@ FP8 = "stages.0.precision=bf16 stages.0.fp8=tensorwise"
 SIZES: list[tuple[str, int | None, str]] = [
     ("data.sequence_length=0", None, "data.sequence_length is 0, give at least 1"),
     ("stages.0.model.num_layers=-1", None, "stages.0.model.num_layers is -1, give at least 0"),
+    ("stages.1.model.sliding_window=0", None, "stages.1.model.sliding_window is 0, give at least 1"),
     ("stages.1.model.head_dim=-2", None, "stages.1.model.head_dim is -2, give at least 1"),
     ("stages.0.parallel.tensor=0", None, "stages.0.parallel.tensor is 0, give at least 1"),
     ("stages.0.micro_batch=0", None, "stages.0.micro_batch is 0, give at least 1"),

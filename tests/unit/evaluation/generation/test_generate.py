@@ -73,7 +73,9 @@ def test_sampling_does_not_depend_on_the_batch(folder: Path) -> None:
     assert [c.ids for c in together] != [c.ids for c in again]
 
 
-@pytest.mark.parametrize("model", [MODEL, replace(MODEL, position="xpos", xpos_scale_base=8.0)], ids=["rope", "xpos"])
+@pytest.mark.parametrize(
+    "model", [MODEL, replace(MODEL, position="xpos", xpos_scale_base=8.0, sliding_window=4)], ids=["rope", "xpos"]
+)
 def test_the_cache_gives_the_logits_of_whole_forward_passes(folder: Path, model: ModelConfig) -> None:
     evaluated = evaluated_in(folder, model)
     ids = torch.randint(4, 400, (2, 12), generator=torch.Generator().manual_seed(0))

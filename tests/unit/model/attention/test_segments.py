@@ -26,7 +26,7 @@ PACKED = torch.tensor([[1] * 5 + [2] + [3] * 15 + [0] * 3, [1] * 20 + [2] * 4])
 MODEL = ModelConfig(hidden_size=256, num_attention_heads=4, num_query_groups=2)
 CASES = [(1, 1), (3, 1), (2, 4)]
 """Query groups, and heads of each."""
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor, float | None], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, float | None, int | None], Tensor]
 
 
 def inputs(groups: int, heads: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,20 +38,23 @@ def inputs(groups: int, heads: int, dtype: torch.dtype = torch.float32) -> tuple
     return query, key, value
 
 
-def dense(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float | None) -> Tensor:
+def dense(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float | None, window: int | None) -> Tensor:
     """Scores of all pairs of positions in float64, those that are hidden at minus infinity."""
     groups = query.size(1) // len(PACKED)
-    seen = (PACKED[:, :, None] == PACKED[:, None, :]).tril().repeat_interleave(groups, 0).unsqueeze(1)
+    seen = (PACKED[:, :, None] == PACKED[:, None, :]).tril()
+    seen = (seen if window is None else seen.triu(1 - window)).repeat_interleave(groups, 0).unsqueeze(1)
     query, key, value = (x.double().permute(1, 2, 0, 3) for x in (query, key, value))
     scores = query @ key.transpose(-1, -2) * (CHANNELS**-0.5 if scale is None else scale)
     output = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value
     return output.permute(2, 0, 1, 3).flatten(2)
 
 
-def with_gradients(attend: Attend, groups: int, heads: int, scale: float | None, dtype: torch.dtype) -> list[Tensor]:
+def with_gradients(
+    attend: Attend, groups: int, heads: int, scale: float | None, dtype: torch.dtype, window: int | None = None
+) -> list[Tensor]:
     """Output and gradients in float64."""
     leaves = inputs(groups, heads, dtype)
-    output = attend(*leaves, segment_ends(PACKED), scale)
+    output = attend(*leaves, segment_ends(PACKED), scale, window)
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
     return [x.double() for x in (output, *torch.autograd.grad(output, leaves, upstream))]
 
@@ -70,14 +73,17 @@ def flat_varlen(
     enable_gqa: bool = False,
 ) -> Tensor:
     """What torch's documentation says of its variable-length attention, on a CPU; as strict about heads."""
-    assert torch.equal(cu_seq_q, cu_seq_k) and cu_seq_q.dtype is torch.int32 and window_size == (-1, 0)
+    assert torch.equal(cu_seq_q, cu_seq_k) and cu_seq_q.dtype is torch.int32 and window_size[1] == 0
     assert enable_gqa == (query.size(1) != key.size(1))
     bounds = cu_seq_q.tolist()
     assert bounds[0] == 0 and bounds[-1] == len(query) and max_q == max_k >= max(map(int.__sub__, bounds[1:], bounds))
     pieces = []
     for start, end in pairwise(bounds):
         q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=enable_gqa)
+        seen = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        if window_size[0] >= 0:  # how many positions before its own a query sees
+            seen = seen.triu(-window_size[0])
+        attended = F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=enable_gqa)
         pieces.append(attended[0].transpose(0, 1))
     return torch.cat(pieces)
 
@@ -120,6 +126,15 @@ def test_attention_is_that_of_a_dense_mask(
             assert (one - other).abs().max() <= tolerance * other.abs().max()
 
 
+@pytest.mark.parametrize("window", [2, 4, 11])
+def test_a_window_hides_more_of_each_segment(window: int, varlen: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flm_megatron.model.attention.window.SMALLEST_BLOCK", 3)
+    expected = with_gradients(dense, 2, 4, None, torch.float64, window)
+    for attend in (attend_within, module._in_one_call):
+        for one, other in zip(with_gradients(attend, 2, 4, None, torch.float64, window), expected, strict=True):
+            assert (one - other).abs().max() <= 1e-14 * other.abs().max()
+
+
 @pytest.mark.parametrize(("groups", "heads"), CASES)
 def test_torch_s_own_call_takes_what_it_is_given(groups: int, heads: int) -> None:
     """By shapes alone: its kernels are a GPU's."""
@@ -133,22 +148,22 @@ def test_torch_s_own_call_takes_what_it_is_given(groups: int, heads: int) -> Non
         assert [gradient.shape for gradient in gradients] == shapes
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-def test_torch_is_tried_once(grouped: bool, varlen: ModuleType) -> None:
+@pytest.mark.parametrize(("grouped", "windowed"), [(False, False), (True, True)])
+def test_torch_is_tried_once(grouped: bool, windowed: bool, varlen: ModuleType) -> None:
     host = torch.device("cpu")
-    assert module.obstacle(host, torch.bfloat16, 64, grouped) is None
+    assert module.obstacle(host, torch.bfloat16, 64, grouped, windowed) is None
     module.obstacle.cache_clear()
     varlen.varlen_attn = lambda *given, **named: flat_varlen(*given, **named) * 1.5  # type: ignore[attr-defined]
-    assert "away" in str(module.obstacle(host, torch.float32, 64, grouped))
+    assert "away" in str(module.obstacle(host, torch.float32, 64, grouped, windowed))
     module.obstacle.cache_clear()
     varlen.varlen_attn = without_empty_ones  # type: ignore[attr-defined]
-    assert module.obstacle(host, torch.float32, 64, grouped) == "RuntimeError: empty sequence"
+    assert module.obstacle(host, torch.float32, 64, grouped, windowed) == "RuntimeError: empty sequence"
     module.obstacle.cache_clear()
     varlen.varlen_attn = lambda *given, is_causal=False: None  # type: ignore[attr-defined]
-    assert "TypeError" in str(module.obstacle(host, torch.float32, 64, grouped))
+    assert "TypeError" in str(module.obstacle(host, torch.float32, 64, grouped, windowed))
     module.obstacle.cache_clear()
     del varlen.varlen_attn
-    assert "ImportError" in str(module.obstacle(host, torch.float32, 64, grouped))
+    assert "ImportError" in str(module.obstacle(host, torch.float32, 64, grouped, windowed))
 
 
 @pytest.mark.parametrize("reason", [None, "ImportError: no"])
@@ -164,7 +179,7 @@ def test_the_log_says_so_in_one_line(reason: str | None, monkeypatch: pytest.Mon
     monkeypatch.setattr(module, "obstacle", answer)
     notice = module.packing_notice(MODEL, torch.bfloat16)
     assert notice is None if reason is None else reason in str(notice) and "64 channels of bfloat16" in str(notice)
-    assert asked == [(torch.device("meta"), torch.bfloat16, 64, True)]
+    assert asked == [(torch.device("meta"), torch.bfloat16, 64, True, False)]
 
 
 def test_scores_between_segments_are_not_computed() -> None:

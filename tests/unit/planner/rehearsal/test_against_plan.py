@@ -24,6 +24,7 @@ from flm_megatron.planner.rehearsal.roles import global_rank, roles
 MODEL = ModelConfig(num_layers=4, hidden_size=256, ffn_hidden_size=688, num_attention_heads=4, vocab_size=2000)
 GPT = replace(MODEL, normalization="layernorm", activation="gelu", bias=True, position="xpos")
 ADAPTED = replace(MODEL, lora=LoraConfig(rank=8))
+WINDOWED = replace(MODEL, sliding_window=64)
 WIDE = replace(MODEL, vocab_size=1_200_000)
 """Its logits are large as a whole, and not on the part of a sequence that a rank has."""
 FUSED = KernelsConfig(head_and_loss="fused")
@@ -56,7 +57,7 @@ def case(name: str, parallel: ParallelConfig, gpus: int, slow: bool = True, **fi
 P = ParallelConfig
 CASES = [
     case("sequence and pipeline", P(tensor=2, pipeline=2, sequence=True), 8, False, recompute="selective"),
-    case("chunks that overlap", P(pipeline=2, virtual_pipeline=2, overlap_grad_reduce=True), 4, False),
+    case("chunks that overlap", P(pipeline=2, virtual_pipeline=2, overlap_grad_reduce=True), 4, False, model=WINDOWED),
     case("replicas", P(tensor=2, distributed_optimizer=False), 4, False, model=GPT, recompute="full"),
     case("adapters", P(tensor=2, sequence=True), 2, False, model=ADAPTED, recompute="selective", fp8="tensorwise"),
     case("one operation", P(tensor=2, sequence=True), 2, False, model=WIDE),

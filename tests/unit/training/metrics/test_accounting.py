@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,10 @@ def test_flops_are_six_per_weight_plus_half_the_attention() -> None:
     matmul_weights = parameter_count(model) - 80000 * 8192 - (2 * 64 + 1) * 8192  # no embedding lookup, no norms
     attention = 6 * 64 * 4096 * 8192  # 12 L s h per token, halved for causality
     assert training_flops_per_token(model, 4096) == pytest.approx(6 * matmul_weights + attention, rel=1e-12)
+    seen = sum(min(position + 1, 1024) for position in range(4096)) / 4096
+    windowed = 6 * matmul_weights + attention * seen / 2048
+    assert training_flops_per_token(replace(model, sliding_window=1024), 4096) == pytest.approx(windowed, rel=1e-4)
+    assert training_flops_per_token(replace(model, sliding_window=5000), 4096) == training_flops_per_token(model, 4096)
 
 
 @pytest.mark.parametrize(("value", "text"), [(999, "999"), (1500, "1.5K"), (2.5e12, "2.5T"), (0.5, "0.5")])

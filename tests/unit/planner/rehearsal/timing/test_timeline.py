@@ -52,11 +52,11 @@ def test_products_take_what_is_planned_by_their_shapes() -> None:
     assert found.spent["memory_bound"] == pytest.approx(memory_time(A800, 6 * 1024 * 8192))
 
 
-@pytest.mark.parametrize(("causal", "share"), [(True, 0.5), (False, 1.0)])
-def test_attention_takes_the_arithmetic_that_causality_leaves(causal: bool, share: float) -> None:
+@pytest.mark.parametrize(("causal", "keys", "share"), [(True, 2048, 1 / 2), (False, 2048, 1.0), (True, 512, 7 / 32)])
+def test_attention_takes_the_arithmetic_that_causality_leaves(causal: bool, keys: int, share: float) -> None:
     def work() -> None:
         """Attention and its gradient."""
-        query, key, value = (torch.empty(1, 8, 2048, 128, dtype=BF16, requires_grad=True) for _ in "qkv")
+        query, key, value = (torch.empty(1, 8, n, 128, dtype=BF16, requires_grad=True) for n in (2048, keys, keys))
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal)
         torch.autograd.grad(out, query, torch.empty_like(out))
 
