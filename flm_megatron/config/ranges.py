@@ -19,6 +19,8 @@ LARGEST_MODEL = {
 """Far above any model, so that a typing error is not planned or computed for hours."""
 LARGEST_COUNT = 10**9
 """Steps, samples in a batch, and similar counts."""
+LARGEST_SEQUENCE = 2**27
+"""Tokens of a sequence."""
 LARGEST_TOKENS = 10**18
 """Token budgets: far above any, and positions in the stream fit into 64 bits."""
 

@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 
-from flm_megatron.config.schema import LoraConfig, ModelConfig
+from flm_megatron.config.schema import LoraConfig, ModelConfig, RopeScaling
 
 CLOSE = 1e-7
 """Relative difference of two constants below which fp32 does not tell them apart."""
 FUNCTION = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim"),
     *("vocab_size", "normalization", "activation", "bias", "qkv_bias", "position", "norm_epsilon", "rope_theta"),
-    *("xpos_scale_base", "sliding_window", "input_mult", "output_mult", "lora"),
+    *("rope_scaling", "xpos_scale_base", "sliding_window", "input_mult", "output_mult", "lora"),
 )
 """Fields that the function of a model with given weights follows from."""
 LABELS = {"output_mult": "the factor on the logits (model.output_mult over muP's width factor)"}
@@ -53,9 +53,14 @@ def _function(model: ModelConfig) -> Mapping[str, object]:
         "head_dim": model.kv_channels,
         "xpos_scale_base": model.xpos_scale_base if model.position == "xpos" else None,
         "output_mult": model.logit_multiplier,
+        "rope_scaling": _scaling(model.rope_scaling),
         "lora": _adapters(model.lora),
     }
     return {name: effective.get(name, getattr(model, name)) for name in FUNCTION}
+
+
+def _scaling(scaling: RopeScaling | None) -> dict[str, object] | None:
+    return {"kind": scaling.kind, **scaling.constants} if scaling else None
 
 
 def _adapters(lora: LoraConfig | None) -> dict[str, object] | None:

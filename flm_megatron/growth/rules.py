@@ -10,8 +10,8 @@ from flm_megatron.errors import RequestError
 from flm_megatron.growth.opening import OpeningMasks
 
 KEPT_FIELDS = (
-    *("normalization", "activation", "bias", "qkv_bias", "position", "rope_theta", "xpos_scale_base"),
-    "sliding_window",
+    *("normalization", "activation", "bias", "qkv_bias"),
+    *("position", "rope_theta", "rope_scaling", "xpos_scale_base", "sliding_window"),
 )
 WIDTHS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "query_groups")
 

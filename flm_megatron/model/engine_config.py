@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -93,11 +94,18 @@ def _shape(model: ModelConfig) -> dict[str, object]:
         "attention_dropout": 0.0,
         "perform_initialization": False,
         "output_layer_init_method": torch.nn.init.zeros_,  # not called; the engine's own divides by the layers
+        "softmax_scale": _softmax_scale(model),
         **without_cuda_graphs(),
         "xpos_scale_base": model.xpos_scale_base if model.position == "xpos" else None,
         "sliding_window": model.sliding_window,
         "window_size": None if model.sliding_window is None else (model.sliding_window - 1, 0),
     }
+
+
+def _softmax_scale(model: ModelConfig) -> float | None:
+    """Factor on the scores of attention; none is 1 / sqrt(channels)."""
+    factor = 1.0 if model.rope_scaling is None else model.rope_scaling.score_factor
+    return None if factor == 1 else factor / math.sqrt(model.kv_channels)
 
 
 def _layout(num_layers: int, parallel: ParallelConfig) -> dict[str, object]:

@@ -22,6 +22,7 @@ from flm_megatron.model.attention.cache import KeyValueCache
 from flm_megatron.model.attention.core import CoreAttention
 from flm_megatron.model.engine_config import EngineConfig
 from flm_megatron.model.parameters import parameter_specs
+from flm_megatron.model.rotary import scaled_frequencies
 from flm_megatron.model.spec import block_spec
 
 
@@ -54,6 +55,9 @@ class TeleFLM(GPTModel):
             rotary_base=model.rope_theta,  # type: ignore[arg-type]
             vp_stage=vp_stage,
         )
+        if model.rope_scaling is not None:
+            frequencies = self.rotary_pos_emb.inv_freq
+            self.rotary_pos_emb.inv_freq = scaled_frequencies(frequencies, model.rope_scaling, model.rope_theta)
         self.specs = parameter_specs(model)
         self.true_vocab_size = model.vocab_size
         self.input_multiplier = model.input_mult

@@ -89,14 +89,51 @@ def _positions(model: ModelConfig, x: Tensor, xpos_sign: int) -> Tensor:
     sequence, channels = x.size(1), x.size(-1)
     position = torch.arange(sequence, dtype=torch.float64)[:, None]
     pair = torch.arange(channels // 2, dtype=torch.float64)
-    angle = position * model.rope_theta ** (-2 * pair / channels)
-    scale = torch.ones_like(angle)
+    angle = position * torch.tensor(_frequencies(model), dtype=torch.float64)
+    scale = torch.full_like(angle, _stretch(model))
     if model.position == "xpos":
         zeta = (2 * pair / channels + 0.4) / 1.4
         scale = zeta ** (xpos_sign * position / model.xpos_scale_base)
     cos, sin = ((scale * f(angle)).to(x.dtype)[None, :, None, None, :] for f in (torch.cos, torch.sin))
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def _frequencies(model: ModelConfig) -> list[float]:
+    """Radians a token by which each pair of channels turns: slow pairs slower by the factor of the scaling."""
+    channels, scaling = model.kv_channels, model.rope_scaling
+    found = []
+    for pair in range(channels // 2):
+        frequency = model.rope_theta ** (-2 * pair / channels)
+        divided = 0.0
+        if scaling is not None and scaling.kind == "linear":
+            divided = 1.0
+        elif scaling is not None and scaling.kind == "llama3":
+            wavelength = 2 * math.pi / frequency
+            longest = scaling.original_length / scaling.low_freq_factor
+            shortest = scaling.original_length / scaling.high_freq_factor
+            if wavelength > longest:
+                divided = 1.0
+            elif wavelength > shortest:
+                divided = (1 / shortest - 1 / wavelength) / (1 / shortest - 1 / longest)
+        elif scaling is not None:
+            first, last = (
+                channels / 2 * math.log(scaling.original_length / (2 * math.pi * turns), model.rope_theta)
+                for turns in (scaling.beta_fast, scaling.beta_slow)
+            )
+            first, last = max(math.floor(first), 0), min(math.ceil(last), channels - 1)
+            divided = min(max((pair - first) / max(last - first, 0.001), 0.0), 1.0)
+        factor = 1.0 if scaling is None else scaling.factor
+        found.append(divided * frequency / factor + (1 - divided) * frequency)
+    return found
+
+
+def _stretch(model: ModelConfig) -> float:
+    """Factor on rotated queries and keys."""
+    scaling = model.rope_scaling
+    if scaling is None or scaling.kind != "yarn":
+        return 1.0
+    return scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1
 
 
 def _feed_forward(model: ModelConfig, layer: Mapping[str, Tensor], x: Tensor) -> Tensor:

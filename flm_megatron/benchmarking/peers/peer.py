@@ -50,9 +50,11 @@ def check_peers(names: Sequence[str], stage: StageConfig) -> None:
             f"--compare runs on one process, the stage's layout is tensor {parallel.tensor} x pipeline "
             f"{parallel.pipeline} x data {parallel.data or 1}: override its parallel sizes with 1"
         )
-    biased = model.bias or model.qkv_bias
-    if model.normalization != "rmsnorm" or not model.gated or biased or model.position != "rope":
-        raise RequestError("--compare needs the Llama block (rmsnorm, swiglu, no bias, rope), as peers have it")
+    biased, scaled = model.bias or model.qkv_bias, model.rope_scaling is not None
+    if model.normalization != "rmsnorm" or not model.gated or biased or model.position != "rope" or scaled:
+        raise RequestError(
+            "--compare needs the Llama block (rmsnorm, swiglu, no bias, rope without rope_scaling), as peers have it"
+        )
     if model.sliding_window is not None:
         raise RequestError("--compare: peers attend to the whole sequence; leave model.sliding_window out")
     if stage.recompute == "selective":

@@ -11,6 +11,8 @@ from typing import Annotated, Literal, TypedDict, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from flm_megatron.checkpoint.hugging_face.rotary import Positive, RotaryFields
+from flm_megatron.config.schema import RopeScaling
 from flm_megatron.errors import RequestError
 from flm_megatron.json_text import JsonObject
 from flm_megatron.model.limits import (
@@ -23,7 +25,6 @@ from flm_megatron.model.limits import (
 )
 
 STRICT = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
-Positive = Annotated[float, Field(gt=0, le=1e30)]
 Vocabulary = Annotated[int, Field(ge=1, le=LARGEST_VOCABULARY)]
 Heads = Annotated[int, Field(ge=1, le=MOST_HEADS)]
 
@@ -65,16 +66,6 @@ LIKE_LLAMA = {"partial_rotary_factor": 1.0, "rotary_pct": 1.0, "position_embeddi
 """Fields of other architectures, with the value at which they describe Llama."""
 
 
-class RotaryFields(BaseModel):
-    """`rope_parameters` of transformers 5, `rope_scaling` of version 4: plain rotary positions alone."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-    rope_type: Literal["default"] | None = None
-    type: Literal["default"] | None = None
-    rope_theta: Positive | None = None
-    partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] | None = None
-
-
 class Shape(TypedDict):
     """Fields of a model by their names in ModelConfig."""
 
@@ -87,6 +78,7 @@ class Shape(TypedDict):
     vocab_size: int
     norm_epsilon: float
     rope_theta: float
+    rope_scaling: RopeScaling | None
 
 
 Fields = TypeVar("Fields", bound="DecoderFields")
@@ -117,9 +109,21 @@ class DecoderFields(BaseModel):
     @property
     def theta(self) -> float:
         """Base of the rotary frequencies, from where transformers 5 or version 4 stores it."""
-        places = (self.rope_parameters, self.rope_scaling)
-        found = [place.rope_theta for place in places if place and place.rope_theta is not None]
-        return next(iter([*found, *([self.rope_theta] if self.rope_theta is not None else [])]), 10000.0)
+        found = [place.rope_theta for place in (self.rope_parameters, self.rope_scaling) if place]
+        return next((theta for theta in (*found, self.rope_theta) if theta is not None), 10000.0)
+
+    def scaling(self) -> RopeScaling | None:
+        """Scaling of the rotary frequencies. Raises ValueError, saying what is wrong, if it is no such thing."""
+        found = []
+        for name in ("rope_parameters", "rope_scaling"):
+            fields: RotaryFields | None = getattr(self, name)
+            try:
+                found += [fields.scaling()] if fields is not None else []
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        if len(found) == 2 and found[0] != found[1]:
+            raise ValueError("rope_parameters and rope_scaling that disagree: take one of them out")
+        return found[0] if found else None
 
     def shape(self) -> Shape:
         """What these fields say of a model; `vocab_size` is the true one if `true_vocab_size` tells it."""
@@ -134,6 +138,7 @@ class DecoderFields(BaseModel):
             "vocab_size": self.true_vocab_size or self.vocab_size,
             "norm_epsilon": self.rms_norm_eps,
             "rope_theta": self.theta,
+            "rope_scaling": self.scaling(),
         }
 
 
@@ -154,12 +159,13 @@ def read_fields(config: JsonObject, kind: type[Fields], where: str) -> Fields:
             f"{where}: config.json has {name} {_shown(mistake['input'])}: {_expected(mistake)}"
         ) from None
     _check_heads(fields, where)
+    _check_rotary(fields, where)
     return fields
 
 
 def _expected(mistake: ErrorDetails) -> str:
     if mistake["type"] == "extra_forbidden":
-        return "plain rotary positions (rope_type 'default') alone are supported here"
+        return f"no field of {mistake['loc'][0]} that is supported here"
     if mistake["type"] == "literal_error":
         return f"only {mistake['ctx']['expected']} is supported here"
     return str(mistake["msg"]).replace("Input should be", "it should be")
@@ -177,6 +183,13 @@ def _check_heads(fields: DecoderFields, where: str) -> None:
             f"{where}: config.json has num_attention_heads {heads} and no head_dim: hidden_size {fields.hidden_size} "
             "does not give each head an even number of channels"
         )
+
+
+def _check_rotary(fields: DecoderFields, where: str) -> None:
+    try:
+        fields.scaling()
+    except ValueError as error:
+        raise RequestError(f"{where}: config.json has {error}") from None
 
 
 def _refuse_unsupported(config: JsonObject, kind: type[DecoderFields], where: str) -> None:

@@ -63,6 +63,8 @@ def arguments_of(
         )
     if model.position != "rope":
         raise RequestError(f"the model has position = {model.position}, which Megatron-LM's checkpoints cannot express")
+    if model.rope_scaling is not None:
+        raise RequestError("the model has rope_scaling, whose constants Megatron-LM's checkpoints do not hold")
     return argparse.Namespace(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

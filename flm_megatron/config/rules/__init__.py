@@ -12,14 +12,13 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 
-from flm_megatron.config.ranges import LARGEST_COUNT, LARGEST_WORLD, out_of_range
+from flm_megatron.config.ranges import LARGEST_COUNT, LARGEST_SEQUENCE, LARGEST_WORLD, out_of_range
 from flm_megatron.config.rules.layout import LAYOUT_RULES, layout_sizes_are_counts
 from flm_megatron.config.rules.model import MODEL_RULES, model_sizes_are_counts
 from flm_megatron.config.rules.schedule import SCHEDULE_RULES, STABILITY_RULES, VALUE_RULES
 from flm_megatron.config.schema import RunConfig, SourceConfig
 from flm_megatron.errors import Mistakes
 
-LARGEST_SEQUENCE = 2**27
 LARGEST_TIMEOUT_S = 10**7
 LARGEST_PASSES, LARGEST_EPOCHS = 10_000, 1_000
 SEEDS = 2**63

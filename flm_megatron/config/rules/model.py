@@ -3,10 +3,11 @@ looks at several fields gives a line for each."""
 
 from __future__ import annotations
 
-from flm_megatron.config.ranges import LARGEST_MODEL, out_of_range
-from flm_megatron.config.schema import ModelConfig
+from flm_megatron.config.ranges import LARGEST_MODEL, LARGEST_SEQUENCE, out_of_range
+from flm_megatron.config.schema import ModelConfig, RopeScaling
 
 LARGEST_RANK = 2**16
+LARGEST_FACTOR = 10**6
 POSITIVE = (
     "norm_epsilon",
     "rope_theta",
@@ -71,6 +72,32 @@ def biases_are_said_once(model: ModelConfig) -> str | None:
     return None
 
 
+def rope_scaling_fits(model: ModelConfig) -> list[str]:
+    """Rotary positions alone are scaled, by a factor and bounds that make sense."""
+    if model.rope_scaling is None:
+        return []
+    if model.position != "rope":
+        return [f"model.rope_scaling is given, but model.position is {model.position}: leave it out, or set rope"]
+    lines = [f"model.rope_scaling.{line}" for line in scaling_mistakes(model.rope_scaling)]
+    if model.rope_scaling.kind == "yarn" and model.rope_theta <= 1:
+        lines.append(f"model.rope_scaling is yarn, and model.rope_theta {model.rope_theta}: give a base above 1")
+    return lines
+
+
+def scaling_mistakes(scaling: RopeScaling) -> list[str]:
+    """A line for each constant of a scaling that its kind cannot compute with."""
+    lines = out_of_range({"original_length": (scaling.original_length, 1, LARGEST_SEQUENCE)})
+    if not 1 <= scaling.factor <= LARGEST_FACTOR:
+        lines.append(f"factor is {scaling.factor}, give a number from 1 to {LARGEST_FACTOR}")
+    if scaling.attention_factor is not None and not 0 < scaling.attention_factor <= LARGEST_FACTOR:
+        lines.append(f"attention_factor is {scaling.attention_factor}, give a number above 0, or leave it out")
+    for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+        least, most = getattr(scaling, low), getattr(scaling, high)
+        if not 0 < least < most <= LARGEST_FACTOR:
+            lines.append(f"{low} is {least} and {high} {most}: give two numbers above 0, the first below the second")
+    return lines
+
+
 def adapters_have_layers(model: ModelConfig) -> str | None:
     """Adapters are beside the matrices of layers."""
     if model.lora is not None and not model.num_layers:
@@ -85,4 +112,5 @@ MODEL_RULES = (
     heads_divide_hidden,
     heads_divide_into_groups,
     head_dim_is_even,
+    rope_scaling_fits,
 )

@@ -7,7 +7,7 @@ budgets are tokens, times are seconds. Nothing here imports torch.
 
 from flm_megatron.config.schema.data import ChatConfig, DataConfig, MixConfig, SourceConfig
 from flm_megatron.config.schema.hardware import DistributedConfig, KernelsConfig, ParallelConfig
-from flm_megatron.config.schema.model import LoraConfig, ModelConfig, MupConfig
+from flm_megatron.config.schema.model import LoraConfig, ModelConfig, MupConfig, RopeScaling
 from flm_megatron.config.schema.optimizer import OptimizerConfig, ScheduleConfig
 from flm_megatron.config.schema.run import CheckpointConfig, LoggingConfig, MemoryConfig, RunConfig
 from flm_megatron.config.schema.stage import GrowthConfig, StabilityConfig, StageConfig, ValidationConfig
@@ -27,6 +27,7 @@ __all__ = [
     "MupConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "RopeScaling",
     "RunConfig",
     "ScheduleConfig",
     "SourceConfig",

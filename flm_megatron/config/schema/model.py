@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import field
 from typing import Literal
 
@@ -32,6 +33,47 @@ class LoraConfig:
         default_factory=lambda: ["qkv", "projection", "fc1", "fc2"]
     )
     """Matrices of every layer that have adapters."""
+
+
+@dataclass(config=SETTINGS)
+class RopeScaling:
+    """Rotary frequencies slowed down by a factor, so that a model reaches beyond the lengths it was trained with."""
+
+    kind: Literal["linear", "llama3", "yarn"] = "llama3"
+    """`linear` divides every frequency by the factor; `llama3` and `yarn` leave those that turn often within the
+    original length, divide those that hardly turn, and go from one to the other in between; `yarn` also sharpens the
+    attention."""
+    factor: float = 8.0
+    """How much slower the frequencies are, 1 or more."""
+    original_length: int = 8192
+    """llama3, yarn: tokens of a sequence that the unscaled model was trained with."""
+    low_freq_factor: float = 1.0
+    """llama3: frequencies of at most as many turns within the original length are divided."""
+    high_freq_factor: float = 4.0
+    """llama3: frequencies of at least as many turns within the original length stay."""
+    beta_slow: float = 1.0
+    """yarn: frequencies of about as many turns within the original length, or fewer, are divided."""
+    beta_fast: float = 32.0
+    """yarn: frequencies of about as many turns within the original length, or more, stay."""
+    attention_factor: float | None = None
+    """yarn: factor on rotated queries and on rotated keys; none means 0.1 ln(factor) + 1."""
+
+    @property
+    def constants(self) -> dict[str, float | None]:
+        """The fields that this kind of scaling computes with, besides the kind, by their names."""
+        others = {
+            "linear": (),
+            "llama3": ("original_length", "low_freq_factor", "high_freq_factor"),
+            "yarn": ("original_length", "beta_slow", "beta_fast", "attention_factor"),
+        }
+        return {name: getattr(self, name) for name in ("factor", *others[self.kind])}
+
+    @property
+    def score_factor(self) -> float:
+        """Factor on the scores of attention."""
+        if self.kind != "yarn":
+            return 1.0
+        return (0.1 * math.log(self.factor) + 1 if self.attention_factor is None else self.attention_factor) ** 2
 
 
 @dataclass(config=SETTINGS)
@@ -66,6 +108,8 @@ class ModelConfig:
     """Added to the mean square in the norms."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Slower rotary frequencies for longer sequences, as Llama 3 has them; none leaves them as they are."""
     xpos_scale_base: float = 512.0
     """xPos: tokens over which the decay exponent grows by one."""
     sliding_window: int | None = None

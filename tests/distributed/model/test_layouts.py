@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flm_megatron.config.schema import ModelConfig, MupConfig, ParallelConfig
+from flm_megatron.config.schema import ModelConfig, MupConfig, ParallelConfig, RopeScaling
 from tests.support.pool import Pool
 from tests.support.reference_model import random_tensors, reference_loss
 
@@ -26,7 +26,13 @@ SHAPE: dict[str, Any] = {
 }
 Result = tuple[np.ndarray | None, dict[str, np.ndarray], dict[str, np.ndarray]]
 MODELS = {
-    "mup": ModelConfig(**SHAPE, input_mult=1.5, output_mult=2.0, mup=MupConfig(enabled=True, base_hidden_size=32)),
+    "mup": ModelConfig(
+        **SHAPE,
+        input_mult=1.5,
+        output_mult=2.0,
+        mup=MupConfig(enabled=True, base_hidden_size=32),
+        rope_scaling=RopeScaling("yarn", 4.0, 16, beta_fast=2.0, beta_slow=0.1),
+    ),
     "gpt3": ModelConfig(
         **SHAPE,
         normalization="layernorm",

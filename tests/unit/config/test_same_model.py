@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flm_megatron.config.same_model import differences, laid_over
-from flm_megatron.config.schema import LoraConfig, ModelConfig, MupConfig
+from flm_megatron.config.schema import LoraConfig, ModelConfig, MupConfig, RopeScaling
 from tests.support.reference_model import random_tensors, reference_logits
 
 MODEL = ModelConfig(
@@ -24,12 +24,14 @@ MODEL = ModelConfig(
 )
 IDS = torch.arange(36).view(2, 18) * 5 % 31
 XPOS = replace(MODEL, position="xpos")
+LINEAR = replace(MODEL, rope_scaling=RopeScaling("linear", 2.0))
 
 OTHER: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
     "heads": (MODEL, {"num_attention_heads": 6}),
     "position": (MODEL, {"position": "xpos"}),
     "xpos_scale_base": (XPOS, {"xpos_scale_base": 64.0}),
     "rope_theta": (MODEL, {"rope_theta": 500000.0}),
+    "rope_scaling": (MODEL, {"rope_scaling": RopeScaling("linear", 2.0)}),
     "norm_epsilon": (MODEL, {"norm_epsilon": 1e-2}),
     "sliding_window": (MODEL, {"sliding_window": 17}),
     "input_mult": (MODEL, {"input_mult": 1.0}),
@@ -40,6 +42,7 @@ OTHER: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
 SAME: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
     "head_dim": (MODEL, {"head_dim": 4}),
     "num_query_groups": (MODEL, {"num_query_groups": 12}),
+    "constants of another scaling": (LINEAR, {"rope_scaling": RopeScaling("linear", 2.0, original_length=7)}),
     "init": (MODEL, {"matrix_init_std": 0.5, "vector_init_std": 0.5, "head_init_std": 0.25}),
     "xpos_scale_base": (MODEL, {"xpos_scale_base": 64.0}),
     "mup off, its factor in output_mult": (MODEL, {"mup": MupConfig(), "output_mult": 1.0}),

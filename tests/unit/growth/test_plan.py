@@ -11,7 +11,15 @@ import pytest
 
 from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.checkpoint.stage_manifest import manifest_model
-from flm_megatron.config.schema import ChatConfig, DataConfig, GrowthConfig, MupConfig, RunConfig, StageConfig
+from flm_megatron.config.schema import (
+    ChatConfig,
+    DataConfig,
+    GrowthConfig,
+    MupConfig,
+    RopeScaling,
+    RunConfig,
+    StageConfig,
+)
 from flm_megatron.data.tokenizer import train_tokenizer
 from flm_megatron.errors import Mistakes, RequestError
 from flm_megatron.growth.boundary import (
@@ -96,6 +104,7 @@ def test_distances_of_another_model() -> None:
         ({"bias": True}, "model.bias is False"),
         ({"qkv_bias": True}, "model.qkv_bias is False"),
         ({"rope_theta": 5e5}, "model.rope_theta is 10000.0"),
+        ({"rope_scaling": RopeScaling()}, "model.rope_scaling is None"),
         ({"mup": MupConfig()}, "model.mup.enabled is True"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from flm_megatron.config.schema import ModelConfig, MupConfig
+from flm_megatron.config.schema import ModelConfig, MupConfig, RopeScaling
 from flm_megatron.distributed.world import one_process
 from flm_megatron.model.parameters import parameter_specs
 from tests.support.filled_model import filled_model, gradients, seeded_batch
@@ -36,6 +36,8 @@ MODELS = {
     ),
     "sliding window": ModelConfig(**SHAPE, num_query_groups=2, sliding_window=5),
     "other theta and epsilon": ModelConfig(**SHAPE, rope_theta=500.0, norm_epsilon=1e-2),
+    "llama 3's rope": ModelConfig(**SHAPE, rope_scaling=RopeScaling("llama3", 4.0, 24)),
+    "yarn": ModelConfig(**SHAPE, rope_theta=50.0, rope_scaling=RopeScaling("yarn", 4.0, 64, beta_fast=8.0)),
 }
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from flm_megatron.checkpoint.hugging_face.families.family import Family, Modules
+from collections.abc import Mapping
+
+from flm_megatron.checkpoint.hugging_face.families.family import Family, Modules, Values
+from flm_megatron.checkpoint.hugging_face.rotary import rotary_settings
 from flm_megatron.checkpoint.hugging_face.schema import DecoderFields, read_fields
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import RequestError
@@ -78,8 +81,7 @@ def llama_settings(model: ModelConfig, sequence_length: int) -> dict[str, object
         **llama_shape(model),
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_epsilon,
-        "rope_theta": model.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        **rotary_settings(model),
         "attention_bias": model.bias,
         "mlp_bias": model.bias,
         "tie_word_embeddings": False,
@@ -88,5 +90,5 @@ def llama_settings(model: ModelConfig, sequence_length: int) -> dict[str, object
     }
 
 
-EXPRESSES = {"bias": (False, True)}
+EXPRESSES: Mapping[str, Values] = {"bias": (False, True), "rope_scaling": None}
 LLAMA = Family("llama", MODULES, _model, llama_settings, EXPRESSES)

@@ -23,6 +23,7 @@ from flm_megatron.checkpoint.megatron_legacy.reader import MegatronLegacyCheckpo
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.stage_manifest import manifest_model
 from flm_megatron.checkpoint.torch_dist.reader import TorchDistCheckpoint
+from flm_megatron.config.schema import RopeScaling
 from flm_megatron.errors import DamagedError, FlmError, RequestError
 from tests.support.checkpoint_cases import flm_checkpoint, write_small
 from tests.unit.cli.checkpoint.test_bad_input import edit_manifest
@@ -202,10 +203,12 @@ LLAMA = {
         ({"rope_theta": 0}, "rope_theta 0"),
         ({"rope_theta": float("inf")}, "rope_theta inf"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.type 'dynamic': only 'default'"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling.rope_type 'linear'"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling.rope_type 'llama3'"),
-        ({"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "rope_scaling.factor 2.0: plain rotary"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "rope_scaling: factor is 0.5, give a number from 1"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling: no factor, which type 'llama3' needs"),
+        ({"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "factor 2.0: type 'default' does not have it"),
+        ({"rope_scaling": {"type": "linear", "factor": 2, "beta_fast": 9}}, "beta_fast 9.0: type 'linear' does not"),
+        ({"rope_parameters": {"rope_type": "yarn", "mscale": 1.0}}, "rope_parameters.mscale 1.0: no field"),
+        ({"rope_parameters": {"type": "linear", "factor": 2}, "rope_scaling": {"type": "default"}}, "that disagree"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters.full_attention"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor 0.5"),
         ({"rope_scaling": "dynamic"}, "rope_scaling 'dynamic'"),
@@ -265,6 +268,16 @@ def test_fields_that_say_what_llama_does_are_taken() -> None:
     old = model_from_config(LLAMA | {"rope_theta": 5e5, "rope_scaling": {"type": "default"}}, "folder")
     new = model_from_config(LLAMA | {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, "folder")
     assert old.rope_theta == new.rope_theta == 5e5
+    assert old.rope_scaling is new.rope_scaling is None
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    scaled = model_from_config(LLAMA | {"rope_theta": 5e5, "rope_scaling": scaling}, "folder")
+    assert (scaled.rope_theta, scaled.rope_scaling) == (5e5, RopeScaling("llama3", 32.0))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from flm_megatron.checkpoint.megatron_legacy.reader import MegatronLegacyCheckpo
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.config.same_model import differences
-from flm_megatron.config.schema import LoraConfig, ModelConfig, MupConfig, ParallelConfig
+from flm_megatron.config.schema import LoraConfig, ModelConfig, MupConfig, ParallelConfig, RopeScaling
 from flm_megatron.errors import DamagedError, RequestError
 from tests.support.checkpoint_cases import MODEL, Memory, flm_checkpoint, manifest_of, write_small
 from tests.support.reference_model import random_tensors
@@ -212,6 +212,12 @@ def test_the_arguments_describe_the_same_model(
         normalization=kinds[0], activation=kinds[1], **biases, mup=MupConfig(True, base),
     )  # fmt: skip
     assert differences(model_from_arguments(arguments_of(model, ParallelConfig(), 32, 0), "here"), model) == []
+
+
+@pytest.mark.parametrize("change", [{"rope_scaling": RopeScaling()}, {"position": "xpos"}])
+def test_positions_that_the_arguments_cannot_say_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=f"the model has {next(iter(change))}"):
+        arguments_of(replace(BIASED, **change), ParallelConfig(), 32, 0)
 
 
 def test_adapters_are_merged(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flm_megatron.cli.main import main
-from flm_megatron.config.schema import ModelConfig, ParallelConfig
+from flm_megatron.config.schema import ModelConfig, ParallelConfig, RopeScaling
 from flm_megatron.distributed.world import one_process
 from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.generation.generate import GenerationRequest, generate
@@ -74,7 +74,12 @@ def test_sampling_does_not_depend_on_the_batch(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "model", [MODEL, replace(MODEL, position="xpos", xpos_scale_base=8.0, sliding_window=4)], ids=["rope", "xpos"]
+    "model",
+    [
+        replace(MODEL, rope_scaling=RopeScaling("yarn", 4.0, 8, beta_fast=1.0, beta_slow=0.1)),
+        replace(MODEL, position="xpos", xpos_scale_base=8.0, sliding_window=4),
+    ],
+    ids=["rope", "xpos"],
 )
 def test_the_cache_gives_the_logits_of_whole_forward_passes(folder: Path, model: ModelConfig) -> None:
     evaluated = evaluated_in(folder, model)
