@@ -1,4 +1,7 @@
-"""Show every field of the run file with its type, default and meaning, or a run file resolved."""
+"""Show every field of the run file with its type, default and meaning, or a run file resolved.
+
+With --from-hf, print a run file whose first stage is the model of a Hugging Face folder and starts from its weights.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run_file", type=path, nargs="?", help="run file (YAML) to show with every field; without one, all fields"
     )
     parser.add_argument("--field", metavar="PATH", help="show only this field or section, such as stages.parallel")
+    parser.add_argument(
+        "--from-hf", metavar="DIR", type=path, help="print a run file that starts from this Hugging Face folder"
+    )
     parser.epilog = (
         "With a run file, any field can be overridden: --stages.0.parallel.tensor 2. The rules of the run file and of "
         "its growths are checked, and exit status 2 lists what breaks them; data, tokenizers and checkpoints need not "
@@ -24,8 +30,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the fields or the resolved run."""
-    print(_resolved(args) if args.run_file else _fields(args), end="")
+    print(_from_folder(args) if args.from_hf else _resolved(args) if args.run_file else _fields(args), end="")
     return 0
+
+
+def _from_folder(args: argparse.Namespace) -> str:
+    """A run file of a folder's model."""
+    from flm_megatron.checkpoint.hugging_face.run_file import run_file_of_folder
+    from flm_megatron.config.yaml_text import format_yaml
+    from flm_megatron.errors import RequestError
+
+    if args.run_file or args.field or args.overrides:
+        raise RequestError("--from-hf stands alone: override the fields of the run file that it prints")
+    return format_yaml(run_file_of_folder(args.from_hf))
 
 
 def _fields(args: argparse.Namespace) -> str:

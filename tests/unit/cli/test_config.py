@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
 
+from flm_megatron.checkpoint.hugging_face.config import config_of
+from flm_megatron.checkpoint.hugging_face.families.llama import LLAMA
 from flm_megatron.cli.main import main
 from flm_megatron.config.fields import all_fields
 from flm_megatron.config.loader import load_run
+from flm_megatron.config.schema import ModelConfig, RopeScaling
 
 RUN = "name: try\nstages: [{preset: tiny}, {name: big, preset: tiny-grown, growth: {hidden: mask}}]\n"
 
@@ -82,6 +87,39 @@ def test_one_field_of_a_run_file(run_file: str, field: str, shown: str, capsys: 
 def test_wrong_requests_are_one_line(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", *arguments]) == 2
     assert capsys.readouterr().err == f"flm config: {line}\n"
+
+
+def test_a_run_file_of_a_hugging_face_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # an import of it fails
+    model = ModelConfig(
+        num_attention_heads=6, num_query_groups=2, head_dim=8, vocab_size=331, norm_epsilon=1e-6, rope_theta=5e5,
+        rope_scaling=RopeScaling("llama3", 32.0),
+    )  # fmt: skip
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config_of(model, LLAMA, 384, 4096, "bfloat16")))
+    assert main(["config", "--from-hf", str(folder)]) == 0
+    written = tmp_path / "run.yaml"
+    written.write_text(capsys.readouterr().out)
+    run = load_run(written, ["--stages.base.tokens", "1e6"])
+    assert [stage.model for stage in run.stages] == [model]
+    assert (run.stages[0].tokens, run.checkpoint.initial, run.tokenizer) == (1_000_000, str(folder), None)
+    (folder / "tokenizer.model").touch()
+    assert main(["config", "--from-hf", str(folder)]) == 0
+    assert capsys.readouterr().out.startswith(f"tokenizer: {folder}/tokenizer.model\n")
+
+
+def test_a_folder_of_no_known_family_makes_no_run_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "lama"}')
+    for arguments, line in (
+        (["--from-hf", str(tmp_path)], "model_type 'lama' is not supported: did you mean 'llama'?"),
+        (["--from-hf", str(tmp_path / "none")], "none is not a Hugging Face checkpoint: it has no config.json"),
+        (["--from-hf", str(tmp_path), "--stages.0.tokens", "9"], "--from-hf stands alone: override the fields of"),
+    ):
+        assert main(["config", *arguments]) == 2
+        assert line in capsys.readouterr().err
 
 
 def test_a_field_that_a_run_file_does_not_have(run_file: str, capsys: pytest.CaptureFixture[str]) -> None:
