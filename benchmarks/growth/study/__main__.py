@@ -27,7 +27,7 @@ def main() -> None:
     args = _arguments()
     from flm_megatron.data.tokenizer import Tokenizer
 
-    sizes = Sizes(args.hidden, args.layers, Tokenizer(str(args.data / "tokenizer.model")).vocab_size)
+    sizes = Sizes(args.hidden, args.layers, Tokenizer(str(args.data / "tokenizer.model")).vocab_size, args.lr)
     args.out.mkdir(parents=True, exist_ok=True)
     study = Study(args.out.resolve(), args.data.resolve(), sizes, tuple(args.budgets), args.validation_samples)
     chains: list[Callable[[], None]] = []
@@ -45,7 +45,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder made by `flm data stdlib`")
     parser.add_argument("--out", type=Path, required=True, help="folder for runs and results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--budgets", type=float, nargs="+", default=[1.3, 5, 10], help="tokens per parameter")
     parser.add_argument("--scratch-budgets", type=float, nargs="+", default=[0.9, 1.3, 2, 3.5, 5, 7, 10, 14])
     parser.add_argument(
@@ -53,6 +53,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--hidden", type=int, default=64, help="width of the large model, a multiple of 32")
     parser.add_argument("--layers", type=int, default=4, help="layers of the large model, a multiple of 4")
+    parser.add_argument("--lr", type=float, help="learning rate of all models, in place of the tuned one")
     parser.add_argument("--validation-samples", type=int, default=1024)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     return parser.parse_args()

@@ -40,11 +40,15 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """All models below one large model of `layers` layers and width `hidden`, over a vocabulary of `vocab`."""
+    """All models below one large model of `layers` layers and width `hidden`, over a vocabulary of `vocab`.
+
+    `lr` takes the place of the tuned learning rates.
+    """
 
     hidden: int
     layers: int
     vocab: int
+    lr: float | None = None
 
     def model(self, name: str) -> ModelConfig:
         """The model of that name, with its tuned values."""
@@ -63,7 +67,8 @@ class Sizes:
     def tuned(self, name: str) -> JsonObject:
         """Learning rate, weight decay, initial deviations and multipliers of a model."""
         values: dict[str, JsonObject] = json.loads(TUNED.read_text())
-        return {**values["every"], **values.get(name, {})}
+        own = {**values["every"], **values.get(name, {})}
+        return own if self.lr is None else own | {"lr": self.lr}
 
     def flops(self, name: str) -> float:
         """Training FLOPs per token."""
