@@ -39,16 +39,16 @@ def select_layers(
     Raises:
         RequestError: distances or the list of copied layers are missing or do not fit the layers.
     """
-    extra = new_layers - old_layers
+    extra, selection = new_layers - old_layers, growth.layer_selection or "stack"
     if not old_layers:
-        if growth.layer_selection == "list" and growth.copied_layers:
+        if selection == "list" and growth.copied_layers:
             raise RequestError(
                 f"growth.copied_layers names layer {growth.copied_layers[0]}, but the old model has no layers: leave "
                 "copied_layers out"
             )
         return (LayerSource(None, True),) * extra
-    if growth.layer_selection in ("stack", "middle"):
-        sources = _repeated_block(old_layers, extra, in_the_middle=growth.layer_selection == "middle")
+    if selection in ("stack", "middle"):
+        sources = _repeated_block(old_layers, extra, in_the_middle=selection == "middle")
     else:
         counts = _copies(old_layers, extra, growth, distances)
         sources = [LayerSource(i, k > 0) for i in range(old_layers) for k in range(1 + counts[i])]

@@ -27,7 +27,7 @@ from flm_megatron.optim.learning_rate import learning_rate
 from flm_megatron.training.metrics.events import FILE
 from flm_megatron.training.metrics.log import lines_up_to
 from flm_megatron.training.resume.continuation import past_history, stage_and_step, stage_of
-from flm_megatron.training.resume.schedules import with_saved_schedules
+from flm_megatron.training.resume.saved_defaults import with_saved_defaults
 from flm_megatron.training.resume.start import Start, checkpoint_store, newest_manifest
 
 FORM = re.compile(r"decay@(\d+(?:\.\d+)?(?:[eE]\+?\d{1,2})?)([KMBT]?)")
@@ -66,7 +66,7 @@ def decay_branch(run: RunConfig, branch: str, anew: bool = False) -> RunConfig:
         raise RequestError(f"{run.name} is itself a branch (of {run.checkpoint.branch_of}): branch from its trunk")
     if run.data.chat is not None:
         raise RequestError("a fine-tuning (data.chat) has no branches: they are of runs on text")
-    run = with_saved_schedules(run)
+    run = with_saved_defaults(run)
     output = Path(run.output) / FOLDER / f"decay@{tokens}"
     manifest = Manifest() if anew else newest_manifest(replace(run, output=str(output)))
     recorded = _recorded_source(manifest)

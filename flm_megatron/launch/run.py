@@ -34,10 +34,10 @@ def train(run: RunConfig, only: str | None = None, anew: bool = False) -> int:
         RequestError: `anew` under a launcher, which may start the same command again.
     """
     from flm_megatron.distributed.world import launched
-    from flm_megatron.training.resume.schedules import with_saved_schedules
+    from flm_megatron.training.resume.saved_defaults import with_saved_defaults
     from flm_megatron.training.resume.start import checkpoint_store
 
-    run = run if anew else with_saved_schedules(run)
+    run = run if anew else with_saved_defaults(run)
     if not launched():
         return _train_locally(run, only, anew)
     if anew:

@@ -47,8 +47,8 @@ class GrowthConfig:
     """Steps over which masks open from 0 to 1; none means a fifth of the stage."""
     mask_shape: Literal["linear", "cosine"] = "linear"
     """How masks open."""
-    layer_selection: Literal["distance", "interleave", "top", "stack", "middle", "list"] = "distance"
-    """Which layers are copied, or where random ones go."""
+    layer_selection: Literal["distance", "interleave", "top", "stack", "middle", "list"] | None = None
+    """Which layers are copied, or where random ones go; none means `stack`."""
     copied_layers: list[int] | None = None
     """For `list`: old layer indices, each copied once per mention, beside its source."""
     distance_samples: int = 8

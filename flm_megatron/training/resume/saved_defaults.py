@@ -1,0 +1,51 @@
+"""Defaults of the version that began a run, which wrote them out where none are given now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from flm_megatron.config.schema import RunConfig, ScheduleConfig, StageConfig
+from flm_megatron.training.resume.start import newest_manifest
+
+
+def with_saved_defaults(run: RunConfig) -> RunConfig:
+    """The run with the old defaults, where its newest checkpoint was trained with them and the run file gives nothing.
+
+    A schedule under `boundary: rewarm` had other values than today's; under the other boundaries they are the same, and
+    what a run file leaves out is then no change. `growth.layer_selection` was `distance`.
+
+    Raises:
+        RequestError: the disk does not answer, or the checkpoint is of a newer version.
+    """
+    if not any(_is_open(stage.schedule) or _selection_is_open(stage) for stage in run.stages):
+        return run
+    saved = {stage.name: stage.saved for stage in newest_manifest(run).run.stages}
+    return replace(run, stages=[_stage_as_saved(stage, saved.get(stage.name, {})) for stage in run.stages])
+
+
+def _stage_as_saved(stage: StageConfig, saved: Mapping[str, object]) -> StageConfig:
+    schedule, growth = _as_saved(stage.schedule, saved.get("schedule")), saved.get("growth")
+    if stage.growth and _selection_is_open(stage) and isinstance(growth, Mapping):
+        if growth.get("layer_selection") == "distance":
+            return replace(stage, schedule=schedule, growth=replace(stage.growth, layer_selection="distance"))
+    return replace(stage, schedule=schedule)
+
+
+def _selection_is_open(stage: StageConfig) -> bool:
+    return stage.growth is not None and stage.growth.layer_selection is None
+
+
+def _is_open(schedule: ScheduleConfig) -> bool:
+    """Whether the run file leaves out what earlier versions had a number for."""
+    return None in (schedule.warmup_tokens, schedule.wsd_decay_fraction)
+
+
+def _as_saved(schedule: ScheduleConfig, saved: object) -> ScheduleConfig:
+    if not _is_open(schedule) or not isinstance(saved, Mapping) or saved.get("boundary") != schedule.boundary:
+        return schedule
+    if schedule.warmup_tokens is None and saved.get("warmup_tokens") == 0:
+        schedule = replace(schedule, warmup_tokens=0)
+    if schedule.wsd_decay_fraction is None and saved.get("wsd_decay_fraction") == 0.1:
+        schedule = replace(schedule, wsd_decay_fraction=0.1)
+    return schedule
