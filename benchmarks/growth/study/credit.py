@@ -21,7 +21,7 @@ from benchmarks.growth.study.arms import ARMS
 from benchmarks.growth.study.results import Line, Saving, lines
 from benchmarks.growth.study.runs import SCRATCH, Study, run_folder
 from benchmarks.growth.study.sizes import Sizes
-from flm_megatron.planner.advice.candidates import grown_dimensions
+from flm_megatron.planner.advice.candidates import growth_factors
 from flm_megatron.planner.advice.token_credit import FEWEST_SEEDS, TABLE, read_credits
 from flm_megatron.planner.loss_law import first_reached
 from flm_megatron.training.metrics.events import StepEvent, read_events
@@ -51,7 +51,7 @@ def table(study: Study, found: Sequence[Line]) -> dict[str, object]:
     rows = [
         {
             "operator": arm,
-            "dimensions": sorted(grown_dimensions(study.sizes.model(ARMS[arm].small), study.sizes.model("large"))),
+            "factors": growth_factors(study.sizes.model(ARMS[arm].small), study.sizes.model("large")),
             "growth": ARMS[arm].growth,
             "tokens_per_parameter": budget,
             "kept": [round(share, 4) for share in shares],
@@ -70,20 +70,26 @@ def _kept(study: Study, line: Line, saving: Saving) -> float | None:
     return None if equal is None or saving.credit is None else saving.credit * saving.result.small_tokens / equal
 
 
-def main() -> None:
-    """Write the table, and check that it can be read."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def finished_study(parser: argparse.ArgumentParser) -> Study:
+    """The study that the command line names, with its folders."""
     parser.add_argument("--data", type=Path, required=True, help="the study's data")
     parser.add_argument("--out", type=Path, required=True, help="the study's folder")
-    parser.add_argument("--table", type=Path, default=TABLE, help="file to write")
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--layers", type=int, default=4)
     args = parser.parse_args()
     from flm_megatron.data.tokenizer import Tokenizer
 
     sizes = Sizes(args.hidden, args.layers, Tokenizer(str(args.data / "tokenizer.model")).vocab_size)
-    study = Study(args.out.resolve(), args.data.resolve(), sizes, (), 0)
-    data = table(study, lines(study.results(), sizes.flops("large")))
+    return Study(args.out.resolve(), args.data.resolve(), sizes, (), 0)
+
+
+def main() -> None:
+    """Write the table, and check that it can be read."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", type=Path, default=TABLE, help="file to write")
+    study = finished_study(parser)
+    args = parser.parse_args()
+    data = table(study, lines(study.results(), study.sizes.flops("large")))
     args.table.write_text(json.dumps(data, indent=1) + "\n")
     print(f"{args.table}: {len(read_credits(args.table).measured)} rows")
 

@@ -127,7 +127,7 @@ def _option(
     parameters = parameter_count(large)
     measured = [
         row
-        for row in credits.for_growth(candidate.dimensions, tokens / parameters)
+        for row in credits.for_growth(candidate.factors, tokens / parameters)
         if can_grow(candidate.model, large, row.config())
     ]
     expected = [(row, best_growth(pairs, ratio, tokens, row.interval())) for row in measured]

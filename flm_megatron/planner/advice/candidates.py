@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, StageConfig
@@ -16,11 +17,11 @@ DEPTHS, WIDTHS = (2, 3, 4), (2, 4)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A small model and the dimensions that grow out of it: of hidden, ffn, heads, layers."""
+    """A small model and by what each dimension (of hidden, ffn, heads, layers) grows out of it."""
 
     name: str
     model: ModelConfig
-    dimensions: frozenset[str]
+    factors: Mapping[str, float]
 
 
 def candidates(large: ModelConfig, stages: Sequence[StageConfig]) -> list[Candidate]:
@@ -28,17 +29,17 @@ def candidates(large: ModelConfig, stages: Sequence[StageConfig]) -> list[Candid
     given = [(f"stage {stage.name!r}", stage.model) for stage in stages]
     found: dict[tuple[object, ...], Candidate] = {}
     for name, model in (*given, *_divided(large)):
-        dimensions = grown_dimensions(model, large)
-        if dimensions and parameter_count(model) < parameter_count(large) and can_grow(model, large):
-            found.setdefault(_sizes(model), Candidate(name, model, dimensions))
+        factors = growth_factors(model, large)
+        if factors and parameter_count(model) < parameter_count(large) and can_grow(model, large):
+            found.setdefault(_sizes(model), Candidate(name, model, factors))
     return list(found.values())
 
 
-def grown_dimensions(small: ModelConfig, large: ModelConfig) -> frozenset[str]:
-    """Which dimensions are larger in `large`."""
-    names = (("layers",), ("hidden",), ("ffn",), ("heads",), ("heads",))
-    pairs = zip(names, _sizes(small), _sizes(large), strict=True)
-    return frozenset(name for (name,), before, after in pairs if before != after)
+def growth_factors(small: ModelConfig, large: ModelConfig) -> dict[str, float]:
+    """By what each dimension that differs is larger in `large`; growth out of no layers is by an infinite factor."""
+    names = "layers", "hidden", "ffn", "heads", "heads"
+    sizes = zip(names, _sizes(small), _sizes(large), strict=True)
+    return {name: after / before if before else math.inf for name, before, after in sizes if before != after}
 
 
 def _sizes(model: ModelConfig) -> tuple[int, ...]:

@@ -55,7 +55,7 @@ def advice_data(advice: Advice) -> dict[str, object]:
             {
                 "small": option.candidate.name,
                 "model": _sizes(option),
-                "dimensions": sorted(option.candidate.dimensions),
+                "dimensions": sorted(option.candidate.factors),
                 "factor": option.factor,
                 "cost_ratio": option.cost_ratio,
                 "operator": option.credit.operator if option.credit else None,
@@ -78,7 +78,7 @@ def _verdict(advice: Advice) -> str:
         return (
             f"not measured: growth out of {name} saves {bound} if it loses nothing, and pays only if the operator "
             f"keeps more than {_percent(best.bound.needed)} of that credit; none was measured on "
-            f"{', '.join(sorted(best.candidate.dimensions))}"
+            f"{', '.join(sorted(best.candidate.factors))}"
         )
     if advice.verdict == "grow" and best.expected and best.credit:
         return (

@@ -1,18 +1,18 @@
 """What operators were measured to keep of the small model's tokens: a table in a file, filled by a study.
 
     {"source": "where the figures come from",
-     "measured": [{"operator": "depth: copy", "dimensions": ["layers"], "tokens_per_parameter": 5,
+     "measured": [{"operator": "depth: copy", "factors": {"layers": 2}, "tokens_per_parameter": 5,
                    "growth": {"layers": "copy", "layer_selection": "stack"}, "kept": [0.91, 0.88, 0.94]}]}
 
 `kept` has one number for each seed: the token credit of the grown run, (tokens of T_eq - tokens of the large stage) /
 tokens of the small stage, over D_0 / D_s, the credit by equality of losses at the same point (`equivalence`), both from
-the same runs. `growth` is the block of the run file.
+the same runs. `factors` says by what each dimension that grew became larger; `growth` is the block of the run file.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -28,6 +28,8 @@ from flm_megatron.planner.advice.equivalence import Kept
 TABLE = Path(__file__).with_name("token_credit.json")
 DIMENSIONS = {"hidden", "ffn", "heads", "layers"}
 FEWEST_SEEDS = 2
+LARGEST = 1e6
+"""Factor that stands for growth out of no layers."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class OperatorCredit:
     """What one way to grow kept, by seed, at a number of tokens per parameter."""
 
     operator: str
-    dimensions: frozenset[str]
+    factors: Mapping[str, float]
     growth: JsonObject
     tokens_per_parameter: float
     kept: tuple[float, ...]
@@ -57,20 +59,29 @@ class CreditTable:
     source: str
     measured: tuple[OperatorCredit, ...]
 
-    def for_growth(self, dimensions: frozenset[str], tokens_per_parameter: float) -> list[OperatorCredit]:
-        """The operators that were measured on these dimensions, at the nearest of their tokens per parameter.
+    def for_growth(self, factors: Mapping[str, float], tokens_per_parameter: float) -> list[OperatorCredit]:
+        """The operators that were measured on these dimensions, by the nearest factors, at the nearest tokens per
+        parameter.
 
-        What an operator kept at other tokens per parameter is not set against it: shorter runs keep more in width, less
-        in depth.
+        What an operator kept elsewhere is not set against it: copies of one layer keep more than those of two, shorter
+        runs more in width and less in depth.
         """
 
-        def distance(row: OperatorCredit) -> float:
-            """How far a row is, in the logarithm of tokens per parameter."""
+        def from_factors(row: OperatorCredit) -> float:
+            """How far a row's factors are, in logarithms."""
+            return sum(abs(math.log(min(factors[name], LARGEST) / by)) for name, by in row.factors.items())
+
+        def from_length(row: OperatorCredit) -> float:
+            """How far a row's tokens per parameter are, in the logarithm."""
             return abs(math.log(row.tokens_per_parameter / tokens_per_parameter))
 
-        rows = [row for row in self.measured if row.dimensions == dimensions]
-        nearest = min(rows, key=distance).tokens_per_parameter if rows else None
-        return [row for row in rows if row.tokens_per_parameter == nearest]
+        rows = _nearest([row for row in self.measured if set(row.factors) == set(factors)], from_factors)
+        return _nearest(rows, from_length)
+
+
+def _nearest(rows: Sequence[OperatorCredit], distance: Callable[[OperatorCredit], float]) -> list[OperatorCredit]:
+    least = min(map(distance, rows), default=0.0)
+    return [row for row in rows if math.isclose(distance(row), least, abs_tol=1e-9)]
 
 
 def read_credits(path: Path = TABLE) -> CreditTable:
@@ -83,6 +94,11 @@ def read_credits(path: Path = TABLE) -> CreditTable:
         data = parse_json(path.read_bytes(), str(path))
     except OSError as error:
         raise RequestError(f"cannot read token credit {path}: {error.strerror}") from None
+    return credit_table(data, path)
+
+
+def credit_table(data: Json, path: Path) -> CreditTable:
+    """The table in a parsed file; `path` names it in errors. Raises RequestError if it is no such table."""
     if not isinstance(data, dict) or not isinstance(data.get("measured"), list):
         raise RequestError(f"{path} is no table of token credit: it has no list `measured`")
     return CreditTable(str(data.get("source", path)), tuple(_row(row, path) for row in data["measured"]))
@@ -94,21 +110,23 @@ def _row(data: Json, path: Path) -> OperatorCredit:
     try:
         row = OperatorCredit(
             str(data["operator"]),
-            frozenset(data["dimensions"]),
+            {str(name): float(by) for name, by in data["factors"].items()},
             dict(data["growth"]),
             float(data["tokens_per_parameter"]),
             tuple(float(kept) for kept in data["kept"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RequestError(f"{path}: a row of token credit lacks or has a wrong {error}") from None
     try:
         row.config()
     except ValidationError as error:
         mistake = explain(error, of=("stages", "0", "growth"))[0]
         raise RequestError(f"{path}: {row.operator!r} has a growth block that no run file takes: {mistake}") from None
-    numbers: Sequence[float] = (row.tokens_per_parameter, *row.kept)
+    numbers: Sequence[float] = (row.tokens_per_parameter, *row.kept, *row.factors.values())
     if len(row.kept) < FEWEST_SEEDS or not all(map(math.isfinite, numbers)) or row.tokens_per_parameter <= 0:
         raise RequestError(f"{path}: {row.operator!r} needs finite numbers of at least {FEWEST_SEEDS} seeds in `kept`")
-    if not row.dimensions or row.dimensions - DIMENSIONS:
-        raise RequestError(f"{path}: {row.operator!r} needs `dimensions` out of {', '.join(sorted(DIMENSIONS))}")
+    if not row.factors or set(row.factors) - DIMENSIONS or min(row.factors.values()) <= 1:
+        raise RequestError(
+            f"{path}: {row.operator!r} needs `factors`, numbers above 1, of {', '.join(sorted(DIMENSIONS))}"
+        )
     return row

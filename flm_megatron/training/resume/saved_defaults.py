@@ -26,9 +26,9 @@ def with_saved_defaults(run: RunConfig) -> RunConfig:
 
 def _stage_as_saved(stage: StageConfig, saved: Mapping[str, object]) -> StageConfig:
     schedule, growth = _as_saved(stage.schedule, saved.get("schedule")), saved.get("growth")
-    if stage.growth and _selection_is_open(stage) and isinstance(growth, Mapping):
-        if growth.get("layer_selection") == "distance":
-            return replace(stage, schedule=schedule, growth=replace(stage.growth, layer_selection="distance"))
+    by_distance = isinstance(growth, Mapping) and growth.get("layer_selection") == "distance"
+    if stage.growth and _selection_is_open(stage) and by_distance:
+        stage = replace(stage, growth=replace(stage.growth, layer_selection="distance"))
     return replace(stage, schedule=schedule)
 
 

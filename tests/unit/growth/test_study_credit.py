@@ -58,7 +58,7 @@ def test_tokens_to_the_same_loss_are_found_between_steps(study: Study) -> None:
 def test_the_table_has_what_was_kept_and_is_read_by_the_advice(study: Study, tmp_path: Path) -> None:
     (path := tmp_path / "table.json").write_text(json.dumps(table(study, lines(study.results(), FLOPS))))
     (row,) = read_credits(path).measured
-    assert (row.operator, row.dimensions, row.tokens_per_parameter) == (ARM, {"layers"}, 10)
+    assert (row.operator, row.factors, row.tokens_per_parameter) == (ARM, {"layers": 2}, 10)
     credit, equal = (100_000 - LARGE) / SMALL, 70_000 / SMALL
     assert row.kept == pytest.approx([credit / equal] * 2, rel=0.03)
     assert row.growth["layers"] == "copy"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ LAW = SizeLaw(1.4, 12.0, 0.2, 60.0, 0.25)
 
 def credit_file(folder: Path, kept: list[float], **changes: object) -> Path:
     """A table of one operator that was measured in depth."""
-    row = {"operator": "depth: copy", "dimensions": ["layers"], "tokens_per_parameter": 20, "kept": kept}
+    row = {"operator": "depth: copy", "factors": {"layers": 2}, "tokens_per_parameter": 20, "kept": kept}
     row |= {"growth": {"layers": "copy", "layer_selection": "stack"}}
     (path := folder / "credit.json").write_text(json.dumps({"source": "a study", "measured": [row | changes]}))
     return path
@@ -70,7 +71,7 @@ def test_what_an_operator_kept_decides(tmp_path: Path) -> None:
     good = flm.advise(RUN, laws=laws, credit=credit_file(tmp_path, [0.99, 1.0, 0.98]))
     assert good.verdict == "grow" and good.growth == {"layers": "copy", "layer_selection": "stack"}
     assert good.best and good.best.expected and good.best.bound
-    assert good.best.candidate.dimensions == {"layers"}
+    assert good.best.candidate.factors == {"layers": 4}
     assert 0 < good.best.expected.low < good.best.expected.saved < good.best.bound.saved
     assert "growth: {layers: copy, layer_selection: stack}" in str(good) and "boundary: rewarm" in str(good)
     spread = flm.advise(RUN, laws=laws, credit=credit_file(tmp_path, [1.0, 0.6, 1.2]))
@@ -85,14 +86,16 @@ def test_an_operator_that_does_not_fit_the_sizes_is_not_advised(tmp_path: Path) 
     third = replace(LARGE, hidden_size=192, ffn_hidden_size=528, num_attention_heads=6)
     run = replace(RUN, stages=[replace(RUN.stages[0], model=third), RUN.stages[1]])
     for operator, of_third in (("zero", True), ("clone", False)):
-        table = credit_file(tmp_path, [0.98, 0.99], dimensions=["hidden", "ffn", "heads"], growth={"hidden": operator})
+        table = credit_file(
+            tmp_path, [0.98, 0.99], factors=dict.fromkeys(("hidden", "ffn", "heads"), 2), growth={"hidden": operator}
+        )
         options = flm.advise(run, laws=law_file(tmp_path), credit=table).options
         known = {option.candidate.name: option.credit is not None for option in options}
         assert known["hidden size 128 of 256"] and known["stage 'small'"] is of_third
 
 
 def test_the_interval_is_the_mean_and_twice_the_spread() -> None:
-    kept = OperatorCredit("x", frozenset({"layers"}), {}, 5, (0.1, 0.5)).interval()
+    kept = OperatorCredit("x", {"layers": 2}, {}, 5, (0.1, 0.5)).interval()
     assert (kept.expected, kept.low, kept.high) == pytest.approx((0.3, 0.3 - 0.32**0.5, 0.3 + 0.32**0.5))
 
 
@@ -125,14 +128,29 @@ def test_an_operator_measured_far_away_does_not_count(tmp_path: Path) -> None:
     table["measured"].append(table["measured"][0] | far)
     path.write_text(json.dumps(table))
     found = read_credits(path)
-    assert [row.operator for row in found.for_growth(frozenset({"layers"}), 15)] == ["depth: copy"]
-    assert [row.operator for row in found.for_growth(frozenset({"layers"}), 4)] == ["depth: mask"]
-    assert found.for_growth(frozenset({"hidden"}), 15) == []
+    assert [row.operator for row in found.for_growth({"layers": 2}, 15)] == ["depth: copy"]
+    assert [row.operator for row in found.for_growth({"layers": 2}, 4)] == ["depth: mask"]
+    assert found.for_growth({"hidden": 2}, 15) == []
+
+
+def test_a_measurement_by_another_factor_counts_only_where_none_is_nearer(tmp_path: Path) -> None:
+    path = credit_file(tmp_path, [0.5, 0.5])
+    table = json.loads(path.read_text())
+    of_one = {"operator": "copies of one layer", "factors": {"layers": 4}, "kept": [0.99, 0.99]}
+    table["measured"].append(table["measured"][0] | of_one)
+    path.write_text(json.dumps(table))
+    for by, nearest in (
+        (2, "depth: copy"),
+        (2.5, "depth: copy"),
+        (4, "copies of one layer"),
+        (math.inf, "copies of one layer"),
+    ):
+        assert [row.operator for row in read_credits(path).for_growth({"layers": by}, 20)] == [nearest]
 
 
 def test_the_table_of_the_program_has_operators_for_depth_width_and_both() -> None:
     for dimensions in ({"layers"}, {"hidden", "ffn", "heads"}, {"hidden", "ffn", "heads", "layers"}):
-        assert read_credits().for_growth(frozenset(dimensions), 5.0)
+        assert read_credits().for_growth(dict.fromkeys(dimensions, 2.0), 5.0)
 
 
 def test_candidates_can_grow_and_are_named_once() -> None:
@@ -270,7 +288,7 @@ def test_what_cannot_be_advised_is_refused(tmp_path: Path, capsys: pytest.Captur
         (["--laws", str(tmp_path / "one.yaml")], "give laws or pilots of both sizes"),
         (["--credit", str(tmp_path / "none.json")], "cannot read token credit"),
         (["--credit", str(tmp_path / "list.json")], "is no table of token credit"),
-        (["--credit", str(tmp_path / "row.json")], "lacks or has a wrong 'dimensions'"),
+        (["--credit", str(tmp_path / "row.json")], "lacks or has a wrong 'factors'"),
         (["--credit", str(tmp_path / "number.json")], "a row of token credit is 3, not an object"),
         (["--credit", str(unknown)], "has a growth block that no run file takes: stages.0.growth.layrs: unknown key"),
         (["--credit", str(one_seed)], "at least 2 seeds"),
