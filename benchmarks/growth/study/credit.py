@@ -3,48 +3,52 @@
     python -m benchmarks.growth.study.credit --data DATA --out OUT [--table FILE]
 
 After the study, with its folders. kept = token credit / (D_0 / D_s): D_s are the tokens of the small stage, D_0 those
-after which the trunk from scratch of the same seed had the small stage's last loss. Both learn at their constant rate
-there, so their training losses are compared, as means over a twentieth of the small stage's steps. Arms whose savings
-are not known for all seeds, or that have one seed alone, are left out.
+of the large model from scratch to the same loss, by the laws that `flm advise --pilot` fits to the small stage and to
+the trunk from scratch of the same seed, up to the run's budget. What these laws get wrong of such curves is then the
+same where it is measured and where it is applied. Arms whose savings are not known for all seeds, or that have one seed
+alone, are left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+
+import numpy as np
 
 from benchmarks.growth.study.arms import ARMS
 from benchmarks.growth.study.results import Line, Saving, lines
 from benchmarks.growth.study.runs import SCRATCH, Study, run_folder
 from benchmarks.growth.study.sizes import Sizes
 from flm_megatron.planner.advice.candidates import growth_factors
+from flm_megatron.planner.advice.laws import laws_of_pilots, read_pilot
 from flm_megatron.planner.advice.token_credit import FEWEST_SEEDS, TABLE, read_credits
-from flm_megatron.planner.loss_law import first_reached
-from flm_megatron.training.metrics.events import StepEvent, read_events
 
-WINDOWS = 20
-"""Means of training losses go over one part in so many of the small stage's steps."""
 SOURCE = "benchmarks/growth/study.md"
 
 
-def equal_tokens(small: Sequence[StepEvent], scratch: Sequence[StepEvent]) -> float | None:
-    """Tokens after which `scratch` first had the mean loss of the last steps of `small`; none outside of it."""
-    size = max(1, len(small) // WINDOWS)
-    loss = fmean(step.loss for step in small[-size:])
-    ends = range(size, len(scratch) + 1, size)
-    curve = [(float(scratch[end - 1].tokens), fmean(step.loss for step in scratch[end - size : end])) for end in ends]
-    return first_reached(curve, loss)
+def equal_tokens(study: Study, line: Line, seeds: Sequence[int], small_tokens: int) -> float:
+    """Tokens from scratch to the loss of the small model after `small_tokens`, by laws fitted to pilots of `seeds`.
+
+    The mean over the laws of resampled pilots.
+    """
+    budget = line.budget * study.sizes.parameters
+    trunks = ((line.arm, line.grown_at), math.inf), ((SCRATCH, 0.0), budget)
+    pilots = [read_pilot(run_folder(study.out, *of, seed), most) for seed in seeds for of, most in trunks]
+    pairs = laws_of_pilots(pilots).pairs(study.sizes.model(ARMS[line.arm].small), study.sizes.model("large"))
+    return fmean(float(pair.equal_tokens(np.array(float(small_tokens)))) for pair in pairs)
 
 
 def table(study: Study, found: Sequence[Line]) -> dict[str, object]:
     """The rows of the table: one for each arm and budget, its seeds and growth points together."""
     kept: dict[tuple[str, float], list[float]] = defaultdict(list)
     for line in found:
-        shares = [_kept(study, line, saving) for saving in line.savings]
+        shares = [kept_share(study, line, saving) for saving in line.savings]
         known = [share for share in shares if share is not None]
         if len(known) == len(shares) >= FEWEST_SEEDS:
             kept[line.arm, line.budget] += known
@@ -61,13 +65,12 @@ def table(study: Study, found: Sequence[Line]) -> dict[str, object]:
     return {"source": SOURCE, "measured": rows}
 
 
-def _kept(study: Study, line: Line, saving: Saving) -> float | None:
-    seed = saving.result.seed
-    grown, trunk = (
-        read_events(run_folder(study.out, *of, seed), StepEvent) for of in ((line.arm, line.grown_at), (SCRATCH, 0.0))
-    )
-    equal = equal_tokens([step for step in grown if step.stage == "small"], trunk)
-    return None if equal is None or saving.credit is None else saving.credit * saving.result.small_tokens / equal
+def kept_share(study: Study, line: Line, saving: Saving) -> float | None:
+    """What one run kept; none where it is not known."""
+    if saving.credit is None:
+        return None
+    run = saving.result
+    return saving.credit * run.small_tokens / equal_tokens(study, line, [run.seed], run.small_tokens)
 
 
 def finished_study(parser: argparse.ArgumentParser) -> Study:

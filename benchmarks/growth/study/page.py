@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from benchmarks.growth.study.arms import ARMS
-from benchmarks.growth.study.results import Line, lines
+from benchmarks.growth.study.results import Line, Saving, lines
 from benchmarks.growth.study.runs import SCRATCH, Result
 from benchmarks.growth.study.sizes import Sizes
 
@@ -84,6 +84,13 @@ def _listed(values: Sequence[float]) -> str:
 def _saved(line: Line) -> str:
     """The saving with its spread; what is not beyond twice the spread is not claimed."""
     if not line.known:
-        return "outside of the curve from scratch"
+        return ", ".join(_known(saving) for saving in line.savings)
     listed = ", ".join(f"{share:.0%}" for share in line.saved)
     return f"{line.mean:.0%} ({listed}){'' if line.claimed else ', not claimed'}"
+
+
+def _known(saving: Saving) -> str:
+    if saving.saved is not None:
+        return f"{saving.saved:.0%}"
+    bound = saving.saved_more_than
+    return "above the curve from scratch" if bound is None else f"more than {bound:.0%}"

@@ -20,18 +20,25 @@ class Saving:
     """What one grown run saved against the same seed from scratch.
 
     `equal` are the FLOPs T_eq at which the run from scratch ends at the same loss, none beyond its largest or below
-    its smallest budget. `credit` is the token credit: tokens of the large model that a token of the small one stood
-    for, (T_eq in tokens - large tokens) / small tokens.
+    its smallest budget; `beyond` are then the FLOPs of its largest, where that ends above. `credit` is the token
+    credit: tokens of the large model that a token of the small one stood for, (T_eq in tokens - large tokens) / small
+    tokens.
     """
 
     result: Result
     equal: float | None
     credit: float | None
+    beyond: float | None = None
 
     @property
     def saved(self) -> float | None:
         """1 - T / T_eq."""
         return None if self.equal is None else 1 - self.result.flops / self.equal
+
+    @property
+    def saved_more_than(self) -> float | None:
+        """The bound, where T_eq is beyond the largest budget."""
+        return None if self.beyond is None else 1 - self.result.flops / self.beyond
 
 
 @dataclass(frozen=True)
@@ -95,4 +102,5 @@ def lines(results: Sequence[Result], flops_per_token: float) -> list[Line]:
 def _saving(result: Result, curve: Curve, flops_per_token: float) -> Saving:
     equal = first_reached(curve, result.loss)
     credit = None if equal is None else (equal / flops_per_token - result.large_tokens) / result.small_tokens
-    return Saving(result, equal, credit)
+    beyond = curve[-1][0] if result.loss < curve[-1][1] else None
+    return Saving(result, equal, credit, beyond)

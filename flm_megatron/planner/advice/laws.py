@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -97,8 +98,9 @@ def laws_of_pilots(pilots: Sequence[Pilot]) -> Laws:
     return Laws(source, tuple(readings))
 
 
-def read_pilot(folder: Path) -> Pilot:
-    """The run from scratch in an output folder: its first stage, without the first tenth, which is warm-up.
+def read_pilot(folder: Path, most_tokens: float = math.inf) -> Pilot:
+    """The run from scratch in an output folder: its first stage up to `most_tokens`, without the first tenth of that,
+    which is warm-up.
 
     Raises:
         RequestError: it is no run's output folder, did not begin from scratch, or has too few steps.
@@ -109,6 +111,7 @@ def read_pilot(folder: Path) -> Pilot:
     if run.checkpoint.initial:
         raise RequestError(f"pilot {folder} did not begin from scratch but from {run.checkpoint.initial}")
     steps = [step for step in read_events(folder, StepEvent) if step.stage == run.stages[0].name]
+    steps = [step for step in steps if step.tokens <= most_tokens]
     kept = steps[len(steps) // 10 :]
     tokens, losses = np.array([float(s.tokens) for s in kept]), np.array([s.loss for s in kept])
     tokens, losses = tokens[np.isfinite(losses)], losses[np.isfinite(losses)]

@@ -53,6 +53,13 @@ def test_nothing_is_claimed_within_twice_the_spread_or_beyond_the_curve() -> Non
     assert line(620, 625, 20_000) == (False, False)
 
 
+def test_beyond_the_curve_there_is_a_bound() -> None:
+    last = PER_TOKEN * 10_000
+    for loss, bound in ((3.9, 1 - 1000 / last), (4.1, None), (7.0, None)):
+        (line,) = lines([*CURVE, grown(1, loss)], PER_TOKEN)
+        assert line.savings[0].saved_more_than == (bound if bound is None else pytest.approx(bound))
+
+
 def test_no_equal_flops_beyond_the_ends() -> None:
     curve = [(10.0, 4.0), (100.0, 3.0), (1000.0, 2.0)]
     assert first_reached(curve, 3.5) == pytest.approx(10**1.5)
