@@ -13,6 +13,7 @@ CLOSE = 1e-7
 FUNCTION = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim"),
     *("vocab_size", "normalization", "activation", "bias", "qkv_bias", "position", "norm_epsilon", "rope_theta"),
+    *("query_key_norm", "query_key_norm_epsilon"),
     *("rope_scaling", "xpos_scale_base", "sliding_window", "input_mult", "output_mult", "lora"),
 )
 """Fields that the function of a model with given weights follows from."""
@@ -52,6 +53,7 @@ def _function(model: ModelConfig) -> Mapping[str, object]:
         "num_query_groups": model.query_groups,
         "head_dim": model.kv_channels,
         "xpos_scale_base": model.xpos_scale_base if model.position == "xpos" else None,
+        "query_key_norm_epsilon": model.query_key_epsilon if model.query_key_norm else None,
         "output_mult": model.logit_multiplier,
         "rope_scaling": _scaling(model.rope_scaling),
         "lora": _adapters(model.lora),
@@ -70,7 +72,7 @@ def _adapters(lora: LoraConfig | None) -> dict[str, object] | None:
 def _same(name: str, ours: object, theirs: object) -> bool:
     if name == "lora" and theirs is None:
         return True
-    if name in ("vocab_size", "xpos_scale_base") and None in (ours, theirs):
+    if name in ("vocab_size", "xpos_scale_base", "query_key_norm_epsilon") and None in (ours, theirs):
         return True
     if isinstance(ours, float) and isinstance(theirs, float):
         return math.isclose(ours, theirs, rel_tol=CLOSE)

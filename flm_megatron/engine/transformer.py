@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
+from torch import nn
+
 from flm_megatron.engine.prepare import prepare
 from flm_megatron.engine.version import since
 
@@ -56,9 +58,12 @@ def without_cuda_graphs() -> dict[str, object]:
     return {"cuda_graph_modules" if since(0, 19) else "cuda_graph_scope": []}
 
 
-def transformer_engine_block(layers: int) -> TransformerBlockSubmodules:
-    """Layers and final norm made of Transformer Engine's modules."""
+def transformer_engine_block(layers: int, head_norm: type[nn.Module] | None) -> TransformerBlockSubmodules:
+    """Layers and final norm made of Transformer Engine's modules, and `head_norm` of queries and of keys, if given."""
     from megatron.core.extensions.transformer_engine import TENorm
 
     spec = get_gpt_layer_with_transformer_engine_spec()
+    if head_norm is not None:
+        attention = spec.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = head_norm
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=TENorm)

@@ -214,8 +214,11 @@ def _effective(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> Mode
 
     Under `zero` on the hidden size, norm_epsilon is d_old / d_new of the old one: the mean square falls by that factor
     when zero channels are added. `rejuvenate` scales all of the residual stream, and so its mean square by the factor's
-    square. output_mult stays as configured; LM-head weights make up for its change.
+    square. Queries and keys stay as they are, and with them the epsilon of their norms. output_mult stays as
+    configured; LM-head weights make up for its change.
     """
     ratio = old.hidden_size / new.hidden_size if growth.hidden == "zero" else 1.0
     ratio *= (growth.rejuvenate or 1.0) ** 2
-    return replace(new, vocab_size=old.vocab_size, norm_epsilon=old.norm_epsilon * ratio)
+    epsilon = old.norm_epsilon * ratio
+    kept = old.query_key_epsilon if old.query_key_norm and old.query_key_epsilon != epsilon else None
+    return replace(new, vocab_size=old.vocab_size, norm_epsilon=epsilon, query_key_norm_epsilon=kept)

@@ -10,7 +10,7 @@ from flm_megatron.errors import RequestError
 from flm_megatron.growth.opening import OpeningMasks
 
 KEPT_FIELDS = (
-    *("normalization", "activation", "bias", "qkv_bias"),
+    *("normalization", "activation", "bias", "qkv_bias", "query_key_norm"),
     *("position", "rope_theta", "rope_scaling", "xpos_scale_base", "sliding_window"),
 )
 WIDTHS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "query_groups")
@@ -20,6 +20,7 @@ def check_growth(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> No
     """Check all rules on two models and the growth between them."""
     check_no_adapters(old, new)
     check_kept(old, new)
+    check_query_key_epsilon(old, new)
     check_vocabulary(old, new)
     check_no_shrinking(old, new)
     check_heads(old, new)
@@ -64,6 +65,16 @@ def check_kept(old: ModelConfig, new: ModelConfig) -> None:
         raise RequestError(
             f"model.mup.enabled is {old.mup.enabled} in the stage before and {new.mup.enabled} in the grown one: "
             "growth keeps the parametrization, so set both alike"
+        )
+
+
+def check_query_key_epsilon(old: ModelConfig, new: ModelConfig) -> None:
+    """Heads do not grow, so that the epsilon of their norms stays."""
+    before, after = old.query_key_epsilon, new.query_key_epsilon
+    if new.query_key_norm and before != after:
+        raise RequestError(
+            f"the epsilon of query and key norms is {before!r} in the stage before and {after!r} in the grown one: "
+            f"growth keeps it, so set model.query_key_norm_epsilon to {before!r}"
         )
 
 

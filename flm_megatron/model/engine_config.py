@@ -33,6 +33,8 @@ class EngineConfig(TransformerConfig):
     sliding_window: int | None = None
     """Positions that attention sees, itself among them; none for all. (The engine's own `window_size` is Transformer
     Engine's.)"""
+    query_key_epsilon: float = 1e-5
+    """Added to the mean square in the norms of queries and keys (`qk_layernorm`)."""
     embedding_gradient_shrink: float = 1.0
     """Factor on the gradient of the embedding."""
     z_loss: float = 0.0
@@ -90,6 +92,8 @@ def _shape(model: ModelConfig) -> dict[str, object]:
         "activation_func": activation,
         "add_bias_linear": model.bias,
         "add_qkv_bias": model.qkv_bias,
+        "qk_layernorm": model.query_key_norm,
+        "query_key_epsilon": model.query_key_epsilon,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "perform_initialization": False,

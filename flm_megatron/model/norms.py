@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from flm_megatron import kernels
 from flm_megatron.device import current
 from flm_megatron.engine.transformer import TransformerConfig
+from flm_megatron.model.engine_config import EngineConfig
 
 
 def _parameter(hidden_size: int, config: TransformerConfig, value: float) -> nn.Parameter:
@@ -41,6 +42,16 @@ class RMSNorm(nn.Module):
         if residual is None:
             return kernels.rms_norm(x, self.weight, self.eps, mask)
         return kernels.add_rms_norm(x, residual, self.weight, self.eps, mask)
+
+
+class HeadNorm(RMSNorm):
+    """RMSNorm over the channels of a head, of queries or of keys, with an epsilon of its own.
+
+    A tensor-parallel rank has the gradient of its own heads; the engine sums it over the ranks by `qk_layernorm`.
+    """
+
+    def __init__(self, config: EngineConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(config, hidden_size, config.query_key_epsilon)
 
 
 class LayerNorm(nn.Module):

@@ -22,7 +22,7 @@ from flm_megatron.model.engine_config import EngineConfig
 from flm_megatron.model.fp8_linear import in_fp8
 from flm_megatron.model.layer import GatedMLP, TeleFLMLayer
 from flm_megatron.model.lora import linear
-from flm_megatron.model.norms import LayerNorm, RMSNorm
+from flm_megatron.model.norms import HeadNorm, LayerNorm, RMSNorm
 from flm_megatron.model.parameters import NORM_MODULES
 from flm_megatron.model.parameters.names import LAYERS
 
@@ -36,7 +36,7 @@ def block_spec(config: EngineConfig, vp_stage: int | None) -> TransformerBlockSu
     """Layers and final norm of model chunk `vp_stage` of this pipeline rank."""
     layers = get_num_layers_to_build(config, vp_stage)
     if config.transformer_engine:
-        return transformer_engine_block(layers)
+        return transformer_engine_block(layers, _head_norm(config))
     return TransformerBlockSubmodules(layer_specs=[layer_spec(config)] * layers, layer_norm=_norm(config))
 
 
@@ -47,6 +47,8 @@ def layer_spec(config: EngineConfig) -> ModuleSpec:
         linear_qkv=_column("qkv", config),
         core_attention=CoreAttention,
         linear_proj=_row("projection", config),
+        q_layernorm=_head_norm(config),
+        k_layernorm=_head_norm(config),
     )
     feed_forward = MLPSubmodules(linear_fc1=_column("fc1", config), linear_fc2=_row("fc2", config))
     return ModuleSpec(
@@ -73,3 +75,8 @@ def _row(target: str, config: EngineConfig) -> type:
 
 def _norm(config: EngineConfig) -> type[RMSNorm] | type[LayerNorm]:
     return RMSNorm if config.normalization == "RMSNorm" else LayerNorm
+
+
+def _head_norm(config: EngineConfig) -> type[HeadNorm] | None:
+    """That of queries and keys, where there is one."""
+    return HeadNorm if config.qk_layernorm else None

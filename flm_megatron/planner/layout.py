@@ -14,10 +14,13 @@ from flm_megatron.model.parameters import (
     ATTENTION_NORM,
     FC1,
     FC2,
+    KEY_NORM,
     MLP_NORM,
     PROJECTION,
     QKV,
+    QUERY_NORM,
     ParameterSpec,
+    Unit,
     parameter_specs,
 )
 from flm_megatron.model.parameters.axis import padded_vocab_size
@@ -28,7 +31,7 @@ Scaling = Literal["none", "tensorwise", "rowwise"]
 Precision = Literal["fp32", "bf16", "fp16"]
 """fp16 is planned, not trained: no run file has it."""
 BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
-MODULES = (ATTENTION_NORM, PROJECTION, QKV, MLP_NORM, FC1, FC2)
+MODULES = (ATTENTION_NORM, PROJECTION, QKV, QUERY_NORM, KEY_NORM, MLP_NORM, FC1, FC2)
 """Modules of a layer in the order of its module tree."""
 
 
@@ -192,9 +195,11 @@ class Workload:
         """Parameters on each tensor rank of pipeline rank `rank`; if `trained`, those that have gradients alone."""
         return self._on_rank(rank, [spec for spec in self.specs if spec.trained or not trained])
 
-    def replicated_parameters(self, rank: int) -> int:
-        """Those that learn and that every tensor rank of pipeline rank `rank` has whole."""
-        return self._on_rank(rank, [spec for spec in self.specs if spec.trained and not spec.cut])
+    def summed_parameters(self, rank: int) -> int:
+        """Those that learn, that every tensor rank of pipeline rank `rank` has whole, and of whose gradient it has a
+        part: that of its heads, and under sequence parallelism that of its part of the sequence."""
+        whole = [spec for spec in self.specs if spec.trained and not spec.cut]
+        return self._on_rank(rank, [s for s in whole if self.parallel.sequence or s.counts(Unit.HEAD_DIM)])
 
     def _on_rank(self, rank: int, specs: Sequence[ParameterSpec]) -> int:
         stacked = (spec for spec in specs if spec.place == "layers")

@@ -100,6 +100,8 @@ def attention(model: ModelConfig, layer: Mapping[str, Tensor], x: Tensor, masks:
     qkv = x @ layer["self_attention.linear_qkv.weight"].T + layer.get("self_attention.linear_qkv.bias", 0)
     qkv = qkv.view(batch, length, groups, per_group + 2, channels)
     q, k, v = qkv[..., :per_group, :], qkv[..., per_group, :], qkv[..., per_group + 1, :]
+    if model.query_key_norm:
+        q, k = (head_norm(model, x, layer[f"self_attention.{n}_layernorm.weight"]) for n, x in (("q", q), ("k", k)))
     q, k = rotate(model, q.flatten(2, 3)), rotate(model, k)
     k, v = (t.repeat_interleave(per_group, 2) for t in (k, v))
     scores = torch.einsum("bqhc,bkhc->bhqk", q, k) / math.sqrt(channels)
@@ -108,6 +110,11 @@ def attention(model: ModelConfig, layer: Mapping[str, Tensor], x: Tensor, masks:
     out = out * masks.heads.view(groups, per_group, 1)
     weight, bias = layer["self_attention.linear_proj.weight"], layer.get("self_attention.linear_proj.bias", 0)
     return out.flatten(2) @ weight.T + bias
+
+
+def head_norm(model: ModelConfig, x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm of [..., channels] of a head, with an epsilon of its own."""
+    return x * torch.rsqrt((x**2).mean(-1, keepdim=True) + model.query_key_epsilon) * weight
 
 
 def rotate(model: ModelConfig, x: Tensor) -> Tensor:

@@ -59,7 +59,11 @@ def _norm(model: ModelConfig, tensors: Mapping[str, Tensor], prefix: str, x: Ten
         centred = x - x.mean(-1, keepdim=True)
         scaled = centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + model.norm_epsilon)
         return scaled * tensors[prefix + "weight"] + tensors[prefix + "bias"]
-    return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + model.norm_epsilon) * tensors[prefix + "weight"]
+    return _rms_norm(x, tensors[prefix + "weight"], model.norm_epsilon)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + epsilon) * weight
 
 
 def _linear(layer: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
@@ -74,6 +78,9 @@ def _attention(model: ModelConfig, layer: Mapping[str, Tensor], x: Tensor) -> Te
     # The fused matrix is ordered by query group: its queries, then its key, then its value.
     qkv = _linear(layer, "self_attention.linear_qkv", x).view(batch, sequence, groups, per_group + 2, channels)
     query, key, value = qkv[..., :per_group, :], qkv[..., per_group : per_group + 1, :], qkv[..., per_group + 1 :, :]
+    if model.query_key_norm:
+        query = _rms_norm(query, layer["self_attention.q_layernorm.weight"], model.query_key_epsilon)
+        key = _rms_norm(key, layer["self_attention.k_layernorm.weight"], model.query_key_epsilon)
     query, key = _positions(model, query, +1), _positions(model, key, -1)
     scores = torch.einsum("bigqc,bjgkc->bgqij", query, key) / math.sqrt(channels)
     future = torch.ones(sequence, sequence, dtype=torch.bool).triu(1)

@@ -51,9 +51,11 @@ def check_peers(names: Sequence[str], stage: StageConfig) -> None:
             f"{parallel.pipeline} x data {parallel.data or 1}: override its parallel sizes with 1"
         )
     biased, scaled = model.bias or model.qkv_bias, model.rope_scaling is not None
-    if model.normalization != "rmsnorm" or not model.gated or biased or model.position != "rope" or scaled:
+    more = biased or scaled or model.query_key_norm
+    if model.normalization != "rmsnorm" or not model.gated or model.position != "rope" or more:
         raise RequestError(
-            "--compare needs the Llama block (rmsnorm, swiglu, no bias, rope without rope_scaling), as peers have it"
+            "--compare needs the Llama block (rmsnorm, swiglu, no bias, no query_key_norm, rope without rope_scaling), "
+            "as peers have it"
         )
     if model.sliding_window is not None:
         raise RequestError("--compare: peers attend to the whole sequence; leave model.sliding_window out")

@@ -65,6 +65,11 @@ def arguments_of(
         raise RequestError(f"the model has position = {model.position}, which Megatron-LM's checkpoints cannot express")
     if model.rope_scaling is not None:
         raise RequestError("the model has rope_scaling, whose constants Megatron-LM's checkpoints do not hold")
+    if model.query_key_norm and (model.normalization, model.query_key_epsilon) != ("rmsnorm", model.norm_epsilon):
+        raise RequestError(
+            f"the model has query_key_norm with epsilon {model.query_key_epsilon} beside {model.normalization} with "
+            f"{model.norm_epsilon}: Megatron-LM's checkpoints have one kind of norm and one epsilon"
+        )
     return argparse.Namespace(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -81,6 +86,7 @@ def arguments_of(
         swiglu=model.gated,
         add_bias_linear=model.bias,
         add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.query_key_norm,
         position_embedding_type="rope",
         rotary_base=int(model.rope_theta) if model.rope_theta.is_integer() else model.rope_theta,
         rotary_percent=1.0,
@@ -110,7 +116,6 @@ PLAIN: dict[str, tuple[object, ...]] = {
     "untie_embeddings_and_output_weights": (True,),
     "apply_layernorm_1p": (False,),
     "num_experts": (None, 0),
-    "qk_layernorm": (False,),
     "qk_l2_norm": (False,),
     "squared_relu": (False,),
     "quick_geglu": (False,),
@@ -125,6 +130,8 @@ def _refuse(known: Arguments, where: str) -> None:
         found = known.get(name, accepted[0])
         if found not in accepted:
             raise RequestError(f"{where}: the checkpoint has {name} = {found!s:.60}; only {accepted[0]} is supported")
+    if known.get("qk_layernorm") and known.get("normalization") != "RMSNorm":
+        raise RequestError(f"{where}: the checkpoint has qk_layernorm with LayerNorm; only RMSNorm is supported there")
 
 
 def _model(known: Arguments, vocab_size: int) -> ModelConfig:
@@ -144,6 +151,7 @@ def _model(known: Arguments, vocab_size: int) -> ModelConfig:
         normalization="rmsnorm" if known.get("normalization") == "RMSNorm" else "layernorm",
         activation="swiglu" if known.get("swiglu") else "gelu",
         bias=biased,
+        query_key_norm=bool(known.get("qk_layernorm")),
         qkv_bias=not biased and bool(known.get("add_qkv_bias")),
         norm_epsilon=known.get(epsilon, 1e-5),
         rope_theta=float(known.get("rotary_base") or 10000.0),

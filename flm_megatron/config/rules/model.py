@@ -31,7 +31,8 @@ def model_sizes_are_counts(model: ModelConfig) -> list[str]:
 
 def constants_are_positive(model: ModelConfig) -> list[str]:
     """Standard deviations, multipliers and bases are above 0."""
-    values = {name: getattr(model, name) for name in POSITIVE} | {"head_init_std": model.head_std}
+    values = {name: getattr(model, name) for name in POSITIVE}
+    values |= {"head_init_std": model.head_std, "query_key_norm_epsilon": model.query_key_epsilon}
     return [f"model.{name} is {value}, give a number above 0" for name, value in values.items() if value <= 0]
 
 
@@ -98,6 +99,16 @@ def scaling_mistakes(scaling: RopeScaling) -> list[str]:
     return lines
 
 
+def query_key_epsilon_has_norms(model: ModelConfig) -> str | None:
+    """An epsilon is of norms that are there."""
+    if model.query_key_norm_epsilon is not None and not model.query_key_norm:
+        return (
+            f"model.query_key_norm_epsilon is {model.query_key_norm_epsilon}, but query_key_norm is false: leave one "
+            "out, or set the other"
+        )
+    return None
+
+
 def adapters_have_layers(model: ModelConfig) -> str | None:
     """Adapters are beside the matrices of layers."""
     if model.lora is not None and not model.num_layers:
@@ -109,6 +120,7 @@ MODEL_RULES = (
     adapters_have_layers,
     biases_are_said_once,
     constants_are_positive,
+    query_key_epsilon_has_norms,
     heads_divide_hidden,
     heads_divide_into_groups,
     head_dim_is_even,

@@ -102,6 +102,11 @@ class ModelConfig:
     """Biases in every linear layer but the language-model head."""
     qkv_bias: bool = False
     """Biases in the query-key-value matrix alone, as Qwen 2 has them."""
+    query_key_norm: bool = False
+    """RMSNorm of each query and key over the channels of its head, before rotary positions, as Qwen 3 has it; all
+    heads of a layer share the weights."""
+    query_key_norm_epsilon: float | None = None
+    """Added to the mean square in these norms; none means norm_epsilon. Growth changes the other alone."""
     position: Literal["rope", "xpos"] = "rope"
     """Rotary positions, or xPos (rotary with exponential decay)."""
     norm_epsilon: float = 1e-5
@@ -141,6 +146,11 @@ class ModelConfig:
     def query_groups(self) -> int:
         """Number of key/value heads."""
         return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def query_key_epsilon(self) -> float:
+        """Added to the mean square in the norms of queries and keys."""
+        return self.norm_epsilon if self.query_key_norm_epsilon is None else self.query_key_norm_epsilon
 
     @property
     def width_factor(self) -> float:

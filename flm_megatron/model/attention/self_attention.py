@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from flm_megatron import kernels
@@ -15,7 +16,7 @@ from flm_megatron.model.attention.segments import whole_sequences
 class PackedSelfAttention(SelfAttention):
     """The engine's self-attention, with query groups folded into the batch instead of queries copied out.
 
-    It skips what Tele-FLM does not have: inference contexts, output gates, norms of queries and keys.
+    It skips what Tele-FLM does not have: inference contexts, output gates.
     """
 
     def forward(
@@ -36,6 +37,8 @@ class PackedSelfAttention(SelfAttention):
         packed, _ = self.get_query_key_value_tensors(hidden_states, split_qkv=False)
         sequence, batch, groups, _ = packed.shape
         queries = self.num_attention_heads_per_partition // self.num_query_groups_per_partition
+        if self.q_layernorm is not None:
+            packed = self._normed(packed, queries)
         cos, sin = _tables(rotary_pos_emb)
         query, key, value = kernels.rotary_qkv(packed.flatten(2), cos, sin, queries)
         if self.config.num_query_groups < self.world_size:
@@ -46,6 +49,12 @@ class PackedSelfAttention(SelfAttention):
             attention_mask = whole_sequences(batch, sequence, query.device)
         output = self.core_attention(query, key, value, attention_mask)
         return self.linear_proj(output.view(sequence, batch, -1))
+
+    def _normed(self, packed: Tensor, queries: int) -> Tensor:
+        """`packed` [sequence, batch, groups, (queries + 2) x channels] with each query and key normalised."""
+        heads = packed.unflatten(-1, (queries + 2, -1))
+        query, key, value = heads.split([queries, 1, 1], dim=-2)
+        return torch.cat([self.q_layernorm(query), self.k_layernorm(key), value], dim=-2).flatten(-2)
 
     def _own_queries(self, query: Tensor) -> Tensor:
         """This rank's queries of a query group that several ranks share."""

@@ -11,8 +11,8 @@ nothing else tells parameters apart by their names:
 * its first values and its factor on the learning rate;
 * its names in checkpoints and in module trees.
 
-A new kind of parameter is one more row: a query norm has the axes layers and channels of a head; an expert's matrix
-those of the feed-forward matrices, with one that counts experts. Names and shapes are those of megatron-core's
+A new kind of parameter is one more row: an expert's matrix has the axes of the feed-forward matrices, with one that
+counts experts. Names and shapes are those of megatron-core's
 `torch_dist` checkpoints: the layers of one kind are stacked on the first axis, the query-key-value matrix is ordered
 by query group, the gated first feed-forward matrix has all gate rows before all up rows. The vocabulary is the true
 one, without padding. No torch here: planning, growth, export and initial weights all start from this table.
@@ -37,10 +37,12 @@ __all__ = [
     "FC2",
     "FINAL_NORM",
     "HEAD",
+    "KEY_NORM",
     "MLP_NORM",
     "NORM_MODULES",
     "PROJECTION",
     "QKV",
+    "QUERY_NORM",
     "TARGETS",
     "Axis",
     "Band",
@@ -62,6 +64,8 @@ FC1 = f"{LAYERS}mlp.linear_fc1"
 FC2 = f"{LAYERS}mlp.linear_fc2"
 ATTENTION_NORM = f"{QKV}.layer_norm"
 MLP_NORM = f"{FC1}.layer_norm"
+QUERY_NORM = f"{LAYERS}self_attention.q_layernorm"
+KEY_NORM = f"{LAYERS}self_attention.k_layernorm"
 TARGETS = {"qkv": QKV, "projection": PROJECTION, "fc1": FC1, "fc2": FC2}
 NORM_MODULES = {ATTENTION_NORM: f"{LAYERS}input_layernorm", MLP_NORM: f"{LAYERS}pre_mlp_layernorm"}
 """The norms of a layer where they are modules of their own."""
@@ -105,6 +109,8 @@ def _layer_rows(model: ModelConfig) -> Iterator[ParameterSpec]:
     yield from _norm(model, ATTENTION_NORM)
     biased = model.bias or model.qkv_bias
     yield from _linear(model, QKV, (_query_key_value(model), _hidden(model, "in")), std, biased)
+    if model.query_key_norm:
+        yield from _query_key_norms(model)
     yield from _linear(model, PROJECTION, (_hidden(model, "out"), _heads(model)), residual_std, model.bias)
     yield from _norm(model, MLP_NORM)
     yield from _linear(model, FC1, (_ffn(model, "out"), _hidden(model, "in")), std, model.bias)
@@ -162,6 +168,13 @@ def _norm(model: ModelConfig, name: str) -> Iterator[ParameterSpec]:
     yield ParameterSpec(f"{name}{dot}weight", axes, "norm", 0.0, 1.0, module_name=own and f"{own}.weight")
     if model.normalization == "layernorm":
         yield ParameterSpec(f"{name}{dot}bias", axes, "bias", 0.0, value="bias", module_name=own and f"{own}.bias")
+
+
+def _query_key_norms(model: ModelConfig) -> Iterator[ParameterSpec]:
+    """Weights that all heads of a layer share. A tensor rank has them whole, and the gradient of its own heads."""
+    axes = (_layers(model), Axis(Unit.HEAD_DIM, (Band(model.kv_channels),)))
+    for name in (QUERY_NORM, KEY_NORM):
+        yield ParameterSpec(f"{name}.weight", axes, "norm", 0.0, 1.0)
 
 
 def _adapters(model: ModelConfig, lora: LoraConfig, specs: Mapping[str, ParameterSpec]) -> Iterator[ParameterSpec]:

@@ -95,7 +95,8 @@ def _norm_extra(work: Workload) -> float:
 
 
 def _attention(work: Workload) -> float:
-    """Query-key-value, rotated queries and keys with their tables, and the output that the projection reads."""
+    """Query-key-value, rotated queries and keys with their tables, what norms of them read with 1 / rms of each, and
+    the output that the projection reads."""
     model, tensor = work.model, work.parallel.tensor
     heads, groups, channels = model.num_attention_heads, model.query_groups, model.kv_channels
     values = (heads + 2 * groups) + heads
@@ -107,6 +108,9 @@ def _attention(work: Workload) -> float:
         tables += 4.0 * work.sequence_length * channels * work.bytes
     if work.implementation.rotary and (xpos or not work.implementation.fused_rotary):
         values += heads + groups
+    if model.query_key_norm:
+        values += heads + groups
+        tables += 4.0 * work.tokens * (heads + groups) / tensor
     return work.tokens * values * channels * work.bytes / tensor + tables
 
 

@@ -111,6 +111,8 @@ def _attention_passes(work: Workload, machine: Machine) -> Passes:
     rotated = (heads + groups) * channels * work.tokens / tensor * work.bytes if work.implementation.rotary else 0.0
     rotation = memory_time(machine, rotated * (2 if work.implementation.fused_rotary else 12))
     rotation += memory_time(machine, rotated * 6 if model.position == "xpos" else 0.0)
+    # Queries and keys are brought together, normalised and put back: each read and written three times.
+    rotation += memory_time(machine, rotated * 6 if model.query_key_norm else 0.0)
     around = _around(work, machine, qkv)
     return Passes(
         qkv.forward + core.forward + projection.forward + around.forward + Seconds(memory_bound=rotation),

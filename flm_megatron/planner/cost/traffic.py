@@ -138,9 +138,8 @@ def _tensor(work: Workload, rank: int) -> Iterator[Transfers]:
         chunks, rest = divmod(work.tokens, head_tokens(work))
         yield Transfers("all-gather", ranks, steps * chunks, 8 * ranks * head_tokens(work))
         yield Transfers("all-gather", ranks, steps * bool(rest), 8 * ranks * rest)
-    whole = work.replicated_parameters(rank)
-    if work.parallel.sequence and whole:  # each rank has seen a part of the sequence
-        yield Transfers("all-reduce", ranks, 1, 4 * whole)
+    if summed := work.summed_parameters(rank):
+        yield Transfers("all-reduce", ranks, 1, 4 * summed)
 
 
 def _transfers(work: Workload, exchanges: Exchanges, nbytes: int) -> Iterator[Transfers]:

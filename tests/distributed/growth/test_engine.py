@@ -34,6 +34,8 @@ OLD = ModelConfig(
     num_query_groups=2,
     head_dim=12,
     vocab_size=300,
+    qkv_bias=True,
+    query_key_norm=True,
     output_mult=4.0,
     mup=MupConfig(enabled=True, base_hidden_size=32),
 )

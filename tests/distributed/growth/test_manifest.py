@@ -26,7 +26,8 @@ data: {{sequence_length: 32, train: [{{path: {folder}/train}}]}}
 defaults: {{global_batch: 4, tokens: 512}}
 stages:
   - name: small
-    model: &small {{num_layers: 2, hidden_size: 32, ffn_hidden_size: 48, num_attention_heads: 4, norm_epsilon: 1.0e-3}}
+    model: &small {{num_layers: 2, hidden_size: 32, ffn_hidden_size: 48, num_attention_heads: 4, norm_epsilon: 1.0e-3,
+                    query_key_norm: true}}
   - name: big
     model: {{<<: *small, hidden_size: 48, ffn_hidden_size: 72, num_attention_heads: 6}}
     growth: {{hidden: zero, ffn: mask, heads: zero, mask_steps: 2, layer_selection: interleave, certify_samples: 0,
@@ -74,7 +75,8 @@ def test_grown_on_disk_or_in_a_run_the_manifest_is_the_same(pool: Pool, tmp_path
     assert set(on_disk) - set(in_run) <= WRITTEN
     for key in set(in_run) - ONLINE_ONLY:
         assert in_run[key] == on_disk[key], key
-    assert on_disk["run"]["stages"][1]["model"]["norm_epsilon"] == 1e-3 * 32 / 48
+    grown_model = on_disk["run"]["stages"][1]["model"]
+    assert (grown_model["norm_epsilon"], grown_model["query_key_norm_epsilon"]) == (1e-3 * 32 / 48, 1e-3)
     onward = ["--stages", "[{name: onward, model: from_checkpoint, tokens: 512, global_batch: 4}]"]
     onward += ["--checkpoint.initial", str(folder / "open")]
     opened = edited(grown, step=2, optimizer_step=6)

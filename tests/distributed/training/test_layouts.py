@@ -12,7 +12,11 @@ from tests.support import layouts
 from tests.support.layouts import all_layouts, name, relative_difference, train_under
 from tests.support.pool import Pool
 
-STAGE = replace(layouts.STAGE, optimizer=replace(layouts.STAGE.optimizer, eps_relative=0.1))
+STAGE = replace(
+    layouts.STAGE,
+    model=replace(layouts.STAGE.model, qkv_bias=True, query_key_norm=True),
+    optimizer=replace(layouts.STAGE.optimizer, eps_relative=0.1),
+)
 SMALL = [layout for world in (2, 4) for layout in all_layouts(world)]
 LARGE = list(all_layouts(8))
 PLAIN = [replace(layout, distributed_optimizer=False) for layout in SMALL if layout.data and layout.data > 1]

@@ -25,6 +25,7 @@ MODEL = ModelConfig(
 IDS = torch.arange(36).view(2, 18) * 5 % 31
 XPOS = replace(MODEL, position="xpos")
 LINEAR = replace(MODEL, rope_scaling=RopeScaling("linear", 2.0))
+NORMED = replace(MODEL, query_key_norm=True)
 
 OTHER: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
     "heads": (MODEL, {"num_attention_heads": 6}),
@@ -34,6 +35,7 @@ OTHER: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
     "rope_scaling": (MODEL, {"rope_scaling": RopeScaling("linear", 2.0)}),
     "norm_epsilon": (MODEL, {"norm_epsilon": 1e-2}),
     "sliding_window": (MODEL, {"sliding_window": 17}),
+    "query_key_norm_epsilon": (NORMED, {"query_key_norm_epsilon": 1e-2}),
     "input_mult": (MODEL, {"input_mult": 1.0}),
     "output_mult": (MODEL, {"output_mult": 1.0}),
     "mup base": (MODEL, {"mup": MupConfig(enabled=True, base_hidden_size=12)}),
@@ -47,13 +49,14 @@ SAME: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
     "xpos_scale_base": (MODEL, {"xpos_scale_base": 64.0}),
     "mup off, its factor in output_mult": (MODEL, {"mup": MupConfig(), "output_mult": 1.0}),
     "base of no mup": (replace(MODEL, mup=MupConfig()), {"mup": MupConfig(base_hidden_size=7)}),
+    "query_key_norm_epsilon": (NORMED, {"query_key_norm_epsilon": 1e-5}),
     "rounding": (MODEL, {"norm_epsilon": 1e-5 * (1 + 1e-9)}),
 }
 
 
 def logits(model: ModelConfig) -> torch.Tensor:
     """Logits of the same weights as `model` computes them, in float64."""
-    drawn = replace(MODEL, matrix_init_std=0.4)
+    drawn = replace(MODEL, matrix_init_std=0.4, query_key_norm=model.query_key_norm)
     return reference_logits(model, random_tensors(drawn, dtype=torch.float64), IDS)
 
 

@@ -103,6 +103,7 @@ def test_distances_of_another_model() -> None:
         ({"normalization": "layernorm"}, "model.normalization is 'rmsnorm'"),
         ({"bias": True}, "model.bias is False"),
         ({"qkv_bias": True}, "model.qkv_bias is False"),
+        ({"query_key_norm": True}, "model.query_key_norm is False"),
         ({"rope_theta": 5e5}, "model.rope_theta is 10000.0"),
         ({"rope_scaling": RopeScaling()}, "model.rope_scaling is None"),
         ({"mup": MupConfig()}, "model.mup.enabled is True"),
@@ -196,6 +197,18 @@ def test_the_grown_model_keeps_vocabulary_and_derives_epsilon() -> None:
     assert make_plan(old, new, growth("mask"), 1).new.norm_epsilon == 1e-2
     assert make_plan(old, new, growth("mask"), 1).new.vocab_size == 37
     assert make_plan(old, new, growth("zero", rejuvenate=0.5), 1).new.norm_epsilon == 1e-2 * 24 / 36 / 4
+
+
+def test_the_epsilon_of_query_and_key_norms_stays() -> None:
+    old = old_model(query_key_norm=True)
+    new = replace(old, hidden_size=36)
+    grown = make_plan(old, new, growth("zero", rejuvenate=0.5), 1).new
+    assert (grown.norm_epsilon, grown.query_key_epsilon) == (1e-2 * 24 / 36 / 4, 1e-2)
+    assert make_plan(grown, replace(new, hidden_size=40), growth("zero"), 1).new.query_key_epsilon == 1e-2
+    with pytest.raises(
+        RequestError, match=r"is 0\.01 in the stage before and 0\.002 in .*query_key_norm_epsilon to 0\.01"
+    ):
+        make_plan(grown, replace(new, query_key_norm_epsilon=2e-3), growth("zero"), 1)
 
 
 def run_of(*stages: StageConfig) -> RunConfig:

@@ -32,7 +32,7 @@ TOKENS = torch.randint(0, 37, (2, 11), generator=torch.Generator().manual_seed(3
 BLOCKS: dict[str, dict[str, Any]] = {
     "teleflm": {},
     "gpt3": {"normalization": "layernorm", "activation": "gelu", "bias": True},
-    "standard": {"mup": MupConfig(enabled=False), "qkv_bias": True},
+    "qwen": {"mup": MupConfig(enabled=False), "qkv_bias": True, "query_key_norm": True},
 }
 
 

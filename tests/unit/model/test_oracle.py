@@ -29,7 +29,9 @@ MODELS = {
     "grouped queries": ModelConfig(**SHAPE, num_query_groups=2),
     "one key for all queries, wide heads": ModelConfig(**SHAPE, num_query_groups=1, head_dim=32),
     "vocabulary without padding": ModelConfig(**{**SHAPE, "vocab_size": 256}),
-    "biased queries": ModelConfig(**SHAPE, num_query_groups=2, qkv_bias=True),
+    "qwen": ModelConfig(
+        **SHAPE, num_query_groups=2, head_dim=32, qkv_bias=True, query_key_norm=True, query_key_norm_epsilon=1e-2
+    ),
     "gpt3 block": ModelConfig(**SHAPE, normalization="layernorm", activation="gelu", bias=True),
     "gpt3 block with xpos": ModelConfig(
         **SHAPE, normalization="layernorm", activation="gelu", bias=True, position="xpos", xpos_scale_base=8

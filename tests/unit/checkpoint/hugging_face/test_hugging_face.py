@@ -236,6 +236,7 @@ def test_any_region_is_that_part_of_the_whole(
         ),
         ({"position": "xpos"}, "position = xpos"),
         ({"qkv_bias": True}, "qkv_bias = True"),
+        ({"query_key_norm": True}, "query_key_norm = True"),
     ],
 )
 def test_other_blocks_are_refused_by_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:

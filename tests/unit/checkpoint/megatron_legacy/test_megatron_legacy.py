@@ -28,7 +28,9 @@ BIASED = ModelConfig(
     num_layers=4, hidden_size=24, ffn_hidden_size=36, num_attention_heads=6, num_query_groups=3, vocab_size=77,
     normalization="layernorm", activation="gelu", bias=True,
 )  # fmt: skip
-GATED = ModelConfig(num_layers=4, hidden_size=24, ffn_hidden_size=36, num_attention_heads=6, vocab_size=77)
+GATED = ModelConfig(
+    num_layers=4, hidden_size=24, ffn_hidden_size=36, num_attention_heads=6, vocab_size=77, query_key_norm=True
+)
 LAYER = "decoder.layers."
 
 
@@ -75,7 +77,8 @@ def arguments(model: ModelConfig, **fields: Any) -> argparse.Namespace:
         num_attention_heads=model.num_attention_heads, group_query_attention=model.num_query_groups is not None,
         num_query_groups=model.num_query_groups or 1, kv_channels=model.kv_channels, vocab_size=model.vocab_size,
         normalization="RMSNorm" if model.normalization == "rmsnorm" else "LayerNorm", swiglu=model.gated,
-        add_bias_linear=model.bias, norm_epsilon=1e-5, position_embedding_type="rope", rotary_base=10000,
+        add_bias_linear=model.bias, qk_layernorm=model.query_key_norm, norm_epsilon=1e-5,
+        position_embedding_type="rope", rotary_base=10000,
         untie_embeddings_and_output_weights=True, params_dtype=torch.float32, consumed_train_samples=5,
     ))  # fmt: skip
     return argparse.Namespace(**(known | fields))
@@ -171,6 +174,7 @@ def save_one(folder: Path, **content: Any) -> Path:
         ({"rotary_seq_len_interpolation_factor": 2}, "rotary_seq_len_interpolation_factor = 2"),
         ({"window_size": (128, 0)}, r"window_size = \(128, 0\)"),
         ({"vocab_size": None, "padded_vocab_size": 128}, "padded 128: give --vocab-size"),
+        ({"normalization": "LayerNorm"}, "qk_layernorm with LayerNorm; only RMSNorm"),
         ({"vocab_size": 129}, "vocabulary 129 asked for, 128 rows stored"),
         ({"hidden_size": "wide"}, "do not describe a decoder"),
         ({"ffn_hidden_size": 40}, r"linear_fc1.weight has shape \(72, 24\), the arguments ask for \(80, 24\)"),
@@ -194,6 +198,14 @@ def test_a_tensor_of_another_kind_of_block_is_not_left_out(tmp_path: Path) -> No
 
 
 BIASES: list[dict[str, Any]] = [{}, {"bias": True}, {"qkv_bias": True}]
+
+
+def test_norms_of_queries_with_an_epsilon_of_their_own_are_refused() -> None:
+    model = replace(GATED, query_key_norm_epsilon=1e-3)
+    with pytest.raises(RequestError, match=r"query_key_norm with epsilon 0\.001 beside rmsnorm with 1e-05"):
+        arguments_of(model, ParallelConfig(), 32, 0)
+    read = model_from_arguments(arguments_of(GATED, ParallelConfig(), 32, 0), "here")
+    assert read.query_key_norm and differences(read, GATED) == []
 
 
 @given(

@@ -82,6 +82,12 @@ REFUSED: list[tuple[str, int | None, str]] = [
     ("stages.0.model.output_mult=-1", None, "model.output_mult is -1.0, give a number above 0"),
     ("defaults.model.num_attention_heads=3", None, "hidden_size 64 is not a multiple of num_attention_heads 3"),
     ("stages.0.model={bias: true, qkv_bias: true}", None, "model.bias and model.qkv_bias are both true: bias has"),
+    (
+        "stages.0.model.query_key_norm_epsilon=1e-6",
+        None,
+        "query_key_norm_epsilon is 1e-06, but query_key_norm is false",
+    ),
+    ("defaults.model={query_key_norm: true, query_key_norm_epsilon: 0}", None, "query_key_norm_epsilon is 0.0, give a"),
     ("stages.0.model.num_query_groups=3", None, "num_attention_heads 4 is not a multiple of num_query_groups 3"),
     ("defaults.model.head_dim=7", None, "model.head_dim is 7 (hidden_size 64, num_attention_heads 4)"),
     ("stages.0.model.rope_scaling={factor: 0.5}", None, "rope_scaling.factor is 0.5, give a number from 1"),

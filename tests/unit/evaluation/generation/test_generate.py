@@ -76,7 +76,7 @@ def test_sampling_does_not_depend_on_the_batch(folder: Path) -> None:
 @pytest.mark.parametrize(
     "model",
     [
-        replace(MODEL, rope_scaling=RopeScaling("yarn", 4.0, 8, beta_fast=1.0, beta_slow=0.1)),
+        replace(MODEL, query_key_norm=True, rope_scaling=RopeScaling("yarn", 4.0, 8, beta_fast=1.0, beta_slow=0.1)),
         replace(MODEL, position="xpos", xpos_scale_base=8.0, sliding_window=4),
     ],
     ids=["rope", "xpos"],

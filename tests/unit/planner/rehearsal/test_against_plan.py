@@ -22,9 +22,9 @@ from flm_megatron.planner.rehearsal.rank import rehearse_rank
 from flm_megatron.planner.rehearsal.roles import global_rank, roles
 
 MODEL = ModelConfig(num_layers=4, hidden_size=256, ffn_hidden_size=688, num_attention_heads=4, vocab_size=2000)
-GPT = replace(MODEL, normalization="layernorm", activation="gelu", bias=True, position="xpos")
+GPT = replace(MODEL, normalization="layernorm", activation="gelu", bias=True, position="xpos", query_key_norm=True)
 ADAPTED = replace(MODEL, lora=LoraConfig(rank=8))
-WINDOWED = replace(MODEL, sliding_window=64)
+WINDOWED = replace(MODEL, sliding_window=64, num_query_groups=2, qkv_bias=True, query_key_norm=True)
 WIDE = replace(MODEL, vocab_size=1_200_000)
 """Its logits are large as a whole, and not on the part of a sequence that a rank has."""
 FUSED = KernelsConfig(head_and_loss="fused")
