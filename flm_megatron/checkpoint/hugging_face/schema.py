@@ -123,6 +123,8 @@ class DecoderFields(BaseModel):
                 raise ValueError(f"{name}: {error}") from None
         if len(found) == 2 and found[0] != found[1]:
             raise ValueError("rope_parameters and rope_scaling that disagree: take one of them out")
+        if found and found[0] is not None and found[0].kind == "yarn" and self.theta <= 1:
+            raise ValueError(f"rope_theta {self.theta}, with which type 'yarn' cannot compute: it has to be above 1")
         return found[0] if found else None
 
     def shape(self) -> Shape:

@@ -211,6 +211,15 @@ LLAMA = {
         ({"rope_parameters": {"type": "linear", "factor": 2}, "rope_scaling": {"type": "default"}}, "that disagree"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters.full_attention"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor 0.5"),
+        (
+            {
+                "rope_theta": 1.0,
+                "rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 64},
+            },
+            "rope_theta 1.0, with which type 'yarn' cannot compute",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 10**400}}, "rope_scaling.factor of over 40 digits"),
+        ({"rope_scaling": {"type": "linear", "factor": "8"}}, "rope_scaling.factor '8'"),
         ({"rope_scaling": "dynamic"}, "rope_scaling 'dynamic'"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config \{'bits': 4\}, which is not supported"),
         ({"sliding_window": 4096}, "sliding_window 4096, which is not supported"),
