@@ -32,7 +32,9 @@ def model_sizes_are_counts(model: ModelConfig) -> list[str]:
 def constants_are_positive(model: ModelConfig) -> list[str]:
     """Standard deviations, multipliers and bases are above 0."""
     values = {name: getattr(model, name) for name in POSITIVE}
-    values |= {"head_init_std": model.head_std, "query_key_norm_epsilon": model.query_key_epsilon}
+    values |= {"head_init_std": model.head_std}
+    if model.query_key_norm_epsilon is not None:
+        values["query_key_norm_epsilon"] = model.query_key_norm_epsilon
     return [f"model.{name} is {value}, give a number above 0" for name, value in values.items() if value <= 0]
 
 
