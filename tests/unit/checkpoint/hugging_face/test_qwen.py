@@ -1,0 +1,118 @@
+"""Qwen 2 and 3 against `transformers`, both ways, on random weights of odd shapes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flm_megatron.checkpoint.hugging_face.config import model_from_config
+from flm_megatron.checkpoint.hugging_face.families.registry import FAMILIES, require_expressible
+from flm_megatron.checkpoint.hugging_face.reader import HuggingFaceCheckpoint
+from flm_megatron.checkpoint.hugging_face.writer import ExportOptions, write_hugging_face
+from flm_megatron.config.schema import ModelConfig
+from flm_megatron.errors import RequestError
+from tests.support.checkpoint_cases import Memory
+from tests.support.reference_model import random_tensors, reference_logits
+
+ODD = ModelConfig(
+    num_layers=3,
+    hidden_size=108,
+    ffn_hidden_size=75,
+    num_attention_heads=18,
+    num_query_groups=3,
+    head_dim=8,
+    vocab_size=331,
+    norm_epsilon=1e-3,
+    rope_theta=5000.0,
+)
+KINDS: dict[str, dict[str, Any]] = {"qwen2": {"qkv_bias": True}, "qwen3": {"query_key_norm": True}}
+IDS = (torch.arange(40).view(2, 20) * 7) % 331
+
+
+def config_json(kind: str, **fields: Any) -> dict[str, Any]:
+    """A `config.json` of the smallest kind."""
+    sizes = {"num_hidden_layers": 3, "hidden_size": 48, "intermediate_size": 75, "num_attention_heads": 6}
+    return {"model_type": kind, **sizes, "num_key_value_heads": 2, "vocab_size": 331, **fields}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("window", [None, 7])
+def test_transformers_computes_our_logits_from_an_export(tmp_path: Path, kind: str, window: int | None) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = replace(ODD, **KINDS[kind], sliding_window=window, input_mult=0.5)
+    values = random_tensors(model)
+    write_hugging_face(Memory(values), model, tmp_path / "out", ExportOptions(flavour=kind, shard_bytes=100_000))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert type(theirs).__name__ == f"{kind.capitalize()}ForCausalLM"
+    expected = reference_logits(model, {name: value.double() for name, value in values.items()}, IDS)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(IDS).logits.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_our_logits_from_a_folder_that_transformers_wrote(tmp_path: Path, kind: str) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{kind.capitalize()}Config")(
+        hidden_size=108, intermediate_size=75, num_hidden_layers=3, num_attention_heads=18, num_key_value_heads=3,
+        head_dim=8, vocab_size=331, rms_norm_eps=1e-3, rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+    )  # fmt: skip
+    model = getattr(transformers, f"{kind.capitalize()}ForCausalLM")(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.1, 0.2, generator=generator)
+        expected = model(IDS).logits.double()
+    model.save_pretrained(tmp_path)
+    checkpoint = HuggingFaceCheckpoint(tmp_path)
+    assert checkpoint.config == replace(ODD, **KINDS[kind])
+    values = {name: checkpoint.read(name).double() for name in checkpoint.tensors}
+    found = reference_logits(checkpoint.config, values, IDS)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.std().item())
+
+
+def test_a_window_is_one_of_all_layers_or_of_none() -> None:
+    full, sliding = "full_attention", "sliding_attention"
+    read: list[tuple[dict[str, Any], int | None]] = [
+        ({"use_sliding_window": False, "sliding_window": 9}, None),
+        ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3}, None),
+        ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}, 9),
+        ({"use_sliding_window": True, "sliding_window": 9, "layer_types": [full] * 3}, None),
+        ({"use_sliding_window": True, "sliding_window": 9, "layer_types": [sliding] * 3}, 9),
+    ]
+    for fields, window in read:
+        assert model_from_config(config_json("qwen2", **fields), "folder").sliding_window == window
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"use_sliding_window": True, "max_window_layers": 2}, "sliding window in 1 of 3 layers, of 4096 positions"),
+        ({"layer_types": [sliding] * 3}, "sliding window in 3 of 3 layers, of no positions"),
+        ({"layer_types": [full] * 2}, "num_hidden_layers 3 and layer_types for 2"),
+        ({"layer_types": ["linear_attention"] * 3}, r"layer_types\.0 'linear_attention'"),
+    ]
+    for fields, message in refused:
+        with pytest.raises(RequestError, match=f"^folder: config.json has .*{message}"):
+            model_from_config(config_json("qwen3", **fields), "folder")
+
+
+def test_what_is_left_out_is_what_transformers_has_for_it() -> None:
+    assert model_from_config(config_json("qwen3"), "folder").kv_channels == 128
+    assert model_from_config(config_json("qwen2"), "folder").kv_channels == 8
+    fields = config_json("qwen2", num_attention_heads=64, hidden_size=128)
+    del fields["num_key_value_heads"]
+    assert model_from_config(fields, "folder").query_groups == 32
+
+
+def test_what_a_family_lacks_is_refused() -> None:
+    with pytest.raises(RequestError, match="attention_bias True: only False is supported here"):
+        model_from_config(config_json("qwen3", attention_bias=True), "folder")
+    with pytest.raises(RequestError, match=r"qkv_bias = False \(here: True\): --flavour teleflm can"):
+        require_expressible(ODD, FAMILIES["qwen2"])
+    normed = replace(ODD, query_key_norm=True)
+    with pytest.raises(RequestError, match=r"query_key_norm = True \(here: False\): --flavour qwen3 can"):
+        require_expressible(normed, FAMILIES["llama"])
+    with pytest.raises(RequestError, match=r"query_key_norm_epsilon = 0\.1 \(here: None\): no family known here can"):
+        require_expressible(replace(normed, query_key_norm_epsilon=0.1), FAMILIES["qwen3"])
