@@ -15,7 +15,10 @@ from flm_megatron.checkpoint.hugging_face.reader import HuggingFaceCheckpoint
 from flm_megatron.checkpoint.hugging_face.writer import ExportOptions, write_hugging_face
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import RequestError
+from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
+from flm_megatron.growth.plan import make_plan
 from tests.support.checkpoint_cases import Memory
+from tests.support.growth_cases import growth
 from tests.support.reference_model import random_tensors, reference_logits
 
 ODD = ModelConfig(
@@ -39,23 +42,27 @@ def config_json(kind: str, **fields: Any) -> dict[str, Any]:
     return {"model_type": kind, **sizes, "num_key_value_heads": 2, "vocab_size": 331, **fields}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize(("kind", "window"), [("qwen2", 7), ("qwen3", None)])
 def test_transformers_computes_our_logits_from_an_export(tmp_path: Path, kind: str, window: int | None) -> None:
-    from transformers import AutoModelForCausalLM
-
     model = replace(ODD, **KINDS[kind], sliding_window=window, input_mult=0.5)
     values = random_tensors(model)
     write_hugging_face(Memory(values), model, tmp_path / "out", ExportOptions(flavour=kind, shard_bytes=100_000))
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    assert type(theirs).__name__ == f"{kind.capitalize()}ForCausalLM"
     expected = reference_logits(model, {name: value.double() for name, value in values.items()}, IDS)
+    torch.testing.assert_close(transformers_logits(tmp_path / "out", kind), expected, rtol=1e-5, atol=1e-5)
+
+
+def transformers_logits(path: Path, kind: str) -> torch.Tensor:
+    """Logits in fp32 of `transformers`, whose own class for the family it has to be."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    assert type(model).__name__ == f"{kind.capitalize()}ForCausalLM"
     with torch.no_grad():
-        torch.testing.assert_close(theirs(IDS).logits.double(), expected, rtol=1e-5, atol=1e-5)
+        return model(IDS).logits.double()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_our_logits_from_a_folder_that_transformers_wrote(tmp_path: Path, kind: str) -> None:
+def test_what_transformers_wrote_is_read_and_grown_and_read_by_it_again(tmp_path: Path, kind: str) -> None:
     import transformers
 
     config = getattr(transformers, f"{kind.capitalize()}Config")(
@@ -73,7 +80,14 @@ def test_our_logits_from_a_folder_that_transformers_wrote(tmp_path: Path, kind: 
     assert checkpoint.config == replace(ODD, **KINDS[kind])
     values = {name: checkpoint.read(name).double() for name in checkpoint.tensors}
     found = reference_logits(checkpoint.config, values, IDS)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.std().item())
+    close = {"rtol": 1e-5, "atol": 1e-5 * expected.std().item()}
+    torch.testing.assert_close(found, expected, **close)
+
+    larger = replace(checkpoint.config, num_layers=5, hidden_size=216, ffn_hidden_size=100, num_attention_heads=24)
+    plan = make_plan(checkpoint.config, larger, growth("clone", clone_noise=0.2), seed=3)
+    grown = GrownCheckpoint(checkpoint, plan)
+    write_hugging_face(grown, plan.new, tmp_path / "grown", ExportOptions(flavour=kind))
+    torch.testing.assert_close(transformers_logits(tmp_path / "grown", kind), expected, **close)
 
 
 def test_a_window_is_one_of_all_layers_or_of_none() -> None:
