@@ -27,7 +27,7 @@ from flm_megatron.config.schema import ModelConfig
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.distributed.progress import progress_bar
 from flm_megatron.errors import RequestError
-from flm_megatron.model.parameters import HEAD, parameter_specs
+from flm_megatron.model.parameters import HEAD, PROJECTION, QKV, parameter_specs
 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -50,10 +50,19 @@ class ExportOptions:
 
 
 def folding(model: ModelConfig) -> dict[str, float]:
-    """Factors on the weights that make a model without multipliers compute what `model` does with its own."""
+    """Factors on the weights that make a model without multipliers compute what `model` does with its own.
+
+    So they do where norms of queries and keys have another epsilon than the other norms: queries and keys take the root
+    of the epsilons' ratio, values with them, and the projection gives it back.
+    """
     multipliers = {"embedding": model.input_mult, "head": model.logit_multiplier}
     specs = parameter_specs(model).values()
-    return {spec.name: multipliers[spec.kind] for spec in specs if spec.kind in multipliers}
+    factors = {spec.name: multipliers[spec.kind] for spec in specs if spec.kind in multipliers}
+    if model.query_key_norm and model.query_key_epsilon != model.norm_epsilon:
+        factor = math.sqrt(model.norm_epsilon / model.query_key_epsilon)
+        factors |= {spec.name: factor for spec in specs if spec.module == QKV}
+        factors[f"{PROJECTION}.weight"] = 1 / factor
+    return factors
 
 
 def folding_note(model: ModelConfig) -> str:

@@ -43,5 +43,10 @@ def _settings(model: ModelConfig, sequence_length: int) -> dict[str, object]:
     }
 
 
-EXPRESSES: Mapping[str, Values] = {"query_key_norm": (True,), "rope_scaling": None, "sliding_window": None}
+EXPRESSES: Mapping[str, Values] = {
+    "query_key_norm": (True,),
+    "query_key_norm_epsilon": None,  # folded into the weights
+    "rope_scaling": None,
+    "sliding_window": None,
+}
 QWEN3 = Family("qwen3", QWEN3_MODULES, _model, _settings, EXPRESSES)

@@ -42,9 +42,11 @@ def config_json(kind: str, **fields: Any) -> dict[str, Any]:
     return {"model_type": kind, **sizes, "num_key_value_heads": 2, "vocab_size": 331, **fields}
 
 
-@pytest.mark.parametrize(("kind", "window"), [("qwen2", 7), ("qwen3", None)])
-def test_transformers_computes_our_logits_from_an_export(tmp_path: Path, kind: str, window: int | None) -> None:
-    model = replace(ODD, **KINDS[kind], sliding_window=window, input_mult=0.5)
+@pytest.mark.parametrize(
+    ("kind", "fields"), [("qwen2", {"sliding_window": 7}), ("qwen3", {"query_key_norm_epsilon": 0.02})]
+)
+def test_transformers_computes_our_logits_from_an_export(tmp_path: Path, kind: str, fields: dict[str, Any]) -> None:
+    model = replace(ODD, **KINDS[kind], **fields, input_mult=0.5)
     values = random_tensors(model)
     write_hugging_face(Memory(values), model, tmp_path / "out", ExportOptions(flavour=kind, shard_bytes=100_000))
     expected = reference_logits(model, {name: value.double() for name, value in values.items()}, IDS)
@@ -128,5 +130,4 @@ def test_what_a_family_lacks_is_refused() -> None:
     normed = replace(ODD, query_key_norm=True)
     with pytest.raises(RequestError, match=r"query_key_norm = True \(here: False\): --flavour qwen3 can"):
         require_expressible(normed, FAMILIES["llama"])
-    with pytest.raises(RequestError, match=r"query_key_norm_epsilon = 0\.1 \(here: None\): no family known here can"):
-        require_expressible(replace(normed, query_key_norm_epsilon=0.1), FAMILIES["qwen3"])
+    require_expressible(replace(normed, query_key_norm_epsilon=0.1), FAMILIES["qwen3"])
