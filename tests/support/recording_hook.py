@@ -13,20 +13,17 @@ from flm_megatron.training.hooks import Hook
 from flm_megatron.training.stage import StageTrainer
 from flm_megatron.training.step import StepResult
 
-FILE = "FLM_TEST_MOMENTS"
+FILE = "moments"
 
 
 class Recording(Hook):
-    """One line for each moment: the rank, what it is called and the steps done."""
+    """One line in the run's output for each moment: the rank, what it is called and the steps done."""
 
     interval_steps = 2
 
-    def __init__(self) -> None:
-        self.path = Path(os.environ.get(FILE, os.devnull))
-
     def note(self, moment: str, trainer: StageTrainer) -> None:
         """Add a line."""
-        with self.path.open("a") as file:
+        with (Path(trainer.run.output) / FILE).open("a") as file:
             print(dist.get_rank(), moment, trainer.step, file=file)
 
     def on_start(self, trainer: StageTrainer) -> None:

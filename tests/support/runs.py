@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from flm_megatron.checkpoint.opening import open_checkpoint
+from flm_megatron.cli.main import main
 from flm_megatron.config.loader import dump_run, load_run
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.data.corpus.build import build_dataset
@@ -59,11 +62,22 @@ def make_run(data: Path, output: Path, *overrides: str) -> tuple[Path, RunConfig
     return source, run
 
 
-def flm(*arguments: str | Path, timeout_s: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end."""
+def flm(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end in this process, which has imported torch already; ranks are processes as ever.
+
+    What these print is not in the result.
+    """
+    command = list(map(str, arguments))
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as errors:
+        status = main(command)
+    return subprocess.CompletedProcess(command, status, out.getvalue(), errors.getvalue())
+
+
+def flm_process(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end in a process of its own."""
     command = [sys.executable, "-m", "flm_megatron.cli.main", *map(str, arguments)]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout_s, env={**os.environ, **environment}, check=False
+        command, capture_output=True, text=True, timeout=240, env={**os.environ, **environment}, check=False
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from dataclasses import replace
 from importlib.util import find_spec
@@ -35,10 +36,11 @@ stages:
 """
 
 
-def test_the_command_measures_a_layer_stack_under_its_layout(tmp_path: Path) -> None:
+def test_the_command_measures_a_layer_stack_under_its_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(RUN)
     options = ["--stage", "small", "--layers", "2", "--steps", "3", "--warmup", "1", "--profile", "1"]
+    monkeypatch.setattr(sys, "argv", ["flm", "bench", str(path)])
     ended = flm("bench", path, *options, "--out", tmp_path / "out")
     assert ended.returncode == 0, ended.stderr
     written = json.loads((tmp_path / "out" / "bench-small.json").read_text())

@@ -10,6 +10,7 @@ import pytest
 
 from flm_megatron.training.metrics.events import StepEvent, read_events
 from tests.support import REPOSITORY
+from tests.support.recording_hook import FILE
 from tests.support.runs import flm, make_run
 
 RECORDING = "tests.support.recording_hook.Recording"
@@ -28,11 +29,10 @@ def expected_moments() -> list[str]:
 
 
 def test_every_rank_is_told_of_every_moment_and_values_are_recorded(data: Path, tmp_path: Path) -> None:
-    moments = tmp_path / "moments"
     source, _ = make_run(data, tmp_path / "run", "--hooks", f"[{RECORDING}]", "--checkpoint.interval_steps", "4")
-    ended = flm("train", source, PYTHONPATH=str(REPOSITORY), FLM_TEST_MOMENTS=str(moments))
+    ended = flm("train", source)
     assert ended.returncode == 0, ended.stderr
-    lines = moments.read_text().splitlines()
+    lines = (tmp_path / "run" / FILE).read_text().splitlines()
     for rank in "01":
         assert [line[2:] for line in lines if line[0] == rank] == expected_moments()
     steps = read_events(tmp_path / "run", StepEvent)
@@ -41,7 +41,7 @@ def test_every_rank_is_told_of_every_moment_and_values_are_recorded(data: Path, 
 
 def test_a_hook_that_refuses_a_checkpoint_ends_the_run_and_leaves_none(data: Path, tmp_path: Path) -> None:
     source, _ = make_run(data, tmp_path, "--hooks", f"[{REFUSING}]")
-    ended = flm("train", source, PYTHONPATH=str(REPOSITORY))
+    ended = flm("train", source)
     assert ended.returncode == 1 and "this must not be saved" in ended.stderr
     assert not list((tmp_path / "checkpoints").rglob("manifest.json"))
 
@@ -58,19 +58,22 @@ def test_a_hook_that_refuses_a_checkpoint_ends_the_run_and_leaves_none(data: Pat
 def test_what_is_no_hook_is_refused_before_anything_starts(hook: str, words: str, data: Path, tmp_path: Path) -> None:
     source, _ = make_run(data, tmp_path / "run", "--hooks", f"[{hook}]")
     before = sorted(path.name for path in (tmp_path / "run").iterdir())
-    ended = flm("train", source, PYTHONPATH=str(REPOSITORY))
+    ended = flm("train", source)
     assert ended.returncode == 2 and words in ended.stderr
     assert ended.stderr.count("\n") == 1
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
 
 
-def test_the_example_of_the_page_does_what_it_says(data: Path, tmp_path: Path) -> None:
+def test_the_example_of_the_page_does_what_it_says(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page = (REPOSITORY / "docs" / "hooks.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (yaml,) = re.findall(r"```yaml\nhooks: (.*?)\n```", page, re.DOTALL)
     (tmp_path / "my_hooks.py").write_text(code)
     source, _ = make_run(data, tmp_path / "run", "--hooks", yaml, "--stages.0.tokens", "1408")
-    ended = flm("train", source, PYTHONPATH=f"{REPOSITORY}:{tmp_path}")
+    monkeypatch.syspath_prepend(tmp_path)
+    ended = flm("train", source)
     assert ended.returncode == 0, ended.stderr
     steps = read_events(tmp_path / "run", StepEvent)
     assert len(steps) == 11 and all(math.isclose(step.extra["perplexity"], math.exp(step.loss)) for step in steps)
