@@ -2,13 +2,14 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.training.layouts
 
-Stage, batches and layouts are those of `tests/distributed/training/test_layouts.py`. Prints a Markdown table.
+Batches and layouts are those of `tests/distributed/training/test_layouts.py`, the model is its deep one. Prints a
+Markdown table.
 """
 
 from __future__ import annotations
 
 from flm_megatron.config.schema import ParallelConfig
-from tests.support.layouts import all_layouts, relative_difference, train_under
+from tests.support.layouts import DEEP, all_layouts, relative_difference, train_under
 from tests.support.pool import Pool
 
 COLUMNS = "| tensor | sequence | pipeline | virtual | data | loss | gradient norm |"
@@ -17,11 +18,11 @@ COLUMNS = "| tensor | sequence | pipeline | virtual | data | loss | gradient nor
 def main() -> None:
     """Train under every layout and print how far each is from one process."""
     pool = Pool()
-    single = pool.run(1, train_under, ParallelConfig())[0]
+    single = pool.run(1, train_under, ParallelConfig(), DEEP)[0]
     print(f"{COLUMNS}\n|---|---|---|---|---|---|---|")
     worst = 0.0
     for parallel in (layout for world in (2, 4, 8) for layout in all_layouts(world)):
-        steps = pool.run(parallel.processes, train_under, parallel)[0]
+        steps = pool.run(parallel.processes, train_under, parallel, DEEP)[0]
         loss, norm = (
             relative_difference([step[i : i + 1] for step in steps], [step[i : i + 1] for step in single])
             for i in (0, 1)

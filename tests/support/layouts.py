@@ -28,7 +28,7 @@ SEQUENCE, GLOBAL_BATCH = 16, 8
 
 STAGE = StageConfig(
     model=ModelConfig(
-        num_layers=16,
+        num_layers=8,
         hidden_size=32,
         ffn_hidden_size=48,
         num_attention_heads=8,
@@ -39,6 +39,8 @@ STAGE = StageConfig(
     tokens=10 * GLOBAL_BATCH * SEQUENCE,
     optimizer=OptimizerConfig(lr=1e-3, matrix_lr=1e-3, min_lr=1e-4, weight_decay=0.1),
 )
+DEEP = replace(STAGE, model=replace(STAGE.model, num_layers=16))
+"""Has a layer for every model chunk of any layout of eight processes."""
 
 
 def all_layouts(world: int) -> Iterator[ParallelConfig]:

@@ -32,13 +32,17 @@ SAVED = ("--checkpoint.interval_steps", "2")
 GOES_ON = re.compile(r"small goes on from step (\d+), kept in the memory of (.*)")
 
 
+def uninterrupted(data: Path, output: Path, ranks: int) -> Path:
+    """The output of an uninterrupted run."""
+    _, run = make_run(data, output, *OPTIONS, "--distributed.processes", str(ranks))
+    assert train(resolve(run)) == 0
+    return output
+
+
 @pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of an uninterrupted run of three ranks."""
-    output = tmp_path_factory.mktemp("whole")
-    _, run = make_run(data, output, *OPTIONS, "--distributed.processes", "3")
-    assert train(resolve(run)) == 0
-    return output
+    return uninterrupted(data, tmp_path_factory.mktemp("whole"), 3)
 
 
 def lose(host: Host) -> None:
@@ -67,28 +71,29 @@ def wait_for(true: Callable[[], bool], timeout_s: float = 20) -> bool:
     return done
 
 
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_lost_host_is_replaced_and_the_run_goes_on_from_its_neighbours_memory(
-    data: Path, whole: Path, tmp_path: Path
+    data: Path, tmp_path: Path, count: int
 ) -> None:
     """Nothing is on the disk, so there is no other way."""
     source, _ = make_run(data, tmp_path, *OPTIONS)
     command = ["train", str(source)]
-    with hosts(4) as machines:
-        used, spare = machines[:3], machines[3]
+    with hosts(count + 1) as machines:
+        *used, spare = machines
         job = start_job(used, command, tmp_path, restarts=3)
         wait_for_step(tmp_path, 3 * INTERVAL + 1, job[0], LIMIT_S)
-        lose(used[2])
+        lose(used[-1])
         lost_at = last_step(tmp_path)
-        job[2] = start_agent(used, spare, command, tmp_path, restarts=3)
-        assert wait_all(job, LIMIT_S) == [0, 0, 0], logs(tmp_path)
+        job[-1] = start_agent(used, spare, command, tmp_path, restarts=3)
+        assert wait_all(job, LIMIT_S) == [0] * count, logs(tmp_path)
         assert nothing_is_left(machines)
-        names = [host.name for host in used[:2]]
+        names = [host.name for host in used[:-1]]
     said = GOES_ON.search((tmp_path / f"{names[0]}.log").read_text())
     assert said is not None, logs(tmp_path)
     step, kept_on = said.groups()
     assert kept_on == ", ".join(names), logs(tmp_path)
     assert 0 <= lost_at - int(step) < 2 * INTERVAL
-    assert losses(tmp_path) == losses(whole)
+    assert losses(tmp_path) == losses(uninterrupted(data, tmp_path / "whole", count))
 
 
 @pytest.mark.slow

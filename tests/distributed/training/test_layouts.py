@@ -6,19 +6,23 @@ from dataclasses import replace
 
 import pytest
 
-from flm_megatron.config.schema import ParallelConfig
+from flm_megatron.config.schema import ParallelConfig, StageConfig
 from flm_megatron.config.schema.stage import Recompute
 from tests.support import layouts
 from tests.support.layouts import all_layouts, name, relative_difference, train_under
 from tests.support.pool import Pool
 
-STAGE = replace(
-    layouts.STAGE,
-    model=replace(layouts.STAGE.model, qkv_bias=True, query_key_norm=True),
-    optimizer=replace(layouts.STAGE.optimizer, eps_relative=0.1),
+STAGE, DEEP = (
+    replace(
+        stage,
+        model=replace(stage.model, qkv_bias=True, query_key_norm=True),
+        optimizer=replace(stage.optimizer, eps_relative=0.1),
+    )
+    for stage in (layouts.STAGE, layouts.DEEP)
 )
 SMALL = [layout for world in (2, 4) for layout in all_layouts(world)]
-LARGE = list(all_layouts(8))
+CHUNKS = STAGE.model.num_layers
+LARGE = [layout for layout in all_layouts(8) if layout.pipeline * layout.virtual_pipeline <= CHUNKS]
 PLAIN = [replace(layout, distributed_optimizer=False) for layout in SMALL if layout.data and layout.data > 1]
 SLOW = [layout for layout in SMALL + LARGE if layout.tensor >= 4]
 """Their ranks meet most often, and two processors are not enough for them."""
@@ -32,10 +36,10 @@ def single(pool: Pool) -> list[tuple[float, float]]:
     return pool.run(1, train_under, ParallelConfig(), STAGE)[0]
 
 
-def check(pool: Pool, parallel: ParallelConfig, single: list[tuple[float, float]]) -> None:
+def check(pool: Pool, parallel: ParallelConfig, single: list[tuple[float, float]], stage: StageConfig = STAGE) -> None:
     """All ranks report the same numbers, and they are those of one process."""
     world = parallel.processes
-    ranks = pool.run(world, train_under, parallel, STAGE)
+    ranks = pool.run(world, train_under, parallel, stage)
     assert all(rank == ranks[0] for rank in ranks)
     assert relative_difference(ranks[0], single) <= TOLERANCE
 
@@ -69,8 +73,14 @@ def test_the_other_layouts_agree_with_one(
     check(pool, parallel, single)
 
 
+@pytest.mark.slow
+def test_one_layer_in_each_of_sixteen_chunks_agrees_with_one_process(pool: Pool) -> None:
+    single = pool.run(1, train_under, ParallelConfig(), DEEP)[0]
+    check(pool, ParallelConfig(pipeline=8, virtual_pipeline=2), single, DEEP)
+
+
 def test_an_uneven_explicit_split_agrees_with_one(pool: Pool, single: list[tuple[float, float]]) -> None:
-    check(pool, ParallelConfig(pipeline=2, data=1, pipeline_layers=[5, 11]), single)
+    check(pool, ParallelConfig(pipeline=2, data=1, pipeline_layers=[3, 5]), single)
 
 
 def test_overlapped_communication_agrees_with_one(pool: Pool, single: list[tuple[float, float]]) -> None:

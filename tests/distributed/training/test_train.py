@@ -115,6 +115,7 @@ def test_a_signal_before_training_leaves_nothing_half_made(data: Path, tmp_path:
     assert not made
 
 
+@pytest.mark.slow  # test_a_second_run_on_an_output_leaves_the_first_alone kills one too
 def test_a_killed_run_reaches_the_same_weights(data: Path, whole: Path, tmp_path: Path) -> None:
     source, _ = make_run(data, tmp_path, "--checkpoint.interval_steps", "2")
     process = start_flm("train", source)

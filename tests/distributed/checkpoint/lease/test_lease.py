@@ -18,6 +18,7 @@ from flm_megatron.checkpoint.lease.lease import SILENT_RENEWALS
 from flm_megatron.launch.preflight import resolve
 from flm_megatron.launch.run import train
 from flm_megatron.launch.run_lease import LEASE
+from flm_megatron.training.metrics.events import RestartEvent, read_events
 from tests.support.runs import final_hash, flm, flm_process, losses, make_run, start_flm, wait_for_step
 from tests.unit.checkpoint.lease.test_lease import renewing
 
@@ -45,7 +46,7 @@ def test_a_second_run_on_an_output_leaves_the_first_alone(
 ) -> None:
     source, _ = make_run(data, tmp_path, *LONG)
     first = start_flm("train", source)
-    wait_for_step(tmp_path, 2, first)
+    wait_for_step(tmp_path, 6, first)
     everyone = [psutil.Process(first.pid), *psutil.Process(first.pid).children(recursive=True)]
     for process in everyone:  # so that it is not done before the second comes
         process.suspend()
@@ -63,6 +64,7 @@ def test_a_second_run_on_an_output_leaves_the_first_alone(
     third = flm("train", source)  # at once
     assert third.returncode == 0 and "waiting" not in caplog.text, third.stderr
     assert losses(tmp_path) == losses(whole) and final_hash(tmp_path) == final_hash(whole)
+    assert read_events(tmp_path, RestartEvent)[0].step >= 4
     assert not list(tmp_path.glob(f"{LEASE}*"))
 
 

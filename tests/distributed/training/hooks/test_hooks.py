@@ -64,9 +64,7 @@ def test_what_is_no_hook_is_refused_before_anything_starts(hook: str, words: str
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
 
 
-def test_the_example_of_the_page_does_what_it_says(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_example_of_the_page_does_what_it_says(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (REPOSITORY / "docs" / "hooks.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (yaml,) = re.findall(r"```yaml\nhooks: (.*?)\n```", page, re.DOTALL)
