@@ -44,7 +44,6 @@ MEGATRON_2022 = replace(
     flash_attention=False,
     rotary=False,
     dropout=True,
-    tied_embeddings=True,
     scatters_transfers=True,
     overlaps_transfers=False,
 )
@@ -57,8 +56,10 @@ MEGATRON_DEEPSPEED = MEGATRON_2021
 MEGATRON_2019 = replace(MEGATRON_2021, fused_activation=False)
 # NVIDIA's benchmarks reduce gradients in bf16 (NeMo, scripts/performance: grad_reduce_in_fp32 = False).
 NEMO = replace(OTHERS, gradient_bytes=2)
-GPT3 = replace(NEMO, rotary=False, tied_embeddings=True)
+GPT3 = replace(NEMO, rotary=False)
 FLM = replace(OTHERS, fused_rotary=False)
+TIED = (MEGATRON_2022, MEGATRON_2021, MEGATRON_2019, GPT3)
+"""Those whose head is the embedding."""
 
 
 def gpt(layers: int, hidden: int, heads: int, vocab: int) -> ModelConfig:
@@ -101,6 +102,7 @@ def workload(
 ) -> Workload:
     """`layout` is (tensor, pipeline, chunks per rank, data)."""
     tensor, pipeline, virtual, data = layout
+    model = replace(model, tie_embeddings=implementation in TIED)
     parallel = ParallelConfig(
         tensor=tensor,
         pipeline=pipeline,

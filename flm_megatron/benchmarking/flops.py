@@ -22,7 +22,7 @@ def hardware_flops_per_token(stage: StageConfig, sequence_length: int) -> float:
 
 
 def _layers(model: ModelConfig, sequence_length: int) -> float:
-    head = sum(spec.numel for spec in parameter_specs(model).values() if spec.kind == "head")
+    head = model.hidden_size * (model.vocab_size or 0)
     return forward_flops_per_token(model, sequence_length) - 2.0 * head
 
 

@@ -14,7 +14,7 @@ FUNCTION = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim"),
     *("vocab_size", "normalization", "activation", "bias", "qkv_bias", "position", "norm_epsilon", "rope_theta"),
     *("query_key_norm", "query_key_norm_epsilon"),
-    *("rope_scaling", "xpos_scale_base", "sliding_window", "input_mult", "output_mult", "lora"),
+    *("rope_scaling", "xpos_scale_base", "sliding_window", "tie_embeddings", "input_mult", "output_mult", "lora"),
 )
 """Fields that the function of a model with given weights follows from."""
 LABELS = {"output_mult": "the factor on the logits (model.output_mult over muP's width factor)"}

@@ -91,6 +91,15 @@ class GrowthPlan:
         return self.old.input_mult / self.new.input_mult
 
     @property
+    def final_norm_scale(self) -> float:
+        """Factor on the final norm's old values. A tied head is scaled as the embedding is, and cloned without being
+        shared out among the copies: the norm that it reads makes up for both."""
+        if not self.new.tie_embeddings:
+            return 1.0
+        copies = self.new.hidden_size // self.old.hidden_size if self.hidden == "clone" else 1
+        return self.head_scale / (self.embedding_scale * copies)
+
+    @property
     def grows(self) -> tuple[str, ...]:
         """Dimensions that grow, of hidden, ffn, heads, layers."""
         return grown_dimensions(self.old, self.new)

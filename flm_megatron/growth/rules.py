@@ -11,7 +11,7 @@ from flm_megatron.growth.opening import OpeningMasks
 
 KEPT_FIELDS = (
     *("normalization", "activation", "bias", "qkv_bias", "query_key_norm"),
-    *("position", "rope_theta", "rope_scaling", "xpos_scale_base", "sliding_window"),
+    *("position", "rope_theta", "rope_scaling", "xpos_scale_base", "sliding_window", "tie_embeddings"),
 )
 WIDTHS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "query_groups")
 
@@ -24,6 +24,7 @@ def check_growth(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> No
     check_vocabulary(old, new)
     check_no_shrinking(old, new)
     check_heads(old, new)
+    check_tied_head(old, new, growth)
     check_clones(old, new, growth)
     check_shrink(growth)
     check_optimizer_state(growth)
@@ -114,6 +115,16 @@ def check_heads(old: ModelConfig, new: ModelConfig) -> None:
             f"query heads per group fall from {before} to {after} ({new.num_attention_heads} heads, "
             f"{new.query_groups} groups): an old group's queries would lose their keys and values; "
             f"give at least {before * new.query_groups} heads or fewer groups"
+        )
+
+
+def check_tied_head(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> None:
+    """New channels that are zero in a head that is the embedding learn by what layers read of them."""
+    zero = growth.hidden == "zero" and new.hidden_size != old.hidden_size
+    if new.tie_embeddings and zero and not new.num_layers:
+        raise RequestError(
+            f"growth.hidden is `zero` with model.tie_embeddings and num_layers {new.num_layers}: new channels of the "
+            "embedding would stay 0, as nothing but the head reads them; use mask or clone, or add layers"
         )
 
 

@@ -70,6 +70,7 @@ def _prepare_parameters(chunk: TeleFLM) -> None:
     for module in chunk.modules():
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
             axis = 1 if isinstance(module, RowParallelLinear) else 0
-            mark_split(module.weight, axis)
+            if module.weight is not None:  # a tied head has none of its own on a rank that has the embedding
+                mark_split(module.weight, axis)
             for parameter in module.parameters(recurse=False):
                 parameter.zero_()

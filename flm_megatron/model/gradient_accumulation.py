@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flm_megatron import kernels
 from flm_megatron.engine import tensor_parallel
 from flm_megatron.engine.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from flm_megatron.model.teleflm import TeleFLM
 
 
 def install_weight_gradient() -> None:
@@ -32,6 +33,8 @@ def accumulate_in_buffers(chunks: Sequence[nn.Module]) -> None:
         for module in chunk.modules():
             if isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and hasattr(module.weight, "main_grad"):
                 module.gradient_accumulation_fusion = True
+            if isinstance(module, TeleFLM) and module.post_process and hasattr(module.head_weight(), "main_grad"):
+                module.output_layer.gradient_accumulation_fusion = True  # a tied head has no weight of its own
 
 
 def _accumulate(total_input: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:

@@ -29,7 +29,8 @@ from flm_megatron.model.spec import block_spec
 class TeleFLM(GPTModel):
     """A decoder with Tele-FLM's two multipliers, which never predicts padding ids.
 
-    The embedding output is multiplied by `input_mult`, the final hidden state by `logit_multiplier` before the head.
+    The embedding output is multiplied by `input_mult`, the final hidden state by `logit_multiplier` before the head,
+    which is the embedding with `tie_embeddings`.
     Logits of ids from the true vocabulary size on are -inf, so padding does not change the loss and the rows behind it
     get zero gradients.
     """
@@ -51,6 +52,7 @@ class TeleFLM(GPTModel):
             max_sequence_length=0,  # only learned positions have a longest sequence
             pre_process=pre_process,
             post_process=post_process,
+            share_embeddings_and_output_weights=model.tie_embeddings,
             position_embedding_type="rope",
             rotary_base=model.rope_theta,  # type: ignore[arg-type]
             vp_stage=vp_stage,
@@ -92,6 +94,12 @@ class TeleFLM(GPTModel):
             runtime_gather_output=runtime_gather_output,
             loss_mask=loss_mask,
         )
+
+    def head_weight(self) -> torch.nn.Parameter:
+        """The rows of the vocabulary that the last chunk multiplies hidden states by: of a tied head the embedding, or
+        under a pipeline its copy."""
+        weight = self.output_layer.weight
+        return self.embedding.word_embeddings.weight if weight is None else weight
 
     @contextmanager
     def cached(self, capacity: int) -> Iterator[KeyValueCache]:
@@ -140,7 +148,9 @@ class TeleFLM(GPTModel):
             hidden_states = hidden_states * self.logit_multiplier
         if labels is not None and loss_mask is not None and self._fuses(hidden_states):
             return self._fused_loss(hidden_states, labels, loss_mask)
-        logits, _ = self.output_layer(hidden_states, runtime_gather_output=runtime_gather_output)
+        logits, _ = self.output_layer(
+            hidden_states, weight=self.head_weight(), runtime_gather_output=runtime_gather_output
+        )
         if labels is None:
             self._exclude_padding(logits)
             return logits.transpose(0, 1).contiguous()
@@ -162,24 +172,26 @@ class TeleFLM(GPTModel):
         if self.training and self.config.z_loss:
             return False
         shards = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
-        return kernels.fuses_head_and_loss(hidden_states, self.output_layer.weight, shards)
+        return kernels.fuses_head_and_loss(hidden_states, self.head_weight(), shards)
 
     def _fused_loss(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
         """Sum over tokens of mask times loss, without logits.
 
         The gradient of the hidden states is a sum over tensor-parallel ranks, reduced as the head's own layer would.
         """
-        head, group = self.output_layer, self.pg_collection.tp
+        head, weight, group = self.output_layer, self.head_weight(), self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
         else:
             hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
-        buffer = getattr(head.weight, "main_grad", None) if head.gradient_accumulation_fusion else None
+        buffer = getattr(weight, "main_grad", None) if head.gradient_accumulation_fusion else None
         total, _ = kernels.linear_cross_entropy(
-            hidden_states, head.weight, labels.t(), loss_mask.t(), self.true_vocab_size, group, buffer=buffer
+            *(hidden_states, weight, labels.t(), loss_mask.t(), self.true_vocab_size, group),
+            buffer=buffer,
+            placeholder=head.weight is not None,  # of a tied weight the lookup has a gradient
         )
         if buffer is not None and torch.is_grad_enabled():
-            head.weight.grad_added_to_main_grad = True
+            weight.grad_added_to_main_grad = True
         return total
 
     def _true_width(self, logits: Tensor) -> int:

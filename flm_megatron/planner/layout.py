@@ -67,8 +67,6 @@ class Implementation:
     """They are rotated in place by one kernel."""
     dropout: bool = False
     """Dropout after attention, its output and the feed-forward layer."""
-    tied_embeddings: bool = False
-    """The head is the embedding."""
     frees_pipeline_outputs: bool = True
     """Outputs are freed once they were sent to the next pipeline rank."""
     scatters_transfers: bool = False
@@ -204,13 +202,9 @@ class Workload:
     def _on_rank(self, rank: int, specs: Sequence[ParameterSpec]) -> int:
         stacked = (spec for spec in specs if spec.place == "layers")
         count = sum(self.chunks(rank)) * (self._shard_numel(stacked) // max(1, self.model.num_layers))
-        if rank == 0:
-            count += self._shard_numel(spec for spec in specs if spec.place == "first")
-        if rank == self.parallel.pipeline - 1:
-            tied = self.implementation.tied_embeddings and rank == 0
-            last = (spec for spec in specs if spec.place == "last")
-            count += self._shard_numel(spec for spec in last if not (tied and spec.kind == "head"))
-        return count
+        here = {"first"} if rank == 0 else set()
+        here |= {"last"} if rank == self.parallel.pipeline - 1 else set()
+        return count + self._shard_numel(spec for spec in specs if here & set(spec.places))
 
     @cached_property
     def trained_shards(self) -> dict[Place, list[int]]:
@@ -219,13 +213,18 @@ class Workload:
         trained = [spec for spec in self.specs if spec.trained]
         trained.sort(key=lambda spec: MODULES.index(spec.module) if spec.place == "layers" else 0)
         found: dict[Place, list[int]] = {"first": [], "layers": [], "last": []}
-        tied = self.implementation.tied_embeddings and self.parallel.pipeline == 1
         for spec in reversed(trained):
-            if tied and spec.kind == "head":
-                continue
             layers = self.model.num_layers if spec.place == "layers" else 1
             found[spec.place].append(spec.shard_numel(self.parallel.tensor) // layers)
+        if self.copied_embedding:
+            found["last"].insert(0, self.embedding_parameters)
         return found
+
+    @property
+    def copied_embedding(self) -> bool:
+        """Whether the last pipeline rank has a copy of the embedding, its head, whose gradient is part of the other's
+        and whose bucket is its own under the distributed optimizer."""
+        return self.model.tie_embeddings and self.trains_weights and self.parallel.pipeline > 1
 
     def layer_matrices(self, rank: int) -> int:
         """Values of the weights of the layers' linear maps on each tensor rank of pipeline rank `rank`."""

@@ -17,7 +17,8 @@ Unit = tuple[str, int]
 
 
 def frozen_units(model: ModelConfig, seed: int) -> set[Unit]:
-    """The units that half fine-tuning freezes: half of the layers of every tensor, and either embedding or head.
+    """The units that half fine-tuning freezes: half of the layers of every tensor, and either embedding or head (where
+    they are one, none or both).
 
     With an odd number of layers every second tensor has one more frozen layer than the others.
     """

@@ -80,7 +80,8 @@ def logits(model: ModelConfig, tensors: Mapping[str, Tensor], tokens: Tensor, ma
         y = y + feed_forward(model, layer, norm(model, layer, "mlp.linear_fc1.layer_norm_", y, masks), masks)
         x = blend * y + (1 - blend) * x
     x = norm(model, weights, "decoder.final_layernorm.", x, masks)
-    return x @ weights["output_layer.weight"].T * model.logit_multiplier
+    head = weights["embedding.word_embeddings.weight" if model.tie_embeddings else "output_layer.weight"]
+    return x @ head.T * model.logit_multiplier
 
 
 def norm(model: ModelConfig, weights: Mapping[str, Tensor], prefix: str, x: Tensor, masks: Masks) -> Tensor:

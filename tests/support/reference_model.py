@@ -45,7 +45,8 @@ def reference_logits(model: ModelConfig, tensors: Mapping[str, Tensor], tokens: 
     factor = model.output_mult
     if model.mup.enabled:
         factor = factor / (model.hidden_size / model.mup.base_hidden_size)
-    return (hidden * factor) @ tensors["output_layer.weight"].T
+    head = tensors["embedding.word_embeddings.weight" if model.tie_embeddings else "output_layer.weight"]
+    return (hidden * factor) @ head.T
 
 
 def reference_loss(model: ModelConfig, tensors: Mapping[str, Tensor], tokens: Tensor, labels: Tensor) -> Tensor:

@@ -57,8 +57,9 @@ def check_peers(names: Sequence[str], stage: StageConfig) -> None:
             "--compare needs the Llama block (rmsnorm, swiglu, no bias, no query_key_norm, rope without rope_scaling), "
             "as peers have it"
         )
-    if model.sliding_window is not None:
-        raise RequestError("--compare: peers attend to the whole sequence; leave model.sliding_window out")
+    for name in ("sliding_window", "tie_embeddings"):
+        if getattr(model, name):
+            raise RequestError(f"--compare: peers have no {name}; leave model.{name} out")
     if stage.recompute == "selective":
         raise RequestError("--compare: peers have no selective recomputation; set recompute to none or full")
 

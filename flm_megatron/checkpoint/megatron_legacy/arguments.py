@@ -56,11 +56,12 @@ def arguments_of(
 
     Raises RequestError for what Megatron-LM's checkpoints do not have.
     """
-    if model.sliding_window is not None:
-        raise RequestError(
-            f"the model has sliding_window = {model.sliding_window}, which is not written into Megatron-LM's "
-            "checkpoints: use `flm checkpoint reshard`"
-        )
+    for name in ("sliding_window", "tie_embeddings"):
+        if value := getattr(model, name):
+            raise RequestError(
+                f"the model has {name} = {value}, which is not written into Megatron-LM's checkpoints: use "
+                "`flm checkpoint reshard`"
+            )
     if model.position != "rope":
         raise RequestError(f"the model has position = {model.position}, which Megatron-LM's checkpoints cannot express")
     if model.rope_scaling is not None:

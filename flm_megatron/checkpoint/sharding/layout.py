@@ -29,15 +29,15 @@ def chunk_regions(
 
     They are in the order in which they lie in the rank's own tensors: gate rows, then up rows. Norms and biases of
     row-parallel layers are on every tensor rank. Only the first chunk has the embedding, only the last one the final
-    norm and the head; rows of vocabulary padding are nobody's (a rank that has nothing else gets an empty region).
-    `padded_vocab` is this program's own padding if not given.
+    norm and the head, or the copy of the embedding that is the head. Rows of vocabulary padding are nobody's (a rank
+    that has nothing else gets an empty region). `padded_vocab` is this program's own padding if not given.
     """
     check_layout(model, parallel)
     split = pipeline_split(model.num_layers, parallel)
     layers = (sum(split[:chunk]), split[chunk])
     result: dict[str, list[Region]] = {}
     for name, spec in parameter_specs(model).items():
-        if spec.stacked or chunk == (0 if spec.place == "first" else len(split) - 1):
+        if spec.stacked or chunk in {0 if place == "first" else len(split) - 1 for place in spec.places}:
             result[name] = _regions(spec, parallel.tensor, tensor_rank, layers, padded_vocab)
     return result
 

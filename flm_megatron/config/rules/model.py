@@ -118,6 +118,16 @@ def adapters_have_layers(model: ModelConfig) -> str | None:
     return None
 
 
+def tied_head_starts_as_the_embedding(model: ModelConfig) -> str | None:
+    """A head that is the embedding has no first values of its own."""
+    if model.tie_embeddings and model.head_init_std is not None:
+        return (
+            f"model.head_init_std is {model.head_init_std}, but with tie_embeddings the head is the embedding, which "
+            "starts with vector_init_std: leave head_init_std out"
+        )
+    return None
+
+
 MODEL_RULES = (
     adapters_have_layers,
     biases_are_said_once,
@@ -127,4 +137,5 @@ MODEL_RULES = (
     heads_divide_into_groups,
     head_dim_is_even,
     rope_scaling_fits,
+    tied_head_starts_as_the_embedding,
 )

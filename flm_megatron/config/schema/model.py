@@ -119,6 +119,8 @@ class ModelConfig:
     """xPos: tokens over which the decay exponent grows by one."""
     sliding_window: int | None = None
     """Positions that attention sees, the token itself and those before it, as Mistral's; none means all."""
+    tie_embeddings: bool = False
+    """The head is the embedding: one matrix, whose copies at both ends of a pipeline stay equal."""
     input_mult: float = 1.0
     """Multiplies the embedding output."""
     output_mult: float = 1.0
@@ -164,7 +166,7 @@ class ModelConfig:
 
     @property
     def head_std(self) -> float:
-        """Standard deviation of the head's initial weights."""
+        """Standard deviation of the head's initial weights, where it is not the embedding."""
         return self.vector_init_std if self.head_init_std is None else self.head_init_std
 
     @property

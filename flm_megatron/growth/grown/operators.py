@@ -106,7 +106,8 @@ class Operators:
         if not sides:
             return 1.0
         if None in sides:
-            return (self.plan.norm_scale if spec.kind == "norm" else 1.0) / self.plan.rejuvenate
+            final = self.plan.final_norm_scale if spec.place == "last" else 1.0
+            return final * (self.plan.norm_scale if spec.kind == "norm" else 1.0) / self.plan.rejuvenate
         multiplier = {"embedding": self.plan.embedding_scale, "head": self.plan.head_scale}.get(spec.kind, 1.0)
         return multiplier * self.plan.rejuvenate
 

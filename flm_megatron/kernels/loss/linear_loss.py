@@ -36,6 +36,7 @@ def linear_cross_entropy(
     group: Group = None,
     chunk_tokens: int | None = None,
     buffer: Tensor | None = None,
+    placeholder: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Sum over tokens of weight times loss (0-dim), and the loss of each token [...] without gradient; both fp32.
 
@@ -47,7 +48,8 @@ def linear_cross_entropy(
 
     With `buffer` (fp32, like `weight`) the forward pass adds the gradient of `weight` to it, where gradients are
     enabled and the weight learns, and no tensor of that size is made; the sum is then to be differentiated once, with
-    a gradient of one, which is checked. What `weight` gets as its gradient is an unwritten placeholder.
+    a gradient of one, which is checked. What `weight` gets as its gradient is then an unwritten `placeholder`, which a
+    weight must not have that gets a gradient elsewhere as well.
     """
     rows = hidden.reshape(-1, hidden.size(-1)).contiguous()
     start, valid = vocabulary_shard(weight.size(0), vocab_size, group)
@@ -59,6 +61,7 @@ def linear_cross_entropy(
         needs_gradients=learns or (torch.is_grad_enabled() and hidden.requires_grad),
         learns=learns,
         buffer=buffer,
+        placeholder=placeholder,
         loss=implementation(CROSS_ENTROPY, hidden),
         accumulation=implementation(WEIGHT_GRADIENT, hidden),
     )
@@ -77,6 +80,7 @@ class _Plan:
     needs_gradients: bool
     learns: bool
     buffer: Tensor | None
+    placeholder: bool
     loss: CrossEntropyKernels
     accumulation: WeightGradientKernel
 
@@ -135,7 +139,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight = _scaled(ctx.grad_weight, grad).to(ctx.dtype)
         elif ctx.plan.learns:
             torch._assert_async(grad == 1, "a fused loss that adds to a buffer is differentiated with a gradient of 1")
-            grad_weight = torch.empty(ctx.shape, dtype=ctx.dtype, device=grad.device)
+            if ctx.plan.placeholder:
+                grad_weight = torch.empty(ctx.shape, dtype=ctx.dtype, device=grad.device)
         ctx.grad_rows = ctx.grad_weight = None
         return grad_rows, grad_weight, None, None, None
 

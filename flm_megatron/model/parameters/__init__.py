@@ -75,7 +75,9 @@ def parameter_specs(model: ModelConfig) -> dict[str, ParameterSpec]:
     """Table of all logical parameters of `model` by name, in the order of execution.
 
     muP (Tele-FLM, m the width factor): matrices start with std sigma / sqrt(m) and learn at lr / m; the two
-    residual output matrices start smaller by sqrt(2 L); embeddings, head and norms do not scale with width.
+    residual output matrices start smaller by sqrt(2 L); embeddings, head and norms do not scale with width. A tied
+    head is the embedding, whose row is the only one: muP gives both the same deviation and learning rate (table 8 of
+    arXiv 2203.03466), and the logits are divided by m as ever.
 
     Raises:
         RequestError: the vocabulary size is not known yet.
@@ -96,11 +98,14 @@ def parameter_count(model: ModelConfig) -> int:
 
 def _rows(model: ModelConfig, vocab: int) -> Iterator[ParameterSpec]:
     tokens = Axis(Unit.VOCABULARY, (Band(vocab),), cut=Cut.PADDED)
-    yield ParameterSpec(EMBEDDING, (tokens, _hidden(model, "out")), "embedding", model.vector_init_std)
+    own, tied = HEAD if model.tie_embeddings else None, model.tie_embeddings
+    axes = (tokens, _hidden(model, "out"))
+    yield ParameterSpec(EMBEDDING, axes, "embedding", model.vector_init_std, module_name=own, tied=tied)
     if model.num_layers:
         yield from _layer_rows(model)
     yield from _norm(model, FINAL_NORM)
-    yield ParameterSpec(HEAD, (tokens, _hidden(model, "in")), "head", model.head_std)
+    if not tied:
+        yield ParameterSpec(HEAD, (tokens, _hidden(model, "in")), "head", model.head_std)
 
 
 def _layer_rows(model: ModelConfig) -> Iterator[ParameterSpec]:

@@ -23,7 +23,7 @@ class ParameterSpec:
     `lr_scale` multiplies the learning rate of its kind (muP: 1/m for matrices). A parameter that is not `trained`,
     beside adapters, has no optimizer state. `module_name` is its name in a module tree, without the layer's number, if
     that differs: checkpoints name the norms of a layer after the linear layer that reads them, as Transformer Engine's
-    fused modules do.
+    fused modules do. A `tied` embedding is the head too: the last model chunk has it, or a copy under `module_name`.
     """
 
     name: str
@@ -35,6 +35,7 @@ class ParameterSpec:
     value: Value = "weight"
     module_name: str | None = None
     trained: bool = True
+    tied: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,10 +54,21 @@ class ParameterSpec:
 
     @property
     def place(self) -> Place:
-        """Where in the pipeline it is: in the first model chunk, in those of its layers, or in the last one."""
+        """Where in the pipeline it is: in the first model chunk, in those of its layers, or in the last one. (A tied
+        embedding is in the last one too.)"""
         if self.stacked:
             return "layers"
         return "first" if self.kind == "embedding" else "last"
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Its place, and where a copy of it is."""
+        return (self.place, "last") if self.tied else (self.place,)
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether activations are multiplied by it: matrices and the head, not an embedding that is looked up alone."""
+        return self.kind in ("matrix", "head") or self.tied
 
     @property
     def module(self) -> str:

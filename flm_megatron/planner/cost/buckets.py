@@ -34,24 +34,30 @@ def rank_values(work: Workload, rank: int) -> int:
 
 
 def rank_buckets(work: Workload, rank: int) -> list[list[int]]:
-    """Values of each bucket of each model chunk of a pipeline rank, padding included."""
+    """Values of each bucket of each model chunk of a pipeline rank, padding included; the engine sends those of a
+    chunk behind the first together, which count as one."""
     last = work.parallel.pipeline - 1
     chunks = work.chunks(rank)
-    return [
+    found = [
         _buckets(work, layers, rank == 0 and index == 0, rank == last and index == len(chunks) - 1)
         for index, layers in enumerate(chunks)
     ]
+    return [found[0], *([sum(buckets)] if buckets else [] for buckets in found[1:])]
 
 
 def _buckets(work: Workload, layers: int, first: bool, last: bool) -> list[int]:
-    """Only the first chunk of the first pipeline rank has several: there nothing else hides the reduction."""
-    ends = work.trained_shards["last"] if last else []
-    starts = work.trained_shards["first"] if first else []
+    """Only the first chunk of the first pipeline rank has several, as there nothing else hides the reduction, but for
+    the bucket of its own that each copy of a tied embedding has."""
+    ends = [*work.trained_shards["last"]] if last else []
+    starts = [*work.trained_shards["first"]] if first else []
     stacked = work.trained_shards["layers"]
+    alone = work.copied_embedding and work.parallel.distributed_optimizer
+    before = [_end(work, ends.pop(0))] if alone and last else []
+    after = [_end(work, starts.pop())] if alone and first else []
     if work.parallel.overlap_grad_reduce and first:
-        return list(_filled(work, chain(ends, chain.from_iterable(repeat(stacked, layers)), starts)))
+        return [*_filled(work, chain(ends, chain.from_iterable(repeat(stacked, layers)), starts)), *after]
     values = layers * _aligned(work, stacked) + _aligned(work, [*starts, *ends])
-    return [_end(work, values)] if values else []
+    return [*before, *([_end(work, values)] if values else []), *after]
 
 
 def _filled(work: Workload, shards: Iterable[int]) -> Iterator[int]:

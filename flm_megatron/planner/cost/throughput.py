@@ -124,7 +124,7 @@ def _gathering(work: Workload, passes: ChunkPasses, seconds: Sequence[float]) ->
 
 def _tied_embedding(work: Workload, machine: Machine) -> float:
     """The first and the last pipeline rank add up the gradients of an embedding that is the head too."""
-    if not work.implementation.tied_embeddings or work.parallel.pipeline == 1:
+    if not work.copied_embedding:
         return 0.0
     return pipeline_time(work, machine, work.implementation.gradient_bytes * work.embedding_parameters)
 

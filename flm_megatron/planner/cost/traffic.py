@@ -113,7 +113,7 @@ def transfer_bytes(work: Workload) -> int:
 
 def step_traffic(work: Workload, rank: int) -> list[Transfers]:
     """All transfers of a step in which a rank of pipeline rank `rank` takes part."""
-    return [*_tensor(work, rank), *_pipeline(work, rank), *_data(work, rank), *_control(work)]
+    return [*_tensor(work, rank), *_pipeline(work, rank), *_ends(work, rank), *_data(work, rank), *_control(work)]
 
 
 def by_kind(transfers: Sequence[Transfers]) -> dict[tuple[str, int], tuple[int, int]]:
@@ -205,6 +205,12 @@ def _pipeline(work: Workload, rank: int) -> Iterator[Transfers]:
         send, receive = (send, work.world_size) if rank == 0 else (work.world_size, receive)
     yield Transfers("send", send, count, transfer_bytes(work))
     yield Transfers("receive", receive, count, transfer_bytes(work))
+
+
+def _ends(work: Workload, rank: int) -> Iterator[Transfers]:
+    """Both ends of a pipeline add up the gradients of an embedding that is the head too."""
+    if work.copied_embedding and rank in (0, work.parallel.pipeline - 1):
+        yield Transfers("all-reduce", 2, 1, work.implementation.gradient_bytes * work.embedding_parameters)
 
 
 def _data(work: Workload, rank: int) -> Iterator[Transfers]:

@@ -14,7 +14,7 @@ def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     Two per weight of every matrix and of the head, and the two attention products over the keys that causality and a
     sliding window leave.
     """
-    weights = sum(spec.numel for spec in parameter_specs(model).values() if spec.kind in ("matrix", "head"))
+    weights = sum(spec.numel for spec in parameter_specs(model).values() if spec.multiplies)
     keys = seen_keys(model, sequence_length)
     attention = 2 * 2 * keys * model.num_attention_heads * model.kv_channels * model.num_layers
     return 2.0 * weights + attention

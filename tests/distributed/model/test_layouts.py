@@ -41,6 +41,7 @@ MODELS = {
         position="xpos",
         xpos_scale_base=8,
         sliding_window=6,
+        tie_embeddings=True,
     ),
 }
 LAYOUTS = [

@@ -8,8 +8,9 @@ import pytest
 
 from flm_megatron.config.schema import ParallelConfig, StageConfig
 from flm_megatron.config.schema.stage import Recompute
+from flm_megatron.training.hooks.replicas import check_replicas
 from tests.support import layouts
-from tests.support.layouts import all_layouts, name, relative_difference, train_under
+from tests.support.layouts import all_layouts, name, relative_difference, take_steps, train_state_under, train_under
 from tests.support.pool import Pool
 
 STAGE, DEEP = (
@@ -27,6 +28,7 @@ PLAIN = [replace(layout, distributed_optimizer=False) for layout in SMALL if lay
 SLOW = [layout for layout in SMALL + LARGE if layout.tensor >= 4]
 """Their ranks meet most often, and two processors are not enough for them."""
 QUICK = [layout for layout in LARGE[::3] if layout not in SLOW]
+TIED = replace(STAGE, model=replace(STAGE.model, num_layers=4, tie_embeddings=True))
 TOLERANCE = 1e-5
 
 
@@ -34,6 +36,12 @@ TOLERANCE = 1e-5
 def single(pool: Pool) -> list[tuple[float, float]]:
     """The run on one process."""
     return pool.run(1, train_under, ParallelConfig(), STAGE)[0]
+
+
+@pytest.fixture(scope="module")
+def tied(pool: Pool) -> list[tuple[float, float]]:
+    """Five steps of a model whose head is the embedding, on one process."""
+    return pool.run(1, train_tied, ParallelConfig())[0]
 
 
 def check(pool: Pool, parallel: ParallelConfig, single: list[tuple[float, float]], stage: StageConfig = STAGE) -> None:
@@ -86,6 +94,33 @@ def test_an_uneven_explicit_split_agrees_with_one(pool: Pool, single: list[tuple
 def test_overlapped_communication_agrees_with_one(pool: Pool, single: list[tuple[float, float]]) -> None:
     parallel = ParallelConfig(data=2, overlap_grad_reduce=True, overlap_param_gather=True)
     check(pool, parallel, single)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(pipeline=2, data=2, distributed_optimizer=False),
+        ParallelConfig(pipeline=2, virtual_pipeline=2, data=2, overlap_grad_reduce=True),
+        ParallelConfig(tensor=2, pipeline=2, data=1, sequence=True),
+        ParallelConfig(tensor=2, data=2),
+    ],
+    ids=name,
+)
+def test_a_tied_head_trains_alike_and_its_copies_stay_equal(
+    pool: Pool, tied: list[tuple[float, float]], parallel: ParallelConfig
+) -> None:
+    ranks = pool.run(parallel.processes, train_tied, parallel)
+    assert all(rank == ranks[0] for rank in ranks)
+    assert relative_difference(ranks[0], tied) <= TOLERANCE
+
+
+def train_tied(parallel: ParallelConfig) -> list[tuple[float, float]]:
+    """Loss and gradient norm of five steps; all copies of all weights are compared at the end."""
+    with train_state_under(parallel, TIED) as state:
+        results = take_steps(state, range(5))
+        if parallel.processes > 1:
+            check_replicas(state.chunks, 5, 0)
+        return results
 
 
 @pytest.mark.parametrize("recompute", ["selective", pytest.param("full", marks=pytest.mark.slow)])

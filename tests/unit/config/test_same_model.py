@@ -35,6 +35,7 @@ OTHER: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
     "rope_scaling": (MODEL, {"rope_scaling": RopeScaling("linear", 2.0)}),
     "norm_epsilon": (MODEL, {"norm_epsilon": 1e-2}),
     "sliding_window": (MODEL, {"sliding_window": 17}),
+    "tie_embeddings": (MODEL, {"tie_embeddings": True}),
     "query_key_norm_epsilon": (NORMED, {"query_key_norm_epsilon": 1e-2}),
     "input_mult": (MODEL, {"input_mult": 1.0}),
     "output_mult": (MODEL, {"output_mult": 1.0}),

@@ -88,6 +88,13 @@ def test_distances_of_another_model() -> None:
         select_layers(3, 4, growth("zero", layer_selection="distance"), [0.1, 0.2])
 
 
+def test_zero_channels_of_a_tied_head_need_layers_that_read_them() -> None:
+    bare = old_model(num_layers=0, tie_embeddings=True)
+    with pytest.raises(RequestError, match=r"growth\.hidden is `zero` with model\.tie_embeddings and num_layers 0"):
+        make_plan(bare, replace(bare, hidden_size=36), growth("zero"), seed=1)
+    make_plan(bare, replace(bare, hidden_size=36, num_layers=1), growth("zero"), seed=1)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -105,6 +112,8 @@ def test_distances_of_another_model() -> None:
         ({"qkv_bias": True}, "model.qkv_bias is False"),
         ({"query_key_norm": True}, "model.query_key_norm is False"),
         ({"rope_theta": 5e5}, "model.rope_theta is 10000.0"),
+        ({"sliding_window": 8}, "model.sliding_window is None"),
+        ({"tie_embeddings": True}, "model.tie_embeddings is False"),
         ({"rope_scaling": RopeScaling()}, "model.rope_scaling is None"),
         ({"mup": MupConfig()}, "model.mup.enabled is True"),
     ],

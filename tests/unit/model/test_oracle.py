@@ -36,6 +36,7 @@ MODELS = {
     "gpt3 block with xpos": ModelConfig(
         **SHAPE, normalization="layernorm", activation="gelu", bias=True, position="xpos", xpos_scale_base=8
     ),
+    "tied head": ModelConfig(**SHAPE, tie_embeddings=True, input_mult=1.5, output_mult=2.0),
     "sliding window": ModelConfig(**SHAPE, num_query_groups=2, sliding_window=5),
     "other theta and epsilon": ModelConfig(**SHAPE, rope_theta=500.0, norm_epsilon=1e-2),
     "llama 3's rope": ModelConfig(**SHAPE, rope_scaling=RopeScaling("llama3", 4.0, 24)),

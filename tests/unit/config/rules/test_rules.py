@@ -89,6 +89,11 @@ REFUSED: list[tuple[str, int | None, str]] = [
     ),
     ("defaults.model={query_key_norm: true, query_key_norm_epsilon: 0}", None, "query_key_norm_epsilon is 0.0, give a"),
     ("stages.0.model.num_query_groups=3", None, "num_attention_heads 4 is not a multiple of num_query_groups 3"),
+    (
+        "defaults.model.tie_embeddings=true defaults.model.head_init_std=0.1",
+        None,
+        "model.head_init_std is 0.1, but with tie_embeddings the head is the embedding",
+    ),
     ("defaults.model.head_dim=7", None, "model.head_dim is 7 (hidden_size 64, num_attention_heads 4)"),
     ("stages.0.model.rope_scaling={factor: 0.5}", None, "rope_scaling.factor is 0.5, give a number from 1"),
     ("stages.0.model.rope_scaling={original_length: 0}", None, "rope_scaling.original_length is 0, give at least 1"),

@@ -156,7 +156,7 @@ def test_the_slowest_of_many_accelerators_sets_the_pace() -> None:
 
 def test_a_shared_embedding_is_reduced_between_the_first_and_the_last_rank() -> None:
     work = workload(pipeline=2)
-    tied = replace(work, implementation=Implementation(tied_embeddings=True))
+    tied = replace(work, model=replace(work.model, tie_embeddings=True))
     more = step_time(tied, perfect(A800)).data - step_time(work, perfect(A800)).data
     assert more == pytest.approx(4 * work.embedding_parameters / 200e9)
 

@@ -25,6 +25,7 @@ MODEL = ModelConfig(num_layers=4, hidden_size=256, ffn_hidden_size=688, num_atte
 GPT = replace(MODEL, normalization="layernorm", activation="gelu", bias=True, position="xpos", query_key_norm=True)
 ADAPTED = replace(MODEL, lora=LoraConfig(rank=8))
 WINDOWED = replace(MODEL, sliding_window=64, num_query_groups=2, qkv_bias=True, query_key_norm=True)
+TIED = replace(MODEL, tie_embeddings=True)
 WIDE = replace(MODEL, vocab_size=1_200_000)
 """Its logits are large as a whole, and not on the part of a sequence that a rank has."""
 FUSED = KernelsConfig(head_and_loss="fused")
@@ -58,6 +59,10 @@ P = ParallelConfig
 CASES = [
     case("sequence and pipeline", P(tensor=2, pipeline=2, sequence=True), 8, False, recompute="selective"),
     case("chunks that overlap", P(pipeline=2, virtual_pipeline=2, overlap_grad_reduce=True), 4, False, model=WINDOWED),
+    case("both ends of a pipeline", P(tensor=2, pipeline=2), 8, model=TIED),
+    case("copies without shards", P(pipeline=2, distributed_optimizer=False), 4, model=TIED),
+    case("tied chunks", P(pipeline=2, virtual_pipeline=2, overlap_grad_reduce=True), 4, model=TIED),
+    case("tied alone", P(tensor=2), 4, model=TIED, recompute="selective"),
     case("replicas", P(tensor=2, distributed_optimizer=False), 4, False, model=GPT, recompute="full"),
     case("adapters", P(tensor=2, sequence=True), 2, False, model=ADAPTED, recompute="selective", fp8="tensorwise"),
     case("one operation", P(tensor=2, sequence=True), 2, False, model=WIDE),
