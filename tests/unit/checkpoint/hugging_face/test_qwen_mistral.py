@@ -1,4 +1,4 @@
-"""Qwen 2 and 3 against `transformers`, both ways, on random weights of odd shapes."""
+"""Qwen 2 and 3, and Mistral, against `transformers`, both ways, on random weights of odd shapes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ODD = ModelConfig(
     norm_epsilon=1e-3,
     rope_theta=5000.0,
 )
-KINDS: dict[str, dict[str, Any]] = {"qwen2": {"qkv_bias": True}, "qwen3": {"query_key_norm": True}}
+KINDS: dict[str, dict[str, Any]] = {"qwen2": {"qkv_bias": True}, "qwen3": {"query_key_norm": True}, "mistral": {}}
 IDS = (torch.arange(40).view(2, 20) * 7) % 331
 
 
@@ -79,7 +79,8 @@ def test_what_transformers_wrote_is_read_and_grown_and_read_by_it_again(tmp_path
         expected = model(IDS).logits.double()
     model.save_pretrained(tmp_path)
     checkpoint = HuggingFaceCheckpoint(tmp_path)
-    assert checkpoint.config == replace(ODD, **KINDS[kind])
+    window = 4096 if kind == "mistral" else None  # what transformers' configurations have unless told otherwise
+    assert checkpoint.config == replace(ODD, **KINDS[kind], sliding_window=window)
     values = {name: checkpoint.read(name).double() for name in checkpoint.tensors}
     found = reference_logits(checkpoint.config, values, IDS)
     close = {"rtol": 1e-5, "atol": 1e-5 * expected.std().item()}
@@ -112,6 +113,28 @@ def test_a_window_is_one_of_all_layers_or_of_none() -> None:
     for fields, message in refused:
         with pytest.raises(RequestError, match=f"^folder: config.json has .*{message}"):
             model_from_config(config_json("qwen3", **fields), "folder")
+
+
+def test_a_window_of_mistral_counts_as_transformers_counts_it(tmp_path: Path) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        hidden_size=48, intermediate_size=75, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+        vocab_size=331, initializer_range=0.3, sliding_window=6,
+    )  # fmt: skip
+    theirs = MistralForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    checkpoint = HuggingFaceCheckpoint(tmp_path)
+    assert checkpoint.config.sliding_window == 6
+    values = {name: checkpoint.read(name).double() for name in checkpoint.tensors}
+    with torch.no_grad():
+        expected = theirs(IDS).logits.double()
+    tolerance = 1e-5 * expected.std().item()
+    torch.testing.assert_close(reference_logits(checkpoint.config, values, IDS), expected, rtol=1e-5, atol=tolerance)
+    for other in (5, 7):
+        model = replace(checkpoint.config, sliding_window=other)
+        assert (reference_logits(model, values, IDS) - expected).abs().max() > 100 * tolerance
 
 
 def test_what_is_left_out_is_what_transformers_has_for_it() -> None:

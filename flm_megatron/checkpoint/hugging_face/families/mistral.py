@@ -1,0 +1,39 @@
+"""Mistral: Llama's block without biases, and perhaps a sliding window in all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import Field
+
+from flm_megatron.checkpoint.hugging_face.families.family import Family, Values
+from flm_megatron.checkpoint.hugging_face.families.llama import MODULES, llama_settings
+from flm_megatron.checkpoint.hugging_face.schema import DecoderFields, Heads, read_fields
+from flm_megatron.config.schema import ModelConfig
+from flm_megatron.json_text import JsonObject
+
+
+class MistralFields(DecoderFields):
+    """The fields that determine a Mistral's function, with the defaults of transformers' MistralConfig."""
+
+    num_key_value_heads: Heads | None = 8
+    sliding_window: Annotated[int, Field(ge=1)] | None = 4096
+
+
+def _model(config: JsonObject, where: str) -> ModelConfig:
+    fields = read_fields(config, MistralFields, where)
+    return ModelConfig(**fields.shape(), sliding_window=fields.sliding_window)
+
+
+def _settings(model: ModelConfig, sequence_length: int) -> dict[str, object]:
+    settings = llama_settings(model, sequence_length) | {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "sliding_window": model.sliding_window,
+    }
+    return {name: value for name, value in settings.items() if name not in ("attention_bias", "mlp_bias")}
+
+
+EXPRESSES: Mapping[str, Values] = {"rope_scaling": None, "sliding_window": None}
+MISTRAL = Family("mistral", MODULES, _model, _settings, EXPRESSES)
