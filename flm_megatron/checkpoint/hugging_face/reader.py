@@ -47,8 +47,8 @@ class HuggingFaceCheckpoint(LogicalCheckpoint):
         self.manifest = Manifest()
         self._arrays = stored_arrays(self.path)
         self._set_vocabulary(vocab_size)
-        if self.settings.get("tie_word_embeddings"):
-            self._tie_head()
+        if self.config.tie_embeddings:
+            self._drop_head()
         self._check_shapes()
         self._bands = bands_of(self.config, self.family.modules)
         self._specs = parameter_specs(self.config)
@@ -68,13 +68,13 @@ class HuggingFaceCheckpoint(LogicalCheckpoint):
             out[pair.region.within(region).slices] = values.view(pair.region.sizes)
         return out
 
-    def _tie_head(self) -> None:
-        """Use the embedding as the head. Raises RequestError if another head is stored as well.
+    def _drop_head(self) -> None:
+        """Leave out a head that is stored beside the embedding that it is. Raises RequestError if it is another.
 
         Of such files transformers 4 uses the embedding, transformers 5 the head.
         """
         embedding, name = self._array(self._target(EMBEDDING)), self._target(HEAD)
-        head = self._arrays.setdefault(name, embedding)
+        head = self._arrays.pop(name, embedding)
         if head is not embedding and not _same_values(head, embedding):
             raise RequestError(
                 f"{self.path}: config.json has tie_word_embeddings True, and an {name} is stored that is not "

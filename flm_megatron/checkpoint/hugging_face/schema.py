@@ -79,6 +79,7 @@ class Shape(TypedDict):
     norm_epsilon: float
     rope_theta: float
     rope_scaling: RopeScaling | None
+    tie_embeddings: bool
 
 
 Fields = TypeVar("Fields", bound="DecoderFields")
@@ -141,6 +142,7 @@ class DecoderFields(BaseModel):
             "norm_epsilon": self.rms_norm_eps,
             "rope_theta": self.theta,
             "rope_scaling": self.scaling(),
+            "tie_embeddings": bool(self.tie_word_embeddings),
         }
 
 

@@ -27,7 +27,7 @@ from flm_megatron.config.schema import ModelConfig
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.distributed.progress import progress_bar
 from flm_megatron.errors import RequestError
-from flm_megatron.model.parameters import HEAD, PROJECTION, QKV, parameter_specs
+from flm_megatron.model.parameters import EMBEDDING, PROJECTION, QKV, parameter_specs
 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -62,6 +62,9 @@ def folding(model: ModelConfig) -> dict[str, float]:
         factor = math.sqrt(model.norm_epsilon / model.query_key_epsilon)
         factors |= {spec.name: factor for spec in specs if spec.module == QKV}
         factors[f"{PROJECTION}.weight"] = 1 / factor
+    if model.tie_embeddings:  # the norm that the head reads makes up for the factor of the embedding
+        norms = (spec.name for spec in specs if spec.place == "last")
+        factors |= dict.fromkeys(norms, model.logit_multiplier / model.input_mult)
     return factors
 
 
@@ -194,7 +197,7 @@ def _describe(
     """Write all files but the weights: index, configuration, modelling code, tokenizer, generation settings."""
     if len(set(shards.values())) > 1:
         _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": shards})
-    dtype = DTYPE_NAMES.get(checkpoint.tensors[HEAD].dtype, "float32")
+    dtype = DTYPE_NAMES.get(checkpoint.tensors[EMBEDDING].dtype, "float32")
     family = family_named(options.flavour)
     config = config_of(model, family, padded, options.sequence_length, dtype)
     special = write_tokenizer(folder, options.tokenizer, options.sequence_length) if options.tokenizer else SpecialIds()

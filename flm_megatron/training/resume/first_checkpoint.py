@@ -10,6 +10,7 @@ from pathlib import Path
 from flm_megatron.checkpoint.described import recorded_model, without_padding
 from flm_megatron.checkpoint.lazy.adapters import WithNewAdapters
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
+from flm_megatron.checkpoint.lazy.untied import UntiedCheckpoint
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, adam_step
 from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.opening import open_checkpoint
@@ -71,6 +72,8 @@ def _loaded(run: RunConfig, model: ModelConfig, source: Path) -> tuple[LogicalCh
     checkpoint = open_checkpoint(source, model.vocab_size)
     check_no_mask(checkpoint.manifest, str(source))
     found = recorded_model(checkpoint, model.vocab_size)
+    if found is not None and found.tie_embeddings and not model.tie_embeddings:
+        checkpoint, found = UntiedCheckpoint(checkpoint), replace(found, tie_embeddings=False)
     if found is not None and (other := differences(model, found)):
         raise RequestError(
             f"{source} is of another model than the first stage: {'; '.join(other)}; set them as the checkpoint has "
@@ -103,7 +106,7 @@ def _check_shapes(checkpoint: LogicalCheckpoint, model: ModelConfig, seed: int, 
         found = checkpoint.tensors[name].shape if name in checkpoint.tensors else None
         if found != info.shape:
             raise RequestError(f"{source}: {name} is {found}, but the first stage's model needs {info.shape}")
-    fullest = parameter_specs(replace(model, bias=True, normalization="layernorm"))
+    fullest = parameter_specs(replace(model, bias=True, normalization="layernorm", tie_embeddings=False))
     for name in fullest:
         if name in checkpoint.tensors and name not in wanted:
             raise RequestError(f"{source} has a tensor {name}, which the first stage's model has not")

@@ -84,11 +84,11 @@ def llama_settings(model: ModelConfig, sequence_length: int) -> dict[str, object
         **rotary_settings(model),
         "attention_bias": model.bias,
         "mlp_bias": model.bias,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": model.tie_embeddings,
         "max_position_embeddings": sequence_length,
         "initializer_range": model.matrix_init_std,
     }
 
 
-EXPRESSES: Mapping[str, Values] = {"bias": (False, True), "rope_scaling": None}
+EXPRESSES: Mapping[str, Values] = {"bias": (False, True), "rope_scaling": None, "tie_embeddings": None}
 LLAMA = Family("llama", MODULES, _model, llama_settings, EXPRESSES)

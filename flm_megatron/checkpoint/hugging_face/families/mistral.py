@@ -35,5 +35,5 @@ def _settings(model: ModelConfig, sequence_length: int) -> dict[str, object]:
     return {name: value for name, value in settings.items() if name not in ("attention_bias", "mlp_bias")}
 
 
-EXPRESSES: Mapping[str, Values] = {"rope_scaling": None, "sliding_window": None}
+EXPRESSES: Mapping[str, Values] = {"rope_scaling": None, "sliding_window": None, "tie_embeddings": None}
 MISTRAL = Family("mistral", MODULES, _model, _settings, EXPRESSES)

@@ -65,5 +65,10 @@ def _settings(model: ModelConfig, sequence_length: int) -> dict[str, object]:
     return qwen_settings(model, sequence_length) | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 
 
-EXPRESSES: Mapping[str, Values] = {"qkv_bias": (True,), "rope_scaling": None, "sliding_window": None}
+EXPRESSES: Mapping[str, Values] = {
+    "qkv_bias": (True,),
+    "rope_scaling": None,
+    "sliding_window": None,
+    "tie_embeddings": None,
+}
 QWEN2 = Family("qwen2", MODULES, _model, _settings, EXPRESSES)

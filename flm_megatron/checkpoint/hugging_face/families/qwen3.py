@@ -48,5 +48,6 @@ EXPRESSES: Mapping[str, Values] = {
     "query_key_norm_epsilon": None,  # folded into the weights
     "rope_scaling": None,
     "sliding_window": None,
+    "tie_embeddings": None,
 }
 QWEN3 = Family("qwen3", QWEN3_MODULES, _model, _settings, EXPRESSES)

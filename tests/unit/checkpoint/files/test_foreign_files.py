@@ -162,7 +162,8 @@ def test_a_tied_model_may_store_its_head_once_more(tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(saved | {"tie_word_embeddings": True}))
     checkpoint = HuggingFaceCheckpoint(tmp_path)
-    assert torch.equal(checkpoint.read("output_layer.weight"), model.model.embed_tokens.weight)
+    assert checkpoint.config.tie_embeddings and "output_layer.weight" not in checkpoint.tensors
+    assert torch.equal(checkpoint.read("embedding.word_embeddings.weight"), model.model.embed_tokens.weight)
 
 
 LLAMA = {

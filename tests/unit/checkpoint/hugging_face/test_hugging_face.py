@@ -76,7 +76,7 @@ def export(model: ModelConfig, path: Path, **options: Any) -> dict[str, torch.Te
 
 
 @pytest.mark.parametrize("flavour", ["teleflm", "llama"])
-@pytest.mark.parametrize("model", [ODD, MUP], ids=["plain", "mup"])
+@pytest.mark.parametrize("model", [ODD, MUP, replace(MUP, tie_embeddings=True)], ids=["plain", "mup", "tied"])
 def test_transformers_computes_our_logits_from_an_export(tmp_path: Path, model: ModelConfig, flavour: str) -> None:
     values = export(model, tmp_path / "out", flavour=flavour, shard_bytes=100_000)
     expected = reference_logits(model, {name: value.double() for name, value in values.items()}, IDS)

@@ -43,10 +43,15 @@ def config_json(kind: str, **fields: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "fields"), [("qwen2", {"sliding_window": 7}), ("qwen3", {"query_key_norm_epsilon": 0.02})]
+    ("kind", "fields"),
+    [
+        ("qwen2", {"sliding_window": 7, "tie_embeddings": True}),
+        ("qwen3", {"query_key_norm_epsilon": 0.02}),
+        ("mistral", {"sliding_window": 7}),
+    ],
 )
 def test_transformers_computes_our_logits_from_an_export(tmp_path: Path, kind: str, fields: dict[str, Any]) -> None:
-    model = replace(ODD, **KINDS[kind], **fields, input_mult=0.5)
+    model = replace(ODD, **KINDS[kind], **fields, input_mult=0.5, output_mult=3.0)
     values = random_tensors(model)
     write_hugging_face(Memory(values), model, tmp_path / "out", ExportOptions(flavour=kind, shard_bytes=100_000))
     expected = reference_logits(model, {name: value.double() for name, value in values.items()}, IDS)
@@ -63,13 +68,14 @@ def transformers_logits(path: Path, kind: str) -> torch.Tensor:
         return model(IDS).logits.double()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_transformers_wrote_is_read_and_grown_and_read_by_it_again(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "tied"), [("qwen2", True), ("qwen3", False), ("mistral", True)])
+def test_what_transformers_wrote_is_read_and_grown_and_read_by_it_again(tmp_path: Path, kind: str, tied: bool) -> None:
     import transformers
 
     config = getattr(transformers, f"{kind.capitalize()}Config")(
         hidden_size=108, intermediate_size=75, num_hidden_layers=3, num_attention_heads=18, num_key_value_heads=3,
         head_dim=8, vocab_size=331, rms_norm_eps=1e-3, rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+        tie_word_embeddings=tied,
     )  # fmt: skip
     model = getattr(transformers, f"{kind.capitalize()}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(0)
@@ -80,7 +86,7 @@ def test_what_transformers_wrote_is_read_and_grown_and_read_by_it_again(tmp_path
     model.save_pretrained(tmp_path)
     checkpoint = HuggingFaceCheckpoint(tmp_path)
     window = 4096 if kind == "mistral" else None  # what transformers' configurations have unless told otherwise
-    assert checkpoint.config == replace(ODD, **KINDS[kind], sliding_window=window)
+    assert checkpoint.config == replace(ODD, **KINDS[kind], sliding_window=window, tie_embeddings=tied)
     values = {name: checkpoint.read(name).double() for name in checkpoint.tensors}
     found = reference_logits(checkpoint.config, values, IDS)
     close = {"rtol": 1e-5, "atol": 1e-5 * expected.std().item()}

@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 
 from flm_megatron.checkpoint.described import recorded_model
-from flm_megatron.checkpoint.logical import EXP_AVG
+from flm_megatron.checkpoint.logical import EXP_AVG, Region
 from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.run_file import open_run
@@ -190,6 +190,20 @@ def test_tensors_of_another_kind_of_block_are_not_left_out(tmp_path: Path) -> No
     with pytest.raises(RequestError, match=r"has a tensor decoder\.layers\.self_attention\.linear_qkv\.bias, which"):
         first_checkpoint(RunConfig(), MODEL, tmp_path / "biased")
     first_checkpoint(RunConfig(), biased, tmp_path / "biased")
+
+
+def test_an_untied_head_begins_as_the_embedding_that_a_tied_one_is(tmp_path: Path) -> None:
+    tied = replace(MODEL, tie_embeddings=True)
+    tensors = random_tensors(tied)
+    copy_checkpoint(Memory(tensors), tmp_path / "tied", manifest_of(tied))
+    embedding = tensors["embedding.word_embeddings.weight"]
+    assert "output_layer.weight" not in first_checkpoint(RunConfig(), tied, tmp_path / "tied").tensors
+    checkpoint = first_checkpoint(RunConfig(), MODEL, tmp_path / "tied")
+    rows = Region((3, 0), (5, 48))
+    assert torch.equal(checkpoint.read("output_layer.weight", rows), embedding[3:8])
+    copy_checkpoint(Memory(random_tensors(MODEL)), tmp_path / "untied", Manifest(position=StagePosition(1)))
+    with pytest.raises(RequestError, match=r"has a tensor output_layer\.weight, which the first stage's model has not"):
+        first_checkpoint(RunConfig(), tied, tmp_path / "untied")
 
 
 def test_adapters_are_not_dropped_on_the_way(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
