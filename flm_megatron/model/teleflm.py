@@ -191,7 +191,7 @@ class TeleFLM(GPTModel):
             placeholder=head.weight is not None,  # of a tied weight the lookup has a gradient
         )
         if buffer is not None and torch.is_grad_enabled():
-            weight.grad_added_to_main_grad = True
+            weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         return total
 
     def _true_width(self, logits: Tensor) -> int:

@@ -139,12 +139,19 @@ def _dynamic(work: Workload, rank: int) -> tuple[float, float]:
     chunks = chunk_activations(work, rank)
     waiting = in_flight(rank, pipeline, work.micro_batches, chunks)
     most = max(waiting)
-    moments = [_layer_working(work)]
+    held = _tied_placeholder(work)
+    moments = [_layer_working(work) + held]
     if rank == pipeline - 1:
         moments.append(waiting[-1] - most + head_activations(work) + _head_working(work))
     if rank == 0:
-        moments.append(waiting[0] - most + _embedding_working(work) - chunks[0])
+        moments.append(waiting[0] - most + _embedding_working(work) + held - chunks[0])
     return most, max(moments) + _weight_casts(work, rank)
+
+
+def _tied_placeholder(work: Workload) -> float:
+    """What autograd keeps of the head's gradient until the embedding, which it is, has its own."""
+    alone = work.model.tie_embeddings and work.parallel.pipeline == 1
+    return _embedding_bytes(work) if alone and _makes_weight_gradients(work) and not fuses_head(work) else 0.0
 
 
 def _weight_casts(work: Workload, rank: int) -> float:
