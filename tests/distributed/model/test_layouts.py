@@ -29,6 +29,8 @@ Result = tuple[np.ndarray | None, dict[str, np.ndarray], dict[str, np.ndarray]]
 MODELS = {
     "mup": ModelConfig(
         **SHAPE,
+        qkv_bias=True,
+        query_key_norm=True,
         input_mult=1.5,
         output_mult=2.0,
         mup=MupConfig(enabled=True, base_hidden_size=32),
@@ -142,7 +144,7 @@ def run_model(model: ModelConfig, parallel: ParallelConfig, recompute: str) -> R
         micro_batch_size=1,
         forward_only=False,
     )
-    sum_over_sequence_parts(chunks, parallel_state.get_tensor_model_parallel_group())
+    sum_over_parts(chunks, parallel_state.get_tensor_model_parallel_group())
     found = gradients(chunks, tensors)
     for parameter in parameters(chunks):
         parameter.grad = torch.ones_like(parameter)
@@ -167,11 +169,14 @@ def parameters(chunks: Iterable[torch.nn.Module]) -> Iterator[torch.nn.Parameter
         yield from chunk.parameters()
 
 
-def sum_over_sequence_parts(chunks: Iterable[torch.nn.Module], group: dist.ProcessGroup) -> None:
-    """Under sequence parallelism, gradients of whole parameters come from a part of the sequence each."""
-    for parameter in parameters(chunks):
-        if getattr(parameter, "sequence_parallel", False):
-            dist.all_reduce(parameter.grad, group=group)
+def sum_over_parts(chunks: list[Any], group: dist.ProcessGroup) -> None:
+    """Gradients of whole parameters that come from a part each, of the sequence or of the heads: the engine's sums."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.distributed.finalize_model_grads import _allreduce_non_tensor_model_parallel_grads
+
+    for chunk in chunks:
+        chunk.ddp_config = DistributedDataParallelConfig()
+    _allreduce_non_tensor_model_parallel_grads(chunks, chunks[0].config, group)
 
 
 def as_arrays(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
