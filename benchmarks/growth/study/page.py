@@ -12,6 +12,11 @@ from benchmarks.growth.study.results import Line, Saving, lines
 from benchmarks.growth.study.runs import SCRATCH, Result
 from benchmarks.growth.study.sizes import Sizes
 
+COLOURS = {"depth": "tab:blue", "width": "tab:red", "both": "tab:purple"}
+MARKERS = "osD^v"
+APART = 1.03
+"""Factor between the places of arms of one budget in the picture."""
+
 
 def scratch_table(results: Sequence[Result]) -> str:
     """Loss from scratch at each budget."""
@@ -44,24 +49,35 @@ def grown_table(found: Sequence[Line], sizes: Sizes) -> str:
     return "\n".join(rows)
 
 
-def plot(results: Sequence[Result], path: Path) -> None:
-    """Ends of decays against FLOPs: the curve from scratch, and every arm."""
+def plot(found: Sequence[Line], path: Path) -> None:
+    """What each arm saved over tokens per parameter, with the range of its seeds; arms of one budget are unnamed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    by_arm: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for result in results:
-        by_arm[result.arm][result.flops].append(result.loss)
+    of_arm: dict[str, list[Line]] = defaultdict(list)
+    for line in found:
+        if line.least:
+            of_arm[line.arm].append(line)
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-    for arm, ends in sorted(by_arm.items(), key=lambda item: item[0] != SCRATCH):
-        points = sorted((flops, fmean(losses)) for flops, losses in ends.items())
-        style = "k-o" if arm == SCRATCH else "o"
-        axes.plot(*zip(*points, strict=True), style, markersize=4, label=arm)
+    axes.axhline(0.0, color="black", linewidth=1)
+    for number, (arm, own) in enumerate(of_arm.items()):
+        places = [line.budget * APART ** (number % 5 - 2) for line in own]
+        means = [fmean(line.least) for line in own]
+        colour = COLOURS[arm.split(":")[0]]
+        if len({line.budget for line in own}) == 1:
+            axes.plot(places, means, ".", color=colour, alpha=0.5)
+            continue
+        spread = [[abs(end(line.least) - mean) for line, mean in zip(own, means, strict=True)] for end in (min, max)]
+        marker = MARKERS[number % len(MARKERS)]
+        axes.errorbar(places, means, spread, color=colour, marker=marker, linestyle="none", capsize=3, label=arm)
     axes.set_xscale("log")
-    axes.set_xlabel("training FLOPs")
-    axes.set_ylabel("validation loss at the end of the decay, nats per token")
+    ticks = sorted({line.budget for line in found})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("tokens per parameter")
+    axes.set_ylabel("share of the FLOPs from scratch that growth saved")
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -73,7 +89,7 @@ def write(results: Sequence[Result], sizes: Sizes, out: Path) -> str:
     text = f"{scratch_table(results)}\n\n{grown_table(found, sizes)}\n"
     (out / "tables.md").write_text(text)
     if results:
-        plot(results, out / "study.png")
+        plot(found, out / "study.png")
     return text
 
 

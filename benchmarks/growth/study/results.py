@@ -61,6 +61,12 @@ class Line:
         return [s for saving in self.savings if (s := saving.saved) is not None]
 
     @property
+    def least(self) -> list[float]:
+        """Shares saved, or what they are more than where the run from scratch of the same seed was too short."""
+        each = (s.saved if s.saved is not None else s.saved_more_than for s in self.savings)
+        return [share for share in each if share is not None]
+
+    @property
     def known(self) -> bool:
         """Whether every seed lies within the curve from scratch."""
         return len(self.saved) == len(self.savings)
