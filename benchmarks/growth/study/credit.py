@@ -16,6 +16,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 
@@ -32,7 +33,8 @@ from flm_megatron.planner.advice.token_credit import FEWEST_SEEDS, TABLE, read_c
 SOURCE = "benchmarks/growth/study.md"
 
 
-def equal_tokens(study: Study, line: Line, seeds: Sequence[int], small_tokens: int) -> float:
+@cache
+def equal_tokens(study: Study, line: Line, seeds: tuple[int, ...], small_tokens: int) -> float:
     """Tokens from scratch to the loss of the small model after `small_tokens`, by laws fitted to pilots of `seeds`.
 
     The mean over the laws of resampled pilots.
@@ -70,7 +72,7 @@ def kept_share(study: Study, line: Line, saving: Saving) -> float | None:
     if saving.credit is None:
         return None
     run = saving.result
-    return saving.credit * run.small_tokens / equal_tokens(study, line, [run.seed], run.small_tokens)
+    return saving.credit * run.small_tokens / equal_tokens(study, line, (run.seed,), run.small_tokens)
 
 
 def finished_study(parser: argparse.ArgumentParser) -> Study:

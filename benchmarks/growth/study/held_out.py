@@ -49,7 +49,7 @@ def predictions(study: Study) -> Iterator[Prediction]:
             if saving.saved is None or not known:
                 continue
             run, spent = saving.result, saving.result.flops / study.sizes.flops("large")
-            seeds = [each.result.seed for each in line.savings if each is not saving]
+            seeds = tuple(each.result.seed for each in line.savings if each is not saving)
             equal = equal_tokens(study, line, seeds, run.small_tokens)
             by_seeds, by_budgets = (
                 None if share is None else 1 - spent / (run.large_tokens + share * equal)

@@ -57,8 +57,8 @@ def study(tmp_path: Path) -> Study:
 
 def test_tokens_to_the_same_loss_are_those_of_the_pilots_laws(study: Study) -> None:
     (line,) = lines(study.results(), FLOPS)
-    assert equal_tokens(study, line, [1], SMALL) == pytest.approx(0.7 * SMALL, rel=0.01)
-    assert equal_tokens(study, line, [1, 2], 2 * SMALL) == pytest.approx(1.4 * SMALL, rel=0.01)
+    assert equal_tokens(study, line, (1,), SMALL) == pytest.approx(0.7 * SMALL, rel=0.01)
+    assert equal_tokens(study, line, (1, 2), 2 * SMALL) == pytest.approx(1.4 * SMALL, rel=0.01)
 
 
 def test_the_table_has_what_was_kept_and_is_read_by_the_advice(study: Study, tmp_path: Path) -> None:
