@@ -92,8 +92,12 @@ def coordinate_check(settings: CheckSettings, mup: bool) -> list[Measurement]:
     Runs on one process, which must not have joined a world.
 
     Raises:
-        RequestError: fewer than three widths, or a width that heads of the model's size do not divide.
+        RequestError: fewer than three widths, a width that heads of the model's size do not divide, or a tied head.
     """
+    if settings.model.tie_embeddings:
+        raise RequestError(
+            "model.tie_embeddings is true: the coordinate check measures embedding and head apart; set it to false"
+        )
     if len(set(settings.widths)) < 3:
         raise RequestError(f"widths {list(settings.widths)}: a slope needs at least three different widths")
     models = [scaled_model(settings.model, width, settings.widths[0], mup) for width in settings.widths]

@@ -99,10 +99,10 @@ def test_overlapped_communication_agrees_with_one(pool: Pool, single: list[tuple
 @pytest.mark.parametrize(
     "parallel",
     [
-        ParallelConfig(pipeline=2, data=2, distributed_optimizer=False),
+        pytest.param(ParallelConfig(pipeline=2, data=2, distributed_optimizer=False), marks=pytest.mark.slow),
         ParallelConfig(pipeline=2, virtual_pipeline=2, data=2, overlap_grad_reduce=True),
         ParallelConfig(tensor=2, pipeline=2, data=1, sequence=True),
-        ParallelConfig(tensor=2, data=2),
+        pytest.param(ParallelConfig(tensor=2, data=2), marks=pytest.mark.slow),
     ],
     ids=name,
 )

@@ -133,6 +133,12 @@ def test_scaled_models_keep_their_proportions() -> None:
     assert model.width_factor == 8 and math.isclose(model.logit_multiplier, base.output_mult / 8)
 
 
+def test_a_tied_head_is_refused() -> None:
+    settings = CheckSettings(model=replace(DEFAULT_MODEL, tie_embeddings=True))
+    with pytest.raises(RequestError, match=r"model\.tie_embeddings is true: the coordinate check"):
+        coordinate_check(settings, mup=True)
+
+
 def test_widths_that_do_not_fit_are_refused() -> None:
     with pytest.raises(RequestError, match="width 72 is not a multiple of 16 channels"):
         scaled_model(DEFAULT_MODEL, 72, 64, mup=True)
