@@ -137,6 +137,7 @@ _MODULES = {
     "checkpoint.logical": ("LogicalCheckpoint", "Region", "TensorInfo"),
     "checkpoint.tools.compare": ("Comparison",),
     "checkpoint.tools.verify": ("Verification",),
+    "config.schema": ("RopeScaling",),
     "errors": ("DamagedError", "FlmError", "Mistakes", "RequestError"),
     "growth.distance": ("LayerDistance",),
     "growth.plan": ("GrowthPlan",),
