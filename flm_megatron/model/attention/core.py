@@ -18,8 +18,7 @@ class CoreAttention(nn.Module):
     """Causal attention with grouped queries; replaces megatron-core's DotProductAttention.
 
     The scale is 1/sqrt(channels) unless `softmax_scale` is given; with `sliding_window` positions see that many of the
-    last ones, themselves among them. Heads may be split over tensor-parallel ranks: each
-    rank passes its own.
+    last ones, themselves among them. Heads may be split over tensor-parallel ranks: each rank passes its own.
     """
 
     def __init__(
@@ -64,7 +63,8 @@ class CoreAttention(nn.Module):
             key = (key / scales).to(key.dtype)
         window = self.window if self.window is not None and self.window < keys else None
         if attention_mask is not None and attention_mask.dim() == 2:
-            if attention_mask.size(1) > 1 or (window and query.device.type != "cpu"):
+            in_one_call = window is not None and queries == keys and query.device.type != "cpu"
+            if attention_mask.size(1) > 1 or in_one_call:
                 return attend_within(query, key, value, attention_mask, self.softmax_scale, window)
             attention_mask = None  # one segment is the whole sequence
         if window:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from flm_megatron.model.attention import core
 from flm_megatron.model.attention import window as module
+from flm_megatron.model.attention.cache import KeyValueCache
+from flm_megatron.model.attention.segments import whole_sequences
 from flm_megatron.model.attention.window import attend_in_window
 
 KEYS, GROUPS, HEADS, CHANNELS = 29, 2, 3, 8
@@ -49,3 +54,27 @@ def test_scores_far_outside_the_window_are_not_computed() -> None:
         attend_in_window(query, key, value, None, 4)
     every_key = 2 * 2 * 2 * GROUPS * HEADS * KEYS * KEYS * CHANNELS
     assert counter.get_total_flops() < every_key / 4
+
+
+def test_on_a_gpu_the_one_call_for_whole_sequences_is_not_for_queries_behind_a_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By shapes alone, on a device that is no CPU: that call takes as many keys as queries."""
+    lengths: list[int] = []
+
+    def one_call(query: Tensor, *others: object) -> Tensor:
+        """Note the queries."""
+        lengths.append(query.size(0))
+        return query.flatten(2)
+
+    monkeypatch.setattr(core, "attend_within", one_call)
+    attention = core.CoreAttention(SimpleNamespace(xpos_scale_base=None, sliding_window=4), 1, None, "self")  # type: ignore[arg-type]
+    attention.cache = KeyValueCache(KEYS)
+    for new in (8, 1, 3):
+        attention.cache.begin(new)
+        query, key, value = (
+            torch.empty(new, 2, heads, CHANNELS, device="meta") for heads in (GROUPS * HEADS, GROUPS, GROUPS)
+        )
+        output = attention(query, key, value, whole_sequences(2, new, query.device))
+        assert output.shape == (new, 2, GROUPS * HEADS * CHANNELS)
+    assert lengths == [8]
