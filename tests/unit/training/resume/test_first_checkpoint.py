@@ -190,6 +190,10 @@ def test_tensors_of_another_kind_of_block_are_not_left_out(tmp_path: Path) -> No
     with pytest.raises(RequestError, match=r"has a tensor decoder\.layers\.self_attention\.linear_qkv\.bias, which"):
         first_checkpoint(RunConfig(), MODEL, tmp_path / "biased")
     first_checkpoint(RunConfig(), biased, tmp_path / "biased")
+    normed = replace(MODEL, query_key_norm=True)
+    copy_checkpoint(Memory(random_tensors(normed)), tmp_path / "normed", Manifest(position=StagePosition(1)))
+    with pytest.raises(RequestError, match=r"has a tensor decoder\.layers\.self_attention\.q_layernorm\.weight, which"):
+        first_checkpoint(RunConfig(), MODEL, tmp_path / "normed")
 
 
 def test_an_untied_head_begins_as_the_embedding_that_a_tied_one_is(tmp_path: Path) -> None:
