@@ -62,7 +62,7 @@ UNSUPPORTED = (
     "add_cross_attention",
 )
 """Fields of other architectures and of compressed weights: any value but null, false, 0 or empty is refused."""
-LIKE_LLAMA = {"partial_rotary_factor": 1.0, "rotary_pct": 1.0, "position_embedding_type": "rope"}
+LIKE_LLAMA = {"partial_rotary_factor": 1.0, "rotary_pct": 1.0, "position_embedding_type": "rope", "is_causal": True}
 """Fields of other architectures, with the value at which they describe Llama."""
 
 

@@ -228,6 +228,7 @@ LLAMA = {
         ({"num_local_experts": 8}, "num_local_experts 8"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
         ({"partial_rotary_factor": 0.25}, "partial_rotary_factor 0.25; only 1.0 is supported"),
+        ({"is_causal": False}, "is_causal False; only True is supported"),
         ({"attention_bias": True}, "attention_bias True and mlp_bias False: biases in all linear layers or in none"),
         ({"mlp_bias": True}, "attention_bias False and mlp_bias True"),
         ({"attention_bias": "no"}, "attention_bias 'no'"),
