@@ -32,7 +32,7 @@ class HuggingFaceExport:
     nbytes: int
     """Of all weights."""
     folding: str | None
-    """How multipliers were folded into the weights , and whether that is exact; none where they were not."""
+    """How multipliers were folded into the weights, and whether that is exact; none where they were not."""
     no_tokenizer: str
     """Why no tokenizer files were written; empty where they were."""
 
