@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flm_megatron.api.checkpoint import given_checkpoint
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
-from flm_megatron.config.schema import RunConfig
+from flm_megatron.config.schema import GrowthConfig, RunConfig, StageConfig
 from flm_megatron.config.stage_names import stage_index
 from flm_megatron.distributed.launched import launched_processes
 from flm_megatron.distributed.processes import Processes
@@ -22,6 +22,7 @@ from flm_megatron.growth.certificate.measure import boundary_certificate, bounda
 from flm_megatron.growth.distance import read_distances
 from flm_megatron.growth.foreseen import check_run_file
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
+from flm_megatron.growth.layers import DEFAULT_SELECTION
 from flm_megatron.growth.offline import write_grown
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.growth.record import Certificate
@@ -62,7 +63,7 @@ def grow(
         out: folder to write; it must not exist.
         certify: text file on which logits and loss are compared before anything is written.
         distances: of each old layer, or the file that `flm distance --out` wrote; measured on the run's validation
-            text where layers are chosen by distance and none are given.
+            text where layers are chosen by distance and none are given, refused where they are chosen otherwise.
         on_certificate: called with the certificate before anything is written, on the first process.
 
     Raises:
@@ -74,6 +75,8 @@ def grow(
     require_folder(out, "--out")
     check_run_file(run)
     index = stage_index(run, stage)
+    if distances is not None:
+        _require_choice_by_distance(run.stages[index])
     source = given_checkpoint(checkpoint)
     measures = needs_distances(run, index) and distances is None
     with _world(run, certify is not None or measures), Layouts(run.distributed.timeout_s) as under:
@@ -91,6 +94,16 @@ def grow(
 
 def _world(run: RunConfig, runs_a_model: bool) -> AbstractContextManager[object]:
     return tool_world(run.distributed) if runs_a_model else launched_processes()
+
+
+def _require_choice_by_distance(stage: StageConfig) -> None:
+    """Refuse distances by which no layer would be chosen. Raises RequestError."""
+    selection = (stage.growth or GrowthConfig()).layer_selection or DEFAULT_SELECTION
+    if selection != "distance":
+        raise RequestError(
+            f"distances are given, but growth.layer_selection of stage {stage.name!r} is `{selection}`: set it to "
+            "distance, or leave them out"
+        )
 
 
 def _distances(

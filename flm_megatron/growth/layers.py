@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from flm_megatron.config.schema import GrowthConfig
 from flm_megatron.errors import RequestError
 
+DEFAULT_SELECTION = "stack"
+"""`growth.layer_selection` where a run file leaves it out."""
+
 
 @dataclass(frozen=True)
 class LayerSource:
@@ -39,7 +42,7 @@ def select_layers(
     Raises:
         RequestError: distances or the list of copied layers are missing or do not fit the layers.
     """
-    extra, selection = new_layers - old_layers, growth.layer_selection or "stack"
+    extra, selection = new_layers - old_layers, growth.layer_selection or DEFAULT_SELECTION
     if not old_layers:
         if selection == "list" and growth.copied_layers:
             raise RequestError(

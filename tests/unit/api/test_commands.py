@@ -57,6 +57,9 @@ def test_grow_takes_distances_as_numbers_or_as_the_file_of_the_command(tiny: Pat
     assert numbers.plan == read.plan and numbers.logical_hash == read.logical_hash
     with pytest.raises(flm.RequestError, match="distances has 3 numbers: give one for each of the 2 layers"):
         flm.grow(TRAINED, run, "large", "refused", distances=[0.1, 0.2, 0.3])
+    left_out = flm.load_run("run.yaml", {"stages.large.growth.layer_selection": None})
+    with pytest.raises(flm.RequestError, match=r"layer_selection of stage 'large' is `stack`: set it to distance"):
+        flm.grow(TRAINED, left_out, "large", "refused", distances=[0.1, 0.5])
 
 
 @pytest.mark.parametrize(
