@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
+from flm_megatron.checkpoint.described import recorded_model
+from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.config.schema import RunConfig, ScheduleConfig, StageConfig
 from flm_megatron.training.resume.start import newest_manifest
 
@@ -13,15 +16,37 @@ def with_saved_defaults(run: RunConfig) -> RunConfig:
     """The run with the old defaults, where its newest checkpoint was trained with them and the run file gives nothing.
 
     A schedule under `boundary: rewarm` had other values than today's; under the other boundaries they are the same, and
-    what a run file leaves out is then no change. `growth.layer_selection` was `distance`.
+    what a run file leaves out is then no change. `growth.layer_selection` was `distance`. A model that was taken from a
+    tied `checkpoint.initial` was untied.
 
     Raises:
         RequestError: the disk does not answer, or the checkpoint is of a newer version.
     """
-    if not any(_is_open(stage.schedule) or _selection_is_open(stage) for stage in run.stages):
+    tied = run.checkpoint.initial is not None and any(stage.model.tie_embeddings for stage in run.stages)
+    if not tied and not any(_is_open(stage.schedule) or _selection_is_open(stage) for stage in run.stages):
         return run
     saved = {stage.name: stage.saved for stage in newest_manifest(run).run.stages}
-    return replace(run, stages=[_stage_as_saved(stage, saved.get(stage.name, {})) for stage in run.stages])
+    run = replace(run, stages=[_stage_as_saved(stage, saved.get(stage.name, {})) for stage in run.stages])
+    return _untied(run) if tied and saved and not any(map(_was_tied, saved.values())) and _begins_tied(run) else run
+
+
+def _was_tied(saved: Mapping[str, object]) -> bool:
+    model = saved.get("model")
+    return isinstance(model, Mapping) and bool(model.get("tie_embeddings"))
+
+
+def _begins_tied(run: RunConfig) -> bool:
+    """Whether `checkpoint.initial` is there and of a tied model."""
+    initial = Path(run.checkpoint.initial or "")
+    if not initial.exists():
+        return False
+    found = recorded_model(open_checkpoint(initial, run.stages[0].model.vocab_size))
+    return found is not None and found.tie_embeddings
+
+
+def _untied(run: RunConfig) -> RunConfig:
+    stages = [replace(stage, model=replace(stage.model, tie_embeddings=False)) for stage in run.stages]
+    return replace(run, stages=stages)
 
 
 def _stage_as_saved(stage: StageConfig, saved: Mapping[str, object]) -> StageConfig:

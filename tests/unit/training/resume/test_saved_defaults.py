@@ -12,6 +12,7 @@ from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import GrowthConfig, RunConfig, ScheduleConfig, StageConfig
 from flm_megatron.training.resume.saved_defaults import with_saved_defaults
+from tests.support.checkpoint_cases import MODEL, write_small
 
 OPEN = ScheduleConfig(kind="wsd", boundary="rewarm")
 EARLIER = replace(OPEN, warmup_tokens=0, wsd_decay_fraction=0.1)
@@ -76,3 +77,22 @@ def test_layers_that_were_to_be_chosen_by_distance_still_are(
 ) -> None:
     save(tmp_path, growing(tmp_path, saved))
     assert with_saved_defaults(growing(tmp_path, given)) == growing(tmp_path, resumed or given)
+
+
+@pytest.mark.parametrize(
+    ("begun", "saved", "resumed"), [(True, False, False), (True, True, True), (False, False, True)]
+)
+def test_a_model_that_an_earlier_version_took_untied_out_of_a_tied_folder_stays_untied(
+    tmp_path: Path, begun: bool, saved: bool, resumed: bool
+) -> None:
+    """Where the folder is not tied, the run file itself says so, which is refused as another model."""
+    write_small(tmp_path / "initial", replace(MODEL, tie_embeddings=begun))
+
+    def run_of(tied: bool) -> RunConfig:
+        """A run that begins from the folder."""
+        run = run_with(tmp_path, ScheduleConfig())
+        run.checkpoint.initial = str(tmp_path / "initial")
+        return replace(run, stages=[replace(s, model=replace(MODEL, tie_embeddings=tied)) for s in run.stages])
+
+    save(tmp_path, run_of(saved))
+    assert with_saved_defaults(run_of(True)) == run_of(resumed)
