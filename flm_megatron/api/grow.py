@@ -71,13 +71,15 @@ def grow(
         DamagedError: the checkpoint cannot be read.
         FlmError: growth changes the loss by more than the run file allows.
     """
+    from flm_megatron.training.resume.saved_defaults import with_saved_defaults
+
     out = given_path(out, "out")
     require_folder(out, "--out")
     check_run_file(run)
-    index = stage_index(run, stage)
+    index, source = stage_index(run, stage), given_checkpoint(checkpoint)
+    run = with_saved_defaults(run, source.manifest)
     if distances is not None:
         _require_choice_by_distance(run.stages[index])
-    source = given_checkpoint(checkpoint)
     measures = needs_distances(run, index) and distances is None
     with _world(run, certify is not None or measures), Layouts(run.distributed.timeout_s) as under:
         chosen = _distances(distances, run, index, source, under) if needs_distances(run, index) else None

@@ -2,13 +2,12 @@
 
     python -m benchmarks.growth.study.held_out --data DATA --out OUT
 
-After the study, with its folders. A run is predicted from other runs: laws fitted to the small stages and
-trunks from scratch of the other seeds (`--pilot`), and what the same operator kept, once in the other seeds at the same
-budget, once at other budgets, the nearest in tokens per parameter (of all seeds, so that branches of the run's own
-trunks are among them). With D_s and D_l the tokens of its stages, r the
-ratio of FLOPs per token and D_0 the tokens from scratch to the small stage's loss, by the laws, saved = 1 - (D_l + r
-D_s) / (D_l + kept D_0). Left out is what ends outside its curve from scratch. Prints a table, and how many predictions
-are within NEAR of what was measured.
+After the study, with its folders. A run is predicted from other runs: laws fitted to the small stages and trunks from
+scratch of the other seeds (`--pilot`), and what the same operator kept, once in the other seeds at the same budget,
+once at other budgets, the nearest in tokens per parameter (of all seeds, so that branches of the run's own trunks are
+among them). With D_s and D_l the tokens of its stages, r the ratio of FLOPs per token and D_0 the tokens from scratch
+to the small stage's loss, by the laws, saved = 1 - (D_l + r D_s) / (D_l + kept D_0). Left out is what ends outside its
+curve from scratch. Prints a table, and how many predictions are within NEAR of what was measured.
 """
 
 from __future__ import annotations

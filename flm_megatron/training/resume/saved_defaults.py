@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from flm_megatron.checkpoint.described import recorded_model
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.config.schema import RunConfig, ScheduleConfig, StageConfig
 from flm_megatron.training.resume.start import newest_manifest
 
 
-def with_saved_defaults(run: RunConfig) -> RunConfig:
-    """The run with the old defaults, where its newest checkpoint was trained with them and the run file gives nothing.
+def with_saved_defaults(run: RunConfig, manifest: Manifest | None = None) -> RunConfig:
+    """The run with the old defaults, where a checkpoint of it was trained with them and the run file gives nothing.
+
+    The checkpoint is that of `manifest`, or else the run's newest.
 
     A schedule under `boundary: rewarm` had other values than today's; under the other boundaries they are the same, and
     what a run file leaves out is then no change. `growth.layer_selection` was `distance`. A model that was taken from a
@@ -25,7 +28,7 @@ def with_saved_defaults(run: RunConfig) -> RunConfig:
     tied = run.checkpoint.initial is not None and any(stage.model.tie_embeddings for stage in run.stages)
     if not tied and not any(_is_open(stage.schedule) or _selection_is_open(stage) for stage in run.stages):
         return run
-    saved = {stage.name: stage.saved for stage in newest_manifest(run).run.stages}
+    saved = {stage.name: stage.saved for stage in (manifest or newest_manifest(run)).run.stages}
     run = replace(run, stages=[_stage_as_saved(stage, saved.get(stage.name, {})) for stage in run.stages])
     return _untied(run) if tied and saved and not any(map(_was_tied, saved.values())) and _begins_tied(run) else run
 

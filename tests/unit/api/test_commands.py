@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,10 @@ from pathlib import Path
 import pytest
 
 import flm_megatron as flm
+from flm_megatron.checkpoint.files.manifest import manifest_text
+from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.cli.main import main
+from flm_megatron.config.loader import run_to_dict
 from tests.support.api_page import TRAINED, write_trained
 from tests.support.checkpoint_cases import flip
 
@@ -60,6 +64,11 @@ def test_grow_takes_distances_as_numbers_or_as_the_file_of_the_command(tiny: Pat
     left_out = flm.load_run("run.yaml", {"stages.large.growth.layer_selection": None})
     with pytest.raises(flm.RequestError, match=r"layer_selection of stage 'large' is `stack`: set it to distance"):
         flm.grow(TRAINED, left_out, "large", "refused", distances=[0.1, 0.5])
+    shutil.copytree(TRAINED, "earlier")  # a run of a version that chose by distance if nothing was given
+    saved = manifest(TRAINED) | {"run": run_to_dict(run)}
+    Path("earlier/manifest.json").write_text(manifest_text(Manifest.from_json(saved)))
+    earlier = flm.grow("earlier", left_out, "large", "as-the-run", distances=[0.1, 0.5])
+    assert earlier.plan.layer_sources == numbers.plan.layer_sources
 
 
 @pytest.mark.parametrize(
