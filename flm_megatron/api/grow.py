@@ -22,7 +22,6 @@ from flm_megatron.growth.certificate.measure import boundary_certificate, bounda
 from flm_megatron.growth.distance import read_distances
 from flm_megatron.growth.foreseen import check_run_file
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
-from flm_megatron.growth.layers import DEFAULT_SELECTION
 from flm_megatron.growth.offline import write_grown
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.growth.record import Certificate
@@ -100,7 +99,7 @@ def _world(run: RunConfig, runs_a_model: bool) -> AbstractContextManager[object]
 
 def _require_choice_by_distance(stage: StageConfig) -> None:
     """Refuse distances by which no layer would be chosen. Raises RequestError."""
-    selection = (stage.growth or GrowthConfig()).layer_selection or DEFAULT_SELECTION
+    selection = (stage.growth or GrowthConfig()).selection
     if selection != "distance":
         raise RequestError(
             f"distances are given, but growth.layer_selection of stage {stage.name!r} is `{selection}`: set it to "

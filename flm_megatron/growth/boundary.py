@@ -60,7 +60,7 @@ def grown_checkpoint(
 def needs_distances(run: RunConfig, stage_index: int) -> bool:
     """Whether layers are to be chosen by measured distance, out of more than one."""
     stage, before = run.stages[stage_index], run.stages[stage_index - 1]
-    by_distance = (stage.growth or GrowthConfig()).layer_selection == "distance"
+    by_distance = (stage.growth or GrowthConfig()).selection == "distance"
     return by_distance and 1 < before.model.num_layers != stage.model.num_layers
 
 
@@ -107,7 +107,7 @@ def resumed_plan(run: RunConfig, index: int, saved: Manifest) -> GrowthPlan | No
     now = unmeasured_plan(plan.old, run, stage, growth)
     now = replace(now, masked_paths=plan.masked_paths, earlier_masks=plan.earlier_masks)
     now = replace(now, trained=plan.trained)  # measured at the boundary, not again
-    if growth.layer_selection == "distance":  # likewise
+    if growth.selection == "distance":  # likewise
         now = replace(now, layer_sources=plan.layer_sources)
     check_same_plan(plan, now)
     return plan

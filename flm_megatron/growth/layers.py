@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from flm_megatron.config.schema import GrowthConfig
 from flm_megatron.errors import RequestError
 
-DEFAULT_SELECTION = "stack"
-"""`growth.layer_selection` where a run file leaves it out."""
-
 
 @dataclass(frozen=True)
 class LayerSource:
@@ -42,16 +39,16 @@ def select_layers(
     Raises:
         RequestError: distances or the list of copied layers are missing or do not fit the layers.
     """
-    extra, selection = new_layers - old_layers, growth.layer_selection or DEFAULT_SELECTION
+    extra = new_layers - old_layers
     if not old_layers:
-        if selection == "list" and growth.copied_layers:
+        if growth.selection == "list" and growth.copied_layers:
             raise RequestError(
                 f"growth.copied_layers names layer {growth.copied_layers[0]}, but the old model has no layers: leave "
                 "copied_layers out"
             )
         return (LayerSource(None, True),) * extra
-    if selection in ("stack", "middle"):
-        sources = _repeated_block(old_layers, extra, in_the_middle=selection == "middle")
+    if growth.selection in ("stack", "middle"):
+        sources = _repeated_block(old_layers, extra, in_the_middle=growth.selection == "middle")
     else:
         counts = _copies(old_layers, extra, growth, distances)
         sources = [LayerSource(i, k > 0) for i in range(old_layers) for k in range(1 + counts[i])]
@@ -73,11 +70,11 @@ def _copies(old_layers: int, extra: int, growth: GrowthConfig, distances: Sequen
     """How many copies each old layer gets."""
     if extra == 0:
         return [0] * old_layers
-    if growth.layer_selection == "list":
+    if growth.selection == "list":
         return _listed(old_layers, extra, growth.copied_layers)
-    if growth.layer_selection == "interleave":
+    if growth.selection == "interleave":
         return [(i + 1) * extra // old_layers - i * extra // old_layers for i in range(old_layers)]
-    top = growth.layer_selection == "top"
+    top = growth.selection == "top"
     order = list(range(old_layers))[::-1] if top else _by_distance(old_layers, distances)
     counts = [extra // old_layers] * old_layers
     for i in order[: extra % old_layers]:

@@ -82,6 +82,11 @@ class GrowthConfig:
     certify_samples: int = 4
     """Validation samples on which the growth is certified; 0 does not certify."""
 
+    @property
+    def selection(self) -> str:
+        """How layers are selected."""
+        return self.layer_selection or "stack"
+
 
 @dataclass(config=SETTINGS)
 class StabilityConfig:
