@@ -30,9 +30,14 @@ def lr_multipliers(growth: GrowthConfig, plan: GrowthPlan, step: int) -> tuple[f
 
     Both begin as `growth` says and go linearly to 1.
     """
-    steps = plan.mask_steps if growth.lr_mult_steps is None else growth.lr_mult_steps
+    steps = multiplied_steps(growth, plan)
     left = max(0.0, 1 - step / steps) if steps else 0.0
     return 1 + (growth.lr_mult - 1) * left, 1 + (growth.new_lr_mult - 1) * left
+
+
+def multiplied_steps(growth: GrowthConfig, plan: GrowthPlan) -> int:
+    """Steps after which both factors are 1."""
+    return plan.mask_steps if growth.lr_mult_steps is None else growth.lr_mult_steps
 
 
 def mask_plan(plan: GrowthPlan) -> MaskPlan:

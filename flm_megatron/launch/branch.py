@@ -21,7 +21,7 @@ from flm_megatron.config.schema import GrowthConfig, RunConfig, StageConfig
 from flm_megatron.durable import replace_file
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.record import growth_of
-from flm_megatron.growth.schedule import lr_multipliers
+from flm_megatron.growth.schedule import lr_multipliers, multiplied_steps
 from flm_megatron.launch.run_lease import LEASE, run_lease
 from flm_megatron.optim.learning_rate import learning_rate
 from flm_megatron.training.metrics.events import FILE
@@ -162,10 +162,9 @@ def _check_multipliers(stage: StageConfig, manifest: Manifest, tokens: int) -> N
     growth = stage.growth or GrowthConfig()
     if record is None or lr_multipliers(growth, record.plan, step) == (1, 1):
         return
-    last = record.plan.mask_steps if growth.lr_mult_steps is None else growth.lr_mult_steps
     raise RequestError(
         f"growth.lr_mult and new_lr_mult of stage {stage.name!r} still change the learning rate at {tokens:,} tokens, "
-        f"its step {step}: branch from its step {last} on, where both are 1"
+        f"its step {step}: branch from its step {multiplied_steps(growth, record.plan)} on, where both are 1"
     )
 
 
