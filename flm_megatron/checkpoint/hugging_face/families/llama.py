@@ -73,20 +73,26 @@ def llama_shape(model: ModelConfig) -> dict[str, int]:
     }
 
 
-def llama_settings(model: ModelConfig, sequence_length: int) -> dict[str, object]:
-    """What a Llama's `config.json` says of `model`."""
+def decoder_settings(model: ModelConfig, sequence_length: int) -> dict[str, object]:
+    """What the `config.json` of Llama and of its relatives say of `model`, without the name of the family."""
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
         **llama_shape(model),
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_epsilon,
         **rotary_settings(model),
-        "attention_bias": model.bias,
-        "mlp_bias": model.bias,
         "tie_word_embeddings": model.tie_embeddings,
         "max_position_embeddings": sequence_length,
         "initializer_range": model.matrix_init_std,
+    }
+
+
+def llama_settings(model: ModelConfig, sequence_length: int) -> dict[str, object]:
+    """What a Llama's `config.json` says of `model`."""
+    return decoder_settings(model, sequence_length) | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": model.bias,
+        "mlp_bias": model.bias,
     }
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from flm_megatron.checkpoint.hugging_face.families.family import Family, Values
-from flm_megatron.checkpoint.hugging_face.families.llama import MODULES, llama_settings
+from flm_megatron.checkpoint.hugging_face.families.llama import MODULES, decoder_settings
 from flm_megatron.checkpoint.hugging_face.schema import DecoderFields, Heads, read_fields
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.json_text import JsonObject
@@ -27,12 +27,11 @@ def _model(config: JsonObject, where: str) -> ModelConfig:
 
 
 def _settings(model: ModelConfig, sequence_length: int) -> dict[str, object]:
-    settings = llama_settings(model, sequence_length) | {
+    return decoder_settings(model, sequence_length) | {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
         "sliding_window": model.sliding_window,
     }
-    return {name: value for name, value in settings.items() if name not in ("attention_bias", "mlp_bias")}
 
 
 EXPRESSES: Mapping[str, Values] = {"rope_scaling": None, "sliding_window": None, "tie_embeddings": None}

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from flm_megatron.checkpoint.hugging_face.families.family import Family, Values
-from flm_megatron.checkpoint.hugging_face.families.llama import MODULES, llama_settings
+from flm_megatron.checkpoint.hugging_face.families.llama import MODULES, decoder_settings
 from flm_megatron.checkpoint.hugging_face.schema import DecoderFields, Heads, read_fields
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import RequestError
@@ -48,12 +48,11 @@ class QwenFields(DecoderFields):
 def qwen_settings(model: ModelConfig, sequence_length: int) -> dict[str, object]:
     """What the `config.json` of a Qwen 2 or 3 says of `model`, without the name of the family."""
     window = model.sliding_window
-    settings = llama_settings(model, sequence_length) | {
+    return decoder_settings(model, sequence_length) | {
         "use_sliding_window": window is not None,
         "sliding_window": window,
         "max_window_layers": model.num_layers if window is None else 0,
     }
-    return {name: value for name, value in settings.items() if name not in ("attention_bias", "mlp_bias")}
 
 
 def _model(config: JsonObject, where: str) -> ModelConfig:
