@@ -75,8 +75,8 @@ def kept_share(study: Study, line: Line, saving: Saving) -> float | None:
     return saving.credit * run.small_tokens / equal_tokens(study, line, (run.seed,), run.small_tokens)
 
 
-def finished_study(parser: argparse.ArgumentParser) -> Study:
-    """The study that the command line names, with its folders."""
+def finished_study(parser: argparse.ArgumentParser) -> tuple[Study, argparse.Namespace]:
+    """The study that the command line names, with its folders, and all arguments."""
     parser.add_argument("--data", type=Path, required=True, help="the study's data")
     parser.add_argument("--out", type=Path, required=True, help="the study's folder")
     parser.add_argument("--hidden", type=int, default=64)
@@ -85,15 +85,14 @@ def finished_study(parser: argparse.ArgumentParser) -> Study:
     from flm_megatron.data.tokenizer import Tokenizer
 
     sizes = Sizes(args.hidden, args.layers, Tokenizer(str(args.data / "tokenizer.model")).vocab_size)
-    return Study(args.out.resolve(), args.data.resolve(), sizes, (), 0)
+    return Study(args.out.resolve(), args.data.resolve(), sizes, (), 0), args
 
 
 def main() -> None:
     """Write the table, and check that it can be read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=Path, default=TABLE, help="file to write")
-    study = finished_study(parser)
-    args = parser.parse_args()
+    study, args = finished_study(parser)
     data = table(study, lines(study.results(), study.sizes.flops("large")))
     args.table.write_text(json.dumps(data, indent=1) + "\n")
     print(f"{args.table}: {len(read_credits(args.table).measured)} rows")

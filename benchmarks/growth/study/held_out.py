@@ -99,7 +99,7 @@ def _near(found: Sequence[Prediction], name: str) -> str:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    print(text(list(predictions(finished_study(parser)))))
+    print(text(list(predictions(finished_study(parser)[0]))))
 
 
 if __name__ == "__main__":
