@@ -16,6 +16,20 @@ from flm_megatron.config.schema import ModelConfig
 from flm_megatron.model.parameters import parameter_specs
 
 LAYER = "decoder.layers."
+ODD = ModelConfig(
+    num_layers=3,
+    hidden_size=108,
+    ffn_hidden_size=75,
+    num_attention_heads=18,
+    num_query_groups=3,
+    head_dim=8,
+    vocab_size=331,
+    norm_epsilon=1e-5,
+    rope_theta=5000.0,
+)
+"""A small model whose sizes have little in common."""
+IDS = (torch.arange(40).view(2, 20) * 7) % 331
+"""Tokens for it."""
 
 
 def random_tensors(model: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -16,38 +16,14 @@ from hypothesis import strategies as st
 
 from flm_megatron.checkpoint.hugging_face.reader import HuggingFaceCheckpoint
 from flm_megatron.checkpoint.hugging_face.writer import ExportOptions, folding_note, write_hugging_face
-from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
-from flm_megatron.checkpoint.manifest import Manifest
+from flm_megatron.checkpoint.logical import Region
 from flm_megatron.config.schema import ModelConfig, MupConfig
 from flm_megatron.errors import DamagedError, RequestError
-from tests.support.reference_model import random_tensors, reference_logits
+from tests.support.checkpoint_cases import Memory
+from tests.support.reference_model import IDS, ODD, random_tensors, reference_logits
 
-ODD = ModelConfig(
-    num_layers=3,
-    hidden_size=108,
-    ffn_hidden_size=75,
-    num_attention_heads=18,
-    num_query_groups=3,
-    head_dim=8,
-    vocab_size=331,
-    norm_epsilon=1e-5,
-    rope_theta=5000.0,
-)
 MUP = ModelConfig(**(vars(ODD) | {"input_mult": 0.7, "output_mult": 1.3, "mup": MupConfig(True, 36)}))
 POWERS = ModelConfig(**(vars(ODD) | {"input_mult": 2.0, "output_mult": 0.5, "mup": MupConfig(True, 27)}))
-IDS = (torch.arange(40).view(2, 20) * 7) % 331
-
-
-class Memory(LogicalCheckpoint):
-    """Tensors in memory."""
-
-    def __init__(self, values: dict[str, torch.Tensor]) -> None:
-        self.values, self.manifest = values, Manifest()
-        self.tensors = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in values.items()}
-
-    def read(self, name: str, region: Region | None = None) -> torch.Tensor:
-        """Values of a region."""
-        return self.values[name][region.slices if region else ()].clone()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -13,27 +13,16 @@ from flm_megatron.checkpoint.hugging_face.config import model_from_config
 from flm_megatron.checkpoint.hugging_face.families.registry import FAMILIES, require_expressible
 from flm_megatron.checkpoint.hugging_face.reader import HuggingFaceCheckpoint
 from flm_megatron.checkpoint.hugging_face.writer import ExportOptions, write_hugging_face
-from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 from flm_megatron.growth.plan import make_plan
 from tests.support.checkpoint_cases import Memory
 from tests.support.growth_cases import growth
-from tests.support.reference_model import random_tensors, reference_logits
+from tests.support.reference_model import IDS, random_tensors, reference_logits
+from tests.support.reference_model import ODD as SHAPES
 
-ODD = ModelConfig(
-    num_layers=3,
-    hidden_size=108,
-    ffn_hidden_size=75,
-    num_attention_heads=18,
-    num_query_groups=3,
-    head_dim=8,
-    vocab_size=331,
-    norm_epsilon=1e-3,
-    rope_theta=5000.0,
-)
+ODD = replace(SHAPES, norm_epsilon=1e-3)
 KINDS: dict[str, dict[str, Any]] = {"qwen2": {"qkv_bias": True}, "qwen3": {"query_key_norm": True}, "mistral": {}}
-IDS = (torch.arange(40).view(2, 20) * 7) % 331
 
 
 def config_json(kind: str, **fields: Any) -> dict[str, Any]:
