@@ -14,9 +14,13 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flm_megatron.distributed.error_file import read_status
 from flm_megatron.distributed.signals import STOPPED
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 SPOKEN = (1, 2, STOPPED)
@@ -40,14 +44,29 @@ def main(arguments: list[str]) -> int:
         try:
             torchrun.run(args)
         except ChildFailedError as error:
-            # Of the first rank to fail: torchrun ends the others, each in its own way.
-            rank, failure = error.get_first_failure()
+            rank, failure = first_to_fail(error.failures)
             if failure.exitcode not in SPOKEN:
                 print(how_it_ended(rank, failure.exitcode), file=sys.stderr)
             return status_of({failure.exitcode})
         except SignalException:
             return status_of(_last_words(Path(args.log_dir)))
     return 0
+
+
+def first_to_fail(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """The rank that failed first, and how: torchrun ends the others, each in its own way.
+
+    A rank that had left word and was ended while it waited to speak (`cli.main.say_last`) comes after all others, for
+    its file may be older than that of the rank that spoke.
+    """
+
+    def order(rank: int) -> tuple[bool, int]:
+        failure = failures[rank]
+        waited = failure.exitcode == -signal.SIGTERM and Path(failure.error_file).exists()
+        return waited, failure.timestamp
+
+    rank = min(failures, key=order)
+    return rank, failures[rank]
 
 
 def how_it_ended(rank: int, exit_code: int) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 SAYS = "from flm_megatron.cli.main import main; import sys; sys.exit(main(['config', '/nowhere/run.yaml']))"
+FIRST_RANK_IS_LATE = f"import os, time; time.sleep(0 if os.environ['RANK'] == '1' else 3); {SAYS}"
 DIES = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
 ENDS = "import os; os._exit(7)"
 
@@ -17,10 +18,16 @@ ENDS = "import os; os._exit(7)"
     ("script", "status", "line"),
     [
         (SAYS, 2, "flm config: /nowhere/run.yaml: cannot be read (No such file or directory)"),
+        (FIRST_RANK_IS_LATE, 2, "flm config: /nowhere/run.yaml: cannot be read (No such file or directory)"),
         (DIES, 1, "was killed by SIGKILL"),
         (ENDS, 1, "ended with status 7"),
     ],
-    ids=["a mistake that all ranks make", "a rank that is killed", "a rank that ends without a word"],
+    ids=[
+        "a mistake that all ranks make",
+        "and the first rank last",
+        "a rank that is killed",
+        "a rank that ends without a word",
+    ],
 )
 def test_two_ranks_that_fail_are_one_line(tmp_path: Path, script: str, status: int, line: str) -> None:
     (tmp_path / "rank.py").write_text(script)
