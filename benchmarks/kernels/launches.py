@@ -42,6 +42,8 @@ ROWS = 2048
 HIDDEN = (8192, 10240, 20480)
 # Their feed-forward sizes, whole and as tensor-parallel ranks have them: over 4 and 8, over 4, 8 and 16, over 8 and 32.
 FFN = (21824, 5456, 2728, 27264, 6816, 3408, 1704, 98304, 12288, 3072)
+# Gemma 7B's.
+GEGLU_FFN = 24576
 # Those that are multiples of 16, as FP8 asks for.
 FP8_FFN = (5456, 6816, 98304, 12288, 3072)
 # Ids of a rank and how many of them are no padding: the vocabulary whole, over 4 (the last rank), 8 and 32.
@@ -150,8 +152,11 @@ def _norm() -> Calls:
 def _glu() -> Calls:
     for ffn, dtype in product(FFN, DTYPES):
         x, out = _tensor(ROWS, 2 * ffn, dtype=dtype), _tensor(ROWS, ffn, dtype=dtype)
-        yield Variant("glu forward", ffn, dtype, _words()), partial(glu.forward, x)
-        yield Variant("glu backward", ffn, dtype, _words()), partial(glu.backward, out, x)
+        yield Variant("glu forward", ffn, dtype, _words()), partial(glu.forward, x, "silu")
+        yield Variant("glu backward", ffn, dtype, _words()), partial(glu.backward, out, x, "silu")
+    x, out = _tensor(ROWS, 2 * GEGLU_FFN, dtype="bf16"), _tensor(ROWS, GEGLU_FFN, dtype="bf16")
+    yield Variant("geglu forward", GEGLU_FFN, "bf16", "gelu"), partial(glu.forward, x, "gelu")
+    yield Variant("geglu backward", GEGLU_FFN, "bf16", "gelu"), partial(glu.backward, out, x, "gelu")
 
 
 def _rotary() -> Calls:

@@ -19,6 +19,20 @@ from flm_megatron.kernels.choice import require_transformer_engine
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {
+    "swiglu": F.silu,
+    "geglu": gelu_tanh,
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+}
+"""The function of the gate, or of all of the first matrix's output where there is none."""
+
+
 @dataclass
 class EngineConfig(TransformerConfig):
     """megatron-core's configuration, with the fields that our own modules read."""
@@ -71,14 +85,13 @@ def transformer_config(stage: StageConfig) -> EngineConfig:
         "fp8_scaling": None if stage.fp8 == "none" else stage.fp8,
         **current().engine_options(),
     }
-    # The engine fuses bias and activation for the gated form exactly, but for GELU only as its tanh approximation.
-    options["bias_activation_fusion"] = options["bias_activation_fusion"] and stage.model.gated
+    # The engine fuses bias and activation for SwiGLU exactly, but for exact GELU as its tanh form.
+    options["bias_activation_fusion"] = options["bias_activation_fusion"] and stage.model.activation == "swiglu"
     build: Callable[..., EngineConfig] = EngineConfig  # the engine's fields have no types
     return build(**options)
 
 
 def _shape(model: ModelConfig) -> dict[str, object]:
-    activation: Callable[..., torch.Tensor] = F.silu if model.gated else F.gelu
     return {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -89,7 +102,7 @@ def _shape(model: ModelConfig) -> dict[str, object]:
         "normalization": {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[model.normalization],
         "layernorm_epsilon": model.norm_epsilon,
         "gated_linear_unit": model.gated,
-        "activation_func": activation,
+        "activation_func": ACTIVATIONS[model.activation],
         "add_bias_linear": model.bias,
         "add_qkv_bias": model.qkv_bias,
         "qk_layernorm": model.query_key_norm,

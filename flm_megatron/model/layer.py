@@ -11,6 +11,7 @@ from torch import Tensor
 from flm_megatron import kernels
 from flm_megatron.engine.tensor_parallel import CheckpointWithoutOutput, checkpoint
 from flm_megatron.engine.transformer import MLP, TransformerLayer
+from flm_megatron.model.engine_config import gelu_tanh
 from flm_megatron.model.fp8_linear import casts_input
 from flm_megatron.model.norms import RMSNorm
 
@@ -87,7 +88,8 @@ class TeleFLMLayer(TransformerLayer):
 
 
 class GatedMLP(MLP):
-    """linear_fc2(silu(gate) * up); gate and up are the two halves of linear_fc1's output."""
+    """linear_fc2(silu(gate) * up), or with GELU in place of SiLU; gate and up are the two halves of linear_fc1's
+    output."""
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **unused: object
@@ -96,4 +98,6 @@ class GatedMLP(MLP):
         assert per_token_scale is None, "there are no experts"
         fused, bias = self.linear_fc1(hidden_states)
         activation = kernels.unwritten_swiglu if casts_input(self.linear_fc2) else kernels.swiglu
+        if self.config.activation_func is gelu_tanh:
+            activation = kernels.geglu
         return self.linear_fc2(activation(fused if bias is None else fused + bias))

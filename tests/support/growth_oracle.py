@@ -128,11 +128,11 @@ def rotate(model: ModelConfig, x: Tensor) -> Tensor:
 
 
 def feed_forward(model: ModelConfig, layer: Mapping[str, Tensor], x: Tensor, masks: Masks) -> Tensor:
-    """SwiGLU or GELU, masked where the second matrix reads it."""
+    """Gated or not, masked where the second matrix reads it."""
     y = x @ layer["mlp.linear_fc1.weight"].T + layer.get("mlp.linear_fc1.bias", 0)
-    if model.gated:
-        gate, up = y.chunk(2, -1)
+    gate, up = y.chunk(2, -1) if model.gated else (y, 1.0)
+    if model.activation == "swiglu":
         y = torch.nn.functional.silu(gate) * up
     else:
-        y = torch.nn.functional.gelu(y)
+        y = torch.nn.functional.gelu(gate, approximate="none" if model.activation == "gelu" else "tanh") * up
     return (y * masks.ffn) @ layer["mlp.linear_fc2.weight"].T + layer.get("mlp.linear_fc2.bias", 0)

@@ -128,6 +128,16 @@ def swiglu(name: str, device: str, dtype: str, rows: int, ffn: int) -> Errors:
     )
 
 
+def geglu(name: str, device: str, dtype: str, rows: int, ffn: int) -> Errors:
+    """gelu(gate) up, in the tanh form."""
+    use(name, device)
+    return compare(
+        kernels.geglu,
+        lambda x: F.gelu(x[..., :ffn], approximate="tanh") * x[..., ffn:],
+        {"x": draw(rows, 2, 2 * ffn, dtype=dtype, device=device, seed=1)},
+    )
+
+
 def rotary(
     name: str, device: str, dtype: str, sequence: int, batch: int, groups: int, queries: int, channels: int
 ) -> Errors:
@@ -278,6 +288,7 @@ CASES: dict[str, tuple[Callable[..., Errors], dict[str, Any]]] = {
     "add_rms_norm, two passes": (add_rms_norm, {"rows": 3, "hidden": 20480}),
     "swiglu": (swiglu, {"rows": 3, "ffn": 37}),
     "swiglu, two blocks": (swiglu, {"rows": 1, "ffn": 1100}),
+    "geglu": (geglu, {"rows": 3, "ffn": 37}),
     "rotary, one query a group": (
         rotary,
         {"sequence": 5, "batch": 3, "groups": 3, "queries": 1, "channels": 8},

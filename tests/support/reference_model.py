@@ -163,6 +163,15 @@ def _feed_forward(model: ModelConfig, layer: Mapping[str, Tensor], x: Tensor) ->
     if model.activation == "swiglu":
         gate, up = inner.chunk(2, -1)
         inner = gate * torch.sigmoid(gate) * up
+    elif model.activation == "geglu":
+        gate, up = inner.chunk(2, -1)
+        inner = _gelu_tanh(gate) * up
+    elif model.activation == "gelu_tanh":
+        inner = _gelu_tanh(inner)
     else:
         inner = 0.5 * inner * (1 + torch.erf(inner / math.sqrt(2)))
     return _linear(layer, "mlp.linear_fc2", inner)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

@@ -52,7 +52,7 @@ def check_peers(names: Sequence[str], stage: StageConfig) -> None:
         )
     biased, scaled = model.bias or model.qkv_bias, model.rope_scaling is not None
     more = biased or scaled or model.query_key_norm
-    if model.normalization != "rmsnorm" or not model.gated or model.position != "rope" or more:
+    if model.normalization != "rmsnorm" or model.activation != "swiglu" or model.position != "rope" or more:
         raise RequestError(
             "--compare needs the Llama block (rmsnorm, swiglu, no bias, no query_key_norm, rope without rope_scaling), "
             "as peers have it"

@@ -62,6 +62,11 @@ def arguments_of(
                 f"the model has {name} = {value}, which is not written into Megatron-LM's checkpoints: use "
                 "`flm checkpoint reshard`"
             )
+    if model.activation not in ("swiglu", "gelu"):
+        raise RequestError(
+            f"the model has activation = {model.activation}, which is not written into Megatron-LM's "
+            "checkpoints: use `flm checkpoint reshard`"
+        )
     if model.position != "rope":
         raise RequestError(f"the model has position = {model.position}, which Megatron-LM's checkpoints cannot express")
     if model.rope_scaling is not None:

@@ -85,7 +85,7 @@ class ModelConfig:
     hidden_size: int = 128
     """Width of the residual stream."""
     ffn_hidden_size: int = 352
-    """Width of the feed-forward layer (of each of gate and up with SwiGLU)."""
+    """Width of the feed-forward layer (of each of gate and up where it is gated)."""
     num_attention_heads: int = 4
     """Number of query heads."""
     num_query_groups: int | None = None
@@ -96,8 +96,9 @@ class ModelConfig:
     """True vocabulary, without padding; none means the tokenizer's."""
     normalization: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Norm before attention, before the feed-forward layer, and after the last layer."""
-    activation: Literal["swiglu", "gelu"] = "swiglu"
-    """Feed-forward activation."""
+    activation: Literal["swiglu", "geglu", "gelu", "gelu_tanh"] = "swiglu"
+    """Feed-forward activation: gated (SwiGLU, or GeGLU with the tanh form of GELU, as Gemma's), or GELU, exact or in
+    its tanh form, as GPT-2's."""
     bias: bool = False
     """Biases in every linear layer but the language-model head."""
     qkv_bias: bool = False
@@ -172,7 +173,7 @@ class ModelConfig:
     @property
     def gated(self) -> bool:
         """Whether the feed-forward layer has a gate."""
-        return self.activation == "swiglu"
+        return self.activation in ("swiglu", "geglu")
 
 
 def spelled_out(model: Json) -> Json:

@@ -23,7 +23,7 @@ def cast(x: Operand, factor: Tensor, dtype: torch.dtype, transpose: bool) -> Ten
 def written(x: Gated | Normed) -> Tensor:
     """The values of `x` [rows, columns], as the operation itself writes them."""
     if isinstance(x, Gated):
-        return glu.forward(x.x)
+        return glu.forward(x.x, "silu")
     return norm.normalised(x.x, Affine(x.weight, x.mask, 1.0), x.inverse_rms)
 
 

@@ -82,7 +82,7 @@ def casts_input(work: Workload, reader: str) -> bool:
     """Whether the norm or the activation before a linear layer (`qkv`, `fc1`, `fc2`) is not written: FP8 products read
     its cast alone, and cast it again for the backward pass."""
     lora, model = work.model.lora, work.model
-    written = not model.gated if reader == "fc2" else model.normalization != "rmsnorm"
+    written = model.activation != "swiglu" if reader == "fc2" else model.normalization != "rmsnorm"
     return work.fp8 != "none" and reader != "projection" and not written and not (lora and reader in lora.targets)
 
 

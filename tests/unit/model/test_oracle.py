@@ -33,11 +33,12 @@ MODELS = {
         **SHAPE, num_query_groups=2, head_dim=32, qkv_bias=True, query_key_norm=True, query_key_norm_epsilon=1e-2
     ),
     "gpt3 block": ModelConfig(**SHAPE, normalization="layernorm", activation="gelu", bias=True),
+    "tanh gelu": ModelConfig(**SHAPE, activation="gelu_tanh"),
     "gpt3 block with xpos": ModelConfig(
         **SHAPE, normalization="layernorm", activation="gelu", bias=True, position="xpos", xpos_scale_base=8
     ),
     "tied head": ModelConfig(**SHAPE, tie_embeddings=True, input_mult=1.5, output_mult=2.0),
-    "sliding window": ModelConfig(**SHAPE, num_query_groups=2, sliding_window=5),
+    "sliding window, geglu": ModelConfig(**SHAPE, num_query_groups=2, sliding_window=5, activation="geglu"),
     "other theta and epsilon": ModelConfig(**SHAPE, rope_theta=500.0, norm_epsilon=1e-2),
     "llama 3's rope": ModelConfig(**SHAPE, rope_scaling=RopeScaling("llama3", 4.0, 24)),
     "yarn": ModelConfig(**SHAPE, rope_theta=50.0, rope_scaling=RopeScaling("yarn", 4.0, 64, beta_fast=8.0)),
