@@ -20,16 +20,20 @@ FUNCTION = (
 LABELS = {"output_mult": "the factor on the logits (model.output_mult over muP's width factor)"}
 
 
-def differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
-    """Where `ours`, the run file's, is another function of its weights than `theirs`, the checkpoint's: a line each.
+def differences(
+    ours: ModelConfig, theirs: ModelConfig, places: tuple[str, str] = ("the run file", "the checkpoint")
+) -> list[str]:
+    """Where `ours` is another function of its weights than `theirs`: a line each, which says in which of `places` a
+    value stands.
 
     Effective values are compared: a head_dim that is left out is hidden_size / num_attention_heads, muP counts by its
     factor on the logits alone (its learning rates are the run file's), a vocabulary that is not known is any. Initial
     deviations change nothing that is loaded. Adapters that are ours alone are new; theirs are part of the function.
     """
+    here, there = places
     mine, other = _function(ours), _function(theirs)
     return [
-        f"{LABELS.get(name, f'model.{name}')} is {mine[name]!r} in the run file and {other[name]!r} in the checkpoint"
+        f"{LABELS.get(name, f'model.{name}')} is {mine[name]!r} in {here} and {other[name]!r} in {there}"
         for name in mine
         if not _same(name, mine[name], other[name])
     ]
