@@ -25,12 +25,12 @@ def apply_overrides(document: JsonObject, overrides: Overrides) -> None:
     Raises:
         RequestError: not of the form `--path value`, or a path through something that has no parts.
     """
-    for path, value in _values(overrides):
+    for path, value in given_values(overrides):
         _assign(document, path.split("."), value, path)
 
 
-def _values(overrides: Overrides) -> Iterator[tuple[str, object]]:
-    """Dotted path and plain value of each."""
+def given_values(overrides: Overrides) -> Iterator[tuple[str, object]]:
+    """Dotted path and plain value of each. Raises RequestError: not of the form `--path value`."""
     if isinstance(overrides, Mapping):
         for path, value in overrides.items():
             if not isinstance(path, str):

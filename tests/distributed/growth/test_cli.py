@@ -81,6 +81,37 @@ def test_grow_writes_what_any_number_of_processes_writes(folder: Path, capsys: p
     assert growth.source_logical_hash == open_checkpoint(folder / "small").manifest.logical_hash
 
 
+def test_a_checkpoint_grows_without_a_run_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--model.num_layers", "3", "--model.hidden_size", "48", "--model.head_dim", "8", "--growth.ffn", "clone"]
+    given += ["--model.ffn_hidden_size", "96", "--tokenizer", str(folder / "tokenizer.model")]
+    given += ["--data.sequence_length", "32", "--certify", str(folder / "text.txt")]
+    assert main(["grow", str(folder / "small"), "--out", str(folder / "lone"), *given]) == 0
+    manifest = open_checkpoint(folder / "lone").manifest
+    certificate, growth = certificate_of(manifest), growth_of(manifest)
+    assert certificate is not None and certificate.preserving and certificate.comparisons[0].loss_change < 1e-6
+    assert growth is not None and (growth.plan.hidden, growth.plan.ffn, growth.plan.layers) == ("zero", "clone", "zero")
+    assert manifest.position == StagePosition(0, 32, 1024, 8, "small-grown")
+    assert "layers from 0, 1, 0 (copy)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "nothing of"),
+        (["--model.num_layers", "3", "--growth.layers", "mask"], "growth.layers is `mask`, and masks open over"),
+        (["--model.num_layer", "3"], "did you mean 'num_layers'?"),
+        (["--model.num_layers", "1"], "num_layers shrinks from 2 to 1"),
+        (["--stage", "big"], "--stage names a stage of a run file"),
+    ],
+)
+def test_a_lone_growth_that_is_refused(
+    folder: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["grow", str(folder / "small"), "--out", str(folder / "never"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and not (folder / "never").exists()
+
+
 def test_distances_then_a_certified_growth(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     distances, plot = folder / "distances.json", folder / "distances.png"
     where = ["--out", str(distances), "--plot", str(plot), "--text", str(folder / "text.txt")]
