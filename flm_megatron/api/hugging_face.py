@@ -85,7 +85,7 @@ def export_hf(
         length = source.manifest.run.sequence_length
         options = ExportOptions(flavour, weights, shard_size, pad_vocab_to, found, length)
         nbytes = write_hugging_face(source, model, out, options, processes)
-    return HuggingFaceExport(out, nbytes, None if family.multipliers else folding_note(model), missing)
+    return HuggingFaceExport(out, nbytes, None if family.multipliers else folding_note(model, family), missing)
 
 
 def import_hf(

@@ -65,6 +65,8 @@ class HuggingFaceCheckpoint(LogicalCheckpoint):
         out = torch.empty(region.sizes, dtype=info.dtype)
         for pair in region_pairs(self._bands[name], self._specs[name].stacked, region):
             values = self._array(pair.target).read(pair.target_region)
+            if self._specs[name].kind == "norm" and self.family.norm_offset:
+                values = values.to(out.dtype) + self.family.norm_offset
             out[pair.region.within(region).slices] = values.view(pair.region.sizes)
         return out
 
@@ -82,8 +84,13 @@ class HuggingFaceCheckpoint(LogicalCheckpoint):
             )
 
     def _dtype(self, name: str) -> torch.dtype:
-        """dtype of a logical tensor: that of the tensors it is made of, the wider one if they differ."""
+        """dtype of a logical tensor: that of the tensors it is made of, the wider one if they differ.
+
+        Norms to which an offset is added are in fp32 at least, in which small weights are not lost beside it.
+        """
         dtypes = {self._array(pair.target).dtype for pair in self._pairs(name)}
+        if self._specs[name].kind == "norm" and self.family.norm_offset:
+            dtypes.add(torch.float32)
         result = dtypes.pop()
         for dtype in dtypes:
             result = torch.promote_types(result, dtype)

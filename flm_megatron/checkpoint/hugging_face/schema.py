@@ -39,6 +39,7 @@ UNSUPPORTED = (
     "no_rope_layers",
     "attention_chunk_size",
     "attention_multiplier",
+    "use_bidirectional_attention",
     "attn_logit_softcapping",
     "final_logit_softcapping",
     "query_pre_attn_scalar",

@@ -15,6 +15,7 @@ import torch
 from flm_megatron.checkpoint.files.destination import destination, write_errors
 from flm_megatron.checkpoint.files.stored_array import StoredArray
 from flm_megatron.checkpoint.hugging_face.config import config_of
+from flm_megatron.checkpoint.hugging_face.families.family import Family
 from flm_megatron.checkpoint.hugging_face.families.registry import family_named, require_expressible
 from flm_megatron.checkpoint.hugging_face.names import TargetTensor, target_tensors
 from flm_megatron.checkpoint.hugging_face.safetensors import arrays_in, lay_out
@@ -49,13 +50,16 @@ class ExportOptions:
     sequence_length: int = UNRECORDED_LENGTH
 
 
-def folding(model: ModelConfig) -> dict[str, float]:
-    """Factors on the weights that make a model without multipliers compute what `model` does with its own.
+def folding(model: ModelConfig, family: Family) -> dict[str, float]:
+    """Factors on the weights that make a model of `family` compute what `model` does with its multipliers.
 
     So they do where norms of queries and keys have another epsilon than the other norms: queries and keys take the root
     of the epsilons' ratio, values with them, and the projection gives it back.
     """
-    multipliers = {"embedding": model.input_mult, "head": model.logit_multiplier}
+    if family.multipliers:
+        return {}
+    input_mult = model.input_mult / family.embedding_multiplier(model)
+    multipliers = {"embedding": input_mult, "head": model.logit_multiplier}
     specs = parameter_specs(model).values()
     factors = {spec.name: multipliers[spec.kind] for spec in specs if spec.kind in multipliers}
     if model.query_key_norm and model.query_key_epsilon != model.norm_epsilon:
@@ -64,14 +68,15 @@ def folding(model: ModelConfig) -> dict[str, float]:
         factors[f"{PROJECTION}.weight"] = 1 / factor
     if model.tie_embeddings:  # the norm that the head reads makes up for the factor of the embedding
         norms = (spec.name for spec in specs if spec.place == "last")
-        factors |= dict.fromkeys(norms, model.logit_multiplier / model.input_mult)
+        factors |= dict.fromkeys(norms, model.logit_multiplier / input_mult)
     return factors
 
 
-def folding_note(model: ModelConfig) -> str:
+def folding_note(model: ModelConfig, family: Family) -> str:
     """One line on how the multipliers were folded, and whether the logits are bit-identical."""
-    parts = [f"{name} x {factor:g}" for name, factor in folding(model).items()]
-    exact = all(is_power_of_two(factor) for factor in folding(model).values())
+    factors = folding(model, family)
+    parts = [f"{name} x {factor:g}" for name, factor in factors.items()]
+    exact = all(map(is_power_of_two, factors.values()))
     how = "bit-exact: powers of two" if exact else "rounded: not powers of two, logits agree to rounding"
     return f"multipliers folded into the weights ({', '.join(parts)}); {how}"
 
@@ -91,8 +96,10 @@ def write_hugging_face(
     processes = processes or Processes()
     family = family_named(options.flavour)
     require_expressible(model, family)
-    factors = None if family.multipliers else folding(model)
-    checkpoint = ConvertedCheckpoint(source, options.dtype, factors, optimizer=False)
+    norms = [spec.name for spec in parameter_specs(model).values() if spec.kind == "norm"]
+    offsets = dict.fromkeys(norms, -family.norm_offset) if family.norm_offset else None
+    factors = folding(model, family)
+    checkpoint = ConvertedCheckpoint(source, options.dtype, factors, optimizer=False, offsets=offsets)
     targets = target_tensors(model, family.modules)
     padded = -(-int(model.vocab_size or 0) // options.pad_vocab_to) * options.pad_vocab_to
     infos = {name: _info(name, target, checkpoint, padded) for name, target in targets.items()}

@@ -1,4 +1,4 @@
-"""A checkpoint in another dtype, without its optimizer, or with a factor on some tensors."""
+"""A checkpoint in another dtype, without its optimizer, or with a factor on some tensors and a number added."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ def dtype_named(name: str | None) -> torch.dtype | None:
 
 
 class ConvertedCheckpoint(LogicalCheckpoint):
-    """`source` with its weights in `dtype` (none keeps theirs), and `factors` on the weights of those names.
+    """`source` with its weights in `dtype` (none keeps theirs), `factors` on the weights of those names, and `offsets`
+    added to them then.
 
-    For a wider dtype or a factor, values come from the fp32 master if there is one and are rounded once. Factors apply
-    to weights alone, so with them the optimizer state is left out.
+    For a wider dtype or other values, these come from the fp32 master if there is one and are rounded once. Factors and
+    offsets apply to weights alone, so with them the optimizer state is left out.
     """
 
     def __init__(
@@ -40,23 +41,26 @@ class ConvertedCheckpoint(LogicalCheckpoint):
         dtype: torch.dtype | None = None,
         factors: Mapping[str, float] | None = None,
         optimizer: bool = True,
+        offsets: Mapping[str, float] | None = None,
     ) -> None:
-        assert not (factors and optimizer), "the optimizer's state would not fit scaled weights"
+        assert not ((factors or offsets) and optimizer), "the optimizer's state would not fit changed weights"
         self.source, self.dtype = source, dtype
         self.factors = {name: factor for name, factor in (factors or {}).items() if factor != 1.0}
+        self.offsets = offsets or {}
         self.manifest = source.manifest
         self.tensors = {name: self._info(name) for name in source.tensors if optimizer or not _is_state(name)}
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:
         """Values of `region` of shape `region.sizes`; see `LogicalCheckpoint.read`."""
         dtype = self._info(name).dtype
-        factor = self.factors.get(name, 1.0)
-        if factor == 1.0 and dtype == self.source.tensors[name].dtype:
+        factor, offset = self.factors.get(name, 1.0), self.offsets.get(name, 0.0)
+        changed = factor != 1.0 or offset != 0.0
+        if not changed and dtype == self.source.tensors[name].dtype:
             return self.source.read(name, region)
         master = MASTER + name
         values = self.source.read(master if master in self.source.tensors else name, region)
-        if factor != 1.0:
-            values = values.float() * factor
+        if changed:
+            values = values.float() * factor + offset
         return values.to(dtype)
 
     def _info(self, name: str) -> TensorInfo:

@@ -26,6 +26,10 @@ EVERYWHERE = frozenset(
 """Fields of a model whose value stands against no family."""
 
 
+def _one(model: ModelConfig) -> float:
+    return 1.0
+
+
 @dataclass(frozen=True)
 class Family:
     """One family of models of `transformers`.
@@ -35,7 +39,9 @@ class Family:
     `config.json` that says what the model is, the second argument being the sequence length it was trained with.
     `expresses` gives the values of the model's fields that it can hold; fields that it does not name have to be at
     their defaults. `multipliers` says whether `config.json` holds the multipliers of muP; if not, an export folds them
-    into the weights. `code` are files of `released_form` that a folder carries.
+    into the weights. `embedding_multiplier` is what a family multiplies the embedding's output by, which is folded in
+    too; its norms multiply by their stored weights plus `norm_offset`. `code` are files of `released_form` that a
+    folder carries.
     """
 
     name: str
@@ -44,6 +50,8 @@ class Family:
     settings: Callable[[ModelConfig, int], dict[str, object]]
     expresses: Mapping[str, Values]
     multipliers: bool = False
+    embedding_multiplier: Callable[[ModelConfig], float] = _one
+    norm_offset: float = 0.0
     code: tuple[str, ...] = ()
 
     def obstacles(self, model: ModelConfig) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flm_megatron.checkpoint.hugging_face.families.family import Family
+from flm_megatron.checkpoint.hugging_face.families.gemma import GEMMA
 from flm_megatron.checkpoint.hugging_face.families.llama import LLAMA
 from flm_megatron.checkpoint.hugging_face.families.mistral import MISTRAL
 from flm_megatron.checkpoint.hugging_face.families.qwen2 import QWEN2
@@ -13,8 +14,16 @@ from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.json_text import JsonObject
 
-FAMILIES = {family.name: family for family in (TELEFLM, LLAMA, MISTRAL, QWEN2, QWEN3)}
+FAMILIES = {family.name: family for family in (TELEFLM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA)}
 """By `model_type`; the first that can express a model is proposed where another was asked for."""
+
+REFUSED = {
+    "gemma2": "it caps scores and logits softly, has norms after attention and feed-forward layers, and windows in "
+    "every other layer",
+    "gemma3": "it has norms after attention and feed-forward layers, and two kinds of layers with their own windows "
+    "and rotary positions",
+}
+"""Relatives of known families, by the beginning of their `model_type`, and what in them is not supported here."""
 
 
 def family_named(name: str) -> Family:
@@ -34,6 +43,8 @@ def family_of(config: JsonObject, where: str) -> Family:
     if is_teleflm(config, plain):
         return TELEFLM
     known = {name.replace("_", ""): family for name, family in FAMILIES.items()}
+    if reason := next((REFUSED[name] for name in REFUSED if plain.startswith(name)), None):
+        raise RequestError(f"{where}: model_type {given!r:.80} is not supported: {reason}")
     if plain not in known:
         raise RequestError(f"{where}: model_type {given!r:.80} is not supported: {nearest(plain, FAMILIES)}")
     return known[plain]

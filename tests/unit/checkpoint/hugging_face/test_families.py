@@ -26,7 +26,7 @@ MODEL = ModelConfig(num_attention_heads=6, num_query_groups=2, head_dim=8, vocab
 def test_a_family_reads_what_it_writes(name: str) -> None:
     family = FAMILIES[name]
     richest: dict[str, Any] = {field: values[-1] for field, values in family.expresses.items() if values}
-    model = replace(MODEL, **richest)
+    model = replace(MODEL, **richest, input_mult=family.embedding_multiplier(MODEL))
     assert not family.obstacles(model)
     written = config_of(model, family, 384, 4096, "float32")
     assert family_of(written, "folder") is family
@@ -40,6 +40,9 @@ def test_the_family_is_the_one_of_the_model_type_or_of_the_multipliers() -> None
         assert family_of(dict(given), "folder").name == "teleflm"
     with pytest.raises(RequestError, match=r"folder: model_type 'lama' is not supported: did you mean 'llama'\?"):
         family_of({"model_type": "lama"}, "folder")
+    for kind, reason in (("gemma2", "caps scores and logits"), ("gemma3_text", "two kinds of layers")):
+        with pytest.raises(RequestError, match=rf"folder: model_type '{kind}' is not supported: it .*{reason}"):
+            family_of({"model_type": kind}, "folder")
     with pytest.raises(RequestError, match=r"flavour is 'tele', no family known here: "):
         family_named("tele")
 

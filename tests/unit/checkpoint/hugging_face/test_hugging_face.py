@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flm_megatron.checkpoint.hugging_face.families.registry import FAMILIES
 from flm_megatron.checkpoint.hugging_face.reader import HuggingFaceCheckpoint
 from flm_megatron.checkpoint.hugging_face.writer import ExportOptions, folding_note, write_hugging_face
 from flm_megatron.checkpoint.logical import Region
@@ -146,8 +147,8 @@ def test_llama_flavour_is_bit_exact_with_powers_of_two(tmp_path: Path) -> None:
     folded, multiplied = transformers_logits(tmp_path / "llama"), transformers_logits(tmp_path / "teleflm")
     torch.testing.assert_close(multiplied.double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(folded, multiplied)
-    assert "bit-exact" in folding_note(POWERS)
-    assert "rounded" in folding_note(MUP)
+    assert "bit-exact" in folding_note(POWERS, FAMILIES["llama"])
+    assert "rounded" in folding_note(MUP, FAMILIES["llama"])
 
 
 def test_padding_ids_are_never_predicted(tmp_path: Path) -> None:
