@@ -31,6 +31,18 @@ def slice_axis(region: Region, axis: int, start: int, size: int) -> Region:
     return Region(tuple(offsets), tuple(sizes))
 
 
+def subtract(region: Region, inner: Region) -> Iterator[Region]:
+    """Regions that cover `region` without `inner`, which lies in it: two at most for each axis."""
+    for axis, (offset, size) in enumerate(zip(region.offsets, region.sizes, strict=True)):
+        before = inner.offsets[axis] - offset
+        after = size - before - inner.sizes[axis]
+        if before:
+            yield slice_axis(region, axis, 0, before)
+        if after:
+            yield slice_axis(region, axis, size - after, after)
+        region = slice_axis(region, axis, before, inner.sizes[axis])
+
+
 def flat_regions(shape: tuple[int, ...], start: int, end: int) -> Iterator[Region]:
     """Regions that cover values `start` to `end` of a row-major array of `shape`, in order.
 

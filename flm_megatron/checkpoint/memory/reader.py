@@ -56,7 +56,7 @@ class MemoryCheckpoint(LogicalCheckpoint):
             for sub in regions_of(blob.header):
                 self.chunks.setdefault(sub.name, []).append(self._chunk(rank, sub.name, sub.region, sub.position))
         self._check_cover()
-        self._indices: dict[str, ChunkIndex] = {}
+        self._indices: dict[str, ChunkIndex[StoredChunk]] = {}
         self._files: dict[int, int] = {}
         self._connections: dict[int, RemoteAgent] = {}
         self._asking = Lock()  # a connection takes one question at a time

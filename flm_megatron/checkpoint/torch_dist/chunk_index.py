@@ -1,10 +1,11 @@
-"""The stored chunks of one tensor, found by region without searching all of them."""
+"""The chunks of one tensor, found by region without searching all of them."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 from flm_megatron.checkpoint.logical import Region
 
@@ -21,17 +22,28 @@ class StoredChunk:
     length: int
 
 
-class ChunkIndex:
+class Chunk(Protocol):
+    """Whatever holds a region of a tensor."""
+
+    @property
+    def region(self) -> Region:
+        """The region that it holds."""
+
+
+T = TypeVar("T", bound=Chunk)
+
+
+class ChunkIndex(Generic[T]):
     """Chunks in buckets along the first axis (layers, or rows of the vocabulary)."""
 
-    def __init__(self, shape: tuple[int, ...], chunks: Sequence[StoredChunk]) -> None:
+    def __init__(self, shape: tuple[int, ...], chunks: Sequence[T]) -> None:
         self.width = -(-shape[0] // BUCKETS) or 1 if shape else 1
-        self.buckets: dict[int, list[StoredChunk]] = defaultdict(list)
+        self.buckets: dict[int, list[T]] = defaultdict(list)
         for chunk in chunks:
             for bucket in self._buckets_of(chunk.region):
                 self.buckets[bucket].append(chunk)
 
-    def meeting(self, region: Region) -> list[tuple[StoredChunk, Region]]:
+    def meeting(self, region: Region) -> list[tuple[T, Region]]:
         """Chunks that overlap `region`, each with the overlap."""
         near = {chunk: None for bucket in self._buckets_of(region) for chunk in self.buckets.get(bucket, ())}
         return [(chunk, part) for chunk in near if (part := chunk.region.intersect(region))]

@@ -52,7 +52,7 @@ class TorchDistCheckpoint(LogicalCheckpoint):
         manifest = read_manifest(self.path)
         metadata = _read_metadata(self.path, manifest)
         self.chunks: dict[str, list[StoredChunk]] = {}
-        self._indices: dict[str, ChunkIndex] = {}
+        self._indices: dict[str, ChunkIndex[StoredChunk]] = {}
         self._arrays: dict[StoredChunk, tuple[StoredArray, Strided | None]] = {}
         self.tensors: Mapping[str, TensorInfo] = self._read_tensors(metadata)
         self.nameless_optimizer = any(NAMELESS.match(name) for name in metadata.entries)
