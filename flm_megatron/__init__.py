@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from flm_megatron.api.budget.plan_budget import BudgetPlan, plan_budget
     from flm_megatron.api.checkpoint import open_checkpoint
     from flm_megatron.api.compare import compare
-    from flm_megatron.api.distance import layer_distances
-    from flm_megatron.api.grow import Growth, grow
     from flm_megatron.api.hugging_face import HuggingFaceExport, export_hf, import_hf
     from flm_megatron.api.plan import Plan, plan, search_layouts
     from flm_megatron.api.rehearse import Rehearsal, rehearse
     from flm_megatron.api.reshard import CheckpointCopy, reshard
     from flm_megatron.api.run_file import load_run
+    from flm_megatron.api.shape.distance import layer_distances
+    from flm_megatron.api.shape.grow import Growth, grow
     from flm_megatron.api.train import fine_tune, train
     from flm_megatron.api.verify import verify
     from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
@@ -125,13 +125,13 @@ _MODULES = {
     "api.budget.plan_budget": ("BudgetPlan", "plan_budget"),
     "api.checkpoint": ("open_checkpoint",),
     "api.compare": ("compare",),
-    "api.distance": ("layer_distances",),
-    "api.grow": ("Growth", "grow"),
     "api.hugging_face": ("HuggingFaceExport", "export_hf", "import_hf"),
     "api.plan": ("Plan", "plan", "search_layouts"),
     "api.rehearse": ("Rehearsal", "rehearse"),
     "api.reshard": ("CheckpointCopy", "reshard"),
     "api.run_file": ("load_run",),
+    "api.shape.distance": ("layer_distances",),
+    "api.shape.grow": ("Growth", "grow"),
     "api.train": ("fine_tune", "train"),
     "api.verify": ("verify",),
     "checkpoint.logical": ("LogicalCheckpoint", "Region", "TensorInfo"),

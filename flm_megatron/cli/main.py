@@ -38,6 +38,8 @@ COMMANDS = {
     "generate": "let a checkpoint write: prompts, a file of them, or a chat",
     "report": "a run, or several compared, as one HTML page",
 }
+FOLDERS = {"distance": "shape.", "grow": "shape."}
+"""Folder of a command's file, where it is not `cli/` itself."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -113,7 +115,7 @@ def _parser(wanted: str | None) -> Parser:
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, allow_abbrev=False)
         if name == wanted:
-            module = importlib.import_module(f"flm_megatron.cli.{name}")
+            module = importlib.import_module(f"flm_megatron.cli.{FOLDERS.get(name, '')}{name}")
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     return parser

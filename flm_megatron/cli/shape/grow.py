@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure what the options ask for, write the checkpoint, and print a summary; returns 0."""
-    from flm_megatron.api.grow import grow
+    from flm_megatron.api.shape.grow import grow
     from flm_megatron.distributed.launched import is_first_process
     from flm_megatron.paths import require_folder
 

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, and write what the options ask for; returns 0."""
-    from flm_megatron.api.distance import layer_distances
+    from flm_megatron.api.shape.distance import layer_distances
     from flm_megatron.checkpoint.run_file import open_run
     from flm_megatron.distributed.launched import is_first_process
     from flm_megatron.growth.distance import distance_table, plot_distances, write_distances
