@@ -1,4 +1,4 @@
-"""Forward passes through the pipeline without gradients, for evaluation, generation and certificates."""
+"""Passes through the pipeline that train nothing, for evaluation, generation, certificates and importance."""
 
 from __future__ import annotations
 
@@ -41,6 +41,27 @@ def forward(
     `finish(batch, output)` gets losses [batch, sequence] in nats, or logits [batch, positions, true vocabulary] on
     every tensor-parallel rank.
     """
+    return _run(chunk, batches, count, finish, backward=False)
+
+
+@torch.enable_grad()
+def forward_and_backward(
+    chunk: ModelChunk, batches: Iterable[Batch], count: int, finish: Callable[[Batch, Tensor], Result]
+) -> list[Result]:
+    """As `forward`, of batches with labels, each followed by the backward pass of the sum of its losses.
+
+    Gradients go to whatever asks for them: parameters, or hooks on what layers compute.
+    """
+    return _run(chunk, batches, count, finish, backward=True)
+
+
+def _run(
+    chunk: ModelChunk,
+    batches: Iterable[Batch],
+    count: int,
+    finish: Callable[[Batch, Tensor], Result],
+    backward: bool,
+) -> list[Result]:
     batches = iter(batches)
     first = next(batches, None)
     if first is None or count == 0:
@@ -55,9 +76,10 @@ def forward(
         output = model(batch.tokens.to(device), None, hidden, labels=labels, runtime_gather_output=labels is None)
 
         def done(result: Tensor) -> tuple[Tensor, Tensor, Result]:
-            """A loss of zero, and the result of `finish`."""
+            """The loss to minimise, if any, and the result of `finish`."""
             shown = result if labels is not None else result[..., : model.true_vocab_size]
-            return result.new_zeros(()), torch.ones((), dtype=torch.int, device=result.device), finish(batch, shown)
+            loss = result.sum() if backward else result.new_zeros(())
+            return loss, torch.ones((), dtype=torch.int, device=result.device), finish(batch, shown)
 
         return output, done
 
@@ -68,7 +90,7 @@ def forward(
         micro_batches=count,
         micro_batch=first.tokens.shape[0],
         sequence_length=first.tokens.shape[1],
-        forward_only=True,
+        forward_only=not backward,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import count
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,9 @@ from flm_megatron.engine.types import ModelChunk
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.boundary import masks_as_saved
 from flm_megatron.model.forward import Batch, forward
+
+if TYPE_CHECKING:
+    from flm_megatron.model.teleflm import TeleFLM
 
 T = TypeVar("T")
 Layout = Callable[[ParallelConfig], AbstractContextManager[None]]
@@ -60,7 +63,7 @@ def on_one_replica(
     model: ModelConfig,
     stage: StageConfig,
     layout: Layout,
-    measure: Callable[[Sequence[ModelChunk]], T],
+    measure: Callable[[Sequence[TeleFLM]], T],
 ) -> T | None:
     """The result of `measure(chunks)` on the ranks of the first data-parallel replica; none on the other ranks.
 
@@ -78,7 +81,7 @@ def on_one_replica(
     processes = patient_processes()
     with layout(stage.parallel), torch.no_grad():
         first = parallel_state.get_data_parallel_rank() == 0
-        chunks: list[ModelChunk] = []
+        chunks: list[TeleFLM] = []
         processes.together(lambda: chunks.extend(chunks_to_evaluate(checkpoint, stage, alone=True)) if first else None)
         # Not together: a rank that fails in a collective has to end, or the rest of its replica would wait there.
         masks_as_saved(chunks, model, checkpoint.manifest)
