@@ -5,6 +5,9 @@ After each of them `transformers` computes from an export what the engine comput
 
 from __future__ import annotations
 
+import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,10 @@ from flm_megatron.checkpoint.sharding.model_state import chunks_to_evaluate
 from flm_megatron.config.schema import StageConfig
 from flm_megatron.distributed.world import one_process
 from flm_megatron.model.forward import Batch, forward
+from tests.support.prose import prose
 from tests.support.runs import flm, make_data
+
+ROOT = Path(__file__).parents[3]
 
 TRAINED = """
 name: {name}
@@ -101,3 +107,33 @@ def test_a_qwen3_is_imported_trained_grown_trained_in_parallel_and_exported(fold
     torch.testing.assert_close(exported(folder, grown), before, rtol=1e-4, atol=1e-5)
     in_parallel = trained(folder, "parallel", grown, "{tensor: 2, pipeline: 2}")
     assert not torch.allclose(exported(folder, in_parallel), before, atol=1e-2), "trained"
+
+
+def test_the_five_commands_of_the_readme(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a small model and text, with a smaller run file of the same name."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    section = (ROOT / "README.md").read_text().split("## From an open model")[1]
+    commands = re.findall(r"^flm (.*?)(?: +#.*)?$", section.split("```")[1], re.MULTILINE)
+    assert len(commands) == 5
+    monkeypatch.chdir(tmp_path)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=20, num_hidden_layers=32, num_attention_heads=2, vocab_size=500,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained("Llama-2-7b")
+    shutil.copy(folder / "tokenizer.model", "Llama-2-7b")
+    Path("corpus").mkdir()
+    Path("corpus/text.txt").write_text("\n".join(prose(8)))
+    Path("examples").mkdir()
+    run = (ROOT / "examples/continue.yaml").read_text()
+    smaller = {"4096": "32", "2560": "8", "256": "8", "1.0e9": "512", "pipeline: 2": "pipeline: 1"}
+    for large, small in smaller.items():
+        assert large in run
+        run = run.replace(large, small)
+    Path("examples/continue.yaml").write_text(run)
+    for command in commands:
+        done(*shlex.split(command.replace("step_00000954", "step_00000002")))
+    written = LlamaConfig.from_pretrained("larger")
+    assert (written.num_hidden_layers, written.hidden_size) == (40, 16)
+    assert (tmp_path / "larger" / "tokenizer.model").is_file()
