@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flm_megatron.api.run_file import load_run
     from flm_megatron.api.shape.distance import layer_distances
     from flm_megatron.api.shape.grow import Growth, grow
+    from flm_megatron.api.shape.importance import measure_importance
     from flm_megatron.api.train import fine_tune, train
     from flm_megatron.api.verify import verify
     from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from flm_megatron.growth.distance import LayerDistance
     from flm_megatron.growth.plan import GrowthPlan
     from flm_megatron.growth.record import Certificate
+    from flm_megatron.growth.shrink.importance import Importance
     from flm_megatron.planner.plan import Cost, StagePlan
     from flm_megatron.planner.search import SearchResult
     from flm_megatron.training.hooks import Hook
@@ -74,6 +76,7 @@ __all__ = [
     "GrowthPlan",
     "Hook",
     "HuggingFaceExport",
+    "Importance",
     "KernelsConfig",
     "LayerDistance",
     "LoggingConfig",
@@ -110,6 +113,7 @@ __all__ = [
     "import_hf",
     "layer_distances",
     "load_run",
+    "measure_importance",
     "open_checkpoint",
     "plan",
     "plan_budget",
@@ -132,6 +136,7 @@ _MODULES = {
     "api.run_file": ("load_run",),
     "api.shape.distance": ("layer_distances",),
     "api.shape.grow": ("Growth", "grow"),
+    "api.shape.importance": ("measure_importance",),
     "api.train": ("fine_tune", "train"),
     "api.verify": ("verify",),
     "checkpoint.logical": ("LogicalCheckpoint", "Region", "TensorInfo"),
@@ -142,6 +147,7 @@ _MODULES = {
     "growth.distance": ("LayerDistance",),
     "growth.plan": ("GrowthPlan",),
     "growth.record": ("Certificate",),
+    "growth.shrink.importance": ("Importance",),
     "planner.plan": ("Cost", "StagePlan"),
     "planner.search": ("SearchResult",),
     "training.hooks": ("Hook",),

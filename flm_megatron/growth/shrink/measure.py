@@ -13,6 +13,7 @@ import torch.distributed as dist
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.config.schema import ModelConfig, StageConfig
 from flm_megatron.engine import parallel_state
+from flm_megatron.errors import RequestError
 from flm_megatron.growth.certificate.forward import Layout, on_one_replica
 from flm_megatron.growth.shrink.importance import Criterion, Dimension, Importance
 from flm_megatron.growth.shrink.watch import ImportanceSums, freeze_and_follow, watch_units
@@ -20,6 +21,29 @@ from flm_megatron.model.forward import Batch, forward, forward_and_backward
 
 if TYPE_CHECKING:
     from flm_megatron.model.teleflm import TeleFLM
+
+
+CRITERIA: dict[Dimension, tuple[Criterion, ...]] = {
+    "hidden": ("activation", "gradient"),
+    "ffn": ("activation", "gradient"),
+    "heads": ("activation", "gradient"),
+    "layers": ("influence", "gradient"),
+}
+"""Criteria of each dimension; the first is the default."""
+
+
+def complete_criteria(given: Mapping[Dimension, Criterion]) -> dict[Dimension, Criterion]:
+    """`given`, with the default criterion of every other dimension.
+
+    Raises:
+        RequestError: there is no such dimension, or it has no such criterion.
+    """
+    if unknown := [name for name in given if name not in CRITERIA]:
+        raise RequestError(f"criteria has no {unknown[0]!r}: give {', '.join(CRITERIA)}")
+    for name, criterion in given.items():
+        if criterion not in CRITERIA[name]:
+            raise RequestError(f"the criterion of {name} is {criterion!r}: give {' or '.join(CRITERIA[name])}")
+    return {name: given.get(name, criteria[0]) for name, criteria in CRITERIA.items()}
 
 
 def measure_importance(

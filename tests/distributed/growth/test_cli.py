@@ -1,4 +1,4 @@
-"""`flm grow` and `flm distance`: what they write and print, and the requests they refuse in one line."""
+"""`flm grow`, `flm distance`, `flm importance`: what they write and print, and what they refuse in one line."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import flm_megatron as flm
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
@@ -17,6 +18,7 @@ from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.cli.main import main
 from flm_megatron.config.loader import load_run, run_to_dict
 from flm_megatron.growth.record import certificate_of, growth_of
+from flm_megatron.growth.shrink.importance import check_importance, read_importance
 from tests.support.prose import prose
 from tests.support.runs import make_data
 
@@ -126,6 +128,25 @@ def test_distances_then_a_certified_growth(folder: Path, capsys: pytest.CaptureF
     certificate = certificate_of(open_checkpoint(folder / "certified").manifest)
     assert certificate is not None and [c.precision for c in certificate.comparisons] == ["fp32"]
     assert grow(folder, "measured", "--stage", "big", "--stages.1.growth.layer_selection", "distance") == 0
+
+
+def test_importance_with_and_without_a_run_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (plain := folder / "plain").mkdir()
+    text = ["--text", str(folder / "text.txt"), "--samples", "2"]
+    command = ["importance", str(folder / "small"), str(folder / "run.yaml"), *text, "--heads", "gradient"]
+    assert main([*command, "--out", str(plain / "run.safetensors")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "influence" in lines[0] and "heads gradient" in lines[0] and len(lines) == 4
+    alone = ["importance", str(folder / "small"), *text, "--heads", "gradient", "--data.sequence_length", "32"]
+    assert main([*alone, "--out", str(plain / "alone.safetensors")]) == 0
+    found, again = (read_importance(plain / f"{name}.safetensors") for name in ("run", "alone"))
+    assert (found.samples, found.tokens) == (2, 64) and found.criteria["heads"] == "gradient"
+    assert all(torch.equal(values, again.tensors[name]) for name, values in found.tensors.items())
+    check_importance(found, load_run(folder / "run.yaml").stages[0].model)
+    with pytest.raises(flm.RequestError, match="the criterion of heads is 'influence': give activation or gradient"):
+        flm.measure_importance(folder / "small", load_run(folder / "run.yaml"), criteria={"heads": "influence"})
+    with pytest.raises(flm.RequestError, match="criteria has no 'width'"):
+        flm.measure_importance(folder / "small", load_run(folder / "run.yaml"), criteria={"width": "gradient"})  # type: ignore[dict-item]
 
 
 def test_a_growth_beyond_the_tolerance_is_not_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""`flm checkpoint`, `flm grow` and `flm distance`."""
+"""`flm checkpoint`, `flm grow`, `flm distance` and `flm importance`."""
 
 from __future__ import annotations
 
@@ -115,4 +115,12 @@ ROWS = [
     Row("distance ours run.yaml --data.sequence_length 0", "data.sequence_length is 0"),
     Row("distance ours run.yaml --stages.0.parallel.tensor 3", "tensor"),
     Row("distance ours run.yaml --samples 100000000000000", "samples"),
+    Row("importance absent run.yaml", "absent is not a checkpoint"),
+    Row("importance ours", "nothing to measure on: give a run file"),
+    Row("importance ours --text text.txt --stage small", "--stage names a stage of a run file"),
+    Row("importance ours --text text.txt --model.num_layers 1", "may not change the model"),
+    Row("importance ours run.yaml --stage nope", "no stage is named 'nope'"),
+    Row("importance ours run.yaml --layers activation", "invalid choice: 'activation'"),
+    Row("importance ours run.yaml --tokenizer other.model", "other.model"),
+    Row("importance ours run.yaml --out folder", "folder is a folder"),
 ]
