@@ -127,11 +127,11 @@ def test_the_five_commands_of_the_readme(folder: Path, tmp_path: Path, monkeypat
     Path("corpus/text.txt").write_text("\n".join(prose(8)))
     Path("examples").mkdir()
     run = (ROOT / "examples/continue.yaml").read_text()
-    smaller = {"4096": "32", "2560": "8", "256": "8", "1.0e9": "512", "pipeline: 2": "pipeline: 1"}
+    smaller = {"4096": "32", "2560": "8", "256": "8", "1.0e9": "512"}
     for large, small in smaller.items():
         assert large in run
         run = run.replace(large, small)
-    Path("examples/continue.yaml").write_text(run)
+    Path("examples/continue.yaml").write_text(re.sub("parallel: {.*}", "parallel: {}", run))
     for command in commands:
         done(*shlex.split(command.replace("step_00000954", "step_00000002")))
     written = LlamaConfig.from_pretrained("larger")
