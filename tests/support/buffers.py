@@ -60,7 +60,8 @@ def gradient_buffers(
         loss, tokens, *_ = state._losses(batch, forward_only=False)
         buffers = [buffer.grad_data for chunk in state.chunks for buffer in cast(Any, chunk).buffers]
         assert all(buffer.dtype is torch.float32 for buffer in buffers)
-        learning = [module.weight for module in linear if module.weight.requires_grad]
+        weights = [module.weight for module in linear if module.weight is not None]  # a tied head has none
+        learning = [weight for weight in weights if weight.requires_grad]
         added = sum(weight.grad_added_to_main_grad for weight in learning)
         return Found(loss / tokens, torch.cat(buffers).numpy().copy(), len(learning), added)
 

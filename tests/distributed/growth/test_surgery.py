@@ -32,21 +32,26 @@ tokenizer: {folder}/tokenizer.model
 data: {{sequence_length: 32, train: [{{path: {folder}/train}}], validation: [{{path: {folder}/validation}}]}}
 checkpoint: {{initial: {initial}}}
 stages:
-- {{name: {name}, model: from_checkpoint, parallel: {layout}, global_batch: 4, tokens: 256, optimizer: {{lr: 1.0e-3}}}}
+- name: {name}
+  model: from_checkpoint
+  parallel: {layout}
+  global_batch: 4
+  tokens: {tokens}
+  optimizer: {{lr: 1.0e-3}}
 """
 IDS = (torch.arange(48).view(2, 24) * 37 + 11) % 500
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data, and a random Qwen 3 that `transformers` wrote."""
+    """Data, and a random Qwen 3, with a tied head as its small ones, that `transformers` wrote."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     folder = make_data(tmp_path_factory.mktemp("surgery"))
     torch.manual_seed(0)
     config = Qwen3Config(
         hidden_size=36, intermediate_size=60, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
-        head_dim=8, vocab_size=500, initializer_range=0.1, tie_word_embeddings=False,
+        head_dim=8, vocab_size=500, initializer_range=0.1, tie_word_embeddings=True,
     )  # fmt: skip
     Qwen3ForCausalLM(config).save_pretrained(folder / "qwen3")
     return folder
@@ -58,11 +63,13 @@ def done(*arguments: str | Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def trained(folder: Path, name: str, initial: Path, layout: str = "{}") -> Path:
-    """The last checkpoint of a run that starts from `initial`."""
+def trained(folder: Path, name: str, initial: Path, *layouts: str) -> Path:
+    """The last checkpoint of a run that starts from `initial`: a start for each layout, two steps in all."""
     run = folder / f"{name}.yaml"
-    run.write_text(TRAINED.format(folder=folder, name=name, initial=initial, layout=layout))
-    done("train", run)
+    for start, layout in enumerate(layouts, 1):
+        tokens = 256 * start // len(layouts)
+        run.write_text(TRAINED.format(folder=folder, name=name, initial=initial, layout=layout, tokens=tokens))
+        done("train", run)
     return folder / name / "checkpoints" / name / "step_00000002"
 
 
@@ -82,7 +89,9 @@ def transformers_logits(folder: Path) -> Tensor:
 
     # Not `from_pretrained` of the model: first imported beside the engine's CPU adapter, it leaves frequencies unset.
     model = Qwen3ForCausalLM(Qwen3Config.from_pretrained(folder))
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    assert model.load_state_dict(load_file(folder / "model.safetensors"), strict=False).missing_keys == [
+        "lm_head.weight"  # which is the embedding
+    ]
     with torch.no_grad():
         return model.float().eval()(IDS).logits
 
@@ -100,12 +109,12 @@ def test_a_qwen3_is_imported_trained_grown_trained_in_parallel_and_exported(fold
     imported, grown = folder / "imported", folder / "grown"
     done("checkpoint", "import-hf", folder / "qwen3", imported)
     torch.testing.assert_close(exported(folder, imported), transformers_logits(folder / "qwen3"))
-    continued = trained(folder, "continued", imported)
+    continued = trained(folder, "continued", imported, "{}")
     before = exported(folder, continued)
     larger = {"num_layers": 4, "hidden_size": 54, "ffn_hidden_size": 76, "num_attention_heads": 8, "head_dim": 8}
     done("grow", continued, "--out", grown, *(word for key, n in larger.items() for word in (f"--model.{key}", str(n))))
     torch.testing.assert_close(exported(folder, grown), before, rtol=1e-4, atol=1e-5)
-    in_parallel = trained(folder, "parallel", grown, "{tensor: 2, pipeline: 2}")
+    in_parallel = trained(folder, "parallel", grown, "{tensor: 2, pipeline: 2}", "{pipeline: 2}")
     assert not torch.allclose(exported(folder, in_parallel), before, atol=1e-2), "trained"
 
 

@@ -51,6 +51,15 @@ def test_losses_and_gradients_are_equal_to_rounding(pool: Pool, layouts: list[Pa
             assert fused.added == fused.linear
 
 
+@pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(tensor=2, pipeline=2)], ids=["1", "4"])
+def test_a_tied_head_adds_to_the_gradient_of_the_embedding(pool: Pool, parallel: ParallelConfig) -> None:
+    stage = stage_of(parallel, MICRO_BATCHES, model=replace(MODEL, tie_embeddings=True))
+    for rank in pool.run(parallel.processes, both, [stage]):
+        for apart, fused in rank:
+            assert fused.loss == pytest.approx(apart.loss, rel=1e-6)
+            assert relative_difference(fused, apart) < 2e-6
+
+
 def test_in_bf16_they_are_equal_to_its_rounding(pool: Pool) -> None:
     stage = stage_of(ParallelConfig(tensor=2, sequence=True), MICRO_BATCHES, precision="bf16")
     for rank in pool.run(2, both, [stage]):
