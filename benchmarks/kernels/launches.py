@@ -50,6 +50,8 @@ FP8_FFN = (5456, 6816, 98304, 12288, 3072)
 VOCABULARY = ((80384, 80000), (20096, 19712), (10048, 10048), (2560, 640))
 HEADS = (64, 160, 20)
 CHANNELS = 128
+# Channels that turn of Pythia's heads.
+TURNED = 32
 
 
 class Variant(NamedTuple):
@@ -160,12 +162,13 @@ def _glu() -> Calls:
 
 
 def _rotary() -> Calls:
-    for heads, dtype, batch, queries in product(HEADS, DTYPES, (1, 2), (1, 4)):
+    shapes = [*product(HEADS, DTYPES, (1, 2), (1, 4), (CHANNELS,)), *product(HEADS[:1], DTYPES, (1,), (1,), (TURNED,))]
+    for heads, dtype, batch, queries, turned in shapes:
         shape = (ROWS, batch, heads // queries)
         packed = _tensor(*shape, queries + 2, CHANNELS, dtype=dtype)
         query, key = (_tensor(*shape, count, CHANNELS, dtype=dtype) for count in (queries, 1))
-        table = _tensor(ROWS, CHANNELS // 2)
-        options = _words(batches=batch > 1, groups=queries > 1)
+        table = _tensor(ROWS, turned // 2)
+        options = _words(batches=batch > 1, groups=queries > 1, partial=turned < CHANNELS)
         yield Variant("rotary forward", heads, dtype, options), partial(rotary.rotate_, packed, table, table)
         backward = partial(rotary.packed_gradient, query, key, key, table, table)
         yield Variant("rotary backward", heads, dtype, options), backward

@@ -137,7 +137,7 @@ def require_transformer_engine(stage: StageConfig) -> None:
     """Check that the stage's layers can be built from Transformer Engine's modules, if they are to be.
 
     Raises:
-        RequestError: it is not installed, or has no such positions.
+        RequestError: it is not installed, or has no such positions or residual.
     """
     if not stage.transformer_engine:
         return
@@ -149,4 +149,8 @@ def require_transformer_engine(stage: StageConfig) -> None:
     if stage.model.position == "xpos":
         raise RequestError(
             f"stage {stage.name!r}: transformer_engine has no xpos positions; set transformer_engine to false"
+        )
+    if stage.model.parallel_residual:
+        raise RequestError(
+            f"stage {stage.name!r}: transformer_engine has no parallel_residual; set transformer_engine to false"
         )

@@ -47,6 +47,8 @@ class EngineConfig(TransformerConfig):
     sliding_window: int | None = None
     """Positions that attention sees, itself among them; none for all. (The engine's own `window_size` is Transformer
     Engine's.)"""
+    parallel_residual: bool = False
+    """Attention and feed-forward layer both read the layer's input."""
     query_key_epsilon: float = 1e-5
     """Added to the mean square in the norms of queries and keys (`qk_layernorm`)."""
     embedding_gradient_shrink: float = 1.0
@@ -107,6 +109,7 @@ def _shape(model: ModelConfig) -> dict[str, object]:
         "add_qkv_bias": model.qkv_bias,
         "qk_layernorm": model.query_key_norm,
         "query_key_epsilon": model.query_key_epsilon,
+        "parallel_residual": model.parallel_residual,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "perform_initialization": False,

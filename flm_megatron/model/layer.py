@@ -20,7 +20,7 @@ AddFunction = Callable[[bool, bool], Callable[[tuple[Tensor, Tensor | None], Ten
 
 
 class TeleFLMLayer(TransformerLayer):
-    """x + attention(norm(x)), then x + mlp(norm(x)).
+    """x + attention(norm(x)), then x + mlp(norm(x)); with `parallel_residual` both of the layer's input.
 
     The engine's layer with a forward pass of its own, without what Tele-FLM does not have: cross attention, experts,
     inference kernels.
@@ -47,11 +47,13 @@ class TeleFLMLayer(TransformerLayer):
         """Output [sequence, batch, hidden] of the layer, and `context` unchanged."""
         recompute = self.config.recompute_norms_and_mlp and self.training and torch.is_grad_enabled()
         attended = self._attention(hidden_states, recompute, attention_mask, rotary_pos_emb, packed_seq_params)
+        # What is recomputed starts at the sum, which is kept, or at the layer's input.
+        feed_forward = partial(checkpoint, self._feed_forward, False) if recompute else self._feed_forward
+        if self.config.parallel_residual:
+            return self._add(self.self_attn_bda, attended, feed_forward(hidden_states)), context
         if recompute or attended[1] is not None or not isinstance(self.pre_mlp_layernorm, RMSNorm):
             hidden_states = self._add(self.self_attn_bda, attended, hidden_states)
-            # What is recomputed starts at the sum, which is kept.
-            run = partial(checkpoint, self._feed_forward, False) if recompute else self._feed_forward
-            return run(hidden_states), context
+            return feed_forward(hidden_states), context
         normed, hidden_states = self.pre_mlp_layernorm(attended[0], hidden_states)
         return self._add(self.mlp_bda, self.mlp(normed), hidden_states), context
 

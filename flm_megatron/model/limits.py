@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flm_megatron.config.rules.model import rotary_channels_are_pairs
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import RequestError
 
@@ -37,6 +38,8 @@ def check_limits(model: ModelConfig, where: str) -> ModelConfig:
             f"{where}: norm_epsilon is {model.norm_epsilon} and rope_theta {model.rope_theta}: the first has to lie "
             "between 0 and 1, the second above 0"
         )
+    if line := rotary_channels_are_pairs(model):
+        raise RequestError(f"{where}: {line.removeprefix('model.')}")
     return model
 
 

@@ -13,8 +13,8 @@ from flm_megatron.config.schema import RopeScaling
 def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling, theta: float) -> Tensor:
     """The frequencies [channels / 2] in radians a token, each between itself and itself over the factor.
 
-    `frequencies` are those of the unscaled model, theta^(-2i / channels). Linear: Chen et al., arXiv 2306.15595;
-    Llama 3's: arXiv 2407.21783; YaRN: arXiv 2309.00071.
+    `frequencies` are those of the unscaled model, theta^(-2i / channels), channels being those that turn. Linear: Chen
+    et al., arXiv 2306.15595; Llama 3's: arXiv 2407.21783; YaRN: arXiv 2309.00071.
     """
     if scaling.kind == "linear":
         kept = torch.zeros_like(frequencies)

@@ -54,6 +54,7 @@ class TeleFLM(GPTModel):
             post_process=post_process,
             share_embeddings_and_output_weights=model.tie_embeddings,
             position_embedding_type="rope",
+            rotary_percent=model.rotary_percent,
             rotary_base=model.rope_theta,  # type: ignore[arg-type]
             vp_stage=vp_stage,
         )

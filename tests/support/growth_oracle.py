@@ -77,7 +77,8 @@ def logits(model: ModelConfig, tensors: Mapping[str, Tensor], tokens: Tensor, ma
     for i, blend in enumerate(masks.layers):
         layer = {name[len(LAYER) :]: t[i] for name, t in weights.items() if name.startswith(LAYER)}
         y = x + attention(model, layer, norm(model, layer, "self_attention.linear_qkv.layer_norm_", x, masks), masks)
-        y = y + feed_forward(model, layer, norm(model, layer, "mlp.linear_fc1.layer_norm_", y, masks), masks)
+        read = x if model.parallel_residual else y
+        y = y + feed_forward(model, layer, norm(model, layer, "mlp.linear_fc1.layer_norm_", read, masks), masks)
         x = blend * y + (1 - blend) * x
     x = norm(model, weights, "decoder.final_layernorm.", x, masks)
     head = weights["embedding.word_embeddings.weight" if model.tie_embeddings else "output_layer.weight"]
@@ -119,12 +120,12 @@ def head_norm(model: ModelConfig, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rotate(model: ModelConfig, x: Tensor) -> Tensor:
-    """Half-rotation rotary positions of [batch, sequence, heads, channels]."""
-    half = model.kv_channels // 2
+    """Half-rotation rotary positions of [batch, sequence, heads, channels], of the first 2 x half channels."""
+    half = int(model.kv_channels * model.rotary_percent) // 2
     inverse = model.rope_theta ** (-torch.arange(half).double() / half)
     angle = torch.outer(torch.arange(x.shape[1]).double(), inverse)[:, None]
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), rest], -1)
 
 
 def feed_forward(model: ModelConfig, layer: Mapping[str, Tensor], x: Tensor, masks: Masks) -> Tensor:

@@ -139,17 +139,19 @@ def geglu(name: str, device: str, dtype: str, rows: int, ffn: int) -> Errors:
 
 
 def rotary(
-    name: str, device: str, dtype: str, sequence: int, batch: int, groups: int, queries: int, channels: int
-) -> Errors:
+    name: str, device: str, dtype: str, sequence: int, batch: int, groups: int, queries: int, channels: int,
+    turned: int | None = None,
+) -> Errors:  # fmt: skip
     """Queries, keys and values out of the packed projection, through scaled dot-product attention's layout."""
     use(name, device)
-    angles = torch.outer(torch.arange(sequence), 100.0 ** -torch.linspace(0, 1, channels // 2)).double().to(device)
+    pairs = (turned or channels) // 2
+    angles = torch.outer(torch.arange(sequence), 100.0 ** -torch.linspace(0, 1, pairs)).double().to(device)
     cos, sin = angles.cos(), angles.sin()
     precise = dtype == "fp64"
     tables = (cos, sin) if precise else (cos.float(), sin.float())
     width = groups * (queries + 2) * channels
     return compare(
-        lambda packed: kernels.rotary_qkv(packed, *tables, queries),
+        lambda packed: kernels.rotary_qkv(packed, *tables, queries, turned and channels),
         lambda packed: _rotary_formula(packed, tables[0].double(), tables[1].double(), groups, queries),
         {"packed": draw(sequence, batch, width, dtype=dtype, device=device, seed=1)},
     )
@@ -161,9 +163,9 @@ def _rotary_formula(
     sequence, batch, _ = packed.shape
     heads = packed.reshape(sequence, batch * groups, queries + 2, -1)
     turn = torch.complex(cos, sin)[:, None, None, :]
-    half = heads.size(-1) // 2
-    turned = torch.complex(heads[..., :half], heads[..., half:]) * turn
-    rotated = torch.cat([turned.real, turned.imag], dim=-1)
+    half = cos.size(-1)
+    turned = torch.complex(heads[..., :half], heads[..., half : 2 * half]) * turn
+    rotated = torch.cat([turned.real, turned.imag, heads[..., 2 * half :]], dim=-1)
     return rotated[:, :, :queries], rotated[:, :, queries : queries + 1], heads[:, :, queries + 1 :]
 
 
@@ -296,6 +298,10 @@ CASES: dict[str, tuple[Callable[..., Errors], dict[str, Any]]] = {
     "rotary, grouped queries": (
         rotary,
         {"sequence": 4, "batch": 2, "groups": 3, "queries": 4, "channels": 10},
+    ),
+    "rotary, a part of each head": (
+        rotary,
+        {"sequence": 4, "batch": 2, "groups": 3, "queries": 2, "channels": 22, "turned": 6},
     ),
     "rotary, wide heads": (rotary, {"sequence": 2, "batch": 1, "groups": 5, "queries": 7, "channels": 128}),
     "cross_entropy": (cross_entropy, {"rows": 5, "width": 97}),

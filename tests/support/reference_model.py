@@ -52,9 +52,9 @@ def reference_logits(model: ModelConfig, tensors: Mapping[str, Tensor], tokens: 
     for index in range(model.num_layers):
         layer = {name.removeprefix(LAYER): x[index] for name, x in tensors.items() if name.startswith(LAYER)}
         normed = _norm(model, layer, "self_attention.linear_qkv.layer_norm_", hidden)
-        hidden = hidden + _attention(model, layer, normed)
-        normed = _norm(model, layer, "mlp.linear_fc1.layer_norm_", hidden)
-        hidden = hidden + _feed_forward(model, layer, normed)
+        attended = hidden + _attention(model, layer, normed)
+        read = hidden if model.parallel_residual else attended
+        hidden = attended + _feed_forward(model, layer, _norm(model, layer, "mlp.linear_fc1.layer_norm_", read))
     hidden = _norm(model, tensors, "decoder.final_layernorm.", hidden)
     factor = model.output_mult
     if model.mup.enabled:
@@ -107,8 +107,9 @@ def _attention(model: ModelConfig, layer: Mapping[str, Tensor], x: Tensor) -> Te
 
 
 def _positions(model: ModelConfig, x: Tensor, xpos_sign: int) -> Tensor:
-    """Rotate x [batch, sequence, group, head, channels] in pairs (i, i + channels/2); xPos also scales the pairs."""
-    sequence, channels = x.size(1), x.size(-1)
+    """Rotate x [batch, sequence, group, head, channels] in pairs (i, i + turned/2), of the first `turned` channels;
+    xPos also scales the pairs."""
+    sequence, channels = x.size(1), int(x.size(-1) * model.rotary_percent)
     position = torch.arange(sequence, dtype=torch.float64)[:, None]
     pair = torch.arange(channels // 2, dtype=torch.float64)
     angle = position * torch.tensor(_frequencies(model), dtype=torch.float64)
@@ -117,13 +118,13 @@ def _positions(model: ModelConfig, x: Tensor, xpos_sign: int) -> Tensor:
         zeta = (2 * pair / channels + 0.4) / 1.4
         scale = zeta ** (xpos_sign * position / model.xpos_scale_base)
     cos, sin = ((scale * f(angle)).to(x.dtype)[None, :, None, None, :] for f in (torch.cos, torch.sin))
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    first, second = x[..., :channels].chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, x[..., channels:]], -1)
 
 
 def _frequencies(model: ModelConfig) -> list[float]:
     """Radians a token by which each pair of channels turns: slow pairs slower by the factor of the scaling."""
-    channels, scaling = model.kv_channels, model.rope_scaling
+    channels, scaling = int(model.kv_channels * model.rotary_percent), model.rope_scaling
     found = []
     for pair in range(channels // 2):
         frequency = model.rope_theta ** (-2 * pair / channels)

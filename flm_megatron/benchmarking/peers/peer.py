@@ -57,8 +57,8 @@ def check_peers(names: Sequence[str], stage: StageConfig) -> None:
             "--compare needs the Llama block (rmsnorm, swiglu, no bias, no query_key_norm, rope without rope_scaling), "
             "as peers have it"
         )
-    for name in ("sliding_window", "tie_embeddings"):
-        if getattr(model, name):
+    for name in ("sliding_window", "tie_embeddings", "parallel_residual", "rotary_percent"):
+        if getattr(model, name) != getattr(ModelConfig(), name):
             raise RequestError(f"--compare: peers have no {name}; leave model.{name} out")
     if stage.recompute == "selective":
         raise RequestError("--compare: peers have no selective recomputation; set recompute to none or full")

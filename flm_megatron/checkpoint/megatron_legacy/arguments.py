@@ -56,7 +56,7 @@ def arguments_of(
 
     Raises RequestError for what Megatron-LM's checkpoints do not have.
     """
-    for name in ("sliding_window", "tie_embeddings"):
+    for name in ("sliding_window", "tie_embeddings", "parallel_residual"):
         if value := getattr(model, name):
             raise RequestError(
                 f"the model has {name} = {value}, which is not written into Megatron-LM's checkpoints: use "
@@ -95,7 +95,7 @@ def arguments_of(
         qk_layernorm=model.query_key_norm,
         position_embedding_type="rope",
         rotary_base=int(model.rope_theta) if model.rope_theta.is_integer() else model.rope_theta,
-        rotary_percent=1.0,
+        rotary_percent=model.rotary_percent,
         untie_embeddings_and_output_weights=True,
         apply_layernorm_1p=False,
         tensor_model_parallel_size=parallel.tensor,
@@ -112,7 +112,6 @@ def arguments_of(
 
 PLAIN: dict[str, tuple[object, ...]] = {
     "position_embedding_type": ("rope",),
-    "rotary_percent": (1.0,),
     "rotary_interleaved": (False,),
     "rotary_seq_len_interpolation_factor": (None, 1),
     "use_rope_scaling": (False,),
@@ -161,6 +160,7 @@ def _model(known: Arguments, vocab_size: int) -> ModelConfig:
         qkv_bias=not biased and bool(known.get("add_qkv_bias")),
         norm_epsilon=known.get(epsilon, 1e-5),
         rope_theta=float(known.get("rotary_base") or 10000.0),
+        rotary_percent=float(known.get("rotary_percent", 1.0)),
         input_mult=float(known.get("input_mult", 1.0)),
         output_mult=float(known.get("output_mult", 1.0)),
         mup=MupConfig(enabled=True, base_hidden_size=max(1, round(hidden / factor))) if factor != 1 else MupConfig(),

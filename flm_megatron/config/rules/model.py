@@ -68,6 +68,23 @@ def head_dim_is_even(model: ModelConfig) -> str | None:
     return None
 
 
+def rotary_channels_are_pairs(model: ModelConfig) -> str | None:
+    """The share of a head that turns is of pairs of channels, and of plain rotary positions."""
+    share, turned = model.rotary_percent, model.rotary_channels
+    if share == 1:
+        return None
+    if model.position != "rope":
+        return f"model.rotary_percent is {share}, but model.position is {model.position}: leave it out, or set rope"
+    if not 0 < share < 1 or turned < 2 or turned % 2:
+        return (
+            f"model.rotary_percent is {share}, give a share up to 1 that is an even number of a head's "
+            f"{model.kv_channels} channels"
+        )
+    if model.rope_scaling is not None and model.rope_scaling.kind == "yarn":  # it stretches what turns, not all scores
+        return f"model.rotary_percent is {share}, but model.rope_scaling is yarn: all channels have to turn with it"
+    return None
+
+
 def biases_are_said_once(model: ModelConfig) -> str | None:
     """The biases of all linear layers include those of queries, keys and values."""
     if model.bias and model.qkv_bias:
@@ -136,6 +153,7 @@ MODEL_RULES = (
     heads_divide_hidden,
     heads_divide_into_groups,
     head_dim_is_even,
+    rotary_channels_are_pairs,
     rope_scaling_fits,
     tied_head_starts_as_the_embedding,
 )

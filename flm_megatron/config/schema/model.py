@@ -108,12 +108,17 @@ class ModelConfig:
     heads of a layer share the weights."""
     query_key_norm_epsilon: float | None = None
     """Added to the mean square in these norms; none means norm_epsilon. Growth changes the other alone."""
+    parallel_residual: bool = False
+    """Attention and feed-forward layer both read the layer's input, each through its own norm, and both are added to
+    it, as GPT-NeoX has them; else the feed-forward layer reads the sum after attention."""
     position: Literal["rope", "xpos"] = "rope"
     """Rotary positions, or xPos (rotary with exponential decay)."""
     norm_epsilon: float = 1e-5
     """Added to the mean square in the norms."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
+    rotary_percent: float = 1.0
+    """Share of a head's channels that turn, the first ones, rounded down; the others have no position (GPT-NeoX)."""
     rope_scaling: RopeScaling | None = None
     """Slower rotary frequencies for longer sequences, as Llama 3 has them; none leaves them as they are."""
     xpos_scale_base: float = 512.0
@@ -144,6 +149,11 @@ class ModelConfig:
     def kv_channels(self) -> int:
         """Channels per head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of a head that rotary positions turn."""
+        return int(self.kv_channels * self.rotary_percent)
 
     @property
     def query_groups(self) -> int:

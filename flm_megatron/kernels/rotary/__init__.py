@@ -14,7 +14,10 @@ from flm_megatron.kernels.registry import Implementation, Operation
 
 
 class RotaryKernels(Protocol):
-    """What an implementation of rotary positions has. `cos` and `sin` are [sequence, channels / 2] in fp32."""
+    """What an implementation of rotary positions has.
+
+    `cos` and `sin` are [sequence, pairs] in fp32: the first 2 x pairs channels of a head turn, the others stay.
+    """
 
     def rotate_(self, packed: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Rotate queries and keys of `packed` [sequence, batch, groups, queries + 2, channels] in place."""
@@ -53,18 +56,20 @@ ROTARY: Operation[RotaryKernels] = Operation(
 )
 
 
-def rotary_qkv(packed: Tensor, cos: Tensor, sin: Tensor, queries: int) -> tuple[Tensor, Tensor, Tensor]:
+def rotary_qkv(
+    packed: Tensor, cos: Tensor, sin: Tensor, queries: int, channels: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Query [sequence, batch x groups, queries, channels], key and value [sequence, batch x groups, 1, channels].
 
     `packed` [sequence, batch, groups x (queries + 2) x channels] holds for each query group its `queries` queries,
     its key and its value. Queries and keys are rotated in place, so what `packed` was is lost, and the three are
     views of it: query groups are folded into the batch, where scaled dot-product attention takes them as they lie.
-    `cos` and `sin` are [sequence, channels / 2]: channel i turns with channel i + channels / 2 (Su et al., arXiv
-    2104.09864, in the half-rotation form).
+    `cos` and `sin` are [sequence, pairs]: channel i turns with channel i + pairs (Su et al., arXiv 2104.09864, in the
+    half-rotation form). With more `channels` in a head than the 2 x pairs that turn the last ones stay as they are.
     """
     if not packed.is_contiguous():
         packed = packed.contiguous()
-    return _RotaryQKV.apply(packed, cos, sin, queries, implementation(ROTARY, packed))
+    return _RotaryQKV.apply(packed, cos, sin, queries, channels or 2 * cos.size(-1), implementation(ROTARY, packed))
 
 
 class _Context(Context, Protocol):
@@ -75,11 +80,10 @@ class _Context(Context, Protocol):
 class _RotaryQKV(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: _Context, packed: Tensor, cos: Tensor, sin: Tensor, queries: int, kernels: RotaryKernels
+        ctx: _Context, packed: Tensor, cos: Tensor, sin: Tensor, queries: int, channels: int, kernels: RotaryKernels
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Value of the operation; keeps what its gradient needs."""
         sequence, batch, width = packed.shape
-        channels = 2 * cos.size(-1)
         groups = width // ((queries + 2) * channels)
         # Detached, so that the results count as new tensors; writing to it still marks `packed` as changed.
         heads = packed.detach().view(sequence, batch, groups, queries + 2, channels)
@@ -91,8 +95,8 @@ class _RotaryQKV(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         """Gradients of the inputs."""
         cos, sin = ctx.saved_tensors
         query, key, value = (grad.unflatten(1, (ctx.batch, -1)) for grad in grads)
-        return ctx.kernels.packed_gradient(query, key, value, cos, sin).flatten(2), None, None, None, None
+        return ctx.kernels.packed_gradient(query, key, value, cos, sin).flatten(2), None, None, None, None, None

@@ -9,11 +9,12 @@ from torch import Tensor
 def rotate_(packed: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotate queries and keys of `packed` [sequence, batch, groups, queries + 2, channels] in place.
 
-    The last two heads of a group are its key and its value. `cos` and `sin` are [sequence, channels / 2] in fp32.
+    The last two heads of a group are its key and its value. `cos` and `sin` are [sequence, pairs] in fp32, of the first
+    2 x pairs channels.
     """
-    cos, sin = _over_heads(cos, packed), _over_heads(sin, packed)
+    cos, sin, turned = _over_heads(cos, packed), _over_heads(sin, packed), 2 * cos.size(-1)
     # One head of every group at a time: a loop over few heads inside one over groups would be slow on a CPU.
-    for head in packed[..., :-1, :].unbind(-2):
+    for head in packed[..., :-1, :turned].unbind(-2):
         first, second = head.chunk(2, dim=-1)
         a, b = first.to(cos.dtype), second.to(cos.dtype)
         rotated = torch.mul(a, cos).addcmul_(b, sin, value=-1)
@@ -40,8 +41,11 @@ def packed_gradient(grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, co
 
 
 def _rotate_back(grad: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    a, b = (half.to(cos.dtype) for half in grad.chunk(2, dim=-1))
-    first, second = out.chunk(2, dim=-1)
+    turned = 2 * cos.size(-1)
+    if turned < out.size(-1):
+        out[..., turned:] = grad[..., turned:]
+    a, b = (half.to(cos.dtype) for half in grad[..., :turned].chunk(2, dim=-1))
+    first, second = out[..., :turned].chunk(2, dim=-1)
     if out.dtype is not cos.dtype:
         first.copy_(torch.mul(a, cos).addcmul_(b, sin))
         second.copy_(torch.mul(b, cos).addcmul_(a, sin, value=-1))

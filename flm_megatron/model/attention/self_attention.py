@@ -29,8 +29,8 @@ class PackedSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Output [sequence, batch, hidden] of the projection, and its bias, which is not added yet.
 
-        `rotary_pos_emb` [sequence, 1, 1, channels] holds the angle of each channel; `attention_mask` is as in
-        `CoreAttention`.
+        `rotary_pos_emb` [sequence, 1, 1, turned channels] holds the angle of each channel that turns; `attention_mask`
+        is as in `CoreAttention`.
         """
         assert packed_seq_params is None, "sequences are not packed in the engine's way"
         assert rotary_pos_emb is not None, "positions are rotary"
@@ -40,7 +40,8 @@ class PackedSelfAttention(SelfAttention):
         if self.q_layernorm is not None:
             packed = self._normed(packed, queries)
         cos, sin = _tables(rotary_pos_emb)
-        query, key, value = kernels.rotary_qkv(packed.flatten(2), cos, sin, queries)
+        channels = self.hidden_size_per_attention_head
+        query, key, value = kernels.rotary_qkv(packed.flatten(2), cos, sin, queries, channels)
         if self.config.num_query_groups < self.world_size:
             query = self._own_queries(query)
         if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.size(0) > 1:
@@ -64,7 +65,7 @@ class PackedSelfAttention(SelfAttention):
 
 @lru_cache(maxsize=2)
 def _tables(angles: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [sequence, channels / 2]; the engine passes the same tensor of angles to all layers and
+    """Cosines and sines [sequence, turned channels / 2]; the engine passes the same tensor of angles to all layers and
     steps."""
     half = angles[:, 0, 0, : angles.size(-1) // 2]
     return half.cos(), half.sin()

@@ -31,11 +31,12 @@ def stream_bytes(work: Workload) -> int:
 def layer_activations(work: Workload) -> LayerActivations:
     """What a layer keeps and makes again under the workload's recomputation."""
     stream = residual_bytes(work)
+    inputs = 1 if work.model.parallel_residual else 2  # of the norms
     scores, attention, mlp = _scores(work), _attention(work), _feed_forward(work)
     # Norms' outputs where they are written, and what they keep besides their inputs.
     norms = [_norm_extra(work) + (0 if casts_input(work, reader) else stream) for reader in ("qkv", "fc1")]
     masks = 2 * stream / work.bytes if work.implementation.dropout else 0.0  # one byte per value
-    whole = 2 * stream + sum(norms) + attention + scores + mlp + masks + _adapters(work)
+    whole = inputs * stream + sum(norms) + attention + scores + mlp + masks + _adapters(work)
     if work.recompute == "full":
         return LayerActivations(stream, whole - stream)
     if work.recompute == "attention":
@@ -105,7 +106,7 @@ def _attention(work: Workload) -> float:
     if xpos:
         tables = 4.0 * work.sequence_length * channels
     if work.implementation.rotary and not work.implementation.fused_rotary:
-        tables += 4.0 * work.sequence_length * channels * work.bytes
+        tables += 4.0 * work.sequence_length * model.rotary_channels * work.bytes
     if work.implementation.rotary and (xpos or not work.implementation.fused_rotary):
         values += heads + groups
     if model.query_key_norm:

@@ -143,7 +143,8 @@ def _around(work: Workload, machine: Machine, column: Passes) -> Passes:
     stream = residual_bytes(work)
     mask = stream / work.bytes if work.implementation.dropout else 0.0
     # A fused sum spares the norm one stream to read, and backward two; of a layer's two pairs one is fused.
-    spared = 0.5 if work.implementation.fused_residual and work.recompute != "selective" else 0.0
+    fuses = work.implementation.fused_residual and not work.model.parallel_residual
+    spared = 0.5 if fuses and work.recompute != "selective" else 0.0
     forward = memory_time(machine, 2 * stream) + memory_time(machine, (3 - spared) * stream + mask)
     backward = memory_time(machine, 3 * stream) + memory_time(machine, (3 - 2 * spared) * stream + mask)
     # Beside the weight gradient of the first matrix, with sequence parallelism beside the gradient of its input too.

@@ -46,6 +46,14 @@ MODELS = {
         sliding_window=6,
         tie_embeddings=True,
     ),
+    "neox": ModelConfig(
+        **SHAPE,
+        normalization="layernorm",
+        activation="gelu",
+        bias=True,
+        parallel_residual=True,
+        rotary_percent=0.5,
+    ),
 }
 LAYOUTS = [
     ParallelConfig(tensor=2),
@@ -53,7 +61,7 @@ LAYOUTS = [
     ParallelConfig(pipeline=2),
     ParallelConfig(pipeline=2, pipeline_layers=[1, 4]),
     ParallelConfig(pipeline=2, virtual_pipeline=2),
-    ParallelConfig(tensor=4, sequence=True),
+    pytest.param(ParallelConfig(tensor=4, sequence=True), marks=pytest.mark.slow),  # under pipelines below
     ParallelConfig(pipeline=4),
     ParallelConfig(tensor=2, pipeline=2, sequence=True, virtual_pipeline=2, pipeline_layers=[1, 2, 1, 1]),
     ParallelConfig(tensor=4, pipeline=2, sequence=True),

@@ -31,6 +31,8 @@ OTHER: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
     "heads": (MODEL, {"num_attention_heads": 6}),
     "position": (MODEL, {"position": "xpos"}),
     "xpos_scale_base": (XPOS, {"xpos_scale_base": 64.0}),
+    "rotary_percent": (MODEL, {"rotary_percent": 0.5}),
+    "parallel_residual": (MODEL, {"parallel_residual": True}),
     "rope_theta": (MODEL, {"rope_theta": 500000.0}),
     "rope_scaling": (MODEL, {"rope_scaling": RopeScaling("linear", 2.0)}),
     "norm_epsilon": (MODEL, {"norm_epsilon": 1e-2}),
@@ -51,6 +53,7 @@ SAME: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
     "mup off, its factor in output_mult": (MODEL, {"mup": MupConfig(), "output_mult": 1.0}),
     "base of no mup": (replace(MODEL, mup=MupConfig()), {"mup": MupConfig(base_hidden_size=7)}),
     "query_key_norm_epsilon": (NORMED, {"query_key_norm_epsilon": 1e-5}),
+    "as many channels that turn": (replace(MODEL, rotary_percent=0.5), {"rotary_percent": 0.6}),
     "rounding": (MODEL, {"norm_epsilon": 1e-5 * (1 + 1e-9)}),
 }
 

@@ -111,6 +111,8 @@ def test_zero_channels_of_a_tied_head_need_layers_that_read_them() -> None:
         ({"bias": True}, "model.bias is False"),
         ({"qkv_bias": True}, "model.qkv_bias is False"),
         ({"query_key_norm": True}, "model.query_key_norm is False"),
+        ({"parallel_residual": True}, "model.parallel_residual is False"),
+        ({"rotary_percent": 0.7}, "model.rotary_percent is 1.0"),
         ({"rope_theta": 5e5}, "model.rope_theta is 10000.0"),
         ({"sliding_window": 8}, "model.sliding_window is None"),
         ({"tie_embeddings": True}, "model.tie_embeddings is False"),

@@ -32,6 +32,10 @@ TOKENS = torch.randint(0, 37, (2, 11), generator=torch.Generator().manual_seed(3
 BLOCKS: dict[str, dict[str, Any]] = {
     "teleflm": {},
     "gpt3": {"normalization": "layernorm", "activation": "gelu", "bias": True},
+    "neox": {
+        **{"normalization": "layernorm", "activation": "gelu", "bias": True},
+        **{"parallel_residual": True, "rotary_percent": 0.7},
+    },
     "qwen": {"mup": MupConfig(enabled=False), "qkv_bias": True, "query_key_norm": True},
     "tied": {"tie_embeddings": True},
 }

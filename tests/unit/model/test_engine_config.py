@@ -49,10 +49,12 @@ def test_transformer_engine_is_refused_where_it_is_missing(monkeypatch: pytest.M
         transformer_config(StageConfig(name="one", transformer_engine=True))
 
 
-def test_transformer_engine_is_refused_with_xpos(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformer_engine_is_refused_with_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "find_spec", lambda name: object())
     with pytest.raises(RequestError, match="no xpos positions"):
         transformer_config(StageConfig(model=ModelConfig(position="xpos"), transformer_engine=True))
+    with pytest.raises(RequestError, match="no parallel_residual"):
+        transformer_config(StageConfig(model=ModelConfig(parallel_residual=True), transformer_engine=True))
 
 
 def test_a_model_without_a_vocabulary_is_refused() -> None:

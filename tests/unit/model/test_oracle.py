@@ -37,10 +37,14 @@ MODELS = {
     "gpt3 block with xpos": ModelConfig(
         **SHAPE, normalization="layernorm", activation="gelu", bias=True, position="xpos", xpos_scale_base=8
     ),
+    "neox": ModelConfig(
+        **SHAPE, normalization="layernorm", activation="gelu", bias=True, parallel_residual=True, rotary_percent=0.3
+    ),
+    "parallel, norms without biases": ModelConfig(**SHAPE, num_query_groups=2, parallel_residual=True),
     "tied head": ModelConfig(**SHAPE, tie_embeddings=True, input_mult=1.5, output_mult=2.0),
     "sliding window, geglu": ModelConfig(**SHAPE, num_query_groups=2, sliding_window=5, activation="geglu"),
     "other theta and epsilon": ModelConfig(**SHAPE, rope_theta=500.0, norm_epsilon=1e-2),
-    "llama 3's rope": ModelConfig(**SHAPE, rope_scaling=RopeScaling("llama3", 4.0, 24)),
+    "llama 3's rope": ModelConfig(**SHAPE, rope_scaling=RopeScaling("llama3", 4.0, 24), rotary_percent=0.75),
     "yarn": ModelConfig(**SHAPE, rope_theta=50.0, rope_scaling=RopeScaling("yarn", 4.0, 64, beta_fast=8.0)),
 }
 
@@ -141,7 +145,7 @@ def test_an_attention_mask_hides_what_lies_before_a_document() -> None:
     assert relative(chunk(tokens)[0, 5:, :201], one) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["plain", "grouped queries", "gpt3 block with xpos"])
+@pytest.mark.parametrize("name", ["plain", "grouped queries", "gpt3 block with xpos", "neox"])
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_recomputation_changes_no_bit_of_the_loss_and_gradients_by_rounding_only(name: str, mode: str) -> None:
     model = MODELS[name]

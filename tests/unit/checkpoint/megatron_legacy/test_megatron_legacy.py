@@ -172,6 +172,7 @@ def save_one(folder: Path, **content: Any) -> Path:
         ({"num_experts": 8}, "num_experts = 8"),
         ({"use_rope_scaling": True}, "use_rope_scaling = True; only False"),
         ({"rotary_seq_len_interpolation_factor": 2}, "rotary_seq_len_interpolation_factor = 2"),
+        ({"rotary_percent": 0.3}, r"rotary_percent is 0\.3, give a share .* of a head's 4 channels"),
         ({"window_size": (128, 0)}, r"window_size = \(128, 0\)"),
         ({"vocab_size": None, "padded_vocab_size": 128}, "padded 128: give --vocab-size"),
         ({"normalization": "LayerNorm"}, "qk_layernorm with LayerNorm; only RMSNorm"),
@@ -222,6 +223,7 @@ def test_the_arguments_describe_the_same_model(
         hidden_size=24, num_attention_heads=heads[0], num_query_groups=heads[1], head_dim=channels, vocab_size=77,
         rope_theta=theta, norm_epsilon=epsilon, input_mult=multipliers[0], output_mult=multipliers[1],
         normalization=kinds[0], activation=kinds[1], **biases, mup=MupConfig(True, base),
+        rotary_percent=0.7 if channels == 6 else 1.0,
     )  # fmt: skip
     assert differences(model_from_arguments(arguments_of(model, ParallelConfig(), 32, 0), "here"), model) == []
 

@@ -77,9 +77,10 @@ def test_sampling_does_not_depend_on_the_batch(folder: Path) -> None:
     "model",
     [
         replace(MODEL, query_key_norm=True, rope_scaling=RopeScaling("yarn", 4.0, 8, beta_fast=1.0, beta_slow=0.1)),
+        replace(MODEL, parallel_residual=True, rotary_percent=0.5),
         replace(MODEL, position="xpos", xpos_scale_base=8.0, sliding_window=4),
     ],
-    ids=["rope", "xpos"],
+    ids=["rope", "neox", "xpos"],
 )
 def test_the_cache_gives_the_logits_of_whole_forward_passes(folder: Path, model: ModelConfig) -> None:
     evaluated = evaluated_in(folder, model)

@@ -25,6 +25,8 @@ MODEL = ModelConfig(num_layers=4, hidden_size=256, ffn_hidden_size=688, num_atte
 GPT = replace(MODEL, normalization="layernorm", activation="gelu", bias=True, position="xpos", query_key_norm=True)
 ADAPTED = replace(MODEL, lora=LoraConfig(rank=8))
 WINDOWED = replace(MODEL, sliding_window=64, num_query_groups=2, qkv_bias=True, query_key_norm=True)
+PARALLEL = replace(WINDOWED, parallel_residual=True, rotary_percent=0.25)
+NEOX = replace(PARALLEL, normalization="layernorm", activation="gelu", bias=True, qkv_bias=False)
 TIED = replace(MODEL, tie_embeddings=True)
 WIDE = replace(MODEL, vocab_size=1_200_000)
 """Its logits are large as a whole, and not on the part of a sequence that a rank has."""
@@ -58,7 +60,9 @@ def case(name: str, parallel: ParallelConfig, gpus: int, slow: bool = True, **fi
 P = ParallelConfig
 CASES = [
     case("sequence and pipeline", P(tensor=2, pipeline=2, sequence=True), 8, False, recompute="selective"),
-    case("chunks that overlap", P(pipeline=2, virtual_pipeline=2, overlap_grad_reduce=True), 4, False, model=WINDOWED),
+    case("chunks that overlap", P(pipeline=2, virtual_pipeline=2, overlap_grad_reduce=True), 4, False, model=PARALLEL),
+    case("one after the other", P(pipeline=2, virtual_pipeline=2, overlap_grad_reduce=True), 4, model=WINDOWED),
+    case("parallel residual", P(tensor=2, pipeline=2, sequence=True), 4, model=NEOX, recompute="selective"),
     case("both ends of a pipeline", P(tensor=2, pipeline=2), 8, model=TIED),
     case("copies without shards", P(pipeline=2, distributed_optimizer=False), 4, model=TIED),
     case("tied chunks", P(pipeline=2, virtual_pipeline=2, overlap_grad_reduce=True), 4, model=TIED),
