@@ -124,7 +124,8 @@ class HuggingFaceCheckpoint(LogicalCheckpoint):
             fits = shape == target.shape or (target.padded and shape[1:] == target.shape[1:])
             if not fits or shape[0] < target.shape[0]:
                 raise RequestError(f"{self.path}: {name} has shape {shape}, config.json asks for {target.shape}")
-        strange = [name for name in self._arrays if name not in wanted and not name.endswith(IGNORED)]
+        ignored = (IGNORED, *self.family.buffers)
+        strange = [name for name in self._arrays if name not in wanted and not name.endswith(ignored)]
         if strange:
             raise RequestError(f"{self.path}: tensor {strange[0]} is not one of the configured model")
 

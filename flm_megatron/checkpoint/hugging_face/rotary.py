@@ -71,5 +71,7 @@ def rotary_settings(model: ModelConfig) -> dict[str, object]:
         theirs = {ours: name for name, ours in OURS.items()}
         constants = {theirs.get(name, name): value for name, value in scaling.constants.items() if value is not None}
         positions = {"rope_type": scaling.kind, **constants}
-    settings = {"rope_theta": model.rope_theta, "rope_parameters": positions | {"rope_theta": model.rope_theta}}
+    share = {} if model.rotary_percent == 1 else {"partial_rotary_factor": model.rotary_percent}
+    parameters = positions | {"rope_theta": model.rope_theta} | share
+    settings = {"rope_theta": model.rope_theta, "rope_parameters": parameters}
     return settings if scaling is None else settings | {"rope_scaling": positions}

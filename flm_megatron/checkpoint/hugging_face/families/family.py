@@ -40,8 +40,9 @@ class Family:
     `expresses` gives the values of the model's fields that it can hold; fields that it does not name have to be at
     their defaults. `multipliers` says whether `config.json` holds the multipliers of muP; if not, an export folds them
     into the weights. `embedding_multiplier` is what a family multiplies the embedding's output by, which is folded in
-    too; its norms multiply by their stored weights plus `norm_offset`. `code` are files of `released_form` that a
-    folder carries.
+    too; its norms multiply by their stored weights plus `norm_offset`. With `plain_heads` every head has a key and a
+    value of its own and hidden size / heads channels. `buffers` are ends of names of tensors that older exports hold
+    and that follow from the configuration; `code` are files of `released_form` that a folder carries.
     """
 
     name: str
@@ -52,6 +53,8 @@ class Family:
     multipliers: bool = False
     embedding_multiplier: Callable[[ModelConfig], float] = _one
     norm_offset: float = 0.0
+    plain_heads: bool = False
+    buffers: tuple[str, ...] = ()
     code: tuple[str, ...] = ()
 
     def obstacles(self, model: ModelConfig) -> list[str]:
@@ -61,4 +64,8 @@ class Family:
             allowed = self.expresses.get(name, (getattr(default, name),))
             if allowed is not None and getattr(model, name) not in allowed:
                 found.append(f"{name} = {getattr(model, name)} (here: {' or '.join(map(str, allowed))})")
+        if self.plain_heads:
+            heads, channels = model.num_attention_heads, model.hidden_size / model.num_attention_heads
+            found += [f"num_query_groups = {model.query_groups} (here: {heads})"] * (model.query_groups != heads)
+            found += [f"head_dim = {model.kv_channels} (here: {channels:g})"] * (model.kv_channels != channels)
         return found

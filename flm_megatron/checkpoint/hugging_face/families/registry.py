@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flm_megatron.checkpoint.hugging_face.families.family import Family
 from flm_megatron.checkpoint.hugging_face.families.gemma import GEMMA
+from flm_megatron.checkpoint.hugging_face.families.gpt_neox import GPT_NEOX
 from flm_megatron.checkpoint.hugging_face.families.llama import LLAMA
 from flm_megatron.checkpoint.hugging_face.families.mistral import MISTRAL
 from flm_megatron.checkpoint.hugging_face.families.qwen2 import QWEN2
@@ -14,7 +15,7 @@ from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.json_text import JsonObject
 
-FAMILIES = {family.name: family for family in (TELEFLM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA)}
+FAMILIES = {family.name: family for family in (TELEFLM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GPT_NEOX)}
 """By `model_type`; the first that can express a model is proposed where another was asked for."""
 
 REFUSED = {

@@ -20,13 +20,15 @@ from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import RequestError
 
 MODEL = ModelConfig(num_attention_heads=6, num_query_groups=2, head_dim=8, vocab_size=331, rope_theta=5e5)
+PLAIN_HEADS = replace(MODEL, num_attention_heads=8, num_query_groups=None, head_dim=None)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_reads_what_it_writes(name: str) -> None:
     family = FAMILIES[name]
     richest: dict[str, Any] = {field: values[-1] for field, values in family.expresses.items() if values}
-    model = replace(MODEL, **richest, input_mult=family.embedding_multiplier(MODEL))
+    base = PLAIN_HEADS if family.plain_heads else MODEL
+    model = replace(base, **richest, input_mult=family.embedding_multiplier(base))
     assert not family.obstacles(model)
     written = config_of(model, family, 384, 4096, "float32")
     assert family_of(written, "folder") is family
