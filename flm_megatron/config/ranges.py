@@ -14,6 +14,7 @@ LARGEST_MODEL = {
     "num_query_groups": 2**16,
     "head_dim": 2**16,
     "sliding_window": 2**27,
+    "max_positions": 2**27,
     "vocab_size": 2**24,
 }
 """Far above any model, so that a typing error is not planned or computed for hours."""

@@ -13,7 +13,7 @@ CLOSE = 1e-7
 FUNCTION = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim"),
     *("vocab_size", "normalization", "activation", "bias", "qkv_bias", "position", "norm_epsilon", "rope_theta"),
-    *("query_key_norm", "query_key_norm_epsilon", "parallel_residual", "rotary_percent"),
+    *("query_key_norm", "query_key_norm_epsilon", "parallel_residual", "rotary_percent", "max_positions"),
     *("rope_scaling", "xpos_scale_base", "sliding_window", "tie_embeddings", "input_mult", "output_mult", "lora"),
 )
 """Fields that the function of a model with given weights follows from."""
@@ -57,6 +57,7 @@ def _function(model: ModelConfig) -> Mapping[str, object]:
         "num_query_groups": model.query_groups,
         "head_dim": model.kv_channels,
         "rotary_percent": model.rotary_channels / model.kv_channels,
+        "rope_theta": model.rope_theta if model.rotates else None,
         "xpos_scale_base": model.xpos_scale_base if model.position == "xpos" else None,
         "query_key_norm_epsilon": model.query_key_epsilon if model.query_key_norm else None,
         "output_mult": model.logit_multiplier,

@@ -64,7 +64,7 @@ def score(request: ScoreRequest) -> int:
     """
     evaluated = open_evaluated(request.checkpoint, request.tokenizer, request.vocab_size)
     template = ChatTemplate(request.template, evaluated.tokenizer)
-    window = request.window or evaluated.context
+    window = evaluated.window(request.window)
     conversations = [c for path in request.pool for c in read_conversations(path)]
     whole: dict[int, Row] = {}
     alone: dict[int, Row] = {}
@@ -103,7 +103,8 @@ def _measure(chunk: TeleFLM, rows: Mapping[int, Row], batch: int) -> dict[int, t
     """Mean loss of the answers and mean hidden state of each row, on the output rank."""
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, (ids, _) in rows.items():
-        by_length[max(SMALLEST_LENGTH, 2 ** math.ceil(math.log2(len(ids) - 1)))].append(index)
+        length = max(SMALLEST_LENGTH, 2 ** math.ceil(math.log2(len(ids) - 1)))
+        by_length[min(length, chunk.max_positions or length)].append(index)
     seen: list[Tensor] = []
     hook = chunk.decoder.register_forward_hook(lambda module, given, output: seen.append(output))
     found: dict[int, tuple[float, list[float]]] = {}

@@ -31,6 +31,19 @@ class EvaluatedCheckpoint:
         at = self.checkpoint.manifest.position
         return self.path.name if at.stage is None else f"{at.stage} {at.step}"
 
+    def window(self, asked: int | None = None) -> int:
+        """Tokens of a window: those that are `asked` for, else the sequence length, as far as learned positions reach.
+
+        Raises:
+            RequestError: more are asked for than there are learned positions.
+        """
+        most = self.model.max_positions
+        if asked is not None and most is not None and asked > most:
+            raise RequestError(
+                f"windows of {asked} tokens: {self.path} has {most} learned positions, give at most these"
+            )
+        return asked or min(self.context, most or self.context)
+
 
 def open_evaluated(
     path: str | Path, tokenizer: str | Path | None = None, vocab_size: int | None = None

@@ -12,7 +12,7 @@ from flm_megatron.growth.opening import OpeningMasks
 KEPT_FIELDS = (
     *("normalization", "activation", "bias", "qkv_bias", "query_key_norm", "parallel_residual"),
     *("position", "rope_theta", "rope_scaling", "rotary_percent", "xpos_scale_base", "sliding_window"),
-    "tie_embeddings",
+    *("max_positions", "tie_embeddings"),
 )
 WIDTHS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "query_groups")
 

@@ -72,5 +72,6 @@ def _prepare_parameters(chunk: TeleFLM) -> None:
             axis = 1 if isinstance(module, RowParallelLinear) else 0
             if module.weight is not None:  # a tied head has none of its own on a rank that has the embedding
                 mark_split(module.weight, axis)
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, torch.nn.Embedding)):
             for parameter in module.parameters(recurse=False):
                 parameter.zero_()

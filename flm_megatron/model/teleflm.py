@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flm_megatron import kernels
 from flm_megatron.config.schema import ModelConfig
+from flm_megatron.device import current
 from flm_megatron.engine import parallel_state
 from flm_megatron.engine.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
@@ -18,11 +19,12 @@ from flm_megatron.engine.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
 )
 from flm_megatron.engine.transformer import GPTModel
+from flm_megatron.errors import RequestError
 from flm_megatron.model.attention.cache import KeyValueCache
 from flm_megatron.model.attention.core import CoreAttention
 from flm_megatron.model.engine_config import EngineConfig
 from flm_megatron.model.parameters import parameter_specs
-from flm_megatron.model.rotary import scaled_frequencies
+from flm_megatron.model.positions import positions_of, scaled_frequencies
 from flm_megatron.model.spec import block_spec
 
 
@@ -49,11 +51,11 @@ class TeleFLM(GPTModel):
             config,
             block_spec(config, vp_stage),
             vocab_size=padded_vocab_size,
-            max_sequence_length=0,  # only learned positions have a longest sequence
+            max_sequence_length=model.max_positions or 0,
             pre_process=pre_process,
             post_process=post_process,
             share_embeddings_and_output_weights=model.tie_embeddings,
-            position_embedding_type="rope",
+            position_embedding_type="rope" if model.rotates else "learned_absolute",
             rotary_percent=model.rotary_percent,
             rotary_base=model.rope_theta,  # type: ignore[arg-type]
             vp_stage=vp_stage,
@@ -61,11 +63,18 @@ class TeleFLM(GPTModel):
         if model.rope_scaling is not None:
             frequencies = self.rotary_pos_emb.inv_freq
             self.rotary_pos_emb.inv_freq = scaled_frequencies(frequencies, model.rope_scaling, model.rope_theta)
+        self.max_positions = model.max_positions
+        if self.max_positions and pre_process:  # the engine makes a table on the host, in fp32
+            table = torch.empty(
+                self.max_positions, config.hidden_size, device=current().torch_device, dtype=config.params_dtype
+            )
+            self.embedding.position_embeddings.weight = torch.nn.Parameter(table)
         self.specs = parameter_specs(model)
         self.true_vocab_size = model.vocab_size
         self.input_multiplier = model.input_mult
         self.logit_multiplier = model.logit_multiplier
         self.cache: KeyValueCache | None = None
+        self._cached = slice(0)
 
     def forward(  # type: ignore[override]
         self,
@@ -81,12 +90,19 @@ class TeleFLM(GPTModel):
         With a `loss_mask` [batch, sequence] besides it is the sum over tokens of mask times loss (0-dim): training and
         validation want no more, and head and loss may then be one operation. Its gradient has to be one.
 
-        `tokens` and `labels` are [batch, sequence]. Positions are those of the sequence whatever `position_ids`
-        says; `attention_mask` [batch or 1, 1, sequence, sequence] is true where attention must not look, or it is of
-        `segment_ends`, within which attention stays; none leaves it causal. Logits cover this tensor-parallel rank's
-        shard of the padded vocabulary, or all of it with `runtime_gather_output`. A pipeline rank that is not the last
-        returns hidden states.
+        `tokens` and `labels` are [batch, sequence]. Positions are those of the sequence, learned ones those of
+        `positions_of`, whatever `position_ids` says; `attention_mask` [batch or 1, 1, sequence, sequence] is true where
+        attention must not look, or it is of `segment_ends`, within which attention stays; none leaves it causal. Logits
+        cover this tensor-parallel rank's shard of the padded vocabulary, or all of it with `runtime_gather_output`. A
+        pipeline rank that is not the last returns hidden states.
+
+        Raises:
+            RequestError: the sequence is longer than the learned positions.
         """
+        if self.cache is not None:
+            self._cached = self.cache.begin(tokens.size(1))
+        if self.max_positions:
+            position_ids = self._learned_positions(tokens, attention_mask)
         return super().forward(
             tokens,
             position_ids,
@@ -121,6 +137,19 @@ class TeleFLM(GPTModel):
             for holder in holders:
                 holder.cache = None
 
+    def _learned_positions(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Positions [batch, sequence]. Of a batch with a cache, sequences that have ended go on beyond them with others
+        that have not, and stay at the last one."""
+        assert self.max_positions
+        if self.cache is not None:
+            return positions_of(tokens, attention_mask, self._cached.start).clamp(max=self.max_positions - 1)
+        if tokens.size(1) > self.max_positions:
+            raise RequestError(
+                f"a sequence has {tokens.size(1)} tokens, the model has {self.max_positions} learned positions "
+                "(model.max_positions): give shorter sequences"
+            )
+        return positions_of(tokens, attention_mask, 0)
+
     def _preprocess(self, *args: object, **kwargs: object) -> tuple[object, ...]:
         embedded, rotary, *others = super()._preprocess(*args, **kwargs)
         if self.pre_process and self.config.lora is not None and torch.is_grad_enabled():
@@ -129,8 +158,8 @@ class TeleFLM(GPTModel):
             embedded.register_hook(lambda gradient: gradient * self.config.embedding_gradient_shrink)
         if self.pre_process and self.input_multiplier != 1:
             embedded = embedded * self.input_multiplier
-        if self.cache is not None:
-            rotary = self.rotary_pos_emb(self.cache.capacity)[self.cache.begin(rotary.size(0))]
+        if self.cache is not None and rotary is not None:
+            rotary = self.rotary_pos_emb(self.cache.capacity)[self._cached]
         return embedded, rotary, *others
 
     def _postprocess(  # type: ignore[override]

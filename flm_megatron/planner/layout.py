@@ -195,8 +195,9 @@ class Workload:
 
     def summed_parameters(self, rank: int) -> int:
         """Those that learn, that every tensor rank of pipeline rank `rank` has whole, and of whose gradient it has a
-        part: that of its heads, and under sequence parallelism that of its part of the sequence."""
-        whole = [spec for spec in self.specs if spec.trained and not spec.cut]
+        part: that of its heads, and under sequence parallelism that of its part of the sequence. (Learned positions are
+        added before the sequence is split.)"""
+        whole = [spec for spec in self.specs if spec.trained and not spec.cut and spec.kind != "embedding"]
         return self._on_rank(rank, [s for s in whole if self.parallel.sequence or s.counts(Unit.HEAD_DIM)])
 
     def _on_rank(self, rank: int, specs: Sequence[ParameterSpec]) -> int:
@@ -241,6 +242,8 @@ def stage_workload(
     stage: StageConfig, sequence_length: int, world_size: int, implementation: Implementation = CUDA
 ) -> Workload:
     """Workload of a stage on `world_size` processes, which fit its layout; the vocabulary size is known."""
+    if not stage.model.rotates:
+        implementation = replace(implementation, rotary=False)
     if stage.stability.z_loss:  # it needs the logits
         implementation = replace(implementation, fused_head_from_mib=NEVER)
     return Workload(

@@ -73,7 +73,10 @@ def logits(model: ModelConfig, tensors: Mapping[str, Tensor], tokens: Tensor, ma
     """Logits [batch, sequence, vocabulary] in float64 of `tokens` [batch, sequence]."""
     masks = masks or open_masks(model)
     weights = {name: t.double() for name, t in tensors.items()}
-    x = torch.nn.functional.embedding(tokens, weights["embedding.word_embeddings.weight"]) * model.input_mult
+    x = torch.nn.functional.embedding(tokens, weights["embedding.word_embeddings.weight"])
+    if model.position == "learned":
+        x = x + weights["embedding.position_embeddings.weight"][: tokens.shape[1]]
+    x = x * model.input_mult
     for i, blend in enumerate(masks.layers):
         layer = {name[len(LAYER) :]: t[i] for name, t in weights.items() if name.startswith(LAYER)}
         y = x + attention(model, layer, norm(model, layer, "self_attention.linear_qkv.layer_norm_", x, masks), masks)
@@ -121,6 +124,8 @@ def head_norm(model: ModelConfig, x: Tensor, weight: Tensor) -> Tensor:
 
 def rotate(model: ModelConfig, x: Tensor) -> Tensor:
     """Half-rotation rotary positions of [batch, sequence, heads, channels], of the first 2 x half channels."""
+    if model.position == "learned":
+        return x
     half = int(model.kv_channels * model.rotary_percent) // 2
     inverse = model.rope_theta ** (-torch.arange(half).double() / half)
     angle = torch.outer(torch.arange(x.shape[1]).double(), inverse)[:, None]

@@ -48,7 +48,10 @@ def random_tensors(model: ModelConfig, seed: int = 0, dtype: torch.dtype = torch
 
 def reference_logits(model: ModelConfig, tensors: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
     """Logits [batch, sequence, true vocabulary] of `tokens` [batch, sequence], in the dtype of `tensors`."""
-    hidden = tensors["embedding.word_embeddings.weight"][tokens] * model.input_mult
+    hidden = tensors["embedding.word_embeddings.weight"][tokens]
+    if model.position == "learned":
+        hidden = hidden + tensors["embedding.position_embeddings.weight"][: tokens.size(1)]
+    hidden = hidden * model.input_mult
     for index in range(model.num_layers):
         layer = {name.removeprefix(LAYER): x[index] for name, x in tensors.items() if name.startswith(LAYER)}
         normed = _norm(model, layer, "self_attention.linear_qkv.layer_norm_", hidden)
@@ -109,6 +112,8 @@ def _attention(model: ModelConfig, layer: Mapping[str, Tensor], x: Tensor) -> Te
 def _positions(model: ModelConfig, x: Tensor, xpos_sign: int) -> Tensor:
     """Rotate x [batch, sequence, group, head, channels] in pairs (i, i + turned/2), of the first `turned` channels;
     xPos also scales the pairs."""
+    if model.position == "learned":
+        return x
     sequence, channels = x.size(1), int(x.size(-1) * model.rotary_percent)
     position = torch.arange(sequence, dtype=torch.float64)[:, None]
     pair = torch.arange(channels // 2, dtype=torch.float64)

@@ -153,6 +153,17 @@ def other_shapes_grow(run: RunConfig) -> list[str]:
     return lines
 
 
+def sequences_have_positions(run: RunConfig) -> list[str]:
+    """Learned positions reach to the end of a sequence."""
+    length = run.data.sequence_length
+    return [
+        f"stages.{index}.model.max_positions is {stage.model.max_positions}, below data.sequence_length {length}: "
+        "learned positions go no further, give shorter sequences or more positions"
+        for index, stage in enumerate(run.stages)
+        if (stage.model.max_positions or length) < length
+    ]
+
+
 def shares_are_all_or_none(run: RunConfig) -> str | None:
     """Training sources share the stream by weights, or by epochs."""
     return shares_mistake(run.data.train, "data.train")
@@ -304,5 +315,5 @@ RUN_RULES = (
     growth_measures_are_counts,
     passes_are_bounded,
 )
-SHAPE_RULES = (other_shapes_grow,)
+SHAPE_RULES = (other_shapes_grow, sequences_have_positions)
 """Those that compute with the sizes of models."""

@@ -60,7 +60,7 @@ def heads_divide_into_groups(model: ModelConfig) -> str | None:
 
 def head_dim_is_even(model: ModelConfig) -> str | None:
     """Rotary positions turn pairs of channels."""
-    if model.kv_channels % 2:
+    if model.rotates and model.kv_channels % 2:
         return (
             f"model.head_dim is {model.kv_channels} (hidden_size {model.hidden_size}, num_attention_heads "
             f"{model.num_attention_heads}), rotary positions need an even number of channels in a head"
@@ -82,6 +82,18 @@ def rotary_channels_are_pairs(model: ModelConfig) -> str | None:
         )
     if model.rope_scaling is not None and model.rope_scaling.kind == "yarn":  # it stretches what turns, not all scores
         return f"model.rotary_percent is {share}, but model.rope_scaling is yarn: all channels have to turn with it"
+    return None
+
+
+def learned_positions_are_counted(model: ModelConfig) -> str | None:
+    """Learned positions are a table, whose length has to be known; others have none."""
+    if model.rotates and model.max_positions is not None:
+        return (
+            f"model.max_positions is {model.max_positions}, but model.position is {model.position}: leave it out, or "
+            "set position to learned"
+        )
+    if not model.rotates and model.max_positions is None:
+        return "model.position is learned, but max_positions is not given: give the longest sequence in tokens"
     return None
 
 
@@ -154,6 +166,7 @@ MODEL_RULES = (
     heads_divide_into_groups,
     head_dim_is_even,
     rotary_channels_are_pairs,
+    learned_positions_are_counted,
     rope_scaling_fits,
     tied_head_starts_as_the_embedding,
 )

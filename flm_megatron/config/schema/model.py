@@ -111,8 +111,10 @@ class ModelConfig:
     parallel_residual: bool = False
     """Attention and feed-forward layer both read the layer's input, each through its own norm, and both are added to
     it, as GPT-NeoX has them; else the feed-forward layer reads the sum after attention."""
-    position: Literal["rope", "xpos"] = "rope"
-    """Rotary positions, or xPos (rotary with exponential decay)."""
+    position: Literal["rope", "xpos", "learned"] = "rope"
+    """Rotary positions, xPos (rotary with exponential decay), or a learned vector for each, added to the embedding."""
+    max_positions: int | None = None
+    """Learned positions: how many there are, which is the longest sequence."""
     norm_epsilon: float = 1e-5
     """Added to the mean square in the norms."""
     rope_theta: float = 10000.0
@@ -154,6 +156,11 @@ class ModelConfig:
     def rotary_channels(self) -> int:
         """Channels of a head that rotary positions turn."""
         return int(self.kv_channels * self.rotary_percent)
+
+    @property
+    def rotates(self) -> bool:
+        """Whether queries and keys are rotated by their positions."""
+        return self.position != "learned"
 
     @property
     def query_groups(self) -> int:

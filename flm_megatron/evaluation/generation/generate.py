@@ -57,9 +57,14 @@ def generate(
 ) -> list[Completion]:
     """Complete a batch of requests; the same result on every process of the replica.
 
-    Prompts of unequal length are padded on the left, which attention masks out; rotary positions are relative, so the
-    padding does not change the result.
+    Prompts of unequal length are padded on the left, which attention masks out; rotary positions are relative and
+    learned ones count from there, so the padding does not change the result.
+
+    Raises:
+        RequestError: a request goes beyond the learned positions.
     """
+    for request in requests:
+        _check_positions(request, chunk.max_positions)
     rows = [_Row(request, tokenizer) for request in requests]
     longest = max(len(request.prompt) for request in requests)
     padding = torch.tensor([longest - len(request.prompt) for request in requests])
@@ -75,6 +80,15 @@ def generate(
             if all(row.reason for row in rows):
                 return [row.completion() for row in rows]
             tokens = torch.tensor(chosen).unsqueeze(1)
+
+
+def _check_positions(request: GenerationRequest, most: int | None) -> None:
+    length = len(request.prompt) + request.max_new_tokens
+    if most is not None and length > most:
+        raise RequestError(
+            f"a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones go beyond the model's "
+            f"{most} learned positions: give fewer"
+        )
 
 
 class _Row:

@@ -93,7 +93,7 @@ def _run(request: HarnessRequest, session: Session, evaluated: EvaluatedCheckpoi
     template = ChatTemplate(request.template or TELE_FLM, evaluated.tokenizer)
     with task_files(request.tasks_folder, request.network):
         result = simple_evaluate(
-            HarnessModel(session, request.context or evaluated.context, template),
+            HarnessModel(session, evaluated.window(request.context), template),
             tasks=list(request.tasks),
             task_manager=load_tasks(request.tasks, request.tasks_folder),
             num_fewshot=request.fewshot,

@@ -40,7 +40,7 @@ class BitsPerByteRequest:
 
     def windows(self, evaluated: EvaluatedCheckpoint) -> WindowSettings:
         """The windows for one checkpoint."""
-        length = self.window or evaluated.context
+        length = evaluated.window(self.window)
         return WindowSettings(length, self.stride or max(1, length // 2), self.batch)
 
 

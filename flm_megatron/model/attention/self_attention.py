@@ -29,19 +29,22 @@ class PackedSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Output [sequence, batch, hidden] of the projection, and its bias, which is not added yet.
 
-        `rotary_pos_emb` [sequence, 1, 1, turned channels] holds the angle of each channel that turns; `attention_mask`
-        is as in `CoreAttention`.
+        `rotary_pos_emb` [sequence, 1, 1, turned channels] holds the angle of each channel that turns, none where
+        positions are learned; `attention_mask` is as in `CoreAttention`.
         """
         assert packed_seq_params is None, "sequences are not packed in the engine's way"
-        assert rotary_pos_emb is not None, "positions are rotary"
         packed, _ = self.get_query_key_value_tensors(hidden_states, split_qkv=False)
         sequence, batch, groups, _ = packed.shape
         queries = self.num_attention_heads_per_partition // self.num_query_groups_per_partition
         if self.q_layernorm is not None:
             packed = self._normed(packed, queries)
-        cos, sin = _tables(rotary_pos_emb)
-        channels = self.hidden_size_per_attention_head
-        query, key, value = kernels.rotary_qkv(packed.flatten(2), cos, sin, queries, channels)
+        if rotary_pos_emb is None:
+            folded = packed.reshape(sequence, batch * groups, queries + 2, -1)
+            query, key, value = folded.split([queries, 1, 1], dim=2)
+        else:
+            cos, sin = _tables(rotary_pos_emb)
+            channels = self.hidden_size_per_attention_head
+            query, key, value = kernels.rotary_qkv(packed.flatten(2), cos, sin, queries, channels)
         if self.config.num_query_groups < self.world_size:
             query = self._own_queries(query)
         if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.size(0) > 1:

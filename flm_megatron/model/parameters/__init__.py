@@ -40,6 +40,7 @@ __all__ = [
     "KEY_NORM",
     "MLP_NORM",
     "NORM_MODULES",
+    "POSITIONS",
     "PROJECTION",
     "QKV",
     "QUERY_NORM",
@@ -56,6 +57,7 @@ __all__ = [
 ]
 
 EMBEDDING = "embedding.word_embeddings.weight"
+POSITIONS = "embedding.position_embeddings.weight"
 HEAD = "output_layer.weight"
 FINAL_NORM = "decoder.final_layernorm"
 QKV = f"{LAYERS}self_attention.linear_qkv"
@@ -101,6 +103,9 @@ def _rows(model: ModelConfig, vocab: int) -> Iterator[ParameterSpec]:
     own, tied = HEAD if model.tie_embeddings else None, model.tie_embeddings
     axes = (tokens, _hidden(model, "out"))
     yield ParameterSpec(EMBEDDING, axes, "embedding", model.vector_init_std, module_name=own, tied=tied)
+    if model.max_positions:
+        places = Axis(Unit.POSITION, (Band(model.max_positions),))
+        yield ParameterSpec(POSITIONS, (places, _hidden(model, "out")), "embedding", model.vector_init_std)
     if model.num_layers:
         yield from _layer_rows(model)
     yield from _norm(model, FINAL_NORM)

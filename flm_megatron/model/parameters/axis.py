@@ -20,6 +20,7 @@ class Unit(Enum):
 
     LAYER = "layers"
     VOCABULARY = "tokens"
+    POSITION = "positions"
     HIDDEN = "hidden channels"
     FFN = "feed-forward units"
     HEAD = "query groups"

@@ -99,9 +99,11 @@ def head_exchanges(work: Workload) -> PassExchanges:
 
 
 def embedding_exchanges(work: Workload) -> PassExchanges:
-    """After the embedding."""
+    """After the embedding; learned positions are added to all of a sequence, which is split then."""
     if not work.parallel.sequence:
         return PassExchanges(forward=Exchanges(reduces=1))
+    if not work.model.rotates:
+        return PassExchanges(forward=Exchanges(reduces=1), alone=Exchanges(gathers=int(work.trains_weights)))
     return PassExchanges(forward=Exchanges(scatters=1), alone=Exchanges(gathers=int(work.trains_weights)))
 
 

@@ -106,9 +106,8 @@ def _check_shapes(checkpoint: LogicalCheckpoint, model: ModelConfig, seed: int, 
         found = checkpoint.tensors[name].shape if name in checkpoint.tensors else None
         if found != info.shape:
             raise RequestError(f"{source}: {name} is {found}, but the first stage's model needs {info.shape}")
-    fullest = parameter_specs(
-        replace(model, bias=True, query_key_norm=True, normalization="layernorm", tie_embeddings=False)
-    )
+    blocks = replace(model, bias=True, query_key_norm=True, normalization="layernorm")
+    fullest = parameter_specs(replace(blocks, tie_embeddings=False, max_positions=1))
     for name in fullest:
         if name in checkpoint.tensors and name not in wanted:
             raise RequestError(f"{source} has a tensor {name}, which the first stage's model has not")

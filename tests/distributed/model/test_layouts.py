@@ -54,6 +54,16 @@ MODELS = {
         parallel_residual=True,
         rotary_percent=0.5,
     ),
+    "gpt2": ModelConfig(
+        **SHAPE,
+        normalization="layernorm",
+        activation="gelu_tanh",
+        bias=True,
+        position="learned",
+        max_positions=SEQUENCE + 1,
+        input_mult=1.5,
+        tie_embeddings=True,
+    ),
 }
 LAYOUTS = [
     ParallelConfig(tensor=2),

@@ -24,6 +24,7 @@ MODEL = ModelConfig(
 )
 IDS = torch.arange(36).view(2, 18) * 5 % 31
 XPOS = replace(MODEL, position="xpos")
+LEARNED = replace(MODEL, position="learned", max_positions=30)
 LINEAR = replace(MODEL, rope_scaling=RopeScaling("linear", 2.0))
 NORMED = replace(MODEL, query_key_norm=True)
 
@@ -50,6 +51,7 @@ SAME: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
     "constants of another scaling": (LINEAR, {"rope_scaling": RopeScaling("linear", 2.0, original_length=7)}),
     "init": (MODEL, {"matrix_init_std": 0.5, "vector_init_std": 0.5, "head_init_std": 0.25}),
     "xpos_scale_base": (MODEL, {"xpos_scale_base": 64.0}),
+    "rope_theta": (LEARNED, {"rope_theta": 500000.0}),
     "mup off, its factor in output_mult": (MODEL, {"mup": MupConfig(), "output_mult": 1.0}),
     "base of no mup": (replace(MODEL, mup=MupConfig()), {"mup": MupConfig(base_hidden_size=7)}),
     "query_key_norm_epsilon": (NORMED, {"query_key_norm_epsilon": 1e-5}),
@@ -60,7 +62,7 @@ SAME: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
 
 def logits(model: ModelConfig) -> torch.Tensor:
     """Logits of the same weights as `model` computes them, in float64."""
-    drawn = replace(MODEL, matrix_init_std=0.4, query_key_norm=model.query_key_norm)
+    drawn = replace(MODEL, matrix_init_std=0.4, query_key_norm=model.query_key_norm, max_positions=model.max_positions)
     return reference_logits(model, random_tensors(drawn, dtype=torch.float64), IDS)
 
 
@@ -96,6 +98,11 @@ def test_all_differences_are_named_at_once_with_both_values() -> None:
         "the factor on the logits (model.output_mult over muP's width factor) is 2.0 in the run file and 1.0 in the "
         "checkpoint",
     ]
+
+
+def test_the_number_of_learned_positions_is_part_of_a_model() -> None:
+    (line,) = differences(replace(LEARNED, max_positions=40), LEARNED)
+    assert line == "model.max_positions is 40 in the run file and 30 in the checkpoint"
 
 
 def test_adapters_are_added_but_not_dropped_or_changed() -> None:

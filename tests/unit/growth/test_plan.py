@@ -116,6 +116,7 @@ def test_zero_channels_of_a_tied_head_need_layers_that_read_them() -> None:
         ({"rope_theta": 5e5}, "model.rope_theta is 10000.0"),
         ({"sliding_window": 8}, "model.sliding_window is None"),
         ({"tie_embeddings": True}, "model.tie_embeddings is False"),
+        ({"max_positions": 8}, "model.max_positions is None"),
         ({"rope_scaling": RopeScaling()}, "model.rope_scaling is None"),
         ({"mup": MupConfig()}, "model.mup.enabled is True"),
     ],

@@ -33,7 +33,17 @@ MODELS = {
         **SHAPE, num_query_groups=2, head_dim=32, qkv_bias=True, query_key_norm=True, query_key_norm_epsilon=1e-2
     ),
     "gpt3 block": ModelConfig(**SHAPE, normalization="layernorm", activation="gelu", bias=True),
-    "tanh gelu": ModelConfig(**SHAPE, activation="gelu_tanh"),
+    "gpt2": ModelConfig(
+        **SHAPE,
+        head_dim=9,
+        normalization="layernorm",
+        activation="gelu_tanh",
+        bias=True,
+        position="learned",
+        max_positions=31,
+        input_mult=1.5,
+        tie_embeddings=True,
+    ),
     "gpt3 block with xpos": ModelConfig(
         **SHAPE, normalization="layernorm", activation="gelu", bias=True, position="xpos", xpos_scale_base=8
     ),

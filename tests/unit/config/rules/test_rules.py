@@ -28,6 +28,7 @@ FP8 = "stages.0.precision=bf16 stages.0.fp8=tensorwise"
 SIZES: list[tuple[str, int | None, str]] = [
     ("data.sequence_length=0", None, "data.sequence_length is 0, give at least 1"),
     ("stages.0.model.num_layers=-1", None, "stages.0.model.num_layers is -1, give at least 0"),
+    ("stages.1.model.max_positions=0", None, "stages.1.model.max_positions is 0, give at least 1"),
     ("stages.1.model.sliding_window=0", None, "stages.1.model.sliding_window is 0, give at least 1"),
     ("stages.1.model.head_dim=-2", None, "stages.1.model.head_dim is -2, give at least 1"),
     ("stages.0.parallel.tensor=0", None, "stages.0.parallel.tensor is 0, give at least 1"),
@@ -93,6 +94,13 @@ REFUSED: list[tuple[str, int | None, str]] = [
         "defaults.model.tie_embeddings=true defaults.model.head_init_std=0.1",
         None,
         "model.head_init_std is 0.1, but with tie_embeddings the head is the embedding",
+    ),
+    ("stages.0.model.max_positions=64", None, "max_positions is 64, but model.position is rope: leave it out"),
+    ("defaults.model.position=learned", None, "model.position is learned, but max_positions is not given"),
+    (
+        "defaults.model={position: learned, max_positions: 15}",
+        None,
+        "stages.0.model.max_positions is 15, below data.sequence_length 16: learned positions go no further",
     ),
     ("defaults.model.head_dim=7", None, "model.head_dim is 7 (hidden_size 64, num_attention_heads 4)"),
     ("stages.0.model.rotary_percent=1.5", None, "rotary_percent is 1.5, give a share up to 1 that is an even number"),

@@ -79,8 +79,9 @@ def test_sampling_does_not_depend_on_the_batch(folder: Path) -> None:
         replace(MODEL, query_key_norm=True, rope_scaling=RopeScaling("yarn", 4.0, 8, beta_fast=1.0, beta_slow=0.1)),
         replace(MODEL, parallel_residual=True, rotary_percent=0.5),
         replace(MODEL, position="xpos", xpos_scale_base=8.0, sliding_window=4),
+        replace(MODEL, position="learned", max_positions=12),
     ],
-    ids=["rope", "neox", "xpos"],
+    ids=["rope", "neox", "xpos", "learned"],
 )
 def test_the_cache_gives_the_logits_of_whole_forward_passes(folder: Path, model: ModelConfig) -> None:
     evaluated = evaluated_in(folder, model)
@@ -94,6 +95,21 @@ def test_the_cache_gives_the_logits_of_whole_forward_passes(folder: Path, model:
                 assert logits.shape[1] == 1
                 torch.testing.assert_close(logits[:, 0], whole[:, end - 1], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(forward(chunk, [Batch(ids)], 1, lambda _, logits: logits.clone())[0], whole)
+
+
+def test_learned_positions_count_from_the_first_token_of_each_prompt_and_end(folder: Path) -> None:
+    evaluated = evaluated_in(folder, replace(MODEL, position="learned", max_positions=32))
+    assert evaluated.window() == 32
+    with pytest.raises(RequestError, match=r"windows of 33 tokens: .* has 32 learned positions"):
+        evaluated.window(33)
+    with one_process():
+        chunk = load_model(evaluated, ParallelConfig())
+        most = max(len(request.prompt) for request in requests(evaluated.tokenizer, SamplingSettings()))
+        asked = requests(evaluated.tokenizer, SamplingSettings(temperature=0.9, seed=5), 32 - most)
+        together = generate(chunk, evaluated.tokenizer, asked)
+        assert together == [generate(chunk, evaluated.tokenizer, [request])[0] for request in asked]
+        with pytest.raises(RequestError, match=r"go beyond the model's 32 learned positions: give fewer"):
+            generate(chunk, evaluated.tokenizer, [replace(asked[0], max_new_tokens=32)])
 
 
 def test_a_stop_string_ends_a_completion_and_is_not_part_of_it(folder: Path) -> None:

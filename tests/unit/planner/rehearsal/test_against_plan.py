@@ -28,6 +28,10 @@ WINDOWED = replace(MODEL, sliding_window=64, num_query_groups=2, qkv_bias=True, 
 PARALLEL = replace(WINDOWED, parallel_residual=True, rotary_percent=0.25)
 NEOX = replace(PARALLEL, normalization="layernorm", activation="gelu", bias=True, qkv_bias=False)
 TIED = replace(MODEL, tie_embeddings=True)
+GPT2 = replace(
+    TIED, normalization="layernorm", activation="gelu_tanh", bias=True, position="learned", max_positions=300
+)
+GEMMA = replace(TIED, activation="geglu", head_dim=80, input_mult=16.0)
 WIDE = replace(MODEL, vocab_size=1_200_000)
 """Its logits are large as a whole, and not on the part of a sequence that a rank has."""
 FUSED = KernelsConfig(head_and_loss="fused")
@@ -64,6 +68,9 @@ CASES = [
     case("one after the other", P(pipeline=2, virtual_pipeline=2, overlap_grad_reduce=True), 4, model=WINDOWED),
     case("parallel residual", P(tensor=2, pipeline=2, sequence=True), 4, model=NEOX, recompute="selective"),
     case("both ends of a pipeline", P(tensor=2, pipeline=2), 8, model=TIED),
+    case("learned positions", P(tensor=2, pipeline=2, sequence=True), 8, model=GPT2, recompute="selective"),
+    case("learned positions alone", P(tensor=2), 4, model=GPT2),
+    case("gated by GELU", P(tensor=2, pipeline=2, sequence=True), 4, model=GEMMA, fp8="tensorwise"),
     case("copies without shards", P(pipeline=2, distributed_optimizer=False), 4, model=TIED),
     case("tied chunks", P(pipeline=2, virtual_pipeline=2, overlap_grad_reduce=True), 4, model=TIED),
     case("tied alone", P(tensor=2), 4, model=TIED, recompute="selective"),

@@ -1,13 +1,38 @@
-"""Rotary frequencies, slowed down for sequences longer than those of the first training."""
+"""Learned positions, which one each token has; and rotary frequencies, slowed down for longer sequences."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flm_megatron.config.schema import RopeScaling
+
+
+def positions_of(tokens: Tensor, attention_mask: Tensor | None, start: int) -> Tensor:
+    """Positions [batch, sequence] int64 of `tokens` [batch, sequence], of which `start` others come before.
+
+    Each is the number of earlier tokens that `attention_mask` lets it see, as in `TeleFLM.forward`: they begin anew
+    after padding on the left, with each segment, and behind each mask of what came before.
+    """
+    batch, sequence = tokens.shape
+    counted = torch.arange(start, start + sequence, device=tokens.device).expand(batch, sequence)
+    if attention_mask is None:
+        return counted
+    if attention_mask.dim() == 2:
+        return _within_segments(batch, sequence, attention_mask)
+    future = torch.arange(start + sequence, device=tokens.device) > counted[0].unsqueeze(1)
+    return (~(attention_mask[:, 0] | future)).sum(-1).sub(1).expand(batch, sequence)
+
+
+def _within_segments(batch: int, sequence: int, ends: Tensor) -> Tensor:
+    """Positions within segments; `ends` [batch, most segments] count over the tokens of all samples."""
+    counted = torch.arange(batch * sequence, device=ends.device, dtype=ends.dtype)
+    bounds = F.pad(ends.flatten(), (1, 0))
+    begun = bounds[torch.searchsorted(bounds[1:], counted, right=True)]
+    return (counted - begun).view(batch, sequence).long()
 
 
 def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling, theta: float) -> Tensor:
