@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,21 +94,32 @@ def test_growth_preserves_in_fp32(pool: Pool, name: str) -> None:
         assert measured.loss_before == pytest.approx(reference_loss(), rel=1e-5)
 
 
-def certificate_out_of_none() -> Certificate:
-    """The certificate of a growth out of a model without layers, under tensor parallelism."""
+def certificate_of(old: ModelConfig, new: ModelConfig, parallel: ParallelConfig) -> Certificate:
+    """The certificate of a growth by `zero`."""
     from flm_megatron.distributed.world import layout
     from flm_megatron.engine.prepare import prepare
 
     prepare()
-    old = replace(OLD, num_layers=0)
-    plan, source = make_plan(old, NEW, growth("zero"), seed=11, stage="big"), trained(old, torch.float32)
-    stage = StageConfig(name="big", model=NEW, parallel=LAYOUTS["tensor_sequence"])
+    plan, source = make_plan(old, new, growth("zero"), seed=11, stage="big"), trained(old, torch.float32)
+    stage = StageConfig(name="big", model=new, parallel=parallel)
     return certify(source, GrownCheckpoint(source, plan), plan, stage, TOKENS, partial(layout, timeout_s=120))
 
 
-def test_layers_grow_out_of_none(pool: Pool) -> None:
-    old = replace(OLD, num_layers=0)
-    (measured,) = pool.run(2, certificate_out_of_none)[0].comparisons
+NEOX: dict[str, Any] = {
+    **{"normalization": "layernorm", "activation": "gelu", "bias": True, "qkv_bias": False, "query_key_norm": False},
+    **{"parallel_residual": True, "rotary_percent": 0.5},
+}
+OTHERS = {
+    "out of no layers": (replace(OLD, num_layers=0), NEW, "tensor_sequence"),
+    "neox": (replace(OLD, **NEOX), replace(NEW, **NEOX), "both"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_models_grow_by_zero(pool: Pool, case: str) -> None:
+    old, new, name = OTHERS[case]
+    parallel = LAYOUTS[name]
+    (measured,) = pool.run(parallel.model_size, certificate_of, old, new, parallel)[0].comparisons
     logits = reference_logits(old, trained(old).values, TOKENS[:, :-1])
     expected = F.cross_entropy(logits.flatten(0, 1), TOKENS[:, 1:].flatten()).item()
     assert measured.loss_before == pytest.approx(expected, rel=1e-5) and measured.loss_change <= 1e-6

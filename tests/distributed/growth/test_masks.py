@@ -32,6 +32,7 @@ LAYOUTS = {
     "virtual_pipeline": ParallelConfig(pipeline=2, virtual_pipeline=3),
 }
 GPT3: dict[str, Any] = {"normalization": "layernorm", "activation": "gelu", "bias": True}
+NEOX: dict[str, Any] = {**GPT3, "parallel_residual": True, "rotary_percent": 0.7}
 
 
 def grown(masked: str = "all", **changes: Any) -> GrowthPlan:
@@ -125,8 +126,8 @@ def test_masks_under_layouts(pool: Pool, layout: str) -> None:
     check(pool, [grown()], LAYOUTS[layout])
 
 
-def test_each_mask_alone_and_those_of_the_gpt3_block(pool: Pool) -> None:
-    plans = [grown("hidden"), grown("ffn"), grown("heads"), grown("layers"), grown(**GPT3)]
+def test_each_mask_alone_and_those_of_other_blocks(pool: Pool) -> None:
+    plans = [grown("hidden"), grown("ffn"), grown("heads"), grown("layers"), grown(**GPT3), grown(**NEOX)]
     check(pool, plans, ParallelConfig(tensor=2, sequence=True))
 
 
