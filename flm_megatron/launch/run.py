@@ -19,6 +19,7 @@ from flm_megatron.errors import DamagedError, RequestError, refuse_together
 from flm_megatron.json_text import JsonObject
 
 if TYPE_CHECKING:
+    from flm_megatron.training.resume.memory_copies import MemoryCopies
     from flm_megatron.training.resume.start import Start
 
 FINISHED = 0
@@ -52,7 +53,7 @@ def _train_locally(run: RunConfig, only: str | None, anew: bool) -> int:
     """Start fresh processes for each stage, as many as its layout needs."""
     from flm_megatron.launch.branch import bring_metrics, require_no_branch_in_training
     from flm_megatron.launch.run_lease import run_lease
-    from flm_megatron.training.resume.memory_copies import NOT_USED
+    from flm_megatron.training.resume import live, memory_copies
     from flm_megatron.training.resume.start import checked_start, set_aside
 
     check_local(run)
@@ -64,7 +65,9 @@ def _train_locally(run: RunConfig, only: str | None, anew: bool) -> int:
         write_run_file(run)
         bring_metrics(run, start)
         if run.checkpoint.memory is not None:
-            print(NOT_USED, flush=True)
+            print(memory_copies.NOT_USED, flush=True)
+        if run.checkpoint.live_boundaries and start is not None and start.stage + 1 < len(run.stages):
+            print(live.NOT_USED, flush=True)
         return _train_what_is_left(run, only, start)
 
 
@@ -113,15 +116,12 @@ def _check_local_stage(run: RunConfig, stage: StageConfig) -> None:
 def _train_as_rank(run: RunConfig, only: str | None) -> int:
     """Train every stage in torchrun's world."""
     from flm_megatron.distributed.error_file import write_error_file
-    from flm_megatron.distributed.processes import Processes
     from flm_megatron.distributed.world import is_main_rank, world
     from flm_megatron.launch.branch import bring_metrics
     from flm_megatron.launch.heartbeat import heartbeat
     from flm_megatron.launch.outcome import report_end
     from flm_megatron.launch.run_lease import run_lease
     from flm_megatron.training.resume.memory_copies import first_start, memory_copies
-    from flm_megatron.training.resume.start import find_start
-    from flm_megatron.training.stage import train_stage
 
     check(run, int(os.environ["WORLD_SIZE"]), stages=[only] if only else None)
     with world(run.distributed), heartbeat(run.distributed.timeout_s), run_lease(run), memory_copies(run) as copies:
@@ -129,19 +129,33 @@ def _train_as_rank(run: RunConfig, only: str | None) -> int:
         if is_main_rank():
             write_run_file(run)
             bring_metrics(run, start)
-        goes_on = True
-        while start is not None and goes_on:
-            goes_on = train_stage(run, start, copies)
-            start = Processes().on_first(partial(find_start, run, only))
-            if start is not None and copies is not None:
-                start = copies.newer(start, only)
-        finished = start is None
+        finished = train_stages(run, only, start, copies)
         training_ended(*((FINISHED, "") if finished else (STOPPED, SAVED)))
         if is_main_rank():
             report_end(run, FINISHED if finished else STOPPED)
     if not finished:
         write_error_file(SAVED, STOPPED)
     return FINISHED if finished else STOPPED
+
+
+def train_stages(run: RunConfig, only: str | None, start: Start | None, copies: MemoryCopies | None = None) -> bool:
+    """On the ranks of one world, train what is left from `start` on (nothing if none); returns whether all is done.
+
+    False means that a signal stopped it after saving.
+    """
+    from flm_megatron.distributed.processes import Processes
+    from flm_megatron.training.resume.live import LiveBoundary
+    from flm_megatron.training.resume.start import find_start
+    from flm_megatron.training.stage import train_stage
+
+    live = LiveBoundary() if run.checkpoint.live_boundaries else None
+    goes_on = True
+    while start is not None and goes_on:
+        goes_on = train_stage(run, start, copies, live)
+        start = Processes().on_first(partial(find_start, run, only))
+        if start is not None and copies is not None:
+            start = copies.newer(start, only)
+    return start is None
 
 
 def local_processes(run: RunConfig, stage: StageConfig) -> int:

@@ -12,6 +12,7 @@ from typing import Literal
 import torch.distributed as dist
 
 from flm_megatron import kernels
+from flm_megatron.checkpoint.exchange.live import Crossing
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.manifest import Manifest, RecordedLayout, SpikeState, StagePosition
 from flm_megatron.checkpoint.opening import open_checkpoint
@@ -43,6 +44,7 @@ from flm_megatron.training.metrics.flops import training_flops_per_token
 from flm_megatron.training.metrics.goodput import Meter, read_goodput
 from flm_megatron.training.metrics.log import MetricsLog
 from flm_megatron.training.resume.changes import announce, find_changes, segment_begins, validation_hashes
+from flm_megatron.training.resume.live import LiveBoundary
 from flm_megatron.training.resume.memory_copies import MemoryCopies
 from flm_megatron.training.resume.start import Beginning, Start, begin, checkpoint_store
 from flm_megatron.training.resume.unfinished_save import bring_to_end
@@ -53,11 +55,14 @@ from flm_megatron.training.world_sums import Told
 RECENT_STEPS = 20
 
 
-def train_stage(run: RunConfig, start: Start, copies: MemoryCopies | None = None) -> bool:
+def train_stage(
+    run: RunConfig, start: Start, copies: MemoryCopies | None = None, live: LiveBoundary | None = None
+) -> bool:
     """Train the stage of `start`, on every rank of the world; returns whether the run may go on.
 
     False means that a signal asked for a stop, perhaps in the stage's last step, and a checkpoint was saved. With
-    `copies` the state is also kept in memory, and the stage continues from copies that were found there.
+    `copies` the state is also kept in memory, and the stage continues from copies that were found there. With `live`
+    it begins from the memory of the stage before, and leaves its own state there for the next.
 
     Raises:
         RequestError: a kernel that the run file asks for by name, or FP8 in any of its stages, is not there.
@@ -68,11 +73,16 @@ def train_stage(run: RunConfig, start: Start, copies: MemoryCopies | None = None
         fp8.require(stage)
     try:
         with Layouts(run.distributed.timeout_s) as under:
-            beginning = begin(run, start, under, copies.checkpoint if copies else None)
+            beginning = begin(run, start, under, copies.checkpoint if copies else None, live)
             with under(beginning.stage.parallel), stop_on_signal() as stop:
                 trainer = StageTrainer(run, start, beginning, copies)
+                if live:
+                    live.release()
                 try:
-                    return trainer.train(stop)
+                    goes_on = trainer.train(stop)
+                    if live and goes_on and start.stage + 1 < len(run.stages):
+                        live.keep(trainer.state.chunks, trainer.state.optimizer, trainer.manifest().position)
+                    return goes_on
                 except BaseException as error:
                     bring_to_end(trainer.saving.pending, error, run.distributed.timeout_s)
                     raise
@@ -94,7 +104,7 @@ class StageTrainer:
         self.run = replace(run, stages=[*run.stages[: self.index], self.stage, *run.stages[self.index + 1 :]])
         self.state = TrainState(self.stage, run.data.sequence_length)
         self.checkpoint = beginning.checkpoint
-        self._load(self.checkpoint)
+        self.crossing = self._begin(beginning)
         self.watch = SpikeWatch(self.stage.stability, _watched(start, self.checkpoint.manifest))
         self.growth, self.distances = _growth_record(beginning), beginning.distances
         self.earlier = earlier_growth(self.checkpoint, grows=self.growth is not None)
@@ -153,6 +163,8 @@ class StageTrainer:
             announce(log, changes, *self.position())
         if self.copies and self.copies.line:
             log.say(self.copies.line)
+        if self.crossing:
+            log.say(f"{self.stage.name} {self.crossing.text()}")
         for reason in self.start.passed_over:
             log.say(f"WARNING: going on from {self.start.source}, for a newer checkpoint is damaged: {reason}")
         log.say(kernels.current().describe())
@@ -229,6 +241,15 @@ class StageTrainer:
             path = self.saving.saved_path
             with self.meter.stall("rollback", step=self.saving.saved_step if path else self.start.step):
                 self._load(open_checkpoint(path) if path else self.checkpoint)
+
+    def _begin(self, beginning: Beginning) -> Crossing | None:
+        """Load the stage's beginning, out of the memory of the ranks (returns what that took) or its checkpoint."""
+        if beginning.live is None:
+            self._load(beginning.checkpoint)
+            return None
+        crossing = beginning.live.load(self.state.chunks, self.state.optimizer)
+        load_entries(beginning.checkpoint, self.stage, self.state.chunks, self.state.optimizer)
+        return crossing
 
     def _load(self, checkpoint: LogicalCheckpoint) -> None:
         """Load weights and optimizer from a checkpoint."""

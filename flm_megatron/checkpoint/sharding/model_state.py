@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from flm_megatron.checkpoint.exchange.description import Held
+from flm_megatron.checkpoint.exchange.live import Crossing, LiveCheckpoint
 from flm_megatron.checkpoint.files.in_order import WORKERS, in_order
 from flm_megatron.checkpoint.logical import (
     EXP_AVG,
@@ -80,6 +83,50 @@ def load_state(
         RequestError: a tensor is missing or of a shape that does not fit the model; moments without their step.
         DamagedError: a tensor cannot be read.
     """
+    regions = _emptied(checkpoint, chunks, optimizer)
+    group = None if alone else _peers()
+    if group is not None:
+        shared = (held for held in regions if held.shared)
+        fill_shared((region for held in shared for region in _to_fill(held, checkpoint, SHARED_READ_BYTES)), group)
+    own = (held for held in regions if group is None or not held.shared)
+    _fill_all(region for held in own for region in _to_fill(held, checkpoint, BUFFER_BYTES))
+
+
+@torch.no_grad()
+def load_live_state(
+    checkpoint: LogicalCheckpoint,
+    live: LiveCheckpoint,
+    chunks: Sequence[ModelChunk],
+    optimizer: Optimizer | None = None,
+) -> Crossing:
+    """`load_state` from a checkpoint that reads `live`, or is it; what the ranks hold of `live` must stay until then.
+
+    All ranks of the world must call. Each gets what it holds itself, data-parallel peers too.
+
+    Raises:
+        RequestError: as `load_state`.
+    """
+    began = time.perf_counter()
+    regions = _emptied(checkpoint, chunks, optimizer)
+    to_fill = [region for held in regions for region in _to_fill(held, checkpoint, SHARED_READ_BYTES)]
+    for arrived in live.rounds([region.read for region in to_fill]):
+        _fill_all(to_fill[number] for number in arrived)
+    return Crossing(live.traffic, time.perf_counter() - began, live.moved.seconds)
+
+
+def held_state(chunks: Sequence[ModelChunk], optimizer: Optimizer | None) -> list[Held]:
+    """All that this process holds of a checkpoint of the model and (unless none) its optimizer, in the training's own
+    memory: what it would store, and its copies of what data-parallel peers would. All ranks must call."""
+    finish_gathering(chunks)
+    held_here = placements(chunks)
+    state = _optimizer_regions(optimizer, held_here) if optimizer is not None else ()
+    return [(held.name, held.region, held.tensor) for held in (*_weight_regions(held_here), *state) if held.stored]
+
+
+def _emptied(
+    checkpoint: LogicalCheckpoint, chunks: Sequence[ModelChunk], optimizer: Optimizer | None
+) -> list[HeldRegion]:
+    """All regions to be filled from a checkpoint, which fits them; everything is zero before."""
     current().hold_changes()
     held_here = placements(chunks)
     for placement in held_here:
@@ -88,13 +135,11 @@ def load_state(
         for parameter in chunk.parameters():
             parameter.data.zero_()
     state = list(_optimizer_regions(optimizer, held_here, checkpoint)) if optimizer is not None else []
-    regions = [*_weight_regions(held_here), *state]
-    group = None if alone else _peers()
-    if group is not None:
-        shared = (held for held in regions if held.shared)
-        fill_shared((region for held in shared for region in _to_fill(held, checkpoint, SHARED_READ_BYTES)), group)
-    own = (held for held in regions if group is None or not held.shared)
-    to_fill = (region for held in own for region in _to_fill(held, checkpoint, BUFFER_BYTES))
+    return [*_weight_regions(held_here), *state]
+
+
+def _fill_all(to_fill: Iterable[RegionToFill]) -> None:
+    """Fill regions, in threads where the device does that."""
     if not current().fills_in_threads:
         for region in to_fill:
             _fill(region)

@@ -36,6 +36,9 @@ class CheckpointConfig:
     memory: MemoryConfig | None = None
     """Also keep each rank's state in its host's memory and a neighbour's, to resume from when a host or rank is
     lost."""
+    live_boundaries: bool = False
+    """Under torchrun, load a stage's beginning from the memory of the ranks that trained the stage before, in place of
+    its last checkpoint on the disk, which is saved all the same."""
     initial: str | None = None
     """Checkpoint (ours or a Hugging Face folder) whose weights the first stage starts from."""
     branch_of: str | None = None

@@ -38,6 +38,7 @@ from flm_megatron.training.resume.continuation import (
     stage_of,
 )
 from flm_megatron.training.resume.first_checkpoint import first_checkpoint
+from flm_megatron.training.resume.live import LiveBoundary, LiveView
 
 MADE = ("checkpoints", "metrics.jsonl", "log.txt", "goodput.jsonl", "tensorboard", "branches")
 """Names in the output folder that a run makes and continues with."""
@@ -193,7 +194,8 @@ class Beginning:
     """How a stage begins.
 
     The stage as it is trained (growth derives some of its model), the checkpoint that its state is loaded from, the
-    growth it began with, and that growth's certificate and layer distances if they were measured now.
+    growth it began with, and that growth's certificate and layer distances if they were measured now. `live` is that
+    checkpoint out of the memory of the ranks, if they hold it.
     """
 
     stage: StageConfig
@@ -201,11 +203,18 @@ class Beginning:
     plan: GrowthPlan | None = None
     certificate: Certificate | None = None
     distances: tuple[float, ...] = ()
+    live: LiveView | None = None
 
 
-def begin(run: RunConfig, start: Start, under: Layout, in_memory: LogicalCheckpoint | None = None) -> Beginning:
+def begin(
+    run: RunConfig,
+    start: Start,
+    under: Layout,
+    in_memory: LogicalCheckpoint | None = None,
+    live: LiveBoundary | None = None,
+) -> Beginning:
     """The beginning of `start` (`in_memory` if given); for a growth, layer distances and certificate are measured
-    first.
+    first, from the disk if the ranks hold the stage before `live`.
 
     Runs on all processes of the world, outside any layout; `under` makes the layouts to measure in.
 
@@ -219,14 +228,21 @@ def begin(run: RunConfig, start: Start, under: Layout, in_memory: LogicalCheckpo
     source = in_memory or open_checkpoint(_saved(start))
     if start.resumes:
         plan = resumed_plan(run, start.stage, source.manifest)
-        return Beginning(_resumed_stage(stage, source.manifest, plan, _where(start)), source, plan)
+        stage = _resumed_stage(stage, source.manifest, plan, _where(start))
+        return Beginning(stage, source, plan, live=live.view(source) if live else None)
     if run.data.chat is not None:  # stages of a fine-tuning share one model
-        return Beginning(stage, source)
+        return Beginning(stage, source, live=live.view(source) if live else None)
     distances = boundary_distances(source, run, start.stage, under)
     trained = boundary_scale(source, run, start.stage, patient_processes)
     checkpoint, plan = grown_checkpoint(source, run, start.stage, distances, trained)
     certificate = boundary_certificate(checkpoint, run, start.stage, under)
-    return Beginning(replace(stage, model=plan.new), checkpoint, plan, certificate, tuple(distances or ()))
+
+    def grown(held: LogicalCheckpoint) -> LogicalCheckpoint:
+        """The same growth of what the ranks hold."""
+        return grown_checkpoint(held, run, start.stage, distances, trained)[0]
+
+    in_ranks = live.view(source, grown) if live else None
+    return Beginning(replace(stage, model=plan.new), checkpoint, plan, certificate, tuple(distances or ()), in_ranks)
 
 
 def _saved(start: Start) -> Path:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import redirect_stdout
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -62,7 +65,9 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, R
     """Output and run file of both stages trained without a stop."""
     output = tmp_path_factory.mktemp("whole")
     run = make_run(data, output)
-    assert train(run) == 0
+    with redirect_stdout(StringIO()) as said:
+        assert train(replace(run, checkpoint=replace(run.checkpoint, live_boundaries=True))) == 0
+    assert said.getvalue().count("live_boundaries is not used: without torchrun") == 1
     return output, run
 
 

@@ -1,0 +1,25 @@
+"""What the ranks hold is taken for the checkpoint of it alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from flm_megatron.checkpoint.manifest import Manifest, StagePosition
+from flm_megatron.errors import FlmError
+from flm_megatron.training.resume.live import LiveBoundary
+from tests.support.checkpoint_cases import Memory
+
+
+def saved(step: int) -> Memory:
+    """A checkpoint without tensors of a step of stage `small`."""
+    return Memory({}, Manifest(position=StagePosition(step, stage="small")))
+
+
+def test_another_checkpoint_than_of_what_the_ranks_hold_is_refused() -> None:
+    boundary = LiveBoundary(StagePosition(4, stage="small"), [])
+    view = boundary.view(saved(4))
+    assert view is not None and view.checkpoint is view.source
+    with pytest.raises(FlmError, match=r"the ranks hold stage 'small' at step 4, but the run goes on from .* step 2"):
+        boundary.view(saved(2))
+    boundary.release()
+    assert boundary.view(saved(2)) is None
