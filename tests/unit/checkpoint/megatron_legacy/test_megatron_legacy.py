@@ -228,8 +228,8 @@ def test_the_arguments_describe_the_same_model(
     assert differences(model_from_arguments(arguments_of(model, ParallelConfig(), 32, 0), "here"), model) == []
 
 
-@pytest.mark.parametrize("change", [{"rope_scaling": RopeScaling()}, {"position": "xpos"}])
-def test_positions_that_the_arguments_cannot_say_are_refused(change: dict[str, Any]) -> None:
+@pytest.mark.parametrize("change", [{"rope_scaling": RopeScaling()}, {"position": "xpos"}, {"parallel_residual": True}])
+def test_what_the_arguments_cannot_say_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=f"the model has {next(iter(change))}"):
         arguments_of(replace(BIASED, **change), ParallelConfig(), 32, 0)
 
