@@ -266,7 +266,10 @@ def reference_distances() -> list[tuple[float, float]]:
     return out
 
 
-@pytest.mark.parametrize("name", ["tensor_sequence", "pipeline_uneven", "both"])
+@pytest.mark.parametrize(
+    "name",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("tensor_sequence", "pipeline_uneven")), "both"],
+)
 def test_layer_distances_under_layouts(pool: Pool, name: str) -> None:
     for rank in pool.run(LAYOUTS[name].model_size, measured_distances, LAYOUTS[name]):
         for found, expected in zip(rank, reference_distances(), strict=True):

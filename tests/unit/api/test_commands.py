@@ -197,6 +197,7 @@ Refused = Callable[[flm.RunConfig], object]
         (lambda run: flm.compare(TRAINED, "gone"), f"checkpoint diff {TRAINED} gone"),
         (lambda run: flm.layer_distances("gone", run), "distance gone run.yaml"),
         (lambda run: flm.layer_distances(TRAINED, run, text="gone"), f"distance {TRAINED} run.yaml --text gone"),
+        (lambda run: flm.measure_importance("gone", run), "importance gone run.yaml"),
         (lambda run: flm.verify("gone"), "checkpoint verify gone"),
         (lambda run: flm.open_checkpoint("gone"), "checkpoint inspect gone"),
     ],
