@@ -1,56 +1,72 @@
 """How the logical tensors lie in a family's: bands of rows, the same in every layer.
 
-A logical tensor is cut into bands of whole rows, each of which is a band of rows of one Hugging Face tensor: the
-query-key-value matrix has, per query group, the rows of its queries, its key and its value; the first feed-forward
-matrix has all gate rows, then all up rows; everything else is one band. The order of the channels of a head is the
-same on both sides, because both rotate the two halves of a head against each other.
+A logical tensor is cut into bands of whole rows, each of which is a band of rows of one Hugging Face tensor, or of
+columns where the family stores matrices transposed: the query-key-value matrix has, per query group, the rows of its
+queries, its key and its value; the first feed-forward matrix has all gate rows, then all up rows; everything else is
+one band. The order of the channels of a head is the same on both sides, because both rotate the two halves of a head
+against each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from flm_megatron.checkpoint.hugging_face.families.family import Modules
+from flm_megatron.checkpoint.hugging_face.families.family import Family
 from flm_megatron.checkpoint.logical import Region
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import RequestError
-from flm_megatron.model.parameters import ParameterSpec, parameter_specs
+from flm_megatron.model.parameters import Axis, ParameterSpec, parameter_specs
+from flm_megatron.model.parameters.axis import BandName
 from flm_megatron.model.parameters.spec import Place
 
 
 @dataclass(frozen=True)
 class Band:
-    """Rows `row` to `row + rows` of a logical tensor (of one layer, if stacked) are the rows of `target` from
-    `target_row` on; `target` has `{layer}` in its name if the logical tensor is stacked."""
+    """Rows `row` to `row + rows` of a logical tensor (of one layer, if stacked) are the rows of `target`, columns if it
+    is `transposed`, from `target_row` on; `target` has `{layer}` in its name if the logical tensor is stacked."""
 
     target: str
     target_row: int
     row: int
     rows: int
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
 class RegionPair:
-    """A region of a logical tensor, and the region of the Hugging Face tensor `target` with the same values."""
+    """A region of a logical tensor, and the region of the Hugging Face tensor `target` with the same values, whose axes
+    have changed places if it is `transposed`."""
 
     target: str
     target_region: Region
     region: Region
+    transposed: bool
 
 
 @dataclass(frozen=True)
 class TargetTensor:
-    """A Hugging Face tensor: its shape, the logical tensor it is part of, and the layer (none if not stacked).
+    """A Hugging Face tensor: its logical shape (rows first), the logical tensor it is part of, and the layer (none if
+    not stacked).
 
     Files may hold padding rows after those of a `padded` one.
     """
 
-    shape: tuple[int, ...]
+    logical_shape: tuple[int, ...]
     source: str
     layer: int | None
     bands: tuple[Band, ...]
     padded: bool
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is stored with its columns first."""
+        return self.bands[0].transposed
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The stored shape."""
+        return self.logical_shape[::-1] if self.transposed else self.logical_shape
 
     def sources(self, first: int, rows: int) -> Iterator[tuple[int, Region]]:
         """Regions of the logical tensor that are rows `first` to `first + rows`, each with its first row."""
@@ -58,23 +74,24 @@ class TargetTensor:
             start, end = max(first, band.target_row), min(first + rows, band.target_row + band.rows)
             if start < end:
                 row = band.row + start - band.target_row
-                offsets, sizes = (row, *(0 for _ in self.shape[1:])), (end - start, *self.shape[1:])
+                trailing = self.logical_shape[1:]
+                offsets, sizes = (row, *(0 for _ in trailing)), (end - start, *trailing)
                 if self.layer is not None:
                     offsets, sizes = (self.layer, *offsets), (1, *sizes)
                 yield start, Region(offsets, sizes)
 
 
-def bands_of(model: ModelConfig, modules: Modules) -> dict[str, tuple[Band, ...]]:
-    """The bands of every logical tensor of `model`, by its name, in a family's `modules`.
+def bands_of(model: ModelConfig, family: Family) -> dict[str, tuple[Band, ...]]:
+    """The bands of every logical tensor of `model`, by its name, in a family's modules.
 
     Raises RequestError for a tensor that is in none of them.
     """
-    return {name: tuple(_bands(spec, modules)) for name, spec in parameter_specs(model).items()}
+    return {name: tuple(_bands(spec, family)) for name, spec in parameter_specs(model).items()}
 
 
-def target_tensors(model: ModelConfig, modules: Modules) -> dict[str, TargetTensor]:
+def target_tensors(model: ModelConfig, family: Family) -> dict[str, TargetTensor]:
     """Every Hugging Face tensor of `model` by name, in the order of execution."""
-    bands, specs = bands_of(model, modules), parameter_specs(model).values()
+    bands, specs = bands_of(model, family), parameter_specs(model).values()
     numbers: dict[Place, Sequence[int | None]] = {"first": [None], "layers": range(model.num_layers), "last": [None]}
     return {
         name: target
@@ -98,10 +115,13 @@ def region_pairs(bands: tuple[Band, ...], stacked: bool, region: Region) -> Iter
             start, end = max(first, band.row), min(first + count, band.row + band.rows)
             if start < end:
                 sizes = (end - start, *other_sizes)
+                there = (band.target_row + start - band.row, *other_offsets)
+                turn = slice(None, None, -1 if band.transposed else 1)
                 yield RegionPair(
                     band.target.format(layer=layer),
-                    Region((band.target_row + start - band.row, *other_offsets), sizes),
+                    Region(there[turn], sizes[turn]),
                     Region((*lead, start, *other_offsets), (*(1 for _ in lead), *sizes)),
+                    band.transposed,
                 )
 
 
@@ -116,15 +136,28 @@ def _targets(spec: ParameterSpec, bands: dict[str, tuple[Band, ...]], layer: int
     }
 
 
-def _bands(spec: ParameterSpec, modules: Modules) -> Iterator[Band]:
+def _bands(spec: ParameterSpec, family: Family) -> Iterator[Band]:
     """The bands of the axis of rows, each after those before it in the Hugging Face tensor it belongs to."""
     axis = spec.axes[1 if spec.stacked else 0]
-    if spec.module not in modules:
+    if spec.module not in family.modules:
         raise RequestError(f"{spec.name} has no Hugging Face form here: use `flm checkpoint reshard` instead")
-    targets, row = modules[spec.module], 0
+    targets, row = family.modules[spec.module], 0
+    starts = _starts(axis, targets, family.bands_by_kind)
+    transposed = family.transposed and spec.kind == "matrix"
+    for group in range(axis.groups):
+        for number, band in enumerate(axis.bands):
+            target = f"{targets[band.name]}.{spec.value}"
+            yield Band(target, starts[group, number], row, band.size, transposed)
+            row += band.size
+
+
+def _starts(axis: Axis, targets: Mapping[BandName, str], by_kind: bool) -> dict[tuple[int, int], int]:
+    """Where each band begins in the module that holds it, by its group and its number in the group."""
+    order = [(group, number) for group in range(axis.groups) for number in range(len(axis.bands))]
+    starts: dict[tuple[int, int], int] = {}
     filled = dict.fromkeys(targets.values(), 0)
-    for _ in range(axis.groups):
-        for band in axis.bands:
-            module = targets[band.name]
-            yield Band(f"{module}.{spec.value}", filled[module], row, band.size)
-            row, filled[module] = row + band.size, filled[module] + band.size
+    for group, number in sorted(order, key=lambda at: at[1]) if by_kind else order:
+        band = axis.bands[number]
+        starts[group, number] = filled[targets[band.name]]
+        filled[targets[band.name]] += band.size
+    return starts

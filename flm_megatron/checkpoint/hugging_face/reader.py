@@ -45,12 +45,12 @@ class HuggingFaceCheckpoint(LogicalCheckpoint):
         self.family = family_of(self.settings, str(self.path))
         self.config = self.family.model(self.settings, str(self.path))
         self.manifest = Manifest()
-        self._arrays = stored_arrays(self.path)
+        self._arrays = _whole_names(stored_arrays(self.path), self.family.body)
         self._set_vocabulary(vocab_size)
         if self.config.tie_embeddings:
             self._drop_head()
         self._check_shapes()
-        self._bands = bands_of(self.config, self.family.modules)
+        self._bands = bands_of(self.config, self.family)
         self._specs = parameter_specs(self.config)
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(spec.shape, self._dtype(name)) for name, spec in self._specs.items()
@@ -65,9 +65,10 @@ class HuggingFaceCheckpoint(LogicalCheckpoint):
         out = torch.empty(region.sizes, dtype=info.dtype)
         for pair in region_pairs(self._bands[name], self._specs[name].stacked, region):
             values = self._array(pair.target).read(pair.target_region)
+            values = values.t() if pair.transposed else values
             if self._specs[name].kind == "norm" and self.family.norm_offset:
                 values = values.to(out.dtype) + self.family.norm_offset
-            out[pair.region.within(region).slices] = values.view(pair.region.sizes)
+            out[pair.region.within(region).slices] = values.reshape(pair.region.sizes)
         return out
 
     def _drop_head(self) -> None:
@@ -118,7 +119,7 @@ class HuggingFaceCheckpoint(LogicalCheckpoint):
 
     def _check_shapes(self) -> None:
         """Raise RequestError if a tensor does not fit the configuration or is not one of its tensors."""
-        wanted = target_tensors(self.config, self.family.modules)
+        wanted = target_tensors(self.config, self.family)
         for name, target in wanted.items():
             shape = self._array(name).shape
             fits = shape == target.shape or (target.padded and shape[1:] == target.shape[1:])
@@ -128,6 +129,13 @@ class HuggingFaceCheckpoint(LogicalCheckpoint):
         strange = [name for name in self._arrays if name not in wanted and not name.endswith(ignored)]
         if strange:
             raise RequestError(f"{self.path}: tensor {strange[0]} is not one of the configured model")
+
+
+def _whole_names(arrays: dict[str, StoredArray], body: str) -> dict[str, StoredArray]:
+    """`arrays` by their names in the model with a head, whose `body` files of the bare model leave out."""
+    if any(name.startswith(body) for name in arrays):
+        return arrays
+    return {f"{body}{name}": array for name, array in arrays.items()}
 
 
 def _same_values(one: StoredArray, other: StoredArray) -> bool:

@@ -6,7 +6,7 @@ that no family computes with (tokens, caches, versions, dropout) are left alone.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypedDict, TypeVar
+from typing import Annotated, ClassVar, Literal, TypedDict, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -93,6 +93,8 @@ class DecoderFields(BaseModel):
     """
 
     model_config = STRICT
+    channels_multiple: ClassVar[int] = 2
+    """Of a head's channels: rotary positions turn pairs."""
     num_hidden_layers: Annotated[int, Field(ge=0, le=MOST_LAYERS)]
     hidden_size: Annotated[int, Field(ge=1, le=LARGEST_HIDDEN)]
     intermediate_size: Annotated[int, Field(ge=1, le=LARGEST_FFN)]
@@ -183,10 +185,12 @@ def _check_heads(fields: DecoderFields, where: str) -> None:
             f"{where}: config.json has num_key_value_heads {groups}, by which num_attention_heads {heads} cannot be "
             "divided"
         )
-    if fields.head_dim is None and fields.hidden_size % (2 * heads):
+    if fields.head_dim is None and fields.hidden_size % (fields.channels_multiple * heads):
+        known = type(fields).model_fields
+        hidden, count = (known[name].alias or name for name in ("hidden_size", "num_attention_heads"))
         raise RequestError(
-            f"{where}: config.json has num_attention_heads {heads} and no head_dim: hidden_size {fields.hidden_size} "
-            "does not give each head an even number of channels"
+            f"{where}: config.json has {count} {heads} and no head_dim: {hidden} {fields.hidden_size} does not give "
+            f"each head {'an even' if fields.channels_multiple == 2 else 'a whole'} number of channels"
         )
 
 

@@ -100,7 +100,7 @@ def write_hugging_face(
     offsets = dict.fromkeys(norms, -family.norm_offset) if family.norm_offset else None
     factors = folding(model, family)
     checkpoint = ConvertedCheckpoint(source, options.dtype, factors, optimizer=False, offsets=offsets)
-    targets = target_tensors(model, family.modules)
+    targets = target_tensors(model, family)
     padded = -(-int(model.vocab_size or 0) // options.pad_vocab_to) * options.pad_vocab_to
     infos = {name: _info(name, target, checkpoint, padded) for name, target in targets.items()}
     shards = shard_names(infos, options.shard_bytes)
@@ -176,10 +176,11 @@ def _copy(
 
 
 def _row_chunks(target: TargetTensor, checkpoint: LogicalCheckpoint) -> Iterator[tuple[int, int]]:
-    width = max(1, math.prod(target.shape[1:]) * checkpoint.tensors[target.source].dtype.itemsize)
+    count, *trailing = target.logical_shape
+    width = max(1, math.prod(trailing) * checkpoint.tensors[target.source].dtype.itemsize)
     rows = max(1, BUFFER_BYTES // width)
-    for first in range(0, target.shape[0], rows):
-        yield first, min(rows, target.shape[0] - first)
+    for first in range(0, count, rows):
+        yield first, min(rows, count - first)
 
 
 def _copy_rows(
@@ -188,8 +189,17 @@ def _copy_rows(
     for start, region in target.sources(first, rows):
         sizes = region.sizes if target.layer is None else region.sizes[1:]
         values = checkpoint.read(target.source, region).view(sizes)
-        array.write(descriptor, values.contiguous(), Region((start, *(0 for _ in sizes[1:])), sizes))
-    return rows * math.prod(target.shape[1:]) * array.dtype.itemsize
+        if target.transposed:
+            _write_columns(values.t().clone(memory_format=torch.contiguous_format), start, array, descriptor)
+        else:
+            array.write(descriptor, values.contiguous(), Region((start, *(0 for _ in sizes[1:])), sizes))
+    return rows * math.prod(target.logical_shape[1:]) * array.dtype.itemsize
+
+
+def _write_columns(values: torch.Tensor, start: int, array: StoredArray, descriptor: int) -> None:
+    """Write `values` [rows, some columns] from column `start` on, a run of bytes for every row."""
+    for row in range(len(values)):
+        array.write(descriptor, values[row : row + 1], Region((row, start), (1, values.size(1))))
 
 
 def _describe(

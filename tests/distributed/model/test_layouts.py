@@ -34,7 +34,8 @@ MODELS = {
         input_mult=1.5,
         output_mult=2.0,
         mup=MupConfig(enabled=True, base_hidden_size=32),
-        rope_scaling=RopeScaling("yarn", 4.0, 16, beta_fast=2.0, beta_slow=0.1),
+        rotary_percent=0.5,
+        rope_scaling=RopeScaling("llama3", 4.0, 16),
     ),
     "gpt3": ModelConfig(
         **SHAPE,
@@ -46,23 +47,15 @@ MODELS = {
         sliding_window=6,
         tie_embeddings=True,
     ),
-    "neox": ModelConfig(
-        **SHAPE,
-        normalization="layernorm",
-        activation="gelu",
-        bias=True,
-        parallel_residual=True,
-        rotary_percent=0.5,
-    ),
-    "gpt2": ModelConfig(
+    "learned": ModelConfig(
         **SHAPE,
         normalization="layernorm",
         activation="gelu_tanh",
         bias=True,
+        parallel_residual=True,
         position="learned",
         max_positions=SEQUENCE + 1,
         input_mult=1.5,
-        tie_embeddings=True,
     ),
 }
 LAYOUTS = [

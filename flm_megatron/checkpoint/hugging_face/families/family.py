@@ -41,8 +41,11 @@ class Family:
     their defaults. `multipliers` says whether `config.json` holds the multipliers of muP; if not, an export folds them
     into the weights. `embedding_multiplier` is what a family multiplies the embedding's output by, which is folded in
     too; its norms multiply by their stored weights plus `norm_offset`. With `plain_heads` every head has a key and a
-    value of its own and hidden size / heads channels. `buffers` are ends of names of tensors that older exports hold
-    and that follow from the configuration; `code` are files of `released_form` that a folder carries.
+    value of its own and hidden size / heads channels. `transposed` matrices of layers are stored with their inputs
+    first; with `bands_by_kind` a module of several bands has each of them whole, queries of all heads before keys, else
+    head after head. `body` begins the names of all but the head, and is left out in files of the bare model. `buffers`
+    are ends of names of tensors that older exports hold and that follow from the configuration; `code` are files of
+    `released_form` that a folder carries.
     """
 
     name: str
@@ -54,6 +57,9 @@ class Family:
     embedding_multiplier: Callable[[ModelConfig], float] = _one
     norm_offset: float = 0.0
     plain_heads: bool = False
+    transposed: bool = False
+    bands_by_kind: bool = False
+    body: str = ""
     buffers: tuple[str, ...] = ()
     code: tuple[str, ...] = ()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flm_megatron.checkpoint.hugging_face.families.family import Family
 from flm_megatron.checkpoint.hugging_face.families.gemma import GEMMA
+from flm_megatron.checkpoint.hugging_face.families.gpt2 import GPT2
 from flm_megatron.checkpoint.hugging_face.families.gpt_neox import GPT_NEOX
 from flm_megatron.checkpoint.hugging_face.families.llama import LLAMA
 from flm_megatron.checkpoint.hugging_face.families.mistral import MISTRAL
@@ -15,7 +16,7 @@ from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.json_text import JsonObject
 
-FAMILIES = {family.name: family for family in (TELEFLM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GPT_NEOX)}
+FAMILIES = {family.name: family for family in (TELEFLM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GPT_NEOX, GPT2)}
 """By `model_type`; the first that can express a model is proposed where another was asked for."""
 
 REFUSED = {

@@ -27,6 +27,8 @@ PLAIN_HEADS = replace(MODEL, num_attention_heads=8, num_query_groups=None, head_
 def test_a_family_reads_what_it_writes(name: str) -> None:
     family = FAMILIES[name]
     richest: dict[str, Any] = {field: values[-1] for field, values in family.expresses.items() if values}
+    if richest.get("position") == "learned":
+        richest |= {"max_positions": 4096, "rope_theta": 10000.0}
     base = PLAIN_HEADS if family.plain_heads else MODEL
     model = replace(base, **richest, input_mult=family.embedding_multiplier(base))
     assert not family.obstacles(model)

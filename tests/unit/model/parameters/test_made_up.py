@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flm_megatron.checkpoint.hugging_face.families.llama import MODULES
+from flm_megatron.checkpoint.hugging_face.families.llama import LLAMA
 from flm_megatron.checkpoint.hugging_face.names import bands_of
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.manifest import Manifest, StagePosition
@@ -146,4 +146,4 @@ def test_it_starts_as_its_row_says() -> None:
 
 def test_a_program_that_lacks_it_is_not_given_it() -> None:
     with pytest.raises(RequestError, match=r"linear_q\.layer_norm_weight has no Hugging Face form"):
-        bands_of(MODEL, MODULES)
+        bands_of(MODEL, LLAMA)
