@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from flm_megatron.api.compare import compare
     from flm_megatron.api.hugging_face import HuggingFaceExport, export_hf, import_hf
     from flm_megatron.api.plan import Plan, plan, search_layouts
+    from flm_megatron.api.refit import Refitted, refit
     from flm_megatron.api.rehearse import Rehearsal, rehearse
     from flm_megatron.api.reshard import CheckpointCopy, reshard
     from flm_megatron.api.run_file import load_run
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from flm_megatron.api.shape.importance import measure_importance
     from flm_megatron.api.train import fine_tune, train
     from flm_megatron.api.verify import verify
+    from flm_megatron.checkpoint.exchange.refit import Refit, rank_shards
     from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
+    from flm_megatron.checkpoint.sharding.model_state import held_state
     from flm_megatron.checkpoint.tools.compare import Comparison
     from flm_megatron.checkpoint.tools.verify import Verification
     from flm_megatron.config.schema import (
@@ -90,6 +93,8 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "Plan",
+    "Refit",
+    "Refitted",
     "Region",
     "Rehearsal",
     "RequestError",
@@ -110,6 +115,7 @@ __all__ = [
     "export_hf",
     "fine_tune",
     "grow",
+    "held_state",
     "import_hf",
     "layer_distances",
     "load_run",
@@ -117,6 +123,8 @@ __all__ = [
     "open_checkpoint",
     "plan",
     "plan_budget",
+    "rank_shards",
+    "refit",
     "rehearse",
     "reshard",
     "search_layouts",
@@ -131,6 +139,7 @@ _MODULES = {
     "api.compare": ("compare",),
     "api.hugging_face": ("HuggingFaceExport", "export_hf", "import_hf"),
     "api.plan": ("Plan", "plan", "search_layouts"),
+    "api.refit": ("Refitted", "refit"),
     "api.rehearse": ("Rehearsal", "rehearse"),
     "api.reshard": ("CheckpointCopy", "reshard"),
     "api.run_file": ("load_run",),
@@ -139,7 +148,9 @@ _MODULES = {
     "api.shape.importance": ("measure_importance",),
     "api.train": ("fine_tune", "train"),
     "api.verify": ("verify",),
+    "checkpoint.exchange.refit": ("Refit", "rank_shards"),
     "checkpoint.logical": ("LogicalCheckpoint", "Region", "TensorInfo"),
+    "checkpoint.sharding.model_state": ("held_state",),
     "checkpoint.tools.compare": ("Comparison",),
     "checkpoint.tools.verify": ("Verification",),
     "config.schema": ("RopeScaling",),

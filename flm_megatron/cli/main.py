@@ -34,12 +34,13 @@ COMMANDS = {
     "grow": "write a grown checkpoint",
     "distance": "measure how near each layer is to the identity",
     "importance": "measure how much each channel, head and layer matters, to shrink by",
+    "refit": "push weights from some ranks to others under another layout",
     "mup": "check the maximal-update parametrization",
     "eval": "bits per byte of text, and tasks of lm-evaluation-harness",
     "generate": "let a checkpoint write: prompts, a file of them, or a chat",
     "report": "a run, or several compared, as one HTML page",
 }
-FOLDERS = {"distance": "shape.", "grow": "shape.", "importance": "shape."}
+FOLDERS = {"distance": "shape.", "grow": "shape.", "importance": "shape.", "refit": "shape."}
 """Folder of a command's file, where it is not `cli/` itself."""
 
 

@@ -116,7 +116,11 @@ def load_live_state(
 
 def held_state(chunks: Sequence[ModelChunk], optimizer: Optimizer | None) -> list[Held]:
     """All that this process holds of a checkpoint of the model and (unless none) its optimizer, in the training's own
-    memory: what it would store, and its copies of what data-parallel peers would. All ranks must call."""
+    memory: what it would store, and its copies of what data-parallel peers would. All ranks must call.
+
+    Raises:
+        RuntimeError: a rank is gone, where updated weights are yet to be gathered.
+    """
     finish_gathering(chunks)
     held_here = placements(chunks)
     state = _optimizer_regions(optimizer, held_here) if optimizer is not None else ()

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 import torch.distributed as dist
 
+from flm_megatron.api.refit import Refitted, refit
 from flm_megatron.checkpoint.exchange.description import Held
+from flm_megatron.checkpoint.exchange.refit import Refit
 from flm_megatron.checkpoint.exchange.transport import agreed_plan, exchange
+from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import Region
+from flm_megatron.checkpoint.manifest import Manifest
+from flm_megatron.checkpoint.opening import open_checkpoint
+from flm_megatron.checkpoint.torch_dist.logical_hash import logical_hash
+from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
+from flm_megatron.config.schema import ParallelConfig
+from flm_megatron.errors import RequestError
+from tests.support.checkpoint_cases import MODEL, run_of
 from tests.support.pool import Pool
 
 
@@ -34,3 +47,31 @@ def test_columns_become_rows_bit_for_bit(pool: Pool) -> None:
     assert [list(line[:2]) for line in found] == halves
     assert all(line[2] == 2 * 3 * (rank < 2) for rank, line in enumerate(found)), "one message for each round and peer"
     assert {line[3] for line in found} == {found[0][3]} and found[0][3] > 2
+
+
+def pushed_to_others(folder: str) -> Refitted:
+    """A checkpoint from four ranks to two replicas of another layout, on ranks in no order; one is left out."""
+    here, there, cut = (5, 1, 0, 3), (2, 4), ParallelConfig(tensor=2, pipeline=2)
+    done = refit(folder, from_ranks=here, to_ranks=there, from_layout=cut, pushes=1)
+    with pytest.raises(RequestError, match="tensor 3 x pipeline 1 does not divide 2 ranks"):
+        refit(folder, from_ranks=here, to_ranks=there, to_layout=ParallelConfig(tensor=3))
+    rank = dist.get_rank()
+    values, place = torch.full((2, 3), 1.0), torch.zeros(2, 3, dtype=torch.bfloat16)
+    region = Region((0, 0), (2, 3))
+    again = Refit([("w", region, values)] if rank == 0 else [], [("w", region, place)] if rank == 6 else [])
+    for number in (1.0, 2.5):
+        values.fill_(number)
+        again.push()
+        assert (place == (number if rank == 6 else 0.0)).all()
+    return done
+
+
+def test_weights_are_pushed_to_other_ranks_under_another_layout_again_and_again(pool: Pool, tmp_path: Path) -> None:
+    source = InitialCheckpoint(MODEL, 3)
+    copy_checkpoint(source, tmp_path / "ours", Manifest.from_json({"run": run_of(MODEL), "stage": "small", "step": 1}))
+    found = pool.run(7, pushed_to_others, str(tmp_path / "ours"))
+    nbytes = sum(4 * Region.whole(info.shape).numel for info in source.tensors.values())
+    for each in found:
+        assert each.logical_hash == logical_hash(open_checkpoint(tmp_path / "ours"))
+        assert [each.traffic.received[rank] for rank in range(7)] == [nbytes * (rank in (2, 4)) for rank in range(7)]
+        assert sum(each.traffic.sent) == 2 * nbytes

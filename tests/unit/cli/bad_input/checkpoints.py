@@ -115,6 +115,12 @@ ROWS = [
     Row("distance ours run.yaml --data.sequence_length 0", "data.sequence_length is 0"),
     Row("distance ours run.yaml --stages.0.parallel.tensor 3", "tensor"),
     Row("distance ours run.yaml --samples 100000000000000", "samples"),
+    Row(
+        "refit ours --from-ranks 0 --to-ranks 1", "names rank 1, but there are 1 processes: start as many with torchrun"
+    ),
+    Row("refit ours --from-ranks 0 --to-ranks 0", "rank 0 is in --from-ranks and in --to-ranks"),
+    Row("refit ours --from-ranks 0-x --to-ranks 0", "'0-x' is no list of ranks such as 0-3"),
+    Row("refit ours --from-ranks 0,0 --to-ranks 1", "'0,0' names no rank, or one twice"),
     Row("importance absent run.yaml", "absent is not a checkpoint"),
     Row("importance ours", "nothing to measure on: give a run file"),
     Row("importance ours --text text.txt --stage small", "--stage names a stage of a run file"),
