@@ -10,6 +10,7 @@ from flm_megatron.kernels import fp8
 from flm_megatron.kernels.adam import adamw_
 from flm_megatron.kernels.choice import Choice, choose, current, use
 from flm_megatron.kernels.clip import NORM_FLOOR, clip_factor, clip_grad_norm_, grad_norm, scale_grads_
+from flm_megatron.kernels.divergence import kl_divergence
 from flm_megatron.kernels.glu import geglu, swiglu, unwritten_swiglu
 from flm_megatron.kernels.loss import cross_entropy
 from flm_megatron.kernels.loss.linear_loss import fuses_head_and_loss, linear_cross_entropy
@@ -32,6 +33,7 @@ __all__ = [
     "fuses_head_and_loss",
     "geglu",
     "grad_norm",
+    "kl_divergence",
     "linear_cross_entropy",
     "may_leave_unwritten",
     "rms_norm",
