@@ -10,6 +10,7 @@ from flm_megatron.benchmarking.measure import measure_training_step, on_ranks
 from flm_megatron.benchmarking.report import Report
 from flm_megatron.benchmarking.result import Measurement
 from flm_megatron.benchmarking.workload import Request, describe, local_layouts
+from flm_megatron.config.rules.distillation import require_no_teacher
 from flm_megatron.errors import FlmError, RequestError
 from flm_megatron.model.parameters import parameter_count
 
@@ -26,11 +27,12 @@ def benchmark(request: Request, wanted: Wanted) -> Report | None:
     """Measure `request`, whose rules are checked, on this machine; none on ranks that do not report.
 
     Raises:
-        RequestError: what is wanted does not go together, or no layout, program or kernel can run.
+        RequestError: the stage distils, what is wanted does not go together, or no layout, program or kernel can run.
         FlmError: a process failed.
     """
     from flm_megatron.distributed.world import launched
 
+    require_no_teacher(request.stage, "a benchmark runs")
     if launched() and (wanted.sizes or wanted.peers is not None):
         raise RequestError("--layouts and --compare start their own processes: leave the launcher out")
     if wanted.sizes and wanted.peers is not None:

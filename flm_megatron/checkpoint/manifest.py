@@ -168,6 +168,15 @@ class RecordedLayout(Section):
         return None if self.world is None else self.world // (self.tensor * self.pipeline)
 
 
+class RecordedTeacher(Record):
+    """The teacher that a stage learnt from: its checkpoint's path and logical hash, and where that stood in its run."""
+
+    path: str
+    logical_hash: str
+    stage: str | None = None
+    step: int | None = None
+
+
 class SpikeState(Record):
     """The state of the spike guard (`training.spikes.SpikeWatch`).
 
@@ -206,6 +215,8 @@ class Manifest(Record):
     earlier_growth: RecordedGrowth | None = None
     """The last growth before the checkpoint that the run started from."""
     stability: SpikeState | None = None
+    teacher: RecordedTeacher | None = None
+    """The teacher of the checkpoint's stage."""
     layout: RecordedLayout | None = None
     optimizer: str | None = None
     """`logical`, or `none` without optimizer state."""

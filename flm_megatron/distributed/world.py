@@ -50,7 +50,7 @@ def tool_world(config: DistributedConfig) -> Iterator[None]:
 
 
 @contextmanager
-def layout(parallel: ParallelConfig, timeout_s: int) -> Iterator[None]:
+def layout(parallel: ParallelConfig, timeout_s: int) -> Iterator[LayoutGroups]:
     """megatron-core's groups for one stage, whose collectives time out after `timeout_s` seconds.
 
     They are destroyed when the block ends well, so that the next stage may differ. After an error they stay until the
@@ -61,10 +61,38 @@ def layout(parallel: ParallelConfig, timeout_s: int) -> Iterator[None]:
     with groups.installed():
         parallel_state.initialize_model_parallel(parallel)
     try:
-        yield
+        yield groups
     finally:
         parallel_state.destroy_model_parallel()
     groups.destroy()
+
+
+class SecondLayout:
+    """Another layout of the world beside the current one, for a model that runs between the steps of the first.
+
+    `with second():` makes it the engine's current layout during the block; every rank enters at the same place.
+    """
+
+    def __init__(self, parallel: ParallelConfig, groups: LayoutGroups) -> None:
+        """Inside a layout, whose `groups` it shares where sets of ranks are the same and which destroy its own."""
+        first = parallel_state.known_layout()
+        parallel_state.destroy_model_parallel()
+        try:
+            with groups.installed():
+                parallel_state.initialize_model_parallel(parallel)
+            self._known = parallel_state.known_layout()
+        finally:
+            parallel_state.set_layout(first)
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """The second layout is the current one during the block."""
+        first = parallel_state.known_layout()
+        parallel_state.set_layout(self._known)
+        try:
+            yield
+        finally:
+            parallel_state.set_layout(first)
 
 
 @contextmanager
@@ -82,6 +110,7 @@ class Layouts:
         self._timeout_s = timeout_s
         self._open = ExitStack()
         self._parts: tuple[int, ...] = ()
+        self._groups: LayoutGroups | None = None
 
     @contextmanager
     def __call__(self, parallel: ParallelConfig) -> Iterator[None]:
@@ -90,9 +119,14 @@ class Layouts:
         if parts != self._parts:
             self._open.close()
             self._parts = ()
-            self._open.enter_context(layout(parallel, self._timeout_s))
+            self._groups = self._open.enter_context(layout(parallel, self._timeout_s))
             self._parts = parts
         yield
+
+    def beside(self, parallel: ParallelConfig) -> SecondLayout:
+        """Another layout that lasts as long as the current one; all ranks of the world call."""
+        assert self._groups is not None, "there is no layout to be beside"
+        return SecondLayout(parallel, self._groups)
 
     def __enter__(self) -> Layouts:
         return self

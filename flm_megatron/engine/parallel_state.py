@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,9 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from flm_megatron.config.schema import ParallelConfig
+
+_VARIABLE = re.compile(r"_[A-Z0-9_]+|_global_process_group_list")
+"""The module's variables, in which the engine keeps the layout."""
 
 
 def initialize_model_parallel(parallel: ParallelConfig) -> None:
@@ -31,6 +36,16 @@ def destroy_model_parallel() -> None:
     _state().destroy_model_parallel()
     # It keeps the angles of the last 32 calls, with the modules that made them and the groups of these.
     RotaryEmbedding.forward.cache_clear()
+
+
+def known_layout() -> dict[str, object]:
+    """All that the engine knows of the current layout: its groups, sizes and ranks by the names of its variables."""
+    return {name: value for name, value in vars(_state()).items() if _VARIABLE.fullmatch(name)}
+
+
+def set_layout(known: Mapping[str, object]) -> None:
+    """Make the layout of `known_layout` the current one. Groups are neither made nor destroyed."""
+    vars(_state()).update(known)
 
 
 def get_tensor_model_parallel_rank() -> int:

@@ -21,6 +21,7 @@ from typing import Any
 
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.sharding.model_state import load_state
+from flm_megatron.config.rules.distillation import require_no_teacher
 from flm_megatron.config.schema import ParallelConfig, RunConfig, ScheduleConfig, StageConfig
 from flm_megatron.data.streams.loader import batches
 from flm_megatron.data.streams.stream import SampleStream
@@ -162,6 +163,7 @@ def proxy_stage(run: RunConfig, stage: StageConfig, settings: SearchSettings) ->
             f"stage {stage.name!r} does not use muP, so values found on a narrow model do not carry over; "
             "set model.mup.enabled to true"
         )
+    require_no_teacher(stage, "a search runs")
     base = stage.model.mup.base_hidden_size
     model = scaled_model(stage.model, settings.width or base, base, mup=True)
     tokens = settings.steps * settings.global_batch * run.data.sequence_length

@@ -53,15 +53,20 @@ def _train_locally(run: RunConfig, only: str | None, anew: bool) -> int:
     """Start fresh processes for each stage, as many as its layout needs."""
     from flm_megatron.launch.branch import bring_metrics, require_no_branch_in_training
     from flm_megatron.launch.run_lease import run_lease
+    from flm_megatron.training.distillation.source import check_teachers
     from flm_megatron.training.resume import live, memory_copies
-    from flm_megatron.training.resume.start import checked_start, set_aside
+    from flm_megatron.training.resume.start import checked_start, has_checkpoints, set_aside
 
     check_local(run)
+    if anew or not has_checkpoints(run):
+        check_teachers(run, only=only, anew=anew)
     with run_lease(run):
         if anew:
             require_no_branch_in_training(run)
             set_aside(run)
         start = checked_start(run, only)
+        if start is not None:
+            check_teachers(run, start.stage, only)
         write_run_file(run)
         bring_metrics(run, start)
         if run.checkpoint.memory is not None:
@@ -116,16 +121,20 @@ def _check_local_stage(run: RunConfig, stage: StageConfig) -> None:
 def _train_as_rank(run: RunConfig, only: str | None) -> int:
     """Train every stage in torchrun's world."""
     from flm_megatron.distributed.error_file import write_error_file
+    from flm_megatron.distributed.processes import Processes
     from flm_megatron.distributed.world import is_main_rank, world
     from flm_megatron.launch.branch import bring_metrics
     from flm_megatron.launch.heartbeat import heartbeat
     from flm_megatron.launch.outcome import report_end
     from flm_megatron.launch.run_lease import run_lease
+    from flm_megatron.training.distillation.source import check_teachers
     from flm_megatron.training.resume.memory_copies import first_start, memory_copies
 
     check(run, int(os.environ["WORLD_SIZE"]), stages=[only] if only else None)
     with world(run.distributed), heartbeat(run.distributed.timeout_s), run_lease(run), memory_copies(run) as copies:
         start = first_start(run, only, copies)
+        if start is not None and any(stage.distill for stage in run.stages):
+            Processes().on_first(partial(check_teachers, run, start.stage, only))
         if is_main_rank():
             write_run_file(run)
             bring_metrics(run, start)

@@ -55,6 +55,8 @@ class EngineConfig(TransformerConfig):
     """Factor on the gradient of the embedding."""
     z_loss: float = 0.0
     """Weight of the z-loss in training."""
+    distill_temperature: float = 1.0
+    """Divides logits in the divergence from a teacher's."""
     lora: LoraConfig | None = None
     """Adapters of the linear layers."""
     fp8_scaling: fp8.Scaling | None = None
@@ -83,6 +85,7 @@ def transformer_config(stage: StageConfig) -> EngineConfig:
         **_recomputation(stage),
         "embedding_gradient_shrink": stage.stability.embedding_gradient_shrink,
         "z_loss": stage.stability.z_loss,
+        "distill_temperature": stage.distill.temperature if stage.distill else 1.0,
         "lora": stage.model.lora,
         "fp8_scaling": None if stage.fp8 == "none" else stage.fp8,
         **current().engine_options(),

@@ -75,6 +75,7 @@ class TeleFLM(GPTModel):
         self.logit_multiplier = model.logit_multiplier
         self.cache: KeyValueCache | None = None
         self._cached = slice(0)
+        self._teacher: Tensor | None = None
 
     def forward(  # type: ignore[override]
         self,
@@ -84,11 +85,14 @@ class TeleFLM(GPTModel):
         labels: Tensor | None = None,
         runtime_gather_output: bool | None = None,
         loss_mask: Tensor | None = None,
+        teacher: Tensor | None = None,
     ) -> Tensor:
         """Loss of each token [batch, sequence] in fp32 with `labels`, else logits [batch, sequence, vocabulary].
 
         With a `loss_mask` [batch, sequence] besides it is the sum over tokens of mask times loss (0-dim): training and
-        validation want no more, and head and loss may then be one operation. Its gradient has to be one.
+        validation want no more, and head and loss may then be one operation. Its gradient has to be one. With the
+        logits of a `teacher` as well [batch, sequence, ids], for the ids of this rank's shard that are no padding, it
+        is that sum and the sum of mask times KL(teacher || student) at the configured temperature [2].
 
         `tokens` and `labels` are [batch, sequence]. Positions are those of the sequence, learned ones those of
         `positions_of`, whatever `position_ids` says; `attention_mask` [batch or 1, 1, sequence, sequence] is true where
@@ -103,14 +107,18 @@ class TeleFLM(GPTModel):
             self._cached = self.cache.begin(tokens.size(1))
         if self.max_positions:
             position_ids = self._learned_positions(tokens, attention_mask)
-        return super().forward(
-            tokens,
-            position_ids,
-            attention_mask,
-            labels=labels,
-            runtime_gather_output=runtime_gather_output,
-            loss_mask=loss_mask,
-        )
+        self._teacher = teacher
+        try:
+            return super().forward(
+                tokens,
+                position_ids,
+                attention_mask,
+                labels=labels,
+                runtime_gather_output=runtime_gather_output,
+                loss_mask=loss_mask,
+            )
+        finally:
+            self._teacher = None
 
     def head_weight(self) -> torch.nn.Parameter:
         """The rows of the vocabulary that the last chunk multiplies hidden states by: of a tied head the embedding, or
@@ -176,7 +184,7 @@ class TeleFLM(GPTModel):
             hidden_states = hidden_states[-1:]
         if self.logit_multiplier != 1:
             hidden_states = hidden_states * self.logit_multiplier
-        if labels is not None and loss_mask is not None and self._fuses(hidden_states):
+        if labels is not None and loss_mask is not None and self._teacher is None and self._fuses(hidden_states):
             return self._fused_loss(hidden_states, labels, loss_mask)
         logits, _ = self.output_layer(
             hidden_states, weight=self.head_weight(), runtime_gather_output=runtime_gather_output
@@ -185,12 +193,23 @@ class TeleFLM(GPTModel):
             self._exclude_padding(logits)
             return logits.transpose(0, 1).contiguous()
         losses = self._losses(logits, labels).t().contiguous()
-        return losses if loss_mask is None else (losses * loss_mask).sum()
+        if loss_mask is None:
+            return losses
+        total = (losses * loss_mask).sum()
+        return total if self._teacher is None else torch.stack([total, self._divergence(logits, loss_mask)])
+
+    def _divergence(self, logits: Tensor, loss_mask: Tensor) -> Tensor:
+        """Sum over tokens of mask times the divergence from the teacher, of logits [sequence, batch, width]."""
+        assert self._teacher is not None
+        teacher, temperature = self._teacher.transpose(0, 1), self.config.distill_temperature
+        found = kernels.kl_divergence(logits, teacher, temperature, self.true_vocab_size, self.pg_collection.tp)
+        return (found * loss_mask.t()).sum()
 
     def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The value to minimise for each token [sequence, batch]; overwrites the logits in the backward pass."""
-        # Nothing else reads the logits, so their gradient may take their place.
-        losses = kernels.cross_entropy(logits, labels.t(), self.true_vocab_size, self.pg_collection.tp, overwrite=True)
+        """The value to minimise for each token [sequence, batch]; without a teacher, which reads them too, the backward
+        pass overwrites the logits with their gradient."""
+        labels, group, alone = labels.t(), self.pg_collection.tp, self._teacher is None
+        losses = kernels.cross_entropy(logits, labels, self.true_vocab_size, group, overwrite=alone)
         if self.training and self.config.z_loss:
             extra = self.config.z_loss * _z_loss(logits[..., : self._true_width(logits)])
             # Minimised, but not reported: the loss stays comparable.

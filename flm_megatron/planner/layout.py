@@ -244,7 +244,7 @@ def stage_workload(
     """Workload of a stage on `world_size` processes, which fit its layout; the vocabulary size is known."""
     if not stage.model.rotates:
         implementation = replace(implementation, rotary=False)
-    if stage.stability.z_loss:  # it needs the logits
+    if stage.stability.z_loss or stage.distill:  # they need the logits
         implementation = replace(implementation, fused_head_from_mib=NEVER)
     return Workload(
         model=stage.model,

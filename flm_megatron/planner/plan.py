@@ -50,6 +50,8 @@ class StagePlan:
     mfu: float
     steps: int
     cost: Cost
+    teacher: str | None = None
+    """The teacher that the stage learns from, which is not planned."""
 
     @property
     def peak_gib(self) -> float:
@@ -113,6 +115,7 @@ def plan_stage(stage: StageConfig, sequence_length: int, machine: Machine, gpus:
         mfu=tflops * 1e12 / peak_flops(machine, work.precision),
         steps=steps,
         cost=cost(machine, gpus, steps * work.step_tokens, steps * step.total),
+        teacher=stage.distill.teacher if stage.distill else None,
     )
 
 

@@ -14,13 +14,13 @@ import torch.distributed as dist
 from flm_megatron import kernels
 from flm_megatron.checkpoint.exchange.live import Crossing
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
-from flm_megatron.checkpoint.manifest import Manifest, RecordedLayout, SpikeState, StagePosition
+from flm_megatron.checkpoint.manifest import Manifest, RecordedLayout, RecordedTeacher, SpikeState, StagePosition
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.sharding.model_state import load_state
 from flm_megatron.checkpoint.stage_manifest import stage_manifest
 from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.history import history_to_json
-from flm_megatron.config.schema import GrowthConfig, RunConfig
+from flm_megatron.config.schema import GrowthConfig, RunConfig, StageConfig
 from flm_megatron.data.streams.loader import batches
 from flm_megatron.data.streams.stage_streams import training_stream
 from flm_megatron.device import current
@@ -37,13 +37,21 @@ from flm_megatron.kernels import fp8
 from flm_megatron.model.attention.segments import packing_notice
 from flm_megatron.model.engine_config import DTYPES
 from flm_megatron.optim.learning_rate import learning_rate, set_learning_rates
+from flm_megatron.training.distillation.source import open_teacher
+from flm_megatron.training.distillation.teacher import Teacher
 from flm_megatron.training.hooks import stage_hooks
 from flm_megatron.training.hooks.saving import Saving
 from flm_megatron.training.metrics.events import GrowthEvent, NewLevelEvent, RefusedEvent, RestartEvent, StepEvent
 from flm_megatron.training.metrics.flops import training_flops_per_token
 from flm_megatron.training.metrics.goodput import Meter, read_goodput
-from flm_megatron.training.metrics.log import MetricsLog
-from flm_megatron.training.resume.changes import announce, find_changes, segment_begins, validation_hashes
+from flm_megatron.training.metrics.log import DIVERGENCE, MetricsLog
+from flm_megatron.training.resume.changes import (
+    announce,
+    find_changes,
+    segment_begins,
+    teacher_changes,
+    validation_hashes,
+)
 from flm_megatron.training.resume.live import LiveBoundary
 from flm_megatron.training.resume.memory_copies import MemoryCopies
 from flm_megatron.training.resume.start import Beginning, Start, begin, checkpoint_store
@@ -79,6 +87,7 @@ def train_stage(
                 if live:
                     live.release()
                 try:
+                    trainer.teacher = _teacher(run, start.stage, trainer.stage, under)
                     goes_on = trainer.train(stop)
                     if live and goes_on and start.stage + 1 < len(run.stages):
                         live.keep(trainer.state.chunks, trainer.state.optimizer, trainer.manifest().position)
@@ -115,6 +124,7 @@ class StageTrainer:
         self.meter.begin(self.index, self.stage.name, self.step)
         self.times: deque[float] = deque(maxlen=RECENT_STEPS)
         self.copies = copies
+        self.teacher: Teacher | None = None
         self.saving = Saving(self)
         self.hooks = stage_hooks(self, copies)
         self.stream = training_stream(run, self.index, start.history)
@@ -126,6 +136,8 @@ class StageTrainer:
         feed = batches(
             self.stream, first, self.stage.global_batch, self.stage.micro_batch, self.data_rank, self.data_size
         )
+        if self.teacher:
+            self.teacher.begin(self.stream, first)
         stopped = False
         for hook in self.hooks:
             hook.on_start(self)
@@ -139,6 +151,8 @@ class StageTrainer:
                 self._at_intervals()
         finally:
             feed.close()
+            if self.teacher:
+                self.teacher.close()
         for hook in self.hooks:
             hook.on_end(self, self.step >= self.budget.steps)
         if self.log and (goodput := read_goodput(Path(self.run.output))):
@@ -160,6 +174,7 @@ class StageTrainer:
             log.write(RestartEvent(*self.position()))
         if self.start.history[1:] or self.start.resumes:
             changes = find_changes(self.run, self.start, self.checkpoint.manifest, self.data_size)
+            changes += teacher_changes(self.checkpoint.manifest, self._taught_by())
             announce(log, changes, *self.position())
         if self.copies and self.copies.line:
             log.say(self.copies.line)
@@ -167,6 +182,8 @@ class StageTrainer:
             log.say(f"{self.stage.name} {self.crossing.text()}")
         for reason in self.start.passed_over:
             log.say(f"WARNING: going on from {self.start.source}, for a newer checkpoint is damaged: {reason}")
+        if self.teacher:
+            log.say(self.teacher.describe())
         log.say(kernels.current().describe())
         if self.stage.precision == "bf16" and (notice := kernels.weight_gradient_notice()):
             log.say(notice)
@@ -191,6 +208,8 @@ class StageTrainer:
         set_learning_rates(self.state.optimizer, self.stage, lr)
         for hook in self.hooks:
             hook.before_step(self)
+        if self.teacher:
+            group = self.teacher.teach(group)
         result = self.state.train_step(group, Told(stop.asked, self.saving.failed), self.watch.reason)
         self.step += 1
         self.times.append(time.perf_counter() - began)
@@ -216,6 +235,8 @@ class StageTrainer:
         """Log the metrics of a step that was applied, with those of hooks."""
         level = self.watch.applied(result.loss, result.grad_norm)
         measured = {name: value for hook in self.hooks for name, value in hook.after_step(self, result).items()}
+        if result.divergence is not None:
+            measured[DIVERGENCE] = result.divergence
         if self.log:
             interval = self.run.logging.interval_steps
             speak = self.step % interval == 0 or self.step == self.budget.steps
@@ -282,6 +303,9 @@ class StageTrainer:
             if hook.interval_steps > 0 and self.step % hook.interval_steps == 0:
                 hook.at_interval(self)
 
+    def _taught_by(self) -> RecordedTeacher | None:
+        return self.teacher.record if self.teacher else None
+
     def manifest(self) -> Manifest:
         """The manifest of a checkpoint of this step."""
         growth = self.growth.recorded() if self.growth else None
@@ -293,6 +317,7 @@ class StageTrainer:
             validation_sha256=self.validation_sha256,
             earlier_growth=self.earlier,
             stability=self.watch.state(),
+            teacher=self._taught_by(),
             layout=RecordedLayout.model_validate(asdict(self.stage.parallel) | {"world": dist.get_world_size()}),
         )
 
@@ -305,6 +330,13 @@ def _watched(start: Start, manifest: Manifest) -> SpikeState | None:
     """
     saved = manifest.stability if start.resumes else None
     return SpikeState(skipped=saved.skipped) if saved and segment_begins(start) else saved
+
+
+def _teacher(run: RunConfig, index: int, stage: StageConfig, under: Layouts) -> Teacher | None:
+    """The teacher of the stage, built inside its layout; none if it does not distil."""
+    if stage.distill is None:
+        return None
+    return Teacher(open_teacher(run, index), stage, run.data.sequence_length, under)
 
 
 def _growth_record(beginning: Beginning) -> GrowthRecord | None:

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 
 from flm_megatron.config.ranges import LARGEST_COUNT, LARGEST_SEQUENCE, LARGEST_WORLD, out_of_range
+from flm_megatron.config.rules.distillation import DISTILLATION_RULES
 from flm_megatron.config.rules.layout import LAYOUT_RULES, layout_sizes_are_counts
 from flm_megatron.config.rules.model import MODEL_RULES, model_sizes_are_counts
 from flm_megatron.config.rules.schedule import SCHEDULE_RULES, STABILITY_RULES, VALUE_RULES
@@ -314,6 +315,7 @@ RUN_RULES = (
     memory_budget_is_positive,
     growth_measures_are_counts,
     passes_are_bounded,
+    *DISTILLATION_RULES,
 )
 SHAPE_RULES = (other_shapes_grow, sequences_have_positions)
 """Those that compute with the sizes of models."""

@@ -6,6 +6,7 @@ They take the sequence length of the run and the number of processes, which is n
 from __future__ import annotations
 
 from flm_megatron.config.ranges import LARGEST_COUNT, LARGEST_WORLD, out_of_range
+from flm_megatron.config.rules.distillation import teacher_layout_fits
 from flm_megatron.config.rules.pipeline import pipeline_split
 from flm_megatron.config.rules.precision import PRECISION_RULES
 from flm_megatron.config.schema import ParallelConfig, StageConfig
@@ -149,5 +150,6 @@ LAYOUT_RULES = (
     batch_divides,
     interleaving_divides,
     gather_needs_sharding,
+    teacher_layout_fits,
     *PRECISION_RULES,
 )

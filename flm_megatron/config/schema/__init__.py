@@ -10,12 +10,19 @@ from flm_megatron.config.schema.hardware import DistributedConfig, KernelsConfig
 from flm_megatron.config.schema.model import LoraConfig, ModelConfig, MupConfig, RopeScaling
 from flm_megatron.config.schema.optimizer import OptimizerConfig, ScheduleConfig
 from flm_megatron.config.schema.run import CheckpointConfig, LoggingConfig, MemoryConfig, RunConfig
-from flm_megatron.config.schema.stage import GrowthConfig, StabilityConfig, StageConfig, ValidationConfig
+from flm_megatron.config.schema.stage import (
+    DistillConfig,
+    GrowthConfig,
+    StabilityConfig,
+    StageConfig,
+    ValidationConfig,
+)
 
 __all__ = [
     "ChatConfig",
     "CheckpointConfig",
     "DataConfig",
+    "DistillConfig",
     "DistributedConfig",
     "GrowthConfig",
     "KernelsConfig",

@@ -89,6 +89,25 @@ class GrowthConfig:
 
 
 @dataclass(config=SETTINGS)
+class DistillConfig:
+    """Learning from a teacher as well as from the text: the loss of a token is (1 - weight) cross entropy + weight
+    temperature^2 KL(teacher || student). The loss that is reported stays the cross entropy."""
+
+    teacher: str
+    """Checkpoint of any format, or name of an earlier stage, whose last checkpoint it is. It has the same vocabulary,
+    and does not learn."""
+    temperature: float = 1.0
+    """Divides the logits of both before the softmax of the divergence."""
+    weight: float = 0.5
+    """Share of the divergence in the loss, above 0 and at most 1."""
+    parallel: ParallelConfig | None = None
+    """The teacher's own layout over the stage's processes; none means the stage's, or the largest smaller one that the
+    teacher fits."""
+    precision: Precision | None = None
+    """Precision of the teacher's weights and activations; none means the stage's."""
+
+
+@dataclass(config=SETTINGS)
 class StabilityConfig:
     """What to do about a step whose loss or gradient norm is not finite or far above those before it."""
 
@@ -157,3 +176,5 @@ class StageConfig:
     """Seed of that choice."""
     growth: GrowthConfig | None = None
     """How the stage grows from the one before; none on the first stage."""
+    distill: DistillConfig | None = None
+    """Teacher that the stage learns from; none learns from the text alone."""

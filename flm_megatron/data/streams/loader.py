@@ -42,7 +42,19 @@ def batches(
         RequestError: the batch is not divisible; or, at the step concerned, the stream ends.
     """
     _check_division(global_batch, micro_batch, data_size)
-    return _ahead(_steps(stream, start_sample, global_batch, micro_batch, data_rank, data_size), prefetch)
+    share = rank_samples(0, global_batch, data_rank, data_size)
+    return share_batches(stream, start_sample, global_batch, micro_batch, share, prefetch)
+
+
+def share_batches(
+    stream: Stream, start_sample: int, global_batch: int, micro_batch: int, share: range, prefetch: int = 2
+) -> Generator[list[Batch], None, None]:
+    """As `batches`, the micro-batches of the samples `share` of each global batch, whatever the layout.
+
+    Raises:
+        RequestError: at the step concerned, the stream ends.
+    """
+    return _ahead(_steps(stream, start_sample, global_batch, micro_batch, share), prefetch)
 
 
 def validation_batches(
@@ -79,12 +91,10 @@ def _stack_masked(stream: Stream, indices: range, end: int) -> Batch:
     return batch
 
 
-def _steps(
-    stream: Stream, start: int, global_batch: int, micro_batch: int, data_rank: int, data_size: int
-) -> Iterator[list[Batch]]:
+def _steps(stream: Stream, start: int, global_batch: int, micro_batch: int, share: range) -> Iterator[list[Batch]]:
     while True:
         stream.check_budget(start + global_batch)
-        mine = rank_samples(start, global_batch, data_rank, data_size)
+        mine = range(start + share.start, start + share.stop)
         yield [_stack(stream, mine[i : i + micro_batch]) for i in range(0, len(mine), micro_batch)]
         start += global_batch
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from flm_megatron.model.teleflm import TeleFLM
 
 T = TypeVar("T")
-Layout = Callable[[ParallelConfig], AbstractContextManager[None]]
+Layout = Callable[[ParallelConfig], AbstractContextManager[object]]
 """A context manager with megatron-core's groups for a layout over all processes of the world."""
 
 

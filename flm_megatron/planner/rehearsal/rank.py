@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from flm_megatron.config.rules.distillation import require_no_teacher
 from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.distributed.world import layout
 from flm_megatron.engine import parallel_state
@@ -91,8 +92,10 @@ def rehearse_rank(
     `micro_batches` is how many of the step's are run; without it as many as its memory grows over. With a `machine` the
     report has a timeline.
 
-    Raises what the real rank would raise: RequestError for what the engine or a rule refuses, and errors of torch.
+    Raises what the real rank would raise: RequestError for what the engine or a rule refuses, and errors of torch; and
+    RequestError for a stage that distils, whose teacher is not rehearsed.
     """
+    require_no_teacher(stage, "a rehearsal runs")
     with rehearsed_world(rank, world), layout(stage.parallel, run.distributed.timeout_s):
         return _Rehearsal(run, stage, rank, world, machine).report(micro_batches)
 

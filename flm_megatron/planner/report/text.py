@@ -30,6 +30,12 @@ def run_text(plan: RunPlan) -> str:
     sizes = ", ".join(f"{stage.name} {stage.checkpoint_bytes / GIB:,.1f} GiB" for stage in plan.stages)
     parts += [f"A checkpoint: {sizes}"]
     parts += [f"GiB of each pipeline rank of stage {stage.name}\n{_memory(stage)}" for stage in plan.stages]
+    parts += [
+        f"Not planned: the teacher {stage.teacher} of stage {stage.name}, which takes memory for its weights and its "
+        "logits, and time for its forward pass"
+        for stage in plan.stages
+        if stage.teacher
+    ]
     return "\n\n".join([*parts, assumptions(machine), NOTE])
 
 
@@ -265,6 +271,7 @@ def _stage_data(stage: StagePlan) -> dict[str, object]:
         "tflops_per_gpu": stage.tflops,
         "mfu": stage.mfu,
         "steps": stage.steps,
+        **({"teacher_not_planned": stage.teacher} if stage.teacher else {}),
         **_cost_data(stage.cost),
     }
 

@@ -18,11 +18,17 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
+DIVERGENCE = "distill_kl"
+"""Key of a step's mean KL from the teacher to the student, in nats."""
+
+
 def step_line(event: StepEvent, steps: int) -> str:
     """The log line for a step of a stage of `steps` steps."""
+    divergence = event.extra.get(DIVERGENCE)
+    taught = f"distill KL {divergence:.4f} | " if isinstance(divergence, float) else ""
     mfu = "n/a" if event.mfu is None else f"{100 * event.mfu:.1f}%"
     return (
-        f"{event.stage} step {event.step}/{steps} | tokens {short(event.tokens)} | loss {event.loss:.4f} | "
+        f"{event.stage} step {event.step}/{steps} | tokens {short(event.tokens)} | loss {event.loss:.4f} | {taught}"
         f"grad norm {event.grad_norm:.3f} | lr {event.lr:.3e} | "
         f"{short(event.tokens_per_s_per_device)} tokens/s/device | {event.tflops_per_device:.3g} TFLOP/s | "
         f"MFU {mfu} | memory {event.peak_memory_gib:.2f} GiB | left {duration(event.eta_s)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from flm_megatron.checkpoint.manifest import Manifest
+from flm_megatron.checkpoint.manifest import Manifest, RecordedTeacher
 from flm_megatron.config.history import History, Segment
 from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import RunConfig
@@ -60,6 +60,14 @@ def find_changes(run: RunConfig, start: Start, manifest: Manifest, data_size: in
         found.append(Change("data-parallel size", before, data_size))
     found += _validation_changes(manifest.validation_sha256, validation_hashes(run))
     return [*found, *_field_changes(manifest.run.saved, run_to_dict(run), start.stage, resumes)]
+
+
+def teacher_changes(manifest: Manifest, now: RecordedTeacher | None) -> list[Change]:
+    """Another checkpoint that teaches a stage that resumes, be it at the same path."""
+    before = manifest.teacher
+    if before is None or now is None or before.logical_hash == now.logical_hash:
+        return []
+    return [Change("teacher's logical hash", before.logical_hash[:SHOWN], now.logical_hash[:SHOWN])]
 
 
 def validation_hashes(run: RunConfig) -> dict[str, str]:

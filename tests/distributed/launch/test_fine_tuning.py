@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -145,17 +146,23 @@ def test_a_run_learns_half_of_the_weights_and_resumes_in_mid_epoch(folder: Path,
 
 
 def test_a_fine_tuning_goes_on_with_another_batch(folder: Path, tmp_path: Path) -> None:
-    """From the next sample on; what the samples are made of has to stay within the stage."""
+    """From the next sample on; what the samples are made of has to stay within the stage. Its teacher, the checkpoint
+    that it begins with, sees the same conversations, apart from each other."""
     path = run_file(folder, tmp_path)
-    run, _ = prepared(load_run(path))
+    taught = ["--stages.0.distill", f"{{teacher: {folder}/base, parallel: {{tensor: 1}}}}"]
+    run, _ = prepared(load_run(path, taught))
     assert train(replace(run, stages=[replace(run.stages[0], tokens=2 * 4 * LENGTH)])) == 0
-    assert flm(["sft", str(path), "--data.chat.packing", "false"]) == 2
-    assert flm(["sft", str(path), "--stages.0.global_batch", "6"]) == 0
+    assert flm(["sft", str(path), "--data.chat.packing", "false", *taught]) == 2
+    assert flm(["sft", str(path), "--stages.0.global_batch", "6", *taught]) == 0
     manifest, chat = open_checkpoint(last(tmp_path)).manifest, training_stream(run, 0)
     assert isinstance(chat, ChatStream)
     steps = 2 + math.ceil((chat.samples - 8) / 6)
     assert (manifest.position.step, manifest.position.samples) == (steps, 8 + 6 * (steps - 2))
     assert [segment["first_sample"] for segment in manifest.history or []] == [0, 8]
+    divergences = [
+        json.loads(line)["distill_kl"] for line in (tmp_path / "metrics.jsonl").open() if "distill_kl" in line
+    ]
+    assert len(divergences) == steps and abs(divergences[0]) < 1e-6 and divergences[-1] > 1e-4
 
 
 def last(output: Path) -> Path:

@@ -15,7 +15,7 @@ import pytest
 
 from flm_megatron.cli.main import main
 from flm_megatron.config.loader import load_run
-from flm_megatron.config.schema import ModelConfig, MupConfig, OptimizerConfig, RunConfig, StageConfig
+from flm_megatron.config.schema import DistillConfig, ModelConfig, MupConfig, OptimizerConfig, RunConfig, StageConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.hyperparameters import search as searching
 from flm_megatron.hyperparameters.search import (
@@ -173,6 +173,8 @@ def test_requests_that_make_no_sense_are_refused() -> None:
     without = replace(STAGE, model=ModelConfig())
     with pytest.raises(RequestError, match="stage 'wide' does not use muP"):
         proxy_stage(run, without, SETTINGS)
+    with pytest.raises(RequestError, match="stage 'wide' distils, but a search runs no teacher"):
+        proxy_stage(run, replace(STAGE, distill=DistillConfig("another")), SETTINGS)
     with pytest.raises(RequestError, match=re.escape("trials 0, steps 24, spread 3.0")):
         next(search(run, STAGE, replace(SETTINGS, trials=0)))
 

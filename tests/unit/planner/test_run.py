@@ -14,7 +14,7 @@ import torch
 from flm_megatron.cli import plan as command
 from flm_megatron.cli.options.parser import Parser
 from flm_megatron.config.loader import load_run
-from flm_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, StageConfig
+from flm_megatron.config.schema import DataConfig, DistillConfig, ModelConfig, ParallelConfig, RunConfig, StageConfig
 from flm_megatron.config.schema.stage import Precision
 from flm_megatron.device.hardware import known_hardware
 from flm_megatron.errors import RequestError
@@ -150,7 +150,11 @@ def test_a_wrong_hardware_file_is_refused(tmp_path: Path, text: str, message: st
 
 
 def test_the_report_names_stages_savings_ranks_and_assumptions() -> None:
-    text = run_text(plan_run(small_run(), find_machine("a800"), 4))
+    run = small_run()
+    assert "Not planned" not in run_text(plan_run(run, find_machine("a800"), 4))
+    run.stages[1].distill = DistillConfig(run.stages[0].name)
+    text = run_text(plan_run(run, find_machine("a800"), 4))
+    assert f"Not planned: the teacher {run.stages[0].name} of stage {run.stages[1].name}" in text
     for part in ("small", "all at the last size", "Growing saves", "pipeline rank of stage large", "fragmentation"):
         assert part in text
 

@@ -92,6 +92,8 @@ ROWS = [
     Row("plan run.yaml --gpu '' --gpus 8", "unknown GPU ''"),
     Row("rehearse run.yaml", "required: --gpus"),
     Row("rehearse run.yaml --gpus 4 --rank 4", "rank is 4, but 4 processes have the ranks 0 to 3"),
+    Row("rehearse run.yaml --gpus 4 --rank 0 --stages.0.distill.teacher ours", "but a rehearsal runs no teacher"),
+    Row("bench run.yaml --stages.0.distill.teacher ours", "but a benchmark runs no teacher"),
     Row("rehearse run.yaml --gpus 4 --rank 0 --roles", "not allowed with argument"),
     Row("rehearse run.yaml --gpus 4 --trace t.json", "trace is t.json, but no gpu is given"),
     Row("rehearse run.yaml --gpus 4 --gpu nope", "unknown GPU 'nope'; known are"),
