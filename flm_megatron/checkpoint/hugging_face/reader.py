@@ -15,7 +15,7 @@ from flm_megatron.checkpoint.hugging_face.names import RegionPair, bands_of, reg
 from flm_megatron.checkpoint.hugging_face.safetensors import arrays_in
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo
 from flm_megatron.checkpoint.manifest import Manifest
-from flm_megatron.checkpoint.regions import split_region
+from flm_megatron.checkpoint.regions import slice_axis, split_region
 from flm_megatron.checkpoint.torch_dist.shard_file import BUFFER_BYTES
 from flm_megatron.errors import DamagedError, RequestError
 from flm_megatron.model.parameters import EMBEDDING, HEAD, parameter_specs
@@ -64,8 +64,8 @@ class HuggingFaceCheckpoint(LogicalCheckpoint):
         region = region or Region.whole(info.shape)
         out = torch.empty(region.sizes, dtype=info.dtype)
         for pair in region_pairs(self._bands[name], self._specs[name].stacked, region):
-            values = self._array(pair.target).read(pair.target_region)
-            values = values.t() if pair.transposed else values
+            array = self._array(pair.target)
+            values = (_read_turned if pair.transposed else StoredArray.read)(array, pair.target_region)
             if self._specs[name].kind == "norm" and self.family.norm_offset:
                 values = values.to(out.dtype) + self.family.norm_offset
             out[pair.region.within(region).slices] = values.reshape(pair.region.sizes)
@@ -136,6 +136,15 @@ def _whole_names(arrays: dict[str, StoredArray], body: str) -> dict[str, StoredA
     if any(name.startswith(body) for name in arrays):
         return arrays
     return {f"{body}{name}": array for name, array in arrays.items()}
+
+
+def _read_turned(array: StoredArray, region: Region) -> torch.Tensor:
+    """A region of a stored matrix, transposed: BUFFER_BYTES of the rows that it is a part of at a time, as what lies
+    between its own runs of bytes may be mapped into memory with them."""
+    rows = max(1, BUFFER_BYTES // (array.shape[1] * array.dtype.itemsize))
+    starts = range(0, region.sizes[0], rows)
+    parts = [array.read(slice_axis(region, 0, at, min(rows, region.sizes[0] - at))) for at in starts]
+    return torch.cat(parts).t()
 
 
 def _same_values(one: StoredArray, other: StoredArray) -> bool:

@@ -30,6 +30,8 @@ from flm_megatron.distributed.progress import progress_bar
 from flm_megatron.errors import RequestError
 from flm_megatron.model.parameters import EMBEDDING, PROJECTION, QKV, parameter_specs
 
+TRANSPOSED = 4
+"""A column of a file is written in runs of as many values as there are rows in memory: the more, the faster."""
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -90,7 +92,8 @@ def write_hugging_face(
 ) -> int:
     """Write the weights of `source`, whose model is `model`, to the new folder `path`; returns the bytes of weights.
 
-    At most BUFFER_BYTES are in memory at a time. The folder appears under its name only when whole.
+    At most BUFFER_BYTES are in memory at a time, TRANSPOSED times as many of a matrix that is stored transposed. The
+    folder appears under its name only when whole.
     Raises RequestError if it exists, if the disk is too small or if the family is not known or cannot express `model`.
     """
     processes = processes or Processes()
@@ -178,7 +181,7 @@ def _copy(
 def _row_chunks(target: TargetTensor, checkpoint: LogicalCheckpoint) -> Iterator[tuple[int, int]]:
     count, *trailing = target.logical_shape
     width = max(1, math.prod(trailing) * checkpoint.tensors[target.source].dtype.itemsize)
-    rows = max(1, BUFFER_BYTES // width)
+    rows = max(1, BUFFER_BYTES * (TRANSPOSED if target.transposed else 1) // width)
     for first in range(0, count, rows):
         yield first, min(rows, count - first)
 

@@ -126,7 +126,7 @@ def test_what_a_gemma_has_by_default_and_may_not_have() -> None:
 def test_transformers_computes_our_gpt2_from_an_export(
     tmp_path: Path, changes: dict[str, Any], shard: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flm_megatron.checkpoint.hugging_face.writer.BUFFER_BYTES", 5_000)  # parts of matrices
+    monkeypatch.setattr("flm_megatron.checkpoint.hugging_face.writer.BUFFER_BYTES", 1_000)  # parts of matrices
     model = replace(GPT2, **changes)
     values = random_tensors(model)
     write_hugging_face(Memory(values), model, tmp_path / "out", ExportOptions("gpt2", shard_bytes=shard))
@@ -161,7 +161,8 @@ def test_a_gpt2_of_transformers_is_read_and_grown_and_read_by_it_again(tmp_path:
     torch.testing.assert_close(transformers_logits(tmp_path / "grown", "GPT2LMHeadModel"), expected, **close)
 
 
-def test_the_files_of_the_bare_gpt2_and_their_masks_are_read(tmp_path: Path) -> None:
+def test_the_files_of_the_bare_gpt2_and_their_masks_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flm_megatron.checkpoint.hugging_face.reader.BUFFER_BYTES", 1_000)  # some rows at a time
     model = replace(GPT2, tie_embeddings=True)
     values = random_tensors(model)
     write_hugging_face(Memory(values), model, tmp_path / "new", ExportOptions("gpt2"))

@@ -228,7 +228,13 @@ def test_the_arguments_describe_the_same_model(
     assert differences(model_from_arguments(arguments_of(model, ParallelConfig(), 32, 0), "here"), model) == []
 
 
-@pytest.mark.parametrize("change", [{"rope_scaling": RopeScaling()}, {"position": "xpos"}, {"parallel_residual": True}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"rope_scaling": RopeScaling()}, {"position": "xpos"}, {"parallel_residual": True}),
+        *({"activation": "geglu"}, {"position": "learned", "max_positions": 64}),
+    ],
+)
 def test_what_the_arguments_cannot_say_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=f"the model has {next(iter(change))}"):
         arguments_of(replace(BIASED, **change), ParallelConfig(), 32, 0)
