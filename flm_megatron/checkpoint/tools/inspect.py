@@ -15,7 +15,7 @@ from flm_megatron.config.schema import ModelConfig
 from flm_megatron.distributed.processes import Processes
 
 CHUNK_VALUES = 2 * 2**20
-SHOWN = ("stage", "step", "tokens", "samples", "optimizer_step", "layout", "logical_hash", "weights_hash")
+SHOWN = ("stage", "step", "tokens", "samples", "optimizer_step", "layout", "teacher", "logical_hash", "weights_hash")
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ def describe(checkpoint: LogicalCheckpoint, vocab_size: int | None = None) -> Re
     recorded = {
         **manifest.position.to_json(),
         "layout": manifest.layout.saved if manifest.layout else None,
+        "teacher": manifest.teacher.path if manifest.teacher else None,
         "logical_hash": manifest.logical_hash or None,
         "weights_hash": manifest.weights_hash or None,
     }

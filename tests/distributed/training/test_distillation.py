@@ -25,6 +25,7 @@ from flm_megatron.config.schema import (
     RunConfig,
     StageConfig,
 )
+from flm_megatron.config.schema.stage import Precision
 from flm_megatron.data.streams.loader import batches
 from flm_megatron.distributed.world import Layouts
 from flm_megatron.engine import parallel_state
@@ -83,13 +84,19 @@ def rates(stage: StageConfig) -> list[float]:
     return [learning_rate((step + 1) * GLOBAL_BATCH * SEQUENCE, run, 0) for step in range(STEPS)]
 
 
-def distilled(layouts: list[tuple[ParallelConfig, ParallelConfig | None]]) -> list[list[Numbers]]:
-    """Loss, gradient norm and divergence of each step, under each layout of the student with one of the teacher."""
+def distilled(
+    layouts: list[tuple[ParallelConfig, ParallelConfig | None]], precision: Precision = "fp32"
+) -> list[list[Numbers]]:
+    """Loss, gradient norm and divergence of each step, under each layout of the student with one of the teacher.
+
+    `precision` is the student's; the teacher's is fp32.
+    """
     found = []
     source: Any = TeacherSource(Path("teacher"), Memory(teacher_tensors()), TEACHER)
     for parallel, of_teacher in layouts:
         micro = GLOBAL_BATCH // (parallel.data or 1) // max(2, parallel.pipeline)
-        stage = replace(STUDENT, parallel=parallel, micro_batch=micro, distill=replace(DISTILL, parallel=of_teacher))
+        distill = replace(DISTILL, parallel=of_teacher, precision="fp32")
+        stage = replace(STUDENT, parallel=parallel, micro_batch=micro, distill=distill, precision=precision)
         with Layouts(timeout_s=120) as under, under(parallel):
             state = TrainState(stage, SEQUENCE)
             load_state(InitialCheckpoint(stage.model, 7), state.chunks, state.optimizer)
@@ -168,6 +175,12 @@ def test_further_layouts_agree_with_one(pool: Pool, single: list[Numbers]) -> No
     check(
         pool, single, [(student, ParallelConfig()), (interleaved, pipelined), (ParallelConfig(tensor=4, data=1), None)]
     )
+
+
+@pytest.mark.slow
+def test_a_student_in_bf16_learns_from_a_teacher_in_fp32(pool: Pool, single: list[Numbers]) -> None:
+    found = pool.run(2, distilled, [(ParallelConfig(tensor=2), ParallelConfig(pipeline=2))], "bf16")
+    assert relative_difference(found[0][0], single) <= 2e-2
 
 
 def trained(runs: list[RunConfig]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flm_megatron.checkpoint.manifest import Manifest
+from flm_megatron.checkpoint.manifest import Manifest, RecordedTeacher
 from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.history import History, Segment, history_to_json
 from flm_megatron.config.loader import run_to_dict
@@ -26,7 +26,7 @@ from flm_megatron.config.schema import (
 )
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.plan import make_plan
-from flm_megatron.training.resume.changes import find_changes, validation_hashes
+from flm_megatron.training.resume.changes import find_changes, teacher_changes, validation_hashes
 from flm_megatron.training.resume.continuation import (
     continued,
     first_history,
@@ -361,6 +361,13 @@ def chat_run(folder: Path) -> RunConfig:
     run = run_of(folder)
     run.data.train, run.data.chat = [SourceConfig(str(folder / "chat.jsonl"), name="chat")], ChatConfig()
     return run
+
+
+def test_a_teacher_of_other_bits_is_said_be_it_at_the_same_path() -> None:
+    before, now = (RecordedTeacher(path="runs/large", logical_hash=digit * 32) for digit in "ab")
+    (change,) = teacher_changes(Manifest(teacher=before), now)
+    assert change.line() == "teacher's logical hash was aaaaaaaaaaaa, is bbbbbbbbbbbb"
+    assert not teacher_changes(Manifest(teacher=before), before) and not teacher_changes(Manifest(), now)
 
 
 def test_conversations_stay_within_a_stage(folder: Path, tmp_path: Path) -> None:
