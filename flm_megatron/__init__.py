@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from flm_megatron.api.shape.distance import layer_distances
     from flm_megatron.api.shape.grow import Growth, grow
     from flm_megatron.api.shape.importance import measure_importance
+    from flm_megatron.api.shape.shrink import Shrinking, shrink
     from flm_megatron.api.train import fine_tune, train
     from flm_megatron.api.verify import verify
     from flm_megatron.checkpoint.exchange.refit import Refit, rank_shards
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
         RopeScaling,
         RunConfig,
         ScheduleConfig,
+        ShrinkConfig,
         SourceConfig,
         StabilityConfig,
         StageConfig,
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from flm_megatron.growth.plan import GrowthPlan
     from flm_megatron.growth.record import Certificate
     from flm_megatron.growth.shrink.importance import Importance
+    from flm_megatron.growth.shrink.plan import ShrinkPlan
     from flm_megatron.planner.plan import Cost, StagePlan
     from flm_megatron.planner.search import SearchResult
     from flm_megatron.training.hooks import Hook
@@ -104,6 +107,9 @@ __all__ = [
     "RunConfig",
     "ScheduleConfig",
     "SearchResult",
+    "ShrinkConfig",
+    "ShrinkPlan",
+    "Shrinking",
     "SourceConfig",
     "StabilityConfig",
     "StageConfig",
@@ -130,6 +136,7 @@ __all__ = [
     "rehearse",
     "reshard",
     "search_layouts",
+    "shrink",
     "train",
     "verify",
 ]
@@ -148,6 +155,7 @@ _MODULES = {
     "api.shape.distance": ("layer_distances",),
     "api.shape.grow": ("Growth", "grow"),
     "api.shape.importance": ("measure_importance",),
+    "api.shape.shrink": ("Shrinking", "shrink"),
     "api.train": ("fine_tune", "train"),
     "api.verify": ("verify",),
     "checkpoint.exchange.refit": ("Refit", "rank_shards"),
@@ -161,6 +169,7 @@ _MODULES = {
     "growth.plan": ("GrowthPlan",),
     "growth.record": ("Certificate",),
     "growth.shrink.importance": ("Importance",),
+    "growth.shrink.plan": ("ShrinkPlan",),
     "planner.plan": ("Cost", "StagePlan"),
     "planner.search": ("SearchResult",),
     "training.hooks": ("Hook",),

@@ -31,7 +31,7 @@ from flm_megatron.config.schema import GrowthConfig, ModelConfig
 from flm_megatron.distributed.launched import launched_processes
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
-from flm_megatron.growth.offline import write_grown
+from flm_megatron.growth.offline import write_changed
 from flm_megatron.growth.plan import make_plan
 from flm_megatron.model.parameters import parameter_count
 
@@ -72,7 +72,7 @@ def turn(checkpoint: GrownCheckpoint, folder: Path, processes: Processes) -> tup
     grown = folder / "grown"
     processes.on_first(forget)
     began, cpu = time.perf_counter(), time.process_time()
-    write_grown(checkpoint, grown, processes)
+    write_changed(checkpoint, grown, processes)
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
 
     def compare() -> float:

@@ -143,14 +143,15 @@ class RecordedRun(Section):
 
 
 class RecordedPlan(Section):
-    """The plan of a growth: the name of the stage that grew, and the fields of the model that it trains."""
+    """The plan of a growth or shrinking: the name of the stage that began with it, and the fields of the model that it
+    trains."""
 
     stage: str | None = None
     new: dict[str, object] | None = None
 
 
 class RecordedGrowth(Section):
-    """A growth; `growth.record.GrowthRecord` reads and writes the whole."""
+    """A growth or shrinking; `growth.record.ChangeRecord` reads and writes the whole."""
 
     plan: RecordedPlan | None = None
 
@@ -207,13 +208,15 @@ class Manifest(Record):
     position: StagePosition = StagePosition()
     growth: RecordedGrowth | None = None
     """The growth at the start of the checkpoint's stage."""
+    shrink: RecordedGrowth | None = None
+    """The shrinking at its start, if it began with one."""
     tokenizer_sha256: str | None = None
     history: list[dict[str, object]] | None = None
     """Segments of the run so far; `config.history` reads and writes them."""
     validation_sha256: dict[str, str] = {}
     """Hash of the dataset of each validation set, by its name."""
     earlier_growth: RecordedGrowth | None = None
-    """The last growth before the checkpoint that the run started from."""
+    """The last growth or shrinking before the checkpoint that the run started from."""
     stability: SpikeState | None = None
     teacher: RecordedTeacher | None = None
     """The teacher of the checkpoint's stage."""

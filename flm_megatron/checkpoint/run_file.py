@@ -43,11 +43,13 @@ def stage_of_checkpoint(stage: StageConfig, found: ModelConfig) -> StageConfig:
     """The stage with `found`, the model of `checkpoint.initial`, and the fields that may be given beside it.
 
     Raises:
-        RequestError: it states another model, or it grows.
+        RequestError: it states another model, or it grows or shrinks.
     """
-    if stage.growth is not None:
+    if (stage.growth, stage.shrink) != (None, None):
+        verb = "grows" if stage.growth is not None else "shrinks"
         raise RequestError(
-            f"stage {stage.name!r} grows, so its model is not that of checkpoint.initial: state the one to grow into"
+            f"stage {stage.name!r} {verb}, so its model is not that of checkpoint.initial: state the one that it "
+            f"{verb} into"
         )
     model, other = laid_over(stage.model, found)
     if other:

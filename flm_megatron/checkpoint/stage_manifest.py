@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
-from flm_megatron.checkpoint.manifest import Manifest, RecordedGrowth, RecordedRun, StagePosition
+from flm_megatron.checkpoint.manifest import Manifest, RecordedRun, StagePosition
 from flm_megatron.checkpoint.own_tokenizer import TOKENIZER_FILE
 from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import ModelConfig, RunConfig, StageConfig
@@ -21,24 +21,16 @@ IMPORTED = "imported"
 _MODEL = TypeAdapter(ModelConfig)
 
 
-def stage_manifest(
-    run: RunConfig,
-    stage_index: int,
-    model: ModelConfig,
-    position: StagePosition,
-    growth: RecordedGrowth | None = None,
-) -> Manifest:
+def stage_manifest(run: RunConfig, stage_index: int, model: ModelConfig, position: StagePosition) -> Manifest:
     """The manifest of stage `stage_index`, which trains `model`: the run file's, but for what growth derives.
 
-    `growth` is the growth that the stage began with. The tokenizer is named by its fingerprint too, where its file is
-    there.
+    The tokenizer is named by its fingerprint too, where its file is there.
     """
     stages = list(run.stages)
     stages[stage_index] = replace(stages[stage_index], model=model)
     return Manifest(
         run=RecordedRun.model_validate(run_to_dict(replace(run, stages=stages))),
         position=replace(position, stage=stages[stage_index].name),
-        growth=growth,
         tokenizer_sha256=file_fingerprint(run.tokenizer) if run.tokenizer else None,
     )
 

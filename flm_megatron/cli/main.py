@@ -32,6 +32,7 @@ COMMANDS = {
     "data": "make datasets and tokenizers",
     "checkpoint": "inspect, verify, compare, re-shard, import and export checkpoints",
     "grow": "write a grown checkpoint",
+    "shrink": "write a smaller checkpoint of the units that matter",
     "distance": "measure how near each layer is to the identity",
     "importance": "measure how much each channel, head and layer matters, to shrink by",
     "refit": "push weights from some ranks to others under another layout",
@@ -40,7 +41,7 @@ COMMANDS = {
     "generate": "let a checkpoint write: prompts, a file of them, or a chat",
     "report": "a run, or several compared, as one HTML page",
 }
-FOLDERS = {"distance": "shape.", "grow": "shape.", "importance": "shape.", "refit": "shape."}
+FOLDERS = {"distance": "shape.", "grow": "shape.", "importance": "shape.", "refit": "shape.", "shrink": "shape."}
 """Folder of a command's file, where it is not `cli/` itself."""
 
 

@@ -36,6 +36,9 @@ def _paths(run: RunConfig) -> Iterator[tuple[object, str, str]]:
     for split in ("train", "validation"):
         for index, source in enumerate(getattr(run.data, split)):
             fields.append((source, "path", f"data.{split}.{index}.path"))
+    for index, stage in enumerate(run.stages):
+        if stage.shrink is not None:
+            fields.append((stage.shrink, "importance", f"stages.{index}.shrink.importance"))
     if run.data.chat is not None:
         fields.append((run.data.chat, "template", "data.chat.template"))
     return (field for field in fields if getattr(field[0], field[1]) is not None)

@@ -18,11 +18,12 @@ from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.errors import RequestError
+from flm_megatron.growth.change import Change, check_same_plan
 from flm_megatron.growth.foreseen import check_boundary, check_masks, unmeasured_plan
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 from flm_megatron.growth.grown.step_offsets import carries_moments
 from flm_megatron.growth.opening import OpeningMasks
-from flm_megatron.growth.plan import GrowthPlan, TrainedScale, check_same_plan, make_plan, stage_growth
+from flm_megatron.growth.plan import GrowthPlan, TrainedScale, make_plan, stage_growth
 from flm_megatron.growth.record import growth_of
 from flm_megatron.growth.rules import check_source_stage
 from flm_megatron.growth.schedule import still_opening
@@ -54,7 +55,8 @@ def grown_checkpoint(
     plan = make_plan(old, stage.model, growth, run.seed, distances, stage.name, trained)
     plan = replace(plan, earlier_masks=saved_opening(source.manifest))
     check_masks(run, stage_index, plan)
-    return GrownCheckpoint(source, plan, _manifest(source, run, stage_index, plan)), plan
+    manifest = changed_manifest(source, run, stage_index, plan.new, carries_moments(source, plan))
+    return GrownCheckpoint(source, plan, manifest), plan
 
 
 def needs_distances(run: RunConfig, stage_index: int) -> bool:
@@ -147,7 +149,7 @@ def masks_as_saved(chunks: Sequence[nn.Module], model: ModelConfig, manifest: Ma
         GrowthMasks(chunks, model, masks.masks).set(masks.value(0))
 
 
-def check_same_tokenizer(manifest: Manifest, run: RunConfig, model: ModelConfig) -> None:
+def check_same_tokenizer(manifest: Manifest, run: RunConfig, model: ModelConfig, change: Change = "growth") -> None:
     """Check that the checkpoint, of `model`, was trained with the run's tokenizer, as far as both are known.
 
     Raises:
@@ -155,17 +157,21 @@ def check_same_tokenizer(manifest: Manifest, run: RunConfig, model: ModelConfig)
     """
     if run.tokenizer is None or not Path(run.tokenizer).is_file():
         return
+    verb = {"growth": "grow", "shrinking": "shrink"}[change]
     try:
-        check_tokenizer(Tokenizer(run.tokenizer), model, "the checkpoint to grow", manifest)
+        check_tokenizer(Tokenizer(run.tokenizer), model, f"the checkpoint to {verb}", manifest)
     except RequestError as error:
-        raise RequestError(f"{error}; growth keeps the tokenizer") from None
+        raise RequestError(f"{error}; {change} keeps the tokenizer") from None
 
 
-def _manifest(source: LogicalCheckpoint, run: RunConfig, stage_index: int, plan: GrowthPlan) -> Manifest:
-    """The manifest of the grown stage at step 0, with the run's position carried over."""
+def changed_manifest(
+    source: LogicalCheckpoint, run: RunConfig, stage_index: int, model: ModelConfig, moments: bool
+) -> Manifest:
+    """The manifest of a stage of another shape, `model`, at step 0, with the run's position carried over, and Adam's
+    step where the `moments` go on."""
     known = source.manifest
     at = known.position
-    position = StagePosition(0, at.samples, at.tokens, at.optimizer_step if carries_moments(source, plan) else 0)
-    run = resolve_vocabulary(run, int(plan.new.vocab_size or 0))
+    position = StagePosition(0, at.samples, at.tokens, at.optimizer_step if moments else 0)
+    run = resolve_vocabulary(run, int(model.vocab_size or 0))
     carried = Manifest(tokenizer_sha256=known.tokenizer_sha256, history=known.history)
-    return carried | stage_manifest(run, stage_index, plan.new, position)
+    return carried | stage_manifest(run, stage_index, model, position)

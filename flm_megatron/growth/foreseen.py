@@ -1,4 +1,4 @@
-"""Checks a run file with its growths from the file alone: no checkpoint, no data, no torch."""
+"""Checks a run file with its growths and shrinkings from the file alone: no checkpoint, no data, no torch."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from flm_megatron.growth.rules import (
     check_masks_reach_norms,
 )
 from flm_megatron.growth.schedule import all_masks, still_opening
+from flm_megatron.growth.shrink.rules import check_shrinking
 from flm_megatron.model.parameters import parameter_specs
 
 
@@ -44,9 +45,11 @@ def check_run_file(run: RunConfig, world_size: int | None = None, stages: Collec
 
 
 def _growth_mistakes(run: RunConfig) -> list[str]:
-    """One line for each growth that breaks a rule."""
+    """One line for each growth or shrinking that breaks a rule; of what is both, another rule speaks."""
     mistakes = []
-    for index in range(1, len(run.stages)):
+    for index, stage in enumerate(run.stages):
+        if stage.growth is not None and stage.shrink is not None:
+            continue
         try:
             check_boundary(run, index)
         except RequestError as error:
@@ -63,10 +66,29 @@ def check_boundary(run: RunConfig, stage_index: int) -> None:
     if stage_index < 1:
         return
     check_epsilons(run)
+    if run.stages[stage_index].shrink is not None:
+        check_shrinking_stage(run, stage_index)
+        return
     plan = foreseen_plan(run, stage_index)
     if plan.masked:
         check_mask_length(run.stages[stage_index:], plan.mask_steps, run.data.sequence_length)
     check_masks(run, stage_index, plan)
+
+
+def check_shrinking_stage(run: RunConfig, stage_index: int) -> None:
+    """Check a stage whose model is smaller than the one before, as far as the run file alone allows.
+
+    Raises:
+        RequestError: it cannot be cut out of that.
+    """
+    stage = run.stages[stage_index]
+    check_shrinking(run.stages[stage_index - 1].model, stage.model)
+    for masks in foreseen_masks(run, stage_index):
+        raise RequestError(
+            f"stage {stage.name!r} shrinks in the middle of the growth mask of stage {masks.stage!r} "
+            f"(v = {masks.value(0):.3f}, open after {masks.left} steps more): train stage {masks.stage!r} until it is "
+            "open first, or give it fewer growth.mask_steps"
+        )
 
 
 def check_masks(run: RunConfig, stage_index: int, plan: GrowthPlan) -> None:
@@ -89,7 +111,7 @@ def foreseen_plan(run: RunConfig, stage_index: int) -> GrowthPlan:
 
 def foreseen_masks(run: RunConfig, stage_index: int) -> tuple[OpeningMasks, ...]:
     """Masks of the stages before that will not be open where a stage begins."""
-    if stage_index < 2:
+    if stage_index < 2 or run.stages[stage_index - 1].shrink is not None:
         return ()
     steps = stage_steps(run.stages[stage_index - 1], run.data.sequence_length)
     return still_opening(foreseen_plan(run, stage_index - 1), steps)

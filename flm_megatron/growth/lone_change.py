@@ -15,6 +15,7 @@ from flm_megatron.config.overrides import Overrides, apply_overrides, given_valu
 from flm_megatron.config.schema import GrowthConfig, RunConfig, StageConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.rules import grown_dimensions
+from flm_megatron.growth.shrink.rules import smaller_dimensions
 from flm_megatron.json_text import JsonObject
 
 WITHOUT_MASKS = dict.fromkeys(("hidden", "ffn", "heads", "layers"), "zero")
@@ -62,4 +63,16 @@ def lone_growth(source: LogicalCheckpoint, where: str, change: Overrides) -> Run
         )
     if not grown_dimensions(run.stages[0].model, run.stages[1].model) and {growth.shrink, growth.rejuvenate} == {None}:
         raise RequestError(f"nothing of {where} grows: give what does, such as --model.num_layers 40")
+    return run
+
+
+def lone_shrinking(source: LogicalCheckpoint, where: str, change: Overrides) -> RunConfig:
+    """`run_of_change` that shrinks.
+
+    Raises:
+        RequestError: as `run_of_change`; or nothing shrinks.
+    """
+    run = run_of_change(source, where, change, {"shrink": {}}, "shrunk")
+    if not smaller_dimensions(run.stages[0].model, run.stages[1].model):
+        raise RequestError(f"nothing of {where} shrinks: give what does, such as --model.num_layers 20")
     return run

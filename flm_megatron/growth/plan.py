@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
-from typing import Literal
+from typing import ClassVar, Literal
 
 from flm_megatron.config.budget import stage_steps
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, StageConfig
-from flm_megatron.errors import RequestError
+from flm_megatron.growth.change import Change, ShapeChange, changed_model
 from flm_megatron.growth.layers import LayerSource, select_layers
 from flm_megatron.growth.opening import MaskShape, OpeningMasks
 from flm_megatron.growth.rules import check_growth, grown_dimensions
@@ -45,7 +45,7 @@ class TrainedScale:
 
 
 @dataclass(frozen=True)
-class GrowthPlan:
+class GrowthPlan(ShapeChange):
     """Old and new model, an operator per dimension, and the source of every layer.
 
     `new` is the model that the grown stage trains: as configured, but for changes that preserve the function. New
@@ -54,9 +54,8 @@ class GrowthPlan:
     those of growths before, of other dimensions, that were not open when this one came.
     """
 
-    stage: str
-    old: ModelConfig
-    new: ModelConfig
+    CHANGE: ClassVar[Change] = "growth"
+
     hidden: Operator
     ffn: Operator
     heads: Operator
@@ -79,16 +78,6 @@ class GrowthPlan:
     def norm_scale(self) -> float:
         """Factor on old norm weights: sqrt(d_old / d_new) under `zero`, as the mean square is over more channels."""
         return math.sqrt(self.old.hidden_size / self.new.hidden_size) if self.hidden == "zero" else 1.0
-
-    @property
-    def head_scale(self) -> float:
-        """Factor on old LM-head weights that undoes the change of the logit multiplier output_mult / m."""
-        return self.old.logit_multiplier / self.new.logit_multiplier
-
-    @property
-    def embedding_scale(self) -> float:
-        """Factor on old embedding weights that undoes a change of input_mult."""
-        return self.old.input_mult / self.new.input_mult
 
     @property
     def final_norm_scale(self) -> float:
@@ -190,44 +179,12 @@ def make_plan(
     )
 
 
-def check_same_plan(saved: GrowthPlan, now: GrowthPlan) -> None:
-    """Check that a resumed stage continues under the plan it was grown with.
-
-    Raises:
-        RequestError: the plans differ; the message names the first difference.
-    """
-    before, after = _flat(saved.to_json()), _flat(now.to_json())
-    for name in before:
-        if before[name] != after[name]:
-            raise RequestError(
-                f"stage {saved.stage!r} was grown with {name} = {_brief(before[name])}, and the run file now gives "
-                f"{_brief(after[name])}: set it back, or start the stage anew in another output folder"
-            )
-
-
-def _flat(data: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Nested dictionaries as one, its keys joined by dots."""
-    out: dict[str, object] = {}
-    for key, value in data.items():
-        out.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return out
-
-
-def _brief(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 160 else text[:157] + "..."
-
-
 def _effective(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> ModelConfig:
-    """`new` with the old vocabulary, and the epsilon that preserves the function.
+    """`new` with the epsilon that preserves the function.
 
     Under `zero` on the hidden size, norm_epsilon is d_old / d_new of the old one: the mean square falls by that factor
     when zero channels are added. `rejuvenate` scales all of the residual stream, and so its mean square by the factor's
-    square. Queries and keys stay as they are, and with them the epsilon of their norms. output_mult stays as
-    configured; LM-head weights make up for its change.
+    square.
     """
     ratio = old.hidden_size / new.hidden_size if growth.hidden == "zero" else 1.0
-    ratio *= (growth.rejuvenate or 1.0) ** 2
-    epsilon = old.norm_epsilon * ratio
-    kept = old.query_key_epsilon if old.query_key_norm and old.query_key_epsilon != epsilon else None
-    return replace(new, vocab_size=old.vocab_size, norm_epsilon=epsilon, query_key_norm_epsilon=kept)
+    return changed_model(old, new, ratio * (growth.rejuvenate or 1.0) ** 2)

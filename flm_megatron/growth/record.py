@@ -1,18 +1,23 @@
-"""The record of a growth in a checkpoint's manifest: the plan, the source, what was measured.
+"""The record of a growth or shrinking in a checkpoint's manifest: the plan, the source, what was measured.
 
-It is under `growth` if the checkpoint's stage grew, and under `earlier_growth` if the run started from a grown
-checkpoint. No torch here: reports read it.
+It is under `growth` if the checkpoint's stage grew, under `shrink` if it shrank, and under `earlier_growth` if the run
+started from a checkpoint that did either. No torch here: reports read it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TypeVar
 
 from flm_megatron.checkpoint.manifest import Manifest, RecordedGrowth
 from flm_megatron.errors import RequestError
+from flm_megatron.growth.change import Change
 from flm_megatron.growth.plan import GrowthPlan
+from flm_megatron.growth.shrink.plan import ShrinkPlan
 from flm_megatron.json_text import JsonObject
+
+R = TypeVar("R", bound="ChangeRecord")
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Certificate:
-    """The comparisons of one growth on `samples` x `sequence_length` tokens; the last is in the training precision."""
+    """The comparisons of one change of shape on `samples` x `sequence_length` tokens; the last is in the training
+    precision."""
 
     stage: str
     preserving: bool
@@ -59,10 +65,10 @@ class Certificate:
         except (KeyError, TypeError) as error:
             raise _unknown("certificate", error) from None
 
-    def table(self) -> str:
+    def table(self, change: Change = "growth") -> str:
         """The certificate as text."""
         kept = "" if self.preserving else ", which changes the function"
-        head = f"growth into {self.stage}{kept}, {self.samples} x {self.sequence_length} tokens"
+        head = f"{change} into {self.stage}{kept}, {self.samples} x {self.sequence_length} tokens"
         rows = ["           max |d|/std   rms d/std   loss before    loss after   relative change"]
         for c in self.comparisons:
             rows.append(
@@ -73,15 +79,16 @@ class Certificate:
 
 
 @dataclass(frozen=True)
-class GrowthRecord:
-    """One growth: its plan; hash, manifest and path of its source; and the version of the program that did it.
+class ChangeRecord:
+    """One growth or shrinking: its plan; hash, manifest and path of its source; and the version of the program that did
+    it.
 
-    `optimizer_step` is Adam's step at the growth, `moments` whether it went on with Adam's moments (true where an
-    earlier version did not record it), `before` the last growth of the source, `extra` the keys of later versions.
+    `optimizer_step` is Adam's step at the change, `moments` whether it went on with Adam's moments (true where an
+    earlier version did not record it), `before` the last change of the source, `extra` the keys of later versions.
     `absent` names keys that an earlier version did not write; they are not written now either.
     """
 
-    plan: GrowthPlan
+    plan: GrowthPlan | ShrinkPlan
     source_logical_hash: str | None = None
     source_manifest_sha256: str | None = None
     source_stage: str | None = None
@@ -89,7 +96,7 @@ class GrowthRecord:
     optimizer_step: int = 0
     moments: bool = True
     code_version: str | None = None
-    before: GrowthRecord | None = None
+    before: ChangeRecord | None = None
     certificate: Certificate | None = None
     extra: Mapping[str, object] = field(default_factory=dict)
     absent: frozenset[str] = frozenset()
@@ -102,24 +109,25 @@ class GrowthRecord:
         data = {"plan": self.plan.to_json(), **plain, "before": before}
         return {key: value for key, value in data.items() if key not in self.absent} | certificate | dict(self.extra)
 
-    @classmethod
-    def from_json(cls, data: JsonObject) -> GrowthRecord:
-        """The record from `to_json`'s result.
+    @staticmethod
+    def from_json(data: JsonObject) -> ChangeRecord:
+        """The record of a growth or of a shrinking from `to_json`'s result.
 
         Raises:
             RequestError: its plan or its certificate is not one that this program knows.
         """
-        known = {each.name for each in fields(cls)} - {"extra", "absent"}
+        known = {each.name for each in fields(ChangeRecord)} - {"extra", "absent"}
         plain = {key: value for key, value in data.items() if key in known - NESTED}
         before, certificate = data.get("before"), data.get("certificate")
+        shrinks = isinstance(data.get("plan"), dict) and data["plan"].get("change") == ShrinkPlan.CHANGE
         try:
-            plan = GrowthPlan.from_json(data["plan"])
+            plan = (ShrinkPlan if shrinks else GrowthPlan).from_json(data["plan"])
         except (KeyError, TypeError, ValueError) as error:
-            raise _unknown("plan of a growth", error) from None
-        return cls(
-            plan,
+            raise _unknown(f"plan of a {'shrinking' if shrinks else 'growth'}", error) from None
+        return (ShrinkRecord if shrinks else GrowthRecord)(
+            plan,  # type: ignore[arg-type]  # which is of the record's kind
             **plain,
-            before=cls.from_json(before) if before else None,
+            before=ChangeRecord.from_json(before) if before else None,
             certificate=Certificate.from_json(certificate) if certificate else None,
             extra={key: value for key, value in data.items() if key not in known},
             absent=frozenset(known - data.keys() - {"certificate"}),
@@ -129,31 +137,70 @@ class GrowthRecord:
         """The record as a manifest has it."""
         return RecordedGrowth.model_validate(self.to_json())
 
-    def certified(self, certificate: Certificate | None) -> GrowthRecord:
+    def in_manifest(self) -> Manifest:
+        """The record in the manifest of a stage that began with it."""
+        raise NotImplementedError
+
+    def certified(self: R, certificate: Certificate | None) -> R:
         """The record with a certificate, if one was made."""
         return replace(self, certificate=certificate) if certificate else self
+
+
+@dataclass(frozen=True)
+class GrowthRecord(ChangeRecord):
+    """One growth."""
+
+    plan: GrowthPlan
+
+    def in_manifest(self) -> Manifest:
+        """Under `growth`."""
+        return Manifest(growth=self.recorded())
+
+
+@dataclass(frozen=True)
+class ShrinkRecord(ChangeRecord):
+    """One shrinking."""
+
+    plan: ShrinkPlan
+
+    def in_manifest(self) -> Manifest:
+        """Under `shrink`."""
+        return Manifest(shrink=self.recorded())
 
 
 NESTED = {"plan", "before", "certificate", "extra", "absent"}
 
 
 def growth_of(manifest: Manifest) -> GrowthRecord | None:
-    """The growth that a checkpoint's stage began with; none if it did not grow. Raises as `GrowthRecord.from_json`."""
-    return GrowthRecord.from_json(manifest.growth.saved) if manifest.growth else None
+    """The growth that a checkpoint's stage began with; none if it did not grow. Raises as `ChangeRecord.from_json`."""
+    found = ChangeRecord.from_json(manifest.growth.saved) if manifest.growth else None
+    return found if isinstance(found, GrowthRecord) else None
 
 
-def growth_behind(manifest: Manifest) -> GrowthRecord | None:
-    """The last growth of a checkpoint's history: that of its stage, or of the checkpoint that its run started from."""
-    growth = manifest.growth or manifest.earlier_growth
-    return GrowthRecord.from_json(growth.saved) if growth else None
+def shrinking_of(manifest: Manifest) -> ShrinkRecord | None:
+    """The shrinking that a checkpoint's stage began with; none if there was none. Raises as `growth_of`."""
+    found = ChangeRecord.from_json(manifest.shrink.saved) if manifest.shrink else None
+    return found if isinstance(found, ShrinkRecord) else None
+
+
+def change_of(manifest: Manifest) -> ChangeRecord | None:
+    """The growth or shrinking that a checkpoint's stage began with. Raises as `growth_of`."""
+    return growth_of(manifest) or shrinking_of(manifest)
+
+
+def change_behind(manifest: Manifest) -> ChangeRecord | None:
+    """The last growth or shrinking of a checkpoint's history: that of its stage, or of the checkpoint that its run
+    started from."""
+    change = manifest.growth or manifest.shrink or manifest.earlier_growth
+    return ChangeRecord.from_json(change.saved) if change else None
 
 
 def certificate_of(manifest: Manifest) -> Certificate | None:
-    """The certificate of the growth at the start of a checkpoint's stage; none if nothing was measured."""
+    """The certificate of the change of shape at the start of a checkpoint's stage; none if nothing was measured."""
     if manifest.certificate:
         return Certificate.from_json(manifest.certificate)
-    growth = growth_of(manifest)
-    return growth.certificate if growth else None
+    change = change_of(manifest)
+    return change.certificate if change else None
 
 
 def _unknown(what: str, error: Exception) -> RequestError:

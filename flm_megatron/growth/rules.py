@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from flm_megatron.config.budget import stage_steps
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig, StageConfig
 from flm_megatron.errors import RequestError
+from flm_megatron.growth.change import DONE, Change
 from flm_megatron.growth.opening import OpeningMasks
 
 KEPT_FIELDS = (
@@ -19,10 +20,7 @@ WIDTHS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
 
 def check_growth(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> None:
     """Check all rules on two models and the growth between them."""
-    check_no_adapters(old, new)
-    check_kept(old, new)
-    check_query_key_epsilon(old, new)
-    check_vocabulary(old, new)
+    check_kept_kind(old, new, "growth")
     check_no_shrinking(old, new)
     check_heads(old, new)
     check_tied_head(old, new, growth)
@@ -46,46 +44,55 @@ def grown_dimensions(old: ModelConfig, new: ModelConfig) -> tuple[str, ...]:
     return tuple(name for name, does in grows.items() if does)
 
 
-def check_no_adapters(old: ModelConfig, new: ModelConfig) -> None:
-    """Adapters must be merged before a model grows."""
+def check_kept_kind(old: ModelConfig, new: ModelConfig, change: Change) -> None:
+    """All that is no size must stay, whichever way the shape changes."""
+    check_no_adapters(old, new, change)
+    check_kept(old, new, change)
+    check_query_key_epsilon(old, new, change)
+    check_vocabulary(old, new, change)
+
+
+def check_no_adapters(old: ModelConfig, new: ModelConfig, change: Change) -> None:
+    """Adapters must be merged before a model changes its shape."""
     if old.lora is not None or new.lora is not None:
+        verb = {"growth": "grow", "shrinking": "shrink"}[change]
         raise RequestError(
-            "model.lora: a model with adapters does not grow: merge them with `flm checkpoint export-hf` first"
+            f"model.lora: a model with adapters does not {verb}: merge them with `flm checkpoint export-hf` first"
         )
 
 
-def check_kept(old: ModelConfig, new: ModelConfig) -> None:
+def check_kept(old: ModelConfig, new: ModelConfig, change: Change) -> None:
     """The kind of block and its constants must stay."""
     for name in KEPT_FIELDS:
         before, after = getattr(old, name), getattr(new, name)
         if before != after:
             raise RequestError(
-                f"model.{name} is {before!r} in the stage before and {after!r} in the grown one: growth keeps it, "
-                f"so set model.{name} to {before!r}"
+                f"model.{name} is {before!r} in the stage before and {after!r} in the {DONE[change]} one: {change} "
+                f"keeps it, so set model.{name} to {before!r}"
             )
     if old.mup.enabled != new.mup.enabled:
         raise RequestError(
-            f"model.mup.enabled is {old.mup.enabled} in the stage before and {new.mup.enabled} in the grown one: "
-            "growth keeps the parametrization, so set both alike"
+            f"model.mup.enabled is {old.mup.enabled} in the stage before and {new.mup.enabled} in the {DONE[change]} "
+            f"one: {change} keeps the parametrization, so set both alike"
         )
 
 
-def check_query_key_epsilon(old: ModelConfig, new: ModelConfig) -> None:
-    """Heads do not grow, so that the epsilon of their norms stays."""
+def check_query_key_epsilon(old: ModelConfig, new: ModelConfig, change: Change) -> None:
+    """Heads keep their size, so that the epsilon of their norms stays."""
     before, after = old.query_key_epsilon, new.query_key_epsilon
     if new.query_key_norm and before != after:
         raise RequestError(
-            f"the epsilon of query and key norms is {before!r} in the stage before and {after!r} in the grown one: "
-            f"growth keeps it, so set model.query_key_norm_epsilon to {before!r}"
+            f"the epsilon of query and key norms is {before!r} in the stage before and {after!r} in the "
+            f"{DONE[change]} one: {change} keeps it, so set model.query_key_norm_epsilon to {before!r}"
         )
 
 
-def check_vocabulary(old: ModelConfig, new: ModelConfig) -> None:
+def check_vocabulary(old: ModelConfig, new: ModelConfig, change: Change) -> None:
     """The vocabulary must stay; none in `new` means the old one, none in `old` that it is not known yet."""
     if None not in (old.vocab_size, new.vocab_size) and new.vocab_size != old.vocab_size:
         raise RequestError(
-            f"model.vocab_size is {old.vocab_size} in the stage before and {new.vocab_size} in the grown one: "
-            "growth keeps the tokenizer and its vocabulary, so use the same in every stage"
+            f"model.vocab_size is {old.vocab_size} in the stage before and {new.vocab_size} in the {DONE[change]} one: "
+            f"{change} keeps the tokenizer and its vocabulary, so use the same in every stage"
         )
 
 
@@ -94,7 +101,10 @@ def check_no_shrinking(old: ModelConfig, new: ModelConfig) -> None:
     for name in WIDTHS:
         before, after = getattr(old, name), getattr(new, name)
         if after < before:
-            raise RequestError(f"{name} shrinks from {before} to {after}: growth only adds; give at least {before}")
+            raise RequestError(
+                f"{name} shrinks from {before} to {after}: growth only adds; give at least {before}, or `shrink` in "
+                "place of growth"
+            )
 
 
 def check_heads(old: ModelConfig, new: ModelConfig) -> None:
@@ -255,11 +265,12 @@ def check_masks_reach_norms(stage: StageConfig, masked: Collection[str]) -> None
 def check_source_stage(run: RunConfig, stage_index: int, source_stage: str | None) -> None:
     """A stage must grow from the stage before it; a source that records no stage is accepted."""
     if stage_index < 1:
-        raise RequestError(f"stage {run.stages[0].name!r} is the first: only later stages grow")
+        raise RequestError(f"stage {run.stages[0].name!r} is the first: only later stages grow or shrink")
     before = run.stages[stage_index - 1].name
     if source_stage is not None and source_stage != before:
+        verb = "shrinks" if run.stages[stage_index].shrink is not None else "grows"
         raise RequestError(
-            f"stage {run.stages[stage_index].name!r} grows from stage {before!r}, but the checkpoint is of stage "
+            f"stage {run.stages[stage_index].name!r} {verb} from stage {before!r}, but the checkpoint is of stage "
             f"{source_stage!r}: give a checkpoint of {before!r}, or another --stage"
         )
 

@@ -176,6 +176,7 @@ def proxy_stage(run: RunConfig, stage: StageConfig, settings: SearchSettings) ->
         tokens=tokens,
         schedule=_short(stage.schedule, tokens),
         growth=None,
+        shrink=None,
     )
 
 

@@ -89,6 +89,10 @@ def _stage(stage: StageConfig, model: ModelConfig, chat: ChatConfig) -> StageCon
 def _check_stage(stage: StageConfig, chat: ChatConfig) -> None:
     if stage.growth is not None:
         raise RequestError(f"stage {stage.name!r} grows: grow the checkpoint first (`flm grow`), then fine-tune it")
+    if stage.shrink is not None:
+        raise RequestError(
+            f"stage {stage.name!r} shrinks: shrink the checkpoint first (`flm shrink`), then fine-tune it"
+        )
     if stage.transformer_engine and chat.packing:
         raise RequestError(
             f"stage {stage.name!r}: packing needs attention within conversations, which transformer_engine is not "

@@ -24,7 +24,7 @@ def only_stage(config: RunConfig, name: str | None) -> RunConfig:
     if name is None:
         return config
     stage = config.stages[stage_index(config, name)]
-    return replace(config, stages=[replace(stage, growth=None)])
+    return replace(config, stages=[replace(stage, growth=None, shrink=None)])
 
 
 def whole_run(config: RunConfig, chosen: RunConfig) -> RunConfig:

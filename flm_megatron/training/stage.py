@@ -31,7 +31,7 @@ from flm_megatron.engine import parallel_state
 from flm_megatron.errors import DamagedError
 from flm_megatron.growth.grown.entries import load_entries, set_added_lr_mult
 from flm_megatron.growth.grown.step_offsets import earlier_growth
-from flm_megatron.growth.record import GrowthRecord, growth_of
+from flm_megatron.growth.record import ChangeRecord, change_of
 from flm_megatron.growth.schedule import lr_multipliers
 from flm_megatron.kernels import fp8
 from flm_megatron.model.attention.segments import packing_notice
@@ -115,8 +115,8 @@ class StageTrainer:
         self.checkpoint = beginning.checkpoint
         self.crossing = self._begin(beginning)
         self.watch = SpikeWatch(self.stage.stability, _watched(start, self.checkpoint.manifest))
-        self.growth, self.distances = _growth_record(beginning), beginning.distances
-        self.earlier = earlier_growth(self.checkpoint, grows=self.growth is not None)
+        self.change, self.distances = _change_record(beginning), beginning.distances
+        self.earlier = earlier_growth(self.checkpoint, changes=self.change is not None)
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.data_size = parallel_state.get_data_parallel_world_size()
         self.log = _open_log(self.run, self.index, self.step)
@@ -165,11 +165,11 @@ class StageTrainer:
 
     def _announce(self, log: MetricsLog) -> None:
         """Log how the stage begins."""
-        if self.growth and self.step == 0:
-            certificate = self.growth.certificate
-            log.write(GrowthEvent(*self.position(), certificate, self.distances))
+        if self.change and self.step == 0:
+            certificate, change = self.change.certificate, self.change.plan.CHANGE
+            log.write(GrowthEvent(*self.position(), certificate, self.distances, change))
             if certificate:
-                log.say(certificate.table())
+                log.say(certificate.table(change))
         if self.step:
             log.write(RestartEvent(*self.position()))
         if self.start.history[1:] or self.start.resumes:
@@ -308,17 +308,21 @@ class StageTrainer:
 
     def manifest(self) -> Manifest:
         """The manifest of a checkpoint of this step."""
-        growth = self.growth.recorded() if self.growth else None
+        change = self.change.in_manifest() if self.change else Manifest()
         samples = self.budget.sample_at(self.step)
         adam_step = max((group.get("step", 0) for group in self.state.optimizer.param_groups), default=0)
         position = StagePosition(self.step, samples, self.budget.tokens_at(self.step), adam_step)
-        return stage_manifest(self.run, self.index, self.stage.model, position, growth) | Manifest(
-            history=history_to_json(self.start.history),
-            validation_sha256=self.validation_sha256,
-            earlier_growth=self.earlier,
-            stability=self.watch.state(),
-            teacher=self._taught_by(),
-            layout=RecordedLayout.model_validate(asdict(self.stage.parallel) | {"world": dist.get_world_size()}),
+        return (
+            stage_manifest(self.run, self.index, self.stage.model, position)
+            | change
+            | Manifest(
+                history=history_to_json(self.start.history),
+                validation_sha256=self.validation_sha256,
+                earlier_growth=self.earlier,
+                stability=self.watch.state(),
+                teacher=self._taught_by(),
+                layout=RecordedLayout.model_validate(asdict(self.stage.parallel) | {"world": dist.get_world_size()}),
+            )
         )
 
 
@@ -339,10 +343,12 @@ def _teacher(run: RunConfig, index: int, stage: StageConfig, under: Layouts) -> 
     return Teacher(open_teacher(run, index), stage, run.data.sequence_length, under)
 
 
-def _growth_record(beginning: Beginning) -> GrowthRecord | None:
-    """The growth that the stage began with, for its checkpoints."""
-    growth = growth_of(beginning.checkpoint.manifest) if beginning.plan else None
-    return growth.certified(beginning.certificate) if growth else None
+def _change_record(beginning: Beginning) -> ChangeRecord | None:
+    """The growth or shrinking that the stage began with, for its checkpoints."""
+    if beginning.plan is None and beginning.shrinking is None:
+        return None
+    change = change_of(beginning.checkpoint.manifest)
+    return change.certified(beginning.certificate) if change else None
 
 
 def _open_log(run: RunConfig, index: int, step: int) -> MetricsLog | None:

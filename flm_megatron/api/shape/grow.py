@@ -19,13 +19,13 @@ from flm_megatron.errors import RequestError
 from flm_megatron.growth.boundary import boundary_scale, grown_checkpoint, needs_distances
 from flm_megatron.growth.certificate.forward import Layout
 from flm_megatron.growth.certificate.measure import boundary_certificate, boundary_distances
+from flm_megatron.growth.certificate.text import file_tokens
 from flm_megatron.growth.distance import read_distances
 from flm_megatron.growth.foreseen import check_run_file
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
-from flm_megatron.growth.offline import write_grown
+from flm_megatron.growth.offline import write_changed
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.growth.record import Certificate
-from flm_megatron.growth.text import file_tokens
 from flm_megatron.paths import FilePath, given_path, require_folder
 
 
@@ -89,7 +89,7 @@ def grow(
         )
         if certificate is not None and on_certificate is not None and is_main_rank():
             on_certificate(certificate)
-        manifest = write_grown(opened, out, Processes(), certificate)
+        manifest = write_changed(opened, out, Processes(), certificate)
     return Growth(out, plan, manifest.logical_hash, certificate)
 
 

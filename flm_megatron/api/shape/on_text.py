@@ -10,8 +10,8 @@ from flm_megatron.checkpoint.described import recorded_model
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.config.schema import ModelConfig, RunConfig, StageConfig
 from flm_megatron.config.stage_names import stage_index
+from flm_megatron.growth.certificate.text import file_tokens, run_tokens
 from flm_megatron.growth.foreseen import check_run_file
-from flm_megatron.growth.text import file_tokens, run_tokens
 from flm_megatron.paths import FilePath, given_path
 
 

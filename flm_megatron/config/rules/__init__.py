@@ -17,7 +17,7 @@ from flm_megatron.config.rules.distillation import DISTILLATION_RULES
 from flm_megatron.config.rules.layout import LAYOUT_RULES, layout_sizes_are_counts
 from flm_megatron.config.rules.model import MODEL_RULES, model_sizes_are_counts
 from flm_megatron.config.rules.schedule import SCHEDULE_RULES, STABILITY_RULES, VALUE_RULES
-from flm_megatron.config.schema import RunConfig, SourceConfig
+from flm_megatron.config.schema import RunConfig, SourceConfig, StageConfig
 from flm_megatron.errors import Mistakes
 
 LARGEST_TIMEOUT_S = 10**7
@@ -26,6 +26,8 @@ SEEDS = 2**63
 LONGEST_NAME = 100
 STAGE_NAME = re.compile(r"[A-Za-z0-9_-]*[A-Za-z_-][A-Za-z0-9_-]*")
 SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "query_groups", "kv_channels")
+CHANGES = ("growth", "shrink")
+"""Sections of a stage that change the shape of the model before it."""
 
 
 def check(run: RunConfig, world_size: int | None = None, stages: Collection[str] | None = None) -> None:
@@ -120,38 +122,58 @@ def stage_names_are_unique(run: RunConfig) -> str | None:
     return f"stages {', '.join(map(repr, twice))} share a name: give each its own" if twice else None
 
 
-def first_stage_does_not_grow(run: RunConfig) -> str | None:
-    """There is nothing before it to grow from."""
-    if run.stages and run.stages[0].growth is not None:
-        return (
-            f"stages.0.growth is given, but stage {run.stages[0].name!r} is the first: leave it out, or start from "
-            "weights with checkpoint.initial"
-        )
-    return None
+def first_stage_does_not_grow(run: RunConfig) -> list[str]:
+    """There is nothing before it to grow or shrink from."""
+    return [
+        f"stages.0.{change} is given, but stage {run.stages[0].name!r} is the first: leave it out, or start from "
+        "weights with checkpoint.initial"
+        for change in CHANGES
+        if run.stages and getattr(run.stages[0], change) is not None
+    ]
 
 
 def fine_tuning_does_not_grow(run: RunConfig) -> list[str]:
     """The stages of a fine-tuning share one model."""
-    growing = [index for index, stage in enumerate(run.stages) if index > 0 and stage.growth is not None]
     return [
-        f"stages.{index}.growth is given, but the stages of a fine-tuning share one model: leave it out"
-        for index in growing
-        if run.data.chat is not None
+        f"stages.{index}.{change} is given, but the stages of a fine-tuning share one model: leave it out"
+        for index, stage in enumerate(run.stages)
+        for change in CHANGES
+        if run.data.chat is not None and index > 0 and getattr(stage, change) is not None
+    ]
+
+
+def stages_grow_or_shrink(run: RunConfig) -> list[str]:
+    """A boundary changes the shape in one direction."""
+    return [
+        f"stages.{index}.growth and stages.{index}.shrink are both given: leave one of the two out"
+        for index, stage in enumerate(run.stages)
+        if stage.growth is not None and stage.shrink is not None
     ]
 
 
 def other_shapes_grow(run: RunConfig) -> list[str]:
-    """A later stage of another shape says how it grows."""
-    lines = []
-    for before, after in pairwise(run.stages):
-        changed = [name for name in SHAPE if getattr(before.model, name) != getattr(after.model, name)]
-        if changed and after.growth is None:
-            name = changed[0]
-            lines.append(
-                f"stage {after.name!r} has model.{name} {getattr(after.model, name)} after "
-                f"{getattr(before.model, name)}, but no growth: add `growth: {{}}`, or give it the same shape"
-            )
-    return lines
+    """A later stage of another shape says how it grows or shrinks."""
+    return [line for before, after in pairwise(run.stages) if (line := _change_mistake(before, after))]
+
+
+def _change_mistake(before: StageConfig, after: StageConfig) -> str | None:
+    """What is said of a stage of another shape that does not say how it gets it; none if nothing is missing."""
+    if after.growth is not None or after.shrink is not None:
+        return None
+    sizes = {name: (getattr(before.model, name), getattr(after.model, name)) for name in SHAPE}
+    changed = {name: (old, new) for name, (old, new) in sizes.items() if old != new}
+    if not changed:
+        return None
+    smaller = [name for name, (old, new) in changed.items() if new < old and name != "kv_channels"]
+    larger = [name for name, (old, new) in changed.items() if new > old and name != "kv_channels"]
+    if smaller and larger:
+        less, more = (f"{names[0]} from {sizes[names[0]][0]} to {sizes[names[0]][1]}" for names in (smaller, larger))
+        return f"stage {after.name!r} shrinks {less} and grows {more}: use two stages, one for each"
+    change, name = ("shrink", smaller[0]) if smaller else ("growth", next(iter(changed)))
+    return (
+        f"stage {after.name!r} has model.{name} {sizes[name][1]} after {sizes[name][0]}, but no {change}: add "
+        f"`{change}: {{}}`, or give it the same shape"
+    )
 
 
 def sequences_have_positions(run: RunConfig) -> list[str]:
@@ -282,6 +304,20 @@ def growth_measures_are_counts(run: RunConfig) -> list[str]:
     return out_of_range(values) + lines
 
 
+def shrink_measures_are_counts(run: RunConfig) -> list[str]:
+    """Samples and tolerances of a smaller model are not negative."""
+    values: dict[str, tuple[int | None, int, int]] = {}
+    lines = []
+    for index, stage in enumerate(run.stages):
+        if (shrink := stage.shrink) is None:
+            continue
+        values[f"stages.{index}.shrink.samples"] = (shrink.samples, 1, LARGEST_COUNT)
+        values[f"stages.{index}.shrink.certify_samples"] = (shrink.certify_samples, 0, LARGEST_COUNT)
+        if shrink.loss_tolerance is not None and not shrink.loss_tolerance >= 0:
+            lines.append(f"stages.{index}.shrink.loss_tolerance is {shrink.loss_tolerance}, give 0 or more")
+    return out_of_range(values) + lines
+
+
 def passes_are_bounded(run: RunConfig) -> list[str]:
     """Passes over data are above 0, or not negative where 0 means never, and not beyond reason."""
     lines = [
@@ -306,6 +342,7 @@ RUN_RULES = (
     stage_names_are_unique,
     first_stage_does_not_grow,
     fine_tuning_does_not_grow,
+    stages_grow_or_shrink,
     shares_are_all_or_none,
     validation_has_sources,
     source_names_are_words,
@@ -314,6 +351,7 @@ RUN_RULES = (
     intervals_are_counts,
     memory_budget_is_positive,
     growth_measures_are_counts,
+    shrink_measures_are_counts,
     passes_are_bounded,
     *DISTILLATION_RULES,
 )

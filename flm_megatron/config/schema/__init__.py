@@ -13,6 +13,7 @@ from flm_megatron.config.schema.run import CheckpointConfig, LoggingConfig, Memo
 from flm_megatron.config.schema.stage import (
     DistillConfig,
     GrowthConfig,
+    ShrinkConfig,
     StabilityConfig,
     StageConfig,
     ValidationConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "RopeScaling",
     "RunConfig",
     "ScheduleConfig",
+    "ShrinkConfig",
     "SourceConfig",
     "StabilityConfig",
     "StageConfig",

@@ -1,4 +1,5 @@
-"""One stage of a run: what is trained, for how long, how it grows from the stage before, and how it is watched."""
+"""One stage of a run: what is trained, for how long, how it grows or shrinks from the stage before, and how it is
+watched."""
 
 from __future__ import annotations
 
@@ -60,8 +61,9 @@ class GrowthConfig:
     weights learn faster for their size."""
     shrink: float | None = None
     """Shrink and perturb: old matrices, embedding and head times this factor in (0, 1], plus a fresh initialisation of
-    the new shape. It does not preserve the function. It takes the place of `mask`, written out or by default, in every
-    dimension: nothing is masked, and layers are copied (or `random`)."""
+    the new shape. (It makes values smaller; a smaller model is what the stage's own section `shrink` makes.) It does
+    not preserve the function. It takes the place of `mask`, written out or by default, in every dimension: nothing is
+    masked, and layers are copied (or `random`)."""
     new_scale: Literal["init", "trained"] = "init"
     """Standard deviation of new random entries: that of a fresh model, or the root mean square of the trained ones
     beside them, in the same tensor and layer."""
@@ -108,6 +110,37 @@ class DistillConfig:
 
 
 @dataclass(config=SETTINGS)
+class ShrinkConfig:
+    """How a stage's model is cut out of the larger one before: which units are kept, by how much they matter.
+
+    (`growth.shrink` is another thing: shrink and perturb, which makes the values of a growing model smaller.)
+    """
+
+    hidden: Literal["activation", "gradient"] = "activation"
+    """Which hidden channels matter: those of the largest mean absolute activation, or of the largest sum of activation
+    times gradient."""
+    ffn: Literal["activation", "gradient"] = "activation"
+    """The same for feed-forward units, layer by layer."""
+    heads: Literal["activation", "gradient"] = "activation"
+    """The same for attention heads, layer by layer. Query groups are kept or dropped as wholes, by the sum of their
+    heads; heads within a group by their own."""
+    layers: Literal["influence", "gradient"] = "influence"
+    """Which layers matter: those that turn their input most (1 - cosine of input and output), or of the largest sum of
+    what they add times its gradient."""
+    importance: str | None = None
+    """File written by `flm importance` on the checkpoint to shrink; none measures it at the boundary."""
+    samples: int = 16
+    """Validation samples on which importance is measured where no file is given."""
+    rescale_norms: bool = True
+    """Norm weights times the root of the share of the mean square that the kept channels hold, so that outputs of the
+    norms stay as large as they were."""
+    loss_tolerance: float | None = None
+    """Largest relative change of the loss at the boundary; none only reports it, as shrinking changes the function."""
+    certify_samples: int = 4
+    """Validation samples on which the loss before and after is measured; 0 does not measure."""
+
+
+@dataclass(config=SETTINGS)
 class StabilityConfig:
     """What to do about a step whose loss or gradient norm is not finite or far above those before it."""
 
@@ -136,7 +169,7 @@ class StabilityConfig:
 
 @dataclass(config=SETTINGS)
 class StageConfig:
-    """One stage: a model, a layout, a budget, and how it grows from the stage before."""
+    """One stage: a model, a layout, a budget, and how it grows or shrinks from the stage before."""
 
     name: str = "stage"
     """Name of the stage, unique in the run, and of its checkpoint folder."""
@@ -178,3 +211,5 @@ class StageConfig:
     """How the stage grows from the one before; none on the first stage."""
     distill: DistillConfig | None = None
     """Teacher that the stage learns from; none learns from the text alone."""
+    shrink: ShrinkConfig | None = None
+    """How the stage's model is cut out of the larger one before, in place of growth; none on the first stage."""

@@ -11,13 +11,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
-from flm_megatron.config.schema import GrowthConfig, ModelConfig, StageConfig
+from flm_megatron.config.schema import GrowthConfig, ModelConfig, ShrinkConfig, StageConfig
 from flm_megatron.device import current
 from flm_megatron.engine import parallel_state
 from flm_megatron.engine.types import ModelChunk
 from flm_megatron.errors import FlmError
 from flm_megatron.growth.certificate.forward import Layout, forward_samples, on_one_replica, patient_processes
-from flm_megatron.growth.plan import GrowthPlan
+from flm_megatron.growth.change import ShapeChange
 from flm_megatron.growth.record import Certificate, Comparison
 
 POSITIONS = 256
@@ -30,7 +30,7 @@ Evaluation = tuple[float, torch.Tensor]
 def certify(
     source: LogicalCheckpoint,
     grown: LogicalCheckpoint,
-    plan: GrowthPlan,
+    plan: ShapeChange,
     stage: StageConfig,
     tokens: torch.Tensor,
     layout: Layout,
@@ -49,23 +49,26 @@ def certify(
     return Certificate(stage.name, plan.preserving, len(tokens), tokens.shape[1] - 1, tuple(comparisons))
 
 
-def check_certificate(certificate: Certificate, growth: GrowthConfig, stage_index: int) -> None:
-    """Refuse a growth whose loss changed by more than its tolerance.
+def check_certificate(certificate: Certificate, settings: GrowthConfig | ShrinkConfig, stage_index: int) -> None:
+    """Refuse a growth or shrinking whose loss changed by more than its tolerance.
 
-    A plain copy of layers does not preserve the function, so only a tolerance that the run file sets applies to it.
+    A plain copy of layers does not preserve the function, nor does a smaller model: only a tolerance that the run file
+    sets applies to these.
 
     Raises:
         FlmError: the change is too large; the message says how to go on all the same.
     """
     measured = certificate.comparisons[-1]
-    limit = growth.loss_tolerance
+    limit = settings.loss_tolerance
     if limit is None:
         limit = TOLERANCE[measured.precision] if certificate.preserving else float("inf")
     if not measured.loss_change <= limit:
+        change, section = ("growth", "growth") if isinstance(settings, GrowthConfig) else ("shrinking", "shrink")
         raise FlmError(
-            f"growth into stage {certificate.stage!r} changes the loss from {measured.loss_before:.6f} to "
+            f"{change} into stage {certificate.stage!r} changes the loss from {measured.loss_before:.6f} to "
             f"{measured.loss_after:.6f}, by {measured.loss_change:.1e} relative; the limit in {measured.precision} is "
-            f"{limit:.1e}. To go on, raise it: --stages.{stage_index}.growth.loss_tolerance {measured.loss_change:.1e}"
+            f"{limit:.1e}. To go on, raise it: "
+            f"--stages.{stage_index}.{section}.loss_tolerance {measured.loss_change:.1e}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 
 import torch
 
@@ -21,11 +22,12 @@ from flm_megatron.checkpoint.logical import (
     split_name,
 )
 from flm_megatron.checkpoint.manifest import Manifest
+from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.grown.operators import Constant, FilledRegion, Fresh, Mean, Old, Operators
 from flm_megatron.growth.grown.step_offsets import carries_moments
 from flm_megatron.growth.plan import GrowthPlan
-from flm_megatron.growth.record import GrowthRecord, growth_behind
+from flm_megatron.growth.record import GrowthRecord, R, change_behind
 from flm_megatron.model.parameters import EMBEDDING, parameter_specs
 
 
@@ -43,10 +45,10 @@ class GrownCheckpoint(LogicalCheckpoint):
     def __init__(self, source: LogicalCheckpoint, plan: GrowthPlan, manifest: Manifest | None = None) -> None:
         self.source, self.plan = source, plan
         self.operators = Operators(plan)
-        _check_source(source, plan)
+        check_source(source, plan.old)
         self.tensors = {name: info for name in self.operators.specs for name, info in self._infos(name)}
-        self.record = growth_record(source, plan)
-        self.manifest = (manifest or Manifest()) | Manifest(growth=self.record.recorded())
+        self.record = change_record(source, GrowthRecord(plan), carries_moments(source, plan))
+        self.manifest = (manifest or Manifest()) | self.record.in_manifest()
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:
         """Values of `region` of `name`; reads only the old regions that fill it."""
@@ -82,9 +84,7 @@ class GrownCheckpoint(LogicalCheckpoint):
         noise = content.noise if isinstance(content, Old) else None
         if isinstance(content, Old) and content.scale == 1.0 and noise is None:
             return self.source.read(prefix + name, content.region)
-        exact = MASTER + name if MASTER + name in self.source.tensors else prefix + name
-        values = self.source.read(exact, content.region)
-        values = values if values.dtype == torch.float64 else values.float()
+        values = read_exact(self.source, prefix + name, content.region)
         if isinstance(content, Mean):
             values = axis_mean(values, content.axis)
         values = values * content.scale
@@ -100,9 +100,19 @@ class GrownCheckpoint(LogicalCheckpoint):
         content = filled.content
         if not isinstance(content, Old) or not self.plan.keeps_moments(content.copy):
             return filled.exp_avg_sq if prefix == EXP_AVG_SQ else 0.0
-        values = self.source.read(prefix + name, content.region)
-        ratio = content.gradient_ratio
-        return values if ratio == 1.0 else values / ratio ** (1 if prefix == EXP_AVG else 2)
+        return scaled_moments(self.source.read(prefix + name, content.region), prefix, content.gradient_ratio)
+
+
+def read_exact(source: LogicalCheckpoint, name: str, region: Region) -> torch.Tensor:
+    """A weight or master to be scaled: from its fp32 master if it has one, in fp32 (float64 stays float64)."""
+    master = MASTER + split_name(name)[1]
+    values = source.read(master if master in source.tensors else name, region)
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def scaled_moments(values: torch.Tensor, prefix: str, ratio: float) -> torch.Tensor:
+    """First or second moments, as `prefix` says, of weights whose gradient was `ratio` times what it is now."""
+    return values if ratio == 1.0 else values / ratio ** (1 if prefix == EXP_AVG else 2)
 
 
 def axis_mean(values: torch.Tensor, axis: int) -> torch.Tensor:
@@ -115,25 +125,26 @@ def axis_mean(values: torch.Tensor, axis: int) -> torch.Tensor:
     return (total / size).to(values.dtype)
 
 
-def growth_record(source: LogicalCheckpoint, plan: GrowthPlan) -> GrowthRecord:
-    """The record of a growth: the plan, the source's hash and path, the program's version."""
+def change_record(source: LogicalCheckpoint, record: R, moments: bool) -> R:
+    """`record`, of a plan alone, with the source's hash and path, whether its moments go on, the program's version."""
     text = json.dumps(sealed(source.manifest), sort_keys=True)
     at = source.manifest.position
-    return GrowthRecord(
-        plan,
+    return replace(
+        record,
         source_logical_hash=source.manifest.logical_hash or None,
         source_manifest_sha256=hashlib.sha256(text.encode()).hexdigest(),
         source_stage=at.stage,
         source_step=at.step,
-        optimizer_step=(at.optimizer_step or 0) if carries_moments(source, plan) else 0,
-        moments=carries_moments(source, plan),
+        optimizer_step=(at.optimizer_step or 0) if moments else 0,
+        moments=moments,
         code_version=__version__,
-        before=growth_behind(source.manifest),
+        before=change_behind(source.manifest),
     )
 
 
-def _check_source(source: LogicalCheckpoint, plan: GrowthPlan) -> None:
-    for name, spec in parameter_specs(plan.old).items():
+def check_source(source: LogicalCheckpoint, model: ModelConfig) -> None:
+    """Check that a checkpoint has the tensors of `model`. Raises RequestError, naming the first that differs."""
+    for name, spec in parameter_specs(model).items():
         found = source.tensors.get(name)
         if found is None or tuple(found.shape) != spec.shape:
             what = "is missing" if found is None else f"has shape {tuple(found.shape)}"

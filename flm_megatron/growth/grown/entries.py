@@ -15,7 +15,7 @@ from flm_megatron.engine.types import ModelChunk, Optimizer
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.grown.added import AddedEntries
 from flm_megatron.growth.grown.step_offsets import has_moments, has_step_offsets, step_offsets
-from flm_megatron.growth.record import growth_behind, growth_of
+from flm_megatron.growth.record import change_behind, growth_of
 from flm_megatron.growth.schedule import lr_multipliers
 from flm_megatron.optim.adamw import AdamW
 
@@ -34,7 +34,7 @@ def load_entries(
     Raises:
         RequestError: a growth asks for either, but the optimizer is Transformer Engine's or Apex's.
     """
-    before = growth_behind(checkpoint.manifest)
+    before = change_behind(checkpoint.manifest)
     if has_moments(checkpoint) and has_step_offsets(before):
         what = "growth.optimizer_step is `birth`, which {} cannot count: use `keep` with a re-warm-up"
         _tell(chunks, optimizer, "step_offset", torch.int32, lambda *of: step_offsets(before, *of), what)

@@ -105,10 +105,9 @@ class Operators:
         sides = [axis.side for axis in spec.axes if axis.unit is Unit.HIDDEN]
         if not sides:
             return 1.0
+        multiplier = self.plan.multiplier_scale(spec)
         if None in sides:
-            final = self.plan.final_norm_scale if spec.place == "last" else 1.0
-            return final * (self.plan.norm_scale if spec.kind == "norm" else 1.0) / self.plan.rejuvenate
-        multiplier = {"embedding": self.plan.embedding_scale, "head": self.plan.head_scale}.get(spec.kind, 1.0)
+            return multiplier * (self.plan.norm_scale if spec.kind == "norm" else 1.0) / self.plan.rejuvenate
         return multiplier * self.plan.rejuvenate
 
     def _content(self, spec: ParameterSpec, segments: tuple[Segment, ...]) -> Content:

@@ -165,7 +165,7 @@ def teacher_stage(model: ModelConfig, stage: StageConfig, parallel: ParallelConf
     """The stage by which a teacher of `model` is built: FP8, recomputation and all that training needs is off."""
     precision = (stage.distill and stage.distill.precision) or stage.precision
     built = replace(stage, model=model, parallel=parallel, precision=precision, fp8="none", recompute="none")
-    return replace(built, growth=None, distill=None)
+    return replace(built, growth=None, shrink=None, distill=None)
 
 
 def even_share(samples: int, rank: int, size: int) -> range:

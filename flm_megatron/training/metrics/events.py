@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from flm_megatron.errors import RequestError
+from flm_megatron.growth.change import DONE, Change
 from flm_megatron.growth.record import Certificate
 from flm_megatron.json_text import Json, parse_json
 
@@ -194,7 +195,7 @@ CHANGE = ("what", "before", "now")
 
 @dataclass(frozen=True)
 class GrowthEvent(MetricsEvent):
-    """The stage began with a growth; `certificate` is its measurement, none if it was not measured.
+    """The stage began with a growth or a shrinking; `certificate` is its measurement, none if it was not measured.
 
     `distances` of each old layer from the identity, by `growth.distance_metric`, if the layers to copy were chosen by
     them in this run.
@@ -204,13 +205,15 @@ class GrowthEvent(MetricsEvent):
 
     certificate: Certificate | None
     distances: tuple[float, ...] = ()
+    change: Change = "growth"
 
     @classmethod
     def read(cls, values: Values) -> GrowthEvent:
-        """The certificate and the distances."""
+        """The certificate, the distances and which change it was."""
         given = values["certificate"]
         certificate = Certificate.from_json(given) if given else None
-        return cls(*_place(values), certificate, tuple(values.get("layer_distances") or ()))
+        distances = tuple(values.get("layer_distances") or ())
+        return cls(*_place(values), certificate, distances, values.get("change", "growth"))
 
     @classmethod
     def problem(cls, values: Values) -> str:
@@ -218,6 +221,8 @@ class GrowthEvent(MetricsEvent):
         distances = values.get("layer_distances") or []
         if not isinstance(distances, list) or not all(map(_is_number, distances)):
             return "no numbers as layer_distances"
+        if values.get("change", "growth") not in DONE:
+            return "no change that this program knows"
         try:
             cls.read(values)
         except RequestError:
@@ -225,9 +230,10 @@ class GrowthEvent(MetricsEvent):
         return ""
 
     def own_values(self) -> dict[str, object]:
-        """The certificate, and the distances if there are any."""
+        """The certificate, the distances if there are any, and the change if it was no growth."""
         certificate = self.certificate.to_json() if self.certificate else None
-        return {"certificate": certificate} | ({"layer_distances": list(self.distances)} if self.distances else {})
+        distances = {"layer_distances": list(self.distances)} if self.distances else {}
+        return {"certificate": certificate} | distances | ({"change": self.change} if self.change != "growth" else {})
 
 
 @dataclass(frozen=True)

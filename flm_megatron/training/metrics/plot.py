@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flm_megatron.growth.change import DONE
 from flm_megatron.training.metrics.events import (
     GrowthEvent,
     MetricsEvent,
@@ -78,7 +79,8 @@ def _draw(axes: Axes, placed: list[tuple[float, MetricsEvent]], baseline: tuple[
 
 
 def _growth_text(event: GrowthEvent) -> str:
+    into = f" {DONE[event.change]} into {event.stage}"
     if not event.certificate:
-        return f" grown into {event.stage}"
+        return into
     last = event.certificate.comparisons[-1]
-    return f" grown into {event.stage}\n loss before {last.loss_before:.6f}\n loss after  {last.loss_after:.6f}"
+    return f"{into}\n loss before {last.loss_before:.6f}\n loss after  {last.loss_after:.6f}"

@@ -23,11 +23,15 @@ from flm_megatron.durable import sync
 from flm_megatron.errors import DamagedError, RequestError
 from flm_megatron.growth.boundary import boundary_scale, grown_checkpoint, resumed_plan, saved_plan, source_model
 from flm_megatron.growth.certificate.forward import Layout, patient_processes
-from flm_megatron.growth.certificate.measure import boundary_certificate, boundary_distances
+from flm_megatron.growth.certificate.measure import boundary_certificate, boundary_distances, boundary_importance
+from flm_megatron.growth.change import ShapeChange
 from flm_megatron.growth.foreseen import foreseen_plan
+from flm_megatron.growth.opening import OpeningMasks
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.growth.record import Certificate
 from flm_megatron.growth.schedule import all_masks
+from flm_megatron.growth.shrink.boundary import resumed_shrinking, shrunk_checkpoint, unmeasured_checkpoint
+from flm_megatron.growth.shrink.plan import ShrinkPlan
 from flm_megatron.training.resume.continuation import (
     continued,
     first_history,
@@ -194,8 +198,8 @@ class Beginning:
     """How a stage begins.
 
     The stage as it is trained (growth derives some of its model), the checkpoint that its state is loaded from, the
-    growth it began with, and that growth's certificate and layer distances if they were measured now. `live` is that
-    checkpoint out of the memory of the ranks, if they hold it.
+    growth or the shrinking it began with, and the certificate and layer distances if they were measured now. `live` is
+    that checkpoint out of the memory of the ranks, if they hold it.
     """
 
     stage: StageConfig
@@ -203,6 +207,7 @@ class Beginning:
     plan: GrowthPlan | None = None
     certificate: Certificate | None = None
     distances: tuple[float, ...] = ()
+    shrinking: ShrinkPlan | None = None
     live: LiveView | None = None
 
 
@@ -228,10 +233,13 @@ def begin(
     source = in_memory or open_checkpoint(_saved(start))
     if start.resumes:
         plan = resumed_plan(run, start.stage, source.manifest)
-        stage = _resumed_stage(stage, source.manifest, plan, _where(start))
-        return Beginning(stage, source, plan, live=live.view(source) if live else None)
+        shrinking = resumed_shrinking(run, start.stage, source.manifest)
+        stage = _resumed_stage(stage, source.manifest, plan or shrinking, _where(start))
+        return Beginning(stage, source, plan, shrinking=shrinking, live=live.view(source) if live else None)
     if run.data.chat is not None:  # stages of a fine-tuning share one model
         return Beginning(stage, source, live=live.view(source) if live else None)
+    if stage.shrink is not None:
+        return _shrunk(run, start, source, under, live)
     distances = boundary_distances(source, run, start.stage, under)
     trained = boundary_scale(source, run, start.stage, patient_processes)
     checkpoint, plan = grown_checkpoint(source, run, start.stage, distances, trained)
@@ -242,7 +250,20 @@ def begin(
         return grown_checkpoint(held, run, start.stage, distances, trained)[0]
 
     in_ranks = live.view(source, grown) if live else None
-    return Beginning(replace(stage, model=plan.new), checkpoint, plan, certificate, tuple(distances or ()), in_ranks)
+    stage = replace(stage, model=plan.new)
+    return Beginning(stage, checkpoint, plan, certificate, tuple(distances or ()), live=in_ranks)
+
+
+def _shrunk(
+    run: RunConfig, start: Start, source: LogicalCheckpoint, under: Layout, live: LiveBoundary | None
+) -> Beginning:
+    """The beginning of a stage that is smaller than the one before."""
+    importance = boundary_importance(source, run, start.stage, under)
+    checkpoint = shrunk_checkpoint(source, run, start.stage, importance)
+    certificate = boundary_certificate(checkpoint, run, start.stage, under)
+    in_ranks = live.view(source, lambda held: shrunk_checkpoint(held, run, start.stage, importance)) if live else None
+    stage = replace(run.stages[start.stage], model=checkpoint.plan.new)
+    return Beginning(stage, checkpoint, None, certificate, shrinking=checkpoint.plan, live=in_ranks)
 
 
 def _saved(start: Start) -> Path:
@@ -259,7 +280,7 @@ def check_masks_open_in_time(run: RunConfig, index: int, step: int, plan: Growth
     """
     budgets = stage_budgets(run, history)
     for masks in all_masks(plan) if plan is not None else ():
-        grown_again = (i for i in range(index + 1, len(run.stages)) if masks.grown_by(foreseen_plan(run, i).grows))
+        grown_again = (i for i in range(index + 1, len(run.stages)) if _needs_open(run, i, masks))
         steps = sum(budget.steps for budget in budgets[index : next(grown_again, None)])
         if step < masks.left and steps < masks.left:
             raise RequestError(
@@ -268,6 +289,11 @@ def check_masks_open_in_time(run: RunConfig, index: int, step: int, plan: Growth
                 f"{run.data.sequence_length} it ends after {steps}: change them when the masks are open, or raise "
                 "tokens"
             )
+
+
+def _needs_open(run: RunConfig, index: int, masks: OpeningMasks) -> bool:
+    """Whether a later stage begins with a change of shape for which masks have to be open."""
+    return run.stages[index].shrink is not None or bool(masks.grown_by(foreseen_plan(run, index).grows))
 
 
 def checked_start(run: RunConfig, only: str | None = None) -> Start | None:
@@ -296,7 +322,11 @@ def check_start(run: RunConfig, start: Start) -> None:
         return
     source = open_checkpoint(start.source)
     if start.resumes:
-        _resumed_stage(stage, source.manifest, resumed_plan(run, start.stage, source.manifest), _where(start))
+        plan = resumed_plan(run, start.stage, source.manifest)
+        shrinking = resumed_shrinking(run, start.stage, source.manifest)
+        _resumed_stage(stage, source.manifest, plan or shrinking, _where(start))
+    elif run.data.chat is None and stage.shrink is not None:
+        unmeasured_checkpoint(source, run, start.stage)
     elif run.data.chat is None:
         unmeasured = [0.0] * source_model(source, run, start.stage).num_layers
         grown_checkpoint(source, run, start.stage, unmeasured)
@@ -306,7 +336,7 @@ def _where(start: Start) -> str:
     return str(start.source or "the copies in memory")
 
 
-def _resumed_stage(stage: StageConfig, saved: Manifest, plan: GrowthPlan | None, where: str) -> StageConfig:
+def _resumed_stage(stage: StageConfig, saved: Manifest, plan: ShapeChange | None, where: str) -> StageConfig:
     """The stage with the model of its own checkpoint; all else that may change comes from the run file."""
     if plan is not None:
         return replace(stage, model=plan.new)

@@ -13,7 +13,7 @@ from flm_megatron.checkpoint.stage_manifest import stage_manifest
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.cli.main import main
 from flm_megatron.config.loader import dump_run, load_run
-from flm_megatron.growth.record import growth_behind, growth_of
+from flm_megatron.growth.record import change_behind, growth_of
 from flm_megatron.launch.preflight import resolve
 from tests.support.checkpoint_cases import edited
 from tests.support.pool import Pool
@@ -84,5 +84,5 @@ def test_grown_on_disk_or_in_a_run_the_manifest_is_the_same(pool: Pool, tmp_path
     (new_run,) = pool.run(1, manifest_in_a_run, str(run_file), str(folder / "open"), 0, *onward)
     assert new_run.run.stages[0].model == grown.run.stages[1].model
     assert (new_run.position.stage, new_run.position.optimizer_step) == ("onward", 6)
-    assert new_run.growth is None and growth_behind(new_run) == growth_of(grown) is not None
+    assert new_run.growth is None and change_behind(new_run) == growth_of(grown) is not None
     assert dump_run(run) != dump_run(load_run(run_file)), "the run's vocabulary came from its tokenizer"

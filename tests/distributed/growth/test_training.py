@@ -18,7 +18,7 @@ from flm_megatron.errors import RequestError
 from flm_megatron.growth.boundary import saved_plan
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 from flm_megatron.growth.grown.entries import load_entries, set_added_lr_mult
-from flm_megatron.growth.offline import write_grown
+from flm_megatron.growth.offline import write_changed
 from flm_megatron.growth.plan import make_plan
 from flm_megatron.growth.schedule import lr_multipliers
 from flm_megatron.growth.trained_scale import trained_scale
@@ -51,7 +51,7 @@ def stage_of(checkpoint: GrownCheckpoint, parallel: ParallelConfig, precision: P
 
 def written_hashes(path: Path) -> list[str]:
     """Write a grown checkpoint of each of WRITTEN on all processes of the world (of this one alone without a world)."""
-    return [write_grown(grown(each), path / each, Processes()).logical_hash for each in WRITTEN]
+    return [write_changed(grown(each), path / each, Processes()).logical_hash for each in WRITTEN]
 
 
 def test_grown_checkpoints_are_the_same_bits_for_any_number_of_processes(pool: Pool, tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def trained_both_ways(path: Path, parallel: ParallelConfig, precision: Precision
     from flm_megatron.training.step import TrainState
 
     opened = grown("zero", precision)
-    write_grown(opened, path / "grown", Processes())
+    write_changed(opened, path / "grown", Processes())
     results = []
     for name, checkpoint in (("view", opened), ("written", open_checkpoint(path / "grown"))):
         with layout(parallel, timeout_s=120):

@@ -33,9 +33,10 @@ from flm_megatron.growth.boundary import (
     saved_plan,
     source_model,
 )
+from flm_megatron.growth.change import check_same_plan
 from flm_megatron.growth.foreseen import check_run_file
 from flm_megatron.growth.layers import select_layers
-from flm_megatron.growth.plan import GrowthPlan, check_same_plan, make_plan
+from flm_megatron.growth.plan import GrowthPlan, make_plan
 from flm_megatron.growth.rules import check_epsilons, check_mask_length, check_source_stage
 from flm_megatron.growth.schedule import lr_multipliers, mask_plan, mask_value
 from flm_megatron.model.mask_plan import MaskPlan

@@ -13,7 +13,7 @@ from flm_megatron import __version__
 from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
-from flm_megatron.growth.record import Certificate, Comparison, GrowthRecord, growth_behind, growth_of
+from flm_megatron.growth.record import Certificate, ChangeRecord, Comparison, GrowthRecord, change_behind, growth_of
 from tests.support.growth_cases import old_model, plan_for, trained
 
 MEASURED = Certificate("grown", True, 4, 16, (Comparison("fp32", 2e-6, 1e-6, 2.0, 3.0, 3.006),))
@@ -29,7 +29,7 @@ def grown() -> GrownCheckpoint:
     return GrownCheckpoint(source, plan_for("layers", "zero", plan.new))
 
 
-def on_disk(record: GrowthRecord) -> dict[str, Any]:
+def on_disk(record: ChangeRecord) -> dict[str, Any]:
     """The record as a manifest's JSON gives it back."""
     return json.loads(json.dumps(record.to_json()))
 
@@ -42,7 +42,7 @@ def test_a_record_comes_back_with_all_growths_before_it(grown: GrownCheckpoint) 
         Manifest.from_json({"growth": on_disk(record)}),
         Manifest.from_json({"earlier_growth": on_disk(record)}),
     )
-    assert growth_of(now) == growth_behind(earlier) == record
+    assert growth_of(now) == change_behind(earlier) == record
     assert growth_of(Manifest()) is None and growth_of(earlier) is None
 
 

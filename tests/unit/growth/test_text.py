@@ -11,7 +11,7 @@ from flm_megatron.config.schema import DataConfig, RunConfig
 from flm_megatron.data.streams.stream import SampleStream
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import RequestError
-from flm_megatron.growth.text import file_tokens, run_tokens
+from flm_megatron.growth.certificate.text import file_tokens, run_tokens
 from tests.support import data_cases
 
 LENGTH = 8

@@ -13,6 +13,7 @@ from flm_megatron.config.stage_names import stage_index
 from flm_megatron.growth.boundary import grown_checkpoint, resumed_plan, source_model
 from flm_megatron.growth.foreseen import foreseen_masks, unmeasured_scale
 from flm_megatron.growth.plan import GrowthPlan
+from flm_megatron.growth.shrink.boundary import resumed_shrinking, unmeasured_checkpoint
 from flm_megatron.planner.rehearsal.life.counted import Counted
 from flm_megatron.planner.rehearsal.life.stage_checkpoint import StageCheckpoint
 from flm_megatron.training.resume.first_checkpoint import first_checkpoint
@@ -47,13 +48,16 @@ def resumed(run: RunConfig, stage: StageConfig) -> Beginning:
     source = Counted(open_checkpoint(where) if where else StageCheckpoint(stage))
     if where:
         resumed_plan(run, stage_index(run, stage.name), source.manifest)
+        resumed_shrinking(run, stage_index(run, stage.name), source.manifest)
     return Beginning(f"resumed from a checkpoint of {stage.name}", where, stage, source, source)
 
 
 def started(run: RunConfig, stage: StageConfig) -> Beginning:
-    """As the run's first stage does, or after the stage before, out of which it grows unless it is a fine-tuning's.
+    """As the run's first stage does, or after the stage before, out of which it grows or shrinks unless it is a
+    fine-tuning's.
 
-    Layers that would be copied by distance are those of no distance at all: nothing is measured.
+    Nothing is measured: layers that would be copied by distance are those of no distance at all, units that would be
+    kept by importance are spread evenly.
 
     Raises:
         RequestError: it cannot begin so: another model than the checkpoint's, a growth that cannot be done.
@@ -67,6 +71,11 @@ def started(run: RunConfig, stage: StageConfig) -> Beginning:
     source = Counted(open_checkpoint(where) if where else StageCheckpoint(before))
     if run.data.chat is not None:
         return Beginning(f"started from stage {before.name}", where, stage, source, source)
+    if stage.shrink is not None:
+        shrunk = unmeasured_checkpoint(source, run, index)
+        return Beginning(
+            f"shrunk from stage {before.name}", where, replace(stage, model=shrunk.plan.new), source, shrunk
+        )
     model = source_model(source, run, index)
     grown, plan = grown_checkpoint(source, run, index, [0.0] * model.num_layers, unmeasured_scale(model))
     if where is None:

@@ -9,7 +9,7 @@ import pytest
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.config.loader import load_run
 from flm_megatron.config.schema import RunConfig
-from flm_megatron.growth.record import growth_of
+from flm_megatron.growth.record import change_of
 from flm_megatron.launch.preflight import resolve
 from flm_megatron.launch.run import train_stages
 from flm_megatron.training.resume.start import checkpoint_store, find_start
@@ -49,6 +49,15 @@ WIDE = """
 """
 
 
+NARROW = """
+  - name: narrow
+    model: {{num_layers: 2, hidden_size: 36, ffn_hidden_size: 64, num_attention_heads: 2, head_dim: 8}}
+    parallel: {{tensor: 2, pipeline: 2}}
+    tokens: 256
+    shrink: {{samples: 1, certify_samples: 0}}
+"""
+
+
 def run_in(folder: Path, *overrides: str) -> RunConfig:
     """The run in a folder, resolved."""
     return resolve(load_run(folder / "run.yaml", overrides))
@@ -68,8 +77,9 @@ def test_growth_under_another_layout_has_the_bits_of_the_way_over_the_disk(
 
 
 @pytest.mark.slow
-def test_another_layout_precision_and_data_parallel_size_too(data: Path, tmp_path: Path, pool: Pool) -> None:
-    assert crossed(RUN + WIDE, ["small", "big", "wide"], data, tmp_path, pool) == ["big", "wide"]
+def test_another_layout_precision_and_data_size_and_a_smaller_model_too(data: Path, tmp_path: Path, pool: Pool) -> None:
+    stages = ["small", "big", "wide", "narrow"]
+    assert crossed(RUN + WIDE + NARROW, stages, data, tmp_path, pool) == stages[1:]
 
 
 def crossed(text: str, stages: list[str], data: Path, folder: Path, pool: Pool) -> list[str]:
@@ -83,7 +93,7 @@ def crossed(text: str, stages: list[str], data: Path, folder: Path, pool: Pool) 
     for stage in stages:
         ours, theirs = (open_checkpoint(store.path(stage, 2)).manifest for store in stores)
         assert ours.tensors == theirs.tensors and ours.logical_hash, stage
-        records = [growth_of(manifest) for manifest in (ours, theirs)]  # from sources of which paths differ
+        records = [change_of(manifest) for manifest in (ours, theirs)]  # from sources of which paths differ
         assert len({record and record.source_logical_hash for record in records}) == 1
     assert losses(folders["live"]) == losses(folders["disk"])
     disk, live = ((folders[way] / "log.txt").read_text().splitlines() for way in ("disk", "live"))

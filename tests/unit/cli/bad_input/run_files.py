@@ -108,6 +108,8 @@ RULES = [
     Row("train run.yaml --stages.0.fp8 tensorwise", "set precision to bf16"),
     Row("train run.yaml --stages.0.transformer_engine true", "which is not installed"),
     Row("train grow.yaml --stages.1.growth null", "no growth"),
+    Row("config grow.yaml --stages.1.shrink {}", "stages.1.growth and stages.1.shrink are both given"),
+    Row("config grow.yaml --stages.1.growth null --stages.1.shrink {}", "shrinking only removes"),
     Row("train grow.yaml --stages.1.model.hidden_size 16 --stages.1.model.num_attention_heads 4", "hidden_size"),
     Row("train grow.yaml --stages.1.model.position xpos", "growth keeps it"),
     Row("config grow.yaml --stages.1.model.position xpos", "growth keeps it"),

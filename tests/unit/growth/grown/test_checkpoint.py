@@ -18,7 +18,7 @@ from flm_megatron.growth.grown.added import AddedEntries
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint, axis_mean
 from flm_megatron.growth.grown.step_offsets import earlier_growth, has_step_offsets, step_offsets
 from flm_megatron.growth.plan import GrowthPlan, make_plan
-from flm_megatron.growth.record import GrowthRecord, growth_behind
+from flm_megatron.growth.record import GrowthRecord, change_behind
 from flm_megatron.model import parameters as p
 from flm_megatron.model.parameters import parameter_specs
 from tests.support.growth_cases import (
@@ -282,12 +282,12 @@ def test_without_moments_every_entry_is_born_anew() -> None:
 def test_step_offsets_outlive_the_start_of_a_new_run() -> None:
     plan = plan_for("ffn", "zero", old_model(), {"optimizer_step": "birth"})
     checkpoint = GrownCheckpoint(trained(plan.old, torch.float32, optimizer=True), plan)
-    earlier = earlier_growth(checkpoint, grows=False)
+    earlier = earlier_growth(checkpoint, changes=False)
     kept = Manifest(position=StagePosition(optimizer_step=50), earlier_growth=earlier)
-    assert growth_behind(kept) == checkpoint.record and earlier_growth(checkpoint, grows=True) is None
+    assert change_behind(kept) == checkpoint.record and earlier_growth(checkpoint, changes=True) is None
     resumed = MemoryCheckpoint(trained(plan.new, torch.float32, optimizer=True).values, kept)
-    assert earlier_growth(resumed, grows=False) == earlier
-    assert earlier_growth(MemoryCheckpoint(trained(plan.new).values, kept), grows=False) is None
+    assert earlier_growth(resumed, changes=False) == earlier
+    assert earlier_growth(MemoryCheckpoint(trained(plan.new).values, kept), changes=False) is None
     deeper = GrownCheckpoint(resumed, plan_for("layers", "zero", plan.new)).record
     assert step_offsets(deeper, f"{p.FC2}.weight", Region.whole((5, 24, 87))).unique().tolist() == [0, 40]
 

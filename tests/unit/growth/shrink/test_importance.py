@@ -10,25 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, safe_open, save_file
 
-from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import DamagedError, RequestError
-from flm_megatron.growth.shrink.importance import KEY, Importance, check_importance, read_importance, tensor_shapes
+from flm_megatron.growth.shrink.importance import KEY, check_importance, read_importance
 from tests.support.growth_cases import old_model
-
-
-def drawn(model: ModelConfig) -> Importance:
-    """Random importance of `model`."""
-    draw = torch.Generator().manual_seed(3)
-    tensors = {n: torch.rand(s, generator=draw, dtype=torch.float64) for n, s in tensor_shapes(model).items()}
-    criteria = {"hidden": "activation", "ffn": "gradient", "heads": "activation", "layers": "influence"}
-    return Importance(model, criteria=criteria, samples=2, tokens=32, source_hash="ab", **tensors)  # type: ignore[arg-type]
+from tests.support.shrink_cases import drawn_importance
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of importance."""
     path = tmp_path_factory.mktemp("importance") / "new" / "importance.safetensors"
-    drawn(old_model()).save(path)
+    drawn_importance(old_model()).save(path)
     return path
 
 
@@ -41,7 +33,7 @@ def rewritten(written: Path, path: Path, **changes: object) -> Path:
 
 
 def test_a_file_comes_back_as_it_was(written: Path) -> None:
-    before, after = drawn(old_model()), read_importance(written)
+    before, after = drawn_importance(old_model()), read_importance(written)
     assert (after.model, after.criteria, after.samples, after.tokens, after.source_hash) == (
         *(before.model, before.criteria, before.samples, before.tokens),
         before.source_hash,
@@ -83,7 +75,7 @@ def test_damage_is_found(written: Path, tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_not_finite_are_damage(tmp_path: Path) -> None:
-    found = drawn(old_model())
+    found = drawn_importance(old_model())
     replace(found, hidden=found.hidden / 0).save(tmp_path / "infinite")
     with pytest.raises(DamagedError, match="hidden has numbers that are not finite"):
         read_importance(tmp_path / "infinite")

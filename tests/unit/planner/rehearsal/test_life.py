@@ -24,6 +24,7 @@ from flm_megatron.config.schema import (
     ModelConfig,
     ParallelConfig,
     RunConfig,
+    ShrinkConfig,
     SourceConfig,
     StageConfig,
     ValidationConfig,
@@ -155,6 +156,18 @@ def test_a_growth_that_cannot_be_done_is_refused_before_anything_runs() -> None:
     other = replace(run, stages=[replace(run.stages[0], model=replace(SMALL, bias=True)), run.stages[1]])
     with pytest.raises(RequestError, match=r"model\.bias is True in the stage before"):
         rehearse(other, gpus=2, stage="large", rank=0)
+
+
+def test_a_stage_that_shrinks_is_read_through_what_it_keeps() -> None:
+    """About what its own state takes, times the units around those that it keeps."""
+    run = grown_run()
+    large, small = run.stages[1], replace(run.stages[0], shrink=ShrinkConfig(), growth=None)
+    small = replace(small, model=replace(SMALL, head_dim=LARGE.kv_channels, hidden_size=48))
+    shrinking = replace(run, stages=[replace(large, growth=None), small])
+    found = rehearse_rank(shrinking, small, 0, 2).life
+    assert found.starting.how == "shrunk from stage large"
+    read, own = (total(one.tensors.values()).nbytes for one in (found.starting, found.resuming))
+    assert own < read < 5 * own
 
 
 def test_life_is_in_the_report_and_in_the_plain_data(ranks: list[RankReport]) -> None:
