@@ -157,8 +157,8 @@ def _glu() -> Calls:
         yield Variant("glu forward", ffn, dtype, _words()), partial(glu.forward, x, "silu")
         yield Variant("glu backward", ffn, dtype, _words()), partial(glu.backward, out, x, "silu")
     x, out = _tensor(ROWS, 2 * GEGLU_FFN, dtype="bf16"), _tensor(ROWS, GEGLU_FFN, dtype="bf16")
-    yield Variant("geglu forward", GEGLU_FFN, "bf16", "gelu"), partial(glu.forward, x, "gelu")
-    yield Variant("geglu backward", GEGLU_FFN, "bf16", "gelu"), partial(glu.backward, out, x, "gelu")
+    yield Variant("glu forward", GEGLU_FFN, "bf16", "gelu"), partial(glu.forward, x, "gelu")
+    yield Variant("glu backward", GEGLU_FFN, "bf16", "gelu"), partial(glu.backward, out, x, "gelu")
 
 
 def _rotary() -> Calls:

@@ -12,7 +12,7 @@ from tests.support.kernel_cases import CASES, TOLERANCE, run_case
 
 pytestmark = pytest.mark.usefixtures("choice_of_before")
 
-COMPILED = [case for case in CASES if case.split(",")[0] in ("rms_norm", "add_rms_norm", "swiglu", "rotary")]
+COMPILED = [case for case in CASES if case.split(",")[0] in ("rms_norm", "add_rms_norm", "swiglu", "geglu", "rotary")]
 needs_compiler = pytest.mark.skipif(compiled.compiler_obstacle() is not None, reason="there is no C++ compiler")
 
 
