@@ -28,8 +28,8 @@ def run_of_change(
     """A run whose first stage is the model of `source` and whose second has the `change`.
 
     A path of `change` is that of a field of the second stage (`model.num_layers`, `growth.layers`) or of the run
-    (`tokenizer`, `data.sequence_length`). `section` are further fields of the second stage, below the change; its name
-    is that of the first with `suffix`. `where` names the checkpoint in errors.
+    (`tokenizer`, `data.sequence_length`; without these they are the checkpoint's). `section` are further fields of the
+    second stage, below the change; its name is that of the first with `suffix`. `where` names the checkpoint in errors.
 
     Raises:
         RequestError: the checkpoint does not say what model it is of; or an unknown field, or a value of a wrong type.
@@ -41,6 +41,8 @@ def run_of_change(
         stage["tokens"] = 1
     files = tokenizer_files(getattr(source, "path", None), source.manifest)
     document["tokenizer"] = str(files[0]) if files else None
+    length = source.manifest.run.sequence_length
+    document["data"]["sequence_length"] = min(length, model.max_positions or length)
     document["stages"][1] |= section
     of_run = {field.name for field in fields(RunConfig)} - {"stages"}
     values = {path if path.split(".")[0] in of_run else f"stages.1.{path}": v for path, v in given_values(change)}

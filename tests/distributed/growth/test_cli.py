@@ -86,9 +86,10 @@ def test_grow_writes_what_any_number_of_processes_writes(folder: Path, capsys: p
 def test_a_checkpoint_grows_without_a_run_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--model.num_layers", "3", "--model.hidden_size", "48", "--model.head_dim", "8", "--growth.ffn", "clone"]
     given += ["--model.ffn_hidden_size", "96", "--tokenizer", str(folder / "tokenizer.model")]
-    given += ["--data.sequence_length", "32", "--certify", str(folder / "text.txt")]
+    given += ["--certify", str(folder / "text.txt")]
     assert main(["grow", str(folder / "small"), "--out", str(folder / "lone"), *given]) == 0
     manifest = open_checkpoint(folder / "lone").manifest
+    assert manifest.run.sequence_length == 32
     certificate, growth = certificate_of(manifest), growth_of(manifest)
     assert certificate is not None and certificate.preserving and certificate.comparisons[0].loss_change < 1e-6
     assert growth is not None and (growth.plan.hidden, growth.plan.ffn, growth.plan.layers) == ("zero", "clone", "zero")
@@ -137,7 +138,7 @@ def test_importance_with_and_without_a_run_file(folder: Path, capsys: pytest.Cap
     assert main([*command, "--out", str(plain / "run.safetensors")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "influence" in lines[0] and "heads gradient" in lines[0] and len(lines) == 4
-    alone = ["importance", str(folder / "small"), *text, "--heads", "gradient", "--data.sequence_length", "32"]
+    alone = ["importance", str(folder / "small"), *text, "--heads", "gradient"]
     assert main([*alone, "--out", str(plain / "alone.safetensors")]) == 0
     found, again = (read_importance(plain / f"{name}.safetensors") for name in ("run", "alone"))
     assert (found.samples, found.tokens) == (2, 64) and found.criteria["heads"] == "gradient"
