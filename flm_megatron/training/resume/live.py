@@ -66,6 +66,9 @@ class LiveBoundary:
         return LiveView(view(live), live)
 
     def release(self) -> None:
-        """Give the memory back: the next stage has its own state."""
+        """Give the memory back: the next stage has its own state. Its live view lasts as long as it does, and holds
+        nothing from here on."""
+        if self.held is not None:
+            self.held.clear()
         self.at = self.held = None
         gc.collect()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import weakref
 
+import pytest
+import torch
+
+from flm_megatron.checkpoint.logical import Region
 from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.errors import FlmError
 from flm_megatron.training.resume.live import LiveBoundary
@@ -23,3 +27,13 @@ def test_another_checkpoint_than_of_what_the_ranks_hold_is_refused() -> None:
         boundary.view(saved(2))
     boundary.release()
     assert boundary.view(saved(2)) is None
+
+
+def test_a_view_that_outlives_the_boundary_holds_no_memory() -> None:
+    tensor = torch.zeros(3)
+    boundary = LiveBoundary(StagePosition(4, stage="small"), [("norm", Region((0,), (3,)), tensor)])
+    view, held = boundary.view(saved(4)), weakref.ref(tensor)
+    del tensor
+    assert view is not None and held() is not None
+    boundary.release()
+    assert held() is None
