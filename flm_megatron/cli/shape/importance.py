@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from flm_megatron.growth.shrink.importance import Criterion, Dimension
 
 EPILOG = """\
-Criteria: `activation` is the mean absolute output of norms, the mean absolute input of linear_fc2, the norm of each
-head's output; `influence` is 1 - cos(input, output) of a layer; `gradient` is the mean absolute change of the loss, to
-first order, without the unit: it takes a backward pass. Any field of the run file can be overridden:
---stages.1.parallel.tensor 2. Without a run file, options are fields of the one stage (--parallel.tensor 2, --precision
-bf16) or of the run (--tokenizer FILE, --data.sequence_length 512)."""
+Criteria: `activation` is the mean absolute output of norms, the mean absolute input of the second matrix of the
+feed-forward layer, the norm of each head's output; `influence` is 1 - cos(input, output) of a layer; `gradient` is the
+mean absolute change of the loss, to first order, without the unit: it takes a backward pass. Any field of the run
+file can be overridden: --stages.1.parallel.tensor 2. Without a run file, options are fields of the one stage
+(--parallel.tensor 2, --precision bf16) or of the run (--tokenizer FILE, --data.sequence_length 512)."""
 CRITERIA: dict[Dimension, Criterion] = {
     "hidden": "activation",
     "ffn": "activation",

@@ -15,7 +15,7 @@ from flm_megatron.model.parameters.names import layer_number, logical_name, modu
 SOURCE = Path(flm_megatron.__file__).parent
 TABLE = SOURCE / "model" / "parameters"
 NAMES = re.compile(
-    r"\bdecoder\.|\b(word_embeddings|output_layer)\.|\blinear_(qkv|proj|fc1|fc2)\b|\blayer_norm_(weight|bias)\b"
+    r"\bdecoder\.|\b(word_embeddings|position_embeddings|output_layer)\.|\blinear_(qkv|proj|fc1|fc2)\b|\blayer_norm_(weight|bias)\b"
 )
 
 
