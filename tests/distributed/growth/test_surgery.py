@@ -105,8 +105,8 @@ def exported(folder: Path, checkpoint: Path) -> Tensor:
     return theirs
 
 
-def test_a_qwen3_is_imported_trained_grown_trained_in_parallel_and_exported(folder: Path) -> None:
-    imported, grown = folder / "imported", folder / "grown"
+def test_a_qwen3_is_imported_trained_grown_trained_in_parallel_shrunk_and_exported(folder: Path) -> None:
+    imported, grown, shrunk = folder / "imported", folder / "grown", folder / "shrunk"
     done("checkpoint", "import-hf", folder / "qwen3", imported)
     torch.testing.assert_close(exported(folder, imported), transformers_logits(folder / "qwen3"))
     continued = trained(folder, "continued", imported, "{}")
@@ -116,6 +116,15 @@ def test_a_qwen3_is_imported_trained_grown_trained_in_parallel_and_exported(fold
     torch.testing.assert_close(exported(folder, grown), before, rtol=1e-4, atol=1e-5)
     in_parallel = trained(folder, "parallel", grown, "{tensor: 2, pipeline: 2}", "{pipeline: 2}")
     assert not torch.allclose(exported(folder, in_parallel), before, atol=1e-2), "trained"
+    (folder / "text.txt").write_text(prose(1)[0])
+    text = ["--text", str(folder / "text.txt"), "--samples", "2", "--data.sequence_length", "32"]
+    done("importance", in_parallel, *text, "--out", folder / "units.safetensors")
+    smaller = {"num_layers": 3, "hidden_size": 34, "ffn_hidden_size": 56, "num_attention_heads": 4, "head_dim": 8}
+    options = [word for key, n in smaller.items() for word in (f"--model.{key}", str(n))]
+    done("shrink", in_parallel, "--importance", folder / "units.safetensors", "--out", shrunk, *options)
+    exported(folder, shrunk)
+    recorded = required_model(open_checkpoint(shrunk), "shrunk")
+    assert {key: getattr(recorded, key) for key in smaller} == smaller
 
 
 def test_the_five_commands_of_the_readme(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
