@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from flm_megatron.config.budget import stage_steps
 from flm_megatron.config.schema import RunConfig, StageConfig
@@ -78,6 +79,11 @@ class RunPlan:
     stages: list[StagePlan]
     total: Cost
     from_scratch: Cost
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether a stage is smaller than the one before: then growing is not what is compared."""
+        return any(after.parameters < before.parameters for before, after in pairwise(self.stages))
 
     @property
     def saving(self) -> float:

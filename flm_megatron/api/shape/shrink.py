@@ -65,11 +65,13 @@ def shrink(
         DamagedError: the checkpoint cannot be read.
         FlmError: the loss changes by more than the run file allows.
     """
+    from flm_megatron.training.resume.saved_defaults import with_saved_defaults
+
     out = given_path(out, "out")
     require_folder(out, "--out")
     check_run_file(run)
     index, source = stage_index(run, stage), given_checkpoint(checkpoint)
-    run, settings = _with_importance(run, index, importance)
+    run, settings = _with_importance(with_saved_defaults(run, source.manifest), index, importance)
     unmeasured_checkpoint(source, run, index)  # refuses what cannot be done before anything is measured
     runs_a_model = certify is not None or settings.importance is None
     with (

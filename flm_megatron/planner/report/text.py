@@ -24,7 +24,7 @@ def run_text(plan: RunPlan) -> str:
     """All of a plan: stages, totals, where time and memory go, what was assumed."""
     machine = plan.machine
     parts = [f"{plan.gpus} {machine.name}, {machine.node_size} to a node", _stages(plan)]
-    if len(plan.stages) > 1:
+    if len(plan.stages) > 1 and not plan.shrinks:
         parts.append(_savings(plan))
     parts += [f"Seconds of a step\n{_times(plan.stages)}"]
     sizes = ", ".join(f"{stage.name} {stage.checkpoint_bytes / GIB:,.1f} GiB" for stage in plan.stages)

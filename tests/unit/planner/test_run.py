@@ -14,7 +14,15 @@ import torch
 from flm_megatron.cli import plan as command
 from flm_megatron.cli.options.parser import Parser
 from flm_megatron.config.loader import load_run
-from flm_megatron.config.schema import DataConfig, DistillConfig, ModelConfig, ParallelConfig, RunConfig, StageConfig
+from flm_megatron.config.schema import (
+    DataConfig,
+    DistillConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    ShrinkConfig,
+    StageConfig,
+)
 from flm_megatron.config.schema.stage import Precision
 from flm_megatron.device.hardware import known_hardware
 from flm_megatron.errors import RequestError
@@ -157,6 +165,9 @@ def test_the_report_names_stages_savings_ranks_and_assumptions() -> None:
     assert f"Not planned: the teacher {run.stages[0].name} of stage {run.stages[1].name}" in text
     for part in ("small", "all at the last size", "Growing saves", "pipeline rank of stage large", "fragmentation"):
         assert part in text
+    smaller = replace(run, stages=[replace(stage, growth=None, distill=None) for stage in run.stages[::-1]])
+    smaller.stages[1] = replace(smaller.stages[1], shrink=ShrinkConfig())
+    assert "Growing saves" not in run_text(plan_run(smaller, find_machine("a800"), 4))
 
 
 def test_the_plot_has_a_panel_for_each_stage(tmp_path: Path) -> None:
