@@ -13,7 +13,7 @@ from flm_megatron.config.schema import RunConfig
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.distributed.world import layout, tool_world
 from flm_megatron.growth.shrink.importance import Criterion, Dimension, Importance
-from flm_megatron.growth.shrink.measure import complete_criteria
+from flm_megatron.growth.shrink.measure import chosen_criteria
 from flm_megatron.growth.shrink.measure import measure_importance as measured
 from flm_megatron.paths import FilePath
 
@@ -35,19 +35,20 @@ def measure_importance(
     Args:
         checkpoint: folder, or an open checkpoint.
         run: has the layout, tokenizer and data.
-        stage: the stage of `run` whose layout and precision are used; none means the checkpoint's own.
+        stage: the stage of `run` whose layout and precision are used, and whose criteria if it shrinks; none means the
+            checkpoint's own layout and precision.
         text: text file to measure on; none means the run's validation data.
         samples: how many of them.
         criteria: `activation` or `gradient` for `hidden`, `ffn` and `heads`, `influence` or `gradient` for `layers`;
-            the first where none is given.
+            where none is given the `stage`'s, or the first.
 
     Raises:
         RequestError: the run file breaks a rule, there is no such checkpoint, stage or criterion, or too little text,
             or the tokenizer is not the checkpoint's.
         DamagedError: the checkpoint cannot be read.
     """
-    chosen = complete_criteria(criteria or {})
     opened, model, of_run, tokens = checkpoint_on_text(checkpoint, run, text, samples, stage)
+    chosen = chosen_criteria(criteria or {}, of_run.shrink if stage else None)
     if run.tokenizer is not None and Path(run.tokenizer).is_file():
         check_tokenizer(Tokenizer(run.tokenizer), model, "the checkpoint", opened.manifest)
     with tool_world(run.distributed):

@@ -26,7 +26,7 @@ CRITERIA: dict[Dimension, Criterion] = {
     "heads": "activation",
     "layers": "influence",
 }
-"""What each dimension is measured by, unless asked for the gradient."""
+"""What each dimension is measured by, unless by the gradient."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run_file", type=path, nargs="?", help="run file (YAML) with layout, tokenizer and data; none needs --text"
     )
     parser.add_argument(
-        "--stage", help="stage of the run file whose layout and precision are used (default: the checkpoint's own)"
+        "--stage",
+        help="stage of the run file whose layout, precision and, if it shrinks, criteria are used (default: the "
+        "checkpoint's own layout and precision)",
     )
     parser.add_argument(
         "--text", type=path, metavar="FILE", help="text file to measure on (default: the run's validation data)"
@@ -46,8 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{dimension}",
             choices=(criterion, "gradient"),
-            default=criterion,
-            help=f"criterion of {dimension} (default: {criterion})",
+            help=f"criterion of {dimension} (default: that of the --stage, or {criterion})",
         )
     parser.add_argument("--out", type=path, metavar="FILE", help="write the importance, to shrink by")
     parser.epilog = EPILOG
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         require_file(args.out, "--out")
     run, stage = _asked_for(args)
-    criteria: dict[Dimension, Criterion] = {dimension: getattr(args, dimension) for dimension in CRITERIA}
+    criteria = {dimension: given for dimension in CRITERIA if (given := getattr(args, dimension))}
     found = measure_importance(
         args.checkpoint, run, stage=stage, text=args.text, samples=args.samples, criteria=criteria
     )

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
-from flm_megatron.config.schema import ModelConfig, StageConfig
+from flm_megatron.config.schema import ModelConfig, ShrinkConfig, StageConfig
 from flm_megatron.engine import parallel_state
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.certificate.forward import Layout, on_one_replica
+from flm_megatron.growth.shrink.choice import wanted_criteria
 from flm_megatron.growth.shrink.importance import Criterion, Dimension, Importance
 from flm_megatron.growth.shrink.watch import ImportanceSums, freeze_and_follow, watch_units
 from flm_megatron.model.forward import Batch, forward, forward_and_backward
@@ -29,11 +30,11 @@ CRITERIA: dict[Dimension, tuple[Criterion, ...]] = {
     "heads": ("activation", "gradient"),
     "layers": ("influence", "gradient"),
 }
-"""Criteria of each dimension; the first is the default."""
+"""Criteria of each dimension."""
 
 
-def complete_criteria(given: Mapping[Dimension, Criterion]) -> dict[Dimension, Criterion]:
-    """`given`, with the default criterion of every other dimension.
+def chosen_criteria(given: Mapping[Dimension, Criterion], shrink: ShrinkConfig | None) -> dict[Dimension, Criterion]:
+    """`given`, and for every other dimension the criterion of the stage's section `shrink`, or the default.
 
     Raises:
         RequestError: there is no such dimension, or it has no such criterion.
@@ -43,7 +44,7 @@ def complete_criteria(given: Mapping[Dimension, Criterion]) -> dict[Dimension, C
     for name, criterion in given.items():
         if criterion not in CRITERIA[name]:
             raise RequestError(f"the criterion of {name} is {criterion!r}: give {' or '.join(CRITERIA[name])}")
-    return {name: given.get(name, criteria[0]) for name, criteria in CRITERIA.items()}
+    return wanted_criteria(shrink or ShrinkConfig()) | dict(given)
 
 
 def measure_importance(

@@ -1,0 +1,44 @@
+"""The example that shrinks the quickstart's model, as far as its run files go, and the criteria that are measured."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from flm_megatron.api.run_file import load_run
+from flm_megatron.config.schema import ShrinkConfig
+from flm_megatron.errors import RequestError
+from flm_megatron.growth.foreseen import check_run_file
+from flm_megatron.growth.shrink.measure import chosen_criteria
+from tests.support import REPOSITORY
+
+
+def test_the_runs_of_the_example_break_no_rule() -> None:
+    spec = importlib.util.spec_from_file_location("smaller", REPOSITORY / "examples" / "smaller.py")
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    trunk = load_run(REPOSITORY / "examples" / "quickstart.yaml", {"stages.large.model.vocab_size": 2048})
+    for name in example.SHAPES:
+        trained, distilled, scratch = example.runs_of(name, trunk, Path("large"), Path("units"))
+        for run in (trained, distilled, scratch):
+            check_run_file(run)
+        assert trained.stages[-1].shrink is not None and distilled.stages[-1].distill is not None
+        assert trained.stages[-1].model == scratch.stages[-1].model
+
+
+def test_criteria_are_those_given_then_the_stages_then_the_defaults() -> None:
+    default = {"hidden": "activation", "ffn": "activation", "heads": "activation", "layers": "influence"}
+    assert chosen_criteria({}, None) == default
+    stage = ShrinkConfig(ffn="gradient", layers="gradient")
+    assert chosen_criteria({"heads": "gradient", "layers": "influence"}, stage) == {
+        **default,
+        "ffn": "gradient",
+        "heads": "gradient",
+    }
+    with pytest.raises(RequestError, match="the criterion of heads is 'influence': give activation or gradient"):
+        chosen_criteria({"heads": "influence"}, None)
+    with pytest.raises(RequestError, match="criteria has no 'width'"):
+        chosen_criteria({"width": "gradient"}, None)  # type: ignore[dict-item]
