@@ -48,12 +48,15 @@ class Region:
 
     def intersect(self, other: Region) -> Region | None:
         """The overlap with `other`; none if there is none."""
-        starts = tuple(max(a, b) for a, b in zip(self.offsets, other.offsets, strict=True))
-        ends = tuple(
-            min(a + n, b + m) for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
-        )
-        sizes = tuple(e - s for s, e in zip(starts, ends, strict=True))
-        return Region(starts, sizes) if all(n > 0 for n in sizes) else None
+        starts, sizes = [], []
+        for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True):
+            start = max(a, b)
+            size = min(a + n, b + m) - start
+            if size <= 0:
+                return None
+            starts.append(start)
+            sizes.append(size)
+        return Region(tuple(starts), tuple(sizes))
 
     def within(self, outer: Region) -> Region:
         """The same region, counted from the corner of `outer`."""

@@ -19,7 +19,7 @@ ROUND_BYTES = 64 * 2**20
 """Bytes that a rank sends, and memory for what it receives, in a round at most, unless a single group is larger."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Part:
     """A region of piece number `piece` of a rank: of what it holds where it sends, of what it wants where it
     receives."""

@@ -85,11 +85,15 @@ class Operators:
         self.plan = plan
         self.specs = parameter_specs(plan.new)
         self._old_specs = parameter_specs(plan.old)
+        self._segments: dict[str, list[list[Segment]]] = {}
+        """Those of each whole tensor, by name: worked out once, for a large model has many regions."""
 
     def regions(self, name: str, region: Region) -> Iterator[FilledRegion]:
         """`region` of parameter `name` cut by what fills it: covered once, in row-major order of corners."""
         spec = self.specs[name]
-        axes = segments_within(tensor_segments(self.plan, self._old_specs.get(name), spec), region)
+        if name not in self._segments:
+            self._segments[name] = tensor_segments(self.plan, self._old_specs.get(name), spec)
+        axes = segments_within(self._segments[name], region)
         if spec.stacked and self.plan.looks_at_trained:
             axes[0] = [layer for s in axes[0] for i in range(s.size) if (layer := s.clip(s.start + i, s.start + i + 1))]
         for segments in itertools.product(*axes):
