@@ -66,7 +66,7 @@ def measure_importance(
     - `influence`: 1 - cos(input, output) of a layer (ShortGPT, arXiv 2403.03853).
     - `gradient`: |sum over channels of activation times dL/d activation|, with L the sum of the losses of a sample: by
       how much L would change, to first order, without the unit (Molchanov et al., arXiv 1906.10771). Of a layer the
-      activation is what it adds, output - input. The backward pass keeps the activations of one sample in each layer.
+      activation is what it adds, output - input. The backward pass keeps the activations of each sample in flight.
 
     Raises:
         DamagedError: (on every rank) the checkpoint cannot be read.
