@@ -174,7 +174,7 @@ class StageTrainer:
             log.write(RestartEvent(*self.position()))
         if self.start.history[1:] or self.start.resumes:
             changes = find_changes(self.run, self.start, self.checkpoint.manifest, self.data_size)
-            changes += teacher_changes(self.checkpoint.manifest, self._taught_by())
+            changes += teacher_changes(self.start, self.checkpoint.manifest, self._taught_by())
             announce(log, changes, *self.position())
         if self.copies and self.copies.line:
             log.say(self.copies.line)

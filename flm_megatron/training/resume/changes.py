@@ -62,9 +62,9 @@ def find_changes(run: RunConfig, start: Start, manifest: Manifest, data_size: in
     return [*found, *_field_changes(manifest.run.saved, run_to_dict(run), start.stage, resumes)]
 
 
-def teacher_changes(manifest: Manifest, now: RecordedTeacher | None) -> list[Change]:
+def teacher_changes(start: Start, manifest: Manifest, now: RecordedTeacher | None) -> list[Change]:
     """Another checkpoint that teaches a stage that resumes, be it at the same path."""
-    before = manifest.teacher
+    before = manifest.teacher if start.resumes else None
     if before is None or now is None or before.logical_hash == now.logical_hash:
         return []
     return [Change("teacher's logical hash", before.logical_hash[:SHOWN], now.logical_hash[:SHOWN])]

@@ -365,9 +365,12 @@ def chat_run(folder: Path) -> RunConfig:
 
 def test_a_teacher_of_other_bits_is_said_be_it_at_the_same_path() -> None:
     before, now = (RecordedTeacher(path="runs/large", logical_hash=digit * 32) for digit in "ab")
-    (change,) = teacher_changes(Manifest(teacher=before), now)
+    resumed = Start(1, 5, None, resumes=True)
+    (change,) = teacher_changes(resumed, Manifest(teacher=before), now)
     assert change.line() == "teacher's logical hash was aaaaaaaaaaaa, is bbbbbbbbbbbb"
-    assert not teacher_changes(Manifest(teacher=before), before) and not teacher_changes(Manifest(), now)
+    assert not teacher_changes(resumed, Manifest(teacher=before), before)
+    assert not teacher_changes(resumed, Manifest(), now)
+    assert not teacher_changes(Start(1, 0, None, resumes=False), Manifest(teacher=before), now)
 
 
 def test_conversations_stay_within_a_stage(folder: Path, tmp_path: Path) -> None:
