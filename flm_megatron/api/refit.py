@@ -82,7 +82,11 @@ def refit(
 
 def _check_ranks(from_ranks: Sequence[int], to_ranks: Sequence[int]) -> None:
     world = int(os.environ["WORLD_SIZE"]) if launched() else 1
+    if dist.is_initialized():  # by whoever calls, with a launcher or not
+        world = dist.get_world_size()
     for option, ranks in (("--from-ranks", from_ranks), ("--to-ranks", to_ranks)):
+        if not ranks or min(ranks) < 0 or len({*ranks}) != len(ranks):
+            raise RequestError(f"{option} is {list(ranks)}: name at least one rank, none below 0, each once")
         if outside := [rank for rank in ranks if rank >= world]:
             raise RequestError(
                 f"{option} names rank {outside[0]}, but there are {world} processes: start as many with torchrun "

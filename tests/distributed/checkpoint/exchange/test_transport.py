@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -52,9 +53,13 @@ def test_columns_become_rows_bit_for_bit(pool: Pool) -> None:
 def pushed_to_others(folder: str) -> Refitted:
     """A checkpoint from four ranks to two replicas of another layout, on ranks in no order; one is left out."""
     here, there, cut = (5, 1, 0, 3), (2, 4), ParallelConfig(tensor=2, pipeline=2)
+    os.environ.pop("WORLD_SIZE", None)  # a world of the caller's own making
     done = refit(folder, from_ranks=here, to_ranks=there, from_layout=cut, pushes=1)
     with pytest.raises(RequestError, match="tensor 3 x pipeline 1 does not divide 2 ranks"):
         refit(folder, from_ranks=here, to_ranks=there, to_layout=ParallelConfig(tensor=3))
+    for ranks in ((), (0, 0), (-1,)):
+        with pytest.raises(RequestError, match=r"--from-ranks is .* each once"):
+            refit(folder, from_ranks=ranks, to_ranks=there)
     rank = dist.get_rank()
     values, place = torch.full((2, 3), 1.0), torch.zeros(2, 3, dtype=torch.bfloat16)
     region = Region((0, 0), (2, 3))
