@@ -11,26 +11,29 @@ import torch
 
 from flm_megatron.checkpoint.manifest import Manifest, StagePosition
 from flm_megatron.checkpoint.opening import open_checkpoint
-from flm_megatron.config.schema import GrowthConfig, ParallelConfig, StageConfig
+from flm_megatron.config.schema import GrowthConfig, ParallelConfig, ShrinkConfig, StageConfig
 from flm_megatron.config.schema.stage import Precision
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.errors import RequestError
-from flm_megatron.growth.boundary import saved_plan
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 from flm_megatron.growth.grown.entries import load_entries, set_added_lr_mult
 from flm_megatron.growth.offline import write_changed
 from flm_megatron.growth.plan import make_plan
+from flm_megatron.growth.record import change_of
 from flm_megatron.growth.schedule import lr_multipliers
+from flm_megatron.growth.shrink.checkpoint import ShrunkCheckpoint
+from flm_megatron.growth.shrink.choice import make_shrink_plan
 from flm_megatron.growth.trained_scale import trained_scale
 from flm_megatron.model.parameters import parameter_count
 from tests.distributed.growth.test_engine import NEW, OLD, plan_of
 from tests.support.growth_cases import growth, trained
 from tests.support.layouts import SEQUENCE, STAGE, relative_difference, take_steps
 from tests.support.pool import Pool
+from tests.support.shrink_cases import drawn_importance
 
 MANIFEST = Manifest(position=StagePosition(0, 0, 0, 40, "big"))
 BOTH = ParallelConfig(tensor=2, pipeline=2, sequence=True)
-WRITTEN = ("zero", "clone", "shrink", "trained")
+WRITTEN = ("zero", "clone", "shrink", "trained", "smaller")
 
 
 def grown(operator: str = "zero", precision: Precision = "fp32", step_offset: bool = False) -> GrownCheckpoint:
@@ -44,24 +47,37 @@ def grown(operator: str = "zero", precision: Precision = "fp32", step_offset: bo
     return GrownCheckpoint(source, plan, MANIFEST)
 
 
+def smaller() -> ShrunkCheckpoint:
+    """The old model cut out of a source of the new one, with moments."""
+    source = trained(NEW, torch.float32, optimizer=True)
+    plan = make_shrink_plan(NEW, OLD, ShrinkConfig(), drawn_importance(NEW), "big")
+    return ShrunkCheckpoint(source, plan, MANIFEST)
+
+
+def changed(how: str) -> GrownCheckpoint | ShrunkCheckpoint:
+    """One of WRITTEN."""
+    return smaller() if how == "smaller" else grown(how)
+
+
 def stage_of(checkpoint: GrownCheckpoint, parallel: ParallelConfig, precision: Precision = "fp32") -> StageConfig:
     """The stage that trains a grown checkpoint."""
     return replace(STAGE, model=checkpoint.plan.new, parallel=parallel, precision=precision)
 
 
 def written_hashes(path: Path) -> list[str]:
-    """Write a grown checkpoint of each of WRITTEN on all processes of the world (of this one alone without a world)."""
-    return [write_changed(grown(each), path / each, Processes()).logical_hash for each in WRITTEN]
+    """Write a checkpoint of each of WRITTEN on all processes of the world (of this one alone without a world)."""
+    return [write_changed(changed(each), path / each, Processes()).logical_hash for each in WRITTEN]
 
 
-def test_grown_checkpoints_are_the_same_bits_for_any_number_of_processes(pool: Pool, tmp_path: Path) -> None:
+def test_grown_and_shrunk_checkpoints_are_the_same_bits_for_any_number_of_processes(pool: Pool, tmp_path: Path) -> None:
     alone = written_hashes(tmp_path / "1")
     assert pool.run(3, written_hashes, tmp_path / "3") == [alone] * 3
-    for operator in WRITTEN:
-        written, checkpoint = open_checkpoint(tmp_path / "3" / operator), grown(operator)
+    for how in WRITTEN:
+        written, checkpoint = open_checkpoint(tmp_path / "3" / how), changed(how)
         assert dict(written.tensors) == dict(checkpoint.tensors)
         assert all(torch.equal(written.read(name), checkpoint.read(name)) for name in checkpoint.tensors)
-        assert saved_plan(written.manifest) == checkpoint.plan
+        record = change_of(written.manifest)
+        assert record is not None and record.plan == checkpoint.plan
 
 
 def trained_both_ways(path: Path, parallel: ParallelConfig, precision: Precision) -> Any:
