@@ -71,7 +71,7 @@ def page(histories: Sequence[History], compared: Savings | None = None) -> str:
         f'<p class="note">FLOPs are {escape(CONVENTION)}. Time is the sum of step times, without starts and saves.</p>',
         runs_table(histories),
         _loss_section(histories),
-        _titled("Growth", growths_table(histories)),
+        _titled("Changes of shape", growths_table(histories)),
         _titled("What growth saved", _saving_section(compared) if compared else ""),
         _titled("Old and new entries", _charts(grown) if grown else ""),
         _titled("Course of training", _charts(detail_charts(histories))),

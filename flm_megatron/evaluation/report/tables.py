@@ -89,7 +89,7 @@ def _stage_row(history: History, stage: StageConfig, steps: list[StepEvent]) -> 
 
 
 def growths_table(histories: Sequence[History]) -> str:
-    """Each growth with the loss around it, and its certificate where one was made."""
+    """Each growth or shrinking with the loss around it, and its certificate where one was made."""
     head = ["run", "into stage", "at tokens", "loss of the step before → after", "precision"]
     head += ["max |Δ logit| / std", "rms Δ / std", "certified loss before → after", "relative change"]
     rows = []
