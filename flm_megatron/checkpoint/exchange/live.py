@@ -68,7 +68,7 @@ class LiveCheckpoint(LogicalCheckpoint):
         """Numbers of `reads` that can be called before the next round, in which each reads what it read when noted.
 
         `reads` read this checkpoint, by way of others or not; each is called once without values before the first
-        round. All ranks of the world must call, and go through all rounds.
+        round. All ranks of the world must call, once, and go through all rounds; then this rank's memory is let go.
 
         Raises:
             RequestError: (on every rank) a read wants what no rank holds.
@@ -80,7 +80,7 @@ class LiveCheckpoint(LogicalCheckpoint):
             of_groups = (zip(wanted[group], values, strict=True) for group, values in arrived)
             self._arrived = {piece: values for group in of_groups for piece, values in group}
             yield [group for group, _ in arrived]
-        self._arrived = {}
+        self._arrived, self._held = {}, ()
 
     def _noted_reads(self, reads: Sequence[Callable[[], object]]) -> list[list[Piece]]:
         """The regions of this checkpoint that each call reads."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def test_a_growth_over_it_has_the_bits_of_one_over_a_stored_checkpoint(operator:
         for name, info in source.tensors.items()
         for region in split_region(Region.whole(info.shape), 100)
     ]
-    live = LiveCheckpoint(source, held, round_bytes=2**15)
+    live = LiveCheckpoint(source, tuple(held), round_bytes=2**15)
     stored, view = GrownCheckpoint(source, plan), GrownCheckpoint(live, plan)
     pieces = [(n, r) for n, info in view.tensors.items() for r in split_region(Region.whole(info.shape), 3000)]
     with process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1):
@@ -42,3 +43,6 @@ def test_a_growth_over_it_has_the_bits_of_one_over_a_stored_checkpoint(operator:
         assert seen == list(range(len(pieces))) and rounds > 5
         with pytest.raises(RequestError, match="has no tensor of_nobody"):
             next(live.rounds([partial(live.read, "of_nobody")]))
+    memory = [weakref.ref(tensor) for _, _, tensor in held]
+    del held[:], arrived
+    assert not any(ref() is not None for ref in memory), "the old stage's memory is free once the new one is loaded"
