@@ -14,6 +14,7 @@ from flm_megatron.config.loader import run_from_dict, run_to_dict
 from flm_megatron.config.overrides import Overrides, apply_overrides, given_values
 from flm_megatron.config.schema import GrowthConfig, RunConfig, StageConfig
 from flm_megatron.errors import RequestError
+from flm_megatron.growth.foreseen import check_boundary
 from flm_megatron.growth.rules import grown_dimensions
 from flm_megatron.growth.shrink.rules import smaller_dimensions
 from flm_megatron.json_text import JsonObject
@@ -54,7 +55,7 @@ def lone_growth(source: LogicalCheckpoint, where: str, change: Overrides) -> Run
     """`run_of_change` that grows, with `zero` in every dimension for which the change gives no operator.
 
     Raises:
-        RequestError: as `run_of_change`; a `mask`, which opens over the steps of a stage; or nothing grows.
+        RequestError: as `run_of_change`; a `mask`, which opens over the steps of a stage; or nothing grows, or may.
     """
     run = run_of_change(source, where, change, {"growth": dict(WITHOUT_MASKS)}, "grown")
     growth = run.stages[1].growth or GrowthConfig()
@@ -64,6 +65,7 @@ def lone_growth(source: LogicalCheckpoint, where: str, change: Overrides) -> Run
             "clone (for layers copy)"
         )
     if not grown_dimensions(run.stages[0].model, run.stages[1].model) and {growth.shrink, growth.rejuvenate} == {None}:
+        check_boundary(run, 1)  # it says so if what was to change is what a growth keeps
         raise RequestError(f"nothing of {where} grows: give what does, such as --model.num_layers 40")
     return run
 

@@ -110,6 +110,7 @@ def test_a_checkpoint_grows_without_a_run_file(folder: Path, capsys: pytest.Capt
         (["--model.num_layers", "3", "--growth.layers", "mask"], "growth.layers is `mask`, and masks open over"),
         (["--model.num_layer", "3"], "did you mean 'num_layers'?"),
         (["--model.num_layers", "1"], "num_layers shrinks from 2 to 1"),
+        (["--model.rope_theta", "500"], "growth keeps it, so set model.rope_theta to 10000.0"),
         (["--stage", "big"], "--stage names a stage of a run file"),
     ],
 )
