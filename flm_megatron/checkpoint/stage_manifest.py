@@ -11,7 +11,7 @@ from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.manifest import Manifest, RecordedRun, StagePosition
 from flm_megatron.checkpoint.own_tokenizer import TOKENIZER_FILE
 from flm_megatron.config.loader import run_to_dict
-from flm_megatron.config.schema import ModelConfig, RunConfig, StageConfig
+from flm_megatron.config.schema import DataConfig, ModelConfig, RunConfig, StageConfig
 from flm_megatron.data.tokenizer import file_fingerprint
 from flm_megatron.errors import RequestError
 from flm_megatron.model.limits import check_limits
@@ -66,15 +66,17 @@ def manifest_for(checkpoint: LogicalCheckpoint, model: ModelConfig, source: Path
     `model`.
 
     The copy's stage is called `imported`; where it stands in its run is kept as far as `checkpoint` knows. A tokenizer
-    that lies beside the weights is named in the run. Adam's step is not made up: moments whose step `checkpoint` does
+    that lies beside the weights is named in the run. Its sequence length is what one that is not recorded is taken for,
+    as far as learned positions reach. Adam's step is not made up: moments whose step `checkpoint` does
     not know have none.
     """
     if checkpoint.manifest.run.saved:
         return checkpoint.manifest
-    tokenizer = source / TOKENIZER_FILE
+    tokenizer, length = source / TOKENIZER_FILE, checkpoint.manifest.run.sequence_length
     run = RunConfig(
         name=source.resolve().name,
         tokenizer=str(tokenizer.resolve()) if tokenizer.is_file() else None,
+        data=DataConfig(sequence_length=min(length, model.max_positions or length)),
         stages=[StageConfig(name=IMPORTED, model=model)],
     )
     known = checkpoint.manifest.position

@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint
 
 from flm_megatron.checkpoint.logical import STATE_PREFIXES, LogicalCheckpoint
-from flm_megatron.checkpoint.manifest import Manifest
+from flm_megatron.checkpoint.manifest import UNRECORDED_LENGTH, Manifest
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.tools.reshard import reshard
 from flm_megatron.checkpoint.torch_dist.reader import TorchDistCheckpoint
@@ -145,6 +145,7 @@ def test_hugging_face_round_trip(
     assert_same(tmp_path / "back", values, optimizer=False)
     back = open_checkpoint(tmp_path / "back").manifest
     assert back.weights_hash == open_checkpoint(path).manifest.weights_hash
+    assert back.run.sequence_length == UNRECORDED_LENGTH
     assert flm_checkpoint("diff", path, tmp_path / "back") == 0
     assert flm_checkpoint("export-hf", tmp_path / "back", tmp_path / "again", "--flavour", "llama") == 0
     assert "output_layer.weight x 1.5); rounded" in capsys.readouterr().out
