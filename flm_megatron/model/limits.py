@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from flm_megatron.config.rules.model import rotary_channels_are_pairs
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import RequestError
@@ -16,16 +18,7 @@ LARGEST_VOCABULARY = 2**27
 
 def check_limits(model: ModelConfig, where: str) -> ModelConfig:
     """Return `model` if its sizes are within the limits; raise RequestError, naming `where` and the field, if not."""
-    limits = (
-        ("num_layers", model.num_layers, MOST_LAYERS),
-        ("hidden_size", model.hidden_size, LARGEST_HIDDEN),
-        ("ffn_hidden_size", model.ffn_hidden_size, LARGEST_FFN),
-        ("num_attention_heads", model.num_attention_heads, MOST_HEADS),
-        ("num_query_groups", model.query_groups, model.num_attention_heads),
-        ("head_dim", model.kv_channels, LARGEST_HEAD),
-        ("vocab_size", 1 if model.vocab_size is None else model.vocab_size, LARGEST_VOCABULARY),
-    )
-    for name, value, largest in limits:
+    for name, value, largest in _sizes(model):
         least = 0 if name == "num_layers" else 1
         if not least <= value <= largest:
             raise RequestError(f"{where}: {name} is {_shown(value)}: it has to lie between {least} and {largest:,}")
@@ -41,6 +34,18 @@ def check_limits(model: ModelConfig, where: str) -> ModelConfig:
     if line := rotary_channels_are_pairs(model):
         raise RequestError(f"{where}: {line.removeprefix('model.')}")
     return model
+
+
+def _sizes(model: ModelConfig) -> Iterator[tuple[str, int, int]]:
+    """Name, value and largest value of each size; those that divide by others come after these."""
+    yield "num_layers", model.num_layers, MOST_LAYERS
+    yield "hidden_size", model.hidden_size, LARGEST_HIDDEN
+    yield "ffn_hidden_size", model.ffn_hidden_size, LARGEST_FFN
+    yield "num_attention_heads", model.num_attention_heads, MOST_HEADS
+    yield "num_query_groups", model.query_groups, model.num_attention_heads
+    yield "head_dim", model.kv_channels, LARGEST_HEAD
+    yield "mup.base_hidden_size", model.mup.base_hidden_size, LARGEST_HIDDEN
+    yield "vocab_size", 1 if model.vocab_size is None else model.vocab_size, LARGEST_VOCABULARY
 
 
 def _shown(value: int) -> str:

@@ -21,6 +21,7 @@ from flm_megatron.config.schema import ModelConfig
 from flm_megatron.durable import make_folders, replace_file
 from flm_megatron.errors import DamagedError, RequestError, one_line
 from flm_megatron.json_text import parse_json
+from flm_megatron.model.limits import check_limits
 
 VERSION = 1
 KEY = "flm_importance"
@@ -142,7 +143,7 @@ def _description(path: Path, text: str) -> _Description:
     if isinstance(version, int) and version > VERSION:
         raise RequestError(f"{path} is of version {version}, this program reads up to {VERSION}: update it")
     try:
-        return TypeAdapter(_Description).validate_python(values)
+        described = TypeAdapter(_Description).validate_python(values)
     except ValidationError as error:
         mistake = error.errors(include_url=False, include_input=False)[0]
         name = ".".join(map(str, mistake["loc"]))
@@ -150,6 +151,8 @@ def _description(path: Path, text: str) -> _Description:
             f"{path}: is no importance that this program knows ({name:.200}: {mistake['msg']:.200}): update it, or "
             "measure again"
         ) from None
+    check_limits(described.model, str(path))
+    return described
 
 
 def _check_tensors(path: Path, described: _Description, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -166,6 +169,8 @@ def _check_tensors(path: Path, described: _Description, tensors: Mapping[str, to
         raise DamagedError(f"{path}: the checksum does not fit its numbers: the file was changed")
     if bad := [name for name, values in tensors.items() if not values.isfinite().all()]:
         raise DamagedError(f"{path}: {bad[0]} has numbers that are not finite")
+    if (energy := tensors["energy"]).lt(0).any() or not energy.sum().isfinite():
+        raise DamagedError(f"{path}: energy has numbers that are no mean squares: below 0, or without a finite sum")
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor]) -> int:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.config.schema import ModelConfig, ShrinkConfig, StageConfig
 from flm_megatron.engine import parallel_state
-from flm_megatron.errors import RequestError
+from flm_megatron.errors import FlmError, RequestError
 from flm_megatron.growth.certificate.forward import Layout, on_one_replica
 from flm_megatron.growth.shrink.choice import wanted_criteria
 from flm_megatron.growth.shrink.importance import Criterion, Dimension, Importance
@@ -70,6 +70,7 @@ def measure_importance(
 
     Raises:
         DamagedError: (on every rank) the checkpoint cannot be read.
+        FlmError: (on every rank) what was measured is not finite.
     """
     # Transformer Engine's fused modules hide what norms give out.
     stage = replace(stage, transformer_engine=False)
@@ -77,7 +78,10 @@ def measure_importance(
     sums = sums or ImportanceSums(model)
     for summed in sums.all():
         dist.broadcast(summed, 0)
-    return _means(sums, model, tokens, criteria, checkpoint.manifest.logical_hash or None)
+    found = _means(sums, model, tokens, criteria, checkpoint.manifest.logical_hash or None)
+    if bad := [name for name, values in found.tensors.items() if not values.isfinite().all()]:
+        raise FlmError(f"importance of {bad[0]} is not finite: the checkpoint's activations or gradients are not")
+    return found
 
 
 def _summed(

@@ -332,9 +332,15 @@ def test_a_manifest_that_is_no_such_thing_is_damage(text: str, tmp_path: Path) -
 
 def test_the_model_of_a_manifest_has_limits(exported: Path) -> None:
     manifest = json.loads((exported / "ours" / MANIFEST).read_text())
-    manifest["run"]["stages"][0]["model"]["num_layers"] = 10**12
-    with pytest.raises(RequestError, match="num_layers is 1,000,000,000,000: it has to lie between 0 and 10,000"):
-        manifest_model(Manifest.from_json(manifest))
+    model = manifest["run"]["stages"][0]["model"]
+    for changes, words in (
+        ({"num_layers": 10**12}, "num_layers is 1,000,000,000,000: it has to lie between 0 and 10,000"),
+        ({"num_attention_heads": 0, "num_query_groups": None, "head_dim": None}, "num_attention_heads is 0: it has to"),
+        ({"mup": {"enabled": True, "base_hidden_size": 0}}, "mup.base_hidden_size is 0: it has to lie between 1"),
+    ):
+        manifest["run"]["stages"][0]["model"] = {**model, **changes}
+        with pytest.raises(RequestError, match=words):
+            manifest_model(Manifest.from_json(manifest))
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,9 @@ def test_what_is_no_file_of_importance_is_refused(written: Path, tmp_path: Path)
         read_importance(tmp_path / "weights")
     with pytest.raises(RequestError, match="is of version 2, this program reads up to 1: update it"):
         read_importance(rewritten(written, tmp_path / "later", version=2))
+    headless = {"num_layers": 3, "hidden_size": 24, "ffn_hidden_size": 50, "num_attention_heads": 0}
+    with pytest.raises(RequestError, match="num_attention_heads is 0: it has to lie between 1"):
+        read_importance(rewritten(written, tmp_path / "headless", model=headless))
     with pytest.raises(RequestError, match=r"no importance that this program knows \(criteria\.ffn"):
         read_importance(rewritten(written, tmp_path / "criteria", criteria={"ffn": "magnitude"}))
 
@@ -74,8 +77,12 @@ def test_damage_is_found(written: Path, tmp_path: Path) -> None:
         read_importance(rewritten(written, tmp_path / "shape", model=wider))
 
 
-def test_numbers_that_are_not_finite_are_damage(tmp_path: Path) -> None:
+def test_numbers_that_cannot_be_are_damage(tmp_path: Path) -> None:
     found = drawn_importance(old_model())
     replace(found, hidden=found.hidden / 0).save(tmp_path / "infinite")
     with pytest.raises(DamagedError, match="hidden has numbers that are not finite"):
         read_importance(tmp_path / "infinite")
+    for name, factor in (("negative", -1.0), ("huge", 1e308)):
+        replace(found, energy=found.energy * factor).save(tmp_path / name)
+        with pytest.raises(DamagedError, match="energy has numbers that are no mean squares"):
+            read_importance(tmp_path / name)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
 from flm_megatron.api.run_file import load_run
-from flm_megatron.config.schema import ShrinkConfig
-from flm_megatron.errors import RequestError
+from flm_megatron.config.schema import ShrinkConfig, StageConfig
+from flm_megatron.errors import FlmError, RequestError
 from flm_megatron.growth.foreseen import check_run_file
+from flm_megatron.growth.shrink import measure
 from flm_megatron.growth.shrink.measure import chosen_criteria
+from flm_megatron.growth.shrink.watch import ImportanceSums
 from tests.support import REPOSITORY
+from tests.support.growth_cases import old_model, trained
 
 
 def test_the_runs_of_the_example_break_no_rule() -> None:
@@ -42,3 +48,17 @@ def test_criteria_are_those_given_then_the_stages_then_the_defaults() -> None:
         chosen_criteria({"heads": "influence"}, None)
     with pytest.raises(RequestError, match="criteria has no 'width'"):
         chosen_criteria({"width": "gradient"}, None)  # type: ignore[dict-item]
+
+
+def test_what_is_measured_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units that are no numbers have no order: a diverged checkpoint is refused."""
+    model, criteria = old_model(), chosen_criteria({}, None)
+    sums = ImportanceSums(model)
+    sums.influence.fill_(1.0)
+    monkeypatch.setattr(measure, "on_one_replica", lambda *_: sums)
+    monkeypatch.setattr(measure.dist, "broadcast", lambda *_: None)
+    of = (trained(model), model, StageConfig(), torch.ones(2, 5, dtype=torch.long), lambda _: nullcontext(), criteria)
+    assert measure.measure_importance(*of).tokens == 8
+    sums.heads[1, 2] = math.nan
+    with pytest.raises(FlmError, match="importance of heads is not finite"):
+        measure.measure_importance(*of)
