@@ -83,7 +83,7 @@ def cross(run: RunConfig, saved: Path, held: list, found: dict[str, list[float]]
         load_state(grown, states[0].chunks, states[0].optimizer)
         dist.barrier()
         between = time.perf_counter()
-        crossing = load_live_state(grown_checkpoint(live, run, 1)[0], live, states[1].chunks, states[1].optimizer)
+        crossing = load_live_state(grown_checkpoint(live, run, 1)[0], states[1].chunks, states[1].optimizer)
         dist.barrier()
         ended = time.perf_counter()
         both = [held_state(state.chunks, state.optimizer) for state in states]

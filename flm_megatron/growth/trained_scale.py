@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
+
+from flm_megatron.checkpoint.exchange.description import Piece
+from flm_megatron.checkpoint.exchange.live import read_all
 from flm_megatron.checkpoint.logical import EXP_AVG_SQ, MASTER, LogicalCheckpoint, Region
 from flm_megatron.config.schema import GrowthConfig, ModelConfig
 from flm_megatron.distributed.processes import Processes
@@ -30,7 +34,7 @@ def trained_scale(
 
     def share() -> list[float]:
         """The means of this process, every n-th."""
-        return [_mean(source, *each) for each in wanted[processes.rank :: processes.size]]
+        return _means(source, wanted[processes.rank :: processes.size])
 
     shares = processes.together(share)
     return processes.on_first(lambda: _in_order(wanted, shares))
@@ -64,17 +68,30 @@ def _in_order(wanted: Sequence[Wanted], shares: Sequence[Sequence[float]]) -> Tr
     return found
 
 
-def _mean(source: LogicalCheckpoint, tensor: str, spec: ParameterSpec, layer: int) -> float:
-    """Mean of a layer's second moments, or of its weights' squares, in blocks of whole rows and in float64."""
+def _means(source: LogicalCheckpoint, wanted: Sequence[Wanted]) -> list[float]:
+    """Mean of the second moments of each layer, or of its weights' squares, in blocks of whole rows and in float64."""
+    blocks = [[*_blocks(tensor, spec, layer)] for tensor, spec, layer in wanted]
+    sums: list[list[float]] = [[] for _ in wanted]
+    places = [number for number, of in enumerate(blocks) for _ in of]
+
+    def add(block: int, values: torch.Tensor) -> None:
+        """Add the sum of a block's values."""
+        number = places[block]
+        flat = values.double().flatten()
+        flat = flat if wanted[number][0].startswith(EXP_AVG_SQ) else flat.square()
+        sums[number].append(axis_mean(flat, 0).item() * len(flat))
+
+    read_all(source, [block for of in blocks for block in of], add)
+    return [math.fsum(each) / sum(r.numel for _, r in of) for each, of in zip(sums, blocks, strict=True)]
+
+
+def _blocks(tensor: str, spec: ParameterSpec, layer: int) -> Iterator[Piece]:
+    """A layer of a tensor in blocks of whole rows."""
     axis = int(spec.stacked)
     offsets, sizes = [0] * len(spec.shape), list(spec.shape)
     if spec.stacked:
         offsets[0], sizes[0] = layer, 1
     rows = max(1, BLOCK // math.prod(sizes[axis + 1 :]))
-    numel, sums = math.prod(sizes), []
     for start in range(0, spec.shape[axis], rows):
         offsets[axis], sizes[axis] = start, min(rows, spec.shape[axis] - start)
-        values = source.read(tensor, Region(tuple(offsets), tuple(sizes))).double().flatten()
-        values = values if tensor.startswith(EXP_AVG_SQ) else values.square()
-        sums.append(axis_mean(values, 0).item() * len(values))
-    return math.fsum(sums) / numel
+        yield tensor, Region(tuple(offsets), tuple(sizes))

@@ -16,7 +16,7 @@ from flm_megatron.checkpoint.exchange.live import Crossing
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.manifest import Manifest, RecordedLayout, RecordedTeacher, SpikeState, StagePosition
 from flm_megatron.checkpoint.opening import open_checkpoint
-from flm_megatron.checkpoint.sharding.model_state import load_state
+from flm_megatron.checkpoint.sharding.model_state import load_live_state, load_state
 from flm_megatron.checkpoint.stage_manifest import stage_manifest
 from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.history import history_to_json
@@ -268,7 +268,7 @@ class StageTrainer:
         if beginning.live is None:
             self._load(beginning.checkpoint)
             return None
-        crossing = beginning.live.load(self.state.chunks, self.state.optimizer)
+        crossing = load_live_state(beginning.live, self.state.chunks, self.state.optimizer)
         load_entries(beginning.checkpoint, self.stage, self.state.chunks, self.state.optimizer)
         return crossing
 

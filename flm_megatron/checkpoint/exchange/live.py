@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -42,7 +43,7 @@ class Crossing:
 class LiveCheckpoint(LogicalCheckpoint):
     """The tensors of `saved`, a checkpoint of what the ranks of the world hold; this one holds `held`.
 
-    It is read in `rounds`, which all ranks call together, and at no other time.
+    It is read in `rounds`, which all ranks call together, and at no other time; `release` lets its memory go.
     """
 
     def __init__(self, saved: LogicalCheckpoint, held: Sequence[Held], round_bytes: int = ROUND_BYTES) -> None:
@@ -68,11 +69,12 @@ class LiveCheckpoint(LogicalCheckpoint):
         """Numbers of `reads` that can be called before the next round, in which each reads what it read when noted.
 
         `reads` read this checkpoint, by way of others or not; each is called once without values before the first
-        round. All ranks of the world must call, once, and go through all rounds; then this rank's memory is let go.
+        round. All ranks of the world must call, and go through all rounds.
 
         Raises:
             RequestError: (on every rank) a read wants what no rank holds.
         """
+        self.moved = Moved()
         wanted = self._noted_reads(reads)
         plan = agreed_plan(self._held, wanted, self._round_bytes)
         self.traffic = plan.traffic
@@ -80,7 +82,16 @@ class LiveCheckpoint(LogicalCheckpoint):
             of_groups = (zip(wanted[group], values, strict=True) for group, values in arrived)
             self._arrived = {piece: values for group in of_groups for piece, values in group}
             yield [group for group, _ in arrived]
-        self._arrived, self._held = {}, ()
+        self._arrived = {}
+
+    def give(self) -> None:
+        """Read nothing while other ranks go through their `rounds`."""
+        for _ in self.rounds([]):
+            pass
+
+    def release(self) -> None:
+        """Let this rank's memory go: nothing can be read any more."""
+        self._held = ()
 
     def _noted_reads(self, reads: Sequence[Callable[[], object]]) -> list[list[Piece]]:
         """The regions of this checkpoint that each call reads."""
@@ -94,3 +105,26 @@ class LiveCheckpoint(LogicalCheckpoint):
                 found.append(list(self._noted))
         self._noted = None
         return found
+
+
+def live_source(checkpoint: LogicalCheckpoint) -> LiveCheckpoint | None:
+    """The live checkpoint that a checkpoint reads, by way of others or not; none if it reads none."""
+    found: LogicalCheckpoint | None = checkpoint
+    while found is not None and not isinstance(found, LiveCheckpoint):
+        found = getattr(found, "source", None)
+    return found
+
+
+def read_all(checkpoint: LogicalCheckpoint, pieces: Sequence[Piece], use: Callable[[int, torch.Tensor], None]) -> None:
+    """Call `use(number, values)` for each of `pieces`, in order.
+
+    If the checkpoint lies in the memory of the ranks all of them must call, each with pieces of its own.
+    """
+    live = live_source(checkpoint)
+    if live is None:
+        for number, piece in enumerate(pieces):
+            use(number, checkpoint.read(*piece))
+        return
+    for arrived in live.rounds([partial(checkpoint.read, *piece) for piece in pieces]):
+        for number in arrived:
+            use(number, checkpoint.read(*pieces[number]))

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from flm_megatron.checkpoint.exchange.description import Held
-from flm_megatron.checkpoint.exchange.live import Crossing, LiveCheckpoint
+from flm_megatron.checkpoint.exchange.live import Crossing, live_source
 from flm_megatron.checkpoint.files.in_order import WORKERS, in_order
 from flm_megatron.checkpoint.logical import (
     EXP_AVG,
@@ -79,10 +79,15 @@ def load_state(
     where it has no moments they are zero, and so is the step. fp32 parameters are their own masters. Rows of padding
     ids are zero. Learning rates and other settings of parameter groups are left alone.
 
+    Of a checkpoint that lies in the memory of the ranks, all of the world have to call, or to `give`.
+
     Raises:
         RequestError: a tensor is missing or of a shape that does not fit the model; moments without their step.
         DamagedError: a tensor cannot be read.
     """
+    if live_source(checkpoint) is not None:
+        load_live_state(checkpoint, chunks, optimizer)
+        return
     regions = _emptied(checkpoint, chunks, optimizer)
     group = None if alone else _peers()
     if group is not None:
@@ -94,18 +99,17 @@ def load_state(
 
 @torch.no_grad()
 def load_live_state(
-    checkpoint: LogicalCheckpoint,
-    live: LiveCheckpoint,
-    chunks: Sequence[ModelChunk],
-    optimizer: Optimizer | None = None,
+    checkpoint: LogicalCheckpoint, chunks: Sequence[ModelChunk], optimizer: Optimizer | None = None
 ) -> Crossing:
-    """`load_state` from a checkpoint that reads `live`, or is it; what the ranks hold of `live` must stay until then.
+    """`load_state` from a checkpoint that reads a live one, or is it; returns what that took.
 
-    All ranks of the world must call. Each gets what it holds itself, data-parallel peers too.
+    All ranks of the world must call, or `give`. Each gets what it holds itself, data-parallel peers too.
 
     Raises:
         RequestError: as `load_state`.
     """
+    live = live_source(checkpoint)
+    assert live is not None, "it lies in the memory of the ranks"
     began = time.perf_counter()
     regions = _emptied(checkpoint, chunks, optimizer)
     to_fill = [region for held in regions for region in _to_fill(held, checkpoint, SHARED_READ_BYTES)]

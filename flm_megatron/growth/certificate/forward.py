@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 import torch.distributed as dist
 
+from flm_megatron.checkpoint.exchange.live import live_source
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.sharding.layout import check_layout
 from flm_megatron.checkpoint.sharding.model_state import chunks_to_evaluate
@@ -82,12 +83,21 @@ def on_one_replica(
     with layout(stage.parallel), torch.no_grad():
         first = parallel_state.get_data_parallel_rank() == 0
         chunks: list[TeleFLM] = []
-        processes.together(lambda: chunks.extend(chunks_to_evaluate(checkpoint, stage, alone=True)) if first else None)
+        processes.together(lambda: chunks.extend(_chunks(checkpoint, stage, first)))
         # Not together: a rank that fails in a collective has to end, or the rest of its replica would wait there.
         masks_as_saved(chunks, model, checkpoint.manifest)
         found = measure(chunks) if first else None
         processes.on_first(lambda: None)
         return found
+
+
+def _chunks(checkpoint: LogicalCheckpoint, stage: StageConfig, first: bool) -> list[TeleFLM]:
+    """The chunks of the first replica; none elsewhere, where a rank gives what it holds of a live checkpoint."""
+    if first:
+        return chunks_to_evaluate(checkpoint, stage, alone=True)
+    if (live := live_source(checkpoint)) is not None:
+        live.give()
+    return []
 
 
 def patient_processes() -> Processes:

@@ -42,7 +42,7 @@ from flm_megatron.training.resume.continuation import (
     stage_of,
 )
 from flm_megatron.training.resume.first_checkpoint import first_checkpoint
-from flm_megatron.training.resume.live import LiveBoundary, LiveView
+from flm_megatron.training.resume.live import LiveBoundary
 
 MADE = ("checkpoints", "metrics.jsonl", "log.txt", "goodput.jsonl", "tensorboard", "branches")
 """Names in the output folder that a run makes and continues with."""
@@ -208,7 +208,7 @@ class Beginning:
     certificate: Certificate | None = None
     distances: tuple[float, ...] = ()
     shrinking: ShrinkPlan | None = None
-    live: LiveView | None = None
+    live: LogicalCheckpoint | None = None
 
 
 def begin(
@@ -219,7 +219,7 @@ def begin(
     live: LiveBoundary | None = None,
 ) -> Beginning:
     """The beginning of `start` (`in_memory` if given); for a growth, layer distances and certificate are measured
-    first, from the disk if the ranks hold the stage before `live`.
+    first. All of that is read from what the ranks hold of the stage before, if they do: `live`.
 
     Runs on all processes of the world, outside any layout; `under` makes the layouts to measure in.
 
@@ -231,39 +231,40 @@ def begin(
     if start.stage == 0 and not start.resumes:
         return Beginning(stage, first_checkpoint(run, stage.model, start.source))
     source = in_memory or open_checkpoint(_saved(start))
+    held = live.of(source) if live else None
     if start.resumes:
         plan = resumed_plan(run, start.stage, source.manifest)
         shrinking = resumed_shrinking(run, start.stage, source.manifest)
         stage = _resumed_stage(stage, source.manifest, plan or shrinking, _where(start))
-        return Beginning(stage, source, plan, shrinking=shrinking, live=live.view(source) if live else None)
+        return Beginning(stage, source, plan, shrinking=shrinking, live=held)
     if run.data.chat is not None:  # stages of a fine-tuning share one model
-        return Beginning(stage, source, live=live.view(source) if live else None)
-    if stage.shrink is not None:
-        return _shrunk(run, start, source, under, live)
-    distances = boundary_distances(source, run, start.stage, under)
-    trained = boundary_scale(source, run, start.stage, patient_processes)
+        return Beginning(stage, source, live=held)
+    return (_grown if stage.shrink is None else _shrunk)(run, start, source, held, under)
+
+
+def _grown(
+    run: RunConfig, start: Start, source: LogicalCheckpoint, held: LogicalCheckpoint | None, under: Layout
+) -> Beginning:
+    """The beginning of a stage that grows out of the one before, or has its model."""
+    distances = boundary_distances(held or source, run, start.stage, under)
+    trained = boundary_scale(held or source, run, start.stage, patient_processes)
     checkpoint, plan = grown_checkpoint(source, run, start.stage, distances, trained)
-    certificate = boundary_certificate(checkpoint, run, start.stage, under)
-
-    def grown(held: LogicalCheckpoint) -> LogicalCheckpoint:
-        """The same growth of what the ranks hold."""
-        return grown_checkpoint(held, run, start.stage, distances, trained)[0]
-
-    in_ranks = live.view(source, grown) if live else None
-    stage = replace(stage, model=plan.new)
-    return Beginning(stage, checkpoint, plan, certificate, tuple(distances or ()), live=in_ranks)
+    live = grown_checkpoint(held, run, start.stage, distances, trained)[0] if held else None
+    certificate = boundary_certificate(live or checkpoint, run, start.stage, under)
+    stage = replace(run.stages[start.stage], model=plan.new)
+    return Beginning(stage, checkpoint, plan, certificate, tuple(distances or ()), live=live)
 
 
 def _shrunk(
-    run: RunConfig, start: Start, source: LogicalCheckpoint, under: Layout, live: LiveBoundary | None
+    run: RunConfig, start: Start, source: LogicalCheckpoint, held: LogicalCheckpoint | None, under: Layout
 ) -> Beginning:
     """The beginning of a stage that is smaller than the one before."""
-    importance = boundary_importance(source, run, start.stage, under)
+    importance = boundary_importance(held or source, run, start.stage, under)
     checkpoint = shrunk_checkpoint(source, run, start.stage, importance)
-    certificate = boundary_certificate(checkpoint, run, start.stage, under)
-    in_ranks = live.view(source, lambda held: shrunk_checkpoint(held, run, start.stage, importance)) if live else None
+    live = shrunk_checkpoint(held, run, start.stage, importance) if held else None
+    certificate = boundary_certificate(live or checkpoint, run, start.stage, under)
     stage = replace(run.stages[start.stage], model=checkpoint.plan.new)
-    return Beginning(stage, checkpoint, None, certificate, shrinking=checkpoint.plan, live=in_ranks)
+    return Beginning(stage, checkpoint, None, certificate, shrinking=checkpoint.plan, live=live)
 
 
 def _saved(start: Start) -> Path:

@@ -43,6 +43,7 @@ def test_a_growth_over_it_has_the_bits_of_one_over_a_stored_checkpoint(operator:
         assert seen == list(range(len(pieces))) and rounds > 5
         with pytest.raises(RequestError, match="has no tensor of_nobody"):
             next(live.rounds([partial(live.read, "of_nobody")]))
+    live.release()
     memory = [weakref.ref(tensor) for _, _, tensor in held]
     del held[:], arrived
     assert not any(ref() is not None for ref in memory), "the old stage's memory is free once the new one is loaded"
