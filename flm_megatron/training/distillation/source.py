@@ -43,7 +43,8 @@ def open_teacher(run: RunConfig, index: int) -> TeacherSource:
     if path is None:
         raise RequestError(f"{place} has no checkpoint: train that stage to its end first")
     try:
-        checkpoint = open_checkpoint(path, vocabulary)
+        # What a Hugging Face folder calls its vocabulary is not cut to the stage's, as if the rest were padding.
+        checkpoint = open_checkpoint(path, None if (path / "config.json").exists() else vocabulary)
         model = recorded_model(checkpoint, vocabulary)
         if model is None:
             raise RequestError(f"{path} does not say what model it is of")

@@ -37,7 +37,7 @@ from flm_megatron.training.distillation.teacher import Teacher
 from flm_megatron.training.resume.start import checkpoint_store, find_start
 from flm_megatron.training.stage import train_stage
 from flm_megatron.training.step import TrainState
-from tests.support.checkpoint_cases import Memory, write_small
+from tests.support.checkpoint_cases import Memory, flm_checkpoint, write_small
 from tests.support.layouts import GLOBAL_BATCH, SEQUENCE, STAGE, relative_difference, synthetic_batch
 from tests.support.pool import Pool
 from tests.support.reference_model import random_tensors, reference_logits
@@ -227,7 +227,16 @@ def test_a_teacher_of_another_vocabulary_or_tokenizer_is_refused(data: Path, tmp
     other = replace(run.stages[0].model, vocab_size=331)
     write_small(tmp_path / "other", other)
     write_small(tmp_path / "same size", run.stages[0].model, tokenizer_sha256="0" * 64)
-    for name, words in (("other", "a vocabulary of 331, the stage one of 500"), ("same size", "is not the one that")):
+    write_small(tmp_path / "large", replace(other, vocab_size=512))
+    assert flm_checkpoint("export-hf", tmp_path / "large", tmp_path / "theirs", "--flavour", "llama") == 0
+    config = json.loads((tmp_path / "theirs/config.json").read_text())
+    (tmp_path / "theirs/config.json").write_text(json.dumps(config | {"true_vocab_size": None}))
+    expected = {
+        "other": "a vocabulary of 331, the stage one of 500",
+        "theirs": "a vocabulary of 512, the stage one of 500",
+        "same size": "is not the one that",
+    }
+    for name, words in expected.items():
         run.stages[0].distill = DistillConfig(str(tmp_path / name))
         with pytest.raises(RequestError, match=f"stage 'small': distill.teacher .*{words}"):
             check_teachers(run)
