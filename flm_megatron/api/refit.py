@@ -119,7 +119,7 @@ def _timed_push(refitting: Refit) -> float:
 def _compared(
     source: ConvertedCheckpoint, arrived: Sequence[Held], ranks: Sequence[int], parallel: ParallelConfig
 ) -> str:
-    """The hash of what arrived, of each replica that of the checkpoint.
+    """The hash of what arrived, of each replica that of the checkpoint, whichever of its ranks hold a region.
 
     Raises:
         DamagedError: a tensor has another one.
@@ -129,9 +129,11 @@ def _compared(
     replicas = len(ranks) // parallel.model_size
     for replica in range(replicas):
         of_replica = [rank for place, rank in enumerate(ranks) if place // parallel.tensor % replicas == replica]
-        pieces = {(name, region): part for rank in of_replica for name, region, part in everyone[rank]}
-        found = _hashes(source, pieces)
-        if wrong := [name for name in expected if found[name] != expected[name]]:
+        parts: dict[tuple[str, Region], int] = {}
+        several = ((name, (name, region), part) for rank in of_replica for name, region, part in everyone[rank])
+        unlike = {name for name, at, part in several if parts.setdefault(at, part) != part}
+        found = _hashes(source, parts)
+        if wrong := [name for name in expected if name in unlike or found[name] != expected[name]]:
             raise DamagedError(f"{wrong[0]}: the weights that arrived in replica {replica} are not the checkpoint's")
     return combine_hashes(expected)
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flm_megatron.api.refit import Refitted, refit
+from flm_megatron.api.refit import Refitted, _compared, _memory, refit
 from flm_megatron.checkpoint.exchange.description import Held
 from flm_megatron.checkpoint.exchange.refit import Refit
 from flm_megatron.checkpoint.exchange.transport import agreed_plan, exchange
+from flm_megatron.checkpoint.lazy.converted import ConvertedCheckpoint
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.checkpoint.logical import Region
 from flm_megatron.checkpoint.manifest import Manifest
@@ -20,7 +21,8 @@ from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.torch_dist.logical_hash import logical_hash
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.config.schema import ParallelConfig
-from flm_megatron.errors import RequestError
+from flm_megatron.errors import DamagedError, RequestError
+from flm_megatron.model.parameters import FINAL_NORM
 from tests.support.checkpoint_cases import MODEL, run_of
 from tests.support.pool import Pool
 
@@ -48,6 +50,24 @@ def test_columns_become_rows_bit_for_bit(pool: Pool) -> None:
     assert [list(line[:2]) for line in found] == halves
     assert all(line[2] == 2 * 3 * (rank < 2) for rank, line in enumerate(found)), "one message for each round and peer"
     assert {line[3] for line in found} == {found[0][3]} and found[0][3] > 2
+
+
+def one_copy_differs(folder: str) -> str:
+    """The final norm is on both ranks of a replica, and not right on the first: what is said of that."""
+    source, ranks, cut = ConvertedCheckpoint(open_checkpoint(folder), optimizer=False), (0, 1), ParallelConfig(tensor=2)
+    arrived = _memory(source, MODEL, ranks, cut)
+    for name, region, tensor in arrived:
+        tensor.copy_(source.read(name, region) + (dist.get_rank() == 0 and name == f"{FINAL_NORM}.weight"))
+    with pytest.raises(DamagedError) as refused:
+        _compared(source, arrived, ranks, cut)
+    return str(refused.value)
+
+
+def test_a_copy_that_arrived_otherwise_is_found(pool: Pool, tmp_path: Path) -> None:
+    manifest = Manifest.from_json({"run": run_of(MODEL), "stage": "small", "step": 1})
+    copy_checkpoint(InitialCheckpoint(MODEL, 3), tmp_path / "ours", manifest)
+    for said in pool.run(2, one_copy_differs, str(tmp_path / "ours")):
+        assert said == f"{FINAL_NORM}.weight: the weights that arrived in replica 0 are not the checkpoint's"
 
 
 def pushed_to_others(folder: str) -> Refitted:
