@@ -32,9 +32,9 @@ READERS = [
     ParallelConfig(data=2),
     ParallelConfig(pipeline=2, virtual_pipeline=2, data=1),
     ParallelConfig(tensor=2, data=2, distributed_optimizer=False),
-    ParallelConfig(tensor=2, pipeline=2, data=1),
 ]
 MORE_READERS = [
+    ParallelConfig(tensor=2, pipeline=2, data=1),
     ParallelConfig(data=1, distributed_optimizer=False),
     ParallelConfig(tensor=2, sequence=True, data=1),
     ParallelConfig(pipeline=4, data=1),
