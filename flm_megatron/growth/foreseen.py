@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from flm_megatron.config.budget import stage_steps
 from flm_megatron.config.ranges import LARGEST_TOKENS
-from flm_megatron.config.rules import shape_violations, violations
+from flm_megatron.config.rules import change_is_missing, shape_violations, violations
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig, StageConfig
 from flm_megatron.errors import Mistakes, RequestError
 from flm_megatron.growth.opening import OpeningMasks
@@ -45,10 +45,12 @@ def check_run_file(run: RunConfig, world_size: int | None = None, stages: Collec
 
 
 def _growth_mistakes(run: RunConfig) -> list[str]:
-    """One line for each growth or shrinking that breaks a rule; of what is both, another rule speaks."""
+    """One line for each growth or shrinking that breaks a rule. Other rules speak of a stage that says both, or neither
+    though its shape is another."""
     mistakes = []
     for index, stage in enumerate(run.stages):
-        if stage.growth is not None and stage.shrink is not None:
+        both = stage.growth is not None and stage.shrink is not None
+        if both or (index and change_is_missing(run.stages[index - 1], stage)):
             continue
         try:
             check_boundary(run, index)

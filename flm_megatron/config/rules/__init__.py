@@ -153,10 +153,10 @@ def stages_grow_or_shrink(run: RunConfig) -> list[str]:
 
 def other_shapes_grow(run: RunConfig) -> list[str]:
     """A later stage of another shape says how it grows or shrinks."""
-    return [line for before, after in pairwise(run.stages) if (line := _change_mistake(before, after))]
+    return [line for before, after in pairwise(run.stages) if (line := change_is_missing(before, after))]
 
 
-def _change_mistake(before: StageConfig, after: StageConfig) -> str | None:
+def change_is_missing(before: StageConfig, after: StageConfig) -> str | None:
     """What is said of a stage of another shape that does not say how it gets it; none if nothing is missing."""
     if after.growth is not None or after.shrink is not None:
         return None

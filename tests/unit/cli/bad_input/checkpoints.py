@@ -107,6 +107,7 @@ ROWS = [
     Row("shrink ours --out s --model.num_layers 1 --importance text.txt", "text.txt: not a whole safetensors file"),
     Row("shrink ours --out s --model.num_layers 1 --importance hf/model.safetensors", "holds no importance of units"),
     Row("shrink ours --out s --model.num_layers 3 --model.hidden_size 16 --importance absent", "two stages"),
+    Row("shrink ours --out s --model.num_layers 1 --shrink null", "but no shrink: add `shrink: {}`"),
     Row("shrink ours run.yaml --out s", "--stage is not given"),
     Row("shrink absent --out s --model.num_layers 1", "absent is not a checkpoint"),
     Row("shrink ours --out ours --model.num_layers 1 --importance absent", "absent"),
