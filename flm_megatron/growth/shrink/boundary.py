@@ -39,7 +39,7 @@ def shrunk_checkpoint(
     check_masks_open(source.manifest)
     old = source_model(source, run, stage_index)
     check_same_tokenizer(source.manifest, run, old, "shrinking")
-    check_importance(importance, old)
+    check_importance(importance, old, _settings(run, stage_index).importance or "the importance")
     plan = make_shrink_plan(old, stage.model, _settings(run, stage_index), importance, stage.name)
     return ShrunkCheckpoint(source, plan, changed_manifest(source, run, stage_index, plan.new, has_moments(source)))
 

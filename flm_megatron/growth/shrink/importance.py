@@ -127,8 +127,8 @@ def read_importance(path: Path) -> Importance:
     return Importance(**known, **tensors)
 
 
-def check_importance(importance: Importance, model: ModelConfig, where: str = "the importance file") -> None:
-    """Check that an importance was measured on `model`.
+def check_importance(importance: Importance, model: ModelConfig, where: str) -> None:
+    """Check that an importance was measured on `model`; `where` names it in errors.
 
     Raises:
         RequestError: it is another model's; the message says what differs.

@@ -150,7 +150,7 @@ def test_importance_with_and_without_a_run_file(folder: Path, capsys: pytest.Cap
     found, again = (read_importance(plain / f"{name}.safetensors") for name in ("run", "alone"))
     assert (found.samples, found.tokens) == (2, 64) and found.criteria["heads"] == "gradient"
     assert all(torch.equal(values, again.tensors[name]) for name, values in found.tensors.items())
-    check_importance(found, load_run(folder / "run.yaml").stages[0].model)
+    check_importance(found, load_run(folder / "run.yaml").stages[0].model, "units")
 
 
 def test_a_growth_beyond_the_tolerance_is_not_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

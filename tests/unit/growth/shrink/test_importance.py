@@ -44,9 +44,9 @@ def test_a_file_comes_back_as_it_was(written: Path) -> None:
 
 def test_another_models_file_is_refused_by_what_differs(written: Path) -> None:
     found = read_importance(written)
-    check_importance(found, replace(old_model(), matrix_init_std=0.5))  # which changes nothing that is loaded
-    with pytest.raises(RequestError, match=r"model\.hidden_size is 30 in the checkpoint and 24 in the file"):
-        check_importance(found, replace(old_model(), hidden_size=30))
+    check_importance(found, replace(old_model(), matrix_init_std=0.5), "units")  # which changes nothing that is loaded
+    with pytest.raises(RequestError, match=r"units is of another model: model\.hidden_size is 30 in the checkpoint"):
+        check_importance(found, replace(old_model(), hidden_size=30), "units")
 
 
 def test_what_is_no_file_of_importance_is_refused(written: Path, tmp_path: Path) -> None:
