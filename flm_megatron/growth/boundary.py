@@ -18,7 +18,7 @@ from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.errors import RequestError
-from flm_megatron.growth.change import Change, check_same_plan
+from flm_megatron.growth.change import VERB, Change, check_same_plan
 from flm_megatron.growth.foreseen import check_boundary, check_masks, unmeasured_plan
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 from flm_megatron.growth.grown.step_offsets import carries_moments
@@ -157,9 +157,8 @@ def check_same_tokenizer(manifest: Manifest, run: RunConfig, model: ModelConfig,
     """
     if run.tokenizer is None or not Path(run.tokenizer).is_file():
         return
-    verb = {"growth": "grow", "shrinking": "shrink"}[change]
     try:
-        check_tokenizer(Tokenizer(run.tokenizer), model, f"the checkpoint to {verb}", manifest)
+        check_tokenizer(Tokenizer(run.tokenizer), model, f"the checkpoint to {VERB[change]}", manifest)
     except RequestError as error:
         raise RequestError(f"{error}; {change} keeps the tokenizer") from None
 

@@ -12,6 +12,7 @@ from flm_megatron.json_text import JsonObject
 from flm_megatron.model.parameters import ParameterSpec, Unit
 
 Change = Literal["growth", "shrinking"]
+VERB: Mapping[Change, str] = {"growth": "grow", "shrinking": "shrink"}
 DONE: Mapping[Change, str] = {"growth": "grown", "shrinking": "shrunk"}
 
 

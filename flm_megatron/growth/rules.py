@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from flm_megatron.config.budget import stage_steps
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig, StageConfig
 from flm_megatron.errors import RequestError
-from flm_megatron.growth.change import DONE, Change
+from flm_megatron.growth.change import DONE, VERB, Change
 from flm_megatron.growth.opening import OpeningMasks
 
 KEPT_FIELDS = (
@@ -55,9 +55,9 @@ def check_kept_kind(old: ModelConfig, new: ModelConfig, change: Change) -> None:
 def check_no_adapters(old: ModelConfig, new: ModelConfig, change: Change) -> None:
     """Adapters must be merged before a model changes its shape."""
     if old.lora is not None or new.lora is not None:
-        verb = {"growth": "grow", "shrinking": "shrink"}[change]
         raise RequestError(
-            f"model.lora: a model with adapters does not {verb}: merge them with `flm checkpoint export-hf` first"
+            f"model.lora: a model with adapters does not {VERB[change]}: merge them with `flm checkpoint export-hf` "
+            "first"
         )
 
 

@@ -117,16 +117,16 @@ class ShrinkConfig:
     """
 
     hidden: Literal["activation", "gradient"] = "activation"
-    """Which hidden channels matter: those of the largest mean absolute activation, or of the largest sum of activation
-    times gradient."""
+    """Which hidden channels matter: those of the largest mean absolute activation, or of the largest mean absolute
+    product of activation and gradient."""
     ffn: Literal["activation", "gradient"] = "activation"
     """The same for feed-forward units, layer by layer."""
     heads: Literal["activation", "gradient"] = "activation"
-    """The same for attention heads, layer by layer. Query groups are kept or dropped as wholes, by the sum of their
-    heads; heads within a group by their own."""
+    """The same for attention heads, layer by layer, by the norm of what a head gives. Query groups are kept or dropped
+    as wholes, by the sum of their heads; heads within a group by their own."""
     layers: Literal["influence", "gradient"] = "influence"
-    """Which layers matter: those that turn their input most (1 - cosine of input and output), or of the largest sum of
-    what they add times its gradient."""
+    """Which layers matter: those that turn their input most (1 - cosine of input and output), or of the largest mean
+    absolute product of what they add and its gradient."""
     importance: str | None = None
     """File written by `flm importance` on the checkpoint to shrink; none measures it at the boundary."""
     samples: int = 16
