@@ -34,8 +34,8 @@ def main() -> int:
         print(f"{trunk.output} has no checkpoint of its last stage: run `make quickstart` first", file=sys.stderr)
         return 2
     units = OUT / "units.safetensors"
-    if not units.exists():
-        command(["importance", str(large), TRUNK, "--out", str(units)])
+    if not units.exists() and (status := command(["importance", str(large), TRUNK, "--out", str(units)])):
+        return status
     compared = {"large": large}
     for name in SHAPES:
         shrunk, distilled, scratch = runs_of(name, trunk, large, units)
@@ -43,13 +43,13 @@ def main() -> int:
             flm.shrink(large, shrunk, name, cut)
         compared[f"{name}, cut out of it"] = cut
         for run, what in ((shrunk, "trained on"), (distilled, "distilled"), (scratch, "from scratch")):
-            status = flm.train(run)
-            if status:
+            if status := flm.train(run):
                 return status
             compared[f"{name}, {what}"] = last_checkpoint(run) or cut
     scores = OUT / "scores.json"
     text = ["--text", f"code={held_out()}", "--json", str(scores), "--batch", "4"]
-    command(["eval", "bpb", *map(str, compared.values()), *text])
+    if status := command(["eval", "bpb", *map(str, compared.values()), *text]):
+        return status
     found = [score["all"]["bits_per_byte"] for score in json.loads(scores.read_text())["checkpoints"]]
     print("\n".join(table(compared, found)))
     return 0

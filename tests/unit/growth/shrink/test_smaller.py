@@ -6,6 +6,7 @@ import importlib.util
 import math
 from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -21,11 +22,17 @@ from tests.support import REPOSITORY
 from tests.support.growth_cases import old_model, trained
 
 
-def test_the_runs_of_the_example_break_no_rule() -> None:
+@pytest.fixture
+def example() -> ModuleType:
+    """`examples/smaller.py`."""
     spec = importlib.util.spec_from_file_location("smaller", REPOSITORY / "examples" / "smaller.py")
     assert spec is not None and spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_runs_of_the_example_break_no_rule(example: ModuleType) -> None:
     trunk = load_run(REPOSITORY / "examples" / "quickstart.yaml", {"stages.large.model.vocab_size": 2048})
     for name in example.SHAPES:
         trained, distilled, scratch = example.runs_of(name, trunk, Path("large"), Path("units"))
@@ -33,6 +40,15 @@ def test_the_runs_of_the_example_break_no_rule() -> None:
             check_run_file(run)
         assert trained.stages[-1].shrink is not None and distilled.stages[-1].distill is not None
         assert trained.stages[-1].model == scratch.stages[-1].model
+
+
+def test_the_example_ends_where_a_command_fails(
+    example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(example, "OUT", tmp_path)
+    monkeypatch.setattr(example, "last_checkpoint", lambda run: tmp_path / "absent")
+    assert example.main() == 2
 
 
 def test_criteria_are_those_given_then_the_stages_then_the_defaults() -> None:
