@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flm_megatron.checkpoint.exchange.description import Description, Piece
+from flm_megatron.checkpoint.exchange.description import Description, NamedRegion
 from flm_megatron.checkpoint.exchange.plan import make_plan
 from flm_megatron.checkpoint.exchange.refit import rank_shards
 from flm_megatron.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, MASTER, STATE_PREFIXES, Region
@@ -35,17 +35,17 @@ from flm_megatron.planner.rehearsal.life.stage_checkpoint import StageCheckpoint
 GIB = 2**30
 
 
-def held(stage: StageConfig, rank: int, ranks: int) -> Iterator[Piece]:
+def held(stage: StageConfig, rank: int, ranks: int) -> Iterator[NamedRegion]:
     """Weights of a rank, and its range of the optimizer's state: those of a layer behind each other, cut evenly."""
     parallel = stage.parallel
     replicas = ranks // parallel.model_size
     tensor_rank = rank % parallel.tensor
     others = {*rank_shards(stage.model, parallel, rank - tensor_rank, ranks)} if tensor_rank else set()
-    pieces = [*_layers([p for p in rank_shards(stage.model, parallel, rank, ranks) if p not in others])]
-    yield from pieces
-    total, place = sum(region.numel for _, region in pieces), rank // parallel.tensor % replicas
+    regions = [*_layers([p for p in rank_shards(stage.model, parallel, rank, ranks) if p not in others])]
+    yield from regions
+    total, place = sum(region.numel for _, region in regions), rank // parallel.tensor % replicas
     start, end, at = total * place // replicas, total * (place + 1) // replicas, 0
-    for name, region in pieces:
+    for name, region in regions:
         lead = (0,) if len(region.sizes) == 3 else ()
         for sub in flat_regions(region.sizes[len(lead) :], max(0, start - at), min(region.numel, end - at)):
             corner = tuple(a + b for a, b in zip(region.offsets, (*lead, *sub.offsets), strict=True))
@@ -54,14 +54,14 @@ def held(stage: StageConfig, rank: int, ranks: int) -> Iterator[Piece]:
         at += region.numel
 
 
-def _layers(pieces: list[Piece]) -> Iterator[Piece]:
-    """Pieces of one layer each."""
-    for name, region in pieces:
+def _layers(regions: list[NamedRegion]) -> Iterator[NamedRegion]:
+    """Regions of one layer each."""
+    for name, region in regions:
         for sub in split_region(region, region.numel // region.sizes[0]) if len(region.sizes) == 3 else [region]:
             yield name, sub
 
 
-def wanted(grown: GrownCheckpoint, stage: StageConfig, rank: int, ranks: int) -> Iterator[list[Piece]]:
+def wanted(grown: GrownCheckpoint, stage: StageConfig, rank: int, ranks: int) -> Iterator[list[NamedRegion]]:
     """What a rank reads of the old stage for each region that it fills, as `GrownCheckpoint.read` does."""
     for name, region in _layers(rank_shards(stage.model, stage.parallel, rank, ranks)):
         for prefix in ("", *STATE_PREFIXES):
@@ -70,7 +70,7 @@ def wanted(grown: GrownCheckpoint, stage: StageConfig, rank: int, ranks: int) ->
                     yield reads
 
 
-def _reads(grown: GrownCheckpoint, prefix: str, name: str, region: Region) -> Iterator[Piece]:
+def _reads(grown: GrownCheckpoint, prefix: str, name: str, region: Region) -> Iterator[NamedRegion]:
     for filled in grown.operators.regions(name, region):
         content = filled.content
         if not isinstance(content, Old | Mean):
@@ -96,7 +96,7 @@ class Noting(StageCheckpoint):
 
     def __init__(self, stage: StageConfig) -> None:
         super().__init__(stage)
-        self.noted: set[Piece] = set()
+        self.noted: set[NamedRegion] = set()
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:
         """Note, and give a tensor without values."""
@@ -114,7 +114,7 @@ def check(old: StageConfig, new: StageConfig, grown: GrownCheckpoint, rank: int,
             for prefix in ("", *STATE_PREFIXES):
                 for sub in split_region(region, SHARED_READ_BYTES // view.tensors[prefix + name].dtype.itemsize):
                     view.read(prefix + name, sub)
-    counted = {piece for group in wanted(grown, new, rank, ranks) for piece in group}
+    counted = {each for group in wanted(grown, new, rank, ranks) for each in group}
     assert source.noted == counted, source.noted ^ counted
     print(f"rank {rank}: {len(counted)} regions of the old stage, the same ones")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from flm_megatron.checkpoint.exchange.description import Piece
+from flm_megatron.checkpoint.exchange.description import NamedRegion
 from flm_megatron.checkpoint.exchange.live import read_all
 from flm_megatron.checkpoint.logical import EXP_AVG_SQ, MASTER, LogicalCheckpoint, Region
 from flm_megatron.config.schema import GrowthConfig, ModelConfig
@@ -85,7 +85,7 @@ def _means(source: LogicalCheckpoint, wanted: Sequence[Wanted]) -> list[float]:
     return [math.fsum(each) / sum(r.numel for _, r in of) for each, of in zip(sums, blocks, strict=True)]
 
 
-def _blocks(tensor: str, spec: ParameterSpec, layer: int) -> Iterator[Piece]:
+def _blocks(tensor: str, spec: ParameterSpec, layer: int) -> Iterator[NamedRegion]:
     """A layer of a tensor in blocks of whole rows."""
     axis = int(spec.stacked)
     offsets, sizes = [0] * len(spec.shape), list(spec.shape)

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from flm_megatron.checkpoint.exchange.description import Held, Piece
+from flm_megatron.checkpoint.exchange.description import Held, NamedRegion
 from flm_megatron.checkpoint.exchange.plan import ROUND_BYTES, Traffic
 from flm_megatron.checkpoint.exchange.transport import Moved, agreed_plan, arrivals
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region
@@ -51,8 +51,8 @@ class LiveCheckpoint(LogicalCheckpoint):
         self.moved = Moved()
         self.traffic = Traffic([], [], [])
         self._held, self._round_bytes = held, round_bytes
-        self._noted: dict[Piece, None] | None = None
-        self._arrived: dict[Piece, torch.Tensor] = {}
+        self._noted: dict[NamedRegion, None] | None = None
+        self._arrived: dict[NamedRegion, torch.Tensor] = {}
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:
         """Values of `region` in memory of the host; see `LogicalCheckpoint.read`."""
@@ -80,7 +80,7 @@ class LiveCheckpoint(LogicalCheckpoint):
         self.traffic = plan.traffic
         for arrived in arrivals(plan, [tensor for _, _, tensor in self._held], self.moved):
             of_groups = (zip(wanted[group], values, strict=True) for group, values in arrived)
-            self._arrived = {piece: values for group in of_groups for piece, values in group}
+            self._arrived = {each: values for group in of_groups for each, values in group}
             yield [group for group, _ in arrived]
         self._arrived = {}
 
@@ -93,7 +93,7 @@ class LiveCheckpoint(LogicalCheckpoint):
         """Let this rank's memory go: nothing can be read any more."""
         self._held = ()
 
-    def _noted_reads(self, reads: Sequence[Callable[[], object]]) -> list[list[Piece]]:
+    def _noted_reads(self, reads: Sequence[Callable[[], object]]) -> list[list[NamedRegion]]:
         """The regions of this checkpoint that each call reads."""
         from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -115,16 +115,18 @@ def live_source(checkpoint: LogicalCheckpoint) -> LiveCheckpoint | None:
     return found
 
 
-def read_all(checkpoint: LogicalCheckpoint, pieces: Sequence[Piece], use: Callable[[int, torch.Tensor], None]) -> None:
-    """Call `use(number, values)` for each of `pieces`, in order.
+def read_all(
+    checkpoint: LogicalCheckpoint, regions: Sequence[NamedRegion], use: Callable[[int, torch.Tensor], None]
+) -> None:
+    """Call `use(number, values)` for each of `regions`, in order.
 
-    If the checkpoint lies in the memory of the ranks all of them must call, each with pieces of its own.
+    If the checkpoint lies in the memory of the ranks all of them must call, each with regions of its own.
     """
     live = live_source(checkpoint)
     if live is None:
-        for number, piece in enumerate(pieces):
-            use(number, checkpoint.read(*piece))
+        for number, each in enumerate(regions):
+            use(number, checkpoint.read(*each))
         return
-    for arrived in live.rounds([partial(checkpoint.read, *piece) for piece in pieces]):
+    for arrived in live.rounds([partial(checkpoint.read, *each) for each in regions]):
         for number in arrived:
-            use(number, checkpoint.read(*pieces[number]))
+            use(number, checkpoint.read(*regions[number]))

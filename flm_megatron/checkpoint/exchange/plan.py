@@ -21,10 +21,10 @@ ROUND_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A region of piece number `piece` of a rank: of what it holds where it sends, of what it wants where it
+    """A part of region number `index` of a rank: of what it holds where it sends, of what it wants where it
     receives."""
 
-    piece: int
+    index: int
     region: Region
 
 
@@ -65,7 +65,7 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class _Source:
-    """A region that is held, and by whom: rank to number of its piece."""
+    """A region that is held, and by whom: rank to number of its region."""
 
     region: Region
     holders: dict[int, int]
@@ -75,7 +75,7 @@ class _Source:
 class _Group:
     """What a group of `rank` needs: parts by the rank that holds them, itself too, and bytes by sender.
 
-    Parts are pairs: of the holder's piece, of the wanted piece. `buffered` is the memory that its values take.
+    Parts are pairs: of the holder's region, of the wanted region. `buffered` is the memory that its values take.
     """
 
     rank: int
@@ -97,7 +97,7 @@ def make_plan(descriptions: Sequence[Description], rank: int, round_bytes: int =
     rank come in their order.
 
     Raises:
-        RequestError: a piece that nobody holds, or a tensor that ranks hold in two dtypes.
+        RequestError: a region that nobody holds, or a tensor that ranks hold in two dtypes.
     """
     dtypes = _dtypes(descriptions)
     sources = _sources(descriptions)
@@ -141,19 +141,19 @@ def _needs(
     found: list[list[_Group]] = []
     for rank, description in enumerate(descriptions):
         found.append([])
-        pieces = count()
+        indices = count()
         for number, wanted in enumerate(description.wanted):
             parts: dict[int, list[tuple[Part, Part]]] = {}
             nbytes: dict[int, int] = {}
             buffered = 0
-            for (name, region), piece in zip(wanted, pieces, strict=False):
+            for (name, region), index in zip(wanted, indices, strict=False):
                 itemsize = dtypes[name].itemsize if name in dtypes else 0
                 covered = list(_cover(name, region, sources, rank))
                 if [part for _, part in covered] != [region] or rank not in covered[0][0].holders:
                     buffered += region.numel * itemsize
                 for source, part in covered:
                     holder = _holder(source, rank, load)
-                    parts.setdefault(holder, []).append((Part(source.holders[holder], part), Part(piece, part)))
+                    parts.setdefault(holder, []).append((Part(source.holders[holder], part), Part(index, part)))
                     if holder != rank:
                         load[holder] += part.numel * itemsize
                         nbytes[holder] = nbytes.get(holder, 0) + part.numel * itemsize
@@ -178,13 +178,13 @@ def _cover(
     near = sources[name].meeting(region) if name in sources else []
     for source, overlap in sorted(near, key=lambda found: rank not in found[0].holders):
         rest = []
-        for box in left:
-            part = box.intersect(overlap)
+        for missing in left:
+            part = missing.intersect(overlap)
             if part is None:
-                rest.append(box)
+                rest.append(missing)
                 continue
             yield source, part
-            rest += subtract(box, part)
+            rest += subtract(missing, part)
         left = rest
     if left:
         raise RequestError(f"{name}: rank {rank} wants {left[0]}, which no rank holds")

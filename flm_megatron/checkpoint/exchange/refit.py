@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from flm_megatron.checkpoint.exchange.description import Held, Piece
+from flm_megatron.checkpoint.exchange.description import Held, NamedRegion
 from flm_megatron.checkpoint.exchange.plan import ROUND_BYTES, Traffic
 from flm_megatron.checkpoint.exchange.transport import Moved, agreed_plan, exchange
 from flm_megatron.checkpoint.regions import split_region
@@ -14,7 +14,7 @@ from flm_megatron.checkpoint.sharding.layout import check_layout, rank_regions
 from flm_megatron.config.schema import ModelConfig, ParallelConfig
 from flm_megatron.errors import RequestError
 
-PIECE_BYTES = 16 * 2**20
+REGION_BYTES = 16 * 2**20
 
 
 class Refit:
@@ -32,7 +32,7 @@ class Refit:
         self._wanted = [
             (name, sub, tensor[sub.within(region).slices])
             for name, region, tensor in wanted
-            for sub in split_region(region, PIECE_BYTES // tensor.element_size())
+            for sub in split_region(region, REGION_BYTES // tensor.element_size())
         ]
         self._plan = agreed_plan(self._held, [[(name, region)] for name, region, _ in self._wanted], ROUND_BYTES)
 
@@ -47,7 +47,7 @@ class Refit:
         return exchange(self._held, self._wanted, self._plan)
 
 
-def rank_shards(model: ModelConfig, parallel: ParallelConfig, rank: int, ranks: int) -> list[Piece]:
+def rank_shards(model: ModelConfig, parallel: ParallelConfig, rank: int, ranks: int) -> list[NamedRegion]:
     """The weights that `rank` of `ranks` processes under a layout holds: names and regions.
 
     Ranks are numbered as megatron-core does: tensor ranks first, then data-parallel ones, then the pipeline's.
@@ -67,6 +67,6 @@ def rank_shards(model: ModelConfig, parallel: ParallelConfig, rank: int, ranks: 
     return [(name, region) for name, regions in found.items() for region in regions if region.numel]
 
 
-def memory_for(pieces: Sequence[Piece], dtypes: dict[str, torch.dtype], device: torch.device) -> list[Held]:
-    """Uninitialised memory for pieces, in the dtype of each tensor."""
-    return [(name, region, torch.empty(region.sizes, dtype=dtypes[name], device=device)) for name, region in pieces]
+def memory_for(regions: Sequence[NamedRegion], dtypes: dict[str, torch.dtype], device: torch.device) -> list[Held]:
+    """Uninitialised memory for regions, in the dtype of each tensor."""
+    return [(name, region, torch.empty(region.sizes, dtype=dtypes[name], device=device)) for name, region in regions]

@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 import torch.distributed as dist
 
-from flm_megatron.checkpoint.exchange.description import Description, Held, Piece, described
+from flm_megatron.checkpoint.exchange.description import Description, Held, NamedRegion, described
 from flm_megatron.checkpoint.exchange.plan import ROUND_BYTES, Part, Plan, Round, make_plan
 from flm_megatron.device import current
 from flm_megatron.distributed.channels import gathered
@@ -18,7 +18,7 @@ from flm_megatron.distributed.channels import gathered
 ALIGNMENT = 16
 """Each part of a message begins at a multiple of these bytes."""
 Arrived = tuple[int, list[torch.Tensor]]
-"""Number of a group, and the values of its pieces."""
+"""Number of a group, and the values of its regions."""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Moved:
     seconds: float = 0.0
 
 
-def agreed_plan(held: Sequence[Held], wanted: Sequence[Sequence[Piece]], round_bytes: int = ROUND_BYTES) -> Plan:
+def agreed_plan(held: Sequence[Held], wanted: Sequence[Sequence[NamedRegion]], round_bytes: int = ROUND_BYTES) -> Plan:
     """This rank's part in the exchange of what all ranks of the world hold and want. All of them must call.
 
     It serves any number of exchanges of other values under the same names and regions.
@@ -73,44 +73,46 @@ def arrivals(plan: Plan, held: Sequence[torch.Tensor], moved: Moved) -> Iterator
     Yields round by round the groups that have arrived, which are to be used before the next round. Values that lie
     whole in this rank's memory are views of it. All ranks of the world must go through all rounds.
     """
-    pieces = [piece for group in plan.own.wanted for piece in group]
+    regions = [each for group in plan.own.wanted for each in group]
     first = [0, *accumulate(len(group) for group in plan.own.wanted)]
     for each in plan.rounds:
         began = time.perf_counter()
-        values = _local(plan, each, pieces, held)
-        messages = {peer: _empty(_nbytes(plan, pieces, parts)) for peer, parts in each.receives.items()}
+        values = _local(plan, each, regions, held)
+        messages = {peer: _empty(_nbytes(plan, regions, parts)) for peer, parts in each.receives.items()}
         _send_and_receive({peer: _packed(plan, parts, held) for peer, parts in each.sends.items()}, messages, moved)
         for peer, parts in each.receives.items():
-            _unpack(plan, pieces, parts, messages.pop(peer), values)
+            _unpack(plan, regions, parts, messages.pop(peer), values)
         moved.seconds += time.perf_counter() - began
-        yield [(group, [values[piece] for piece in range(first[group], first[group + 1])]) for group in each.groups]
+        yield [(group, [values[index] for index in range(first[group], first[group + 1])]) for group in each.groups]
 
 
-def _local(plan: Plan, each: Round, pieces: Sequence[Piece], held: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
-    """What this rank holds itself of the pieces that it wants in a round, by number of the piece."""
+def _local(
+    plan: Plan, each: Round, regions: Sequence[NamedRegion], held: Sequence[torch.Tensor]
+) -> dict[int, torch.Tensor]:
+    """What this rank holds itself of the regions that it wants in a round, by number of the region."""
     values: dict[int, torch.Tensor] = {}
     for here, there in each.local:
-        part = held[here.piece][here.region.within(plan.own.held[here.piece][1]).slices]
-        if there.region == pieces[there.piece][1]:
-            values[there.piece] = part
+        part = held[here.index][here.region.within(plan.own.held[here.index][1]).slices]
+        if there.region == regions[there.index][1]:
+            values[there.index] = part
         else:
-            _place(plan, pieces, there, part, values)
+            _place(plan, regions, there, part, values)
     return values
 
 
 def _place(
-    plan: Plan, pieces: Sequence[Piece], part: Part, found: torch.Tensor, values: dict[int, torch.Tensor]
+    plan: Plan, regions: Sequence[NamedRegion], part: Part, found: torch.Tensor, values: dict[int, torch.Tensor]
 ) -> None:
-    """Copy a part of a wanted piece to its place in the memory of the piece, which is made for its first part."""
-    name, region = pieces[part.piece]
-    if part.piece not in values:
-        values[part.piece] = torch.empty(region.sizes, dtype=plan.dtypes[name], device=current().torch_device)
-    values[part.piece][part.region.within(region).slices] = found
+    """Copy a part of a wanted region to its place in the memory of the region, which is made for its first part."""
+    name, region = regions[part.index]
+    if part.index not in values:
+        values[part.index] = torch.empty(region.sizes, dtype=plan.dtypes[name], device=current().torch_device)
+    values[part.index][part.region.within(region).slices] = found
 
 
-def _nbytes(plan: Plan, pieces: Sequence[Piece], parts: Sequence[Part]) -> int:
+def _nbytes(plan: Plan, regions: Sequence[NamedRegion], parts: Sequence[Part]) -> int:
     """Bytes of a message of parts."""
-    return sum(_room(part.region.numel * plan.dtypes[pieces[part.piece][0]].itemsize) for part in parts)
+    return sum(_room(part.region.numel * plan.dtypes[regions[part.index][0]].itemsize) for part in parts)
 
 
 def _room(nbytes: int) -> int:
@@ -125,23 +127,27 @@ def _packed(plan: Plan, parts: Sequence[Part], held: Sequence[torch.Tensor]) -> 
     """The message of the parts of what this rank holds."""
     message, at = _empty(_nbytes(plan, plan.own.held, parts)), 0
     for part in parts:
-        name, region = plan.own.held[part.piece]
+        name, region = plan.own.held[part.index]
         nbytes = part.region.numel * plan.dtypes[name].itemsize
         room = message[at : at + nbytes].view(plan.dtypes[name]).view(part.region.sizes)
-        room.copy_(held[part.piece][part.region.within(region).slices])
+        room.copy_(held[part.index][part.region.within(region).slices])
         at += _room(nbytes)
     return message
 
 
 def _unpack(
-    plan: Plan, pieces: Sequence[Piece], parts: Sequence[Part], message: torch.Tensor, values: dict[int, torch.Tensor]
+    plan: Plan,
+    regions: Sequence[NamedRegion],
+    parts: Sequence[Part],
+    message: torch.Tensor,
+    values: dict[int, torch.Tensor],
 ) -> None:
     """Put the parts of a message where they belong."""
     at = 0
     for part in parts:
-        dtype = plan.dtypes[pieces[part.piece][0]]
+        dtype = plan.dtypes[regions[part.index][0]]
         nbytes = part.region.numel * dtype.itemsize
-        _place(plan, pieces, part, message[at : at + nbytes].view(dtype).view(part.region.sizes), values)
+        _place(plan, regions, part, message[at : at + nbytes].view(dtype).view(part.region.sizes), values)
         at += _room(nbytes)
 
 

@@ -8,11 +8,13 @@ from flm_megatron.config.ranges import LARGEST_WORLD, out_of_range
 from flm_megatron.config.schema import ParallelConfig, RunConfig, StageConfig
 from flm_megatron.errors import RequestError
 
+TEMPERATURES = (0.01, 100.0)
+"""Beyond these the scaled logits leave what fp32 tells apart."""
 SIZES = ("tensor", "pipeline", "data")
 
 
 def distillation_is_bounded(run: RunConfig) -> list[str]:
-    """Temperatures are above 0, weights above 0 and at most 1, and there is a teacher."""
+    """Temperatures are within `TEMPERATURES`, weights above 0 and at most 1, and there is a teacher."""
     lines = []
     for index, stage in enumerate(run.stages):
         if (distill := stage.distill) is None:
@@ -20,8 +22,8 @@ def distillation_is_bounded(run: RunConfig) -> list[str]:
         place = f"stages.{index}.distill"
         if not distill.teacher:
             lines.append(f"{place}.teacher is empty: name a checkpoint, or an earlier stage")
-        if not distill.temperature > 0:
-            lines.append(f"{place}.temperature is {distill.temperature}, give a number above 0")
+        if not TEMPERATURES[0] <= distill.temperature <= TEMPERATURES[1]:
+            lines.append(f"{place}.temperature is {distill.temperature}, give a number from 0.01 to 100")
         if not 0 < distill.weight <= 1:
             lines.append(f"{place}.weight is {distill.weight}, give a share above 0 and at most 1")
     return lines

@@ -49,7 +49,7 @@ class Kept:
     def from_json(cls, text: str, rows: int, size: int) -> Kept:
         """From `to_json`'s text. Raises ValueError unless it has as many bits as `rows` and `size` say."""
         try:
-            expand, length = zlib.decompressobj(), rows * -(-size // 8)
+            expand, length = zlib.decompressobj(), max(rows, 0) * -(-size // 8)
             bits = expand.decompress(base64.b64decode(text, validate=True), length + 1)
         except zlib.error as error:
             raise ValueError(f"kept units cannot be read: {error}") from None

@@ -31,16 +31,16 @@ def test_a_growth_over_it_has_the_bits_of_one_over_a_stored_checkpoint(operator:
     ]
     live = LiveCheckpoint(source, tuple(held), round_bytes=2**15)
     stored, view = GrownCheckpoint(source, plan), GrownCheckpoint(live, plan)
-    pieces = [(n, r) for n, info in view.tensors.items() for r in split_region(Region.whole(info.shape), 3000)]
+    regions = [(n, r) for n, info in view.tensors.items() for r in split_region(Region.whole(info.shape), 3000)]
     with process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1):
         rounds = 0
         seen = []
-        for arrived in live.rounds([partial(view.read, *piece) for piece in pieces]):
+        for arrived in live.rounds([partial(view.read, *each) for each in regions]):
             for number in arrived:
-                assert torch.equal(view.read(*pieces[number]), stored.read(*pieces[number])), pieces[number]
+                assert torch.equal(view.read(*regions[number]), stored.read(*regions[number])), regions[number]
             seen += arrived
             rounds += 1
-        assert seen == list(range(len(pieces))) and rounds > 5
+        assert seen == list(range(len(regions))) and rounds > 5
         with pytest.raises(RequestError, match="has no tensor of_nobody"):
             next(live.rounds([partial(live.read, "of_nobody")]))
     live.release()

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flm_megatron.checkpoint.exchange.description import Description, Held, Piece, described
+from flm_megatron.checkpoint.exchange.description import Description, Held, NamedRegion, described
 from flm_megatron.checkpoint.exchange.plan import Part, Plan, make_plan
 from flm_megatron.checkpoint.logical import Region
 from flm_megatron.checkpoint.regions import split_region
@@ -21,12 +21,14 @@ WHOLE = {
 }
 
 
-def held(*pieces: Piece) -> list[Held]:
+def held(*regions: NamedRegion) -> list[Held]:
     """Copies of regions of the tensors above."""
-    return [(name, region, WHOLE[name][region.slices].clone()) for name, region in pieces]
+    return [(name, region, WHOLE[name][region.slices].clone()) for name, region in regions]
 
 
-def plans(holding: Sequence[Sequence[Held]], wanted: Sequence[Sequence[Sequence[Piece]]], limit: int) -> list[Plan]:
+def plans(
+    holding: Sequence[Sequence[Held]], wanted: Sequence[Sequence[Sequence[NamedRegion]]], limit: int
+) -> list[Plan]:
     """Everyone's plan, from descriptions that went through the wire's form."""
     told = [described(*both).packed() for both in zip(holding, wanted, strict=True)]
     everyone = [Description.unpacked(data) for data in told]
@@ -34,7 +36,7 @@ def plans(holding: Sequence[Sequence[Held]], wanted: Sequence[Sequence[Sequence[
 
 
 @st.composite
-def boxes(draw: st.DrawFn) -> Piece:
+def named_regions(draw: st.DrawFn) -> NamedRegion:
     name = draw(st.sampled_from(sorted(WHOLE)))
     offsets = [draw(st.integers(0, n - 1)) for n in WHOLE[name].shape]
     sizes = [draw(st.integers(1, n - o)) for n, o in zip(WHOLE[name].shape, offsets, strict=True)]
@@ -51,13 +53,13 @@ def test_every_wanted_value_comes_once_and_rounds_are_bounded(data: st.DataObjec
             for rank in data.draw(st.sets(st.integers(0, size - 1), min_size=1)):
                 holding[rank] += held((name, region))
     for rank in range(size):
-        holding[rank] += held(*data.draw(st.lists(boxes(), max_size=2)))
-    wanted = [data.draw(st.lists(st.lists(boxes(), max_size=3), max_size=4)) for _ in range(size)]
+        holding[rank] += held(*data.draw(st.lists(named_regions(), max_size=2)))
+    wanted = [data.draw(st.lists(st.lists(named_regions(), max_size=3), max_size=4)) for _ in range(size)]
     everyone = plans(holding, wanted, limit)
 
     assert len({len(plan.rounds) for plan in everyone}) == 1 and all(p.traffic == everyone[0].traffic for p in everyone)
-    flat = [[piece for group in groups for piece in group] for groups in wanted]
-    counts = [[torch.zeros(region.sizes) for _, region in pieces] for pieces in flat]
+    flat = [[each for group in groups for each in group] for groups in wanted]
+    counts = [[torch.zeros(region.sizes) for _, region in regions] for regions in flat]
     sent, received = [0] * size, [0] * size
     for rounds in zip(*(plan.rounds for plan in everyone), strict=True):
         for rank, mine in enumerate(rounds):
@@ -80,21 +82,21 @@ def test_every_wanted_value_comes_once_and_rounds_are_bounded(data: st.DataObjec
 
 
 def check_part(
-    holding: Sequence[Held], here: Part, wanted: Sequence[Piece], there: Part, counts: Sequence[torch.Tensor]
+    holding: Sequence[Held], here: Part, wanted: Sequence[NamedRegion], there: Part, counts: Sequence[torch.Tensor]
 ) -> None:
     """A part is of one tensor on both sides, inside what is held and what is wanted."""
-    name, region, _ = holding[here.piece]
-    assert name == wanted[there.piece][0] and here.region == there.region
+    name, region, _ = holding[here.index]
+    assert name == wanted[there.index][0] and here.region == there.region
     assert here.region.intersect(region) == here.region
-    counts[there.piece][there.region.within(wanted[there.piece][1]).slices] += 1
+    counts[there.index][there.region.within(wanted[there.index][1]).slices] += 1
 
 
-def bytes_of(wanted: Sequence[Piece], parts: Sequence[Part]) -> int:
+def bytes_of(wanted: Sequence[NamedRegion], parts: Sequence[Part]) -> int:
     """Bytes of the values of parts."""
-    return sum(part.region.numel * WHOLE[wanted[part.piece][0]].element_size() for part in parts)
+    return sum(part.region.numel * WHOLE[wanted[part.index][0]].element_size() for part in parts)
 
 
-def largest(groups: Sequence[Sequence[Piece]]) -> int:
+def largest(groups: Sequence[Sequence[NamedRegion]]) -> int:
     """Bytes of the largest group."""
     return max((sum(r.numel * WHOLE[name].element_size() for name, r in group) for group in groups), default=0)
 

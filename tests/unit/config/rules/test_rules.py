@@ -189,7 +189,7 @@ REFUSED: list[tuple[str, int | None, str]] = [
         None,
         "kernels.head_and_loss is fused, but stages.1.distill needs all logits",
     ),
-    ("stages.1.distill={teacher: x, temperature: 0}", None, "stages.1.distill.temperature is 0.0, give a number above"),
+    ("stages.1.distill={teacher: x, temperature: 0}", None, "stages.1.distill.temperature is 0.0, give a number from"),
     ("stages.1.distill={teacher: x, weight: 1.5}", None, "stages.1.distill.weight is 1.5, give a share above 0"),
     ("stages.1.distill.teacher=''", None, "stages.1.distill.teacher is empty: name a checkpoint"),
     ("stages.0.distill.teacher=two", None, "stages.0.distill.teacher is stage 'two', which is not trained before"),

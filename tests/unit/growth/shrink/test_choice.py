@@ -42,6 +42,8 @@ def test_of_equals_the_first_are_kept_and_order_stays() -> None:
     assert Kept.from_json(kept.to_json(), 2, 11) == kept
     with pytest.raises(ValueError, match="are not 6 bytes"):
         Kept.from_json(kept.to_json(), 3, 11)
+    with pytest.raises(ValueError, match="not 0 bytes"):  # a forged number of rows sets no bound aside
+        Kept.from_json(kept.to_json(), -1, 8)
 
 
 def test_groups_are_kept_by_the_sum_of_their_heads_and_heads_by_their_own() -> None:
