@@ -5,8 +5,6 @@ So a checkpoint changes its shape without a run file: `flm grow base --out grown
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from flm_megatron.checkpoint.described import required_model
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.own_tokenizer import tokenizer_files
@@ -19,6 +17,9 @@ from flm_megatron.growth.rules import grown_dimensions
 from flm_megatron.growth.shrink.rules import smaller_dimensions
 from flm_megatron.json_text import JsonObject
 
+OF_RUN = ("tokenizer", "data", "seed", "distributed")
+OF_STAGE = ("model", "parallel", "precision", "transformer_engine")
+"""Fields of the run, and of the second stage beside its section, that mean something without a run file."""
 WITHOUT_MASKS = dict.fromkeys(("hidden", "ffn", "heads", "layers"), "zero")
 """Masks open over the steps of a stage, and here is none."""
 
@@ -33,7 +34,8 @@ def run_of_change(
     second stage, below the change; its name is that of the first with `suffix`. `where` names the checkpoint in errors.
 
     Raises:
-        RequestError: the checkpoint does not say what model it is of; or an unknown field, or a value of a wrong type.
+        RequestError: the checkpoint does not say what model it is of; a field that means nothing here; or an unknown
+            one, or a value of a wrong type.
     """
     model = required_model(source, where)
     before = source.manifest.position.stage or "before"
@@ -45,8 +47,13 @@ def run_of_change(
     length = source.manifest.run.sequence_length
     document["data"]["sequence_length"] = min(length, model.max_positions or length)
     document["stages"][1] |= section
-    of_run = {field.name for field in fields(RunConfig)} - {"stages"}
-    values = {path if path.split(".")[0] in of_run else f"stages.1.{path}": v for path, v in given_values(change)}
+    values = {}
+    for path, value in given_values(change):
+        first = path.split(".")[0]
+        if first not in (*OF_RUN, *OF_STAGE, *section):
+            fitting = ", ".join(f"--{name}…" for name in (*OF_STAGE, *section, *OF_RUN))
+            raise RequestError(f"--{path} means nothing without a run file: give one, or fields of {fitting}")
+        values[path if first in OF_RUN else f"stages.1.{path}"] = value
     apply_overrides(document, values)
     return run_from_dict(document, "the options")
 

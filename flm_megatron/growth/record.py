@@ -141,6 +141,11 @@ class ChangeRecord:
         """The record in the manifest of a stage that began with it."""
         raise NotImplementedError
 
+    @property
+    def notice(self) -> str | None:
+        """One line on what may not have been meant, for whoever made the change."""
+        return None
+
     def certified(self: R, certificate: Certificate | None) -> R:
         """The record with a certificate, if one was made."""
         return replace(self, certificate=certificate) if certificate else self
@@ -166,6 +171,17 @@ class ShrinkRecord(ChangeRecord):
     def in_manifest(self) -> Manifest:
         """Under `shrink`."""
         return Manifest(shrink=self.recorded())
+
+    @property
+    def notice(self) -> str | None:
+        """Importance that was measured on other values of the same shape; none where either hash is not known."""
+        measured, shrunk = self.plan.importance_of, self.source_logical_hash
+        if None in (measured, shrunk) or measured == shrunk:
+            return None
+        return (
+            f"importance was measured on a checkpoint of hash {measured}, not on the one that shrinks ({shrunk}): "
+            "measure it again if that was not meant"
+        )
 
 
 NESTED = {"plan", "before", "certificate", "extra", "absent"}

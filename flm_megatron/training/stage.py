@@ -170,6 +170,8 @@ class StageTrainer:
             log.write(GrowthEvent(*self.position(), certificate, self.distances, change))
             if certificate:
                 log.say(certificate.table(change))
+            if self.change.notice:
+                log.say(f"WARNING: {self.change.notice}")
         if self.step:
             log.write(RestartEvent(*self.position()))
         if self.start.history[1:] or self.start.resumes:

@@ -27,7 +27,7 @@ def measure_importance(
     samples: int = 16,
     criteria: Mapping[Dimension, Criterion] | None = None,
 ) -> Importance:
-    """How much each hidden channel, feed-forward channel, head and layer matters, by which shrinking chooses.
+    """How much each hidden channel, feed-forward unit, head and layer matters, by which shrinking chooses.
 
     The model is run in this process, or by all that torchrun started, which then all call. `importance.save(path)`
     writes the file that shrinking takes.

@@ -33,6 +33,8 @@ class Shrinking:
     logical_hash: str
     """Of all tensors, weights and optimizer; the same under any layout and number of processes."""
     certificate: Certificate | None
+    notice: str | None
+    """One line where importance was measured on another checkpoint."""
 
 
 def shrink(
@@ -86,7 +88,7 @@ def shrink(
         if certificate is not None and on_certificate is not None and is_main_rank():
             on_certificate(certificate)
         manifest = write_changed(opened, out, Processes(), certificate)
-    return Shrinking(out, opened.plan, manifest.logical_hash, certificate)
+    return Shrinking(out, opened.plan, manifest.logical_hash, certificate, opened.record.notice)
 
 
 def _with_importance(run: RunConfig, index: int, importance: FilePath | None) -> tuple[RunConfig, ShrinkConfig]:

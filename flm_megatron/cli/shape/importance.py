@@ -1,4 +1,4 @@
-"""Measure how much each hidden channel, feed-forward channel, head and layer of a checkpoint matters, to shrink by.
+"""Measure how much each hidden channel, feed-forward unit, head and layer of a checkpoint matters, to shrink by.
 
 Without a run file the checkpoint's own tokenizer reads a text: `flm importance base --text book.txt --out FILE`.
 """

@@ -7,6 +7,7 @@ Without a run file the options change the checkpoint's own model:
 from __future__ import annotations
 
 import argparse
+import sys
 
 from flm_megatron.cli.options.parser import path
 from flm_megatron.cli.shape.changed_stage import add_changed_stage, changed_stage
@@ -53,4 +54,6 @@ def run(args: argparse.Namespace) -> int:
         kept = ", ".join(map(str, shrunk.plan.layers.indices(0).tolist()))
         print(f"{args.out}: stage {shrunk.plan.stage}, keeps layers {kept} of {shrunk.plan.old.num_layers}")
         print(f"logical hash {shrunk.logical_hash}")
+        if shrunk.notice:
+            print(f"WARNING: {shrunk.notice}", file=sys.stderr)
     return 0

@@ -8,7 +8,7 @@ from flm_megatron.growth.shrink.importance import Importance
 
 
 def importance_table(importance: Importance) -> str:
-    """A row for each layer: its own importance, and mean and spread of that of its feed-forward channels and heads.
+    """A row for each layer: its own importance, and mean and spread of that of its feed-forward units and heads.
 
     The spread is the standard deviation over the mean: where it is small, units are alike and little depends on which
     are kept. The last line has the same of the hidden channels, and what the upper half of them holds.

@@ -45,7 +45,7 @@ def watch_units(
 ) -> list[RemovableHandle]:
     """Hooks that add to `sums` the importance of all units by `criteria` (dimension to criterion).
 
-    Of tensor-parallel ranks each adds its own feed-forward channels and heads; the others are added by every rank that
+    Of tensor-parallel ranks each adds its own feed-forward units and heads; the others are added by every rank that
     holds a token.
     """
     from flm_megatron.engine.transformer import TransformerLayer

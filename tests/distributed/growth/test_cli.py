@@ -112,6 +112,7 @@ def test_a_checkpoint_grows_without_a_run_file(folder: Path, capsys: pytest.Capt
         (["--model.num_layers", "1"], "num_layers shrinks from 2 to 1"),
         (["--model.rope_theta", "500"], "growth keeps it, so set model.rope_theta to 10000.0"),
         (["--stage", "big"], "--stage names a stage of a run file"),
+        (["--model.num_layers", "3", "--name", "x"], "--name means nothing without a run file: give one, or fields of"),
     ],
 )
 def test_a_lone_growth_that_is_refused(

@@ -207,6 +207,10 @@ def test_the_plan_comes_back_out_of_a_manifest() -> None:
     record = shrinking_of(again)
     assert record == shrunk.record == change_behind(again) and record is not None
     assert record.plan.layers.indices(0).tolist() == shrunk.plan.layers.indices(0).tolist()
+    measured = record.plan.importance_of
+    assert measured and record.notice is None, "the source has no hash"
+    assert replace(record, source_logical_hash=measured).notice is None
+    assert f"on a checkpoint of hash {measured}, not" in str(replace(record, source_logical_hash="cd").notice)
 
 
 def test_step_offsets_of_a_growth_follow_what_is_kept() -> None:
