@@ -159,7 +159,6 @@ def test_a_branch_that_was_stopped_goes_on_with_the_same_bits(
 def test_a_run_begins_without_layers(data: Path, tmp_path: Path) -> None:
     run = make_run(
         data, tmp_path, "--stages.0.model.num_layers", "0", "--stages.1.growth.layers", "zero",
-        "--stages.1.growth.heads", "clone", "--stages.1.growth.clone_noise", "0.2",
         "--stages.1.growth.new_lr_mult", "0.5",
     )  # fmt: skip
     assert train(run) == 0
