@@ -16,7 +16,7 @@ import time
 import torch
 
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
-from flm_megatron.checkpoint.logical import STATE_PREFIXES, LogicalCheckpoint, Region
+from flm_megatron.checkpoint.logical import STATE_PREFIXES, Region
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.sharding.layout import rank_regions
 from flm_megatron.checkpoint.torch_dist.shard_file import BUFFER_BYTES
@@ -25,22 +25,10 @@ from flm_megatron.config.schema import GrowthConfig, ParallelConfig
 from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 from flm_megatron.growth.grown.operators import Old
 from flm_megatron.growth.plan import make_plan
+from flm_megatron.planner.rehearsal.life.counted import Counted, total
 
 RUN_FILE = "examples/tele-flm.yaml"
 PARALLEL = ParallelConfig(tensor=32, pipeline=28)
-
-
-class Counting(LogicalCheckpoint):
-    """A source that counts the bytes read from it."""
-
-    def __init__(self, source: LogicalCheckpoint) -> None:
-        self.source, self.tensors, self.manifest, self.nbytes = source, source.tensors, source.manifest, 0
-
-    def read(self, name: str, region: Region | None = None) -> torch.Tensor:
-        """Read, and count."""
-        values = self.source.read(name, region)
-        self.nbytes += values.nbytes
-        return values
 
 
 def rss_gib() -> float:
@@ -83,7 +71,7 @@ def main() -> None:
     old, new = (stage.model for stage in load_run(RUN_FILE).stages[-2:])
     operators = {"hidden": args.operator, "ffn": args.operator, "heads": args.operator, "layers": args.operator}
     growth = GrowthConfig(**operators, layer_selection="interleave", mask_steps=1000)
-    source = Counting(InitialCheckpoint(old, 1, optimizer=args.optimizer, dtype=torch.bfloat16))
+    source = Counted(InitialCheckpoint(old, 1, optimizer=args.optimizer, dtype=torch.bfloat16))
     checkpoint = GrownCheckpoint(source, make_plan(old, new, growth, seed=1, stage="1t"))
     if args.count:
         count(checkpoint)
@@ -98,10 +86,11 @@ def main() -> None:
     ]
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     what = "weights, masters, moments" if args.optimizer else "weights"
+    read = total(source.tensors_read.values()).nbytes
     size, peak = sum(held.nbytes for held in shard) / 2**30, rss_gib() - before
     print(
         f"| {args.tensor_rank} / {args.pipeline_rank} | {args.operator} | {what} | {size:.2f} | "
-        f"{source.nbytes / 2**30:.2f} | {seconds:.0f} | {cpu:.0f} | {peak:.2f} | {peak - size:.2f} |",
+        f"{read / 2**30:.2f} | {seconds:.0f} | {cpu:.0f} | {peak:.2f} | {peak - size:.2f} |",
         flush=True,
     )
 

@@ -21,7 +21,6 @@ import torch.distributed as dist
 
 from flm_megatron.checkpoint.exchange.live import LiveCheckpoint
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
-from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region
 from flm_megatron.checkpoint.manifest import StagePosition
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.sharding.model_state import held_state, load_live_state, load_state, save_state
@@ -31,23 +30,11 @@ from flm_megatron.config.schema import ParallelConfig, RunConfig
 from flm_megatron.distributed.channels import broadcast, gathered
 from flm_megatron.distributed.world import is_main_rank, layout, world
 from flm_megatron.growth.boundary import grown_checkpoint
+from flm_megatron.planner.rehearsal.life.counted import Counted, total
 from flm_megatron.training.step import TrainState
 
 MIB = 2**20
 OLD, NEW = ParallelConfig(tensor=2, pipeline=2), ParallelConfig(pipeline=2, data=2)
-
-
-class Counted(LogicalCheckpoint):
-    """A source that counts the bytes read from it."""
-
-    def __init__(self, source: LogicalCheckpoint) -> None:
-        self.source, self.tensors, self.manifest, self.nbytes = source, source.tensors, source.manifest, 0
-
-    def read(self, name: str, region: Region | None = None) -> torch.Tensor:
-        """Read, and count."""
-        values = self.source.read(name, region)
-        self.nbytes += values.nbytes
-        return values
 
 
 def measure(run: RunConfig, folder: Path, repeats: int) -> dict[str, list[float]]:
@@ -92,7 +79,7 @@ def cross(run: RunConfig, saved: Path, held: list, found: dict[str, list[float]]
         "disk": between - began,
         "live": ended - between,
         "on the way": crossing.exchange_s,
-        "read MiB": sum(gathered(source.nbytes)) / MIB,
+        "read MiB": sum(gathered(total(source.tensors_read.values()).nbytes)) / MIB,
         "sent MiB": sum(crossing.traffic.sent) / MIB,
         "most sent MiB": max(crossing.traffic.sent) / MIB,
         "messages": sum(crossing.traffic.messages),

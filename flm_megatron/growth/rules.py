@@ -115,18 +115,23 @@ def check_heads(old: ModelConfig, new: ModelConfig) -> None:
             f"set model.head_dim to {old.kv_channels}, or num_attention_heads so that hidden_size / "
             f"num_attention_heads is {old.kv_channels}"
         )
-    if new.num_attention_heads % new.query_groups:
-        raise RequestError(
-            f"{new.num_attention_heads} query heads do not divide into {new.query_groups} query groups: "
-            "make num_attention_heads a multiple of num_query_groups"
-        )
-    before, after = (m.num_attention_heads // m.query_groups for m in (old, new))
+    before, after = queries_per_group(old, new)
     if after < before:
         raise RequestError(
             f"query heads per group fall from {before} to {after} ({new.num_attention_heads} heads, "
             f"{new.query_groups} groups): an old group's queries would lose their keys and values; "
             f"give at least {before * new.query_groups} heads or fewer groups"
         )
+
+
+def queries_per_group(old: ModelConfig, new: ModelConfig) -> tuple[int, int]:
+    """Query heads of a group before and after. Raises RequestError if the new ones do not divide into their groups."""
+    if new.num_attention_heads % new.query_groups:
+        raise RequestError(
+            f"{new.num_attention_heads} query heads do not divide into {new.query_groups} query groups: "
+            "make num_attention_heads a multiple of num_query_groups"
+        )
+    return old.num_attention_heads // old.query_groups, new.num_attention_heads // new.query_groups
 
 
 def check_tied_head(old: ModelConfig, new: ModelConfig, growth: GrowthConfig) -> None:

@@ -61,6 +61,7 @@ def first_to_fail(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFail
     """
 
     def order(rank: int) -> tuple[bool, int]:
+        """Whether it waited to speak, and when it failed, in seconds."""
         failure = failures[rank]
         waited = failure.exitcode == -signal.SIGTERM and Path(failure.error_file).exists()
         return waited, failure.timestamp

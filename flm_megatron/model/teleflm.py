@@ -145,18 +145,20 @@ class TeleFLM(GPTModel):
             for holder in holders:
                 holder.cache = None
 
-    def _learned_positions(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Positions [batch, sequence]. Of a batch with a cache, sequences that have ended go on beyond them with others
-        that have not, and stay at the last one."""
+    def _learned_positions(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+        """Positions [batch, sequence], none on a pipeline rank that embeds nothing. Of a batch with a cache, sequences
+        that have ended go on beyond them with others that have not, and stay at the last one."""
         assert self.max_positions
-        if self.cache is not None:
-            return positions_of(tokens, attention_mask, self._cached.start).clamp(max=self.max_positions - 1)
-        if tokens.size(1) > self.max_positions:
+        if self.cache is None and tokens.size(1) > self.max_positions:
             raise RequestError(
                 f"a sequence has {tokens.size(1)} tokens, the model has {self.max_positions} learned positions "
                 "(model.max_positions): give shorter sequences"
             )
-        return positions_of(tokens, attention_mask, 0)
+        if not self.pre_process:
+            return None
+        if self.cache is None:
+            return positions_of(tokens, attention_mask, 0)
+        return positions_of(tokens, attention_mask, self._cached.start).clamp(max=self.max_positions - 1)
 
     def _preprocess(self, *args: object, **kwargs: object) -> tuple[object, ...]:
         embedded, rotary, *others = super()._preprocess(*args, **kwargs)

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from flm_megatron.api.checkpoint import given_checkpoint
+from flm_megatron.api.shape.on_text import certified_on_text, changing_world
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.config.schema import GrowthConfig, RunConfig, StageConfig
 from flm_megatron.config.stage_names import stage_index
-from flm_megatron.distributed.launched import launched_processes
 from flm_megatron.distributed.processes import Processes
-from flm_megatron.distributed.world import Layouts, is_main_rank, tool_world
+from flm_megatron.distributed.world import Layouts
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.boundary import boundary_scale, grown_checkpoint, needs_distances
 from flm_megatron.growth.certificate.forward import Layout
-from flm_megatron.growth.certificate.measure import boundary_certificate, boundary_distances
-from flm_megatron.growth.certificate.text import file_tokens
+from flm_megatron.growth.certificate.measure import boundary_distances
 from flm_megatron.growth.distance import read_distances
 from flm_megatron.growth.foreseen import check_run_file
-from flm_megatron.growth.grown.checkpoint import GrownCheckpoint
 from flm_megatron.growth.offline import write_changed
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.growth.record import Certificate
@@ -80,21 +77,13 @@ def grow(
     if distances is not None:
         _require_choice_by_distance(run.stages[index])
     measures = needs_distances(run, index) and distances is None
-    with _world(run, certify is not None or measures), Layouts(run.distributed.timeout_s) as under:
+    with changing_world(run, certify is not None or measures), Layouts(run.distributed.timeout_s) as under:
         chosen = _distances(distances, run, index, source, under) if needs_distances(run, index) else None
         trained = boundary_scale(source, run, index, Processes)
         opened, plan = grown_checkpoint(source, run, index, chosen, trained)
-        certificate = (
-            None if certify is None else _certificate(given_path(certify, "certify"), run, index, opened, under)
-        )
-        if certificate is not None and on_certificate is not None and is_main_rank():
-            on_certificate(certificate)
+        certificate = certified_on_text(certify, run, index, opened, under, on_certificate)
         manifest = write_changed(opened, out, Processes(), certificate)
     return Growth(out, plan, manifest.logical_hash, certificate)
-
-
-def _world(run: RunConfig, runs_a_model: bool) -> AbstractContextManager[object]:
-    return tool_world(run.distributed) if runs_a_model else launched_processes()
 
 
 def _require_choice_by_distance(stage: StageConfig) -> None:
@@ -124,11 +113,3 @@ def _distances(
     if len(given) != before:
         raise RequestError(f"distances has {len(given)} numbers: give one for each of the {before} layers before")
     return given
-
-
-def _certificate(
-    text: Path, run: RunConfig, index: int, checkpoint: GrownCheckpoint, under: Layout
-) -> Certificate | None:
-    growth = run.stages[index].growth
-    tokens = file_tokens(text, run, max(1, growth.certify_samples if growth else 4))
-    return boundary_certificate(checkpoint, run, index, under, tokens)

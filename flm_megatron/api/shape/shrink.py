@@ -7,15 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flm_megatron.api.checkpoint import given_checkpoint
+from flm_megatron.api.shape.on_text import certified_on_text, changing_world
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.config.schema import RunConfig, ShrinkConfig
 from flm_megatron.config.stage_names import stage_index
-from flm_megatron.distributed.launched import launched_processes
 from flm_megatron.distributed.processes import Processes
-from flm_megatron.distributed.world import Layouts, is_main_rank, tool_world
+from flm_megatron.distributed.world import Layouts
 from flm_megatron.errors import RequestError
-from flm_megatron.growth.certificate.measure import boundary_certificate, boundary_importance
-from flm_megatron.growth.certificate.text import file_tokens
+from flm_megatron.growth.certificate.measure import boundary_importance
 from flm_megatron.growth.foreseen import check_run_file
 from flm_megatron.growth.offline import write_changed
 from flm_megatron.growth.record import Certificate
@@ -76,17 +75,9 @@ def shrink(
     run, settings = _with_importance(with_saved_defaults(run, source.manifest), index, importance)
     unmeasured_checkpoint(source, run, index)  # refuses what cannot be done before anything is measured
     runs_a_model = certify is not None or settings.importance is None
-    with (
-        tool_world(run.distributed) if runs_a_model else launched_processes(),
-        Layouts(run.distributed.timeout_s) as under,
-    ):
+    with changing_world(run, runs_a_model), Layouts(run.distributed.timeout_s) as under:
         opened = shrunk_checkpoint(source, run, index, boundary_importance(source, run, index, under))
-        certificate = None
-        if certify is not None:
-            tokens = file_tokens(given_path(certify, "certify"), run, max(1, settings.certify_samples))
-            certificate = boundary_certificate(opened, run, index, under, tokens)
-        if certificate is not None and on_certificate is not None and is_main_rank():
-            on_certificate(certificate)
+        certificate = certified_on_text(certify, run, index, opened, under, on_certificate)
         manifest = write_changed(opened, out, Processes(), certificate)
     return Shrinking(out, opened.plan, manifest.logical_hash, certificate, opened.record.notice)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from flm_megatron.checkpoint.exchange.description import Held, NamedRegion
-from flm_megatron.checkpoint.exchange.plan import ROUND_BYTES, Traffic
+from flm_megatron.checkpoint.exchange.plan import Traffic
 from flm_megatron.checkpoint.exchange.transport import Moved, agreed_plan, exchange
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.sharding.layout import check_layout, rank_regions
@@ -34,7 +34,7 @@ class Refit:
             for name, region, tensor in wanted
             for sub in split_region(region, REGION_BYTES // tensor.element_size())
         ]
-        self._plan = agreed_plan(self._held, [[(name, region)] for name, region, _ in self._wanted], ROUND_BYTES)
+        self._plan = agreed_plan(self._held, [[(name, region)] for name, region, _ in self._wanted])
 
     @property
     def traffic(self) -> Traffic:

@@ -44,21 +44,12 @@ def agreed_plan(held: Sequence[Held], wanted: Sequence[Sequence[NamedRegion]], r
     return make_plan(descriptions, dist.get_rank(), round_bytes)
 
 
-def exchange(
-    held: Sequence[Held],
-    wanted: Sequence[Held],
-    plan: Plan | None = None,
-    round_bytes: int = ROUND_BYTES,
-) -> Moved:
+def exchange(held: Sequence[Held], wanted: Sequence[Held], plan: Plan) -> Moved:
     """Fill the memory of what this rank wants from the ranks that hold it. All ranks of the world must call.
 
-    Values are sent in the dtype in which they are held and converted to that of the memory. With a `plan` (of the same
-    names and regions, each wanted one a group of its own) nothing is described again.
-
-    Raises:
-        RequestError: (on every rank) as `make_plan`.
+    Values are sent in the dtype in which they are held and converted to that of the memory. The `plan` is the agreed
+    one of the same names and regions, each wanted one a group of its own.
     """
-    plan = plan or agreed_plan(held, [[(name, region)] for name, region, _ in wanted], round_bytes)
     moved = Moved()
     for arrived in arrivals(plan, [tensor for _, _, tensor in held], moved):
         for group, (values,) in arrived:

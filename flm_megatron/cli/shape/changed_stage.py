@@ -44,7 +44,14 @@ def changed_stage(
         if not args.stage:
             raise RequestError(f"--stage is not given: name the stage of {args.run_file} to {verb} into")
         return open_run(args.run_file, args.overrides), args.stage
-    if args.stage:
-        raise RequestError("--stage names a stage of a run file, and none is given: give one, or leave --stage out")
+    require_no_stage(args)
     run = lone(open_checkpoint(args.source), str(args.source), args.overrides)
     return run, run.stages[1].name
+
+
+def require_no_stage(args: argparse.Namespace) -> None:
+    """Raise RequestError for a --stage without the run file that it is of."""
+    from flm_megatron.errors import RequestError
+
+    if args.stage:
+        raise RequestError("--stage names a stage of a run file, and none is given: give one, or leave --stage out")

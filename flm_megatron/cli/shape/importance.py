@@ -9,10 +9,11 @@ import argparse
 from typing import TYPE_CHECKING
 
 from flm_megatron.cli.options.parser import path, whole
+from flm_megatron.cli.shape.changed_stage import require_no_stage
+from flm_megatron.growth.shrink.rules import CRITERIA
 
 if TYPE_CHECKING:
     from flm_megatron.config.schema import RunConfig
-    from flm_megatron.growth.shrink.importance import Criterion, Dimension
 
 EPILOG = """\
 Criteria: `activation` is the mean absolute output of norms, the mean absolute input of the second matrix of the
@@ -20,13 +21,6 @@ feed-forward layer, the norm of each head's output; `influence` is 1 - cos(input
 mean absolute change of the loss, to first order, without the unit: it takes a backward pass. Any field of the run
 file can be overridden: --stages.1.parallel.tensor 2. Without a run file, options are fields of the one stage
 (--parallel.tensor 2, --precision bf16) or of the run (--tokenizer FILE, --data.sequence_length 512)."""
-CRITERIA: dict[Dimension, Criterion] = {
-    "hidden": "activation",
-    "ffn": "activation",
-    "heads": "activation",
-    "layers": "influence",
-}
-"""What each dimension is measured by, unless by the gradient."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,11 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", type=path, metavar="FILE", help="text file to measure on (default: the run's validation data)"
     )
     parser.add_argument("--samples", type=whole(1, 100_000), default=16, help="samples to measure on (default: 16)")
-    for dimension, criterion in CRITERIA.items():
+    for dimension, criteria in CRITERIA.items():
         parser.add_argument(
             f"--{dimension}",
-            choices=(criterion, "gradient"),
-            help=f"criterion of {dimension} (default: that of the --stage, or {criterion})",
+            choices=criteria,
+            help=f"criterion of {dimension} (default: that of the --stage, or {criteria[0]})",
         )
     parser.add_argument("--out", type=path, metavar="FILE", help="write the importance, to shrink by")
     parser.epilog = EPILOG
@@ -85,8 +79,7 @@ def _asked_for(args: argparse.Namespace) -> tuple[RunConfig, str | None]:
 
     if args.run_file:
         return open_run(args.run_file, args.overrides), args.stage
-    if args.stage:
-        raise RequestError("--stage names a stage of a run file, and none is given: give one, or leave --stage out")
+    require_no_stage(args)
     if not args.text:
         raise RequestError("there is nothing to measure on: give a run file, whose validation data are read, or --text")
     run = run_of_change(open_checkpoint(args.checkpoint), str(args.checkpoint), args.overrides, {}, "measured")

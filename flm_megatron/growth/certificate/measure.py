@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
-from flm_megatron.config.schema import GrowthConfig, RunConfig, ShrinkConfig
+from flm_megatron.config.schema import GrowthConfig, RunConfig, ShrinkConfig, StageConfig
 from flm_megatron.growth.boundary import needs_distances, source_model
 from flm_megatron.growth.certificate.certificate import certify, check_certificate
 from flm_megatron.growth.certificate.forward import Layout
@@ -53,6 +53,11 @@ def boundary_importance(
     return measure_importance(source, model, stage, tokens, layout, wanted_criteria(shrink))
 
 
+def change_settings(stage: StageConfig) -> GrowthConfig | ShrinkConfig:
+    """The settings of the change of shape that a stage begins with."""
+    return stage.shrink or stage.growth or GrowthConfig()
+
+
 def boundary_certificate(
     checkpoint: GrownCheckpoint | ShrunkCheckpoint,
     run: RunConfig,
@@ -68,7 +73,7 @@ def boundary_certificate(
         FlmError: the loss changes by more than the run file allows.
     """
     stage = run.stages[stage_index]
-    settings = stage.shrink or stage.growth or GrowthConfig()
+    settings = change_settings(stage)
     if settings.certify_samples == 0 and tokens is None:
         return None
     tokens = run_tokens(run, settings.certify_samples) if tokens is None else tokens

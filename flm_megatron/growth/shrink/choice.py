@@ -12,6 +12,7 @@ from flm_megatron.errors import RequestError
 from flm_megatron.growth.shrink.importance import Criterion, Dimension, Importance, tensor_shapes
 from flm_megatron.growth.shrink.plan import Kept, ShrinkPlan, shrunk_model
 from flm_megatron.growth.shrink.rules import check_shrinking, smaller_dimensions
+from flm_megatron.json_text import JsonObject
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -97,20 +98,8 @@ def _norm_scale(energy: np.ndarray, hidden: np.ndarray, wider: float) -> float:
 
 def unmeasured_importance(model: ModelConfig, shrink: ShrinkConfig) -> Importance:
     """Stands for a measured importance where nothing is read: what it keeps is spread evenly over the units."""
-    shapes = tensor_shapes(model)
-
-    def spread(name: str) -> torch.Tensor:
-        """Numbers in [0, 1) of which any few neighbours are far apart."""
-        return (torch.arange(math.prod(shapes[name]), dtype=torch.float64) * GOLDEN).frac().view(shapes[name])
-
-    return Importance(
-        model,
-        hidden=spread("hidden"),
-        ffn=spread("ffn"),
-        heads=spread("heads"),
-        layers=spread("layers"),
-        energy=spread("energy"),
-        criteria=wanted_criteria(shrink),
-        samples=0,
-        tokens=0,
-    )
+    spread: JsonObject = {  # numbers in [0, 1) of which any few neighbours are far apart
+        name: (torch.arange(math.prod(shape), dtype=torch.float64) * GOLDEN).frac().view(shape)
+        for name, shape in tensor_shapes(model).items()
+    }
+    return Importance(model, **spread, criteria=wanted_criteria(shrink), samples=0, tokens=0)

@@ -17,20 +17,12 @@ from flm_megatron.errors import FlmError, RequestError
 from flm_megatron.growth.certificate.forward import Layout, on_one_replica
 from flm_megatron.growth.shrink.choice import wanted_criteria
 from flm_megatron.growth.shrink.importance import Criterion, Dimension, Importance
+from flm_megatron.growth.shrink.rules import CRITERIA
 from flm_megatron.growth.shrink.watch import ImportanceSums, freeze_and_follow, watch_units
 from flm_megatron.model.forward import Batch, forward, forward_and_backward
 
 if TYPE_CHECKING:
     from flm_megatron.model.teleflm import TeleFLM
-
-
-CRITERIA: dict[Dimension, tuple[Criterion, ...]] = {
-    "hidden": ("activation", "gradient"),
-    "ffn": ("activation", "gradient"),
-    "heads": ("activation", "gradient"),
-    "layers": ("influence", "gradient"),
-}
-"""Criteria of each dimension."""
 
 
 def chosen_criteria(given: Mapping[Dimension, Criterion], shrink: ShrinkConfig | None) -> dict[Dimension, Criterion]:

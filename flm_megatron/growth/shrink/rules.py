@@ -6,12 +6,18 @@ from typing import TYPE_CHECKING
 
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import RequestError
-from flm_megatron.growth.rules import WIDTHS, check_kept_kind
+from flm_megatron.growth.rules import WIDTHS, check_kept_kind, queries_per_group
 
 if TYPE_CHECKING:
-    from flm_megatron.growth.shrink.importance import Dimension
+    from flm_megatron.growth.shrink.importance import Criterion, Dimension
 
-ANOTHER_STAGE = "a shape that grows and shrinks takes two stages, one for each"
+CRITERIA: dict[Dimension, tuple[Criterion, ...]] = {
+    "hidden": ("activation", "gradient"),
+    "ffn": ("activation", "gradient"),
+    "heads": ("activation", "gradient"),
+    "layers": ("influence", "gradient"),
+}
+"""Criteria of each dimension, the default first."""
 
 
 def smaller_dimensions(old: ModelConfig, new: ModelConfig) -> list[Dimension]:
@@ -44,8 +50,8 @@ def check_nothing_grows(old: ModelConfig, new: ModelConfig) -> None:
         before, after = getattr(old, name), getattr(new, name)
         if after > before:
             raise RequestError(
-                f"{name} grows from {before} to {after}: shrinking only removes; give at most {before} "
-                f"({ANOTHER_STAGE})"
+                f"{name} grows from {before} to {after}: shrinking only removes; give at most {before} (a shape that "
+                "grows and shrinks takes two stages, one for each)"
             )
 
 
@@ -60,12 +66,7 @@ def check_head_dim(old: ModelConfig, new: ModelConfig) -> None:
 
 def check_queries_per_group(old: ModelConfig, new: ModelConfig) -> None:
     """A kept group has heads of its own alone."""
-    if new.num_attention_heads % new.query_groups:
-        raise RequestError(
-            f"{new.num_attention_heads} query heads do not divide into {new.query_groups} query groups: "
-            "make num_attention_heads a multiple of num_query_groups"
-        )
-    before, after = (model.num_attention_heads // model.query_groups for model in (old, new))
+    before, after = queries_per_group(old, new)
     if after > before:
         raise RequestError(
             f"query heads per group grow from {before} to {after} ({new.num_attention_heads} heads, "
