@@ -104,7 +104,9 @@ def test_metadata_says_what_the_project_needs(installed: Installed) -> None:
     required = [line for line in metadata.get_all("Requires-Dist") or [] if "extra ==" not in line]
     assert any(line.startswith("megatron-core") and ">=0.16.1" in line for line in required)
     assert "torch>=2.6" in required
-    assert set(metadata.get_all("Provides-Extra") or []) == {"te", "screen", "eval", "dev"}
+    assert set(metadata.get_all("Provides-Extra") or []) == {
+        *("te", "screen", "eval", "data", "storage", "trackers", "docs", "dev")
+    }
 
 
 def test_script_starts(installed: Installed) -> None:
