@@ -112,6 +112,7 @@ def _judge(checkpoint: Path, file: Path, out: Path) -> int:
     from flm_megatron.data.conversations.conversation import read_conversations
     from flm_megatron.data.conversations.template import ChatTemplate
     from flm_megatron.evaluation.evaluated import open_evaluated
+    from flm_megatron.evaluation.model import load_model
     from flm_megatron.evaluation.perplexity.scoring import ScoringRequest
     from flm_megatron.evaluation.session import Session
 
@@ -123,7 +124,7 @@ def _judge(checkpoint: Path, file: Path, out: Path) -> int:
         (question, _), (answer, _) = template.pieces(item.messages, item.where)
         whole.append(ScoringRequest(index, [*question, *answer], len(question)))
         words.append(replace(whole[-1], ids=[*question, *answer[: first_word(evaluated.tokenizer, answer)]]))
-    session = Session(evaluated, ParallelConfig(), batch=8)
+    session = Session([load_model(evaluated, ParallelConfig())], evaluated.tokenizer, batch=8)
     found = session.score(whole)
     values = {
         "loss": -sum(one.log_likelihood for one in found) / sum(len(one.ids) - one.start for one in whole),

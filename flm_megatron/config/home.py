@@ -32,7 +32,9 @@ def _paths(run: RunConfig) -> Iterator[tuple[object, str, str]]:
         (run, "tokenizer", "tokenizer"),
         (run.data, "cache", "data.cache"),
         (run.checkpoint, "initial", "checkpoint.initial"),
+        (run.evaluation, "tasks_folder", "evaluation.tasks_folder"),
     ]
+    fields += [(text, "path", f"evaluation.texts.{index}.path") for index, text in enumerate(run.evaluation.texts)]
     for split in ("train", "validation"):
         for index, source in enumerate(getattr(run.data, split)):
             fields.append((source, "path", f"data.{split}.{index}.path"))

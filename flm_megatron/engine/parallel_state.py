@@ -63,6 +63,11 @@ def get_tensor_model_parallel_group() -> dist.ProcessGroup:
     return _state().get_tensor_model_parallel_group()
 
 
+def get_pipeline_model_parallel_world_size() -> int:
+    """Pipeline ranks."""
+    return _state().get_pipeline_model_parallel_world_size()
+
+
 def get_pipeline_model_parallel_rank() -> int:
     """This process's rank in its pipeline."""
     return _state().get_pipeline_model_parallel_rank()

@@ -3,40 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch.distributed as dist
 
 from flm_megatron.config.schema import ParallelConfig
+from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.distributed.channels import broadcast, gathered
 from flm_megatron.engine import parallel_state
+from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.evaluated import EvaluatedCheckpoint
 from flm_megatron.evaluation.generation.generate import Completion, GenerationRequest, OnText, generate
 from flm_megatron.evaluation.model import load_model
 from flm_megatron.evaluation.perplexity.scoring import Likelihood, ScoringRequest, score
 from flm_megatron.model.forward import is_output_rank
 
+if TYPE_CHECKING:
+    from flm_megatron.model.teleflm import TeleFLM
+
 Request = TypeVar("Request", GenerationRequest, ScoringRequest)
 Result = TypeVar("Result", Completion, Likelihood)
+T = TypeVar("T")
 Asked = tuple[list[GenerationRequest], list[ScoringRequest]]
 """What rank 0 asks of all ranks: one of the two; neither ends the session."""
 NOTHING: Asked = ([], [])
 
 
 class Session:
-    """The model of a checkpoint under the current layout; `batch` requests go through it at a time.
+    """A model under the current layout, one chunk or those of virtual pipeline stages; `batch` requests go through it
+    at a time.
 
     Rank 0 calls `generate` and `score`, every other rank `serve`, until rank 0 calls `close`.
     """
 
-    def __init__(
-        self, evaluated: EvaluatedCheckpoint, parallel: ParallelConfig, precision: str | None = None, batch: int = 1
-    ) -> None:
-        self.tokenizer, self.batch = evaluated.tokenizer, batch
-        self._chunk = load_model(evaluated, parallel, precision)
+    def __init__(self, chunks: Sequence[TeleFLM], tokenizer: Tokenizer, batch: int = 1) -> None:
+        self.tokenizer, self.batch = tokenizer, batch
+        self._chunks = chunks
 
     def generate(self, requests: Sequence[GenerationRequest], on_text: OnText | None = None) -> list[Completion]:
-        """Completions in the order of the requests. `on_text` gets the text of rank 0's own replica only."""
+        """Completions in the order of the requests. `on_text` gets the text of rank 0's own replica only.
+
+        Raises RequestError for a model in several chunks, which have no cache.
+        """
+        if requests and len(self._chunks) > 1:
+            raise RequestError(
+                f"{len(self._chunks)} virtual pipeline stages: no text can be generated under them, as each forward "
+                "pass is one of several micro-batches; evaluate a saved checkpoint instead"
+            )
         return self._answer((list(requests), []), on_text)[0] if requests else []
 
     def score(self, requests: Sequence[ScoringRequest]) -> list[Likelihood]:
@@ -55,8 +68,8 @@ class Session:
     def _answer(self, asked: Asked, on_text: OnText | None = None) -> tuple[list[Completion], list[Likelihood]]:
         """On every rank: answer what rank 0 asks, in the order of its requests."""
         to_complete, to_score = broadcast(asked)
-        completions = self._shared(to_complete, lambda batch: generate(self._chunk, self.tokenizer, batch, on_text))
-        return completions, self._shared(to_score, lambda batch: score(self._chunk, batch))
+        completions = self._shared(to_complete, lambda batch: generate(self._chunks[0], self.tokenizer, batch, on_text))
+        return completions, self._shared(to_score, lambda batch: score(self._chunks, batch))
 
     def _shared(self, requests: list[Request], run: Callable[[list[Request]], list[Result]]) -> list[Result]:
         """The results of all requests, of which each replica does its shard of the batches."""
@@ -84,10 +97,15 @@ def hold_session(
     lead: Callable[[Session], int],
 ) -> int:
     """On every rank: load the model; rank 0 runs `lead` with it, the others serve. Returns the exit status."""
-    session = Session(evaluated, parallel, precision, batch)
+    session = Session([load_model(evaluated, parallel, precision)], evaluated.tokenizer, batch)
+    return lead_session(session, lead) or 0
+
+
+def lead_session(session: Session, lead: Callable[[Session], T]) -> T | None:
+    """On every rank: rank 0 runs `lead`, whose result it gets, the others serve it until then."""
     if dist.get_rank() != 0:
         session.serve()
-        return 0
-    status = lead(session)
+        return None
+    result = lead(session)
     session.close()
-    return status
+    return result

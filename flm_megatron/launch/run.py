@@ -153,6 +153,7 @@ def train_stages(run: RunConfig, only: str | None, start: Start | None, copies: 
     False means that a signal stopped it after saving.
     """
     from flm_megatron.distributed.processes import Processes
+    from flm_megatron.evaluation.while_training import evaluation_hooks
     from flm_megatron.training.resume.live import LiveBoundary
     from flm_megatron.training.resume.start import find_start
     from flm_megatron.training.stage import train_stage
@@ -160,7 +161,7 @@ def train_stages(run: RunConfig, only: str | None, start: Start | None, copies: 
     live = LiveBoundary() if run.checkpoint.live_boundaries else None
     goes_on = True
     while start is not None and goes_on:
-        goes_on = train_stage(run, start, copies, live)
+        goes_on = train_stage(run, start, copies, live, evaluation_hooks)
         start = Processes().on_first(partial(find_start, run, only))
         if start is not None and copies is not None:
             start = copies.newer(start, only)
@@ -182,7 +183,9 @@ def write_run_file(run: RunConfig) -> None:
 
 def _train_child(data: JsonObject, start: Start, fences: tuple[Fence, ...]) -> int:
     """In a started process: train the stage, under the leases of the parent process."""
+    from flm_megatron.evaluation.while_training import evaluation_hooks
     from flm_megatron.training.stage import train_stage
 
     with fenced(fences):
-        return FINISHED if train_stage(run_from_dict(data), start) else STOPPED
+        finished = train_stage(run_from_dict(data), start, more_hooks=evaluation_hooks)
+    return FINISHED if finished else STOPPED

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice, repeat
 from typing import TypeVar
 
 import torch
@@ -31,9 +33,15 @@ class Batch:
     hidden: Tensor | None = None
 
 
+Chunks = ModelChunk | Sequence[ModelChunk]
+"""The model on this rank: one chunk, or those of its virtual pipeline stages in order."""
+SEQUENCE_PARALLEL = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+"""Attributes by which the engine's modules know that sequences are cut over tensor-parallel ranks."""
+
+
 @torch.no_grad()
 def forward(
-    chunk: ModelChunk, batches: Iterable[Batch], count: int, finish: Callable[[Batch, Tensor], Result]
+    chunks: Chunks, batches: Iterable[Batch], count: int, finish: Callable[[Batch, Tensor], Result]
 ) -> list[Result]:
     """Run `count` batches of one shape through the pipeline; returns results of `finish` on its last rank, else
     nothing.
@@ -41,31 +49,37 @@ def forward(
     `finish(batch, output)` gets losses [batch, sequence] in nats, or logits [batch, positions, true vocabulary] on
     every tensor-parallel rank.
     """
-    return _run(chunk, batches, count, finish, backward=False)
+    return _run(chunks, batches, count, finish, backward=False)
 
 
 @torch.enable_grad()
 def forward_and_backward(
-    chunk: ModelChunk, batches: Iterable[Batch], count: int, finish: Callable[[Batch, Tensor], Result]
+    chunks: Chunks, batches: Iterable[Batch], count: int, finish: Callable[[Batch, Tensor], Result]
 ) -> list[Result]:
     """As `forward`, of batches with labels, each followed by the backward pass of the sum of its losses.
 
     Gradients go to whatever asks for them: parameters, or hooks on what layers compute.
     """
-    return _run(chunk, batches, count, finish, backward=True)
+    return _run(chunks, batches, count, finish, backward=True)
 
 
 def _run(
-    chunk: ModelChunk,
+    chunks: Chunks,
     batches: Iterable[Batch],
     count: int,
     finish: Callable[[Batch, Tensor], Result],
     backward: bool,
 ) -> list[Result]:
+    chunks = chunks if isinstance(chunks, Sequence) else [chunks]
     batches = iter(batches)
     first = next(batches, None)
     if first is None or count == 0:
         return []
+    # The interleaved schedule wants whole groups of micro-batches: what is run besides is not reported.
+    size = parallel_state.get_pipeline_model_parallel_world_size() if len(chunks) > 1 else 1
+    whole = -(-count // size) * size
+    assert whole == count or not backward, "gradients of what is run besides would count"
+    held = list(islice(chain([first], batches, repeat(first)), whole)) if len(chunks) > 1 else chain([first], batches)
 
     def step(data: Iterator[Batch], model: ModelChunk) -> tuple[Tensor, Report[Result]]:
         """The engine's forward step over one batch."""
@@ -85,18 +99,32 @@ def _run(
 
     return forward_backward(
         step,
-        [_chain(first, batches)],
-        [chunk],
-        micro_batches=count,
+        [iter(held) for _ in chunks],
+        chunks,
+        micro_batches=whole,
         micro_batch=first.tokens.shape[0],
         sequence_length=first.tokens.shape[1],
         forward_only=not backward,
-    )
+    )[:count]
 
 
-def _chain(first: Batch, rest: Iterator[Batch]) -> Iterator[Batch]:
-    yield first
-    yield from rest
+@contextmanager
+def whole_sequences(chunks: Sequence[ModelChunk]) -> Iterator[None]:
+    """During the block sequences are not cut over tensor-parallel ranks: any length will do, and a cache is possible.
+
+    (The engine's own `set_model_to_sequence_parallel` remembers models by address, which the next stage's may have.)
+    """
+    modules = [module for chunk in chunks for module in chunk.modules()]
+    configs = [module.config for module in modules if hasattr(module, "config")]
+    holders = {(id(holder), name): holder for holder in (*modules, *configs) for name in SEQUENCE_PARALLEL}
+    cut = [(holder, name) for (_, name), holder in holders.items() if getattr(holder, name, False) is True]
+    for holder, name in cut:
+        setattr(holder, name, False)
+    try:
+        yield
+    finally:
+        for holder, name in cut:
+            setattr(holder, name, True)
 
 
 def is_output_rank() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -39,7 +40,7 @@ from flm_megatron.model.engine_config import DTYPES
 from flm_megatron.optim.learning_rate import learning_rate, set_learning_rates
 from flm_megatron.training.distillation.source import open_teacher
 from flm_megatron.training.distillation.teacher import Teacher
-from flm_megatron.training.hooks import stage_hooks
+from flm_megatron.training.hooks import Hook, stage_hooks
 from flm_megatron.training.hooks.saving import Saving
 from flm_megatron.training.metrics.events import GrowthEvent, NewLevelEvent, RefusedEvent, RestartEvent, StepEvent
 from flm_megatron.training.metrics.flops import training_flops_per_token
@@ -64,13 +65,18 @@ RECENT_STEPS = 20
 
 
 def train_stage(
-    run: RunConfig, start: Start, copies: MemoryCopies | None = None, live: LiveBoundary | None = None
+    run: RunConfig,
+    start: Start,
+    copies: MemoryCopies | None = None,
+    live: LiveBoundary | None = None,
+    more_hooks: Callable[[RunConfig], Sequence[Hook]] = lambda run: (),
 ) -> bool:
     """Train the stage of `start`, on every rank of the world; returns whether the run may go on.
 
     False means that a signal asked for a stop, perhaps in the stage's last step, and a checkpoint was saved. With
     `copies` the state is also kept in memory, and the stage continues from copies that were found there. With `live`
-    it begins from the memory of the stage before, and leaves its own state there for the next.
+    it begins from the memory of the stage before, and leaves its own state there for the next. `more_hooks` makes
+    those that a room above brings.
 
     Raises:
         RequestError: a kernel that the run file asks for by name, or FP8 in any of its stages, is not there.
@@ -83,7 +89,7 @@ def train_stage(
         with Layouts(run.distributed.timeout_s) as under:
             beginning = begin(run, start, under, copies.checkpoint if copies else None, live)
             with under(beginning.stage.parallel), stop_on_signal() as stop:
-                trainer = StageTrainer(run, start, beginning, copies)
+                trainer = StageTrainer(run, start, beginning, copies, more_hooks(run))
                 if live:
                     live.release()
                 try:
@@ -105,7 +111,14 @@ def train_stage(
 class StageTrainer:
     """A stage in training: its model with its optimizer, its position in the stream, its log and its checkpoints."""
 
-    def __init__(self, run: RunConfig, start: Start, beginning: Beginning, copies: MemoryCopies | None = None) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        start: Start,
+        beginning: Beginning,
+        copies: MemoryCopies | None = None,
+        more_hooks: Sequence[Hook] = (),
+    ) -> None:
         self.index, self.step, self.start = start.stage, start.step, start
         self.budgets = stage_budgets(run, start.history)
         self.budget = self.budgets[start.stage]
@@ -126,7 +139,7 @@ class StageTrainer:
         self.copies = copies
         self.teacher: Teacher | None = None
         self.saving = Saving(self)
-        self.hooks = stage_hooks(self, copies)
+        self.hooks = stage_hooks(self, copies, more_hooks)
         self.stream = training_stream(run, self.index, start.history)
         self.validation_sha256 = validation_hashes(run)
 

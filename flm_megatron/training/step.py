@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -110,13 +110,23 @@ class TrainState:
     def validation_loss(self, batches: Iterator[list[Batch]]) -> float:
         """Mean loss over all unmasked tokens of the batches, in nats; the same on every rank."""
         total, count = 0.0, 0
-        _set_training(self.chunks, False)
-        with torch.no_grad():
+        with self.evaluating():
             for group in batches:
                 sums = self._losses(group, forward_only=True)
                 total, count = total + sums.loss, count + sums.tokens
-        _set_training(self.chunks, True)
         return total / max(count, 1)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """During the block the model is in evaluation mode, and nothing is kept for a backward pass."""
+        for chunk in self.chunks:
+            chunk.train(False)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for chunk in self.chunks:
+                chunk.train(True)
 
     def _losses(self, batches: list[Batch], forward_only: bool) -> WorldSums:
         """Losses and tokens over all ranks."""
@@ -173,8 +183,3 @@ def _distilled(
     mixed = (1 - distill.weight) * total + distill.weight * distill.temperature**2 * divergence
     _, tokens, reported = _with_tokens(mask, total)
     return mixed, tokens, torch.cat([reported, divergence.detach().double().view(1)])
-
-
-def _set_training(chunks: Sequence[ModelChunk], training: bool) -> None:
-    for chunk in chunks:
-        chunk.train(training)

@@ -14,6 +14,7 @@ from itertools import pairwise
 
 from flm_megatron.config.ranges import LARGEST_COUNT, LARGEST_SEQUENCE, LARGEST_WORLD, out_of_range
 from flm_megatron.config.rules.distillation import DISTILLATION_RULES
+from flm_megatron.config.rules.evaluation import EVALUATION_RULES
 from flm_megatron.config.rules.layout import LAYOUT_RULES, layout_sizes_are_counts
 from flm_megatron.config.rules.model import MODEL_RULES, model_sizes_are_counts
 from flm_megatron.config.rules.schedule import SCHEDULE_RULES, STABILITY_RULES, VALUE_RULES
@@ -354,6 +355,7 @@ RUN_RULES = (
     shrink_measures_are_counts,
     passes_are_bounded,
     *DISTILLATION_RULES,
+    *EVALUATION_RULES,
 )
 SHAPE_RULES = (other_shapes_grow, sequences_have_positions)
 """Those that compute with the sizes of models."""

@@ -6,6 +6,7 @@ budgets are tokens, times are seconds. Nothing here imports torch.
 """
 
 from flm_megatron.config.schema.data import ChatConfig, DataConfig, MixConfig, SourceConfig
+from flm_megatron.config.schema.evaluation import EvaluationConfig, TextConfig
 from flm_megatron.config.schema.hardware import DistributedConfig, KernelsConfig, ParallelConfig
 from flm_megatron.config.schema.model import LoraConfig, ModelConfig, MupConfig, RopeScaling
 from flm_megatron.config.schema.optimizer import OptimizerConfig, ScheduleConfig
@@ -25,6 +26,7 @@ __all__ = [
     "DataConfig",
     "DistillConfig",
     "DistributedConfig",
+    "EvaluationConfig",
     "GrowthConfig",
     "KernelsConfig",
     "LoggingConfig",
@@ -42,5 +44,6 @@ __all__ = [
     "SourceConfig",
     "StabilityConfig",
     "StageConfig",
+    "TextConfig",
     "ValidationConfig",
 ]

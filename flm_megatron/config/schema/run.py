@@ -6,6 +6,7 @@ from dataclasses import field
 
 from flm_megatron.config.numbers import dataclass
 from flm_megatron.config.schema.data import DataConfig
+from flm_megatron.config.schema.evaluation import EvaluationConfig
 from flm_megatron.config.schema.hardware import DistributedConfig, KernelsConfig
 from flm_megatron.config.schema.settings import SETTINGS
 from flm_megatron.config.schema.stage import StageConfig
@@ -81,6 +82,8 @@ class RunConfig:
     """Saving and starting checkpoints."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Metrics and logs."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Evaluation on the ranks that train, between steps."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """Processes and timeouts."""
     kernels: KernelsConfig = field(default_factory=KernelsConfig)

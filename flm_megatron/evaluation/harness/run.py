@@ -6,13 +6,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from flm_megatron.config.schema import ParallelConfig
 from flm_megatron.data.conversations.template import TELE_FLM, ChatTemplate
 from flm_megatron.evaluation.evaluated import EvaluatedCheckpoint, open_evaluated
 from flm_megatron.evaluation.harness.tasks import load_tasks, task_files
 from flm_megatron.evaluation.session import Session, hold_session
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
 
 Metrics = Mapping[str, object]
 """What a task has by `METRIC,FILTER`: numbers, and its name as `alias`."""
@@ -84,26 +88,54 @@ def evaluate(request: HarnessRequest) -> int:
     return 0
 
 
-def _run(request: HarnessRequest, session: Session, evaluated: EvaluatedCheckpoint) -> Result:
-    """What lm-evaluation-harness makes of one checkpoint. On rank 0 only."""
+@dataclass(frozen=True)
+class Questions:
+    """What lm-evaluation-harness asks: tasks by name, which the manager knows, or as built, and how.
+
+    With `templated` each question is put into the chat template; with `samples` each answer is returned.
+    """
+
+    tasks: Sequence[str | Task]
+    manager: TaskManager | None = None
+    fewshot: int | None = None
+    limit: int | None = None
+    templated: bool = False
+    samples: bool = False
+
+
+def ask(questions: Questions, session: Session, context: int, template: ChatTemplate) -> Result:
+    """What lm-evaluation-harness makes of the session's model, in contexts of at most that many tokens. On rank 0."""
     from lm_eval.evaluator import simple_evaluate
 
     from flm_megatron.evaluation.harness.model import HarnessModel
 
-    template = ChatTemplate(request.template or TELE_FLM, evaluated.tokenizer)
-    with task_files(request.tasks_folder, request.network):
-        result = simple_evaluate(
-            HarnessModel(session, evaluated.window(request.context), template),
-            tasks=list(request.tasks),
-            task_manager=load_tasks(request.tasks, request.tasks_folder),
-            num_fewshot=request.fewshot,
-            limit=request.limit,
-            apply_chat_template=request.template is not None,
-            log_samples=request.samples is not None,
-            bootstrap_iters=1000,
-        )
+    result = simple_evaluate(
+        HarnessModel(session, context, template),
+        tasks=list(questions.tasks),
+        task_manager=questions.manager,
+        num_fewshot=questions.fewshot,
+        limit=questions.limit,
+        apply_chat_template=questions.templated,
+        log_samples=questions.samples,
+        bootstrap_iters=1000,
+    )
     assert result is not None
     return result
+
+
+def _run(request: HarnessRequest, session: Session, evaluated: EvaluatedCheckpoint) -> Result:
+    """What lm-evaluation-harness makes of one checkpoint. On rank 0 only."""
+    template = ChatTemplate(request.template or TELE_FLM, evaluated.tokenizer)
+    with task_files(request.tasks_folder, request.network):
+        questions = Questions(
+            request.tasks,
+            load_tasks(request.tasks, request.tasks_folder),
+            request.fewshot,
+            request.limit,
+            templated=request.template is not None,
+            samples=request.samples is not None,
+        )
+        return ask(questions, session, evaluated.window(request.context), template)
 
 
 def _show(request: HarnessRequest, found: Mapping[str, Result]) -> None:
@@ -122,11 +154,7 @@ def _show(request: HarnessRequest, found: Mapping[str, Result]) -> None:
 def table(scores: Mapping[str, Mapping[str, Metrics]]) -> list[str]:
     """A row for each task's metric with its standard error, a column for each checkpoint."""
     rows = dict.fromkeys(
-        (task, key)
-        for tasks in scores.values()
-        for task, metrics in tasks.items()
-        for key, value in metrics.items()
-        if isinstance(value, float) and "_stderr" not in key
+        (task, key) for tasks in scores.values() for task, metrics in tasks.items() for key in _measured(metrics)
     )
     width = max((len(task) + len(key) + 1 for task, key in rows), default=0)
     columns = [max(18, len(name)) for name in scores]
@@ -136,6 +164,20 @@ def table(scores: Mapping[str, Mapping[str, Metrics]]) -> list[str]:
         label = f"{task} {key.removesuffix(',none')}"
         lines.append(f"{label:{width}} " + " ".join(f"{x:>{c}}" for x, c in zip(cells, columns, strict=True)))
     return lines
+
+
+def scores_of(results: Mapping[str, Metrics]) -> dict[str, float]:
+    """The score of each task's metric under TASK/METRIC, with the name of its filter where it has one."""
+    return {
+        f"{task}/{key.removesuffix(',none')}": value
+        for task, metrics in results.items()
+        for key, value in _measured(metrics).items()
+    }
+
+
+def _measured(metrics: Metrics) -> dict[str, float]:
+    """A task's metrics by `METRIC,FILTER`, without their standard errors."""
+    return {key: value for key, value in metrics.items() if isinstance(value, float) and "_stderr" not in key}
 
 
 def _cell(metrics: Metrics, key: str) -> str:

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flm_megatron.errors import RequestError
+from flm_megatron.errors import RequestError, one_line
 
 if TYPE_CHECKING:
+    from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
 
 INSTALL = "lm_eval is not installed: pip install 'flm_megatron[eval]'"
@@ -62,6 +63,11 @@ def load_tasks(names: Sequence[str], folder: Path | None) -> TaskManager:
     return manager
 
 
+def generating(task: Task) -> bool:
+    """Whether a task lets the model write, rather than asking how likely given texts are."""
+    return task.get_config("output_type") == "generate_until"
+
+
 def _own_tasks(folder: Path) -> list[str]:
     from lm_eval.tasks import TaskManager
 
@@ -79,7 +85,7 @@ def _build(manager: TaskManager, name: str) -> None:
             ) from None
         if isinstance(error, FileNotFoundError):
             raise RequestError(f"task {name!r}: {' '.join(str(error).split())}") from None
-        raise
+        raise RequestError(one_line(f"task {name!r} cannot be built: {type(error).__name__}: {error}")) from error
 
 
 def _wants_network(error: BaseException | None) -> bool:

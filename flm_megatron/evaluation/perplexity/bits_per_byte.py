@@ -17,10 +17,9 @@ from torch import Tensor
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.device import current
 from flm_megatron.engine import parallel_state
-from flm_megatron.engine.types import ModelChunk
 from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.perplexity.windows import sliding_windows, window_batch
-from flm_megatron.model.forward import Batch, forward, is_output_rank
+from flm_megatron.model.forward import Batch, Chunks, forward, is_output_rank
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class WindowSettings:
 
 
 def score_documents(
-    chunk: ModelChunk, tokenizer: Tokenizer, documents: Sequence[str], settings: WindowSettings
+    chunks: Chunks, tokenizer: Tokenizer, documents: Sequence[str], settings: WindowSettings
 ) -> DomainScore:
     """Score of a domain's documents, the same on every rank; data-parallel ranks share the windows.
 
@@ -64,7 +63,7 @@ def score_documents(
     length = max((window.end - window.start for _, window in windows), default=0)
     groups = [windows[start : start + settings.batch] for start in range(0, len(windows), settings.batch)][rank::size]
     batches = (window_batch(group, settings.batch, length) for group in groups)
-    outputs = forward(chunk, batches, len(groups), _sum)
+    outputs = forward(chunks, batches, len(groups), _sum)
     sums = torch.zeros(2, dtype=torch.float64)
     if is_output_rank() and outputs:
         sums = torch.stack(outputs).sum(0)

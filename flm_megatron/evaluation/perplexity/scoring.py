@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flm_megatron.engine.types import ModelChunk
-from flm_megatron.model.forward import Batch, forward
+from flm_megatron.model.forward import Batch, Chunks, forward
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Likelihood:
     greedy: bool
 
 
-def score(chunk: ModelChunk, requests: Sequence[ScoringRequest]) -> list[Likelihood]:
+def score(chunks: Chunks, requests: Sequence[ScoringRequest]) -> list[Likelihood]:
     """Score a batch of requests; results at the end of the pipeline, nothing elsewhere."""
     length = max(len(request.ids) for request in requests) - 1
     tokens = torch.zeros(len(requests), length, dtype=torch.long)
@@ -41,7 +40,7 @@ def score(chunk: ModelChunk, requests: Sequence[ScoringRequest]) -> list[Likelih
         """Likelihoods of all rows."""
         return [_likelihood(request, logits[row]) for row, request in enumerate(requests)]
 
-    outputs = forward(chunk, [Batch(tokens)], 1, finish)
+    outputs = forward(chunks, [Batch(tokens)], 1, finish)
     return outputs[0] if outputs else []
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from flm_megatron.training.hooks.hook import Hook, load_hook
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 __all__ = ["Hook", "load_hook", "stage_hooks"]
 
 
-def stage_hooks(trainer: StageTrainer, copies: MemoryCopies | None) -> list[Hook]:
-    """The hooks that this stage needs, then those of the run file; saving and copying come after all that only read."""
+def stage_hooks(trainer: StageTrainer, copies: MemoryCopies | None, more: Sequence[Hook] = ()) -> list[Hook]:
+    """The hooks that this stage needs, `more` of a room above, then those of the run file; saving and copying come
+    after all that only read."""
     from flm_megatron.training.hooks.growth_health import MeasureGrowth
     from flm_megatron.training.hooks.layer_norms import LayerNorms
     from flm_megatron.training.hooks.masks import OpenMasks
@@ -37,6 +39,7 @@ def stage_hooks(trainer: StageTrainer, copies: MemoryCopies | None) -> list[Hook
         hooks.append(LayerNorms())
     if stage.validation.samples:
         hooks.append(Validation(trainer))
+    hooks += more
     hooks += [load_hook(path)() for path in trainer.run.hooks]
     hooks.append(trainer.saving)
     if copies:

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from flm_megatron.training.metrics.log import duration
 
 FILE = "goodput.jsonl"
-Stall = Literal["save", "copy", "validation", "replicas", "rollback"]
+Stall = Literal["save", "copy", "validation", "evaluation", "replicas", "rollback"]
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,7 @@ class Goodput:
             "saving": self.stalls_s["save"],
             "copying to memory": self.stalls_s["copy"],
             "validation": self.stalls_s["validation"],
+            "evaluation": self.stalls_s["evaluation"],
             "comparing replicas": self.stalls_s["replicas"],
             "rolling back": self.stalls_s["rollback"],
             "starting": self.start_s,

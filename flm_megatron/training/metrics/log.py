@@ -82,9 +82,8 @@ class MetricsLog:
         """Write a line of `metrics.jsonl`; its numbers become TensorBoard scalars if it names a stage."""
         print(line_text(line), file=self._jsonl, flush=True)
         if self._writer is not None and line.stage is not None:
-            for name, value in line.to_json().items():
-                if isinstance(value, float):
-                    self._writer.add_scalar(f"{line.stage}/{name}", value, line.step)
+            for name, value in line.scalars().items():
+                self._writer.add_scalar(f"{line.stage}/{name}", value, line.step)
 
     def record(self, values: Mapping[str, object]) -> None:
         """Write a hook's line unchanged; if it names `stage` and `step` its numbers go to TensorBoard too."""

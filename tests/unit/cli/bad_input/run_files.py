@@ -98,6 +98,16 @@ RULES = [
     Row("train run.yaml --checkpoint.keep_last 0", "keep_last is 0"),
     Row("train run.yaml --logging.interval_steps 0", "logging.interval_steps is 0"),
     Row("train run.yaml --logging.growth_health -1", "logging.growth_health is -1"),
+    Row("train run.yaml --evaluation.interval_steps 2", "nothing is named to evaluate"),
+    Row("train run.yaml --evaluation.texts '[{path: missing.txt}]'", "missing.txt"),
+    Row("train run.yaml --evaluation.prompts '[def, \"\"]'", "evaluation.prompts.1 is empty"),
+    Row("train run.yaml --evaluation.prompts [def] --evaluation.stride 1000", "evaluation.stride is 1000"),
+    Row("train run.yaml --evaluation.tasks [prose] --evaluation.tasks_folder nowhere", "nowhere is not there"),
+    Row(
+        "train run.yaml --evaluation.prompts [def] --stages.0.parallel.pipeline 2"
+        " --stages.0.parallel.virtual_pipeline 2 --stages.0.model.num_layers 4",
+        "cannot be completed under stages.0.parallel.virtual_pipeline 2",
+    ),
     Row("train run.yaml --data.train.0.weight -1", "data.train: weight is -1.0"),
     Row("train run.yaml --data.train.0.epochs 1e9", "give at most 10000"),
     Row("train run.yaml --stages.0.stability.window_steps 10000000000", "window_steps is 10000000000"),

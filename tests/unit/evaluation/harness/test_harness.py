@@ -23,6 +23,7 @@ from flm_megatron.data.conversations.template import TELE_FLM, ChatTemplate
 from flm_megatron.distributed.world import one_process
 from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.harness.model import HarnessModel
+from flm_megatron.evaluation.model import load_model
 from flm_megatron.evaluation.session import Session
 from tests.support.evaluation_cases import TEXT, evaluated_in, make_folder, reference_model
 
@@ -50,7 +51,7 @@ def with_model(folder: Path, ask: Callable[[HarnessModel], Any], batch: int = 3)
     """What `ask` makes of the harness's model over the folder's weights."""
     evaluated = evaluated_in(folder)
     with one_process():
-        session = Session(evaluated, ParallelConfig(), None, batch)
+        session = Session([load_model(evaluated, ParallelConfig())], evaluated.tokenizer, batch)
         return ask(HarnessModel(session, CONTEXT, ChatTemplate(TELE_FLM, evaluated.tokenizer)))
 
 

@@ -16,6 +16,7 @@ from flm_megatron.growth.record import Certificate, Comparison
 from flm_megatron.training.metrics import events
 from flm_megatron.training.metrics.events import (
     ChangeEvent,
+    EvaluationEvent,
     GrowthEvent,
     GrowthHealthEvent,
     Line,
@@ -73,6 +74,11 @@ CASES: list[tuple[MetricsEvent, str]] = [
         GrowthHealthEvent(*AT, {"layer_000": {"update_old": 0.01, "update_new": 0.5}}),
         ', "growth_health": {"layer_000": {"update_old": 0.01, "update_new": 0.5}}',
     ),
+    (
+        EvaluationEvent(*AT, {"bits_per_byte/prose": 3.5}, (("def", " main"),)),
+        ', "evaluation": {"bits_per_byte/prose": 3.5}, "completions": [{"prompt": "def", "text": " main"}]',
+    ),
+    (EvaluationEvent(*AT, {"completion/acc": 0.5}), ', "evaluation": {"completion/acc": 0.5}'),
 ]
 
 
@@ -124,6 +130,9 @@ def test_a_kind_that_is_not_known_is_kept_as_it_is(values: dict[str, Any]) -> No
         (PLACE + ', "val_loss": 1, "val_loss/a": null}', "no number as val_loss/a"),
         (PLACE + ', "growth_health": {"layer_000": {"update_old": "low"}}}', "no number as update_old"),
         (PLACE + ', "growth_health": [1]}', "no parts in growth_health"),
+        (PLACE + ', "evaluation": 1}', "no numbers in evaluation"),
+        (PLACE + ', "evaluation": {"a/acc": "high"}}', "no number as a/acc"),
+        (PLACE + ', "evaluation": {}, "completions": [{"prompt": "def"}]}', "no prompts and texts in completions"),
         (PLACE + ', "certificate": null, "layer_distances": ["far"]}', "no numbers as layer_distances"),
         (PLACE + ', "changed": {"what": "x", "now": 1}}', "no before in changed"),
         (PLACE + ', "changed": 1}', "no what in changed"),
