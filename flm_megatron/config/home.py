@@ -41,6 +41,8 @@ def _paths(run: RunConfig) -> Iterator[tuple[object, str, str]]:
     for index, stage in enumerate(run.stages):
         if stage.shrink is not None:
             fields.append((stage.shrink, "importance", f"stages.{index}.shrink.importance"))
+    for index, tracker in enumerate(run.logging.trackers):
+        fields.append((tracker, "folder", f"logging.trackers.{index}.folder"))
     if run.data.chat is not None:
         fields.append((run.data.chat, "template", "data.chat.template"))
     return (field for field in fields if getattr(field[0], field[1]) is not None)

@@ -52,16 +52,19 @@ def require_installed(run: RunConfig) -> None:
     """Check that whatever the run file asks for by name can run here.
 
     Raises:
-        Mistakes: a kernel, FP8 or Transformer Engine cannot, a hook is not found, or what is to be evaluated is not.
+        Mistakes: a kernel, FP8 or Transformer Engine cannot, a hook or tracker is not found, or what is to be evaluated
+            is not.
     """
     from flm_megatron import kernels
     from flm_megatron.evaluation.while_training import check_evaluation
     from flm_megatron.kernels import fp8
     from flm_megatron.kernels.choice import require_transformer_engine
     from flm_megatron.training.hooks import load_hook
+    from flm_megatron.training.trackers.names import require_tracker
 
     checks: list[Callable[[], object]] = [partial(kernels.choose, run.kernels)]
     checks += [partial(load_hook, path) for path in run.hooks]
+    checks += [partial(require_tracker, tracker.name) for tracker in run.logging.trackers]
     for stage in run.stages:
         checks += [partial(fp8.require, stage), partial(require_transformer_engine, stage)]
     if run.evaluation.asked:

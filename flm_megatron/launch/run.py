@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +54,7 @@ def _train_locally(run: RunConfig, only: str | None, anew: bool) -> int:
     """Start fresh processes for each stage, as many as its layout needs."""
     from flm_megatron.launch.branch import bring_metrics, require_no_branch_in_training
     from flm_megatron.launch.run_lease import run_lease
+    from flm_megatron.launch.tracking import tracked
     from flm_megatron.training.distillation.source import check_teachers
     from flm_megatron.training.resume import live, memory_copies
     from flm_megatron.training.resume.start import checked_start, has_checkpoints, set_aside
@@ -73,7 +75,11 @@ def _train_locally(run: RunConfig, only: str | None, anew: bool) -> int:
             print(memory_copies.NOT_USED, flush=True)
         if run.checkpoint.live_boundaries and start is not None and start.stage + 1 < len(run.stages):
             print(live.NOT_USED, flush=True)
-        return _train_what_is_left(run, only, start)
+        with tracked(run) as tracking:
+            status = _train_what_is_left(run, only, start)
+            if tracking:
+                tracking.status = "finished" if status == FINISHED else "stopped"
+            return status
 
 
 def _train_what_is_left(run: RunConfig, only: str | None, start: Start | None) -> int:
@@ -127,18 +133,28 @@ def _train_as_rank(run: RunConfig, only: str | None) -> int:
     from flm_megatron.launch.heartbeat import heartbeat
     from flm_megatron.launch.outcome import report_end
     from flm_megatron.launch.run_lease import run_lease
+    from flm_megatron.launch.tracking import tracked
     from flm_megatron.training.distillation.source import check_teachers
     from flm_megatron.training.resume.memory_copies import first_start, memory_copies
 
     check(run, int(os.environ["WORLD_SIZE"]), stages=[only] if only else None)
-    with world(run.distributed), heartbeat(run.distributed.timeout_s), run_lease(run), memory_copies(run) as copies:
+    with (
+        ExitStack() as last,  # other ranks do not wait for trackers
+        world(run.distributed),
+        heartbeat(run.distributed.timeout_s),
+        run_lease(run),
+        memory_copies(run) as copies,
+    ):
         start = first_start(run, only, copies)
         if start is not None and any(stage.distill for stage in run.stages):
             Processes().on_first(partial(check_teachers, run, start.stage, only))
         if is_main_rank():
             write_run_file(run)
             bring_metrics(run, start)
+        tracking = last.enter_context(tracked(run))
         finished = train_stages(run, only, start, copies)
+        if tracking:
+            tracking.status = "finished" if finished else "stopped"
         training_ended(*((FINISHED, "") if finished else (STOPPED, SAVED)))
         if is_main_rank():
             report_end(run, FINISHED if finished else STOPPED)

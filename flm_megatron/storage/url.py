@@ -37,14 +37,14 @@ def shown(url: FilePath) -> str:
     start, _, rest = text.partition("://")
     rest, hidden = re.split(r"[?#]", rest, maxsplit=1)[0], re.search(r"[?#]", rest) is not None
     host, slash, path = rest.partition("/")
-    kept = _host(host)
+    kept = _host(host, web=start.lower() in ("http", "https"))
     return f"{start}://{kept}{slash}{path}" + (f"?{HIDDEN}" if hidden else "")
 
 
-def _host(host: str) -> str:
+def _host(host: str, web: bool) -> str:
     """CONTAINER@ACCOUNT of abfs:// is a name; what has a password, or stands before a host of the web, is none."""
     user, at, name = host.rpartition("@")
-    return f"{HIDDEN}@{name}" if at and ":" in user else host
+    return f"{HIDDEN}@{name}" if at and (web or ":" in user) else host
 
 
 def redacted(text: str) -> str:
@@ -55,7 +55,9 @@ def redacted(text: str) -> str:
     return text
 
 
-SECRET_NAME = re.compile(r"SECRET|PASSWORD|PASSWD|TOKEN|API_?KEY|ACCOUNT_KEY|CONNECTION_STRING|SAS", re.IGNORECASE)
+SECRET_NAME = re.compile(
+    r"SECRET|PASSWORD|PASSWD|TOKEN|API_?KEY|ACCOUNT_KEY|CONNECTION_STRING|SAS|OTLP\w*HEADERS", re.IGNORECASE
+)
 SHORTEST_SECRET = 8
 
 

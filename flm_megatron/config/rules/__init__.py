@@ -17,6 +17,7 @@ from flm_megatron.config.rules.distillation import DISTILLATION_RULES
 from flm_megatron.config.rules.evaluation import EVALUATION_RULES
 from flm_megatron.config.rules.layout import LAYOUT_RULES, layout_sizes_are_counts
 from flm_megatron.config.rules.model import MODEL_RULES, model_sizes_are_counts
+from flm_megatron.config.rules.reporting import REPORTING_RULES
 from flm_megatron.config.rules.schedule import SCHEDULE_RULES, STABILITY_RULES, VALUE_RULES
 from flm_megatron.config.schema import RunConfig, SourceConfig, StageConfig
 from flm_megatron.errors import Mistakes
@@ -356,6 +357,7 @@ RUN_RULES = (
     passes_are_bounded,
     *DISTILLATION_RULES,
     *EVALUATION_RULES,
+    *REPORTING_RULES,
 )
 SHAPE_RULES = (other_shapes_grow, sequences_have_positions)
 """Those that compute with the sizes of models."""

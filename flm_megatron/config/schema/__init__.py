@@ -1,8 +1,8 @@
 """The run file as typed dataclasses: every field has a type, a default and a docstring, which is its help text.
 
-One file per topic: `model`, `data`, `optimizer`, `hardware` (layout, processes, kernels), `stage`, and `run`, which
-holds them all. `config.loader` reads YAML into these, `config.rules` checks what types cannot say. Sizes are counts,
-budgets are tokens, times are seconds. Nothing here imports torch.
+One file per topic: `model`, `data`, `optimizer`, `hardware` (layout, processes, kernels), `stage`, `reporting`
+(trackers and their like), and `run`, which holds them all. `config.loader` reads YAML into these, `config.rules`
+checks what types cannot say. Sizes are counts, budgets are tokens, times are seconds. Nothing here imports torch.
 """
 
 from flm_megatron.config.schema.data import ChatConfig, DataConfig, MixConfig, SourceConfig
@@ -10,6 +10,7 @@ from flm_megatron.config.schema.evaluation import EvaluationConfig, TextConfig
 from flm_megatron.config.schema.hardware import DistributedConfig, KernelsConfig, ParallelConfig
 from flm_megatron.config.schema.model import LoraConfig, ModelConfig, MupConfig, RopeScaling
 from flm_megatron.config.schema.optimizer import OptimizerConfig, ScheduleConfig
+from flm_megatron.config.schema.reporting import OpenTelemetryConfig, PrometheusConfig, TrackerConfig
 from flm_megatron.config.schema.run import CheckpointConfig, LoggingConfig, MemoryConfig, RunConfig
 from flm_megatron.config.schema.stage import (
     DistillConfig,
@@ -35,8 +36,10 @@ __all__ = [
     "MixConfig",
     "ModelConfig",
     "MupConfig",
+    "OpenTelemetryConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PrometheusConfig",
     "RopeScaling",
     "RunConfig",
     "ScheduleConfig",
@@ -45,5 +48,6 @@ __all__ = [
     "StabilityConfig",
     "StageConfig",
     "TextConfig",
+    "TrackerConfig",
     "ValidationConfig",
 ]

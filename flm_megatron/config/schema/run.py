@@ -8,6 +8,7 @@ from flm_megatron.config.numbers import dataclass
 from flm_megatron.config.schema.data import DataConfig
 from flm_megatron.config.schema.evaluation import EvaluationConfig
 from flm_megatron.config.schema.hardware import DistributedConfig, KernelsConfig
+from flm_megatron.config.schema.reporting import OpenTelemetry, Prometheus, Tracker
 from flm_megatron.config.schema.settings import SETTINGS
 from flm_megatron.config.schema.stage import StageConfig
 
@@ -60,6 +61,12 @@ class LoggingConfig:
     growth_health: int = 0
     """Steps between measurements of a grown stage's old and new entries in every layer: norms, updates, effective
     ranks, distance from the identity; also after its first step; 0 never measures."""
+    trackers: list[Tracker] = field(default_factory=list)
+    """Experiment trackers that get metrics, run file, growths and saves, such as [wandb, mlflow] (docs/trackers.md)."""
+    prometheus: Prometheus = None
+    """An endpoint with the newest metrics; true for one at its default port."""
+    opentelemetry: OpenTelemetry = None
+    """Spans to an OpenTelemetry collector; true for the one that the OTEL_* variables name."""
 
 
 @dataclass(config=SETTINGS)

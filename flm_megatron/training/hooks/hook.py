@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-from flm_megatron.errors import RequestError, one_line
+from flm_megatron.training.user_class import user_class
 
 if TYPE_CHECKING:
     from flm_megatron.training.stage import StageTrainer
@@ -51,19 +50,4 @@ def load_hook(path: str) -> type[Hook]:
     Raises:
         RequestError: it cannot be imported, is no hook, or cannot be made without arguments.
     """
-    module, _, name = path.rpartition(".")
-    try:
-        found = getattr(import_module(module), name)
-    except Exception as error:  # the user's module may raise anything
-        raise RequestError(
-            one_line(
-                f"hooks: {path} cannot be imported: {error}; give PACKAGE.MODULE.CLASS, installed or on PYTHONPATH"
-            )
-        ) from error
-    if not (isinstance(found, type) and issubclass(found, Hook)):
-        raise RequestError(f"hooks: {path} is no hook: derive it from flm_megatron.training.hooks.Hook")
-    try:
-        found()
-    except Exception as error:
-        raise RequestError(one_line(f"hooks: {path}() cannot be made: {error}")) from error
-    return found
+    return user_class(path, Hook, "hooks")

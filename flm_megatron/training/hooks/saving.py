@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from flm_megatron.checkpoint.sharding.model_state import SaveHandle, prepare_asynchronous_save, save_state
 from flm_megatron.distributed.world import is_main_rank
 from flm_megatron.training.hooks.hook import Hook
+from flm_megatron.training.metrics.events import SaveEvent
 from flm_megatron.training.resume.start import checkpoint_store
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class Saving(Hook):
             self.store.clean([stage.name for stage in trainer.run.stages])
         start = trainer.start
         self.pending: SaveHandle | None = None
+        self.position = trainer.position()
         self.saved_step = start.step if start.step and start.source else -1
         self.saved_path = start.source if start.resumes else None
         if self.wanted.asynchronous:
@@ -62,7 +64,7 @@ class Saving(Hook):
         state = (trainer.state.chunks, trainer.state.optimizer, trainer.manifest())
         with trainer.meter.stall("save"):
             self.pending = save_state(self.saved_path, *state, self.wanted.asynchronous)
-        self.saved_step = trainer.step
+        self.saved_step, self.position = trainer.step, trainer.position()
         if not self.wanted.asynchronous:
             self.finish(trainer)
 
@@ -74,7 +76,10 @@ class Saving(Hook):
         if self.pending is None:
             return
         with trainer.meter.stall("save"):
+            path = self.pending.path
             self.pending.wait()
             self.pending = None
+            if trainer.log:
+                trainer.log.write(SaveEvent(*self.position, "/".join(path.parts[-3:])))
             if is_main_rank():
                 self.store.prune(trainer.stage.name, self.wanted.keep_last, self.wanted.keep_every_steps)

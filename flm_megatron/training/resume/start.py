@@ -44,7 +44,7 @@ from flm_megatron.training.resume.continuation import (
 from flm_megatron.training.resume.first_checkpoint import first_checkpoint
 from flm_megatron.training.resume.live import LiveBoundary
 
-MADE = ("checkpoints", "metrics.jsonl", "log.txt", "goodput.jsonl", "tensorboard", "branches")
+MADE = ("checkpoints", "metrics.jsonl", "log.txt", "goodput.jsonl", "tensorboard", "trackers", "branches")
 """Names in the output folder that a run makes and continues with."""
 
 

@@ -20,7 +20,7 @@ from flm_megatron.training.metrics.events.lines import (
     read_lines,
 )
 from flm_megatron.training.metrics.events.measures import SET, EvaluationEvent, GrowthHealthEvent, ValidationEvent
-from flm_megatron.training.metrics.events.steps import STEP_NUMBERS, NewLevelEvent, RefusedEvent, StepEvent
+from flm_megatron.training.metrics.events.steps import STEP_NUMBERS, NewLevelEvent, RefusedEvent, SaveEvent, StepEvent
 
 __all__ = [
     "FILE",
@@ -37,6 +37,7 @@ __all__ = [
     "OtherEvent",
     "RefusedEvent",
     "RestartEvent",
+    "SaveEvent",
     "StepEvent",
     "ValidationEvent",
     "Values",

@@ -12,7 +12,7 @@ from flm_megatron.json_text import parse_json
 from flm_megatron.training.metrics.events.changes import ChangeEvent, GrowthEvent, RestartEvent
 from flm_megatron.training.metrics.events.event import PLACE, E, MetricsEvent, Values, floats_of, is_number
 from flm_megatron.training.metrics.events.measures import EvaluationEvent, GrowthHealthEvent, ValidationEvent
-from flm_megatron.training.metrics.events.steps import NewLevelEvent, RefusedEvent, StepEvent
+from flm_megatron.training.metrics.events.steps import NewLevelEvent, RefusedEvent, SaveEvent, StepEvent
 
 FILE = "metrics.jsonl"
 
@@ -50,7 +50,7 @@ Line = MetricsEvent | OtherEvent
 
 KINDS: tuple[type[MetricsEvent], ...] = (
     StepEvent, RefusedEvent, ValidationEvent, RestartEvent, ChangeEvent, GrowthEvent, NewLevelEvent,
-    GrowthHealthEvent, EvaluationEvent,
+    GrowthHealthEvent, EvaluationEvent, SaveEvent,
 )  # fmt: skip
 """Steps come first: a hook may record with a step the key by which another kind is known."""
 

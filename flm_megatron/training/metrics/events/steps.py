@@ -87,3 +87,21 @@ class NewLevelEvent(MetricsEvent):
     def own_values(self) -> dict[str, object]:
         """The message."""
         return {"new_level": self.level}
+
+
+@dataclass(frozen=True)
+class SaveEvent(MetricsEvent):
+    """A checkpoint of this step is whole on the disk, at `path` below the output folder."""
+
+    KEY: ClassVar[str] = "saved"
+
+    path: str
+
+    @classmethod
+    def read(cls, values: Values) -> SaveEvent:
+        """The path."""
+        return cls(*place_of(values), values["saved"])
+
+    def own_values(self) -> dict[str, object]:
+        """The path."""
+        return {"saved": self.path}

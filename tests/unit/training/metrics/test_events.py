@@ -25,6 +25,7 @@ from flm_megatron.training.metrics.events import (
     OtherEvent,
     RefusedEvent,
     RestartEvent,
+    SaveEvent,
     StepEvent,
     ValidationEvent,
     line_of,
@@ -79,6 +80,7 @@ CASES: list[tuple[MetricsEvent, str]] = [
         ', "evaluation": {"bits_per_byte/prose": 3.5}, "completions": [{"prompt": "def", "text": " main"}]',
     ),
     (EvaluationEvent(*AT, {"completion/acc": 0.5}), ', "evaluation": {"completion/acc": 0.5}'),
+    (SaveEvent(*AT, "checkpoints/small/step_00000004"), ', "saved": "checkpoints/small/step_00000004"'),
 ]
 
 

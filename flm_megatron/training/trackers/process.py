@@ -1,0 +1,218 @@
+"""The process of one tracker: `python -m flm_megatron.training.trackers.process OUTPUT OPTIONS`.
+
+`launch.tracking` starts it. It reads the run's own files, so that whatever happens here, and how long it takes, cannot
+reach the run; what could not be sent is sent by the next start. Its output is lines for people, its input a word on how
+the run ended; the end of the input without one means that the run was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import BinaryIO, TextIO, TypeVar, cast
+
+from flm_megatron.config.loader import load_run, run_to_dict
+from flm_megatron.config.schema import TrackerConfig
+from flm_megatron.errors import one_line, reason
+from flm_megatron.json_text import Json
+from flm_megatron.storage.url import redacted
+from flm_megatron.training.metrics.events import FILE, parse_line
+from flm_megatron.training.trackers.lines import Reading, Tail, kind_of
+from flm_megatron.training.trackers.names import load_tracker
+from flm_megatron.training.trackers.state import EVENTS, read_sent, sending, tracker_folder
+from flm_megatron.training.trackers.tracker import Event, Point, Status, TrackedRun
+
+RUN_FILE = "run.yaml"
+POLL_S = 1.0
+LONGEST_PAUSE_S = 60.0
+"""Seconds between two looks at the file, and at most between two attempts to send."""
+ORPHAN_S = 30
+"""Seconds that it lives on when the run was killed."""
+T = TypeVar("T")
+
+
+class Ending:
+    """Waits in a thread for the word on how the run ended; from then on the process has a time limit."""
+
+    def __init__(self, words: BinaryIO, limit_s: int) -> None:
+        self.words, self.limit_s = words, limit_s
+        self.status: Status | None = None
+        self.come = threading.Event()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        word = self.words.readline().decode().strip()
+        self.status = cast(Status, word) if word else "killed"
+        signal.alarm(self.limit_s if word else ORPHAN_S)  # ends the process whatever it hangs in
+        self.come.set()
+
+
+class GaveUp(Exception):
+    """The run is over, and the last attempt failed."""
+
+
+class Sender:
+    """Sends what is new in a run's metrics until the run has ended."""
+
+    def __init__(self, output: Path, options: TrackerConfig, ending: Ending, say: Callable[[str], None]) -> None:
+        self.options, self.ending, self.say = options, ending, say
+        self.config = load_run(output / RUN_FILE)
+        self.folder = tracker_folder(output, options.name)
+        self.sent = read_sent(self.folder)
+        events = self.folder / EVENTS
+        self.written = set(events.read_text(encoding="utf-8").splitlines()) if events.exists() else set()
+        self.tail, self.reading = Tail(output / FILE), Reading(self.config)
+        self.troubled = False
+        self.tracker = load_tracker(options.name)()
+
+    def run(self) -> None:
+        """Begin, send while the run lasts, and end."""
+        options = self.options
+        known = TrackedRun(
+            self.config.name,
+            _without_secrets(run_to_dict(self.config)),
+            Path(options.folder) if options.folder else self.folder,
+            self.folder / EVENTS,
+            options,
+            self.sent.id,
+        )
+        self.sent.id = self._tried(lambda: self.tracker.start(known))
+        self.sent.save(self.folder)
+        self.say(f"{options.name}: {self.tracker.where or self.sent.id}")
+        over = False
+        while not over:
+            over = self.ending.come.wait(POLL_S)
+            while self._send_some():
+                pass
+        status = self.ending.status or "killed"
+        self._tried(lambda: self.tracker.finish(status))
+
+    def _send_some(self) -> bool:
+        """Send about a megabyte of lines; returns whether there were any."""
+        replaced, rows = self.tail.read()
+        if replaced:
+            self.reading = Reading(self.config)
+        new = list(self._unsent(rows))
+        points = [(kind, item) for kind, item in new if isinstance(item, Point)]
+        if points:
+            self._tried(lambda: self.tracker.points([point for _, point in points]))
+            self._note(points)
+        for kind, event in new:
+            if isinstance(event, Event):
+                self._send_event(kind, event)
+        return bool(rows)
+
+    def _send_event(self, kind: str, event: Event) -> None:
+        if (line := json.dumps(event.to_json())) not in self.written:
+            self.written.add(line)
+            with (self.folder / EVENTS).open("a", encoding="utf-8") as file:
+                print(line, file=file)
+        self._tried(lambda: self.tracker.event(event))
+        self._note([(kind, event)])
+
+    def _unsent(self, rows: list[str]) -> Iterator[tuple[str, Point | Event]]:
+        """Points and events of lines, each with the kind of its line, without those that were sent."""
+        steps = dict(self.sent.steps)
+        for line in (line for row in rows if (line := parse_line(row))):
+            kind = kind_of(line)
+            for item in self.reading.items(line):
+                if isinstance(item, Point) and item.step <= steps.get(kind, -1):
+                    continue
+                if isinstance(item, Point):
+                    steps[kind] = item.step
+                elif self.sent.has(item):
+                    continue
+                yield kind, item
+
+    def _note(self, items: list[tuple[str, Point]] | list[tuple[str, Event]]) -> None:
+        for kind, item in items:
+            self.sent.add(kind, item)
+        self.sent.save(self.folder)
+
+    def _tried(self, work: Callable[[], T]) -> T:
+        """Do `work` until it succeeds, with pauses; the first failure is said. Raises GaveUp once the run has ended."""
+        pause = POLL_S
+        while True:
+            over = self.ending.come.is_set()
+            try:
+                done = work()
+            except (Exception, SystemExit) as error:
+                if over:
+                    raise GaveUp(_said(error)) from None
+                if not self.troubled:
+                    self.say(f"WARNING: {self.options.name}: {_said(error)}; it is tried again, the run goes on")
+                self.troubled = True
+                self.ending.come.wait(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+                continue
+            if self.troubled:
+                self.say(f"{self.options.name}: works again")
+                self.troubled = False
+            return done
+
+
+def main(folder: str, options: str) -> int:
+    """Track the run in an output folder as `options` (JSON) say; returns 1 if something could not be sent."""
+    words, lines = _private_streams()
+    say = _speaker(lines)
+    for number in (signal.SIGTERM, signal.SIGINT):  # meant for the run, whose end is told
+        signal.signal(number, _ignore)
+    os.nice(10)
+    output, tracker = Path(folder), TrackerConfig(**json.loads(options))
+    ending = Ending(words, tracker.exit_wait_s)
+    try:
+        with sending(tracker_folder(output, tracker.name)):
+            Sender(output, tracker, ending, say).run()
+    except (Exception, SystemExit) as error:
+        said = str(error) if isinstance(error, GaveUp) else _said(error)
+        say(f"WARNING: {tracker.name}: {said}; what is not sent yet is sent when the run goes on, or by `flm track`")
+        return 1
+    return 0
+
+
+def _private_streams() -> tuple[BinaryIO, TextIO]:
+    """Input and output for this module alone: libraries find both closed, and what they print is lost."""
+    words = os.fdopen(os.dup(0), "rb")
+    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for number in (0, 1, 2):
+        os.dup2(nothing, number)
+    return words, lines
+
+
+def _speaker(lines: TextIO) -> Callable[[str], None]:
+    def say(text: str) -> None:
+        """A line without secrets; nobody listens any more when the run is gone."""
+        with suppress(OSError):
+            print(redacted(one_line(text)), file=lines, flush=True)
+
+    return say
+
+
+def _without_secrets(value: Json) -> Json:
+    """JSON with every text in it redacted."""
+    if isinstance(value, dict):
+        return {key: _without_secrets(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(inner) for inner in value]
+    return redacted(value) if isinstance(value, str) else value
+
+
+def _said(error: BaseException) -> str:
+    return reason(error) if isinstance(error, Exception) else f"it ended with status {error}"
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Not SIG_IGN, which processes of a library would inherit."""
+
+
+if __name__ == "__main__":
+    status = main(*sys.argv[1:])
+    os._exit(status)  # threads that a library left do not hold it

@@ -1,0 +1,92 @@
+"""What of a run was sent to a tracker, so that nothing is sent twice when the run goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from flm_megatron.errors import RequestError
+from flm_megatron.json_text import parse_json
+from flm_megatron.training.trackers.tracker import Event, Point
+
+FOLDER = "trackers"
+"""Below a run's output folder."""
+FILE, LOCK, EVENTS = "sent.json", ".lock", "events.jsonl"
+FORMAT = 1
+
+
+def tracker_folder(output: Path, name: str) -> Path:
+    """Where a run keeps what belongs to one of its trackers."""
+    return output / FOLDER / re.sub(r"[^\w.-]", "_", name)
+
+
+@dataclass
+class Sent:
+    """The run's id at the tracker, the last step that was sent of every kind of line, and which events were."""
+
+    format: int = FORMAT
+    id: str | None = None
+    steps: dict[str, int] = field(default_factory=dict)
+    events: list[str] = field(default_factory=list)
+
+    def has(self, event: Event) -> bool:
+        """Whether an event was sent before."""
+        return event_key(event) in self.events
+
+    def add(self, kind: str, item: Point | Event) -> None:
+        """Note that it was sent."""
+        if isinstance(item, Event):
+            self.events.append(event_key(item))
+        else:
+            self.steps[kind] = item.step
+
+    def save(self, folder: Path) -> None:
+        """Write it, as a whole or not at all; a power cut may lose it, and then what it knew is sent again."""
+        partial = folder / f".{FILE}.partial"
+        partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        partial.replace(folder / FILE)
+
+
+def read_sent(folder: Path) -> Sent:
+    """What is noted in a tracker's folder; nothing if there is no note.
+
+    Raises:
+        RequestError: the note is damaged, or of a later version.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return Sent()
+    values = parse_json(path.read_text(encoding="utf-8"), str(path))
+    try:
+        sent = Sent(**values)
+    except TypeError:
+        raise RequestError(
+            f"{path} is not what this program writes there: move it away, to track the run anew"
+        ) from None
+    if sent.format != FORMAT:
+        raise RequestError(
+            f"{path} has format {sent.format}, this version reads {FORMAT}: use the version that wrote it"
+        )
+    return sent
+
+
+def event_key(event: Event) -> str:
+    """What tells an event from all others of the run."""
+    text = json.dumps([event.what, event.stage, event.step, event.text])
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+@contextmanager
+def sending(folder: Path) -> Iterator[None]:
+    """Wait until no other process sends from this folder, which is created; none does while the block lasts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
