@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flm_megatron.config.loader import dump_run
-from flm_megatron.config.schema import ModelConfig, RunConfig, StageConfig, TrackerConfig
+from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig, StageConfig, TrackerConfig
 from flm_megatron.growth.record import Certificate, Comparison
 from flm_megatron.launch.tracking import tracked
 from flm_megatron.training.metrics.events import (
@@ -119,7 +119,10 @@ class Flaky(Recording):
 
 def tracked_run(output: Path, *trackers: TrackerConfig) -> RunConfig:
     """A run of two stages whose run file is in `output`, where processes of trackers look for it."""
-    stages = [StageConfig(name="small", model=SMALL), StageConfig(name="large", model=LARGE)]
+    stages = [
+        StageConfig(name="small", model=SMALL, tokens=512),
+        StageConfig(name="large", model=LARGE, tokens=512, growth=GrowthConfig()),
+    ]
     run = RunConfig(name="a run", output=str(output), stages=stages)
     run.logging.trackers = list(trackers)
     output.mkdir(parents=True, exist_ok=True)
