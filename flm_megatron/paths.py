@@ -8,26 +8,29 @@ import tempfile
 from pathlib import Path
 
 from flm_megatron.errors import RequestError
+from flm_megatron.url import FilePath as FilePath
+from flm_megatron.url import is_url, refuse_secret
 
 PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg")
 """Endings of the formats in which plots can be written."""
 
 LONGEST_NAME = 255  # bytes, of a name on any file system in use
 
-FilePath = str | os.PathLike[str]
-"""How a function of the program is told of a file or a folder."""
-
 
 def expanded(path: str, what: str) -> str:
     """`path` with a leading `~` or `~user` replaced by that home; `what` names its field or option in errors.
 
     Raises:
-        RequestError: it is empty, holds a NUL, or names the home of a user that this machine does not know.
+        RequestError: it is empty, holds a NUL, names the home of a user that this machine does not know, or is a URL
+            with a secret in it.
     """
     if not path:
         raise RequestError(f"{what} is empty: give a path")
     if "\0" in path:
         raise RequestError(f"{what} {path!r} holds a NUL character, which no path can")
+    if is_url(path):
+        refuse_secret(path, what)
+        return path
     full = os.path.expanduser(path)
     if full.startswith("~"):
         user = full.split("/")[0]
@@ -38,8 +41,11 @@ def expanded(path: str, what: str) -> str:
 
 
 def given_path(path: FilePath, what: str) -> Path:
-    """`path` as `expanded` gives it. Raises RequestError as that does."""
-    return Path(expanded(os.fspath(path), what))
+    """`path` as `expanded` gives it. Raises RequestError as that does, or if it is a URL."""
+    full = expanded(os.fspath(path), what)
+    if is_url(full):
+        raise RequestError(f"{what} {full} is a URL, and what is read or written here is a path of this machine")
+    return Path(full)
 
 
 def require_folder(path: FilePath, what: str) -> None:

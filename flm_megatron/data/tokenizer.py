@@ -15,6 +15,7 @@ import sentencepiece
 from flm_megatron.durable import make_folders, replace_file
 from flm_megatron.errors import DamagedError, RequestError
 from flm_megatron.paths import FilePath, require_file
+from flm_megatron.storage.cache.whole import file_at
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = range(4)
 FIXED_IDS = 260
@@ -29,16 +30,17 @@ class Tokenizer:
     """A trained SentencePiece model: text to ids and back, without loss, adding no ids of its own."""
 
     def __init__(self, model: FilePath) -> None:
-        """Load the model file `model`.
+        """Load the model file `model`, a path or a URL.
 
         Raises:
             RequestError: it is not there, or it lacks what a lossless tokenizer needs.
             DamagedError: it is not a SentencePiece model.
         """
         self.path = str(model)
-        if not Path(model).is_file():
+        file = file_at(model)
+        if file is None:
             raise RequestError(f"tokenizer {model} is not there: train one with `flm data tokenizer`")
-        self._data = Path(model).read_bytes()
+        self._data = file.read_bytes()
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=self._data or b"empty")
         except (RuntimeError, ValueError):  # its words are of its own source code
@@ -96,8 +98,9 @@ class Tokenizer:
 def file_fingerprint(path: FilePath) -> str | None:
     """The `fingerprint` of a tokenizer that lies at `path`; none if no file is there or it cannot be read."""
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError:
+        file = file_at(path)
+        return hashlib.sha256(file.read_bytes()).hexdigest() if file else None
+    except (OSError, RequestError):
         return None
 
 

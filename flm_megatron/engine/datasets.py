@@ -15,8 +15,26 @@ if TYPE_CHECKING:
     import torch
 
 
+class Bytes(Protocol):
+    """Something of which ranges of bytes can be read."""
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Bytes [start, stop)."""
+        ...
+
+
+class DocumentIndex(Protocol):
+    """Where documents lie."""
+
+    dtype: type[numpy.number]
+    sequence_pointers: numpy.ndarray
+    """Place of each document in the .bin, in bytes."""
+
+
 class IndexedDataset(Protocol):
     """Documents of token ids."""
+
+    index: DocumentIndex
 
     sequence_lengths: numpy.ndarray
     """Length of each document."""
@@ -69,6 +87,33 @@ def open_indexed(prefix: str) -> IndexedDataset:
     from megatron.core.datasets import indexed_dataset
 
     return indexed_dataset.IndexedDataset(prefix)
+
+
+class _IdReader:
+    """megatron-core's reader of a .bin, out of ranges of bytes from anywhere.
+
+    Its own for object stores keeps one block of 256 MiB in memory, which samples in random order would fetch anew for
+    every document; it asks S3 alone, tries nothing again, and takes a cached index for that of whatever is there now.
+    """
+
+    def __init__(self, ids: Bytes) -> None:
+        self._ids = ids
+
+    def read(self, dtype: type[numpy.number], count: int, offset: int) -> numpy.ndarray:
+        """`count` ids from byte `offset` on."""
+        size = numpy.dtype(dtype).itemsize
+        return numpy.frombuffer(self._ids.read(int(offset), int(offset) + int(count) * size), dtype=dtype)
+
+
+def open_indexed_at(idx_path: Path, ids: Bytes) -> IndexedDataset:
+    """The documents of an index file of this machine, whose ids `ids` reads."""
+    prepare()
+    from megatron.core.datasets import indexed_dataset
+
+    dataset: indexed_dataset.IndexedDataset = object.__new__(indexed_dataset.IndexedDataset)
+    dataset.bin_reader = _IdReader(ids)
+    dataset.index = indexed_dataset._IndexReader(str(idx_path), False)
+    return dataset
 
 
 def indexed_builder(bin_path: str, dtype: type[numpy.number]) -> IndexedDatasetBuilder:

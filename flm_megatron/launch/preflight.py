@@ -17,6 +17,8 @@ from flm_megatron.config.stage_names import stage_index
 from flm_megatron.errors import Mistakes, RequestError, refuse_together
 from flm_megatron.growth.foreseen import check_run_file
 from flm_megatron.paths import require_folder
+from flm_megatron.storage.store import filesystem
+from flm_megatron.url import is_url
 
 
 def resolve(run: RunConfig, start_anew: bool = False) -> RunConfig:
@@ -141,13 +143,19 @@ def _check_indices(run: RunConfig) -> None:
 
 
 def _require_data(run: RunConfig) -> None:
-    """Check that the run names a tokenizer and data, and that the tokenizer exists."""
+    """Check that the run names a tokenizer and data, that the tokenizer exists, and that URLs can be opened here."""
     lines = []
     if run.tokenizer is None:
         lines.append("tokenizer is not set: give the SentencePiece model the data was made with")
-    elif not Path(run.tokenizer).is_file():
+    elif not is_url(run.tokenizer) and not Path(run.tokenizer).is_file():
         lines.append(f"tokenizer {run.tokenizer} is not there: train one with `flm data tokenizer`")
     if not run.data.train:
         lines.append("data.train has no sources: name at least one dataset made by `flm data build`")
+    sources = [source.path for source in (*run.data.train, *run.data.validation)]
+    for url in {str(place) for place in (run.tokenizer, *sources) if place and is_url(place)}:
+        try:
+            filesystem(url)
+        except RequestError as error:
+            lines.append(str(error))
     if lines:
         raise Mistakes(lines)

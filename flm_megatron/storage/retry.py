@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from flm_megatron.errors import RequestError, one_line
-from flm_megatron.storage.url import redacted, shown
+from flm_megatron.url import redacted, shown
 
 T = TypeVar("T")
 ATTEMPTS = 6
@@ -59,5 +59,6 @@ def _refused(error: Exception) -> bool:
 
 
 def _said(error: Exception, url: str, what: str) -> str:
-    reason = one_line(redacted(str(error).strip().partition("\n")[0]))[:300] or type(error).__name__
+    reason = one_line(redacted(str(error).strip().partition("\n")[0]))[:300]
+    reason = reason or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)
     return f"{shown(url)} cannot be {what}: {reason}"

@@ -6,12 +6,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from flm_megatron.errors import RequestError
 from flm_megatron.storage import retry
 from flm_megatron.storage.retry import Incomplete, retrying
-from flm_megatron.storage.url import shown
+from flm_megatron.url import refuse_secret, shown
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -27,11 +26,6 @@ PACKAGES = {
     "az": "pip install adlfs", "abfs": "pip install adlfs", "abfss": "pip install adlfs",
 }  # fmt: skip
 
-PLACES = (
-    "keep keys in the environment or the files of the store's own library "
-    "(AWS_PROFILE, ~/.aws, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_*)"
-)
-
 
 @dataclass(frozen=True)
 class ObjectInfo:
@@ -43,17 +37,12 @@ class ObjectInfo:
 
 
 def require_url(url: str, what: str) -> None:
-    """Check that `url` names something in a store that can be opened here, and holds no secret; asks the store nothing.
+    """Check that `url` holds no secret and that its kind of store can be opened here; asks the store nothing.
 
     Raises:
-        RequestError: it holds a password or a query, its scheme is not known, or the package for it is missing.
+        RequestError: as `refuse_secret` and `filesystem`.
     """
-    if url != shown(url):
-        raise RequestError(
-            f"{what} {shown(url)} holds a password, key or query, which would be saved with the run: {PLACES}"
-        )
-    if not urlsplit(url).netloc and not url.startswith(("file://", "memory://")):
-        raise RequestError(f"{what} {url} names no bucket: give {url.partition('://')[0]}://BUCKET/PATH")
+    refuse_secret(url, what)
     filesystem(url)
 
 

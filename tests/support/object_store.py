@@ -225,7 +225,7 @@ class ObjectStore:
         self._application.released = threading.Event()
         self._count += 1
         self.bucket = f"test-{self._count}"
-        self.client().create_bucket(Bucket=self.bucket)
+        _backend().create_bucket(self.bucket, "us-east-1")
         self.requests.clear()
 
     def end(self) -> None:

@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from flm_megatron.cli.data import screen as data_screen
-from flm_megatron.cli.options.parser import path, positive, real, seed, vocabulary, whole
+from flm_megatron.cli.options.parser import path, place, positive, real, seed, vocabulary, whole
 
 if TYPE_CHECKING:
     from flm_megatron.data.corpus.corpus import Corpus
@@ -46,7 +46,7 @@ def _add_corpus(parser: argparse.ArgumentParser) -> None:
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
     _add_corpus(parser)
-    parser.add_argument("--tokenizer", required=True, type=path, help="SentencePiece model file")
+    parser.add_argument("--tokenizer", required=True, type=place, help="SentencePiece model file")
     parser.add_argument(
         "--out", required=True, type=path, metavar="PREFIX", help="write PREFIX.bin, PREFIX.idx and PREFIX.json"
     )
@@ -77,7 +77,7 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prefixes", nargs="+", type=path, metavar="PREFIX", help="as given to `flm data build --out`")
+    parser.add_argument("prefixes", nargs="+", type=place, metavar="PREFIX", help="as given to `flm data build --out`")
     parser.set_defaults(run_data=_verify)
 
 

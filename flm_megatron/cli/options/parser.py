@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from flm_megatron.config.ranges import LARGEST_MODEL, LARGEST_WORLD
 from flm_megatron.errors import RequestError, one_line
-from flm_megatron.paths import given_path
+from flm_megatron.paths import expanded, given_path
 
 LONGEST_SHOWN = 300
 """Characters of a line about a mistake: a value may be any number of them long."""
@@ -43,6 +43,14 @@ def path(text: str) -> Path:
     """A path, `~` replaced by the home."""
     try:
         return given_path(text, "the path")
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def place(text: str) -> str:
+    """A path, `~` replaced by the home, or a URL without secrets."""
+    try:
+        return expanded(text, "the path")
     except RequestError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

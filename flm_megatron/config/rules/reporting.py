@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from flm_megatron.config.ranges import LARGEST_COUNT, out_of_range
 from flm_megatron.config.schema import RunConfig
-from flm_megatron.storage.url import is_url, shown
+from flm_megatron.url import is_url, shown
 
 LARGEST_PORT, LARGEST_WAIT_S = 65535, 86400
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flm_megatron.errors import RequestError
 from flm_megatron.json_text import Json, JsonObject, parse_json
+from flm_megatron.storage.cache.whole import file_at
 
 ROLES = ("system", "user", "assistant")
 Message = dict[str, str]
@@ -33,22 +34,23 @@ class Conversation:
 
 
 def read_conversations(path: str | Path) -> list[Conversation]:
-    """All conversations of a JSONL file, empty lines left out.
+    """All conversations of a JSONL file at a path or a URL, empty lines left out.
 
     Raises:
         RequestError: the file is missing, empty or not UTF-8, a line is not a conversation, has an unknown role, no
             answer, an empty answer or one without a question; names file and line.
     """
-    found = list(_read(Path(path)))
+    found = list(_read(path))
     if not found:
         raise RequestError(f"{path} is empty: give one conversation on each line")
     return found
 
 
-def _read(path: Path) -> Iterator[Conversation]:
-    if not path.is_file():
+def _read(path: str | Path) -> Iterator[Conversation]:
+    file = file_at(path)
+    if file is None:
         raise RequestError(f"{path} is not there: give a file of JSON lines")
-    with path.open("rb") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 record = _record(line, f"{path} line {number}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -69,6 +69,9 @@ class ChatStream:
 
     def _get(self, draw: Draw) -> EncodedConversation:
         return self.sources[draw[0]].conversations[draw[1]]
+
+    def want(self, indices: Iterable[int]) -> None:
+        """Nothing: all conversations are in memory."""
 
     def _locate(self, index: int) -> tuple[int, list[Draw]]:
         """Epoch and conversations of a sample; none beyond the end."""

@@ -16,6 +16,9 @@ from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import DamagedError, RequestError, read_error, refuse_together
 from flm_megatron.json_text import parse_json
 from flm_megatron.paths import FilePath
+from flm_megatron.storage.cache.whole import file_at
+from flm_megatron.storage.store import info
+from flm_megatron.url import is_url
 
 FORMAT = "flm_megatron indexed dataset"
 VERSION = 1
@@ -57,8 +60,32 @@ class Description:
 
 
 def file_of(prefix: FilePath, suffix: str) -> Path:
-    """PREFIX.bin, PREFIX.idx or PREFIX.json."""
+    """PREFIX.bin, PREFIX.idx or PREFIX.json, of a dataset on this machine."""
     return Path(f"{os.fspath(prefix)}.{suffix}")
+
+
+def member(prefix: FilePath, suffix: str) -> Path | str:
+    """PREFIX.bin, PREFIX.idx or PREFIX.json: a path, or the URL of an object."""
+    return f"{prefix}.{suffix}" if is_url(prefix) else file_of(prefix, suffix)
+
+
+def size_of(prefix: FilePath, suffix: str) -> int | None:
+    """Bytes of PREFIX.`suffix`; none if it is not there. Raises RequestError if its store fails."""
+    name = member(prefix, suffix)
+    if isinstance(name, Path):
+        return name.stat().st_size if name.is_file() else None
+    found = info(name)
+    return found.size if found else None
+
+
+def at_hand(prefix: FilePath, suffix: str) -> Path:
+    """PREFIX.`suffix` as a file of this machine: itself, or the copy of an object. Raises as `file_at`; DamagedError if
+    it is not there."""
+    name = member(prefix, suffix)
+    found = name if isinstance(name, Path) else file_at(name)
+    if found is None:
+        raise DamagedError(f"{name} is missing")
+    return found
 
 
 def read_description(prefix: FilePath) -> Description:
@@ -69,16 +96,16 @@ def read_description(prefix: FilePath) -> Description:
             its disk does not answer.
         DamagedError: PREFIX.json cannot be read, a file has another size, or the index is not the .bin's.
     """
-    for suffix in ("json", "bin", "idx"):
-        if not file_of(prefix, suffix).is_file():
-            raise RequestError(f"dataset {prefix}: {file_of(prefix, suffix)} is missing; make it with `flm data build`")
-    description = _parse(file_of(prefix, "json"))
+    sizes = {suffix: size_of(prefix, suffix) for suffix in ("json", "bin", "idx")}
+    for suffix, size in sizes.items():
+        if size is None:
+            raise RequestError(f"dataset {prefix}: {member(prefix, suffix)} is missing; make it with `flm data build`")
+    description = _parse(at_hand(prefix, "json"))
     refuse_too_many(description.documents, prefix)
     for suffix, recorded in (("bin", description.bin_bytes), ("idx", description.idx_bytes)):
-        size = file_of(prefix, suffix).stat().st_size
-        if size != recorded:
+        if sizes[suffix] != recorded:
             raise DamagedError(
-                f"{file_of(prefix, suffix)} has {size} bytes but {recorded} were written: build it again"
+                f"{member(prefix, suffix)} has {sizes[suffix]} bytes but {recorded} were written: build it again"
             )
     _check_index(prefix, description)
     return description
@@ -95,10 +122,10 @@ def refuse_too_many(documents: int, prefix: FilePath) -> None:
 
 def _check_index(prefix: FilePath, description: Description) -> None:
     """Check that the index has the described documents and that the last one ends where the .bin does."""
-    index = open_index(file_of(prefix, "idx"), description.documents)
+    index = open_index(at_hand(prefix, "idx"), description.documents)
     if index.end != description.bin_bytes:
         raise DamagedError(
-            f"{index.path} does not fit {file_of(prefix, 'bin')}, which has {description.documents:,} documents in"
+            f"{index.path} does not fit {member(prefix, 'bin')}, which has {description.documents:,} documents in"
             f" {description.bin_bytes:,} bytes: one of them is of another dataset; build it again"
         )
 
@@ -150,7 +177,7 @@ def _check_dataset(source: SourceConfig, data: DataConfig, tokenizer: Tokenizer 
         )
     if tokenizer and (description.vocab_size, description.eod, description.pad) != _ids_of(tokenizer):
         raise DamagedError(
-            f"{file_of(source.path, 'json')} says {description.vocab_size} ids, end {description.eod} and padding"
+            f"{member(source.path, 'json')} says {description.vocab_size} ids, end {description.eod} and padding"
             f" {description.pad}, but of its tokenizer these are {_ids_of(tokenizer)}: damaged; build it again"
         )
     if vocab_size is not None and description.vocab_size > vocab_size:

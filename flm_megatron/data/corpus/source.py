@@ -12,10 +12,21 @@ from typing import TYPE_CHECKING
 import numpy
 
 from flm_megatron.config.schema import SourceConfig
-from flm_megatron.data.corpus.description import Description, read_description, require_a_sample
+from flm_megatron.data.corpus.description import Description, at_hand, member, read_description, require_a_sample
 from flm_megatron.durable import make_folders, sync, sync_tree
-from flm_megatron.engine.datasets import IndexedDataset, SampleIndex, open_indexed, sample_index, save_index
+from flm_megatron.engine.datasets import (
+    IndexedDataset,
+    SampleIndex,
+    open_indexed,
+    open_indexed_at,
+    sample_index,
+    save_index,
+)
 from flm_megatron.errors import DamagedError, RequestError, read_error
+from flm_megatron.storage.cache.blocks import BlockReader
+from flm_megatron.storage.cache.place import cache_root
+from flm_megatron.storage.store import info
+from flm_megatron.url import is_url
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +54,7 @@ class Source:
         self.name, self.sequence_length = config.display_name, sequence_length
         self.description = read_description(config.path)
         require_a_sample(config.path, self.description, sequence_length)
-        self._dataset = _open(config.path, self.description, sequence_length, seed, cache)
+        self._dataset, self._blocks = _open(config.path, self.description, sequence_length, seed, cache)
 
     def __len__(self) -> int:
         """Samples in one pass."""
@@ -71,6 +82,20 @@ class Source:
         """Numbers in the dataset of the documents that `count` ids from place `start` on are taken from, in order."""
         return [document for document, _, _ in self._stretches(start, count)]
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether its ids lie in a store."""
+        return self._blocks is not None
+
+    def want(self, start: int, count: int) -> None:
+        """Have `count` ids of the line of documents from `start` on brought here in the background, from a store."""
+        if self._blocks is not None:
+            index = self._dataset.dataset.index
+            size = numpy.dtype(index.dtype).itemsize
+            for document, offset, length in self._stretches(start, count):
+                first = int(index.sequence_pointers[document]) + offset * size
+                self._blocks.want(first, first + length * size)
+
     def _stretches(self, start: int, count: int) -> Iterator[tuple[int, int, int]]:
         """(document, first id in it, number of ids) of each stretch of the line that makes up the given range."""
         row, skipped = divmod(start, self.sequence_length)
@@ -86,13 +111,25 @@ class Source:
             place, offset = place + 1, max(0, offset - length)
 
 
-def _open(prefix: str, description: Description, length: int, seed: int, cache: str | None) -> SampleIndex:
-    indexed = open_indexed(prefix)
+def _open(
+    prefix: str, description: Description, length: int, seed: int, cache: str | None
+) -> tuple[SampleIndex, BlockReader | None]:
+    """The samples, and what reads their ids if those lie in a store."""
+    blocks = _blocks(prefix) if is_url(prefix) else None
+    indexed = open_indexed(prefix) if blocks is None else open_indexed_at(at_hand(prefix, "idx"), blocks)
     key = f"{description.sha256}/{description.eod}/{description.pad}/{length}/{seed}"
     folder = _cache_root(prefix, cache) / hashlib.sha256(key.encode()).hexdigest()[:24]
     if not (folder / WHOLE).exists():
         _build_index(indexed, description, length, seed, folder)
-    return _load(indexed, description, length, seed, folder)
+    return _load(indexed, description, length, seed, folder), blocks
+
+
+def _blocks(prefix: str) -> BlockReader:
+    url = str(member(prefix, "bin"))
+    found = info(url)
+    if found is None:
+        raise RequestError(f"{url} was removed while it was read: bring it back")
+    return BlockReader(found)
 
 
 def _load(indexed: IndexedDataset, description: Description, length: int, seed: int, folder: Path) -> SampleIndex:
@@ -112,7 +149,11 @@ def _load(indexed: IndexedDataset, description: Description, length: int, seed: 
 
 
 def _cache_root(prefix: str, cache: str | None) -> Path:
-    return Path(cache) if cache else Path(f"{prefix}_cache")
+    if cache:
+        return Path(cache)
+    if not is_url(prefix):
+        return Path(f"{prefix}_cache")
+    return cache_root() / "samples"
 
 
 def _build_index(indexed: IndexedDataset, description: Description, length: int, seed: int, folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from flm_megatron.config.schema import SourceConfig
-from flm_megatron.data.corpus.description import file_of
+from flm_megatron.data.corpus.description import member
 from flm_megatron.data.corpus.source import Source
 from flm_megatron.data.streams.cuts import Cut, Place
 from flm_megatron.data.streams.permutation import Permutation
@@ -71,7 +71,7 @@ class SourceLine:
     def _damaged(self, cut: Cut, sample: int, found: int) -> DamagedError:
         path, known = self._config.path, self.source.description.vocab_size
         return DamagedError(
-            f"{file_of(path, 'bin')}: sample {self.name}/{cut.label}/{sample} holds the id {found}, and its tokenizer "
+            f"{member(path, 'bin')}: sample {self.name}/{cut.label}/{sample} holds the id {found}, and its tokenizer "
             f"has {known}: damaged; bring it back, or build it again (`flm data verify {path}` reads all of it)"
         )
 
@@ -86,6 +86,11 @@ class SourceLine:
         labels[:count] = torch.from_numpy(numpy.concatenate([part[1:] for part in ids]))
         mask = (torch.arange(cut.length) < count).float()
         return {"tokens": tokens, "labels": labels, "loss_mask": mask, "position_ids": torch.arange(cut.length)}
+
+    def want(self, cut: Cut, sample: int) -> None:
+        """Have the ids of a sample of a dataset in a store brought here, in the background."""
+        for start, stop in self.spans(cut, sample):
+            self.source.want(start, stop - start + 1)
 
     def spans(self, cut: Cut, sample: int) -> list[tuple[int, int]]:
         """The ranges of a sample's ids on the source's line: [start, stop) of each stretch, in order."""

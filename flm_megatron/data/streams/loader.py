@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from flm_megatron.data.streams.stage_streams import Stream
 
 Batch = dict[str, "torch.Tensor"]
+STEPS_AHEAD = 4
+"""Steps whose samples are fetched from a store before the one that is being put together."""
 
 
 def rank_samples(start: int, global_batch: int, data_rank: int, data_size: int) -> range:
@@ -70,7 +72,9 @@ def validation_batches(
     """
     _check_division(global_batch, micro_batch, data_size)
     end = min(samples, stream.limit_samples or samples)
+    share = rank_samples(0, global_batch, data_rank, data_size)
     for start in range(0, end, global_batch):
+        _want(stream, start, global_batch, share, range(STEPS_AHEAD))
         mine = rank_samples(start, global_batch, data_rank, data_size)
         yield [_stack_masked(stream, mine[i : i + micro_batch], end) for i in range(0, len(mine), micro_batch)]
 
@@ -92,11 +96,19 @@ def _stack_masked(stream: Stream, indices: range, end: int) -> Batch:
 
 
 def _steps(stream: Stream, start: int, global_batch: int, micro_batch: int, share: range) -> Iterator[list[Batch]]:
+    _want(stream, start, global_batch, share, range(STEPS_AHEAD))
     while True:
         stream.check_budget(start + global_batch)
+        _want(stream, start, global_batch, share, range(STEPS_AHEAD, STEPS_AHEAD + 1))
         mine = range(start + share.start, start + share.stop)
         yield [_stack(stream, mine[i : i + micro_batch]) for i in range(0, len(mine), micro_batch)]
         start += global_batch
+
+
+def _want(stream: Stream, start: int, global_batch: int, share: range, steps: range) -> None:
+    """Have the rank's samples of the given steps after `start` brought here, if they lie in a store."""
+    for first in (start + step * global_batch for step in steps):
+        stream.want(range(first + share.start, first + share.stop))
 
 
 def _stack(stream: Stream, indices: Sequence[int]) -> Batch:

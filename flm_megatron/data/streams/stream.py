@@ -5,7 +5,7 @@ Which sample has an index depends on the data and the seed, never on a budget, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from flm_megatron.config.history import Segment
@@ -64,6 +64,7 @@ class SampleStream:
         self.sources = [line.source for line in self._lines]
         check_same_tokenizer(configs, [source.description for source in self.sources])
         self.limit_samples = mixture.limit_samples
+        self._is_remote = any(source.is_remote for source in self.sources)
         self._blend = Blend(mixture.weights)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -132,6 +133,17 @@ class SampleStream:
                 f"the data ends after {have:,} tokens ({self.limit_samples:,} samples of {self.sequence_length}), but"
                 f" {want:,} are asked for ({samples:,} samples): shorten the budget, raise epochs, or give weights"
             )
+
+    def want(self, indices: Iterable[int]) -> None:
+        """Have the samples at `indices` brought here in the background, where they lie in a store.
+
+        Those beyond the end of the stream are left out.
+        """
+        for index in indices if self._is_remote else ():
+            if self.limit_samples is None or index < self.limit_samples:
+                line, cut, sample = self._locate(index)
+                if line.source.is_remote:
+                    line.want(cut, sample)
 
     def _locate(self, index: int) -> tuple[SourceLine, Cut, int]:
         assert index >= self.first_sample

@@ -20,6 +20,9 @@ from flm_megatron.evaluation.perplexity.bits_per_byte import (
     weighted,
 )
 from flm_megatron.evaluation.perplexity.windows import check_window
+from flm_megatron.paths import FilePath
+from flm_megatron.storage.cache.whole import file_at
+from flm_megatron.url import is_url
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,13 @@ def check_request(request: BitsPerByteRequest) -> None:
         check_window(windows.length, windows.stride)
 
 
-def read_documents(path: Path) -> list[str]:
-    """Documents of a text file, a JSON-lines file or a source tree. Raises RequestError, naming file and line."""
-    documents = [text for text in Corpus([path]).documents() if text]
+def read_documents(path: FilePath) -> list[str]:
+    """Documents of a text file or JSON lines, at a path or a URL, or of a source tree. Raises RequestError, naming file
+    and line."""
+    local = file_at(path) if is_url(path) else path
+    if local is None:
+        raise RequestError(f"input {path} is not there")
+    documents = [text for text in Corpus([local]).documents() if text]
     if not documents:
         raise RequestError(f"{path} has no text in it")
     return documents

@@ -22,7 +22,7 @@ def check_evaluation(run: RunConfig) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     for text in asked.texts:
-        read_documents(Path(text.path))
+        read_documents(text.path)
     if asked.tasks:
         _check_tasks(asked, any(stage.parallel.virtual_pipeline > 1 for stage in run.stages))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch.distributed as dist
@@ -56,7 +55,7 @@ class Evaluation(Hook):
         self.asked, self.interval_steps = run.evaluation, run.evaluation.interval_steps
         self.measured_step = -1
         self._tokenizer = Tokenizer(str(run.tokenizer))
-        self._documents = {text.display_name: read_documents(Path(text.path)) for text in run.evaluation.texts}
+        self._documents = {text.display_name: read_documents(text.path) for text in run.evaluation.texts}
         self._tasks: list[Task] = []
 
     def on_start(self, trainer: StageTrainer) -> None:

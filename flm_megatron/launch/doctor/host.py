@@ -22,6 +22,7 @@ from flm_megatron.engine.version import require_engine
 from flm_megatron.errors import FlmError
 from flm_megatron.launch.doctor.findings import Finding, Level
 from flm_megatron.launch.doctor.rehearsal import rehearsed
+from flm_megatron.url import is_url
 
 GIB = 2**30
 SHARED_MEMORY_PER_RANK = 32 * 2**20
@@ -219,8 +220,9 @@ def data(run: RunConfig) -> Finding:
     try:
         resolve(run)
         for source in sources:
-            with file_of(source.path, "bin").open("rb") as file:
-                file.read(1)
+            if not is_url(source.path):
+                with file_of(source.path, "bin").open("rb") as file:
+                    file.read(1)
         if run.checkpoint.initial:
             open_checkpoint(run.checkpoint.initial)
     except (FlmError, OSError) as error:

@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 
 from flm_megatron.config.yaml_text import format_yaml
 from flm_megatron.json_text import Json, JsonObject
-from flm_megatron.storage.url import redacted
 from flm_megatron.training.trackers.tracker import Event, Point, Status, TrackedRun, Tracker
+from flm_megatron.url import redacted
 
 os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # from 3.10 on MLflow wants folders to be asked for
 from mlflow.entities import Metric, Param, RunTag

@@ -22,12 +22,12 @@ from flm_megatron.config.loader import load_run, run_to_dict
 from flm_megatron.config.schema import TrackerConfig
 from flm_megatron.errors import one_line, reason
 from flm_megatron.json_text import Json
-from flm_megatron.storage.url import redacted
 from flm_megatron.training.metrics.events import FILE, parse_line
 from flm_megatron.training.trackers.lines import Reading, Tail, kind_of
 from flm_megatron.training.trackers.names import load_tracker
 from flm_megatron.training.trackers.state import EVENTS, read_sent, sending, tracker_folder
 from flm_megatron.training.trackers.tracker import Event, Point, Status, TrackedRun
+from flm_megatron.url import redacted
 
 RUN_FILE = "run.yaml"
 POLL_S = 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flm_megatron.storage.url import redacted
+from flm_megatron.url import redacted
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
@@ -98,6 +99,9 @@ def test_samples_are_read_ahead_and_no_further_than_asked(stream: SampleStream) 
 
         def check_budget(self, samples: int) -> None:
             """No end."""
+
+        def want(self, indices: Iterable[int]) -> None:
+            """All is here."""
 
     counting = Counting()
     ahead = batches(counting, 0, GLOBAL, GLOBAL, 0, 1, prefetch=2)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import pytest
 
 from flm_megatron.errors import RequestError
 from flm_megatron.storage.store import require_url
-from flm_megatron.storage.url import is_url, join, name_of, redacted, shown
+from flm_megatron.url import is_url, join, name_of, redacted, shown
 
 
 def test_urls_and_paths_are_told_apart() -> None:
@@ -26,6 +26,7 @@ def test_urls_and_paths_are_told_apart() -> None:
         ("s3://bucket/key with space", "s3://bucket/key with space"),
         ("s3://AKIA:canary@bucket/key", "s3://***@bucket/key"),
         ("https://h/x?X-Amz-Signature=canary&b=1", "https://h/x?***"),
+        ("https://canary@h/x", "https://***@h/x"),
         ("https://h/x#canary", "https://h/x?***"),
         ("abfs://container@account.dfs.core.windows.net/x", "abfs://container@account.dfs.core.windows.net/x"),
         ("/a/b?c", "/a/b?c"),
@@ -47,8 +48,8 @@ def test_secrets_of_the_environment_are_left_out_of_text(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("url", "line"),
     [
-        ("s3://AKIA:canary@bucket/key", r"output s3://\*\*\*@bucket/key holds a password.*AWS_PROFILE"),
-        ("https://h/x?sig=canary", r"output https://h/x\?\*\*\* holds a password"),
+        ("s3://AKIA:canary@bucket/key", r"output s3://\*\*\*@bucket/key holds a user, password.*AWS_PROFILE"),
+        ("https://h/x?sig=canary", r"output https://h/x\?\*\*\* holds a user, password"),
         ("s3:///key", "names no bucket"),
         ("tape://bucket/key", "tape:// is no kind of store"),
     ],

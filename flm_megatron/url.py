@@ -6,12 +6,21 @@ import os
 import posixpath
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from flm_megatron.paths import FilePath
+from flm_megatron.errors import RequestError
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+FilePath = str | os.PathLike[str]
+"""How a function of the program is told of a file or a folder, or of an object by its URL."""
 IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>`]+")
 HIDDEN = "***"
+CONTAINERS = ("az", "abfs", "abfss", "wasb", "wasbs")
+"""Schemes whose CONTAINER@ACCOUNT is a name."""
+PLACES = (
+    "keep keys in the environment or the files of the store's own library "
+    "(AWS_PROFILE, ~/.aws, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_*)"
+)
 
 
 def is_url(path: FilePath) -> bool:
@@ -37,14 +46,10 @@ def shown(url: FilePath) -> str:
     start, _, rest = text.partition("://")
     rest, hidden = re.split(r"[?#]", rest, maxsplit=1)[0], re.search(r"[?#]", rest) is not None
     host, slash, path = rest.partition("/")
-    kept = _host(host, web=start.lower() in ("http", "https"))
-    return f"{start}://{kept}{slash}{path}" + (f"?{HIDDEN}" if hidden else "")
-
-
-def _host(host: str, web: bool) -> str:
-    """CONTAINER@ACCOUNT of abfs:// is a name; what has a password, or stands before a host of the web, is none."""
     user, at, name = host.rpartition("@")
-    return f"{HIDDEN}@{name}" if at and (web or ":" in user) else host
+    if at and (":" in user or start.lower() not in CONTAINERS):
+        host = f"{HIDDEN}@{name}"
+    return f"{start}://{host}{slash}{path}" + (f"?{HIDDEN}" if hidden else "")
 
 
 def redacted(text: str) -> str:
@@ -56,7 +61,7 @@ def redacted(text: str) -> str:
 
 
 SECRET_NAME = re.compile(
-    r"SECRET|PASSWORD|PASSWD|TOKEN|API_?KEY|ACCOUNT_KEY|CONNECTION_STRING|SAS|OTLP\w*HEADERS", re.IGNORECASE
+    r"SECRET|PASSW(OR)?D|TOKEN(?!IZ)|API_?KEY|ACCOUNT_KEY|CONNECTION_STRING|_SAS|OTLP\w*HEADERS", re.IGNORECASE
 )
 SHORTEST_SECRET = 8
 
@@ -65,3 +70,17 @@ def _secrets() -> list[str]:
     """Values of the environment that are secrets by their names, the longest first."""
     values = (value for name, value in os.environ.items() if SECRET_NAME.search(name))
     return sorted({value for value in values if len(value) >= SHORTEST_SECRET}, key=len, reverse=True)
+
+
+def refuse_secret(url: str, what: str) -> None:
+    """Check that `url` names something in a store and holds no secret; `what` names its field or option in errors.
+
+    Raises:
+        RequestError: it holds a user, a password or a query, or names no bucket.
+    """
+    if url != shown(url):
+        raise RequestError(
+            f"{what} {shown(url)} holds a user, password, key or query, which would be saved with the run: {PLACES}"
+        )
+    if not urlsplit(url).netloc and not url.startswith(("file://", "memory://")):
+        raise RequestError(f"{what} {url} names no bucket: give {url.partition('://')[0]}://BUCKET/PATH")
