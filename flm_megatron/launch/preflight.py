@@ -62,10 +62,12 @@ def require_installed(run: RunConfig) -> None:
     from flm_megatron.kernels import fp8
     from flm_megatron.kernels.choice import require_transformer_engine
     from flm_megatron.training.hooks import load_hook
+    from flm_megatron.training.telemetry import require_telemetry
     from flm_megatron.training.trackers.names import require_tracker
 
     checks: list[Callable[[], object]] = [partial(kernels.choose, run.kernels)]
     checks += [partial(load_hook, path) for path in run.hooks]
+    checks.append(partial(require_telemetry, run))
     checks += [partial(require_tracker, tracker.name) for tracker in run.logging.trackers]
     for stage in run.stages:
         checks += [partial(fp8.require, stage), partial(require_transformer_engine, stage)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from flm_megatron.json_text import JsonObject
 if TYPE_CHECKING:
     from flm_megatron.training.resume.memory_copies import MemoryCopies
     from flm_megatron.training.resume.start import Start
+    from flm_megatron.training.telemetry import Observers
 
 FINISHED = 0
 SAVED = "stopped by a signal after saving"
@@ -113,9 +114,17 @@ def check_local(run: RunConfig) -> None:
     """Check every stage for the number of processes it would have here.
 
     Raises:
-        Mistakes: broken rules, or more processes than this machine can be meant to run.
+        Mistakes: broken rules, more processes than this machine can be meant to run, or a port that is taken.
     """
-    refuse_together(partial(_check_local_stage, run, stage) for stage in run.stages)
+    refuse_together([*(partial(_check_local_stage, run, stage) for stage in run.stages), partial(_check_ports, run)])
+
+
+def _check_ports(run: RunConfig) -> None:
+    """Check that Prometheus can be answered. Raises RequestError if a port is taken."""
+    from flm_megatron.training.telemetry.opening import require_ports
+
+    if run.logging.prometheus:
+        require_ports(run.logging.prometheus, max(local_processes(run, stage) for stage in run.stages))
 
 
 def _check_local_stage(run: RunConfig, stage: StageConfig) -> None:
@@ -152,7 +161,8 @@ def _train_as_rank(run: RunConfig, only: str | None) -> int:
             write_run_file(run)
             bring_metrics(run, start)
         tracking = last.enter_context(tracked(run))
-        finished = train_stages(run, only, start, copies)
+        with observed(run) as observers:
+            finished = train_stages(run, only, start, copies, observers)
         if tracking:
             tracking.status = "finished" if finished else "stopped"
         training_ended(*((FINISHED, "") if finished else (STOPPED, SAVED)))
@@ -163,7 +173,13 @@ def _train_as_rank(run: RunConfig, only: str | None) -> int:
     return FINISHED if finished else STOPPED
 
 
-def train_stages(run: RunConfig, only: str | None, start: Start | None, copies: MemoryCopies | None = None) -> bool:
+def train_stages(
+    run: RunConfig,
+    only: str | None,
+    start: Start | None,
+    copies: MemoryCopies | None = None,
+    observers: Observers | None = None,
+) -> bool:
     """On the ranks of one world, train what is left from `start` on (nothing if none); returns whether all is done.
 
     False means that a signal stopped it after saving.
@@ -177,7 +193,7 @@ def train_stages(run: RunConfig, only: str | None, start: Start | None, copies: 
     live = LiveBoundary() if run.checkpoint.live_boundaries else None
     goes_on = True
     while start is not None and goes_on:
-        goes_on = train_stage(run, start, copies, live, evaluation_hooks)
+        goes_on = train_stage(run, start, copies, live, evaluation_hooks, observers)
         start = Processes().on_first(partial(find_start, run, only))
         if start is not None and copies is not None:
             start = copies.newer(start, only)
@@ -197,11 +213,22 @@ def write_run_file(run: RunConfig) -> None:
     replace_file(folder / "run.yaml", dump_run(run).encode())
 
 
+def observed(run: RunConfig) -> AbstractContextManager[Observers]:
+    """Prometheus and OpenTelemetry for this rank of the world, as the run file asks."""
+    import torch.distributed as dist
+
+    from flm_megatron.device import current
+    from flm_megatron.training.telemetry import telemetry
+
+    return telemetry(run, dist.get_rank(), dist.get_world_size(), lambda: current().peak_memory_gib())
+
+
 def _train_child(data: JsonObject, start: Start, fences: tuple[Fence, ...]) -> int:
     """In a started process: train the stage, under the leases of the parent process."""
     from flm_megatron.evaluation.while_training import evaluation_hooks
     from flm_megatron.training.stage import train_stage
 
-    with fenced(fences):
-        finished = train_stage(run_from_dict(data), start, more_hooks=evaluation_hooks)
+    run = run_from_dict(data)
+    with fenced(fences), observed(run) as observers:
+        finished = train_stage(run, start, more_hooks=evaluation_hooks, observers=observers)
     return FINISHED if finished else STOPPED

@@ -59,6 +59,7 @@ from flm_megatron.training.resume.start import Beginning, Start, begin, checkpoi
 from flm_megatron.training.resume.unfinished_save import bring_to_end
 from flm_megatron.training.spikes import SpikeWatch, joined
 from flm_megatron.training.step import Batch, StepResult, TrainState
+from flm_megatron.training.telemetry.observers import Observers
 from flm_megatron.training.world_sums import Told
 
 RECENT_STEPS = 20
@@ -70,26 +71,31 @@ def train_stage(
     copies: MemoryCopies | None = None,
     live: LiveBoundary | None = None,
     more_hooks: Callable[[RunConfig], Sequence[Hook]] = lambda run: (),
+    observers: Observers | None = None,
 ) -> bool:
     """Train the stage of `start`, on every rank of the world; returns whether the run may go on.
 
     False means that a signal asked for a stop, perhaps in the stage's last step, and a checkpoint was saved. With
     `copies` the state is also kept in memory, and the stage continues from copies that were found there. With `live`
     it begins from the memory of the stage before, and leaves its own state there for the next. `more_hooks` makes
-    those that a room above brings.
+    those that a room above brings, `observers` are told what this rank does.
 
     Raises:
         RequestError: a kernel that the run file asks for by name, or FP8 in any of its stages, is not there.
         DamagedError: stored data is damaged. Of a checkpoint of the run it is noted: `find_start` passes it over then.
     """
+    seen = observers or Observers()
     kernels.use(kernels.choose(run.kernels))
     for stage in run.stages:
         fp8.require(stage)
     try:
         with Layouts(run.distributed.timeout_s) as under:
-            beginning = begin(run, start, under, copies.checkpoint if copies else None, live)
+            grows = not start.resumes and run.stages[start.stage].growth is not None
+            with seen.spanning("growth" if grows else "open", run.stages[start.stage].name):
+                beginning = begin(run, start, under, copies.checkpoint if copies else None, live)
             with under(beginning.stage.parallel), stop_on_signal() as stop:
-                trainer = StageTrainer(run, start, beginning, copies, more_hooks(run))
+                with seen.spanning("load", beginning.stage.name):
+                    trainer = StageTrainer(run, start, beginning, copies, more_hooks(run), seen)
                 if live:
                     live.release()
                 try:
@@ -118,6 +124,7 @@ class StageTrainer:
         beginning: Beginning,
         copies: MemoryCopies | None = None,
         more_hooks: Sequence[Hook] = (),
+        observers: Observers | None = None,
     ) -> None:
         self.index, self.step, self.start = start.stage, start.step, start
         self.budgets = stage_budgets(run, start.history)
@@ -132,8 +139,8 @@ class StageTrainer:
         self.earlier = earlier_growth(self.checkpoint, changes=self.change is not None)
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.data_size = parallel_state.get_data_parallel_world_size()
-        self.log = _open_log(self.run, self.index, self.step)
-        self.meter = Meter(Path(run.output) if is_main_rank() else None)
+        self.log = _open_log(self.run, self.index, self.step, observers)
+        self.meter = Meter(Path(run.output) if is_main_rank() else None, observers)
         self.meter.begin(self.index, self.stage.name, self.step)
         self.times: deque[float] = deque(maxlen=RECENT_STEPS)
         self.copies = copies
@@ -366,12 +373,12 @@ def _change_record(beginning: Beginning) -> ChangeRecord | None:
     return change.certified(beginning.certificate) if change else None
 
 
-def _open_log(run: RunConfig, index: int, step: int) -> MetricsLog | None:
+def _open_log(run: RunConfig, index: int, step: int, observers: Observers | None) -> MetricsLog | None:
     """The main rank's log."""
     if not is_main_rank():
         return None
     names = [stage.name for stage in run.stages]
-    return MetricsLog(Path(run.output), run.logging.tensorboard, names, names[index], step)
+    return MetricsLog(Path(run.output), run.logging.tensorboard, names, names[index], step, observers)
 
 
 def _peak_tflops(precision: Literal["fp32", "bf16"]) -> float | None:

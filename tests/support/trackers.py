@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -115,6 +116,14 @@ class Flaky(Recording):
             self.failed = True
             raise TimeoutError("slow")
         super().points(points)
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as any_port:
+        any_port.bind(("127.0.0.1", 0))
+        number: int = any_port.getsockname()[1]
+        return number
 
 
 def tracked_run(output: Path, *trackers: TrackerConfig) -> RunConfig:

@@ -10,16 +10,19 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 import psutil
 from pydantic import TypeAdapter, ValidationError
 
 from flm_megatron.training.metrics.log import duration
+
+if TYPE_CHECKING:
+    from flm_megatron.training.telemetry.observers import Observers
 
 FILE = "goodput.jsonl"
 Stall = Literal["save", "copy", "validation", "evaluation", "replicas", "rollback"]
@@ -66,10 +69,10 @@ _LINE: TypeAdapter[Line] = TypeAdapter(Line)
 
 
 class Meter:
-    """Writes the file in `folder`; does nothing without one, as on all ranks but the main one."""
+    """Writes the file in `folder`, on the main rank, and tells the rank's observers; without both it does nothing."""
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None, observers: Observers | None = None) -> None:
+        self.folder, self.observers = folder, observers or None
         self._file: TextIO | None = None if folder is None else _opened(folder / FILE)
 
     def begin(self, index: int, stage: str, step: int) -> None:
@@ -99,6 +102,8 @@ class Meter:
         if self._file is not None:
             known = {key: value for key, value in asdict(line).items() if value is not None}
             print(json.dumps(known), file=self._file, flush=True)
+        if self.observers is not None:
+            self.observers.time(line)
 
 
 @dataclass
@@ -155,54 +160,82 @@ class Goodput:
         )
 
 
+class Account:
+    """Adds up a run's lines in the order in which they were written; `total` is all so far."""
+
+    def __init__(self) -> None:
+        self.total = Goodput()
+        self._done: dict[tuple[int, int], float] = {}  # seconds of each step that counts, by stage and step
+        self._stage, self._last, self._began = 0, 0.0, 0.0
+        self._first: float | None = None
+        self._process: float | None = None
+        self._starting = False
+
+    def add(self, line: Line) -> None:
+        """Count one more line."""
+        if isinstance(line, BeginLine):
+            self._begin(line)
+        elif self._starting:
+            waited = line.data_s if isinstance(line, StepLine) else 0.0
+            self.total.start_s += max(0.0, line.time - line.seconds - waited - self._began)
+            self._starting = False
+        if isinstance(line, StepLine):
+            self._step(line)
+        elif isinstance(line, StallLine):
+            if line.step is not None:
+                self._lose((self._stage, line.step))
+            self.total.stalls_s[line.what] += line.seconds
+        self._last = line.time
+        self.total.wall_s = 0.0 if self._first is None else self._last - self._first
+
+    def _begin(self, line: BeginLine) -> None:
+        self._stage, self._starting = line.index, True
+        self._lose((self._stage, line.step))
+        self.total.starts += line.started != self._process
+        self._process = line.started
+        self.total.down_s += 0.0 if self._first is None else max(0.0, line.started - self._last)
+        self._first = line.started if self._first is None else self._first
+        self._began = max(line.started, self._last)
+
+    def _step(self, line: StepLine) -> None:
+        self.total.data_s += line.data_s
+        if line.what == "step":
+            self._done[self._stage, line.step] = line.seconds
+            self.total.steps_s += line.seconds
+        else:
+            self.total.refused_s += line.seconds
+
+    def _lose(self, place: tuple[int, int]) -> None:
+        """The run goes back to the state at `place`: all steps after it are lost."""
+        for step in [step for step in self._done if step > place]:
+            self.total.lost_s += self._done.pop(step)
+            self.total.lost_steps += 1
+
+
 def read_goodput(folder: Path) -> Goodput | None:
     """The totals of the file in a run's output folder; none if there is no file."""
+    return read_account(folder).total if (folder / FILE).exists() else None
+
+
+def read_account(folder: Path) -> Account:
+    """The account of the file in a run's output folder, to be gone on with; empty if there is no file."""
     try:
         text = (folder / FILE).read_text(encoding="utf-8")
     except FileNotFoundError:
-        return None
-    return add_up(line for row in text.splitlines() if (line := _parsed(row)))
+        return Account()
+    return _account(line for row in text.splitlines() if (line := _parsed(row)))
 
 
-def add_up(lines: Iterator[Line]) -> Goodput:
+def add_up(lines: Iterable[Line]) -> Goodput:
     """The totals of a run's lines, in the order in which they were written."""
-    total = Goodput()
-    done: dict[tuple[int, int], float] = {}  # seconds of each step that counts, by stage and step
-    stage, first, last, began, starting, process = 0, None, 0.0, 0.0, False, None
+    return _account(lines).total
+
+
+def _account(lines: Iterable[Line]) -> Account:
+    account = Account()
     for line in lines:
-        if isinstance(line, BeginLine):
-            stage, starting = line.index, True
-            _lose(total, done, (stage, line.step))
-            total.starts += line.started != process
-            process = line.started
-            total.down_s += 0.0 if first is None else max(0.0, line.started - last)
-            first = line.started if first is None else first
-            began = max(line.started, last)
-        elif starting:
-            waited = line.data_s if isinstance(line, StepLine) else 0.0
-            total.start_s += max(0.0, line.time - line.seconds - waited - began)
-            starting = False
-        if isinstance(line, StepLine):
-            total.data_s += line.data_s
-            if line.what == "step":
-                done[stage, line.step] = line.seconds
-                total.steps_s += line.seconds
-            else:
-                total.refused_s += line.seconds
-        elif isinstance(line, StallLine):
-            if line.step is not None:
-                _lose(total, done, (stage, line.step))
-            total.stalls_s[line.what] += line.seconds
-        last = line.time
-    total.wall_s = 0.0 if first is None else last - first
-    return total
-
-
-def _lose(total: Goodput, done: dict[tuple[int, int], float], place: tuple[int, int]) -> None:
-    """The run goes back to the state at `place`: all steps after it are lost."""
-    for step in [step for step in done if step > place]:
-        total.lost_s += done.pop(step)
-        total.lost_steps += 1
+        account.add(line)
+    return account
 
 
 def _opened(path: Path) -> TextIO:

@@ -17,6 +17,8 @@ from flm_megatron.training.metrics.events import FILE, Line, OtherEvent, Refused
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+    from flm_megatron.training.telemetry.observers import Observers
+
 
 DIVERGENCE = "distill_kl"
 """Key of a step's mean KL from the teacher to the student, in nats."""
@@ -61,8 +63,17 @@ class MetricsLog:
     be trained again.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool, stages: list[str], stage: str, step: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tensorboard: bool,
+        stages: list[str],
+        stage: str,
+        step: int,
+        observers: Observers | None = None,
+    ) -> None:
         make_folders(folder)
+        self._observers = observers or None
         self._jsonl = _reopen(folder / FILE, stages, stage, step)
         self._text = (folder / "log.txt").open("a", encoding="utf-8")
         self._writer = _tensorboard(folder / "tensorboard", step) if tensorboard else None
@@ -81,6 +92,8 @@ class MetricsLog:
     def write(self, line: Line) -> None:
         """Write a line of `metrics.jsonl`; its numbers become TensorBoard scalars if it names a stage."""
         print(line_text(line), file=self._jsonl, flush=True)
+        if self._observers is not None:
+            self._observers.line(line)
         if self._writer is not None and line.stage is not None:
             for name, value in line.scalars().items():
                 self._writer.add_scalar(f"{line.stage}/{name}", value, line.step)
