@@ -2,7 +2,7 @@
 
 `tracker` is the interface, `names` the trackers that are known by name, `wandb_run` and `mlflow_run` two of them.
 `lines` makes points and events of the lines of `metrics.jsonl`, `state` remembers what was sent, `process` is the
-process. Nothing here is imported by a process that trains: what a tracker does, and how long it takes, cannot reach it.
+process. A process that trains imports no library of a tracker: what it does, and how long it takes, cannot reach it.
 """
 
 from flm_megatron.training.trackers.names import load_tracker

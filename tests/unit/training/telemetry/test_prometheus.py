@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import socket
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from flm_megatron.training.metrics.goodput import Meter, read_goodput
 from flm_megatron.training.metrics.log import MetricsLog
 from flm_megatron.training.telemetry import Observer, Observers, require_telemetry, telemetry
 from flm_megatron.training.telemetry.opening import require_ports
+from tests.support import REPOSITORY
 from tests.support.trackers import free_port, steps, tracked_run
 
 Found = dict[tuple[str, str], float]
@@ -84,6 +87,14 @@ def test_the_newest_numbers_are_there(trained: Found, tmp_path: Path) -> None:
     assert 0 <= trained["flm_checkpoint_age_seconds", ""] < 60 and 0 <= trained["flm_step_age_seconds", ""] < 60
     goodput = read_goodput(tmp_path)
     assert goodput and trained["flm_goodput_ratio", ""] == pytest.approx(goodput.share)
+
+
+def test_the_dashboard_asks_for_what_is_there(trained: Found) -> None:
+    board = (REPOSITORY / "examples" / "monitoring" / "grafana.json").read_text()
+    names = {name for panel in json.loads(board)["panels"] for name in re.findall(r"flm_\w+", str(panel["targets"]))}
+    assert len(names) > 12 and names - {"flm_mfu_ratio"} <= {name for name, _ in trained}
+    page = (REPOSITORY / "docs" / "trackers.md").read_text()
+    assert {name for name, _ in trained if f"`{name}" not in page} == set()
 
 
 def test_goodput_counts_what_earlier_processes_did(run: RunConfig, tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def test_mlflow_has_one_run_with_every_step_once(tmp_path: Path, secrets: None) 
     assert files_with(tmp_path, SECRET) == []
 
 
+@pytest.mark.slow
 def test_a_server_that_is_away_is_named_without_its_password(
     tmp_path: Path, secrets: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,6 +70,7 @@ def test_a_server_that_is_away_is_named_without_its_password(
     assert files_with(tmp_path, SECRET) == []
 
 
+@pytest.mark.slow
 def test_wandb_offline_holds_every_step_once_under_one_id(tmp_path: Path, secrets: None) -> None:
     pytest.importorskip("wandb")
     run = tracked_run(tmp_path, TrackerConfig(name="wandb", mode="offline", project="growing"))

@@ -38,6 +38,8 @@ def test_steps_of_all_stages_have_one_axis_and_growth_is_an_event(tmp_path: Path
     assert events["growth"]["step"] == 4 and events["growth"]["tokens"] == 512
     assert events["save"]["text"] == "checkpoints/small/step_00000004"
     assert said(tmp_path, "finish") == ["finished"]
+    rows = (tracker_folder(tmp_path, RECORDING.name) / "events.jsonl").read_text().splitlines()
+    assert [json.loads(row)["what"] for row in rows] == ["stage", "save", "stage", "growth"]
 
 
 def test_a_run_that_goes_on_is_told_no_step_and_no_event_twice(tmp_path: Path) -> None:
@@ -105,6 +107,7 @@ def test_trackers_that_go_wrong_anywhere_cost_one_bounded_wait_and_a_line_each(
     assert [step for step, values in told if "train/loss" in values] == [*range(1, 8)]
 
 
+@pytest.mark.slow
 def test_a_tracker_that_raises_is_tried_again_while_the_run_lasts(tmp_path: Path) -> None:
     run = tracked_run(tmp_path, TrackerConfig(name=f"{HERE}.Flaky"))
     write_lines(tmp_path, two_stages())
@@ -146,13 +149,6 @@ def test_ranks_but_the_first_start_none(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("RANK", "1")
     with tracked(tracked_run(tmp_path, RECORDING)) as tracking:
         assert tracking is None
-
-
-def test_events_are_in_a_file_beside(tmp_path: Path) -> None:
-    write_lines(tmp_path, two_stages())
-    track(tracked_run(tmp_path, RECORDING))
-    rows = (tracker_folder(tmp_path, RECORDING.name) / "events.jsonl").read_text().splitlines()
-    assert [json.loads(row)["what"] for row in rows] == ["stage", "save", "stage", "growth"]
 
 
 def test_a_run_that_is_over_is_sent_by_the_command_to_any_tracker(
