@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flm_megatron.errors import one_line, reason
+from flm_megatron.url import redacted
 
 if TYPE_CHECKING:
     from flm_megatron.training.metrics.events import Line
@@ -84,6 +85,4 @@ class Observers:
 
 def warn(text: str) -> None:
     """A line about what does not work, on stderr."""
-    from flm_megatron.storage.url import redacted
-
     print(f"WARNING: {redacted(one_line(text))}", file=sys.stderr, flush=True)
