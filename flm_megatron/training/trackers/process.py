@@ -33,6 +33,8 @@ RUN_FILE = "run.yaml"
 POLL_S = 1.0
 LONGEST_PAUSE_S = 60.0
 """Seconds between two looks at the file, and at most between two attempts to send."""
+GRACE_S = 5
+"""Seconds after its limit, at which the run has ended it."""
 ORPHAN_S = 30
 """Seconds that it lives on when the run was killed."""
 T = TypeVar("T")
@@ -50,7 +52,7 @@ class Ending:
     def _listen(self) -> None:
         word = self.words.readline().decode().strip()
         self.status = cast(Status, word) if word else "killed"
-        signal.alarm(self.limit_s if word else ORPHAN_S)  # ends the process whatever it hangs in
+        signal.alarm(self.limit_s + GRACE_S if word else ORPHAN_S)  # ends the process whatever it hangs in
         self.come.set()
 
 

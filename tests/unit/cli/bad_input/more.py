@@ -98,6 +98,17 @@ ROWS = [
     Row("report runs/lacking", "metrics.jsonl: object 1 has no stage", status=1),
     Row("report runs/list", "runs/list"),
     Row("report runs/done --out x.html/y --out text.txt/y", "text.txt is not a folder"),
+    Row("track absent", "absent has no metrics.jsonl: give the output folder of a run"),
+    Row("track runs/nothing-yet", "runs/nothing-yet has no metrics.jsonl"),
+    Row("track runs/list --logging.trackers [wandb]", "runs/list"),
+    Row("track runs/done", "has no trackers: name some, as in --logging.trackers '[mlflow]'"),
+    Row("track runs/done --logging.trackers [wandbb]", "did you mean 'wandb'?"),
+    Row("track runs/done --logging.trackers '[mlflow, mlflow]'", "names 'mlflow' twice"),
+    Row("train run.yaml --logging.trackers [nowhere]", "no tracker is called 'nowhere'"),
+    Row("train run.yaml --logging.trackers [no.where]", "no.where cannot be imported"),
+    Row(
+        "train run.yaml --logging.prometheus '{address: nowhere.invalid}'", "cannot listen at nowhere.invalid port 9400"
+    ),
     Row("checkpoint inspect weird", "weird", status=1),
     Row("checkpoint verify cut", "cut", status=1),
     Row("checkpoint reshard cut out", "cut", status=1),
