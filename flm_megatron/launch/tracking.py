@@ -80,7 +80,7 @@ class TrackerProcess:
         try:
             self.process.wait(max(0.0, began + limit_s - time.monotonic()))
         except subprocess.TimeoutExpired:
-            self.say(f"WARNING: {self.tracker.name} has not ended within {limit_s} s and is left behind: {LATER}")
+            self.say(f"WARNING: {self.tracker.name} has not ended within {limit_s} s and is ended: {LATER}")
         else:
             self._say_status()
         with suppress(ProcessLookupError):  # also what a library started

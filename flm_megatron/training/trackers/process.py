@@ -86,7 +86,7 @@ class Sender:
             self.sent.id,
         )
         self.sent.id = self._tried(lambda: self.tracker.start(known))
-        self.sent.save(self.folder)
+        self._tried(lambda: self.sent.save(self.folder))
         self.say(f"{options.name}: {self.tracker.where or self.sent.id}")
         over = False
         while not over:
@@ -112,12 +112,16 @@ class Sender:
         return bool(rows)
 
     def _send_event(self, kind: str, event: Event) -> None:
-        if (line := json.dumps(event.to_json())) not in self.written:
-            self.written.add(line)
-            with (self.folder / EVENTS).open("a", encoding="utf-8") as file:
-                print(line, file=file)
+        self._tried(lambda: self._write_event(event))
         self._tried(lambda: self.tracker.event(event))
         self._note([(kind, event)])
+
+    def _write_event(self, event: Event) -> None:
+        """Add it to the file of events, once."""
+        if (line := json.dumps(event.to_json())) not in self.written:
+            with (self.folder / EVENTS).open("a", encoding="utf-8") as file:
+                print(line, file=file)
+            self.written.add(line)
 
     def _unsent(self, rows: list[str]) -> Iterator[tuple[str, Point | Event]]:
         """Points and events of lines, each with the kind of its line, without those that were sent."""
@@ -134,9 +138,10 @@ class Sender:
                 yield kind, item
 
     def _note(self, items: list[tuple[str, Point]] | list[tuple[str, Event]]) -> None:
+        """Note what was sent; nothing more is sent until that is on the disk, or it would be sent again some day."""
         for kind, item in items:
             self.sent.add(kind, item)
-        self.sent.save(self.folder)
+        self._tried(lambda: self.sent.save(self.folder))
 
     def _tried(self, work: Callable[[], T]) -> T:
         """Do `work` until it succeeds, with pauses; the first failure is said. Raises GaveUp once the run has ended."""

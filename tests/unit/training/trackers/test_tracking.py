@@ -120,6 +120,24 @@ def test_a_tracker_that_raises_is_tried_again_while_the_run_lasts(tmp_path: Path
     assert [step for step, values in points(tmp_path) if "train/loss" in values] == [*range(1, 8)]
 
 
+@pytest.mark.slow
+def test_while_the_disk_takes_no_note_nothing_is_sent_twice(tmp_path: Path) -> None:
+    run = tracked_run(tmp_path, RECORDING)
+    write_lines(tmp_path, two_stages())
+    in_the_way = tracker_folder(tmp_path, RECORDING.name) / ".sent.json.partial"
+    in_the_way.mkdir(parents=True)
+    with tracked(run) as tracking:
+        assert tracking
+        log = tmp_path / "log.txt"
+        until(lambda: log.exists() and "IsADirectoryError" in log.read_text())
+        in_the_way.rmdir()
+        until(lambda: len(points(tmp_path)) > 6)
+        tracking.status = "finished"
+    track(run)
+    assert said(tmp_path, "start") == [None, "the id"]
+    assert [step for step, values in points(tmp_path) if "train/loss" in values] == [*range(1, 8)]
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
