@@ -126,9 +126,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for runs and results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     args = parser.parse_args()
-    from flm_megatron.data.tokenizer import Tokenizer
+    from flm_megatron.data.tokenizer import open_tokenizer
 
-    vocab = Tokenizer(str(args.data / "tokenizer.model")).vocab_size
+    vocab = open_tokenizer(str(args.data / "tokenizer.model")).vocab_size
     args.out.mkdir(parents=True, exist_ok=True)
     kept = args.out / "results.jsonl"
     results: list[JsonObject] = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []

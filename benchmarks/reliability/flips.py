@@ -277,10 +277,10 @@ def is_found(prefix: Path) -> bool:
 def samples(case: Case, data: Path) -> str:
     """A hash of every sample of a training set, after the checks that a run makes first."""
     from flm_megatron.data.corpus.description import check_datasets
-    from flm_megatron.data.tokenizer import Tokenizer
+    from flm_megatron.data.tokenizer import open_tokenizer
 
     _, run = make_run(data, data.parent / "run", 6)
-    check_datasets(run.data, Tokenizer(str(run.tokenizer)))
+    check_datasets(run.data, open_tokenizer(str(run.tokenizer)))
     with scratch() as cache:
         source = Source(run.data.train[0], 32, 1, str(cache))
         found = hashlib.sha256()

@@ -12,7 +12,7 @@ from flm_megatron.checkpoint.own_tokenizer import tokenizer_files
 from flm_megatron.checkpoint.stage_manifest import manifest_model
 from flm_megatron.checkpoint.torch_dist.reader import TorchDistCheckpoint
 from flm_megatron.config.schema import ModelConfig
-from flm_megatron.data.tokenizer import Tokenizer
+from flm_megatron.data.tokenizer import open_tokenizer
 from flm_megatron.errors import RequestError
 from flm_megatron.model.parameters import EMBEDDING, parameter_specs
 
@@ -49,7 +49,7 @@ def model_of(checkpoint: LogicalCheckpoint, vocab_size: int | None = None) -> Mo
             "out, it is for checkpoints that are padded and do not record their vocabulary"
         )
     for file in tokenizer_files(folder, checkpoint.manifest):
-        if (ids := Tokenizer(file).vocab_size) > vocab_size:
+        if (ids := open_tokenizer(file).vocab_size) > vocab_size:
             raise RequestError(f"--vocab-size is {vocab_size}, but the checkpoint's tokenizer {file} has {ids} ids")
     return model
 

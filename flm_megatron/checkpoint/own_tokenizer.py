@@ -7,17 +7,17 @@ from pathlib import Path
 from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.data.corpus.description import read_description
-from flm_megatron.data.tokenizer import Tokenizer, file_fingerprint
+from flm_megatron.data.tokenizer import Tokenizer, open_tokenizer, tokenizer_exists, tokenizer_fingerprint, tokenizer_in
 from flm_megatron.errors import FlmError, RequestError
+from flm_megatron.paths import FilePath
 
-TOKENIZER_FILE = "tokenizer.model"
 
-
-def tokenizer_files(folder: Path | None, manifest: Manifest) -> list[Path]:
-    """The tokenizer files of a checkpoint that exist: named by its run, or in its `folder`."""
+def tokenizer_files(folder: Path | None, manifest: Manifest) -> list[FilePath]:
+    """The tokenizers of a checkpoint that exist: named by its run, or in its `folder`. A URL is taken to exist."""
     named = manifest.run.tokenizer
-    candidates = [*([Path(named)] if named else []), *([folder / TOKENIZER_FILE] if folder else [])]
-    return [file for file in candidates if file.is_file()]
+    found: list[FilePath] = [named] if named and tokenizer_exists(named) else []
+    own = tokenizer_in(folder) if folder else None
+    return [*found, *([own] if own else [])]
 
 
 def check_tokenizer(
@@ -28,14 +28,17 @@ def check_tokenizer(
     `where` names the checkpoint in errors, `folder` is its folder.
 
     Raises:
-        RequestError: it has another number of ids, or is another file.
+        RequestError: it has another number of ids (fewer are right for the very tokenizer of a model whose embedding
+            was rounded up), or is another file.
     """
-    if tokenizer.vocab_size != model.vocab_size:
+    known = _known_fingerprints(folder, manifest)
+    most, own = model.vocab_size or 0, any(fingerprint == tokenizer.fingerprint for _, fingerprint in known)
+    if tokenizer.vocab_size > most or (tokenizer.vocab_size < most and not own):
         raise RequestError(
             f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, the model of {where} has {model.vocab_size}: "
             "give the tokenizer that the checkpoint was trained with"
         )
-    for owner, fingerprint in _known_fingerprints(folder, manifest):
+    for owner, fingerprint in known:
         if fingerprint != tokenizer.fingerprint:
             raise RequestError(
                 f"tokenizer {tokenizer.path} (fingerprint {tokenizer.fingerprint[:12]}) is not the one that {where} "
@@ -44,8 +47,8 @@ def check_tokenizer(
 
 
 def tokenizer_to_export(
-    given: Path | None, model: ModelConfig, folder: Path, manifest: Manifest
-) -> tuple[Path | None, str]:
+    given: FilePath | None, model: ModelConfig, folder: Path, manifest: Manifest
+) -> tuple[FilePath | None, str]:
     """The tokenizer to write beside the weights of the checkpoint in `folder`; if there is none, why not.
 
     It is the `given` one, or else the first of the checkpoint's own files that still matches.
@@ -54,12 +57,12 @@ def tokenizer_to_export(
         RequestError: the one given is not the checkpoint's.
     """
     if given is not None:
-        check_tokenizer(Tokenizer(given), model, str(folder), manifest, folder)
+        check_tokenizer(open_tokenizer(given), model, str(folder), manifest, folder)
         return given, ""
     reasons = []
     for file in tokenizer_files(folder, manifest):
         try:
-            check_tokenizer(Tokenizer(file), model, str(folder), manifest, folder)
+            check_tokenizer(open_tokenizer(file), model, str(folder), manifest, folder)
             return file, ""
         except FlmError as error:
             reasons.append(str(error))
@@ -70,7 +73,7 @@ def _known_fingerprints(folder: Path | None, manifest: Manifest) -> list[tuple[s
     """Known fingerprints and their sources: the manifest, or else files and training data, which may have changed."""
     if recorded := manifest.tokenizer_sha256:
         return [("its manifest", recorded)]
-    files = [(str(file), file_fingerprint(file)) for file in tokenizer_files(folder, manifest)]
+    files = [(str(file), tokenizer_fingerprint(file)) for file in tokenizer_files(folder, manifest)]
     known = [(name, fingerprint) for name, fingerprint in files if fingerprint]
     for path in manifest.run.train:
         try:

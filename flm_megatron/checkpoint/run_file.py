@@ -82,8 +82,8 @@ def _initial_model(run: RunConfig) -> ModelConfig:
 
 def _vocabulary(run: RunConfig) -> int | None:
     """The true vocabulary, for checkpoints that do not record theirs."""
-    from flm_megatron.data.tokenizer import Tokenizer
+    from flm_megatron.data.tokenizer import open_tokenizer, tokenizer_exists
 
-    if run.tokenizer is not None and Path(run.tokenizer).is_file():
-        return Tokenizer(run.tokenizer).vocab_size
+    if run.tokenizer is not None and tokenizer_exists(run.tokenizer):
+        return open_tokenizer(run.tokenizer).vocab_size
     return next((stage.model.vocab_size for stage in run.stages if stage.model.vocab_size), None)

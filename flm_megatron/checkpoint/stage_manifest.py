@@ -9,10 +9,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.manifest import Manifest, RecordedRun, StagePosition
-from flm_megatron.checkpoint.own_tokenizer import TOKENIZER_FILE
 from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import DataConfig, ModelConfig, RunConfig, StageConfig
-from flm_megatron.data.tokenizer import file_fingerprint
+from flm_megatron.data.tokenizer import tokenizer_fingerprint, tokenizer_in
 from flm_megatron.errors import RequestError
 from flm_megatron.model.limits import check_limits
 
@@ -31,7 +30,7 @@ def stage_manifest(run: RunConfig, stage_index: int, model: ModelConfig, positio
     return Manifest(
         run=RecordedRun.model_validate(run_to_dict(replace(run, stages=stages))),
         position=replace(position, stage=stages[stage_index].name),
-        tokenizer_sha256=file_fingerprint(run.tokenizer) if run.tokenizer else None,
+        tokenizer_sha256=tokenizer_fingerprint(run.tokenizer) if run.tokenizer else None,
     )
 
 
@@ -72,10 +71,10 @@ def manifest_for(checkpoint: LogicalCheckpoint, model: ModelConfig, source: Path
     """
     if checkpoint.manifest.run.saved:
         return checkpoint.manifest
-    tokenizer, length = source / TOKENIZER_FILE, checkpoint.manifest.run.sequence_length
+    tokenizer, length = tokenizer_in(source), checkpoint.manifest.run.sequence_length
     run = RunConfig(
         name=source.resolve().name,
-        tokenizer=str(tokenizer.resolve()) if tokenizer.is_file() else None,
+        tokenizer=str(tokenizer.resolve()) if tokenizer else None,
         data=DataConfig(sequence_length=min(length, model.max_positions or length)),
         stages=[StageConfig(name=IMPORTED, model=model)],
     )

@@ -61,14 +61,14 @@ def run(args: argparse.Namespace) -> int:
 def largest_checkpoint(run: RunConfig) -> int | None:
     """Bytes of the largest stage's checkpoint; none while the vocabulary is not known."""
     from flm_megatron.config.loader import resolve_vocabulary
-    from flm_megatron.data.tokenizer import Tokenizer
+    from flm_megatron.data.tokenizer import open_tokenizer
     from flm_megatron.errors import FlmError
     from flm_megatron.model.parameters import parameter_count
     from flm_megatron.planner.plan import checkpoint_bytes
 
     try:
         if run.tokenizer and any(stage.model.vocab_size is None for stage in run.stages):
-            run = resolve_vocabulary(run, Tokenizer(run.tokenizer).vocab_size)
+            run = resolve_vocabulary(run, open_tokenizer(run.tokenizer).vocab_size)
         weights = {"fp32": 4, "bf16": 2}
         sizes = [checkpoint_bytes(parameter_count(stage.model), weights[stage.precision]) for stage in run.stages]
     except (FlmError, ValueError):

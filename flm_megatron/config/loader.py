@@ -131,17 +131,21 @@ def dump_run(run: RunConfig) -> str:
 def resolve_vocabulary(run: RunConfig, vocab_size: int) -> RunConfig:
     """The run with the tokenizer's vocabulary in every model that leaves it open.
 
+    A model may state more ids than the tokenizer has, as published ones do whose embedding was rounded up.
+
     Raises:
-        RequestError: a model states another size.
+        RequestError: a model states fewer.
     """
     for index, stage in enumerate(run.stages):
-        if stage.model.vocab_size not in (None, vocab_size):
+        if stage.model.vocab_size is not None and stage.model.vocab_size < vocab_size:
             raise RequestError(
                 f"stages.{index}.model.vocab_size is {stage.model.vocab_size}, the tokenizer's is {vocab_size}: "
                 "set vocab_size to null, or give the tokenizer that belongs to the model"
             )
     stages = [
-        dataclasses.replace(stage, model=dataclasses.replace(stage.model, vocab_size=vocab_size))
+        dataclasses.replace(
+            stage, model=dataclasses.replace(stage.model, vocab_size=stage.model.vocab_size or vocab_size)
+        )
         for stage in run.stages
     ]
     return dataclasses.replace(run, stages=stages)

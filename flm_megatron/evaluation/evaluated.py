@@ -10,7 +10,7 @@ from flm_megatron.checkpoint.manifest import UNRECORDED_PRECISION, Manifest
 from flm_megatron.checkpoint.opening import open_with_model
 from flm_megatron.checkpoint.own_tokenizer import check_tokenizer, tokenizer_files
 from flm_megatron.config.schema import ModelConfig
-from flm_megatron.data.tokenizer import Tokenizer
+from flm_megatron.data.tokenizer import Tokenizer, open_tokenizer
 from flm_megatron.errors import RequestError
 
 
@@ -60,18 +60,18 @@ def open_evaluated(
     checkpoint, model = open_with_model(path, vocab_size)
     run = checkpoint.manifest.run
     stage = run.stage(checkpoint.manifest.position.stage)
-    found = Tokenizer(tokenizer or _own_tokenizer(path, checkpoint.manifest))
+    found = open_tokenizer(tokenizer or _own_tokenizer(path, checkpoint.manifest))
     check_tokenizer(found, model, str(path), checkpoint.manifest, path)
     precision = (stage and stage.precision) or UNRECORDED_PRECISION
     return EvaluatedCheckpoint(path, checkpoint, model, found, precision, run.sequence_length)
 
 
-def _own_tokenizer(path: Path, manifest: Manifest) -> Path:
+def _own_tokenizer(path: Path, manifest: Manifest) -> FilePath:
     candidates = tokenizer_files(path, manifest)
     if not candidates:
         named = manifest.run.tokenizer
         raise RequestError(
             f"{path}: {f'its tokenizer {named} is not there' if named else 'it names no tokenizer'}: "
-            "give a SentencePiece model with --tokenizer"
+            "give one with --tokenizer"
         )
     return candidates[0]

@@ -15,7 +15,7 @@ from flm_megatron.checkpoint.own_tokenizer import check_tokenizer
 from flm_megatron.checkpoint.stage_manifest import stage_manifest
 from flm_megatron.config.loader import resolve_vocabulary
 from flm_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig
-from flm_megatron.data.tokenizer import Tokenizer
+from flm_megatron.data.tokenizer import open_tokenizer, tokenizer_exists
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.change import VERB, Change, check_same_plan
@@ -155,10 +155,10 @@ def check_same_tokenizer(manifest: Manifest, run: RunConfig, model: ModelConfig,
     Raises:
         RequestError: it is another one.
     """
-    if run.tokenizer is None or not Path(run.tokenizer).is_file():
+    if run.tokenizer is None or not tokenizer_exists(run.tokenizer):
         return
     try:
-        check_tokenizer(Tokenizer(run.tokenizer), model, f"the checkpoint to {VERB[change]}", manifest)
+        check_tokenizer(open_tokenizer(run.tokenizer), model, f"the checkpoint to {VERB[change]}", manifest)
     except RequestError as error:
         raise RequestError(f"{error}; {change} keeps the tokenizer") from None
 

@@ -11,7 +11,7 @@ from flm_megatron.config.rules import check
 from flm_megatron.config.schema import ChatConfig, ModelConfig, RunConfig, StageConfig
 from flm_megatron.data.conversations.stream import ChatStream
 from flm_megatron.data.streams.stage_streams import training_stream
-from flm_megatron.data.tokenizer import Tokenizer
+from flm_megatron.data.tokenizer import open_tokenizer
 from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.evaluated import open_evaluated
 from flm_megatron.growth.foreseen import check_run_file
@@ -76,7 +76,7 @@ def _of_model(run: RunConfig, model: ModelConfig, tokenizer: str) -> tuple[RunCo
         run.stages[index] = replace(run.stages[index], tokens=stream.samples * run.data.sequence_length)
         lines.append(_line(run.stages[index].name, stream, chat))
     check(run)
-    return resolve_vocabulary(run, Tokenizer(tokenizer).vocab_size), lines
+    return resolve_vocabulary(run, open_tokenizer(tokenizer).vocab_size), lines
 
 
 def _stage(stage: StageConfig, model: ModelConfig, chat: ChatConfig) -> StageConfig:

@@ -33,14 +33,14 @@ def resolve(run: RunConfig, start_anew: bool = False) -> RunConfig:
         DamagedError: `checkpoint.initial` cannot be read, or a dataset is damaged.
     """
     from flm_megatron.data.corpus.description import check_datasets
-    from flm_megatron.data.tokenizer import Tokenizer
+    from flm_megatron.data.tokenizer import open_tokenizer
 
     if run.data.chat is not None:
         raise RequestError("data.chat makes this a fine-tuning: run it with `flm sft`")
     run = _with_models(run)
     check_run_file(run)
     _require_data(run)
-    tokenizer = Tokenizer(str(run.tokenizer))
+    tokenizer = open_tokenizer(str(run.tokenizer))
     check_datasets(run.data, tokenizer)
     _check_indices(run)
     run = resolve_vocabulary(run, tokenizer.vocab_size)
@@ -148,8 +148,8 @@ def _require_data(run: RunConfig) -> None:
     """Check that the run names a tokenizer and data, that the tokenizer exists, and that URLs can be opened here."""
     lines = []
     if run.tokenizer is None:
-        lines.append("tokenizer is not set: give the SentencePiece model the data was made with")
-    elif not is_url(run.tokenizer) and not Path(run.tokenizer).is_file():
+        lines.append("tokenizer is not set: give the tokenizer that the data was made with")
+    elif not tokenizer_exists(run.tokenizer):
         lines.append(f"tokenizer {run.tokenizer} is not there: train one with `flm data tokenizer`")
     if not run.data.train:
         lines.append("data.train has no sources: name at least one dataset made by `flm data build`")

@@ -45,13 +45,13 @@ def with_vocabulary(config: RunConfig) -> RunConfig:
     from flm_megatron.config.loader import resolve_vocabulary
     from flm_megatron.errors import RequestError
 
+    from flm_megatron.data.tokenizer import open_tokenizer, tokenizer_exists
+
     if all(stage.model.vocab_size for stage in config.stages):
         return config
-    if config.tokenizer is None or not Path(config.tokenizer).is_file():
+    if config.tokenizer is None or not tokenizer_exists(config.tokenizer):
         raise RequestError(
             f"the vocabulary size is not known: there is no tokenizer at {config.tokenizer!r}; "
             "give a size, such as --stages.0.model.vocab_size 80000"
         )
-    from flm_megatron.data.tokenizer import Tokenizer
-
-    return resolve_vocabulary(config, Tokenizer(config.tokenizer).vocab_size)
+    return resolve_vocabulary(config, open_tokenizer(config.tokenizer).vocab_size)

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from flm_megatron.data.tokenizer import Tokenizer, train_tokenizer
+from flm_megatron.data.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
 
 TEXT = "add two numbers and return the sum of them or none if one is not a number at all then stop"
 WORDS = TEXT.split()
@@ -35,4 +35,4 @@ def write(path: Path, records: list[Any]) -> Path:
 def tokenizer(folder: Path) -> Tokenizer:
     """A tokenizer of 320 ids over the words above, in `folder`."""
     path = folder / "tokenizer.model"
-    return Tokenizer(path) if path.exists() else train_tokenizer([TEXT] * 20, path, 290)
+    return open_tokenizer(path) if path.exists() else train_tokenizer([TEXT] * 20, path, 290)

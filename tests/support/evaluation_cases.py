@@ -8,7 +8,7 @@ from typing import Any
 from flm_megatron.checkpoint.hugging_face.writer import ExportOptions, write_hugging_face
 from flm_megatron.checkpoint.lazy.initial import InitialCheckpoint
 from flm_megatron.config.schema import ModelConfig, MupConfig
-from flm_megatron.data.tokenizer import Tokenizer, train_tokenizer
+from flm_megatron.data.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
 from flm_megatron.evaluation.evaluated import EvaluatedCheckpoint
 from tests.support.prose import prose
 
@@ -44,7 +44,7 @@ def make_folder(folder: Path) -> Path:
 
 def evaluated_in(folder: Path, model: ModelConfig = MODEL) -> EvaluatedCheckpoint:
     """The same weights as fresh ones of `model`, multipliers and all, with the folder's tokenizer."""
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    tokenizer = open_tokenizer(folder / "tokenizer.model")
     return EvaluatedCheckpoint(folder, InitialCheckpoint(model, seed=3), model, tokenizer, "fp32", 64)
 
 

@@ -25,9 +25,9 @@ from benchmarks.growth.study.sizes import Sizes
 def main() -> None:
     """Run what has no result yet, seed by seed, and write the page."""
     args = _arguments()
-    from flm_megatron.data.tokenizer import Tokenizer
+    from flm_megatron.data.tokenizer import open_tokenizer
 
-    sizes = Sizes(args.hidden, args.layers, Tokenizer(str(args.data / "tokenizer.model")).vocab_size, args.lr)
+    sizes = Sizes(args.hidden, args.layers, open_tokenizer(str(args.data / "tokenizer.model")).vocab_size, args.lr)
     args.out.mkdir(parents=True, exist_ok=True)
     study = Study(args.out.resolve(), args.data.resolve(), sizes, tuple(args.budgets), args.validation_samples)
     chains: list[Callable[[], None]] = []

@@ -82,9 +82,9 @@ def finished_study(parser: argparse.ArgumentParser) -> tuple[Study, argparse.Nam
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--layers", type=int, default=4)
     args = parser.parse_args()
-    from flm_megatron.data.tokenizer import Tokenizer
+    from flm_megatron.data.tokenizer import open_tokenizer
 
-    sizes = Sizes(args.hidden, args.layers, Tokenizer(str(args.data / "tokenizer.model")).vocab_size)
+    sizes = Sizes(args.hidden, args.layers, open_tokenizer(str(args.data / "tokenizer.model")).vocab_size)
     return Study(args.out.resolve(), args.data.resolve(), sizes, (), 0), args
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from flm_megatron.checkpoint.hugging_face.config import model_from_config, read_json
-from flm_megatron.checkpoint.own_tokenizer import TOKENIZER_FILE
 from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import RunConfig, StageConfig
+from flm_megatron.data.tokenizer import tokenizer_in
 from flm_megatron.json_text import JsonObject
 
 
@@ -22,9 +22,9 @@ def run_file_of_folder(folder: Path) -> JsonObject:
     """
     model = model_from_config(read_json(folder / "config.json"), str(folder))
     whole = run_to_dict(RunConfig(stages=[StageConfig(name="base", model=model)]))
-    tokenizer = folder / TOKENIZER_FILE
+    tokenizer = tokenizer_in(folder)
     return {
-        **({"tokenizer": str(tokenizer)} if tokenizer.is_file() else {}),
+        **({"tokenizer": str(tokenizer)} if tokenizer else {}),
         "stages": [{"name": "base", "model": whole["stages"][0]["model"]}],
         "checkpoint": {"initial": str(folder)},
     }

@@ -105,12 +105,12 @@ def _corpus(args: argparse.Namespace) -> Corpus:
 
 def _build(args: argparse.Namespace) -> int:
     from flm_megatron.data.corpus.build import build_dataset
-    from flm_megatron.data.tokenizer import Tokenizer
+    from flm_megatron.data.tokenizer import open_tokenizer
 
     corpus = _corpus(args)
     written = build_dataset(
         corpus.documents(),
-        Tokenizer(args.tokenizer),
+        open_tokenizer(args.tokenizer),
         args.out,
         workers=args.workers,
         validation_share=args.validation_share,

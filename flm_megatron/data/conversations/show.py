@@ -6,7 +6,7 @@ from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.history import History
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.data.streams.stage_streams import training_stream
-from flm_megatron.data.tokenizer import Tokenizer
+from flm_megatron.data.tokenizer import open_tokenizer
 from flm_megatron.errors import RequestError
 
 LARGEST_SAMPLE = 10**12
@@ -25,7 +25,7 @@ def sample_text(run: RunConfig, sample: str, history: History = ()) -> str:
     """
     if run.tokenizer is None:
         raise RequestError("tokenizer is not set: give the SentencePiece model the data was made with")
-    tokenizer = Tokenizer(run.tokenizer)
+    tokenizer = open_tokenizer(run.tokenizer)
     number, stage = _number(sample), 0
     if number is not None:
         stage = max(i for i, budget in enumerate(stage_budgets(run, history)) if budget.first_sample <= number)

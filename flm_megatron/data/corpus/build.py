@@ -20,7 +20,7 @@ import numpy
 from tqdm import tqdm
 
 from flm_megatron.data.corpus.description import LARGEST_COUNT, Description, file_of, refuse_too_many
-from flm_megatron.data.tokenizer import Tokenizer
+from flm_megatron.data.tokenizer import Tokenizer, open_tokenizer
 from flm_megatron.durable import make_folders, sync, sync_tree
 from flm_megatron.engine.datasets import id_dtype, indexed_builder
 from flm_megatron.errors import FlmError, RequestError
@@ -206,7 +206,7 @@ _worker: list[tuple[Tokenizer, float]] = []
 
 
 def _start_worker(model: str, share: float) -> None:
-    _worker[:] = [(Tokenizer(model), share)]
+    _worker[:] = [(open_tokenizer(model), share)]
 
 
 def _encode_batch(texts: list[str]) -> list[Encoded]:

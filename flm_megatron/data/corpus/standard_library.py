@@ -13,7 +13,8 @@ from pathlib import Path
 from flm_megatron.data.corpus.build import build_dataset
 from flm_megatron.data.corpus.description import Description, read_description
 from flm_megatron.data.corpus.statistics import UnigramEntropy, unigram_entropy
-from flm_megatron.data.tokenizer import FIXED_IDS, train_tokenizer
+from flm_megatron.data.tokenizer import train_tokenizer
+from flm_megatron.data.tokenizer.train import FIXED_IDS
 from flm_megatron.durable import make_folders, sync
 from flm_megatron.errors import RequestError
 from flm_megatron.paths import FilePath, require_folder

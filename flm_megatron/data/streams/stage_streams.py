@@ -13,7 +13,7 @@ from flm_megatron.data.conversations.stream import ChatStream
 from flm_megatron.data.conversations.template import ChatTemplate
 from flm_megatron.data.streams.mixture import mixture_at_end
 from flm_megatron.data.streams.stream import SampleStream, check_names, validation_streams
-from flm_megatron.data.tokenizer import Tokenizer
+from flm_megatron.data.tokenizer import open_tokenizer
 from flm_megatron.errors import RequestError
 
 Stream = SampleStream | ChatStream
@@ -84,7 +84,7 @@ def _chat_sources(run: RunConfig, chat: ChatConfig, configs: Sequence[SourceConf
     for config in configs:
         if config.weight is not None or config.epochs is not None:
             raise RequestError(f"data.{split}: weight and epochs of {config.path!r} are for text: use data.chat.mix")
-    template = ChatTemplate(chat.template, Tokenizer(run.tokenizer))
+    template = ChatTemplate(chat.template, open_tokenizer(run.tokenizer))
     check_names(configs, split)
     return [ChatSource(config, template, run.data.sequence_length) for config in configs]
 
@@ -92,6 +92,6 @@ def _chat_sources(run: RunConfig, chat: ChatConfig, configs: Sequence[SourceConf
 def _chat_stream(
     run: RunConfig, chat: ChatConfig, sources: list[ChatSource], passes: list[float], epochs: int, first: int = 0
 ) -> ChatStream:
-    tokenizer = Tokenizer(str(run.tokenizer))
+    tokenizer = open_tokenizer(str(run.tokenizer))
     pad = tokenizer.pad if tokenizer.pad >= 0 else tokenizer.eod
     return ChatStream(sources, passes, run.data.sequence_length, run.seed, epochs, chat.packing, pad, first)

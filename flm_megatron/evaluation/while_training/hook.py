@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.data.conversations.template import TELE_FLM, ChatTemplate
-from flm_megatron.data.tokenizer import Tokenizer
+from flm_megatron.data.tokenizer import open_tokenizer
 from flm_megatron.engine.data_parallel import unwrap
 from flm_megatron.evaluation.generation.generate import GenerationRequest
 from flm_megatron.evaluation.harness.run import Questions, ask, scores_of
@@ -54,7 +54,7 @@ class Evaluation(Hook):
     def __init__(self, run: RunConfig) -> None:
         self.asked, self.interval_steps = run.evaluation, run.evaluation.interval_steps
         self.measured_step = -1
-        self._tokenizer = Tokenizer(str(run.tokenizer))
+        self._tokenizer = open_tokenizer(str(run.tokenizer))
         self._documents = {text.display_name: read_documents(text.path) for text in run.evaluation.texts}
         self._tasks: list[Task] = []
 

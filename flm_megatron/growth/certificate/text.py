@@ -27,7 +27,7 @@ def file_tokens(text: str | Path, run: RunConfig, samples: int) -> torch.Tensor:
     Raises:
         RequestError: the file is missing, is not UTF-8 or is too short, or the run has no tokenizer.
     """
-    from flm_megatron.data.tokenizer import Tokenizer
+    from flm_megatron.data.tokenizer import open_tokenizer
 
     if run.tokenizer is None:
         raise RequestError("the run file names no tokenizer: set `tokenizer` to read a text file")
@@ -37,7 +37,7 @@ def file_tokens(text: str | Path, run: RunConfig, samples: int) -> torch.Tensor:
         raise RequestError(f"{text}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise RequestError(f"{text} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    ids = torch.tensor(Tokenizer(run.tokenizer).encode(content))
+    ids = torch.tensor(open_tokenizer(run.tokenizer).encode(content))
     length = run.data.sequence_length + 1
     if len(ids) < length:
         raise RequestError(f"{text} has {len(ids)} tokens, one sample takes {length}: give a longer text")

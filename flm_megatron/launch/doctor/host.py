@@ -34,13 +34,13 @@ OPEN_FILES = 4096
 def facts(run: RunConfig) -> dict[str, str]:
     """What must be equal on all hosts: versions, and the fingerprints of tokenizer and data."""
     from flm_megatron.data.corpus.description import read_description
-    from flm_megatron.data.tokenizer import Tokenizer
+    from flm_megatron.data.tokenizer import open_tokenizer
 
     found = {name: _version(name) for name in ("flm_megatron", "torch", "megatron-core", "transformer-engine")}
     found["python"] = platform.python_version()
     try:
         if run.tokenizer:
-            found[f"tokenizer {run.tokenizer}"] = Tokenizer(run.tokenizer).fingerprint
+            found[f"tokenizer {run.tokenizer}"] = open_tokenizer(run.tokenizer).fingerprint
         for source in (*run.data.train, *run.data.validation):
             found[f"dataset {source.path}"] = read_description(source.path).sha256
     except FlmError:

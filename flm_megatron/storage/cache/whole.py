@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -25,6 +26,15 @@ def file_at(path: FilePath) -> Path | None:
         return Path(path) if Path(path).is_file() else None
     found = info(str(path))
     return copy_of(found) if found else None
+
+
+def file_sha256(path: FilePath) -> str | None:
+    """SHA-256 of the file or object at `path`; none if there is none, or it cannot be read."""
+    try:
+        file = file_at(path)
+        return hashlib.sha256(file.read_bytes()).hexdigest() if file else None
+    except (OSError, RequestError):
+        return None
 
 
 def copy_of(found: ObjectInfo) -> Path:

@@ -14,7 +14,7 @@ from flm_megatron.checkpoint.sharding.layout import check_layout
 from flm_megatron.checkpoint.store import CheckpointStore
 from flm_megatron.config.schema import DistillConfig, ModelConfig, RunConfig
 from flm_megatron.config.stage_names import stage_index
-from flm_megatron.data.tokenizer import Tokenizer
+from flm_megatron.data.tokenizer import open_tokenizer, tokenizer_exists
 from flm_megatron.errors import RequestError
 from flm_megatron.training.resume.start import checkpoint_store
 
@@ -113,5 +113,5 @@ def _check_vocabulary(
         raise RequestError(
             f"it has a vocabulary of {model.vocab_size}, the stage one of {vocabulary}: a teacher has its student's"
         )
-    if run.tokenizer is not None and Path(run.tokenizer).is_file():
-        check_tokenizer(Tokenizer(run.tokenizer), model, str(path), checkpoint.manifest, path)
+    if run.tokenizer is not None and tokenizer_exists(run.tokenizer):
+        check_tokenizer(open_tokenizer(run.tokenizer), model, str(path), checkpoint.manifest, path)

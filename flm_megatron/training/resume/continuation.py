@@ -17,8 +17,9 @@ from flm_megatron.config.schema import RunConfig
 from flm_megatron.data.streams.mixture import mixture_at_end, segment_sources
 from flm_megatron.data.streams.stage_streams import chat_passes
 from flm_megatron.data.streams.stream import check_sources
-from flm_megatron.data.tokenizer import file_fingerprint
+from flm_megatron.data.tokenizer import tokenizer_fingerprint
 from flm_megatron.errors import Mistakes, RequestError
+from flm_megatron.storage.cache.whole import file_sha256
 
 BACK = "put it back, or begin another run with another `output`"
 
@@ -138,7 +139,7 @@ def _present_sources(run: RunConfig) -> tuple[SegmentSource, ...]:
             check_sources(run.data.train, "train")
         return segment_sources(run.data.train)
     return tuple(
-        SegmentSource(source.display_name, source.path, sha256=file_fingerprint(source.path))
+        SegmentSource(source.display_name, source.path, sha256=file_sha256(source.path))
         for source in run.data.train
     )
 
@@ -162,7 +163,7 @@ def _reasons(run: RunConfig, index: int, manifest: Manifest, past: History, now:
     saved = manifest.run
     if saved.seed not in (None, run.seed):
         yield f"seed was {saved.seed} and is {run.seed}: it orders the samples of the whole run; {BACK}"
-    before, present = manifest.tokenizer_sha256, file_fingerprint(run.tokenizer) if run.tokenizer else None
+    before, present = manifest.tokenizer_sha256, tokenizer_fingerprint(run.tokenizer) if run.tokenizer else None
     if before and present and before != present:
         yield f"tokenizer {run.tokenizer} is another one than the run was trained with: {BACK}"
     if saved.data is not None and (saved.data.chat is None) != (run.data.chat is None):

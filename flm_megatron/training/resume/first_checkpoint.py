@@ -17,7 +17,7 @@ from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.own_tokenizer import check_tokenizer
 from flm_megatron.config.same_model import differences
 from flm_megatron.config.schema import ModelConfig, RunConfig
-from flm_megatron.data.tokenizer import Tokenizer
+from flm_megatron.data.tokenizer import open_tokenizer
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.boundary import saved_mask_value
 from flm_megatron.model.parameters import parameter_specs
@@ -53,7 +53,7 @@ def check_initial(run: RunConfig) -> None:
     checkpoint, found = _loaded(run, model, source)
     adam_step(checkpoint)
     if run.tokenizer is not None:
-        check_tokenizer(Tokenizer(run.tokenizer), model, str(source), checkpoint.manifest, source)
+        check_tokenizer(open_tokenizer(run.tokenizer), model, str(source), checkpoint.manifest, source)
     for line in _remarks(found, model):
         logger.warning("%s: %s", source, line)
 

@@ -18,7 +18,7 @@ from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.cli.main import main
 from flm_megatron.config.loader import load_run, run_to_dict
 from flm_megatron.config.schema import ModelConfig
-from flm_megatron.data.tokenizer import Tokenizer, train_tokenizer
+from flm_megatron.data.tokenizer import open_tokenizer, train_tokenizer
 from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.evaluated import open_evaluated
 from tests.support.checkpoint_cases import Memory, flm_checkpoint
@@ -78,7 +78,7 @@ def test_a_vocabulary_that_the_tokenizer_gave_is_in_the_manifest(
 ) -> None:
     manifest = open_checkpoint(folder / "big").manifest
     assert [stage.model["vocab_size"] for stage in manifest.run.stages] == [VOCABULARY, VOCABULARY]
-    assert manifest.tokenizer_sha256 == Tokenizer(folder / "tokenizer.model").fingerprint
+    assert manifest.tokenizer_sha256 == open_tokenizer(folder / "tokenizer.model").fingerprint
     assert flm_checkpoint("verify", folder / "big") == 0
     assert "sizes and checksums of" in capsys.readouterr().out
     evaluated = open_evaluated(folder / "big")  # what `flm eval` and `flm generate` start with

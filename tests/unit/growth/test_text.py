@@ -9,7 +9,7 @@ import torch
 
 from flm_megatron.config.schema import DataConfig, RunConfig
 from flm_megatron.data.streams.stream import SampleStream
-from flm_megatron.data.tokenizer import Tokenizer
+from flm_megatron.data.tokenizer import open_tokenizer
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.certificate.text import file_tokens, run_tokens
 from tests.support import data_cases
@@ -31,7 +31,7 @@ def run_of(folder: Path, data: DataConfig | None = None) -> RunConfig:
 
 def text_of(run: RunConfig, path: Path, tokens: int) -> list[int]:
     """Write a text of exactly so many tokens to `path`, and give them."""
-    tokenizer = Tokenizer(run.tokenizer or "")
+    tokenizer = open_tokenizer(run.tokenizer or "")
     ids = tokenizer.encode(" ".join(data_cases.texts(3)))[:tokens]
     path.write_text(tokenizer.decode(ids), encoding="utf-8")
     assert tokenizer.encode(path.read_text(encoding="utf-8")) == ids and len(ids) == tokens

@@ -16,7 +16,7 @@ from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.torch_dist.writer import copy_checkpoint
 from flm_megatron.cli.main import main
 from flm_megatron.config.schema import ModelConfig
-from flm_megatron.data.tokenizer import Tokenizer, train_tokenizer
+from flm_megatron.data.tokenizer import open_tokenizer, train_tokenizer
 from tests.support.checkpoint_cases import Memory, flm_checkpoint, manifest_of, run_of
 from tests.support.prose import prose
 from tests.support.reference_model import random_tensors
@@ -90,7 +90,7 @@ def test_a_vocabulary_that_is_not_recorded_can_be_given_down_to_the_tokenizers(
     assert flm_checkpoint("verify", tmp_path / "out", "--vocab-size", VOCABULARY) == 0
     written = open_checkpoint(tmp_path / "out")
     assert model_of(written) == MODEL and written.tensors["output_layer.weight"].shape[0] == VOCABULARY
-    assert written.manifest.tokenizer_sha256 == Tokenizer(folder / "own.model").fingerprint
+    assert written.manifest.tokenizer_sha256 == open_tokenizer(folder / "own.model").fingerprint
 
 
 @pytest.mark.parametrize(("kind", "ids"), [("NullTokenizer", 401), ("SentencePieceTokenizer", 400), (None, 400)])

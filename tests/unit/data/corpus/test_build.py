@@ -19,7 +19,7 @@ from flm_megatron.data.corpus.build import build_dataset
 from flm_megatron.data.corpus.description import Description, check_datasets, file_of, read_description
 from flm_megatron.data.corpus.index_file import IDX_HEADER
 from flm_megatron.data.corpus.statistics import unigram_entropy
-from flm_megatron.data.tokenizer import Tokenizer
+from flm_megatron.data.tokenizer import open_tokenizer
 from flm_megatron.errors import DamagedError, FlmError, RequestError
 from tests.support import data_cases
 
@@ -249,7 +249,7 @@ def test_the_command_line_makes_a_tokenizer_and_datasets(tmp_path: Path, capsys:
     (tmp_path / "a.txt").write_text("".join(data_cases.texts(60)))
     text, model, out = str(tmp_path / "a.txt"), str(tmp_path / "t.model"), str(tmp_path / "set")
     assert main(["data", "tokenizer", text, "--out", model, "--vocab-size", "310"]) == 0
-    assert f"310 ids, fingerprint {Tokenizer(model).fingerprint}" in capsys.readouterr().out
+    assert f"310 ids, fingerprint {open_tokenizer(model).fingerprint}" in capsys.readouterr().out
     assert main(["data", "build", text, "--tokenizer", model, "--out", out, "--workers", "1"]) == 0
     made = read_description(out)
     expected = f"{out}: {made.tokens:,} tokens, {made.text_bytes:,} bytes, 1 documents\n"

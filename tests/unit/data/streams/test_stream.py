@@ -15,7 +15,7 @@ import torch
 from flm_megatron.config.schema import DataConfig, SourceConfig
 from flm_megatron.data.corpus.build import build_dataset
 from flm_megatron.data.streams.stream import SampleStream, validation_streams
-from flm_megatron.data.tokenizer import Tokenizer
+from flm_megatron.data.tokenizer import open_tokenizer
 from flm_megatron.errors import DamagedError, RequestError
 from tests.support import data_cases
 
@@ -44,7 +44,7 @@ def test_samples_are_the_documents_laid_end_to_end(folder: Path) -> None:
     for one, following in pairwise(ordered):
         assert torch.equal(one["tokens"][1:], one["labels"][:-1])
         assert one["labels"][-1] == following["tokens"][0]
-    model = Tokenizer(folder / "tokenizer_320.model")
+    model = open_tokenizer(folder / "tokenizer_320.model")
     ids = [*torch.cat([sample["tokens"] for sample in ordered]).tolist(), int(ordered[-1]["labels"][-1])]
     assert stream.sources[0].description.tokens - LENGTH < len(ids) <= stream.sources[0].description.tokens
     ends = [place for place, value in enumerate(ids) if value == model.eod]
@@ -178,7 +178,7 @@ def test_validation_is_one_pass_over_each_source_in_order(folder: Path) -> None:
 
 def test_a_moved_dataset_keeps_its_order_and_its_index(folder: Path, tmp_path: Path) -> None:
     """The order follows from the content, not from the path."""
-    model, cache = Tokenizer(folder / "tokenizer_320.model"), str(tmp_path / "cache")
+    model, cache = open_tokenizer(folder / "tokenizer_320.model"), str(tmp_path / "cache")
     ids = []
     for place in ("here", "there"):
         build_dataset(data_cases.texts(30, seed=9), model, tmp_path / place / "set")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flm_megatron.cli.main import main
-from flm_megatron.data.tokenizer import Tokenizer
+from flm_megatron.data.tokenizer import open_tokenizer
 from flm_megatron.distributed.world import one_process
 from flm_megatron.evaluation.model import load_model
 from flm_megatron.evaluation.perplexity.bits_per_byte import DomainScore, WindowSettings, score_documents, weighted
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def reference_nats(folder: Path, documents: list[str], length: int, stride: int) -> float:
     """The sliding-window loop of transformers' perplexity guide."""
-    model, tokenizer = reference_model(folder), Tokenizer(folder / "tokenizer.model")
+    model, tokenizer = reference_model(folder), open_tokenizer(folder / "tokenizer.model")
     total = 0.0
     for text in documents:
         ids = torch.tensor([[tokenizer.eod, *tokenizer.encode(text)]])
@@ -71,7 +71,7 @@ def test_a_uniform_model_takes_log2_of_the_vocabulary_for_each_token(folder: Pat
     arguments = ["eval", "bpb", str(uniform), "--text", f"code={text}", "--window", "16", "--json", str(result)]
     assert main(arguments) == 0
     found = json.loads(result.read_text())["checkpoints"][0]["domains"]["code"]
-    tokens = len(Tokenizer(folder / "tokenizer.model").encode(TEXT[:300]))
+    tokens = len(open_tokenizer(folder / "tokenizer.model").encode(TEXT[:300]))
     assert found["tokens"] == tokens
     assert found["bits_per_byte"] == pytest.approx(tokens * math.log2(400) / 300, rel=1e-6)
 

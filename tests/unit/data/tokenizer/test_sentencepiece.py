@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flm_megatron.data.tokenizer import CHUNK_CHARACTERS, Tokenizer, train_tokenizer
+from flm_megatron.data.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
+from flm_megatron.data.tokenizer.sentencepiece import CHUNK_CHARACTERS
 from flm_megatron.errors import DamagedError, RequestError
 from tests.support import data_cases
 
@@ -100,7 +101,7 @@ def test_an_existing_model_is_not_overwritten(tmp_path: Path) -> None:
 def test_a_file_that_is_no_model(tmp_path: Path) -> None:
     """Missing and damaged files are told apart."""
     with pytest.raises(RequestError, match="is not there"):
-        Tokenizer(tmp_path / "none.model")
+        open_tokenizer(tmp_path / "none.model")
     (tmp_path / "bad.model").write_bytes(b"not a model")
     with pytest.raises(DamagedError, match=r"bad\.model is not a SentencePiece model"):
-        Tokenizer(tmp_path / "bad.model")
+        open_tokenizer(tmp_path / "bad.model")

@@ -1,0 +1,125 @@
+"""Rank files of tiktoken: lines of a token in base64 and its rank. How text is cut first, and the special tokens, do
+not stand in them: a file FILE.json beside FILE says them (docs/tokenizers.md has those of published files)."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Mapping
+from dataclasses import field
+from typing import Annotated
+
+import tiktoken
+from annotated_types import Ge
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from flm_megatron.data.tokenizer.base import Tokenizer
+from flm_megatron.data.tokenizer.files import TokenizerFiles
+from flm_megatron.errors import DamagedError, RequestError, reason
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+class Description:
+    """What FILE.json says: the regular expression that cuts text, special tokens by id, and the roles of three."""
+
+    pattern: str
+    special_tokens: dict[str, Annotated[int, Ge(0)]] = field(default_factory=dict)
+    eos: str = "<|endoftext|>"
+    bos: str | None = None
+    pad: str | None = None
+
+
+_DESCRIPTION = TypeAdapter(Description)
+
+
+class TiktokenTokenizer(Tokenizer):
+    """A rank file with its description."""
+
+    def __init__(self, files: TokenizerFiles) -> None:
+        """Load it, and the description beside it.
+
+        Raises:
+            RequestError: it has no description, or the description names no token that ends a document.
+            DamagedError: one of them cannot be read.
+        """
+        super().__init__(files)
+        self.description = _described(files)
+        special, eos = dict(self.description.special_tokens), self.description.eos
+        if eos not in special:
+            raise RequestError(
+                f"tokenizer {files.path} does not say which token ends a document: {files.place(files.description)} "
+                f'has "eos": {eos!r}, which is not among its special_tokens'
+            )
+        try:
+            self._encoding = tiktoken.Encoding(
+                files.name, pat_str=self.description.pattern, mergeable_ranks=_ranks(files), special_tokens=special
+            )
+        except (ValueError, KeyError, AssertionError, OverflowError) as error:  # of its core, which is not Python's
+            raise DamagedError(
+                f"{files.path} with {files.place(files.description)} is no tokenizer: {reason(error)}"
+            ) from None
+
+    @property
+    def vocab_size(self) -> int:
+        """See the base class."""
+        return self._encoding.max_token_value + 1
+
+    @property
+    def eod(self) -> int:
+        """See the base class."""
+        return self._id(self.description.eos)
+
+    @property
+    def bos(self) -> int:
+        """See the base class."""
+        return self._id(self.description.bos)
+
+    @property
+    def pad(self) -> int:
+        """See the base class."""
+        return self._id(self.description.pad)
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """See the base class."""
+        return self.description.special_tokens
+
+    def encode(self, text: str) -> list[int]:
+        """See the base class."""
+        return self._encoding.encode_ordinary(text)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """See the base class."""
+        return self._encoding.encode(text, allowed_special="all")
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """See the base class."""
+        special = set(self.description.special_tokens.values())
+        return self._encoding.decode([number for number in map(int, ids) if number not in special])
+
+    def _id(self, name: str | None) -> int:
+        return -1 if name is None else self.description.special_tokens.get(name, -1)
+
+
+def _described(files: TokenizerFiles) -> Description:
+    """What FILE.json says of a rank file."""
+    place = files.place(files.description)
+    if files.beside(files.description) is None:
+        raise RequestError(
+            f"tokenizer {files.path} is a tiktoken rank file, which holds neither the pattern that cuts text nor the "
+            f'special tokens: write {place} as {{"pattern": "...", "special_tokens": {{"NAME": ID}}, "eos": "NAME"}}, '
+            "or give the tokenizer.json of the model"
+        )
+    try:
+        return _DESCRIPTION.validate_python(files.json_beside(files.description))
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise DamagedError(f"{place} does not describe a tiktoken file: {wrong}") from None
+
+
+def _ranks(files: TokenizerFiles) -> dict[bytes, int]:
+    try:
+        pairs = (line.split() for line in files.data.splitlines() if line)
+        return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except ValueError as error:
+        raise DamagedError(f"{files.path} is not a tiktoken rank file: {error}") from None
