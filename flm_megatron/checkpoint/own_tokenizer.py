@@ -28,12 +28,12 @@ def check_tokenizer(
     `where` names the checkpoint in errors, `folder` is its folder.
 
     Raises:
-        RequestError: it has another number of ids (fewer are right for the very tokenizer of a model whose embedding
-            was rounded up), or is another file.
+        RequestError: it has another number of ids, or is another file. Fewer ids are right where more than its path
+            says that it is the tokenizer of the model, whose embedding was rounded up.
     """
-    known = _known_fingerprints(folder, manifest)
-    most, own = model.vocab_size or 0, any(fingerprint == tokenizer.fingerprint for _, fingerprint in known)
-    if tokenizer.vocab_size > most or (tokenizer.vocab_size < most and not own):
+    known, most = _known_fingerprints(folder, manifest), model.vocab_size or 0
+    sure = [found for owner, found in known if owner != manifest.run.tokenizer or Path(owner).parent == folder]
+    if tokenizer.vocab_size > most or (tokenizer.vocab_size < most and tokenizer.fingerprint not in sure):
         raise RequestError(
             f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, the model of {where} has {model.vocab_size}: "
             "give the tokenizer that the checkpoint was trained with"

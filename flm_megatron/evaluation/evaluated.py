@@ -12,6 +12,7 @@ from flm_megatron.checkpoint.own_tokenizer import check_tokenizer, tokenizer_fil
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.data.tokenizer import Tokenizer, open_tokenizer
 from flm_megatron.errors import RequestError
+from flm_megatron.paths import FilePath
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from flm_megatron.config.loader import resolve_vocabulary
 from flm_megatron.config.schema import RunConfig
@@ -146,6 +145,8 @@ def _check_indices(run: RunConfig) -> None:
 
 def _require_data(run: RunConfig) -> None:
     """Check that the run names a tokenizer and data, that the tokenizer exists, and that URLs can be opened here."""
+    from flm_megatron.data.tokenizer import tokenizer_exists
+
     lines = []
     if run.tokenizer is None:
         lines.append("tokenizer is not set: give the tokenizer that the data was made with")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -43,9 +42,8 @@ def with_vocabulary(config: RunConfig) -> RunConfig:
         RequestError: they are not known, for there is no tokenizer.
     """
     from flm_megatron.config.loader import resolve_vocabulary
-    from flm_megatron.errors import RequestError
-
     from flm_megatron.data.tokenizer import open_tokenizer, tokenizer_exists
+    from flm_megatron.errors import RequestError
 
     if all(stage.model.vocab_size for stage in config.stages):
         return config

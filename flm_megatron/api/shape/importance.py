@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 from flm_megatron.api.shape.on_text import checkpoint_on_text
 from flm_megatron.checkpoint.logical import LogicalCheckpoint

@@ -25,10 +25,12 @@ from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInf
 from flm_megatron.checkpoint.manifest import UNRECORDED_LENGTH
 from flm_megatron.checkpoint.torch_dist.shard_file import BUFFER_BYTES
 from flm_megatron.config.schema import ModelConfig
+from flm_megatron.data.tokenizer import open_tokenizer
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.distributed.progress import progress_bar
 from flm_megatron.errors import RequestError
 from flm_megatron.model.parameters import EMBEDDING, PROJECTION, QKV, parameter_specs
+from flm_megatron.paths import FilePath
 
 TRANSPOSED = 4
 """A column of a file is written in runs of as many values as there are rows in memory: the more, the faster."""
@@ -40,15 +42,15 @@ class ExportOptions:
     """Options of an export.
 
     `flavour` is the name of a family; `dtype` none keeps the stored one; `shard_bytes` is the largest size of a shard
-    file (a larger tensor gets its own); the vocabulary is padded to a multiple of `pad_vocab_to`; `tokenizer` is a
-    SentencePiece model file.
+    file (a larger tensor gets its own); the vocabulary is padded to a multiple of `pad_vocab_to`; `tokenizer` is the
+    path of one.
     """
 
     flavour: str = "teleflm"
     dtype: torch.dtype | None = None
     shard_bytes: int = 5 * 10**9
     pad_vocab_to: int = 1
-    tokenizer: Path | None = None
+    tokenizer: FilePath | None = None
     sequence_length: int = UNRECORDED_LENGTH
 
 
@@ -220,7 +222,9 @@ def _describe(
     dtype = DTYPE_NAMES.get(checkpoint.tensors[EMBEDDING].dtype, "float32")
     family = family_named(options.flavour)
     config = config_of(model, family, padded, options.sequence_length, dtype)
-    special = write_tokenizer(folder, options.tokenizer, options.sequence_length) if options.tokenizer else SpecialIds()
+    special = SpecialIds()
+    if options.tokenizer:
+        special = write_tokenizer(folder, open_tokenizer(options.tokenizer), options.sequence_length)
     _write_json(folder / "config.json", config | special.settings())
     generation: dict[str, object] = {"do_sample": False, **special.settings()}
     if padded > int(model.vocab_size or 0):

@@ -18,7 +18,7 @@ from flm_megatron.data.tokenizer.files import TokenizerFiles
 from flm_megatron.errors import DamagedError, RequestError, reason
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Description:
     """What FILE.json says: the regular expression that cuts text, special tokens by id, and the roles of three."""
 
@@ -96,6 +96,11 @@ class TiktokenTokenizer(Tokenizer):
         """See the base class."""
         special = set(self.description.special_tokens.values())
         return self._encoding.decode([number for number in map(int, ids) if number not in special])
+
+    @property
+    def ranks(self) -> Mapping[bytes, int]:
+        """Ids of the byte strings that the file lists."""
+        return _ranks(self.files)
 
     def _id(self, name: str | None) -> int:
         return -1 if name is None else self.description.special_tokens.get(name, -1)

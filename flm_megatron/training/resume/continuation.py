@@ -139,8 +139,7 @@ def _present_sources(run: RunConfig) -> tuple[SegmentSource, ...]:
             check_sources(run.data.train, "train")
         return segment_sources(run.data.train)
     return tuple(
-        SegmentSource(source.display_name, source.path, sha256=file_sha256(source.path))
-        for source in run.data.train
+        SegmentSource(source.display_name, source.path, sha256=file_sha256(source.path)) for source in run.data.train
     )
 
 

@@ -17,7 +17,7 @@ from flm_megatron.data.conversations.conversation import read_conversations
 from flm_megatron.data.corpus.description import file_of, read_description
 from flm_megatron.data.streams.loader import Batch, batches, validation_batches
 from flm_megatron.data.streams.stream import SampleStream, validation_streams
-from flm_megatron.data.tokenizer import Tokenizer
+from flm_megatron.data.tokenizer import open_tokenizer
 from flm_megatron.errors import DamagedError, RequestError
 from flm_megatron.evaluation.perplexity.run import read_documents
 from flm_megatron.storage import retry
@@ -131,14 +131,14 @@ def test_verify_reads_all_of_it(store: ObjectStore, capfd: pytest.CaptureFixture
 
 def test_tokenizers_conversations_and_texts_lie_in_the_store(store: ObjectStore, folder: Path) -> None:
     (model,) = folder.glob("*.model")
-    ours, theirs = Tokenizer(store.url(f"corpus/{model.name}")), Tokenizer(model)
+    ours, theirs = open_tokenizer(store.url(f"corpus/{model.name}")), open_tokenizer(model)
     assert ours.fingerprint == theirs.fingerprint and ours.encode("the sum is one") == theirs.encode("the sum is one")
     turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
     store.put("chat.jsonl", json.dumps({"messages": turns}).encode())
     assert len(read_conversations(store.url("chat.jsonl"))) == 1
     store.put("text.txt", b"one document")
     assert read_documents(store.url("text.txt")) == ["one document"]
-    for read in (Tokenizer, read_conversations, read_documents):
+    for read in (open_tokenizer, read_conversations, read_documents):
         with pytest.raises(RequestError, match=r"s3://.*/nothing is not there"):
             read(store.url("nothing"))
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiktoken
 
-from flm_megatron.data.tokenizer import Tokenizer, file_fingerprint, open_tokenizer, tokenizer_file
+from flm_megatron.data.tokenizer import Tokenizer, open_tokenizer, tokenizer_fingerprint, tokenizer_in
 from flm_megatron.errors import DamagedError, RequestError
 from tests.support import data_cases
 from tests.support.tokenizer_cases import END, PATTERN, START, TORTURE, TURN, hugging_face, ranks, tiktoken_file
@@ -58,10 +58,10 @@ def test_ids_are_those_of_tiktoken(tmp_path: Path, text: str) -> None:
 
 
 def test_a_folder_stands_for_the_tokenizer_in_it(folder: Path, tmp_path: Path) -> None:
-    assert tokenizer_file(folder) == folder / "tokenizer.json"
-    assert file_fingerprint(folder) == open_tokenizer(folder).fingerprint
+    assert tokenizer_in(folder) == folder / "tokenizer.json"
+    assert tokenizer_fingerprint(folder) == open_tokenizer(folder).fingerprint
     file = tiktoken_file(tmp_path)
-    assert tokenizer_file(tmp_path) == file
+    assert tokenizer_in(tmp_path) == file
     data_cases.tokenizer(tmp_path)  # written under a name that is not looked for
     assert open_tokenizer(tmp_path).kind == "tiktoken"
 
@@ -129,7 +129,7 @@ def unnamed_end(path: Path) -> None:
         (without_end, RequestError, "does not say which token ends a document: write it into"),
         (cut, DamagedError, "is not a tokenizer.json that `tokenizers` reads"),
         (other_json, DamagedError, "is not a tokenizer.json that `tokenizers` reads"),
-        (torn_config, DamagedError, "tokenizer_config.json is not JSON"),
+        (torn_config, DamagedError, "tokenizer_config.json is not JSON: "),
         (lambda path: tiktoken_file(path, described=False), RequestError, "a tiktoken rank file, which holds neither"),
         (torn_ranks, DamagedError, "is not a tiktoken rank file"),
         (unnamed_end, RequestError, "which is not among its special_tokens"),
