@@ -7,6 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from flm_megatron.cli.data import adopt as data_adopt
 from flm_megatron.cli.data import screen as data_screen
 from flm_megatron.cli.options.parser import path, place, positive, real, seed, vocabulary, whole
 
@@ -19,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands."""
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     _add_build(commands.add_parser("build", help="encode text into an indexed dataset", allow_abbrev=False))
+    adopt = commands.add_parser("adopt", help="describe a dataset that another program made", allow_abbrev=False)
+    data_adopt.add_arguments(adopt)
     _add_tokenizer(commands.add_parser("tokenizer", help="train a SentencePiece tokenizer", allow_abbrev=False))
     _add_verify(commands.add_parser("verify", help="check a dataset against what was written", allow_abbrev=False))
     _add_show(commands.add_parser("show", help="the text of a training sample", allow_abbrev=False))

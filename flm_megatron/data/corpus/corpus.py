@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from flm_megatron.errors import RequestError
@@ -14,6 +15,9 @@ JSONL_SUFFIXES = (".jsonl", ".ndjson")
 CODE_SUFFIXES = (".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts", ".sh")
 PROSE_SUFFIXES = (".md", ".rst", ".txt")
 ALL_SUFFIXES = CODE_SUFFIXES + PROSE_SUFFIXES
+
+LOOKED_AT, SHOWN = 10_000, 10
+"""Entries of a folder that are looked at, and endings that are named, where none of its files is taken."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,18 @@ class Corpus:
     def _tree(self, root: Path) -> Iterator[Path]:
         found = sorted(path for path in root.rglob("*") if path.suffix in self.suffixes and path.is_file())
         if not found:
-            raise RequestError(f"folder {root} has no file that ends in {' '.join(self.suffixes)}")
+            raise RequestError(
+                f"folder {root} has no file that ends in {' '.join(self.suffixes)}: {_advice(root, self.suffixes)}"
+            )
         return iter(found)
+
+
+def _advice(root: Path, suffixes: Sequence[str]) -> str:
+    """What to do about a folder of which no file is taken."""
+    there = sorted({path.suffix for path in islice(root.rglob("*"), LOOKED_AT) if path.is_file()} - set(suffixes))
+    if "" in there:
+        return 'take its files without an ending with --suffixes ""'
+    return f"choose with --suffixes; there are {' '.join(there[:SHOWN])}" if there else "it holds no files"
 
 
 def _decode(data: bytes, path: Path, start: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
 from functools import partial
@@ -21,7 +21,8 @@ from flm_megatron.storage.store import info
 from flm_megatron.url import is_url
 
 FORMAT = "flm_megatron indexed dataset"
-VERSION = 1
+VERSIONS = (1, 2)
+"""The second is of datasets that were adopted, which it says."""
 LARGEST_COUNT = 2**31 - 1
 """Documents of a dataset, and ids of a document: megatron-core counts both in 32 bits, and takes larger numbers of
 documents modulo 2**32 without a word."""
@@ -52,11 +53,19 @@ class Description:
     sha256: str
     """Hash of the .bin file."""
     format: str = FORMAT
-    version: int = VERSION
+    version: int = VERSIONS[0]
+    adopted: bool = False
+    """Whether another program made it: then `text_bytes` is an estimate, documents need not end with `eod`, and the
+    index may number some without text."""
+
+    def to_bytes(self) -> bytes:
+        """As JSON; what only adopted datasets have is left out of others."""
+        fields = {name: value for name, value in asdict(self).items() if name != "adopted" or value}
+        return (json.dumps(fields, indent=1) + "\n").encode()
 
     def write(self, path: Path) -> None:
         """Write as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        path.write_bytes(self.to_bytes())
 
 
 def file_of(prefix: FilePath, suffix: str) -> Path:
@@ -99,7 +108,7 @@ def read_description(prefix: FilePath) -> Description:
     sizes = {suffix: size_of(prefix, suffix) for suffix in ("json", "bin", "idx")}
     for suffix, size in sizes.items():
         if size is None:
-            raise RequestError(f"dataset {prefix}: {member(prefix, suffix)} is missing; make it with `flm data build`")
+            raise RequestError(f"dataset {prefix}: {member(prefix, suffix)} is missing; {_advice(prefix, sizes)}")
     description = _parse(at_hand(prefix, "json"))
     refuse_too_many(description.documents, prefix)
     for suffix, recorded in (("bin", description.bin_bytes), ("idx", description.idx_bytes)):
@@ -109,6 +118,13 @@ def read_description(prefix: FilePath) -> Description:
             )
     _check_index(prefix, description)
     return description
+
+
+def _advice(prefix: FilePath, sizes: Mapping[str, int | None]) -> str:
+    """What to do about a dataset of which a file is missing."""
+    if sizes["json"] is None and None not in (sizes["bin"], sizes["idx"]):
+        return f"describe what another program made with `flm data adopt {prefix} --tokenizer TOKENIZER`"
+    return "make it with `flm data build`"
 
 
 def refuse_too_many(documents: int, prefix: FilePath) -> None:
@@ -122,7 +138,7 @@ def refuse_too_many(documents: int, prefix: FilePath) -> None:
 
 def _check_index(prefix: FilePath, description: Description) -> None:
     """Check that the index has the described documents and that the last one ends where the .bin does."""
-    index = open_index(at_hand(prefix, "idx"), description.documents)
+    index = open_index(at_hand(prefix, "idx"), description.documents, description.adopted)
     if index.end != description.bin_bytes:
         raise DamagedError(
             f"{index.path} does not fit {member(prefix, 'bin')}, which has {description.documents:,} documents in"
@@ -138,8 +154,8 @@ def _parse(path: Path) -> Description:
         raise read_error(path, error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{path} does not describe a dataset ({error}): build the dataset again") from None
-    if version != (FORMAT, VERSION):
-        raise RequestError(f"{path} is {version[0]!r} version {version[1]}, but {FORMAT!r} version {VERSION} is needed")
+    if version[0] != FORMAT or version[1] not in VERSIONS:
+        raise RequestError(f"{path} is {version[0]!r} version {version[1]}, but {FORMAT!r} version 1 or 2 is needed")
     try:
         description = Description(**fields)
     except TypeError as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy
 
 from flm_megatron.data.corpus.description import at_hand, read_description
-from flm_megatron.engine.datasets import id_dtype
+from flm_megatron.data.corpus.index_file import open_any_index
 from flm_megatron.errors import RequestError
 from flm_megatron.paths import FilePath
 
@@ -45,7 +45,7 @@ def unigram_entropy(train: FilePath, validation: FilePath) -> UnigramEntropy:
 
 def _counts(prefix: FilePath, vocab_size: int) -> numpy.ndarray:
     """Frequency of each id in a dataset, int64 [vocab_size]."""
-    ids = numpy.memmap(at_hand(prefix, "bin"), dtype=id_dtype(vocab_size), mode="r")
+    ids = numpy.memmap(at_hand(prefix, "bin"), dtype=open_any_index(at_hand(prefix, "idx")).dtype, mode="r")
     counts = numpy.zeros(vocab_size, dtype=numpy.int64)
     for start in range(0, len(ids), CHUNK):
         counts += numpy.bincount(ids[start : start + CHUNK], minlength=vocab_size)

@@ -30,7 +30,7 @@ def verify_index(prefix: FilePath) -> Description:
         DamagedError: a file is not as it was written; the message names it.
     """
     description = read_description(prefix)
-    index = open_index(at_hand(prefix, "idx"), description.documents)
+    index = open_index(at_hand(prefix, "idx"), description.documents, description.adopted)
     index.check()
     if description.tokens * index.id_bytes != description.bin_bytes:
         raise DamagedError(
