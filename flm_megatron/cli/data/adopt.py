@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from flm_megatron.data.corpus.adopt import adopt_dataset
-    from flm_megatron.data.tokenizer import Tokenizer as open_tokenizer
+    from flm_megatron.data.tokenizer import open_tokenizer
 
     tokenizer = open_tokenizer(args.tokenizer)
     with tqdm(unit="B", unit_scale=True, desc="adopt", disable=not sys.stderr.isatty()) as bar:
