@@ -41,7 +41,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _add_corpus(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "inputs", type=path, nargs="+", metavar="INPUT", help="text file, .jsonl file, or folder of sources and prose"
+        "inputs",
+        type=place,
+        nargs="+",
+        metavar="INPUT",
+        help="text, .jsonl, .parquet, .arrow or .tar file (.gz, .bz2, .xz, .zst), a pattern of them, a folder of "
+        "sources and prose, a folder that datasets saved, or URLs of such files",
     )
     parser.add_argument("--field", default="text", help="field of a JSON line that holds the text (default: text)")
     parser.add_argument("--suffixes", nargs="+", metavar="SUFFIX", help="files to take from folders, e.g. .py .md")

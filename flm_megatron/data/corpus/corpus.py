@@ -1,21 +1,25 @@
-"""Documents from files: plain text, JSON lines and source trees."""
+"""Documents from files: plain text, JSON lines, tables, archives and source trees, here or in a store."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import glob
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
 
+from flm_megatron.data.corpus.reading import documents_of, is_text_as_it_lies
+from flm_megatron.data.corpus.reading.columns import saved_dataset
 from flm_megatron.errors import RequestError
-from flm_megatron.json_text import parse_json
-from flm_megatron.paths import FilePath
+from flm_megatron.storage.cache.whole import copy_of
+from flm_megatron.storage.store import below, info
+from flm_megatron.url import FilePath, is_url, shown
 
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
 CODE_SUFFIXES = (".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts", ".sh")
 PROSE_SUFFIXES = (".md", ".rst", ".txt")
 ALL_SUFFIXES = CODE_SUFFIXES + PROSE_SUFFIXES
-
+PATTERN = frozenset("*?[")
 LOOKED_AT, SHOWN = 10_000, 10
 """Entries of a folder that are looked at, and endings that are named, where none of its files is taken."""
 
@@ -24,9 +28,11 @@ LOOKED_AT, SHOWN = 10_000, 10
 class Corpus:
     """Where documents come from.
 
-    An input that is a folder is a source tree: each file with one of `suffixes` is a document, in the order of
-    sorted paths, and files without any text are left out. A file that ends in .jsonl or .ndjson has a document in
-    the field `field` of each line. Any other file is one document.
+    An input that is a folder is a source tree: each file with one of `suffixes` is read, in the order of sorted paths,
+    and files without any text are left out; or a dataset that `datasets` saved. JSON lines (.jsonl, .ndjson), Parquet
+    and Arrow hold a document in the field `field` of each record, archives (.tar) in their .txt and .json members; any
+    other file is one document. All but tables may be compressed (.gz, .bz2, .xz, .zst). An input may be a pattern
+    (`web/*.jsonl.zst`), or the URL of an object or a pattern of some, which are brought here one after another.
     """
 
     inputs: Sequence[FilePath]
@@ -38,37 +44,46 @@ class Corpus:
 
         Raises:
             RequestError: an input is not there, or a folder has no file with the suffixes.
+            DamagedError: a saved dataset that does not say what it holds.
         """
         for given in self.inputs:
-            path = Path(given)
-            if path.is_dir():
-                yield from self._tree(path)
-            elif path.is_file():
-                yield path
-            else:
-                raise RequestError(f"input {path} is not there")
+            yield from _remote(str(given)) if is_url(given) else self._local(Path(given))
 
-    def size_bytes(self) -> int:
-        """Bytes of all files, for progress and sampling."""
-        return sum(path.stat().st_size for path in self.files())
+    def size_bytes(self) -> int | None:
+        """Bytes of all files, for progress and sampling; none where they say little of the text: compressed, tables, or
+        in a store."""
+        if any(is_url(given) for given in self.inputs):
+            return None
+        files = list(self.files())
+        return sum(path.stat().st_size for path in files) if all(map(is_text_as_it_lies, files)) else None
 
     def documents(self) -> Iterator[str]:
         """The text of each document, in the order of the inputs.
 
         Raises:
-            RequestError: a file is empty or not UTF-8, or a line is not an object with the text field;
-                the message names the file and the byte offset or the line.
+            RequestError: a file is empty or not UTF-8, or a record has no text in the field;
+                the message names the file and the byte offset, the line or the row.
+            DamagedError: a file cannot be decompressed, or is not of its form.
         """
-        trees = [Path(given) for given in self.inputs if Path(given).is_dir()]
+        trees = [Path(given) for given in self.inputs if not is_url(given) and Path(given).is_dir()]
         for path in self.files():
             if path.stat().st_size == 0:
                 if any(tree in path.parents for tree in trees):
                     continue
                 raise RequestError(f"{path} is empty")
-            if path.suffix in JSONL_SUFFIXES:
-                yield from _json_lines(path, self.field)
-            else:
-                yield _decode(path.read_bytes(), path, 0)
+            yield from documents_of(path, self.field)
+
+    def _local(self, path: Path) -> Iterator[Path]:
+        if path.is_dir():
+            saved = saved_dataset(path)
+            return self._tree(path) if saved is None else iter(saved)
+        if path.is_file():
+            return iter([path])
+        found = sorted(map(Path, glob.glob(str(path), recursive=True))) if PATTERN & set(str(path)) else []
+        files = [entry for entry in found if entry.is_file()]
+        if not files:
+            raise RequestError(f"input {path} is not there")
+        return iter(files)
 
     def _tree(self, root: Path) -> Iterator[Path]:
         found = sorted(path for path in root.rglob("*") if path.suffix in self.suffixes and path.is_file())
@@ -79,45 +94,23 @@ class Corpus:
         return iter(found)
 
 
+def _remote(url: str) -> Iterator[Path]:
+    """Copies of an object, or of all whose URLs are of a pattern, each brought when it is its turn."""
+    if not PATTERN & set(url):
+        found = info(url)
+        objects = [found] if found else []
+    else:
+        fixed = url[: min(url.index(sign) for sign in PATTERN if sign in url)]
+        there = below(fixed.rpartition("/")[0])
+        objects = sorted((each for each in there if fnmatchcase(each.url, url)), key=lambda each: each.url)
+    if not objects:
+        raise RequestError(f"input {shown(url)} is not there")
+    return map(copy_of, objects)
+
+
 def _advice(root: Path, suffixes: Sequence[str]) -> str:
     """What to do about a folder of which no file is taken."""
     there = sorted({path.suffix for path in islice(root.rglob("*"), LOOKED_AT) if path.is_file()} - set(suffixes))
     if "" in there:
         return 'take its files without an ending with --suffixes ""'
     return f"choose with --suffixes; there are {' '.join(there[:SHOWN])}" if there else "it holds no files"
-
-
-def _decode(data: bytes, path: Path, start: int) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(
-            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {start + error.start}"
-        ) from None
-
-
-def _json_lines(path: Path, field: str) -> Iterator[str]:
-    start = 0
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _text_of(_decode(line, path, start), field, f"{path} line {number}")
-            start += len(line)
-
-
-def _text_of(line: str, field: str, where: str) -> str:
-    record = parse_json(line, where)
-    if not isinstance(record, dict):
-        raise RequestError(f"{where} is not a JSON object but {type(record).__name__}")
-    if field not in record:
-        raise RequestError(f"{where} has no field {field!r}; its fields are {_names(record)} (choose with --field)")
-    text = record[field]
-    if not isinstance(text, str):
-        raise RequestError(f"{where}: field {field!r} is not text but {type(text).__name__}")
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise RequestError(f"{where}: field {field!r} has an escape of half a surrogate pair, which is not UTF-8")
-    return text
-
-
-def _names(record: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in record) or "none"

@@ -13,7 +13,8 @@ from typing import TextIO
 from flm_megatron.config.schema import ParallelConfig
 from flm_megatron.data.conversations.conversation import Message
 from flm_megatron.data.conversations.template import TELE_FLM, ChatTemplate
-from flm_megatron.data.corpus.corpus import JSONL_SUFFIXES, Corpus
+from flm_megatron.data.corpus.corpus import Corpus
+from flm_megatron.data.corpus.reading import JSONL
 from flm_megatron.data.tokenizer import Tokenizer
 from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.evaluated import open_evaluated
@@ -59,7 +60,7 @@ def read_prompts(path: Path) -> list[str]:
         RequestError: the file is missing, not UTF-8 or holds no prompt; the message names file and line.
     """
     found = list(Corpus([path], field="prompt").documents())
-    if path.suffix not in JSONL_SUFFIXES:
+    if path.suffix not in JSONL:
         found = [line for text in found for line in text.splitlines() if line.strip()]
     if not found:
         raise RequestError(f"{path} has no prompt in it")

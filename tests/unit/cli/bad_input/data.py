@@ -21,7 +21,7 @@ ROWS = [
     Row("data build chat.jsonl --field messages --tokenizer tokenizer.model --out x", "field 'messages' is not text"),
     Row("data build deep.jsonl --tokenizer tokenizer.model --out x", "deep.jsonl line 1"),
     Row("data build text.txt --tokenizer absent.model --out x", "tokenizer absent.model is not there"),
-    Row("data build text.txt --tokenizer folder --out x", "tokenizer folder is not there"),
+    Row("data build text.txt --tokenizer folder --out x", "tokenizer folder: the folder holds neither tokenizer.json"),
     Row("data build text.txt --tokenizer binary --out x", "binary is not a SentencePiece model", status=1),
     Row(f"{BUILD} --out train", "train.bin exists: choose another name"),
     Row(f"{BUILD} --out text.txt/x", "text.txt/x"),

@@ -155,7 +155,7 @@ DISK = [
     Row("train grow.yaml --stage large", "needs stage 'small' to be finished"),
     Row("train run.yaml --tokenizer null", "tokenizer is not set"),
     Row("train run.yaml --tokenizer absent.model", "tokenizer absent.model is not there"),
-    Row("train run.yaml --tokenizer folder", "tokenizer folder is not there"),
+    Row("train run.yaml --tokenizer folder", "tokenizer folder: the folder holds neither tokenizer.json"),
     Row("train run.yaml --tokenizer binary", "binary is not a SentencePiece model", status=1),
     Row("train run.yaml --tokenizer empty", "empty is not a SentencePiece model", status=1),
     Row("train run.yaml --tokenizer other.model", "made with another tokenizer", mistakes=2),
