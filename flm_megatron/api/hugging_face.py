@@ -62,7 +62,7 @@ def export_hf(
         dtype: of the weights; the stored one without.
         shard_size: largest size of a file in bytes; a larger tensor has a file of its own.
         pad_vocab_to: pad the vocabulary to a multiple of this.
-        tokenizer: SentencePiece model; the checkpoint's own without.
+        tokenizer: SentencePiece model, `tokenizer.json` or tiktoken file; the checkpoint's own without.
         fold_mask: fold a half-open growth mask in, where that is exact.
         vocab_size: true vocabulary, where the checkpoint is padded and does not record it.
 

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flavour", default="teleflm", help="family to write, such as llama; teleflm if not given")
     parser.add_argument("--shard-size", type=byte_size, default=5 * 10**9, help="largest shard, such as 5GB (default)")
     parser.add_argument("--pad-vocab-to", type=positive, default=1, help="pad the vocabulary to a multiple of this")
-    parser.add_argument("--tokenizer", type=path, help="SentencePiece model; the run's if not given")
+    parser.add_argument("--tokenizer", type=path, help="tokenizer, a file or a folder; the run's if not given")
     parser.add_argument("--fold-mask", action="store_true", help="fold a half-open growth mask in, where that is exact")
     add_dtype(parser)
     add_vocab_size(parser)

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N questions of each task")
     parser.add_argument(
-        "--template", type=template, help="put questions into a chat template: tele-flm, or a Jinja file"
+        "--template", type=template, help="put questions into a chat template: tele-flm, tokenizer (the one beside it), or a Jinja file"
     )
     parser.add_argument("--context", type=positive, help="longest context; the sequence length of the training")
     parser.add_argument("--batch", type=positive, default=8, help="requests in one forward pass (default 8)")
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _request(args: argparse.Namespace) -> HarnessRequest:
-    from flm_megatron.data.conversations.template import TELE_FLM
+    from flm_megatron.data.conversations.template import NAMED
     from flm_megatron.evaluation.harness.run import HarnessRequest
 
     return HarnessRequest(
@@ -64,7 +64,7 @@ def _request(args: argparse.Namespace) -> HarnessRequest:
         network=args.network,
         fewshot=args.fewshot,
         limit=args.limit,
-        template=args.template if args.template in (None, TELE_FLM) else str(Path(args.template).resolve()),
+        template=args.template if args.template in (None, *NAMED) else str(Path(args.template).resolve()),
         context=args.context,
         batch=args.batch,
         json=args.json,

@@ -80,7 +80,7 @@ class RunConfig:
     seed: int = 1234
     """Seed of initial weights, of new weights at growth and of the order of samples."""
     tokenizer: str | None = None
-    """SentencePiece model file."""
+    """SentencePiece model, `tokenizer.json` or tiktoken file, or a folder that holds one; a path or a URL."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training and validation data."""
     stages: list[StageConfig] = field(default_factory=list)

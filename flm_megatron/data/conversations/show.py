@@ -24,7 +24,7 @@ def sample_text(run: RunConfig, sample: str, history: History = ()) -> str:
         DamagedError: the data cannot be read.
     """
     if run.tokenizer is None:
-        raise RequestError("tokenizer is not set: give the SentencePiece model the data was made with")
+        raise RequestError("tokenizer is not set: give the tokenizer that the data was made with")
     tokenizer = open_tokenizer(run.tokenizer)
     number, stage = _number(sample), 0
     if number is not None:

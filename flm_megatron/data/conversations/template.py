@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flm_megatron.data.conversations.control_tokens import START, STOP, ControlTokens
 from flm_megatron.data.conversations.conversation import Message
 from flm_megatron.data.conversations.template_process import TemplateFailure, TemplateProcess
 from flm_megatron.data.conversations.template_worker import Request, make_template, render
@@ -22,10 +23,11 @@ TELE_FLM_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<_bot>{% endif %}"
 )
-# What stands for the ids of beginning and end in a rendered text: no text of a conversation may hold them.
-BOS_MARK, EOS_MARK = "\x02bos\x03", "\x02eos\x03"
+OF_TOKENIZER = "tokenizer"
+NAMED = (TELE_FLM, OF_TOKENIZER)
+"""Templates that are no files: Tele-FLM's, and the one beside the tokenizer."""
 LONGEST_TEMPLATE = 2**20
-PROBE = "\x02probe\x03"
+PROBE = f"{START}probe{STOP}"
 Piece = tuple[list[int], bool]
 
 
@@ -38,15 +40,15 @@ class ChatTemplate:
     """
 
     def __init__(self, template: str, tokenizer: Tokenizer) -> None:
-        """`template` is `tele-flm` or the path of a file.
+        """`template` is `tele-flm`, `tokenizer` (the one beside the tokenizer) or the path of a file.
 
         Raises:
-            RequestError: no such file, or it is not a template.
+            RequestError: no such file, no template beside the tokenizer, or it is not a template.
         """
-        self.name, self.tokenizer = template, tokenizer
+        self.name, self.tokenizer, self._tokens = template, tokenizer, ControlTokens(tokenizer)
         self._own = make_template(TELE_FLM_TEMPLATE) if template == TELE_FLM else None
         try:
-            self._process = None if self._own else TemplateProcess(_read(template))
+            self._process = None if self._own else TemplateProcess(_text(template, tokenizer))
         except TemplateFailure as error:
             line = "" if error.line is None else f" line {error.line}"
             raise RequestError(f"{template}{line} is not a Jinja template: {error}") from None
@@ -60,7 +62,7 @@ class ChatTemplate:
             RequestError: the template drops an answer, or writes a conversation differently when it goes on; names
                 `where` it stands.
         """
-        if any("\x02" in message["content"] for message in messages):
+        if any(START in message["content"] for message in messages):
             raise RequestError(f"{where} holds the control character U+0002, which marks the ends of texts")
         places = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         wanted: list[Request] = []
@@ -92,24 +94,31 @@ class ChatTemplate:
         """The texts of `requests`: our own template here, that of a file in its process."""
         from jinja2 import TemplateError
 
-        marks = {"bos_token": BOS_MARK, "eos_token": EOS_MARK}
+        hidden, marks = self._tokens.hidden(messages), self._tokens.variables()
         try:
             if self._process is not None:
-                return self._process.render(messages, requests, marks)
-            assert self._own is not None
-            return render(self._own, messages, requests, marks)
+                texts = self._process.render(hidden, requests, marks)
+            else:
+                assert self._own is not None
+                texts = render(self._own, hidden, requests, marks)
+            return [self._tokens.marked(text) for text in texts]
         except (TemplateError, TemplateFailure, KeyError, TypeError) as error:
             raise RequestError(f"{where}: template {self.name} cannot write it: {error}") from None
 
     def encode(self, text: str) -> list[int]:
         """Ids of a rendered text."""
-        ids: list[int] = []
-        for number, ended in enumerate(text.split(EOS_MARK)):
-            ids += [self.tokenizer.eod] if number else []
-            for place, part in enumerate(ended.split(BOS_MARK)):
-                ids += [self.tokenizer.bos] if place and self.tokenizer.bos >= 0 else []
-                ids += self.tokenizer.encode(part)
-        return ids
+        return self._tokens.encode(text)
+
+
+def _text(template: str, tokenizer: Tokenizer) -> str:
+    if template != OF_TOKENIZER:
+        return _read(template)
+    if tokenizer.chat_template is None:
+        raise RequestError(
+            f"template {template}: no chat template lies beside {tokenizer.path} (chat_template of "
+            f"tokenizer_config.json, or chat_template.jinja): give {TELE_FLM}, or a file"
+        )
+    return tokenizer.chat_template
 
 
 def _read(path: str) -> str:
@@ -117,7 +126,7 @@ def _read(path: str) -> str:
         with Path(path).open(encoding="utf-8") as file:
             text = file.read(LONGEST_TEMPLATE + 1)
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise RequestError(f"template {path} cannot be read ({error}): give {TELE_FLM}, or a file") from None
+        raise RequestError(f"template {path} cannot be read ({error}): give {', '.join(NAMED)}, or a file") from None
     if len(text) > LONGEST_TEMPLATE:
         raise RequestError(f"template {path} has more than {LONGEST_TEMPLATE:,} characters: it is no chat template")
     return text

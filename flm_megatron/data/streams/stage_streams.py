@@ -80,7 +80,7 @@ def _chat_sources(run: RunConfig, chat: ChatConfig, configs: Sequence[SourceConf
     if not configs:
         raise RequestError(f"data.{split} has no sources: give each the path of a file of conversations")
     if run.tokenizer is None:
-        raise RequestError("tokenizer is not set: give the SentencePiece model of the checkpoint")
+        raise RequestError("tokenizer is not set: give the tokenizer of the checkpoint")
     for config in configs:
         if config.weight is not None or config.epochs is not None:
             raise RequestError(f"data.{split}: weight and epochs of {config.path!r} are for text: use data.chat.mix")

@@ -95,7 +95,7 @@ class _Row:
     """One request in progress."""
 
     def __init__(self, request: GenerationRequest, tokenizer: Tokenizer) -> None:
-        self.request, self.eod = request, tokenizer.eod
+        self.request, self.eod, self.ends = request, tokenizer.eod, tokenizer.ends
         self.ids: list[int] = []
         self.reason: FinishReason | None = None
         self._stream = TextStream(tokenizer, request.prompt, request.stop)
@@ -113,7 +113,7 @@ class _Row:
         if self.reason:
             return
         text = ""
-        if token == self.eod:
+        if token in self.ends:
             self.reason = "eod"
         else:
             self.ids.append(token)
