@@ -1,4 +1,4 @@
-"""Train a SentencePiece tokenizer: the same as `flm data tokenizer`."""
+"""Train a tokenizer: the same as `flm data tokenizer`."""
 
 import sys
 

@@ -25,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--chat", action="store_true", help="talk: each line is a turn")
     parser.add_argument("--system", help="chat: the system text")
     parser.add_argument(
-        "--template", type=template, default="tele-flm", help="chat: tele-flm (default), tokenizer (the one beside it), or a Jinja file"
+        "--template",
+        type=template,
+        default="tele-flm",
+        help="chat: tele-flm (default), tokenizer (the one beside it), or a Jinja file",
     )
     parser.add_argument("--max-new-tokens", type=whole(1, 10**9), default=256, help="longest completion (default 256)")
     parser.add_argument("--temperature", type=real(0.0), default=0.0, help="0 is greedy (default)")

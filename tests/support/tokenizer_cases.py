@@ -82,7 +82,12 @@ def hugging_face(
     )
     built.train_from_iterator(prose(20), trainer)
     built.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "bos_token": bos, "chat_template": template}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": eos,
+        "bos_token": bos,
+        "chat_template": template,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps({key: value for key, value in config.items() if value}))
     return open_tokenizer(folder / "tokenizer.json")
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from flm_megatron.cli.data import adopt as data_adopt
 from flm_megatron.cli.data import screen as data_screen
-from flm_megatron.cli.options.parser import path, place, positive, real, seed, vocabulary, whole
+from flm_megatron.cli.data import tokenizer as data_tokenizer
+from flm_megatron.cli.options.parser import path, place, real, vocabulary, whole
 
 if TYPE_CHECKING:
     from flm_megatron.data.corpus.corpus import Corpus
@@ -22,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_build(commands.add_parser("build", help="encode text into an indexed dataset", allow_abbrev=False))
     adopt = commands.add_parser("adopt", help="describe a dataset that another program made", allow_abbrev=False)
     data_adopt.add_arguments(adopt)
-    _add_tokenizer(commands.add_parser("tokenizer", help="train a SentencePiece tokenizer", allow_abbrev=False))
+    tokenizer = commands.add_parser("tokenizer", help="train a tokenizer", allow_abbrev=False)
+    _add_corpus(tokenizer, "*")
+    data_tokenizer.add_arguments(tokenizer)
     _add_verify(commands.add_parser("verify", help="check a dataset against what was written", allow_abbrev=False))
     _add_show(commands.add_parser("show", help="the text of a training sample", allow_abbrev=False))
     screen = commands.add_parser("screen", help="choose few good conversations out of many", allow_abbrev=False)
@@ -39,11 +42,11 @@ def run(args: argparse.Namespace) -> int:
     return args.run_data(args)
 
 
-def _add_corpus(parser: argparse.ArgumentParser) -> None:
+def _add_corpus(parser: argparse.ArgumentParser, inputs: str = "+") -> None:
     parser.add_argument(
         "inputs",
         type=place,
-        nargs="+",
+        nargs=inputs,
         metavar="INPUT",
         help="text, .jsonl, .parquet, .arrow or .tar file (.gz, .bz2, .xz, .zst), a pattern of them, a folder of "
         "sources and prose, a folder that datasets saved, or URLs of such files",
@@ -54,7 +57,7 @@ def _add_corpus(parser: argparse.ArgumentParser) -> None:
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
     _add_corpus(parser)
-    parser.add_argument("--tokenizer", required=True, type=place, help="SentencePiece model file")
+    parser.add_argument("--tokenizer", required=True, type=place, help="tokenizer, a file or a folder")
     parser.add_argument(
         "--out", required=True, type=path, metavar="PREFIX", help="write PREFIX.bin, PREFIX.idx and PREFIX.json"
     )
@@ -68,20 +71,6 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         help="share of documents for PREFIX_validation (default: 0)",
     )
     parser.set_defaults(run_data=_build)
-
-
-def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
-    _add_corpus(parser)
-    parser.add_argument("--out", required=True, type=path, help="model file to write")
-    parser.add_argument("--vocab-size", type=vocabulary, default=32000, help="number of ids (default: 32000)")
-    parser.add_argument(
-        "--max-bytes",
-        type=positive,
-        default=200_000_000,
-        help="bytes of text to learn from, sampled (default: 200000000)",
-    )
-    parser.add_argument("--seed", type=seed, default=1234, help="seed of the sampling (default: 1234)")
-    parser.set_defaults(run_data=_tokenizer)
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +94,8 @@ def _add_stdlib(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run_data=_stdlib)
 
 
-def _corpus(args: argparse.Namespace) -> Corpus:
+def corpus_of(args: argparse.Namespace) -> Corpus:
+    """The documents that the options of `_add_corpus` name."""
     from flm_megatron.data.corpus.corpus import ALL_SUFFIXES, Corpus
 
     return Corpus(args.inputs, args.field, args.suffixes or ALL_SUFFIXES)
@@ -115,7 +105,7 @@ def _build(args: argparse.Namespace) -> int:
     from flm_megatron.data.corpus.build import build_dataset
     from flm_megatron.data.tokenizer import open_tokenizer
 
-    corpus = _corpus(args)
+    corpus = corpus_of(args)
     written = build_dataset(
         corpus.documents(),
         open_tokenizer(args.tokenizer),
@@ -126,22 +116,6 @@ def _build(args: argparse.Namespace) -> int:
     )
     for prefix, description in written.items():
         print(_line(prefix, description))
-    return 0
-
-
-def _tokenizer(args: argparse.Namespace) -> int:
-    from flm_megatron.data.tokenizer import train_tokenizer
-
-    corpus = _corpus(args)
-    tokenizer = train_tokenizer(
-        corpus.documents(),
-        args.out,
-        args.vocab_size,
-        text_bytes=corpus.size_bytes(),
-        max_bytes=args.max_bytes,
-        seed=args.seed,
-    )
-    print(f"{args.out}: {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint}")
     return 0
 
 

@@ -43,7 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--clusters", type=positive, help="choose from this many clusters of hidden states in turn")
     parser.add_argument(
-        "--template", type=template, default="tele-flm", help="tele-flm (default), tokenizer (the one beside it), or a Jinja file"
+        "--template",
+        type=template,
+        default="tele-flm",
+        help="tele-flm (default), tokenizer (the one beside it), or a Jinja file",
     )
     parser.add_argument(
         "--window", type=positive, help="longest conversation in tokens; the checkpoint's sequence length"

@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N questions of each task")
     parser.add_argument(
-        "--template", type=template, help="put questions into a chat template: tele-flm, tokenizer (the one beside it), or a Jinja file"
+        "--template",
+        type=template,
+        help="put questions into a chat template: tele-flm, tokenizer (the one beside it), or a Jinja file",
     )
     parser.add_argument("--context", type=positive, help="longest context; the sequence length of the training")
     parser.add_argument("--batch", type=positive, default=8, help="requests in one forward pass (default 8)")

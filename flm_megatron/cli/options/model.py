@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Tokenizer, precision and layout."""
-    parser.add_argument("--tokenizer", type=path, help="tokenizer, a file or a folder; the checkpoint's own if not given")
+    parser.add_argument(
+        "--tokenizer", type=path, help="tokenizer, a file or a folder; the checkpoint's own if not given"
+    )
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="precision of the model; that of its training")
     parser.add_argument("--tensor", type=positive, default=1, help="tensor-parallel size (default 1)")
     parser.add_argument("--pipeline", type=positive, default=1, help="pipeline-parallel size (default 1)")

@@ -45,7 +45,7 @@ class ChatConfig:
     """Fine-tuning: the sources of `data` are JSON lines of conversations, and a stage lasts for `epochs`."""
 
     template: str = "tele-flm"
-    """`tele-flm` (<_system>, <_user>, <_bot>), `tokenizer` (the chat template beside it), or the file of a Jinja one."""
+    """`tele-flm` (<_system>, <_user>, <_bot>), `tokenizer` (the template beside it), or a file of a Jinja template."""
     packing: bool = True
     """Put several conversations into one sample, hidden from each other; else each gets a padded sample of its own."""
     epochs: int = 4

@@ -14,7 +14,7 @@ from flm_megatron.data.corpus.build import build_dataset
 from flm_megatron.data.corpus.description import Description, read_description
 from flm_megatron.data.corpus.statistics import UnigramEntropy, unigram_entropy
 from flm_megatron.data.tokenizer import train_tokenizer
-from flm_megatron.data.tokenizer.train import FIXED_IDS
+from flm_megatron.data.tokenizer.train_sentencepiece import FIXED_IDS
 from flm_megatron.durable import make_folders, sync
 from flm_megatron.errors import RequestError
 from flm_megatron.paths import FilePath, require_folder

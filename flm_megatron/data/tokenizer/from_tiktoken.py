@@ -8,6 +8,7 @@ from itertools import pairwise
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from flm_megatron.data.tokenizer.byte_letters import byte_letters
 from flm_megatron.data.tokenizer.tiktoken import TiktokenTokenizer
 from flm_megatron.errors import RequestError
 
@@ -28,7 +29,7 @@ def tokenizer_json(source: TiktokenTokenizer) -> str:
         RequestError: the library `tokenizers` reads its pattern in another way than `tiktoken` does.
     """
     ranks, special = source.ranks, source.special_tokens
-    letters = _byte_letters()
+    letters = byte_letters()
 
     def spelt(token: bytes) -> str:
         """The token in the letters that stand for bytes in a `tokenizer.json`."""
@@ -65,10 +66,3 @@ def _merged(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
             break
         parts[place : place + 2] = [parts[place] + parts[place + 1]]
     return parts
-
-
-def _byte_letters() -> list[str]:
-    """GPT-2's letter for each byte: itself if it prints, else one from U+0100 on."""
-    prints = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = (chr(0x100 + number) for number in range(256))
-    return [chr(byte) if byte in prints else next(others) for byte in range(256)]

@@ -16,6 +16,8 @@ ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 """Names of the token that ends a document, where nothing beside the file says it, in the order of trying."""
 PADS = ("<|pad|>", "<pad>")
 """Names of the token that pads, likewise."""
+BEGINNINGS = ("<|begin_of_text|>", "<s>", "<bos>")
+"""Names of the token that begins a text, likewise."""
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -34,7 +36,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = True
         self._ids = self._tokenizer.get_vocab(with_added_tokens=True)
         beside = read_neighbours(files)
-        guessed = {role: self._first(names) for role, names in (("eos", ENDS), ("pad", PADS))}
+        guessed = {role: self._first(names) for role, names in (("eos", ENDS), ("pad", PADS), ("bos", BEGINNINGS))}
         self._special = {
             **{role: number for role, number in guessed.items() if number is not None},
             **beside.ids(self._ids, files),

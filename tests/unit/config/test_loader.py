@@ -255,6 +255,12 @@ def test_vocabulary_comes_from_the_tokenizer(tmp_path: Path) -> None:
 
 
 def test_vocabulary_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
-    run = _load(tmp_path, RUN, "--stages.large.model.vocab_size", "80000")
-    with pytest.raises(RequestError, match=r"stages\.1\.model\.vocab_size is 80000, the tokenizer's is 500: set"):
+    run = _load(tmp_path, RUN, "--stages.large.model.vocab_size", "400")
+    with pytest.raises(RequestError, match=r"stages\.1\.model\.vocab_size is 400, the tokenizer's is 500: set"):
         resolve_vocabulary(run, 500)
+
+
+def test_a_vocabulary_that_was_rounded_up_is_kept(tmp_path: Path) -> None:
+    """As of published models, whose embedding has more rows than their tokenizer has ids."""
+    run = _load(tmp_path, RUN, "--stages.large.model.vocab_size", "512")
+    assert [stage.model.vocab_size for stage in resolve_vocabulary(run, 500).stages] == [500, 512]

@@ -22,6 +22,8 @@ ROWS = [
     Row("generate ours --prompt a --out dangling", "dangling"),
     Row("generate ours --prompt a --tokenizer absent", "tokenizer absent is not there"),
     Row("generate ours --prompt a --tokenizer binary", "binary is not a SentencePiece model", status=1),
+    Row("generate ours --chat --template tokenizer", "template tokenizer: no chat template lies beside"),
+    Row("generate ours --prompt a --tokenizer hf", "tokenizer.json has 400 ids, the model of ours has 500"),
     Row("generate ours --prompt a --tokenizer other.model", "other.model"),
     Row("generate ours --prompt a --tensor 3", "tensor"),
     Row("generate ours --prompt a --tensor 100000000000", "100000000000"),

@@ -157,6 +157,8 @@ DISK = [
     Row("train run.yaml --tokenizer absent.model", "tokenizer absent.model is not there"),
     Row("train run.yaml --tokenizer folder", "tokenizer folder: the folder holds neither tokenizer.json"),
     Row("train run.yaml --tokenizer binary", "binary is not a SentencePiece model", status=1),
+    Row("train run.yaml --tokenizer half.json", "half.json is not a tokenizer.json", status=1),
+    Row("train run.yaml --tokenizer endless.json", 'write it into tokenizer_config.json as {"eos_token": "NAME"}'),
     Row("train run.yaml --tokenizer empty", "empty is not a SentencePiece model", status=1),
     Row("train run.yaml --tokenizer other.model", "made with another tokenizer", mistakes=2),
     Row("train run.yaml --stages.0.model.vocab_size 77", "stages.0.model.vocab_size is 77"),

@@ -16,6 +16,7 @@ from flm_megatron.data.corpus.build import build_dataset
 from flm_megatron.data.streams.stream import SampleStream
 from flm_megatron.data.tokenizer import train_tokenizer
 from tests.support.prose import prose
+from tests.support.tokenizer_cases import END, hugging_face, tiktoken_file
 
 RUN = """
 name: test
@@ -107,6 +108,15 @@ def _make_data(folder: Path) -> None:
     (folder / "chat.jsonl").write_text(json.dumps({"messages": TURNS}) + "\n" + json.dumps({"messages": TURNS}) + "\n")
 
 
+def _make_wrong_tokenizers(folder: Path) -> None:
+    """A whole one in `hf`, and others that lack something."""
+    hugging_face(folder / "hf", template=None)
+    text = (folder / "hf" / "tokenizer.json").read_text()
+    (folder / "half.json").write_text(text[: len(text) // 2])
+    (folder / "endless.json").write_text(text.replace(END, "[SEP]"))
+    tiktoken_file(folder / "ranks", described=False)
+
+
 def _make_wrong_things(folder: Path) -> None:
     """Files that are not what they are taken for."""
     (folder / "empty").write_bytes(b"")
@@ -127,6 +137,7 @@ def _make_wrong_things(folder: Path) -> None:
     (folder / "endless.jinja").write_text(
         "{% for i in range(10**9) %}{% for j in range(10**9) %}{% endfor %}{% endfor %}"
     )
+    _make_wrong_tokenizers(folder)
     _make_wrong_yaml(folder)
     _make_wrong_data(folder)
     _make_wrong_checkpoints(folder)

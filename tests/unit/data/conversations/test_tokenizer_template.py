@@ -1,4 +1,4 @@
-"""The chat template beside a tokenizer: the ids of `apply_chat_template` of transformers, and what people say is text."""
+"""The chat template beside a tokenizer: ids are those of transformers, and what people say is text."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_what_people_say_is_text(family: str, tmp_path: Path) -> None:
 
 def test_a_tokenizer_without_a_template_is_refused(tmp_path: Path) -> None:
     ours = hugging_face(tmp_path, template=None)
-    with pytest.raises(RequestError, match="no chat template lies beside .*: give tele-flm, or a file"):
+    with pytest.raises(RequestError, match=r"no chat template lies beside .*: give tele-flm, or a file"):
         ChatTemplate(OF_TOKENIZER, ours)
     ids = ChatTemplate(TELE_FLM, ours).prompt([{"role": "user", "content": "hello"}])
     assert ours.decode(ids) == "<_user>hello<_bot>"
