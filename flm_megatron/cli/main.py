@@ -39,6 +39,7 @@ COMMANDS = {
     "mup": "check the maximal-update parametrization",
     "eval": "bits per byte of text, and tasks of lm-evaluation-harness",
     "generate": "let a checkpoint write: prompts, a file of them, or a chat",
+    "status": "how a run stands, live with --watch",
     "track": "send a run to its trackers: what is not sent yet",
     "report": "a run, or several compared, as one HTML page",
 }

@@ -20,6 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--print-config", action="store_true", help="check the run file by its rules, print it resolved and stop"
     )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="on a terminal show the run as `flm status --watch` does; elsewhere the plain lines are printed",
+    )
     take_overrides(parser)
 
 
@@ -41,4 +46,18 @@ def run(args: argparse.Namespace) -> int:
             check_run_file(config)
             print(dump_run(config), end="")
             return 0
+        if args.watch and (status := _watched(args, config.output)) is not None:
+            return status
         return train(config, stage=args.stage, start_anew=args.start_anew, branch=args.branch)
+
+
+def _watched(args: argparse.Namespace, output: str) -> int | None:
+    """The exit status of a run that was watched; none if there is no terminal to watch it on."""
+    from pathlib import Path
+
+    from flm_megatron.launch.watched import require_watch, train_watched
+
+    require_watch(args.branch)
+    stage = ["--stage", args.stage] if args.stage is not None else []
+    anew = ["--start-anew"] if args.start_anew else []
+    return train_watched([str(args.run_file), *stage, *anew, *args.overrides], Path(output))

@@ -14,6 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from flm_megatron.checkpoint.files.manifest import read_manifest
+from flm_megatron.checkpoint.lease.file import LEASE
 from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.config.budget import StageBudget, decay_fraction, schedule_start, stage_budgets, warmup_tokens
 from flm_megatron.config.ranges import LARGEST_TOKENS
@@ -22,7 +23,7 @@ from flm_megatron.durable import replace_file
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.record import growth_of
 from flm_megatron.growth.schedule import lr_multipliers, multiplied_steps
-from flm_megatron.launch.run_lease import LEASE, run_lease
+from flm_megatron.launch.run_lease import run_lease
 from flm_megatron.optim.learning_rate import learning_rate
 from flm_megatron.training.metrics.events import FILE
 from flm_megatron.training.metrics.log import lines_up_to

@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 
 from flm_megatron.checkpoint.files.destination import write_errors
+from flm_megatron.checkpoint.lease.file import LEASE
 from flm_megatron.checkpoint.lease.lease import lease
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.distributed.error_file import write_error_file
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.durable import make_folders
 
-LEASE = ".lease"
 ADVICE = "wait until it has ended or stop it, or choose another `output`"
 
 

@@ -16,6 +16,8 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+LEASE = ".lease"
+"""Name of a run's lease in its output folder."""
 LONGEST = 2**16
 COUNT_DIGITS = 12
 CLAIM_BYTES = 8

@@ -12,7 +12,7 @@ from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.checkpoint.store import CheckpointStore
 from flm_megatron.config.schema import RunConfig, StageConfig
 from flm_megatron.errors import DamagedError, FlmError, RequestError
-from flm_megatron.evaluation.stages import run_of
+from flm_megatron.evaluation.run_folder import run_of
 from flm_megatron.growth.record import Certificate, certificate_of
 from flm_megatron.training.metrics.events import (
     FILE,

@@ -223,7 +223,7 @@ def read_account(folder: Path) -> Account:
         text = (folder / FILE).read_text(encoding="utf-8")
     except FileNotFoundError:
         return Account()
-    return _account(line for row in text.splitlines() if (line := _parsed(row)))
+    return _account(line for row in text.splitlines() if (line := parse_time_line(row)))
 
 
 def add_up(lines: Iterable[Line]) -> Goodput:
@@ -249,7 +249,7 @@ def _opened(path: Path) -> TextIO:
     return file
 
 
-def _parsed(row: str) -> Line | None:
+def parse_time_line(row: str) -> Line | None:
     """A line; none if it was cut off when the process died, or is of a kind that only a later version knows."""
     try:
         return _LINE.validate_json(row)

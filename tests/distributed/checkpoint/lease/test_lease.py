@@ -13,11 +13,11 @@ import psutil
 import pytest
 
 from flm_megatron.checkpoint.lease import file as lease_file
+from flm_megatron.checkpoint.lease.file import LEASE
 from flm_megatron.checkpoint.lease.holder import this_process
-from flm_megatron.checkpoint.lease.lease import SILENT_RENEWALS
+from flm_megatron.checkpoint.lease.watch import SILENT_RENEWALS
 from flm_megatron.launch.preflight import resolve
 from flm_megatron.launch.run import train
-from flm_megatron.launch.run_lease import LEASE
 from flm_megatron.training.metrics.events import RestartEvent, read_events
 from tests.support.runs import final_hash, flm, flm_process, losses, make_run, start_flm, wait_for_step
 from tests.unit.checkpoint.lease.test_lease import renewing

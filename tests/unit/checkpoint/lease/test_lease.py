@@ -23,7 +23,8 @@ import pytest
 from flm_megatron.checkpoint.files.destination import destination
 from flm_megatron.checkpoint.lease import file as lease_file
 from flm_megatron.checkpoint.lease.holder import Holder, job_of, start_ticks, this_process
-from flm_megatron.checkpoint.lease.lease import SILENT_RENEWALS, lease
+from flm_megatron.checkpoint.lease.lease import lease
+from flm_megatron.checkpoint.lease.watch import SILENT_RENEWALS
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.errors import FlmError, RequestError
 
@@ -151,7 +152,7 @@ def test_a_holder_elsewhere_that_renews_is_respected(file: Path) -> None:
 def test_a_silent_holder_elsewhere_is_followed_after_it_was_watched(
     file: Path, left: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flm_megatron.checkpoint.lease.lease.RENEW_S", RENEW_S)  # for a holder that cannot be read
+    monkeypatch.setattr("flm_megatron.checkpoint.lease.watch.RENEW_S", RENEW_S)  # for a holder that cannot be read
     file.write_bytes(left)
     began = time.monotonic()
     with held(file):
