@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install quickstart test test-all test-engine lint
+.PHONY: install quickstart test test-all test-engine lint docs
 
 install: $(INSTALLED)
 
@@ -28,6 +28,10 @@ test-all: $(INSTALLED)
 # The same tests on another Python, and so on the megatron-core that it gets: `make test-engine PYTHON=python3.12`.
 test-engine:
 	$(MAKE) test PYTHON=$(PYTHON) VENV=.venv-$(notdir $(PYTHON))
+
+# The pages as a site, in site/; a dead link is an error.
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -120,10 +120,22 @@ def _parser(wanted: str | None) -> Parser:
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, allow_abbrev=False)
         if name == wanted:
-            module = importlib.import_module(f"flm_megatron.cli.{FOLDERS.get(name, '')}{name}")
-            module.add_arguments(command)
-            command.set_defaults(run=module.run)
+            _fill(command, name)
     return parser
+
+
+def command_parser(name: str) -> Parser:
+    """The parser of one command, for its help."""
+    parser = Parser(prog=f"flm {name}", description=COMMANDS[name], allow_abbrev=False)
+    _fill(parser, name)
+    return parser
+
+
+def _fill(command: argparse.ArgumentParser, name: str) -> None:
+    """Add the arguments of a command to its parser."""
+    module = importlib.import_module(f"flm_megatron.cli.{FOLDERS.get(name, '')}{name}")
+    module.add_arguments(command)
+    command.set_defaults(run=module.run)
 
 
 if __name__ == "__main__":
