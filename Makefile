@@ -31,7 +31,7 @@ test-engine:
 
 # The pages as a site, in site/; a dead link is an error.
 docs: $(INSTALLED)
-	$(BIN)/mkdocs build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

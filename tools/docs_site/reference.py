@@ -58,7 +58,7 @@ def _helps(title: str, parser: argparse.ArgumentParser) -> Iterator[tuple[str, s
 
 
 def _exit_status() -> str:
-    kinds = [errors.RequestError, errors.Mistakes, errors.DamagedError, errors.FlmError]
+    kinds: list[type[errors.FlmError]] = [errors.RequestError, errors.Mistakes, errors.DamagedError, errors.FlmError]
     rows = [f"| `{kind.__name__}` | {kind.status} | {_cell((kind.__doc__ or '').strip())} |" for kind in kinds]
     return "\n".join(
         [
