@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from flm_megatron.cli.options.parser import path
+from flm_megatron.cli.options.parser import path, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,16 +27,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="YAML of loss laws by stage, as for `flm plan`, in place of such a run",
     )
     parser.add_argument("--out", type=path, metavar="FILE", help="page to write; report.html in the first folder")
+    parser.add_argument("--serve", action="store_true", help="serve the page, which follows the run, until Ctrl-C")
+    parser.add_argument("--address", help="address to serve on (127.0.0.1); others can read what is reached by others")
+    parser.add_argument("--port", type=whole(0, 65535), help="port to serve on; 0, the default, takes a free one")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the page and say where it is; returns 0."""
+    """Write the page and say where it is, or serve it; returns 0."""
+    from flm_megatron.errors import RequestError
     from flm_megatron.evaluation.report.page import write_report
     from flm_megatron.paths import require_file
 
+    if args.serve:
+        return _serve(args)
+    if args.address is not None or args.port is not None:
+        raise RequestError("--address and --port are of the server: add --serve")
     out = args.out or args.runs[0] / "report.html"
     if args.out:
         require_file(out, "--out")
     write_report(args.runs, out, args.scratch, args.laws)
     print(f"report: {out}")
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    """Serve until interrupted."""
+    from flm_megatron.errors import RequestError
+    from flm_megatron.evaluation.report.serving import LivePage, report_server
+
+    if args.out:
+        raise RequestError("--serve writes no file: leave out --out, or --serve")
+    live = LivePage(args.runs, args.scratch, args.laws)
+    with report_server(live, args.address or "127.0.0.1", args.port or 0) as server:
+        host, port = server.server_address[:2]
+        shown = f"[{host!s}]" if ":" in str(host) else str(host)
+        print(f"report: http://{shown}:{port}/ (Ctrl-C ends it)", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("report: ended")
     return 0

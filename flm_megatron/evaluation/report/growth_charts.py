@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from statistics import mean
 
 from flm_megatron.evaluation.report.chart import Chart, Point, Series
+from flm_megatron.evaluation.report.curves import AXES, place
 from flm_megatron.evaluation.report.history import History, Position
 from flm_megatron.training.metrics.events import GrowthHealthEvent
 
@@ -29,7 +30,7 @@ def _charts(history: History) -> list[Chart]:
     updates = [_course(lines, side, index) for index, side in enumerate(SIDES)]
     by_rank = [line for index, rank in enumerate(ranks) for line in _sides(last, rank, 2 * index)]
     return [
-        Chart(f"{title}: update over weight", "tokens", f"mean over layers ({NOTHING:g}: none)", updates, log_y=True),
+        Chart(f"{title}: update over weight", AXES, f"mean over layers ({NOTHING:g}: none)", updates, log_y=True),
         _by_layer(
             f"{title}: update over weight {step}", f"norms ({NOTHING:g}: none)", _sides(last, "update"), log_y=True
         ),
@@ -59,7 +60,7 @@ def _distances(history: History, lines: Measurements) -> list[Series]:
 
 def _by_layer(title: str, y_label: str, series: Sequence[Series], log_y: bool = False) -> Chart:
     dotted = [Series(line.name, line.points, line.colour, dots=True) for line in series if line.points]
-    return Chart(title, "layer", y_label, dotted, log_y=log_y)
+    return Chart(title, ("layer",), y_label, dotted, log_y=log_y)
 
 
 def _sides(line: GrowthHealthEvent, key: str, colour: int = 0) -> list[Series]:
@@ -75,5 +76,5 @@ def _values(line: GrowthHealthEvent, key: str) -> list[Point]:
 
 
 def _course(lines: Measurements, side: str, colour: int) -> Series:
-    means = [(at.tokens, [value for _, value in _values(line, f"update_{side}")]) for at, line in lines]
-    return Series(side, [(tokens, mean(values)) for tokens, values in means if values], colour, dots=True)
+    means = [(place(at), [value for _, value in _values(line, f"update_{side}")]) for at, line in lines]
+    return Series(side, [(*at, mean(values)) for at, values in means if values], colour, dots=True)

@@ -17,6 +17,7 @@ from flm_megatron.growth.record import Certificate, certificate_of
 from flm_megatron.training.metrics.events import (
     FILE,
     ChangeEvent,
+    EvaluationEvent,
     GrowthEvent,
     GrowthHealthEvent,
     Line,
@@ -63,6 +64,8 @@ class History:
     """Where each stage but the first begins."""
     health: list[tuple[Position, GrowthHealthEvent]] = field(default_factory=list)
     """What was measured of grown stages."""
+    evaluations: list[tuple[Position, EvaluationEvent]] = field(default_factory=list)
+    """What was measured besides between steps."""
     distances: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """Of each old layer from the identity, by the stage whose layers were chosen by them."""
     goodput: Goodput | None = None
@@ -111,6 +114,7 @@ def read_history(folder: Path) -> History:
         certificates=_certificates(run, folder, growths),
         boundaries=_boundaries(steps),
         health=[(at, event) for at, event in placed if isinstance(event, GrowthHealthEvent)],
+        evaluations=[(at, event) for at, event in placed if isinstance(event, EvaluationEvent)],
         distances={growth.stage: growth.distances for growth in growths if growth.distances},
         goodput=read_goodput(folder),
     )

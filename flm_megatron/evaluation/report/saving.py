@@ -12,7 +12,7 @@ import numpy as np
 
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import RequestError
-from flm_megatron.evaluation.report.chart import Bracket, Chart, Point, Series
+from flm_megatron.evaluation.report.chart import Bracket, Chart, Series
 from flm_megatron.evaluation.report.history import History, Position
 from flm_megatron.model.parameters import parameter_count, parameter_specs
 from flm_megatron.planner.loss_law import LossLaw, first_reached, read_laws
@@ -29,7 +29,7 @@ class ScratchCurve:
     """Loss of the last stage's model trained from scratch, as (FLOPs, loss) in order of FLOPs."""
 
     name: str
-    points: list[Point]
+    points: list[tuple[float, float]]
     flops_per_token: float
     law: LossLaw | None = None
     """What the points follow, if they were not measured: then it holds beyond them too."""
@@ -91,7 +91,7 @@ class Savings:
     rows: list[Saving]
     courses: list[Series]
     curves: list[Series]
-    marks: list[tuple[float, str]]
+    marks: list[tuple[tuple[float, ...], str]]
 
     def chart(self) -> Chart:
         """Loss against FLOPs, each saving as a bracket from the grown run's end to the same loss from scratch."""
@@ -100,14 +100,13 @@ class Savings:
         brackets = [Bracket(row.flops, row.equivalent, row.loss, percent(row)) for row in self.rows]
         return Chart(
             "Loss against FLOPs, grown and from scratch",
-            "model FLOPs of all stages (logarithmic)",
+            ("model FLOPs of all stages",),
             "nats per token",
             lines,
             self.marks,
             log_x=True,
             brackets=brackets,
-            width=1100,
-            height=420,
+            wide=True,
         )
 
 
@@ -129,7 +128,7 @@ def savings(histories: Sequence[History], scratch: Sequence[History] = (), laws:
     rows: list[Saving] = []
     courses: list[Series] = []
     curves: dict[str, Series] = {}
-    marks: list[tuple[float, str]] = []
+    marks: list[tuple[tuple[float, ...], str]] = []
     for history in (each for each in histories if each.boundaries and _course(each, "training")):
         found = _scratch_curve(history, histories, scratch, laws)
         if found is None:
@@ -139,7 +138,7 @@ def savings(histories: Sequence[History], scratch: Sequence[History] = (), laws:
         rows.append(_saving(history, measured, course[-1], curve))
         courses.append(Series(history.name, [(at.flops, loss) for at, loss in course], dots=measured == "validation"))
         curves[f"{curve.name} {measured}"] = Series(curve.name, curve.points, dots=len(curve.points) < LAW_POINTS)
-        marks += [(at.flops, f"→ {stage}") for at, stage in history.boundaries]
+        marks += [((at.flops,), f"→ {stage}") for at, stage in history.boundaries]
     return Savings(rows, courses, list(curves.values()), list(dict.fromkeys(marks))) if rows else None
 
 

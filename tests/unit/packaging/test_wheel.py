@@ -125,8 +125,8 @@ def test_report_has_its_style_and_its_script(installed: Installed) -> None:
     fixture = copy_of(CHECKPOINT_V1, installed.folder / "reported")
     installed.run("report", fixture / "output", "--out", installed.folder / "page.html")
     page = (installed.folder / "page.html").read_text()
-    for name in ("page.css", "page.js"):
-        assert (ROOT / "flm_megatron" / "evaluation" / "report" / name).read_text().strip() in page
+    for name in ("page.css", "charts.js", "uplot.min.js", "uplot.min.css"):
+        assert (ROOT / "flm_megatron" / "evaluation" / "report" / "assets" / name).read_text().strip() in page
 
 
 def test_export_takes_the_released_code_along(installed: Installed) -> None:

@@ -20,11 +20,19 @@ from flm_megatron.training.metrics.events.lines import (
     read_lines,
 )
 from flm_megatron.training.metrics.events.measures import SET, EvaluationEvent, GrowthHealthEvent, ValidationEvent
-from flm_megatron.training.metrics.events.steps import STEP_NUMBERS, NewLevelEvent, RefusedEvent, SaveEvent, StepEvent
+from flm_megatron.training.metrics.events.steps import (
+    MASK,
+    STEP_NUMBERS,
+    NewLevelEvent,
+    RefusedEvent,
+    SaveEvent,
+    StepEvent,
+)
 
 __all__ = [
     "FILE",
     "KINDS",
+    "MASK",
     "SET",
     "STEP_NUMBERS",
     "ChangeEvent",

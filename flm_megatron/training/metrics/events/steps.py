@@ -47,6 +47,8 @@ class StepEvent(MetricsEvent):
         return {name: getattr(self, name) for name in STEP_NUMBERS}
 
 
+MASK = "growth_mask"
+"""What is recorded with a step whose growth masks are not open yet: the value of those that are least open."""
 STEP_NUMBERS = tuple(each.name for each in fields(StepEvent) if each.name not in (*PLACE, "extra"))
 ABSENT = {"mfu": None, "skipped_steps": 0}
 

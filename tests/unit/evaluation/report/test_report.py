@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import subprocess
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from flm_megatron.cli.main import main
 from flm_megatron.config.loader import dump_run
 from flm_megatron.config.schema import DataConfig, ModelConfig, RunConfig, StageConfig
 from flm_megatron.evaluation.report.chart import Chart, Series, thin
+from flm_megatron.evaluation.report.curves import detail_charts
 from flm_megatron.evaluation.report.growth_charts import growth_charts
 from flm_megatron.evaluation.report.history import read_history
-from flm_megatron.evaluation.report.scale import label, scale_over
+from flm_megatron.evaluation.report.layers import layer_charts
 from flm_megatron.growth.record import Certificate
+from tests.unit.evaluation.report.drawn import drawn
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
 CERTIFICATE = {
@@ -127,16 +130,58 @@ def test_the_page_says_what_happened_and_needs_nothing_else(page: Path) -> None:
     for title in ("Loss", "Validation loss by set", "Learning rate", "Gradient norm", "Throughput", "Memory"):
         assert f"<h3>{title}</h3>" in text
     assert "num_layers: 6" in text and "prefers-color-scheme: dark" in text
-    outside = [url for url in re.findall(r"(?:https?:)?//[\w./-]+", text) if url != "http://www.w3.org/2000/svg"]
-    assert [url for url in outside if "." in url] == []
+    assert "default-src 'none'" in text and "connect-src 'self'" in text
     assert not re.search(r"<(?:link|script|img)[^>]+(?:src|href)=\"(?!data:)", text)
+
+
+def flops(grown_steps: int) -> float:
+    """Model FLOPs of the run after steps of its grown stage."""
+    from flm_megatron.training.metrics.flops import training_flops_per_token
+
+    small, grown = (training_flops_per_token(stage.model, 8) for stage in STAGES)
+    return 64 * (20 * small + grown_steps * grown)
+
+
+def test_every_curve_of_a_run_can_be_drawn_against_tokens_flops_and_time(page: Path) -> None:
+    loss = drawn(page.read_text())[0]
+    assert loss["x"] == ["tokens", "model FLOPs", "training time, hours"]
+    training, validation = loss["series"]
+    tokens, operations, hours, values = training["columns"]
+    assert (len(tokens), tokens[-1], hours[-1]) == (29, 30 * 64, pytest.approx(15 / 3600, rel=1e-6))
+    assert operations[-1] == pytest.approx(flops(10), rel=1e-6) and values[0] == pytest.approx(4.9)
+    assert validation["columns"][0] == [8 * 64] and validation["columns"][-1] == [4.4]
+    (mark,) = loss["marks"]
+    assert mark == [20 * 64, pytest.approx(flops(0)), pytest.approx(10 / 3600), "→ grown"]
+
+
+def test_evaluations_and_numbers_of_layers_are_drawn(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    values = {"bits_per_byte/web": 1.5, "arc/acc": 0.25, "hellaswag/acc": 0.5}
+    lines.append({"stage": "grown", "step": 10, "tokens": 30 * 64, "evaluation": values})
+    for line in lines:
+        if "loss" in line and line["stage"] == "grown":
+            line |= {"growth_mask": 0.25} if line["step"] < 3 else {}
+            line |= {"weight_rms/layer_000": 0.1, "weight_rms/layer_005": 0.2, "weight_rms/embedding": 7.0}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    history = read_history(folder)
+    (layers,) = layer_charts([history])
+    assert layers.title == "weight_rms by layer" and [row.layer for row in layers.heat] == [0, 5]
+    assert [point[-1] for point in layers.heat[1].points] == [0.2] * 10
+    by_title = {chart.title: chart for chart in detail_charts([history])}
+    assert [line.name for line in by_title["Evaluation: acc"].series] == ["arc/acc", "hellaswag/acc"]
+    assert [point[-1] for point in by_title["Growth masks"].series[0].points] == [0.25, 0.25]
+    assert by_title["Evaluation: bits_per_byte"].series[0].points[0][-1] == 1.5
 
 
 def test_old_and_new_entries_are_drawn_by_layer(run_folder: Path) -> None:
     course, updates, weights, ranks, distances = growth_charts([read_history(run_folder)])
     assert [list(line.points) for line in course.series] == [
-        [(21 * 64, 0.01), (30 * 64, 0.01)],
-        [(21 * 64, pytest.approx(1e-8)), (30 * 64, pytest.approx(0.02))],
+        [(21 * 64, pytest.approx(flops(1)), 10.5 / 3600, 0.01), (30 * 64, pytest.approx(flops(10)), 15 / 3600, 0.01)],
+        [
+            (21 * 64, pytest.approx(flops(1)), 10.5 / 3600, pytest.approx(1e-8)),
+            (30 * 64, pytest.approx(flops(10)), 15 / 3600, pytest.approx(0.02)),
+        ],
     ]
     assert [(line.name, len(line.points)) for line in updates.series] == [("old", 5), ("new", 6)]
     assert weights.series[1].points[0] == (0, 0.03)
@@ -153,8 +198,12 @@ def test_runs_are_compared(run_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "both.html"
     assert main(["report", str(run_folder), str(other), "--out", str(out)]) == 0
     text = out.read_text()
-    assert "another, training" in text and "a run &lt;&amp;&gt;, training" in text
-    assert "→ grown (a run &lt;&amp;&gt;, another)" in text
+    loss = drawn(text)[0]
+    assert [line["name"] for line in loss["series"] if "training" in line["name"]] == [
+        "a run <&>, training",
+        "another, training",
+    ]
+    assert loss["marks"][0][-1] == "→ grown (a run <&>, another)"
 
 
 def shown(page: Path, *options: str) -> tuple[str, str]:
@@ -170,17 +219,31 @@ def shown(page: Path, *options: str) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not BROWSER, reason="no Chromium or Chrome on this machine")
-def test_a_browser_shows_the_page_without_a_complaint(page: Path, tmp_path: Path) -> None:
+def test_a_browser_draws_the_page_without_a_complaint(page: Path, tmp_path: Path) -> None:
     probe = """<script>
-      const svg = document.querySelector("svg"), box = svg.getBoundingClientRect();
-      svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width / 2, clientY: box.top + 50}));
-      const loss = [...document.querySelectorAll(".by")].map((e) => getComputedStyle(e).display).join();
-      document.querySelector('input[value="flops"]').click();
-      const after = [...document.querySelectorAll(".by")].map((e) => getComputedStyle(e).display).join();
-      const outside = performance.getEntriesByType("resource").length;
-      const wide = document.documentElement.scrollWidth <= innerWidth;
-      document.body.dataset.probe = [loss, after, outside, wide, getComputedStyle(document.body).color].join(" ");
+      const figures = [...document.querySelectorAll("figure.chart")], first = figures[0];
+      const whole = figures.every((figure) => figure.querySelectorAll("canvas").length === 1);
+      const label = () => first.querySelector(".u-value").textContent;
+      const press = (name) => first.dispatchEvent(new KeyboardEvent("keydown", {key: name}));
+      const later = () => new Promise((done) => setTimeout(done, 50));
+      (async () => {
+        await later();
+        press("ArrowRight");
+        await later();
+        const values = [...first.querySelectorAll(".u-value")].map((cell) => cell.textContent);
+        first.querySelector("button").click();
+        const log = first.querySelector("button").getAttribute("aria-pressed");
+        first.querySelectorAll(".u-series th")[1].click();
+        document.querySelector('input[value="1"]').click();
+        await later();
+        const off = first.querySelectorAll(".u-series.u-off").length;
+        const outside = performance.getEntriesByType("resource").length;
+        const fits = document.documentElement.scrollWidth <= innerWidth;
+        const colour = getComputedStyle(document.body).color;
+        document.body.dataset.probe = JSON.stringify({whole, values, log, off, outside, fits, colour});
+      })();
     </script>"""
     (copy := tmp_path / "probed.html").write_text(page.read_text().replace("</body>", probe + "</body>"))
     text_colours = []
@@ -189,14 +252,15 @@ def test_a_browser_shows_the_page_without_a_complaint(page: Path, tmp_path: Path
         assert "CONSOLE" not in said
         found = re.search(r'data-probe="([^"]*)"', document)
         assert found
-        before, after, outside, fits, colour = found[1].split(" ", 4)
-        assert (before, after) == ("block,none,none", "none,block,none")
-        assert (outside, fits) == ("0", "true")
-        text_colours.append(colour)
-        assert re.search(r'<div class="reading" style="[^"]+">[\d.K]+<div class="c0"><b>[\d.]+</b> training', document)
+        seen = json.loads(unescape(found[1]))
+        text_colours.append(seen.pop("colour"))
+        at, training, validation = seen.pop("values")
+        assert 64 <= float(at) <= 30 * 64 and 2 < float(training) < 5 and float(validation) == 4.4
+        assert seen == {"whole": True, "log": "true", "off": 1, "outside": 0, "fits": True}
     assert text_colours == ["rgb(28, 28, 26)", "rgb(238, 237, 232)"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not BROWSER, reason="no Chromium or Chrome on this machine")
 def test_a_broken_script_would_be_seen(page: Path, tmp_path: Path) -> None:
     (broken := tmp_path / "broken.html").write_text(page.read_text().replace("</body>", "<script>nothing()</script>"))
@@ -210,36 +274,14 @@ def test_thinning_keeps_every_extreme() -> None:
     assert len(kept) <= 800 and (1234.0, 50.0) in kept and kept == sorted(kept)
 
 
-def test_a_chart_leaves_out_what_cannot_be_drawn() -> None:
-    points = [(0.0, 1.0), (1.0, math.inf), (2.0, -1.0), (3.0, 100.0)]
-    svg = Chart("t", "x", "y", [Series("s", points)], [(2.0, "mark"), (9.0, "beyond")], log_y=True).svg()
-    (drawn,) = re.findall(r'points="([^"]+)"', svg)
-    assert len(re.findall(r"[\d.]+,[\d.]+", drawn)) == 2
-    assert ">mark<" in svg and "beyond" not in svg
-
-
-def test_names_of_marks_do_not_lie_on_each_other() -> None:
-    marks = [(50.0, "first mark"), (51.0, "second mark"), (52.0, "third"), (90.0, "far")]
-    svg = Chart("t", "x", "y", [Series("s", [(0.0, 1.0), (100.0, 2.0)])], marks).svg()
-    heights = {name: float(y) for y, name in re.findall(r'class="marked" x="[^"]+" y="([^"]+)">([^<]+)<', svg)}
-    assert heights["first mark"] == heights["far"] < heights["second mark"] < heights["third"]
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "log"), [(0.0, 1.0, False), (2.0, 2.0, False), (-3.0, 8.0, False), (1e-4, 3.0, True), (2, 3, True)]
-)
-def test_ticks_are_round_and_inside(low: float, high: float, log: bool) -> None:
-    scale = scale_over([low, high], 0, 100, log)
-    ticks = scale.ticks()
-    assert 2 <= len(ticks) <= 12
-    assert all(-1e-6 <= scale.pixel(tick) <= 100 + 1e-6 for tick in ticks)
-    assert [float(f"{tick:.2g}") for tick in ticks] == pytest.approx(ticks)
-    assert scale.pixel(low) < scale.pixel(high) or low == high
-
-
-def test_labels_are_short() -> None:
-    values = [0, 0.004, 1.5, 9999, 12000, 2.5e6, 1e12, 3e20, 1e-8]
-    assert [label(v) for v in values] == ["0", "0.004", "1.5", "9999", "12K", "2.5M", "1T", "3e+20", "1e-08"]
+def test_a_chart_leaves_out_what_is_not_finite() -> None:
+    points = [(0.0, 1.0), (1.0, math.inf), (math.nan, 2.0), (3.0, 1 / 3)]
+    chart = Chart("<t>", ("x",), "y", [Series("</script>", points)])
+    text = chart.figure()
+    assert drawn(text)[0]["series"][0] == {
+        "name": "</script>", "colour": 0, "dots": False, "columns": [[0.0, 3.0], [1.0, 0.3333333]],
+    }  # fmt: skip
+    assert text.count("</script>") == 1 and "<h3>&lt;t&gt;</h3>" in text
 
 
 def test_folders_that_are_no_runs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
