@@ -12,7 +12,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tools.docs_site import links, reference  # noqa: E402
+from tools.docs_site import links, megatron_lm, reference  # noqa: E402
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -32,6 +32,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     place = page.file.src_uri
     if place.startswith("reference/"):
         return markdown
+    if place == megatron_lm.PAGE:
+        markdown = markdown.replace(megatron_lm.MARK, megatron_lm.table())
     elsewhere = place.startswith(f"{links.ELSEWHERE}/")
     path = place.removeprefix(f"{links.ELSEWHERE}/") if elsewhere else f"{links.DOCS}/{place}"
     return links.rewritten(path, markdown)

@@ -12,7 +12,7 @@ import yaml
 from flm_megatron.cli.main import COMMANDS
 from flm_megatron.config.fields import all_fields
 from tests.support import REPOSITORY
-from tools.docs_site import links
+from tools.docs_site import links, megatron_lm
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,25 @@ def _leaves(nav: object) -> list[object]:
     if isinstance(nav, list):
         return [leaf for entry in nav for leaf in _leaves(entry)]
     return [leaf for entry in nav.values() for leaf in _leaves(entry)] if isinstance(nav, dict) else [nav]
+
+
+def test_every_flag_of_megatron_lm_leads_to_a_field_that_there_is(site: Path) -> None:
+    fields, flags = {field.path for field in all_fields()}, megatron_lm.flags()
+    assert [flag for flag in flags if flag.field is not None and flag.field not in fields] == []
+    assert all(sum(map(bool, (flag.field, flag.instead, flag.none))) == 1 for flag in flags)
+    page = (site / "from-megatron-lm" / "index.html").read_text()
+    assert [flag.name for flag in flags if f"<code>{flag.name}</code>" not in page] == []
+
+
+def test_a_flag_that_megatron_lm_does_not_have_is_noticed(tmp_path: Path) -> None:
+    names = [flag.name for flag in megatron_lm.flags()]
+    folder = tmp_path / "megatron" / "training"
+    folder.mkdir(parents=True)
+    (folder / "arguments.py").write_text("\n".join(f"add('{name}')" for name in names[1:]))
+    for other in ("megatron/core/transformer", "megatron/core/model_parallel_config.py"):
+        (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "megatron/core/model_parallel_config.py").touch()
+    assert list(megatron_lm.missing(tmp_path)) == names[:1]
 
 
 @pytest.mark.parametrize(
