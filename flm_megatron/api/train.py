@@ -7,6 +7,7 @@ import threading
 from flm_megatron.config.schema import RunConfig
 from flm_megatron.distributed.signals import stop_before_training
 from flm_megatron.errors import RequestError
+from flm_megatron.launch.mirror.mirrored import mirrored
 from flm_megatron.launch.preflight import require_places, require_turn, resolve
 
 STOPPED_EARLY = "stopped by a signal before training began"
@@ -36,18 +37,19 @@ def train(run: RunConfig, *, stage: str | None = None, start_anew: bool = False,
         raise RequestError(f"a branch has a stage of its own: give --branch or --stage {stage}, not both")
     with stop_before_training(STOPPED_EARLY):
         require_places(run, stage)
-        run = resolve(run, start_anew and branch is None)
-        if branch is not None:
-            run, stage = _branch(run, branch, start_anew)
-        from flm_megatron.distributed.world import launched  # torch takes seconds: mistakes are found before
-        from flm_megatron.launch.run import check_local
-        from flm_megatron.launch.run import train as train_checked
+        with mirrored(run):
+            run = resolve(run, start_anew and branch is None)
+            if branch is not None:
+                run, stage = _branch(run, branch, start_anew)
+            from flm_megatron.distributed.world import launched  # torch takes seconds: mistakes are found before
+            from flm_megatron.launch.run import check_local
+            from flm_megatron.launch.run import train as train_checked
 
-        if not launched():
-            check_local(run)
-        if branch is None:
-            require_turn(run, stage, start_anew)
-        return train_checked(run, stage, start_anew)
+            if not launched():
+                check_local(run)
+            if branch is None:
+                require_turn(run, stage, start_anew)
+            return train_checked(run, stage, start_anew)
 
 
 def fine_tune(run: RunConfig) -> int:
@@ -65,16 +67,17 @@ def fine_tune(run: RunConfig) -> int:
     _require_main_thread()
     with stop_before_training(STOPPED_EARLY):
         require_places(run)
-        from flm_megatron.distributed.world import launched
-        from flm_megatron.launch.fine_tuning import prepared
-        from flm_megatron.launch.run import check_local
-        from flm_megatron.launch.run import train as train_checked
+        with mirrored(run):
+            from flm_megatron.distributed.world import launched
+            from flm_megatron.launch.fine_tuning import prepared
+            from flm_megatron.launch.run import check_local
+            from flm_megatron.launch.run import train as train_checked
 
-        run, lines = prepared(run)
-        if not launched():
-            check_local(run)
-            print("\n".join(lines), flush=True)
-        return train_checked(run)
+            run, lines = prepared(run)
+            if not launched():
+                check_local(run)
+                print("\n".join(lines), flush=True)
+            return train_checked(run)
 
 
 def _branch(run: RunConfig, branch: str, anew: bool) -> tuple[RunConfig, str]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from flm_megatron.cli.options.parser import path, whole
+from flm_megatron.cli.options.parser import path, place, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm report`."""
-    parser.add_argument("runs", nargs="+", type=path, metavar="RUN_DIR", help="output folder of a run")
+    parser.add_argument("runs", nargs="+", type=place, metavar="RUN_DIR", help="output folder of a run, or its URL")
     beside = parser.add_mutually_exclusive_group()
     beside.add_argument(
         "--scratch",
         nargs="+",
-        type=path,
+        type=place,
         default=[],
         metavar="RUN_DIR",
         help="runs of the last stage's model from scratch, beside which the FLOPs that growth saved are measured; of "
@@ -33,19 +34,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the page and say where it is, or serve it; returns 0."""
+    """Write the page and say where it is, or serve it; returns 0.
+
+    Without --out the page of a run at a URL is written into this folder.
+    """
     from flm_megatron.errors import RequestError
     from flm_megatron.evaluation.report.page import write_report
+    from flm_megatron.launch.mirror.reading import run_at_hand
     from flm_megatron.paths import require_file
+    from flm_megatron.url import is_url
 
     if args.serve:
         return _serve(args)
     if args.address is not None or args.port is not None:
         raise RequestError("--address and --port are of the server: add --serve")
-    out = args.out or args.runs[0] / "report.html"
-    if args.out:
+    out = args.out or (Path() if is_url(args.runs[0]) else Path(args.runs[0])) / "report.html"
+    if args.out or is_url(args.runs[0]):
         require_file(out, "--out")
-    write_report(args.runs, out, args.scratch, args.laws)
+    runs, scratch = ([run_at_hand(run) for run in given] for given in (args.runs, args.scratch))
+    write_report(runs, out, scratch, args.laws)
     print(f"report: {out}")
     return 0
 
@@ -54,10 +61,13 @@ def _serve(args: argparse.Namespace) -> int:
     """Serve until interrupted."""
     from flm_megatron.errors import RequestError
     from flm_megatron.evaluation.report.serving import LivePage, report_server
+    from flm_megatron.url import is_url
 
     if args.out:
         raise RequestError("--serve writes no file: leave out --out, or --serve")
-    live = LivePage(args.runs, args.scratch, args.laws)
+    if urls := [run for run in (*args.runs, *args.scratch) if is_url(run)]:
+        raise RequestError(f"--serve follows folders of this machine: write the page of {urls[0]} without it")
+    live = LivePage([Path(run) for run in args.runs], [Path(run) for run in args.scratch], args.laws)
     with report_server(live, args.address or "127.0.0.1", args.port or 0) as server:
         host, port = server.server_address[:2]
         shown = f"[{host!s}]" if ":" in str(host) else str(host)

@@ -164,6 +164,21 @@ def write(url: str, data: bytes) -> None:
     retrying(lambda: _ask(url, "pipe_file", url, data, size=len(data)), url, "written")
 
 
+def create(url: str, data: bytes) -> bool:
+    """Write an object unless there is one, which the store decides; whether it is there now with these bytes.
+
+    Raises RequestError as `retrying`.
+    """
+    try:
+        retrying(lambda: _ask(url, "pipe_file", url, data, mode="create"), url, "written")
+    except FileExistsError:  # perhaps by a try of ours whose answer was lost
+        try:
+            return read(url) == data
+        except FileNotFoundError:
+            return False
+    return True
+
+
 def upload(path: Path, url: str) -> None:
     """Write a file, which others may append to meanwhile, as an object; a large one in parts.
 

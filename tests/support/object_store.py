@@ -275,7 +275,7 @@ class ObjectStore:
         data: bytes = _buckets()[self.bucket].keys[key].value
         return data
 
-    def keys(self, prefix: str = "") -> list[str]:
+    def all_keys(self, prefix: str = "") -> list[str]:
         """Keys of the bucket as they are, sorted."""
         return sorted(key for key in _buckets()[self.bucket].keys if key.startswith(prefix))
 

@@ -61,4 +61,18 @@ def reporting_is_bounded(run: RunConfig) -> list[str]:
     return out_of_range(values)
 
 
-REPORTING_RULES = (trackers_are_unique, addresses_hold_no_secrets, endpoint_is_a_url, reporting_is_bounded)
+def url_interval_is_bounded(run: RunConfig) -> str | None:
+    """A store is asked now and then, not all the time."""
+    seconds = run.output_url_interval_s
+    if 0.1 <= seconds <= LARGEST_WAIT_S:
+        return None
+    return f"output_url_interval_s is {seconds:g}: give seconds from 0.1 to {LARGEST_WAIT_S}"
+
+
+REPORTING_RULES = (
+    trackers_are_unique,
+    addresses_hold_no_secrets,
+    endpoint_is_a_url,
+    reporting_is_bounded,
+    url_interval_is_bounded,
+)

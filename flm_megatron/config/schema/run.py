@@ -76,7 +76,12 @@ class RunConfig:
     name: str = "run"
     """Name of the run, in logs and plots."""
     output: str = "runs/run"
-    """Folder for checkpoints, metrics and plots."""
+    """Folder for checkpoints, metrics and plots. A URL (s3://…) stands for a folder in the cache of this machine, and
+    the URL for `output_url`."""
+    output_url: str | None = None
+    """URL that `output` is kept at too: sent in the background, brought back where another machine goes on."""
+    output_url_interval_s: float = 30.0
+    """Seconds between looks at what changed in `output` and is to be sent to `output_url`."""
     seed: int = 1234
     """Seed of initial weights, of new weights at growth and of the order of samples."""
     tokenizer: str | None = None

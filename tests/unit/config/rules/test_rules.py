@@ -62,6 +62,7 @@ REFUSED: list[tuple[str, int | None, str]] = [
     ("logging.trackers=[{name: mlflow, exit_wait_s: 0}]", None, "trackers.0.exit_wait_s is 0, give at least 1"),
     ("logging.opentelemetry={endpoint: 'http://h/?token=s'}", None, "give it by OTEL_EXPORTER_OTLP_HEADERS"),
     ("logging.opentelemetry={endpoint: 'h:4318'}", None, "endpoint 'h:4318' is no URL of a collector"),
+    ("output_url_interval_s=0", None, "output_url_interval_s is 0: give seconds from 0.1"),
     ("logging.opentelemetry={step_interval: 0}", None, "opentelemetry.step_interval is 0, give at least 1"),
     ("logging.prometheus={port: 65536}", None, "logging.prometheus.port is 65536, give at most 65535"),
     ("seed=9223372036854775808", None, "seed is 9223372036854775808, give at most 9223372036854775807"),
