@@ -46,18 +46,6 @@ class IndexedDataset(Protocol):
         ...
 
 
-class IndexedDatasetBuilder(Protocol):
-    """Writes documents, one after another."""
-
-    def add_document(self, document: numpy.ndarray, lengths: list[int]) -> None:
-        """Append a document made of sequences of these lengths."""
-        ...
-
-    def finalize(self, idx_path: str) -> None:
-        """Write the index."""
-        ...
-
-
 class SampleIndex(Protocol):
     """megatron-core's GPTDataset: documents shuffled, laid end to end and cut into samples."""
 
@@ -71,14 +59,6 @@ class SampleIndex(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, sample: int) -> dict[str, torch.Tensor]: ...
-
-
-def id_dtype(vocab_size: int) -> type[numpy.number]:
-    """The integer that ids of a vocabulary of this size are stored as."""
-    prepare()
-    from megatron.core.datasets.indexed_dataset import DType
-
-    return DType.optimal_dtype(vocab_size)
 
 
 def open_indexed(prefix: str) -> IndexedDataset:
@@ -114,14 +94,6 @@ def open_indexed_at(idx_path: Path, ids: Bytes) -> IndexedDataset:
     dataset.bin_reader = _IdReader(ids)
     dataset.index = indexed_dataset._IndexReader(str(idx_path), False)
     return dataset
-
-
-def indexed_builder(bin_path: str, dtype: type[numpy.number]) -> IndexedDatasetBuilder:
-    """A builder that writes ids of this dtype to `bin_path`."""
-    prepare()
-    from megatron.core.datasets import indexed_dataset
-
-    return indexed_dataset.IndexedDatasetBuilder(bin_path, dtype=dtype)
 
 
 def sample_index(

@@ -8,9 +8,10 @@ import sys
 from typing import TYPE_CHECKING
 
 from flm_megatron.cli.data import adopt as data_adopt
+from flm_megatron.cli.data import build as data_build
 from flm_megatron.cli.data import screen as data_screen
 from flm_megatron.cli.data import tokenizer as data_tokenizer
-from flm_megatron.cli.options.parser import path, place, real, vocabulary, whole
+from flm_megatron.cli.options.parser import path, place, vocabulary, whole
 
 if TYPE_CHECKING:
     from flm_megatron.data.corpus.corpus import Corpus
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands."""
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
-    _add_build(commands.add_parser("build", help="encode text into an indexed dataset", allow_abbrev=False))
+    build = commands.add_parser("build", help="encode text into an indexed dataset", allow_abbrev=False)
+    _add_corpus(build)
+    data_build.add_arguments(build)
     adopt = commands.add_parser("adopt", help="describe a dataset that another program made", allow_abbrev=False)
     data_adopt.add_arguments(adopt)
     tokenizer = commands.add_parser("tokenizer", help="train a tokenizer", allow_abbrev=False)
@@ -55,24 +58,6 @@ def _add_corpus(parser: argparse.ArgumentParser, inputs: str = "+") -> None:
     parser.add_argument("--suffixes", nargs="+", metavar="SUFFIX", help="files to take from folders, e.g. .py .md")
 
 
-def _add_build(parser: argparse.ArgumentParser) -> None:
-    _add_corpus(parser)
-    parser.add_argument("--tokenizer", required=True, type=place, help="tokenizer, a file or a folder")
-    parser.add_argument(
-        "--out", required=True, type=path, metavar="PREFIX", help="write PREFIX.bin, PREFIX.idx and PREFIX.json"
-    )
-    parser.add_argument(
-        "--workers", type=whole(1, 1024), default=os.cpu_count() or 1, help="processes (default: one per core)"
-    )
-    parser.add_argument(
-        "--validation-share",
-        type=real(0.0, 1.0),
-        default=0.0,
-        help="share of documents for PREFIX_validation (default: 0)",
-    )
-    parser.set_defaults(run_data=_build)
-
-
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prefixes", nargs="+", type=place, metavar="PREFIX", help="as given to `flm data build --out`")
     parser.set_defaults(run_data=_verify)
@@ -101,24 +86,6 @@ def corpus_of(args: argparse.Namespace) -> Corpus:
     return Corpus(args.inputs, args.field, args.suffixes or ALL_SUFFIXES)
 
 
-def _build(args: argparse.Namespace) -> int:
-    from flm_megatron.data.corpus.build import build_dataset
-    from flm_megatron.data.tokenizer import open_tokenizer
-
-    corpus = corpus_of(args)
-    written = build_dataset(
-        corpus.documents(),
-        open_tokenizer(args.tokenizer),
-        args.out,
-        workers=args.workers,
-        validation_share=args.validation_share,
-        total_bytes=corpus.size_bytes(),
-    )
-    for prefix, description in written.items():
-        print(_line(prefix, description))
-    return 0
-
-
 def _verify(args: argparse.Namespace) -> int:
     """Read every dataset, and say of each that it is whole; the first that is not ends the command."""
     from tqdm import tqdm
@@ -128,7 +95,7 @@ def _verify(args: argparse.Namespace) -> int:
     for prefix in args.prefixes:
         with tqdm(unit="B", unit_scale=True, desc="verify", disable=not sys.stderr.isatty()) as bar:
             description = verify_dataset(prefix, bar.update)
-        print(f"nothing wrong: {_line(str(prefix), description)}")
+        print(f"nothing wrong: {described(str(prefix), description)}")
     return 0
 
 
@@ -148,8 +115,8 @@ def _stdlib(args: argparse.Namespace) -> int:
     from flm_megatron.data.corpus.standard_library import build_standard_library
 
     made = build_standard_library(args.out, vocab_size=args.vocab_size, max_bytes=args.max_bytes, workers=args.workers)
-    print(_line(os.path.join(args.out, "train"), made.train))
-    print(_line(os.path.join(args.out, "validation"), made.validation))
+    print(described(os.path.join(args.out, "train"), made.train))
+    print(described(os.path.join(args.out, "validation"), made.validation))
     entropy = made.entropy
     print(
         f"unigram entropy of validation: {entropy.nats_per_token:.4f} nats/token, {entropy.bits_per_byte:.4f} bits/byte"
@@ -157,5 +124,6 @@ def _stdlib(args: argparse.Namespace) -> int:
     return 0
 
 
-def _line(prefix: str, made: Description) -> str:
+def described(prefix: str, made: Description) -> str:
+    """A dataset in a line."""
     return f"{prefix}: {made.tokens:,} tokens, {made.text_bytes:,} bytes, {made.documents:,} documents"

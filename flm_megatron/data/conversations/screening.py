@@ -15,7 +15,7 @@ from typing import TypedDict
 import numpy
 
 from flm_megatron.data.conversations.conversation import Conversation
-from flm_megatron.data.conversations.duplicates import exact_duplicates, near_duplicates
+from flm_megatron.data.duplicates import exact_duplicates, near_duplicates
 from flm_megatron.data.streams.permutation import Permutation
 from flm_megatron.errors import RequestError
 

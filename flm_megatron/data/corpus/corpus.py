@@ -6,6 +6,7 @@ import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from flm_megatron.data.corpus.reading import documents_of, is_text_as_it_lies
 from flm_megatron.data.corpus.reading.columns import saved_dataset
 from flm_megatron.errors import RequestError
 from flm_megatron.storage.cache.whole import copy_of
-from flm_megatron.storage.store import below, info
+from flm_megatron.storage.store import ObjectInfo, below, info
 from flm_megatron.url import FilePath, is_url, shown
 
 CODE_SUFFIXES = (".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts", ".sh")
@@ -47,7 +48,7 @@ class Corpus:
             DamagedError: a saved dataset that does not say what it holds.
         """
         for given in self.inputs:
-            yield from _remote(str(given)) if is_url(given) else self._local(Path(given))
+            yield from map(copy_of, _objects(str(given))) if is_url(given) else self._local(Path(given))
 
     def size_bytes(self) -> int | None:
         """Bytes of all files, for progress and sampling; none where they say little of the text: compressed, tables, or
@@ -56,6 +57,15 @@ class Corpus:
             return None
         files = list(self.files())
         return sum(path.stat().st_size for path in files) if all(map(is_text_as_it_lies, files)) else None
+
+    def identity(self) -> str:
+        """Stands for the text as it is now: every file or object with its size and when it was written, and what is
+        read of it. Raises as `files`."""
+        hashed = sha256(repr((self.field, [str(given) for given in self.inputs])).encode())
+        for given in self.inputs:
+            for part in _objects(str(given)) if is_url(given) else map(_stamp, self._local(Path(given))):
+                hashed.update(repr(part).encode())
+        return hashed.hexdigest()
 
     def documents(self) -> Iterator[str]:
         """The text of each document, in the order of the inputs.
@@ -94,8 +104,14 @@ class Corpus:
         return iter(found)
 
 
-def _remote(url: str) -> Iterator[Path]:
-    """Copies of an object, or of all whose URLs are of a pattern, each brought when it is its turn."""
+def _stamp(path: Path) -> tuple[str, int, int]:
+    """A file as it is now."""
+    found = path.stat()
+    return str(path), found.st_size, found.st_mtime_ns
+
+
+def _objects(url: str) -> list[ObjectInfo]:
+    """An object, or all whose URLs are of a pattern, in order. Raises RequestError if there are none."""
     if not PATTERN & set(url):
         found = info(url)
         objects = [found] if found else []
@@ -105,7 +121,7 @@ def _remote(url: str) -> Iterator[Path]:
         objects = sorted((each for each in there if fnmatchcase(each.url, url)), key=lambda each: each.url)
     if not objects:
         raise RequestError(f"input {shown(url)} is not there")
-    return map(copy_of, objects)
+    return objects
 
 
 def _advice(root: Path, suffixes: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ IDX_HEADER = struct.Struct("<9sQBQQ")
 IDX_MAGIC = b"MMIDIDX\x00\x00"
 DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 """Types of ids by their codes; this program writes int32 and uint16."""
+SMALL_VOCABULARY = 65500
 CHECKED_AT_ONCE = 2**20
 """Documents; so that memory does not grow with the index."""
 
@@ -101,6 +102,28 @@ def open_any_index(path: Path, documents: int | None = None) -> Index:
     ends = [IDX_HEADER.size + size * sequences for size in (0, 4, 12)]
     lengths, places = data[ends[0] : ends[1]].view("<i4"), data[ends[1] : ends[2]].view("<i8")
     return Index(path, numpy.dtype(DTYPES[code]), lengths, places, data[ends[2] :].view("<i8"))
+
+
+def id_dtype(vocab_size: int) -> type[numpy.integer]:
+    """What ids of a vocabulary of this size are stored as, as megatron-core chooses."""
+    return numpy.uint16 if vocab_size < SMALL_VOCABULARY else numpy.int32
+
+
+def write_index(path: Path, lengths: Path, dtype: numpy.dtype[numpy.integer]) -> None:
+    """Write the index of documents whose lengths, int32 one after the other, are the file `lengths`."""
+    documents = lengths.stat().st_size // 4
+    code = next(code for code, name in DTYPES.items() if numpy.dtype(name) == dtype)
+    counted = numpy.memmap(lengths, "<i4", mode="r")
+    with path.open("wb") as out:
+        out.write(IDX_HEADER.pack(IDX_MAGIC, 1, code, documents, documents + 1))
+        out.write(counted.data)
+        place = 0
+        for first in range(0, documents, CHECKED_AT_ONCE):
+            part = counted[first : first + CHECKED_AT_ONCE].astype("<i8") * dtype.itemsize
+            out.write((place + numpy.cumsum(part) - part).astype("<i8").tobytes())
+            place += int(part.sum())
+        for first in range(0, documents + 1, CHECKED_AT_ONCE):
+            out.write(numpy.arange(first, min(first + CHECKED_AT_ONCE, documents + 1), dtype="<i8").tobytes())
 
 
 def _damaged(path: Path, what: str) -> DamagedError:

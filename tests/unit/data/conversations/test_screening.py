@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from flm_megatron.data.conversations.conversation import Conversation
-from flm_megatron.data.conversations.duplicates import exact_duplicates, near_duplicates, shingles
 from flm_megatron.data.conversations.screening import Limits, Score, Screening, clusters
+from flm_megatron.data.duplicates import exact_duplicates, near_duplicates, shingles
 from flm_megatron.errors import RequestError
 from tests.support.chat_cases import WORDS
 

@@ -19,7 +19,6 @@ from flm_megatron.data.corpus.source import Source
 from flm_megatron.data.corpus.statistics import unigram_entropy
 from flm_megatron.data.corpus.verify import verify_dataset
 from flm_megatron.data.tokenizer import Tokenizer
-from flm_megatron.engine.datasets import indexed_builder
 from flm_megatron.errors import DamagedError, RequestError
 from tests.support import data_cases
 
@@ -37,7 +36,9 @@ def preprocessed(
 ) -> Path:
     """What Megatron-LM's preprocess_data.py makes of these ids, with megatron-core's builder: documents without text
     are numbered, but have no sequence."""
-    builder = indexed_builder(f"{prefix}.bin", dtype)
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     for number, ids in enumerate(documents):
         builder.add_document(numpy.array(ids, dtype=dtype), lengths[number] if lengths else [len(ids)] if ids else [])
     builder.finalize(f"{prefix}.idx")

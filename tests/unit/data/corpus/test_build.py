@@ -48,7 +48,7 @@ def test_documents_come_back_and_are_counted(tmp_path: Path) -> None:
 
 def test_files_do_not_depend_on_the_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One process and three write the same bytes, over many batches, training and validation alike."""
-    monkeypatch.setattr("flm_megatron.data.corpus.build.BATCH_CHARACTERS", 3000)
+    monkeypatch.setattr("flm_megatron.data.corpus.building.encoding.BATCH_CHARACTERS", 3000)
     model = data_cases.tokenizer(tmp_path)
     for workers in (1, 3):
         folder = tmp_path / str(workers)
