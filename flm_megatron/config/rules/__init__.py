@@ -259,6 +259,7 @@ def intervals_are_counts(run: RunConfig) -> list[str]:
         "checkpoint.keep_last": (run.checkpoint.keep_last, 1, LARGEST_COUNT),
         "checkpoint.keep_every_steps": (run.checkpoint.keep_every_steps, 0, LARGEST_COUNT),
         "logging.interval_steps": (run.logging.interval_steps, 1, LARGEST_COUNT),
+        "logging.layer_statistics": (run.logging.layer_statistics, 0, LARGEST_COUNT),
         "logging.growth_health": (run.logging.growth_health, 0, LARGEST_COUNT),
         "distributed.timeout_s": (run.distributed.timeout_s, 1, LARGEST_TIMEOUT_S),
         "distributed.processes": (run.distributed.processes, 1, LARGEST_WORLD),

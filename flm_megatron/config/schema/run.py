@@ -58,6 +58,9 @@ class LoggingConfig:
     """Write TensorBoard events."""
     layer_norms: bool = False
     """Also log the norms of weights and gradients of each layer."""
+    layer_statistics: int = 0
+    """Steps between measurements of each layer: root mean square and largest magnitude of its weights and of its
+    output; 0 never measures."""
     growth_health: int = 0
     """Steps between measurements of a grown stage's old and new entries in every layer: norms, updates, effective
     ranks, distance from the identity; also after its first step; 0 never measures."""

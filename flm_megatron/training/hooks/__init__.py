@@ -22,6 +22,7 @@ def stage_hooks(trainer: StageTrainer, copies: MemoryCopies | None, more: Sequen
     after all that only read."""
     from flm_megatron.training.hooks.growth_health import MeasureGrowth
     from flm_megatron.training.hooks.layer_norms import LayerNorms
+    from flm_megatron.training.hooks.layer_statistics import LayerStatistics
     from flm_megatron.training.hooks.masks import OpenMasks
     from flm_megatron.training.hooks.memory_copies import CopyToMemory
     from flm_megatron.training.hooks.replicas import CompareReplicas
@@ -37,6 +38,8 @@ def stage_hooks(trainer: StageTrainer, copies: MemoryCopies | None, more: Sequen
         hooks.append(CompareReplicas(stage.stability.checksum_interval_steps, copies))
     if trainer.run.logging.layer_norms:
         hooks.append(LayerNorms())
+    if trainer.run.logging.layer_statistics:
+        hooks.append(LayerStatistics(trainer.run.logging.layer_statistics))
     if stage.validation.samples:
         hooks.append(Validation(trainer))
     hooks += more

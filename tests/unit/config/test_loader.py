@@ -132,7 +132,7 @@ MISTAKES = {
     "nam: x": "FILE: nam: unknown key, did you mean 'name'?",
     "stages: [{betas: [0.9, 0.9]}]": "FILE: stages.0.betas: unknown key, but there is stages.optimizer.betas",
     "logging: {zzz: 1}": "FILE: logging.zzz: unknown key, known here: interval_steps, tensorboard, layer_norms, "
-    "growth_health, trackers, prometheus, opentelemetry",
+    "layer_statistics, growth_health, trackers, prometheus, opentelemetry",
     "data: {train: [{name: 1, path: a}]}": (
         "FILE: data.train.0.name: 1 does not fit, expected text or null (put it in quotes)"
     ),
@@ -157,7 +157,7 @@ MISTAKES = {
     "stages: [{model: 4}]": "FILE: stages.0.model: 4 does not fit, expected section",
     "stages: {tokens: 4}": "FILE: stages: {'tokens': 4} does not fit, expected list of section",
     "logging: {1: 2}": "FILE: logging.1: unknown key, known here: interval_steps, tensorboard, layer_norms, "
-    "growth_health, trackers, prometheus, opentelemetry",
+    "layer_statistics, growth_health, trackers, prometheus, opentelemetry",
     "{[1, 2]: 3}": "FILE, line 1, column 2: a key has to be text",
     "stages: [5]": "FILE: stages.0: 5 does not fit, expected section",
     "defaults: {modl: 1}": "FILE: defaults.modl: unknown key, did you mean 'model'?",

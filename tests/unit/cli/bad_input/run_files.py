@@ -97,6 +97,7 @@ RULES = [
     Row("train run.yaml --stages.0.growth {}", "is the first"),
     Row("train run.yaml --checkpoint.keep_last 0", "keep_last is 0"),
     Row("train run.yaml --logging.interval_steps 0", "logging.interval_steps is 0"),
+    Row("train run.yaml --logging.layer_statistics -1", "logging.layer_statistics is -1"),
     Row("train run.yaml --logging.growth_health -1", "logging.growth_health is -1"),
     Row("train run.yaml --evaluation.interval_steps 2", "nothing is named to evaluate"),
     Row("train run.yaml --evaluation.texts '[{path: missing.txt}]'", "missing.txt"),
