@@ -20,6 +20,7 @@ FIRST_RANK_SPEAKS_S = 5.0
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """What a write may meet at any time; the system does not say in which file."""
 COMMANDS = {
+    "init": "write a run file for your hardware, budget, model and data",
     "train": "train a run file's stages, growing between them",
     "plan": "plan memory, time and cost before asking for the machines",
     "advise": "whether, when and how to grow into the last model of a run",
@@ -43,7 +44,14 @@ COMMANDS = {
     "track": "send a run to its trackers: what is not sent yet",
     "report": "a run, or several compared, as one HTML page",
 }
-FOLDERS = {"distance": "shape.", "grow": "shape.", "importance": "shape.", "refit": "shape.", "shrink": "shape."}
+FOLDERS = {
+    "init": "setup.",
+    "distance": "shape.",
+    "grow": "shape.",
+    "importance": "shape.",
+    "refit": "shape.",
+    "shrink": "shape.",
+}
 """Folder of a command's file, where it is not `cli/` itself."""
 
 

@@ -1,0 +1,1 @@
+"""Commands for the time before the first run."""
