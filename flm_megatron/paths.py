@@ -51,9 +51,13 @@ def given_path(path: FilePath, what: str) -> Path:
 def require_folder(path: FilePath, what: str) -> None:
     """Check that files can be written into the folder `path`, which need not be there yet; leaves nothing behind.
 
+    A URL has no folders: what is there is looked at when it is written.
+
     Raises:
         RequestError: it is a file, lies below one, or cannot be written; `what` names the field or option.
     """
+    if is_url(os.fspath(path)):
+        return
     path = Path(path)
     if _kind(path, what) not in (None, stat.S_IFDIR):
         raise RequestError(f"{what} {path} is not a folder: give another path, or move what lies there")

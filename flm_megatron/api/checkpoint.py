@@ -5,7 +5,8 @@ from __future__ import annotations
 from flm_megatron.api.values import require_vocabulary
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.opening import open_checkpoint as opened
-from flm_megatron.paths import FilePath, given_path
+from flm_megatron.paths import FilePath
+from flm_megatron.storage.path import given_location
 
 
 def open_checkpoint(path: FilePath, *, vocab_size: int | None = None) -> LogicalCheckpoint:
@@ -23,9 +24,9 @@ def open_checkpoint(path: FilePath, *, vocab_size: int | None = None) -> Logical
         DamagedError: there is one, but it cannot be read.
     """
     require_vocabulary(vocab_size)
-    return opened(given_path(path, "path"), vocab_size)
+    return opened(given_location(path, "path"), vocab_size)
 
 
 def given_checkpoint(checkpoint: FilePath | LogicalCheckpoint) -> LogicalCheckpoint:
     """What was given where a folder or an open checkpoint may be. Raises as `open_checkpoint`."""
-    return checkpoint if isinstance(checkpoint, LogicalCheckpoint) else opened(given_path(checkpoint, "checkpoint"))
+    return checkpoint if isinstance(checkpoint, LogicalCheckpoint) else opened(given_location(checkpoint, "checkpoint"))

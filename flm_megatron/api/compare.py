@@ -9,7 +9,8 @@ from flm_megatron.checkpoint.tools.compare import compare as compared
 from flm_megatron.checkpoint.tools.reshard import stored_bytes
 from flm_megatron.distributed.launched import launched_processes
 from flm_megatron.distributed.progress import progress_bar
-from flm_megatron.paths import FilePath, given_path
+from flm_megatron.paths import FilePath
+from flm_megatron.storage.path import given_location
 
 
 def compare(first: FilePath, second: FilePath, *, vocab_size: int | None = None) -> Comparison:
@@ -24,7 +25,7 @@ def compare(first: FilePath, second: FilePath, *, vocab_size: int | None = None)
         DamagedError: one of them cannot be read.
     """
     require_vocabulary(vocab_size)
-    paths = given_path(first, "first"), given_path(second, "second")
+    paths = given_location(first, "first"), given_location(second, "second")
     with launched_processes() as processes:
         (one, _), (other, _) = (open_with_model(path, vocab_size) for path in paths)
         with progress_bar("compare", stored_bytes(one.tensors), processes) as moved:

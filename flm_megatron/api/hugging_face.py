@@ -22,6 +22,7 @@ from flm_megatron.checkpoint.tools.reshard import reshard
 from flm_megatron.distributed.launched import launched_processes
 from flm_megatron.growth.grown.folding import without_mask
 from flm_megatron.paths import FilePath, given_path
+from flm_megatron.storage.path import given_location
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def export_hf(
     require_whole("pad_vocab_to", pad_vocab_to)
     require_vocabulary(vocab_size)
     weights = dtype_named(dtype)
-    path, out = given_path(checkpoint, "checkpoint"), given_path(out, "out")
+    path, out = given_location(checkpoint, "checkpoint"), given_path(out, "out")
     given = None if tokenizer is None else given_path(tokenizer, "tokenizer")
     require_new(out)
     with launched_processes() as processes:
@@ -112,7 +113,7 @@ def import_hf(
     """
     require_vocabulary(vocab_size)
     weights = dtype_named(dtype)
-    path, out = given_path(folder, "folder"), given_path(out, "out")
+    path, out = given_location(folder, "folder"), given_location(out, "out")
     require_new(out)
     with launched_processes() as processes:
         source = HuggingFaceCheckpoint(path, vocab_size)

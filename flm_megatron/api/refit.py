@@ -25,7 +25,8 @@ from flm_megatron.distributed.channels import gathered
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.distributed.world import launched, tool_world
 from flm_megatron.errors import DamagedError, RequestError
-from flm_megatron.paths import FilePath, given_path
+from flm_megatron.paths import FilePath
+from flm_megatron.storage.path import given_location
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def refit(
         DamagedError: the checkpoint cannot be read, or other values arrived.
     """
     _check_ranks(from_ranks, to_ranks)
-    opened, model = open_with_model(given_path(checkpoint, "checkpoint"))
+    opened, model = open_with_model(given_location(checkpoint, "checkpoint"))
     source = ConvertedCheckpoint(opened, optimizer=False)
     sides = (from_ranks, from_layout or ParallelConfig()), (to_ranks, to_layout or ParallelConfig())
     for ranks, parallel in sides:

@@ -24,7 +24,8 @@ from flm_megatron.distributed.launched import launched_processes
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.grown.folding import without_mask
-from flm_megatron.paths import FilePath, given_path
+from flm_megatron.paths import FilePath
+from flm_megatron.storage.path import given_location
 
 Hashes = dict[str, str]
 """Logical hashes by tensor."""
@@ -73,7 +74,7 @@ def reshard(
     require_one_of("format", format, ("torch_dist", "classic"))
     require_vocabulary(vocab_size)
     weights, parallel = dtype_named(dtype), _target(format, tensor, pipeline, virtual_pipeline)
-    path, out = given_path(checkpoint, "checkpoint"), given_path(out, "out")
+    path, out = given_location(checkpoint, "checkpoint"), given_location(out, "out")
     optimizer = optimizer and format == "torch_dist"
     require_new(out)
     with launched_processes() as processes:

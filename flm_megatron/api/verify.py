@@ -6,7 +6,8 @@ from flm_megatron.api.values import require_vocabulary
 from flm_megatron.checkpoint.tools.verify import Verification, verify_checkpoint
 from flm_megatron.distributed.launched import launched_processes
 from flm_megatron.distributed.progress import progress_bar
-from flm_megatron.paths import FilePath, given_path
+from flm_megatron.paths import FilePath
+from flm_megatron.storage.path import given_location
 
 
 def verify(checkpoint: FilePath, *, quick: bool = False, vocab_size: int | None = None) -> Verification:
@@ -21,7 +22,7 @@ def verify(checkpoint: FilePath, *, quick: bool = False, vocab_size: int | None 
         DamagedError: it cannot be opened at all.
     """
     require_vocabulary(vocab_size)
-    path = given_path(checkpoint, "checkpoint")
+    path = given_location(checkpoint, "checkpoint")
     with launched_processes() as processes:
         files = path.rglob("*") if path.is_dir() else ()
         nbytes = sum(file.stat().st_size for file in files if file.is_file())

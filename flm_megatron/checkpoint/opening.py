@@ -10,6 +10,7 @@ from flm_megatron.checkpoint.logical import LogicalCheckpoint
 from flm_megatron.checkpoint.torch_dist.reader import METADATA, TorchDistCheckpoint
 from flm_megatron.config.schema import ModelConfig
 from flm_megatron.errors import RequestError
+from flm_megatron.storage.path import location
 
 
 def open_checkpoint(path: str | Path, vocab_size: int | None = None) -> LogicalCheckpoint:
@@ -21,7 +22,7 @@ def open_checkpoint(path: str | Path, vocab_size: int | None = None) -> LogicalC
         RequestError: there is no checkpoint of a known kind.
         DamagedError: there is one, but it cannot be read.
     """
-    path = Path(path)
+    path = location(path)
     if (path / METADATA).exists() or (path / "metadata.json").exists():
         return TorchDistCheckpoint(path)
     if (path / "config.json").exists():

@@ -17,7 +17,7 @@ def tokenizer_files(folder: Path | None, manifest: Manifest) -> list[FilePath]:
     named = manifest.run.tokenizer
     found: list[FilePath] = [named] if named and tokenizer_exists(named) else []
     own = tokenizer_in(folder) if folder else None
-    return [*found, *([own] if own else [])]
+    return [*found, *([str(own)] if own else [])]
 
 
 def check_tokenizer(

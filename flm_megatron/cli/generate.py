@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flm_megatron.cli.options.model import add_model_options, layout_of
-from flm_megatron.cli.options.parser import count, path, positive, real, seed, template, whole
+from flm_megatron.cli.options.parser import count, location, path, positive, real, seed, template, whole
 from flm_megatron.errors import RequestError
 from flm_megatron.paths import require_file
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm generate`."""
-    parser.add_argument("checkpoint", type=path, metavar="CKPT", help="checkpoint of any format")
+    parser.add_argument("checkpoint", type=location, metavar="CKPT", help="checkpoint of any format")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text to go on from")
     what.add_argument("--prompts", type=path, metavar="FILE", help="a prompt in each line, or in `prompt` of .jsonl")

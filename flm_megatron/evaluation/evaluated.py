@@ -13,6 +13,7 @@ from flm_megatron.config.schema import ModelConfig
 from flm_megatron.data.tokenizer import Tokenizer, open_tokenizer
 from flm_megatron.errors import RequestError
 from flm_megatron.paths import FilePath
+from flm_megatron.storage.path import location
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def open_evaluated(
         RequestError: no checkpoint, no model description, no tokenizer, or one that is not the checkpoint's.
         DamagedError: the checkpoint or the tokenizer cannot be read.
     """
-    path = Path(path)
+    path = location(path)
     checkpoint, model = open_with_model(path, vocab_size)
     run = checkpoint.manifest.run
     stage = run.stage(checkpoint.manifest.position.stage)

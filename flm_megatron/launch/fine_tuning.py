@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from flm_megatron.checkpoint.run_file import stage_of_checkpoint, with_checkpoint_models
 from flm_megatron.config.loader import resolve_vocabulary
@@ -16,6 +15,7 @@ from flm_megatron.errors import RequestError
 from flm_megatron.evaluation.evaluated import open_evaluated
 from flm_megatron.growth.foreseen import check_run_file
 from flm_megatron.launch.preflight import require_installed
+from flm_megatron.storage.path import location
 from flm_megatron.training.resume.first_checkpoint import check_no_mask
 
 
@@ -47,7 +47,7 @@ def without_conversations(run: RunConfig) -> RunConfig:
         raise RequestError("checkpoint.initial is not set: name the checkpoint to fine-tune")
     for stage in run.stages:
         _check_stage(stage, chat)
-    if Path(initial).exists():
+    if location(initial).exists():
         taken = [replace(stage, model=replace(stage.model, from_checkpoint=True)) for stage in run.stages]
         run = with_checkpoint_models(replace(run, stages=taken))
     for stage in run.stages:

@@ -130,8 +130,11 @@ def below(root: str) -> list[ObjectInfo]:
         found = retrying(lambda: _ask(root, "find", root, size=LONG_LIST, detail=True), root, "listed")
     except (FileNotFoundError, NotADirectoryError):
         return []
-    files = filesystem(root)
-    return [ObjectInfo(files.unstrip_protocol(path), int(item["size"]), _version(item)) for path, item in found.items()]
+    start = str(filesystem(root)._strip_protocol(root))
+    return [
+        ObjectInfo(root.rstrip("/") + path.removeprefix(start), int(item["size"]), _version(item))
+        for path, item in found.items()
+    ]
 
 
 def read_range(url: str, start: int, stop: int) -> bytes:
@@ -179,6 +182,42 @@ def create(url: str, data: bytes) -> bool:
     return True
 
 
+def is_s3(url: str) -> bool:
+    """Whether it speaks S3's own requests."""
+    return _scheme(url) in S3
+
+
+def begin_upload(url: str) -> str:
+    """Begin a multipart upload of S3; returns its id. One try, as those below."""
+    return str(_s3_call(url, "create_multipart_upload")["UploadId"])
+
+
+def send_part(url: str, upload_id: str, number: int, data: bytes) -> str:
+    """Send a part, the first of which has number 1; returns its tag."""
+    return str(_s3_call(url, "upload_part", len(data), UploadId=upload_id, PartNumber=number, Body=data)["ETag"])
+
+
+def complete_upload(url: str, upload_id: str, tags: list[str]) -> None:
+    """Make the object of all parts, by their tags in order; nothing if an earlier try did though it failed."""
+    parts = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, 1)]
+    try:
+        _s3_call(url, "complete_multipart_upload", LONG_LIST, UploadId=upload_id, MultipartUpload={"Parts": parts})
+    except FileNotFoundError:
+        if info(url) is None:
+            raise
+
+
+def abort_upload(url: str, upload_id: str) -> None:
+    """Have the store forget an upload and its parts."""
+    _s3_call(url, "abort_multipart_upload", UploadId=upload_id)
+
+
+def _s3_call(url: str, method: str, size: int = 0, **arguments: object) -> dict[str, object]:
+    bucket, key, _ = filesystem(url).split_path(url)
+    found: dict[str, object] = _ask(url, "call_s3", method, size=size, Bucket=bucket, Key=key, **arguments)
+    return found
+
+
 def upload(path: Path, url: str) -> None:
     """Write a file, which others may append to meanwhile, as an object; a large one in parts.
 
@@ -188,7 +227,7 @@ def upload(path: Path, url: str) -> None:
     """
 
     def once() -> None:
-        options = {"chunksize": PART} if _scheme(url) in S3 else {}
+        options = {"chunksize": PART} if is_s3(url) else {}
         _ask(url, "put_file", str(path), url, size=path.stat().st_size, **options)
 
     retrying(once, url, "written")

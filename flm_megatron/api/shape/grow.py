@@ -24,6 +24,7 @@ from flm_megatron.growth.offline import write_changed
 from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.growth.record import Certificate
 from flm_megatron.paths import FilePath, given_path, require_folder
+from flm_megatron.storage.path import given_location
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def grow(
     """
     from flm_megatron.training.resume.saved_defaults import with_saved_defaults
 
-    out = given_path(out, "out")
+    out = given_location(out, "out")
     require_folder(out, "--out")
     check_run_file(run)
     index, source = stage_index(run, stage), given_checkpoint(checkpoint)

@@ -12,11 +12,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from isal.isal_zlib import crc32, crc32_combine
 
 from flm_megatron.errors import DamagedError
+from flm_megatron.storage.reading import ObjectFile
 
 BLOCK = 2**20
 SUFFIX = ".crc32"
@@ -24,6 +26,8 @@ KEPT_BLOCKS = 32  # of all files, for reads that begin in a block where an earli
 CHECK_BYTES = 2**20
 LARGEST_READ = 2**30  # not every system takes more at once
 
+Source = int | ObjectFile
+"""What bytes are read through: the descriptor of an open file, or an open object."""
 Fragment = tuple[int, int]
 """CRC-32 and number of bytes of a run that lies in one block."""
 
@@ -115,12 +119,14 @@ class CheckedFile:
         self._sums = np.frombuffer(sums, "<u4")
         self._kept = kept or KeptBlocks()
 
-    def read_into(self, fd: int, out: memoryview, position: int) -> None:
-        """Fill `out` with the bytes from `position` on, through the open descriptor `fd`.
+    def read_into(self, fd: Source, out: memoryview, position: int) -> None:
+        """Fill `out` with the bytes from `position` on, through the open `fd`.
 
         Whole blocks are read into place; a first or last block that `out` wants only in part is read whole. Raises
         DamagedError, naming the file and the place, when bytes have changed since they were written.
         """
+        if isinstance(fd, ObjectFile):
+            fd.expect(-(-(position + out.nbytes) // BLOCK) * BLOCK)  # to the end of the last block
         for start, end in _cuts(position, out.nbytes):
             block, inside = divmod(position + start, BLOCK)
             length = min(BLOCK, self.size - block * BLOCK)
@@ -129,7 +135,7 @@ class CheckedFile:
             else:
                 out[start:end] = self._part_of(fd, block, length)[inside : inside + end - start]
 
-    def _part_of(self, fd: int, block: int, length: int) -> memoryview:
+    def _part_of(self, fd: Source, block: int, length: int) -> memoryview:
         """A checked block of which only a part is wanted, cached for the next read."""
         data = self._kept.get(self.path, block)
         if data is None:
@@ -138,7 +144,7 @@ class CheckedFile:
             self._kept.keep(self.path, block, data)
         return data.data
 
-    def _read_block(self, fd: int, block: int, out: memoryview) -> None:
+    def _read_block(self, fd: Source, block: int, out: memoryview) -> None:
         read_fully(fd, out, block * BLOCK, self.path)
         if (found := crc32(out)) != self._sums[block]:
             raise DamagedError(_changed(self.path, out.nbytes, block * BLOCK, found, self._sums[block]))
@@ -151,16 +157,20 @@ class CheckedRun:
         self.path, self.offset, self.nbytes, self.crc = path, offset, nbytes, crc
         self._lock, self._checked = threading.Lock(), False
 
-    def read_into(self, fd: int, out: memoryview, position: int) -> None:
+    def read_into(self, fd: Source, out: memoryview, position: int) -> None:
         """Fill `out` with the bytes from `position` of the file on. Raises as `check`."""
         self.check(fd)
+        if isinstance(fd, ObjectFile):
+            fd.expect(position + out.nbytes)
         read_fully(fd, out, position, self.path)
 
-    def check(self, fd: int) -> None:
+    def check(self, fd: Source) -> None:
         """Raise DamagedError, naming the file and the place, if the bytes have changed since they were written."""
         with self._lock:
             if self._checked:
                 return
+            if isinstance(fd, ObjectFile):
+                fd.expect(self.offset + self.nbytes)
             crc, buffer = 0, memoryview(bytearray(min(CHECK_BYTES, max(1, self.nbytes))))
             for start in range(0, self.nbytes, len(buffer)):
                 part = buffer[: self.nbytes - start]
@@ -178,10 +188,20 @@ def _changed(path: Path, nbytes: int, position: int, found: int, wanted: int) ->
     )
 
 
-def read_fully(fd: int, out: memoryview, position: int, path: Path) -> None:
+def source_of(file: IO[bytes]) -> Source:
+    """What to read an open, unbuffered file or object through."""
+    return file if isinstance(file, ObjectFile) else file.fileno()
+
+
+def size_of(source: Source) -> int:
+    """Its bytes."""
+    return os.fstat(source).st_size if isinstance(source, int) else source.size
+
+
+def read_fully(fd: Source, out: memoryview, position: int, path: Path) -> None:
     """Fill `out` from `position` of an open file on. Raises DamagedError, naming `path`, where the file ends before."""
     while out.nbytes:
-        count = os.preadv(fd, [out[:LARGEST_READ]], position)
+        count = os.preadv(fd, [out[:LARGEST_READ]], position) if isinstance(fd, int) else fd.read_at(out, position)
         if not count:
             raise DamagedError(f"{path}: the file ends before its data does (truncated?)")
         out, position = out[count:], position + count

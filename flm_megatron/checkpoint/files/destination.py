@@ -9,15 +9,17 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from flm_megatron.checkpoint.files.at_url import begin_at_url, discard_at_url, publish_at_url, refuse_existing_url
 from flm_megatron.checkpoint.lease.fence import check_fences, discard
 from flm_megatron.checkpoint.lease.lease import lease
 from flm_megatron.distributed.processes import Processes
-from flm_megatron.durable import make_folders, sync, sync_tree
+from flm_megatron.durable import make_folders, sync, sync_tree, write_file
 from flm_megatron.errors import RequestError
 from flm_megatron.paths import require_folder
+from flm_megatron.storage.path import ObjectPath
 
 PARTIAL = ".partial"
 """Suffix of a folder's name while it is written, after a token of its writer; earlier versions wrote none."""
@@ -35,8 +37,10 @@ def final_name(name: str) -> str | None:
 def destination(path: Path, processes: Processes, nbytes: int) -> Iterator[Path]:
     """A fresh folder beside `path`, renamed to `path` at the end, removed after a failure; all processes enter.
 
-    Raises RequestError as `reserved`, and if the disk becomes full.
+    Raises RequestError as `reserved`, if the disk becomes full, and for a URL.
     """
+    if isinstance(path, ObjectPath):
+        raise RequestError(f"{path} is a URL, and this format is written to folders of this machine alone: give one")
     with reserved(path, processes, nbytes), new_folder(path, processes) as folder:
         yield folder
         processes.on_first(lambda: _publish_all(folder, path))
@@ -48,21 +52,32 @@ def new_folder(path: Path, processes: Processes) -> Iterator[Path]:
 
     Leftovers of a process that died are removed first. Raises RequestError if `path` exists or cannot be written.
     """
-    folder = processes.on_first(lambda: _start(path))
+    folder = processes.on_first(lambda: begin_at_url(path) if isinstance(path, ObjectPath) else _start(path))
     try:
         yield folder
     except BaseException:
         if processes.rank == 0:
-            discard(folder)
+            discard_at_url(folder) if isinstance(folder, ObjectPath) else discard(folder)
         raise
 
 
-def publish(folder: Path, path: Path) -> None:
-    """Rename `folder`, whose files are synced to disk, to `path`. For one process.
+def write_small(path: Path, data: bytes) -> None:
+    """Write a file and force it to disk, or an object."""
+    path.write_bytes(data) if isinstance(path, ObjectPath) else write_file(path, data)
 
-    Raises RequestError if `path` has appeared meanwhile or cannot be written.
+
+def publish(folder: Path, path: Path, last: Mapping[str, bytes] | None = None) -> None:
+    """Rename `folder`, whose files are synced to disk, to `path`, with the files `last`. For one process.
+
+    At a URL nothing is renamed: the first of `last` is what makes the folder exist, and is written only now. Raises
+    RequestError if `path` has appeared meanwhile or cannot be written.
     """
+    last = last or {}
+    if isinstance(path, ObjectPath):
+        return publish_at_url(path, last)
     with write_errors(path):
+        for name, data in last.items():
+            write_file(folder / name, data)
         sync(folder)
         if path.exists():
             raise RequestError(f"{path} has appeared meanwhile: choose another destination or remove it")
@@ -78,6 +93,9 @@ def reserved(path: Path, processes: Processes, nbytes: int) -> Iterator[None]:
     Leftovers of an interrupted run beside `path` are removed first. Raises RequestError if `path` exists, if another
     process is writing it, or if `nbytes` do not fit on its disk.
     """
+    if isinstance(path, ObjectPath):  # `new_folder` claims it, and a store has no end
+        yield
+        return
     processes.on_first(lambda: _make_room_for_lease(path, nbytes))
     advice = "wait until it has ended, or choose another destination"
     file = path.with_name(f".{path.name}.lease")
@@ -100,12 +118,16 @@ def require_new(path: Path) -> None:
 
     Raises RequestError if it could not.
     """
-    if not os.path.lexists(path):
+    if isinstance(path, ObjectPath):
+        refuse_existing_url(path)
+    elif not os.path.lexists(path):
         require_folder(path, "destination")
 
 
 def refuse_without_room(path: Path, nbytes: int) -> None:
     """Raise RequestError if `path` exists or `nbytes` are more than its disk has free."""
+    if isinstance(path, ObjectPath):
+        return refuse_existing_url(path)
     _refuse_existing(path)
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     free = shutil.disk_usage(folder).free

@@ -11,6 +11,8 @@ from isal.isal_zlib import crc32
 from flm_megatron.checkpoint.manifest import VERSION, FileEntry, Manifest
 from flm_megatron.errors import DamagedError, RequestError, read_error
 from flm_megatron.json_text import parse_json
+from flm_megatron.storage.path import ObjectPath, location
+from flm_megatron.storage.reading import ObjectFile
 
 MANIFEST = "manifest.json"
 BLOCK = 8 * 2**20
@@ -60,17 +62,26 @@ def verify(path: str | Path, quick: bool = False, progress: Callable[[int], None
         RequestError: its disk does not answer, or it is of a newer version.
         DamagedError: the manifest or a file is missing, of another size or changed; the message names it.
     """
-    path = Path(path)
+    path = location(path)
     manifest = read_manifest(path)
     if manifest is None:
         raise DamagedError(f"{path}: has no {MANIFEST}, which is written last: it is incomplete or was changed")
+    sizes = listed_sizes(path)
     for name, wanted in manifest.files.items():
         file = path / name
-        if problem := size_problem(file, wanted):
+        if sizes.get(name) != wanted.size and (problem := size_problem(file, wanted)):
             raise DamagedError(problem)
         if not quick and (checksum := file_checksum(file, progress)) != wanted.crc32:
             raise DamagedError(f"{file}: checksum is {checksum} instead of {wanted.crc32}: its bytes have changed")
     return manifest
+
+
+def listed_sizes(path: Path) -> dict[str, int]:
+    """Sizes of the objects at a URL, by one list; none of a folder of this machine, whose files are asked one by one.
+
+    A list may be old: what it does not show right is still asked for.
+    """
+    return {name: found.size for name, found in path.objects().items()} if isinstance(path, ObjectPath) else {}
 
 
 def size_problem(file: Path, wanted: FileEntry) -> str | None:
@@ -136,6 +147,8 @@ def file_checksum(file: Path, progress: Callable[[int], None] | None = None) -> 
     crc, block = 0, bytearray(BLOCK)
     try:
         with file.open("rb", buffering=0) as stream:
+            if isinstance(stream, ObjectFile):
+                stream.expect(stream.size)
             while count := stream.readinto(block):
                 crc = crc32(memoryview(block)[:count], crc)
                 if progress:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from flm_megatron.checkpoint.files.block_checksums import CheckedFile, CheckedRun, read_fully
+from flm_megatron.checkpoint.files.block_checksums import (
+    CheckedFile,
+    CheckedRun,
+    Source,
+    read_fully,
+    size_of,
+    source_of,
+)
 from flm_megatron.checkpoint.files.direct_file import write_at
 from flm_megatron.checkpoint.logical import Region
 from flm_megatron.checkpoint.without_values import stand_in
@@ -52,13 +58,14 @@ class StoredArray:
         if not region.numel:
             return out
         try:
-            with open(self.path, "rb", buffering=0) as file:
-                if os.fstat(file.fileno()).st_size < self.offset + self.nbytes:
+            with self.path.open("rb", buffering=0) as file:
+                source = source_of(file)
+                if size_of(source) < self.offset + self.nbytes:
                     raise DamagedError(f"{self.path}: the file ends before its data does (truncated?)")
                 if is_contiguous(region, self.shape):
-                    self._read_run(file.fileno(), _start(region, self.shape), out)
+                    self._read_run(source, _start(region, self.shape), out)
                 else:
-                    out = self._read_strided(file.fileno(), region)
+                    out = self._read_strided(source, region)
         except OSError as error:
             raise read_error(self.path, error) from error
         return out
@@ -72,7 +79,7 @@ class StoredArray:
         assert values.dtype == self.dtype and tuple(values.shape) == region.sizes
         write_at(fd, as_bytes(values), self.offset + _start(region, self.shape) * self.dtype.itemsize)
 
-    def _read_run(self, fd: int, start: int, out: torch.Tensor) -> torch.Tensor:
+    def _read_run(self, fd: Source, start: int, out: torch.Tensor) -> torch.Tensor:
         """Fill `out` with the values from index `start` on."""
         data, position = as_bytes(out), self.offset + start * self.dtype.itemsize
         if self.checked is not None:
@@ -81,13 +88,13 @@ class StoredArray:
             read_fully(fd, data, position, self.path)
         return out
 
-    def _read_strided(self, fd: int, region: Region) -> torch.Tensor:
+    def _read_strided(self, fd: Source, region: Region) -> torch.Tensor:
         """Read all that lies between the first and the last value, unless most of it would be passed over.
 
         (Blocks with checksums are read whole: there is nothing to be saved by passing over parts of them.)
         """
         start, end = span(region, self.shape)
-        if end - start > DENSE * region.numel and self._may_map(fd):
+        if end - start > DENSE * region.numel and isinstance(fd, int) and self._may_map(fd):
             return self._read_mapped(fd, region)
         return out_of_run(self._read_run(fd, start, torch.empty(end - start, dtype=self.dtype)), region, self.shape)
 

@@ -10,7 +10,7 @@ import math
 import struct
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO
 
@@ -67,7 +67,7 @@ def load_torch_file(path: Path, record: IO[bytes] | None = None) -> Unpickled:
 def _opened(path: Path, record: IO[bytes] | None = None) -> Iterator[Opened]:
     """The archive, its entries by their names below its one folder, and its pickle."""
     try:
-        with zipfile.ZipFile(record or path) as archive:
+        with nullcontext(record) if record else path.open("rb") as file, zipfile.ZipFile(file) as archive:
             entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
             if sum(entry.filename.partition("/")[2] == "data.pkl" for entry in archive.infolist()) != 1:
                 raise DamagedError(f"{path}: not a file of torch.save")

@@ -20,6 +20,7 @@ from flm_megatron.checkpoint.torch_dist.shard_file import BUFFER_BYTES
 from flm_megatron.errors import DamagedError, RequestError
 from flm_megatron.model.parameters import EMBEDDING, HEAD, parameter_specs
 from flm_megatron.paths import is_file_name
+from flm_megatron.storage.path import location
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 INDEXED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -40,7 +41,7 @@ class HuggingFaceCheckpoint(LogicalCheckpoint):
     """
 
     def __init__(self, path: Path | str, vocab_size: int | None = None) -> None:
-        self.path = Path(path)
+        self.path = location(path)
         self.settings = read_json(self.path / "config.json")
         self.family = family_of(self.settings, str(self.path))
         self.config = self.family.model(self.settings, str(self.path))

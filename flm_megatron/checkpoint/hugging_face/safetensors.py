@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from flm_megatron.checkpoint.files.stored_array import StoredArray
 from flm_megatron.checkpoint.logical import TensorInfo
 from flm_megatron.errors import DamagedError, read_error
 from flm_megatron.json_text import parse_json
+from flm_megatron.storage.path import ObjectPath
 
 DTYPES = {
     "F64": torch.float64,
@@ -33,6 +36,8 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+LONGEST_HEADER = 10**8
+"""Bytes; of a longer one the library says that it is too long."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -46,16 +51,29 @@ def arrays_in(path: Path) -> dict[str, StoredArray]:
     """
     try:
         with path.open("rb") as file:  # first: the library says of whatever it cannot open that it is missing
-            with safe_open(path, "pt"):
-                pass
             (length,) = struct.unpack("<Q", file.read(8))
-            text = file.read(length)
+            text = file.read(min(length, LONGEST_HEADER))
+            with _of_this_machine(path, struct.pack("<Q", length) + text) as checked, safe_open(checked, "pt"):
+                pass
     except OSError as error:
         raise read_error(path, error) from error
     except (SafetensorError, struct.error, MemoryError) as error:
         raise DamagedError(f"{path}: not a whole safetensors file: {error}") from error
     header = parse_json(text, str(path), DamagedError, strict=True, name="a whole safetensors file")
     return {name: _array(path, 8 + length, name, entry) for name, entry in header.items() if name != "__metadata__"}
+
+
+@contextmanager
+def _of_this_machine(path: Path, head: bytes) -> Iterator[Path]:
+    """A file for the library, which opens no URL: there, one with the object's head and size and nothing else."""
+    if not isinstance(path, ObjectPath):
+        yield path
+        return
+    with tempfile.NamedTemporaryFile(prefix="flm-header-") as file:
+        file.write(head)
+        file.truncate(path.stat().st_size)
+        file.flush()
+        yield Path(file.name)
 
 
 def lay_out(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, StoredArray]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+from flm_megatron.checkpoint.files.at_url import remove_at_url
 from flm_megatron.checkpoint.files.destination import reserved
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region, TensorInfo, split_name
 from flm_megatron.checkpoint.manifest import Manifest
@@ -18,6 +19,7 @@ from flm_megatron.config.schema import ModelConfig, ParallelConfig
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.distributed.progress import progress_bar
 from flm_megatron.errors import DamagedError, RequestError
+from flm_megatron.storage.path import ObjectPath
 
 
 def stored_bytes(tensors: Mapping[str, TensorInfo]) -> int:
@@ -61,7 +63,7 @@ def require_unchanged(before: Mapping[str, str], after: Mapping[str, str], path:
     """
     changed = [name for name in before if after.get(name) != before[name]]
     if changed and processes.rank == 0:
-        shutil.rmtree(path)
+        remove_at_url(path) if isinstance(path, ObjectPath) else shutil.rmtree(path)
     if changed:
         raise DamagedError(f"{changed[0]}: its values are not those that were recorded for the source; {path} removed")
 

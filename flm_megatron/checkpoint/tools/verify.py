@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flm_megatron.checkpoint.described import check_structure, model_of, without_padding
-from flm_megatron.checkpoint.files.manifest import file_checksum, read_manifest, size_problem
+from flm_megatron.checkpoint.files.manifest import file_checksum, listed_sizes, read_manifest, size_problem
 from flm_megatron.checkpoint.logical import LogicalCheckpoint, Region
 from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.opening import open_checkpoint
@@ -67,9 +67,10 @@ def _file_problems(
     path: Path, manifest: Manifest, quick: bool, processes: Processes, moved: Callable[[int], None]
 ) -> Iterator[str]:
     """One line for each bad file in this process's shard."""
+    sizes = listed_sizes(path)
     for name in list(manifest.files)[processes.rank :: processes.size]:
         wanted, file = manifest.files[name], path / name
-        if problem := size_problem(file, wanted):
+        if sizes.get(name) != wanted.size and (problem := size_problem(file, wanted)):
             yield problem
         elif not quick and file_checksum(file, moved) != wanted.crc32:
             yield f"{file}: its bytes have changed ({_changed_tensors(path, name, manifest)})"

@@ -21,6 +21,7 @@ from flm_megatron.checkpoint.torch_dist.tensor_record import locate
 from flm_megatron.checkpoint.without_values import stand_in
 from flm_megatron.errors import DamagedError, RequestError
 from flm_megatron.json_text import parse_json
+from flm_megatron.storage.path import location
 
 METADATA = ".metadata"
 FORMAT = "metadata.json"
@@ -48,7 +49,7 @@ class TorchDistCheckpoint(LogicalCheckpoint):
 
     def __init__(self, path: str | Path, blocks: bool = True) -> None:
         """Open a folder; without `blocks` block checksums are ignored and records checked against their own."""
-        self.path, self._blocks = Path(path), blocks
+        self.path, self._blocks = location(path), blocks
         manifest = read_manifest(self.path)
         metadata = _read_metadata(self.path, manifest)
         self.chunks: dict[str, list[StoredChunk]] = {}

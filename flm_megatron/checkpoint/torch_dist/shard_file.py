@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from flm_megatron.checkpoint.files.block_checksums import SUFFIX, BlockSums, Fragment, combined, fragments
+from flm_megatron.checkpoint.files.destination import write_small
 from flm_megatron.checkpoint.files.direct_file import DirectFile
 from flm_megatron.checkpoint.files.in_order import WORKERS, in_order
 from flm_megatron.checkpoint.files.manifest import entry, file_entry
@@ -21,8 +22,9 @@ from flm_megatron.checkpoint.manifest import FileEntry
 from flm_megatron.checkpoint.regions import split_region
 from flm_megatron.checkpoint.torch_dist.logical_hash import MODULUS, partial_hash
 from flm_megatron.checkpoint.torch_dist.tensor_record import encode
-from flm_megatron.durable import write_file
 from flm_megatron.errors import RequestError
+from flm_megatron.storage.path import ObjectPath
+from flm_megatron.storage.writing import Writer, object_writer
 
 BUFFER_BYTES = 8 * 2**20
 
@@ -89,7 +91,7 @@ def write_shard(
     Raises RequestError when the disk is full.
     """
     sums, whole = BlockSums(), (0, 0)
-    with _disk_errors(path), DirectFile(path) as file, ThreadPoolExecutor(WORKERS) as executor:
+    with _disk_errors(path), _opened(path) as file, ThreadPoolExecutor(WORKERS) as executor:
         hashed, data = 0, list[Fragment]()
         done = in_order(executor, partial(_write_sub_region, file), _sub_regions(regions, tensors))
         for sub, (sub_hash, sub_data) in done:
@@ -106,8 +108,13 @@ def write_shard(
                 written.records.append(Record(name, region, path.name, whole[1], size))
                 whole, hashed, data = combined([whole, *record]), 0, []
         stored = sums.to_bytes()
-        write_file(path.with_name(path.name + SUFFIX), stored)
+        write_small(path.with_name(path.name + SUFFIX), stored)
     written.files |= {path.name: entry(*whole), path.name + SUFFIX: file_entry(stored)}
+
+
+def _opened(path: Path) -> Writer:
+    """The new file, or the new object, which is sent while it is written."""
+    return object_writer(str(path)) if isinstance(path, ObjectPath) else DirectFile(path)
 
 
 def _sub_regions(regions: Iterable[SourceRegion], tensors: Mapping[str, TensorInfo]) -> Iterator[_SubRegion]:
@@ -125,7 +132,7 @@ def _sub_regions(regions: Iterable[SourceRegion], tensors: Mapping[str, TensorIn
         record = end + len(tail)
 
 
-def _write_sub_region(file: DirectFile, sub: _SubRegion) -> tuple[int, list[Fragment]]:
+def _write_sub_region(file: Writer, sub: _SubRegion) -> tuple[int, list[Fragment]]:
     """Make and write the values of one region: its summand of the tensor's hash, and the checksums of its bytes."""
     values = sub.source.values(sub.region).detach().cpu().contiguous()
     assert tuple(values.shape) == sub.region.sizes, f"{sub}: values of shape {tuple(values.shape)}"
@@ -137,7 +144,7 @@ def _write_sub_region(file: DirectFile, sub: _SubRegion) -> tuple[int, list[Frag
     return partial_hash(sub.info.shape, sub.region, values), fragments(data, sub.position)
 
 
-def _end_record(file: DirectFile, sub: _SubRegion, data: list[Fragment]) -> list[Fragment]:
+def _end_record(file: Writer, sub: _SubRegion, data: list[Fragment]) -> list[Fragment]:
     """Write the head and the tail of the record that ends with `sub`; the head holds the CRC-32 of the values.
 
     Returns the checksums of the whole record.

@@ -14,11 +14,12 @@ from typing import IO, cast
 import torch
 from isal.isal_zlib import crc32
 
-from flm_megatron.checkpoint.files.block_checksums import CheckedFile, CheckedRun, read_fully
+from flm_megatron.checkpoint.files.block_checksums import CheckedFile, CheckedRun, read_fully, source_of
 from flm_megatron.checkpoint.files.pickle.reader import StoredTensor, Unpickled, load_pickle
 from flm_megatron.checkpoint.files.stored_array import StoredArray
 from flm_megatron.checkpoint.files.torch_file import ZIP_ERRORS, archive_error, load_torch_file, read_stored
 from flm_megatron.errors import DamagedError, read_error
+from flm_megatron.storage.path import location
 
 ALIGNMENT = 64
 LARGEST = 2**31  # bytes: above it an archive would need 64-bit entries
@@ -97,9 +98,9 @@ def load_object(path: Path, offset: int, length: int) -> Unpickled:
 def _read(file: IO[bytes], position: int, size: int, checked: CheckedFile | None, path: Path) -> bytes:
     data = bytearray(size)
     if checked is not None:
-        checked.read_into(file.fileno(), memoryview(data), position)
+        checked.read_into(source_of(file), memoryview(data), position)
     else:
-        read_fully(file.fileno(), memoryview(data), position, path)
+        read_fully(source_of(file), memoryview(data), position, path)
     return bytes(data)
 
 
@@ -154,7 +155,7 @@ class _Window(io.RawIOBase):
 
     def __init__(self, file: IO[bytes], offset: int, length: int, checked: CheckedFile | None) -> None:
         self.file, self.offset, self.length, self.position = file, offset, length, 0
-        self.checked, self.path = checked, Path(str(file.name))
+        self.checked, self.path = checked, location(str(file.name))
 
     def seekable(self) -> bool:
         """`zipfile` asks: any place of the record can be read."""

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from flm_megatron.checkpoint.files.destination import new_folder, publish, write_errors
+from flm_megatron.checkpoint.files.destination import new_folder, publish, write_errors, write_small
 from flm_megatron.checkpoint.files.manifest import MANIFEST, file_entry, manifest_text
 from flm_megatron.checkpoint.logical import EXP_AVG, STATE_PREFIXES, LogicalCheckpoint, Region, TensorInfo
 from flm_megatron.checkpoint.manifest import VERSION, Manifest
@@ -34,8 +34,8 @@ from flm_megatron.checkpoint.torch_dist.logical_hash import combine_hashes, tens
 from flm_megatron.checkpoint.torch_dist.reader import FORMAT, METADATA
 from flm_megatron.checkpoint.torch_dist.shard_file import Record, SourceRegion, Written, write_shard
 from flm_megatron.distributed.processes import Processes
-from flm_megatron.durable import write_file
 from flm_megatron.errors import FlmError
+from flm_megatron.storage.path import location
 
 KIND = {
     "sharded_backend": "torch_dist",
@@ -112,7 +112,7 @@ def write_checkpoint(
         RequestError: the destination exists or cannot be written (disk full, no permission).
         FlmError: another process failed, or the regions do not cover a tensor. Nothing is left at the destination.
     """
-    path, processes = Path(path), processes or Processes()
+    path, processes = location(path), processes or Processes()
     with new_folder(path, processes) as folder:
         results = processes.together(lambda: _write_shards(folder, shards, tensors, progress))
         whole: list[Manifest] = []
@@ -145,11 +145,10 @@ def _finish(folder: Path, path: Path, results: list[Written], manifest: Manifest
     files = {name: entry for result in results for name, entry in result.files.items()}
     with write_errors(path):
         for name, data in _small_files(tensors, records, manifest.position.step or 0).items():
-            write_file(folder / name, data)
+            write_small(folder / name, data)
             files[name] = file_entry(data)
         manifest |= _contents(tensors, results) | Manifest(files=files)
-        write_file(folder / MANIFEST, manifest_text(manifest).encode())
-    publish(folder, path)
+    publish(folder, path, {MANIFEST: manifest_text(manifest).encode()})
     return manifest
 
 

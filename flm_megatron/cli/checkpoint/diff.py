@@ -9,7 +9,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from flm_megatron.cli.checkpoint.options import add_vocab_size
-from flm_megatron.cli.options.parser import path, real
+from flm_megatron.cli.options.parser import location, real
 
 if TYPE_CHECKING:
     from flm_megatron.checkpoint.tools.compare import Comparison
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm checkpoint diff`."""
-    parser.add_argument("first", type=path, help="checkpoint")
-    parser.add_argument("second", type=path, help="checkpoint")
+    parser.add_argument("first", type=location, help="checkpoint")
+    parser.add_argument("second", type=location, help="checkpoint")
     parser.add_argument(
         "--tolerance",
         type=real(0.0),

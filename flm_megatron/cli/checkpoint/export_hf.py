@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 
 from flm_megatron.cli.checkpoint.options import add_dtype, add_vocab_size
-from flm_megatron.cli.options.parser import byte_size, path, positive
+from flm_megatron.cli.options.parser import byte_size, location, path, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm checkpoint export-hf`."""
-    parser.add_argument("source", type=path, help="checkpoint of any format")
+    parser.add_argument("source", type=location, help="checkpoint of any format")
     parser.add_argument("destination", type=path, help="new folder")
     parser.add_argument("--flavour", default="teleflm", help="family to write, such as llama; teleflm if not given")
     parser.add_argument("--shard-size", type=byte_size, default=5 * 10**9, help="largest shard, such as 5GB (default)")

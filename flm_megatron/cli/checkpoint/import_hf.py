@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 
 from flm_megatron.cli.checkpoint.options import add_dtype, add_vocab_size
-from flm_megatron.cli.options.parser import path
+from flm_megatron.cli.options.parser import location
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm checkpoint import-hf`."""
-    parser.add_argument("source", type=path, help="Hugging Face folder: safetensors, or .bin (never run)")
-    parser.add_argument("destination", type=path, help="new folder")
+    parser.add_argument("source", type=location, help="Hugging Face folder: safetensors, or .bin (never run)")
+    parser.add_argument("destination", type=location, help="new folder")
     add_dtype(parser)
     add_vocab_size(parser)
 

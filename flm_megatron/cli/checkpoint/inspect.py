@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 
 from flm_megatron.cli.checkpoint.options import add_vocab_size
-from flm_megatron.cli.options.parser import path
+from flm_megatron.cli.options.parser import location
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm checkpoint inspect`."""
-    parser.add_argument("path", type=path, help="checkpoint: ours, Megatron-LM's or a Hugging Face folder")
+    parser.add_argument("path", type=location, help="checkpoint: ours, Megatron-LM's or a Hugging Face folder")
     parser.add_argument("--statistics", action="store_true", help="also norm, mean, std and largest value (reads all)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_vocab_size(parser)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 
 from flm_megatron.cli.checkpoint.options import add_dtype, add_vocab_size
-from flm_megatron.cli.options.parser import path, positive
+from flm_megatron.cli.options.parser import location, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm checkpoint reshard`."""
-    parser.add_argument("source", type=path, help="checkpoint of any format")
-    parser.add_argument("destination", type=path, help="new folder")
+    parser.add_argument("source", type=location, help="checkpoint of any format")
+    parser.add_argument("destination", type=location, help="new folder")
     parser.add_argument("--format", choices=["torch_dist", "classic"], default="torch_dist", help="format to write")
     parser.add_argument("--tensor", type=positive, help="tensor-parallel size of the target layout")
     parser.add_argument("--pipeline", type=positive, help="pipeline-parallel size of the target layout")

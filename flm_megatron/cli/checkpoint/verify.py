@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 
 from flm_megatron.cli.checkpoint.options import add_vocab_size
-from flm_megatron.cli.options.parser import path
+from flm_megatron.cli.options.parser import location
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm checkpoint verify`."""
-    parser.add_argument("path", type=path, help="checkpoint")
+    parser.add_argument("path", type=location, help="checkpoint")
     parser.add_argument("--quick", action="store_true", help="sizes and structure only, without reading values")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_vocab_size(parser)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from flm_megatron.cli.options.model import add_model_options, checkpoints_of, layout_of
-from flm_megatron.cli.options.parser import path, positive, real
+from flm_megatron.cli.options.parser import location, path, positive, real
 from flm_megatron.errors import RequestError
 from flm_megatron.paths import require_file
 
@@ -24,7 +24,7 @@ Value = TypeVar("Value", Path, float)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm eval bpb`."""
-    parser.add_argument("checkpoints", nargs="*", type=path, metavar="CKPT", help="checkpoints of any format")
+    parser.add_argument("checkpoints", nargs="*", type=location, metavar="CKPT", help="checkpoints of any format")
     parser.add_argument("--all-stages", type=path, metavar="RUN_DIR", help="the last checkpoint of each stage of a run")
     parser.add_argument(
         "--text",

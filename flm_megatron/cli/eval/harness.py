@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flm_megatron.cli.options.model import add_model_options, checkpoints_of, layout_of
-from flm_megatron.cli.options.parser import count, path, positive, template
+from flm_megatron.cli.options.parser import count, location, path, positive, template
 from flm_megatron.errors import RequestError
 from flm_megatron.paths import require_file
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm eval harness`."""
-    parser.add_argument("checkpoints", nargs="*", type=path, metavar="CKPT", help="checkpoints of any format")
+    parser.add_argument("checkpoints", nargs="*", type=location, metavar="CKPT", help="checkpoints of any format")
     parser.add_argument("--all-stages", type=path, metavar="RUN_DIR", help="the last checkpoint of each stage of a run")
     parser.add_argument("--tasks", nargs="+", required=True, metavar="NAME", help="tasks to run")
     parser.add_argument(

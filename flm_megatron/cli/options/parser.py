@@ -47,6 +47,16 @@ def path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def location(text: str) -> Path:
+    """A path, `~` replaced by the home, or a URL without secrets, as checkpoints have them."""
+    from flm_megatron.storage.path import given_location
+
+    try:
+        return given_location(text, "the path")
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def place(text: str) -> str:
     """A path, `~` replaced by the home, or a URL without secrets."""
     try:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from flm_megatron.cli.options.parser import path
+from flm_megatron.cli.options.parser import location, path
 
 if TYPE_CHECKING:
     from flm_megatron.checkpoint.logical import LogicalCheckpoint
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 def add_changed_stage(parser: argparse.ArgumentParser, verb: str) -> None:
     """Arguments of a command that grows or shrinks a checkpoint (`verb`); any `--field value` is an override."""
-    parser.add_argument("source", type=path, help="checkpoint of the stage before")
+    parser.add_argument("source", type=location, help="checkpoint of the stage before")
     parser.add_argument(
         "run_file", type=path, nargs="?", help=f"run file (YAML); without one, options say what {verb}s"
     )
     parser.add_argument("--stage", help=f"stage of the run file to {verb} into")
-    parser.add_argument("--out", required=True, type=path, help="folder to write")
+    parser.add_argument("--out", required=True, type=location, help="folder to write")
     parser.add_argument(
         "--certify", type=path, metavar="TEXT", help="text file on which logits and loss are compared first"
     )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from flm_megatron.cli.options.parser import path, whole
+from flm_megatron.cli.options.parser import location, path, whole
 from flm_megatron.paths import require_file, require_picture
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm distance`; anything else of the form `--field value` overrides the run file."""
-    parser.add_argument("checkpoint", type=path, help="checkpoint to measure")
+    parser.add_argument("checkpoint", type=location, help="checkpoint to measure")
     parser.add_argument(
         "run_file", type=path, help="run file (YAML) with the checkpoint's stage: its layout, tokenizer and data"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from flm_megatron.cli.options.parser import path, whole
+from flm_megatron.cli.options.parser import location, path, whole
 from flm_megatron.cli.shape.changed_stage import require_no_stage
 from flm_megatron.growth.shrink.rules import CRITERIA
 
@@ -25,7 +25,7 @@ file can be overridden: --stages.1.parallel.tensor 2. Without a run file, option
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm importance`; anything else of the form `--field value` overrides the run file."""
-    parser.add_argument("checkpoint", type=path, help="checkpoint to measure")
+    parser.add_argument("checkpoint", type=location, help="checkpoint to measure")
     parser.add_argument(
         "run_file", type=path, nargs="?", help="run file (YAML) with layout, tokenizer and data; none needs --text"
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 
-from flm_megatron.cli.options.parser import path, whole
+from flm_megatron.cli.options.parser import location, whole
 from flm_megatron.config.ranges import LARGEST_WORLD
 
 SIZE = whole(1, LARGEST_WORLD)
@@ -30,7 +30,7 @@ def ranks(text: str) -> tuple[int, ...]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm refit`."""
-    parser.add_argument("checkpoint", type=path, help="checkpoint of any format whose weights are pushed")
+    parser.add_argument("checkpoint", type=location, help="checkpoint of any format whose weights are pushed")
     for side, what in (("from", "hold the weights"), ("to", "want them")):
         parser.add_argument(
             f"--{side}-ranks", type=ranks, required=True, metavar="RANKS", help=f"ranks that {what}: 0-3"

@@ -21,6 +21,7 @@ from flm_megatron.data.tokenizer import open_tokenizer
 from flm_megatron.errors import RequestError
 from flm_megatron.growth.boundary import saved_mask_value
 from flm_megatron.model.parameters import parameter_specs
+from flm_megatron.storage.path import location
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def check_initial(run: RunConfig) -> None:
     """
     if run.checkpoint.initial is None or int(os.environ.get("RANK", 0)) > 0:
         return
-    source, model = Path(run.checkpoint.initial), run.stages[0].model
+    source, model = location(run.checkpoint.initial), run.stages[0].model
     checkpoint, found = _loaded(run, model, source)
     adam_step(checkpoint)
     if run.tokenizer is not None:

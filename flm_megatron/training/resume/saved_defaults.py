@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from flm_megatron.checkpoint.described import recorded_model
 from flm_megatron.checkpoint.manifest import Manifest
 from flm_megatron.checkpoint.opening import open_checkpoint
 from flm_megatron.config.schema import RunConfig, ScheduleConfig, StageConfig
+from flm_megatron.storage.path import location
 from flm_megatron.training.resume.start import newest_manifest
 
 
@@ -40,7 +40,7 @@ def _was_tied(saved: Mapping[str, object]) -> bool:
 
 def _begins_tied(run: RunConfig) -> bool:
     """Whether `checkpoint.initial` is there and of a tied model."""
-    initial = Path(run.checkpoint.initial or "")
+    initial = location(run.checkpoint.initial or "")
     if not initial.exists():
         return False
     found = recorded_model(open_checkpoint(initial, run.stages[0].model.vocab_size))

@@ -32,6 +32,7 @@ from flm_megatron.growth.record import Certificate
 from flm_megatron.growth.schedule import all_masks
 from flm_megatron.growth.shrink.boundary import resumed_shrinking, shrunk_checkpoint, unmeasured_checkpoint
 from flm_megatron.growth.shrink.plan import ShrinkPlan
+from flm_megatron.storage.path import location
 from flm_megatron.training.resume.continuation import (
     continued,
     first_history,
@@ -179,7 +180,7 @@ def _after(run: RunConfig, path: Path | None) -> Start:
     if path is None:
         _refuse_other_stages(run)
         initial = run.checkpoint.initial
-        return Start(0, 0, Path(initial) if initial else None, resumes=False, history=first_history(run))
+        return Start(0, 0, location(initial) if initial else None, resumes=False, history=first_history(run))
     manifest = _manifest(path)
     past = past_history(run, manifest, str(path))
     stage = stage_of(run, manifest, past, str(path))

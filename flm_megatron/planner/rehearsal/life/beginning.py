@@ -16,6 +16,7 @@ from flm_megatron.growth.plan import GrowthPlan
 from flm_megatron.growth.shrink.boundary import resumed_shrinking, unmeasured_checkpoint
 from flm_megatron.planner.rehearsal.life.counted import Counted
 from flm_megatron.planner.rehearsal.life.stage_checkpoint import StageCheckpoint
+from flm_megatron.storage.path import location
 from flm_megatron.training.resume.first_checkpoint import first_checkpoint
 from flm_megatron.training.resume.start import checkpoint_store
 
@@ -85,7 +86,7 @@ def started(run: RunConfig, stage: StageConfig) -> Beginning:
 
 
 def _first(run: RunConfig, stage: StageConfig) -> Beginning:
-    initial = Path(run.checkpoint.initial) if run.checkpoint.initial else None
+    initial = location(run.checkpoint.initial) if run.checkpoint.initial else None
     here = initial if initial is not None and initial.exists() else None
     if initial is not None and here is None:
         found: LogicalCheckpoint = StageCheckpoint(replace(stage, model=replace(stage.model, lora=None)))
