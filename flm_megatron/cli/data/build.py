@@ -46,17 +46,21 @@ def run(args: argparse.Namespace) -> int:
     """Build, print what was written, and to stderr how fast and what was left out; returns 0."""
     from flm_megatron.cli.data import corpus_of, described
     from flm_megatron.data.corpus.build import BuildOptions, build
+    from flm_megatron.data.corpus.losses import Losses
     from flm_megatron.data.tokenizer import open_tokenizer
 
     if args.similarity is not None and args.dedup != "near":
         raise RequestError("--similarity means something with --dedup near alone: give that, or leave it out")
-    corpus = corpus_of(args)
+    corpus, tokenizer = corpus_of(args), open_tokenizer(args.tokenizer)
+    losses = Losses(tokenizer)
     near = (args.similarity or SIMILARITY) if args.dedup == "near" else None
     options = BuildOptions(args.workers, args.validation_share, args.dedup is not None, near, corpus.identity())
-    built = build(corpus.documents(), open_tokenizer(args.tokenizer), args.out, options, corpus.size_bytes())
+    built = build(losses.watch(corpus.documents()), tokenizer, args.out, options, corpus.size_bytes())
     for prefix, description in built.datasets.items():
         print(described(prefix, description))
     print("\n".join(_notes(built, args.workers)), file=sys.stderr)
+    if line := losses.line():
+        print(line, file=sys.stderr)
     return 0
 
 

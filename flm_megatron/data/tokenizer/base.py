@@ -76,7 +76,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; special tokens give nothing."""
+        """Text of `ids`; special tokens give nothing, nor do ids that no token has."""
 
     def gives_back(self, text: str) -> bool:
         """Whether `text` survives: tokenizers that normalise, or have no ids for some characters, lose some of it."""

@@ -74,5 +74,5 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; bos, eos and pad give nothing."""
-        return self._model.decode([int(i) for i in ids])
+        """Text of `ids`; bos, eos and pad give nothing, nor do ids that the model does not have."""
+        return self._model.decode([number for number in map(int, ids) if number < self.vocab_size])

@@ -4,8 +4,10 @@ not stand in them: a file FILE.json beside FILE says them (docs/tokenizers.md ha
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import field
+from functools import cached_property
 from typing import Annotated
 
 import tiktoken
@@ -29,6 +31,9 @@ class Description:
     pad: str | None = None
 
 
+LONGEST_RUN = 100_000
+"""Characters in a row that are all spaces, or all not: beyond half a million of them tiktoken's stack overflows."""
+_RUN = re.compile(r"\s+|\S+")
 _DESCRIPTION = TypeAdapter(Description)
 
 
@@ -50,9 +55,15 @@ class TiktokenTokenizer(Tokenizer):
                 f"tokenizer {files.path} does not say which token ends a document: {files.place(files.description)} "
                 f'has "eos": {eos!r}, which is not among its special_tokens'
             )
+        taken = {rank for rank in self.ranks.values() if rank in special.values()}
+        if taken:
+            raise RequestError(
+                f"{files.place(files.description)}: special token {min(taken)} has the id of a token of {files.path}: "
+                f"give ids from {max(self.ranks.values()) + 1} on"
+            )
         try:
             self._encoding = tiktoken.Encoding(
-                files.name, pat_str=self.description.pattern, mergeable_ranks=_ranks(files), special_tokens=special
+                files.name, pat_str=self.description.pattern, mergeable_ranks=dict(self.ranks), special_tokens=special
             )
         except (ValueError, KeyError, AssertionError, OverflowError) as error:  # of its core, which is not Python's
             raise DamagedError(
@@ -86,7 +97,7 @@ class TiktokenTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """See the base class."""
-        return self._encoding.encode_ordinary(text)
+        return [number for part in _without_long_runs(text) for number in self._encoding.encode_ordinary(part)]
 
     def encode_rendered(self, text: str) -> list[int]:
         """See the base class."""
@@ -94,16 +105,32 @@ class TiktokenTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         """See the base class."""
-        special = set(self.description.special_tokens.values())
-        return self._encoding.decode([number for number in map(int, ids) if number not in special])
+        return b"".join(self._bytes.get(int(number), b"") for number in ids).decode("utf-8", "replace")
 
-    @property
+    @cached_property
+    def _bytes(self) -> dict[int, bytes]:
+        """The bytes of every id that is not special."""
+        return {rank: token for token, rank in self.ranks.items()}
+
+    @cached_property
     def ranks(self) -> Mapping[bytes, int]:
         """Ids of the byte strings that the file lists."""
         return _ranks(self.files)
 
     def _id(self, name: str | None) -> int:
         return -1 if name is None else self.description.special_tokens.get(name, -1)
+
+
+def _without_long_runs(text: str) -> Iterator[str]:
+    """`text` in pieces, cut only within runs that are longer than LONGEST_RUN, as Llama 3's own program does."""
+    start, block = 0, LONGEST_RUN // 2
+    blocks = (text[at : at + block] for at in range(0, len(text) - block, block) if len(text) > LONGEST_RUN)
+    if any(part.isspace() or len(part.split(maxsplit=1)[0]) == block for part in blocks):
+        for run in _RUN.finditer(text):
+            for cut in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN):
+                yield text[start:cut]
+                start = cut
+    yield text[start:]
 
 
 def _described(files: TokenizerFiles) -> Description:

@@ -96,6 +96,7 @@ class _Row:
 
     def __init__(self, request: GenerationRequest, tokenizer: Tokenizer) -> None:
         self.request, self.eod, self.ends = request, tokenizer.eod, tokenizer.ends
+        self.vocab_size = tokenizer.vocab_size
         self.ids: list[int] = []
         self.reason: FinishReason | None = None
         self._stream = TextStream(tokenizer, request.prompt, request.stop)
@@ -106,7 +107,7 @@ class _Row:
         if self.reason:
             return self.eod
         seen = torch.tensor([*self.request.prompt, *self.ids], device=logits.device)
-        return self._sampler.choose(logits, seen)
+        return self._sampler.choose(logits[: self.vocab_size], seen)  # no rows that only fill up an embedding
 
     def take(self, token: int, on_text: OnText | None) -> None:
         """Append an id, pass on its text, and check whether the sequence has ended."""

@@ -57,6 +57,23 @@ def test_ids_are_those_of_tiktoken(tmp_path: Path, text: str) -> None:
     assert (ours.vocab_size, ours.eod, ours.bos, ours.pad) == (theirs.n_vocab, 300, -1, -1)
 
 
+@pytest.mark.parametrize("letter", [" ", "x", "\n", "日"])
+def test_very_long_runs_do_not_overflow_the_stack_of_tiktoken(tmp_path: Path, letter: str) -> None:
+    ours = open_tokenizer(tiktoken_file(tmp_path))
+    theirs = tiktoken.Encoding("small", pat_str=PATTERN, mergeable_ranks=ranks(), special_tokens={})
+    text = "a " + letter * 90_000 + " the end"
+    assert ours.encode(text) == theirs.encode_ordinary(text)  # as long as the library can
+    text = "the " + letter * 600_000 + " the"
+    assert ours.decode(ours.encode(text)) == text
+
+
+def test_ids_that_no_token_has_give_nothing(folder: Path, tmp_path: Path) -> None:
+    """As of the rows that only fill up a published model's embedding."""
+    for tokenizer in (open_tokenizer(folder), open_tokenizer(tiktoken_file(tmp_path)), data_cases.tokenizer(tmp_path)):
+        beyond = [tokenizer.vocab_size, tokenizer.vocab_size + 7]
+        assert tokenizer.decode([*tokenizer.encode("the end"), *beyond]) == "the end"
+
+
 def test_a_folder_stands_for_the_tokenizer_in_it(folder: Path, tmp_path: Path) -> None:
     assert tokenizer_in(folder) == folder / "tokenizer.json"
     assert tokenizer_fingerprint(folder) == open_tokenizer(folder).fingerprint
@@ -123,6 +140,12 @@ def unnamed_end(path: Path) -> None:
     file.with_name("small.tiktoken.json").write_text(json.dumps({"pattern": PATTERN, "special_tokens": {START: 300}}))
 
 
+def taken_id(path: Path) -> None:
+    """A special token with the id of another token."""
+    file = tiktoken_file(path)
+    file.with_name("small.tiktoken.json").write_text(json.dumps({"pattern": PATTERN, "special_tokens": {END: 65}}))
+
+
 @pytest.mark.parametrize(
     ("make", "kind", "words"),
     [
@@ -133,6 +156,7 @@ def unnamed_end(path: Path) -> None:
         (lambda path: tiktoken_file(path, described=False), RequestError, "a tiktoken rank file, which holds neither"),
         (torn_ranks, DamagedError, "is not a tiktoken rank file"),
         (unnamed_end, RequestError, "which is not among its special_tokens"),
+        (taken_id, RequestError, "special token 65 has the id of a token of"),
         (lambda path: None, RequestError, "the folder holds neither tokenizer.json"),
     ],
 )
