@@ -62,7 +62,14 @@ const Charts = (() => {
       ctx.moveTo(at, bbox.top);
       ctx.lineTo(at, bbox.top + bbox.height);
       ctx.stroke();
-      ctx.fillText(name, left, bbox.top + (12 + 14 * row) * ratio);
+      const height = bbox.top + (12 + 14 * row) * ratio;
+      ctx.save();
+      ctx.setLineDash([]);
+      ctx.strokeStyle = colour("--card"); // read over what lies below it
+      ctx.lineWidth = 4 * ratio;
+      ctx.strokeText(name, left, height);
+      ctx.restore();
+      ctx.fillText(name, left, height);
     }
     ctx.restore();
   };
