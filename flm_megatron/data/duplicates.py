@@ -87,7 +87,7 @@ def _datasketch() -> Any:
     try:
         import datasketch
     except ImportError:
-        raise RequestError("near duplicates are found by datasketch, which is not installed: install it") from None
+        raise RequestError("near duplicates need datasketch: pip install 'flm_megatron[data]'") from None
     return datasketch
 
 
