@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(object_store: ObjectStore, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
     """The same datasets in the store, whose blocks are small and whose pauses short."""
     monkeypatch.setenv("FLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(blocks, "BLOCK", 2048)
+    monkeypatch.setattr(blocks, "BLOCK", 4096)
     monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(retry, "ATTEMPTS", 3)
     for path in folder.iterdir():
@@ -67,7 +67,7 @@ def steps(data: DataConfig, count: int, start: int = 0) -> list[list[Batch]]:
 def test_samples_are_those_of_the_disk(store: ObjectStore, folder: Path) -> None:
     store.fail("get", r"\.bin$", status=500, after=3, times=2)
     store.drop("get", r"\.bin$", times=1)
-    assert equal(steps(data(store.url("corpus")), 60), steps(data(str(folder)), 60))
+    assert equal(steps(data(store.url("corpus")), 20), steps(data(str(folder)), 20))
     (ours,), (theirs,) = (validation_streams(data(root), 7).values() for root in (store.url("corpus"), str(folder)))
     assert equal(*(list(validation_batches(stream, 20, 8, 2, 0, 1)) for stream in (ours, theirs)))
     assert [SampleStream(data(store.url("corpus")), 7).names(index) for index in range(40)] == [
@@ -88,8 +88,8 @@ def test_every_block_comes_once_and_ahead_of_its_step(store: ObjectStore) -> Non
         waited += time.perf_counter() - began
     feed.close()
     sizes = [read_description(f"{url}/{name}").bin_bytes for name in "ab"]
-    assert store.count("get", r"\.bin$") <= sum(-(-size // 2048) for size in sizes)
-    assert waited < 1.0  # one by one, the blocks of these samples take over 5 s
+    assert store.count("get", r"\.bin$") <= sum(-(-size // 4096) for size in sizes)
+    assert waited < 1.0  # one by one, the blocks of these samples take longer
 
 
 def test_a_store_that_goes_on_failing_ends_in_one_line(store: ObjectStore) -> None:
