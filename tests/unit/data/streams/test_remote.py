@@ -24,6 +24,7 @@ from flm_megatron.storage import retry
 from flm_megatron.storage.cache import blocks
 from tests.support import data_cases
 from tests.support.object_store import ObjectStore
+from tests.support.tokenizer_cases import TURN, hugging_face
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +142,17 @@ def test_tokenizers_conversations_and_texts_lie_in_the_store(store: ObjectStore,
     for read in (open_tokenizer, read_conversations, read_documents):
         with pytest.raises(RequestError, match=r"s3://.*/nothing is not there"):
             read(store.url("nothing"))
+
+
+def test_a_folder_of_a_tokenizer_lies_in_the_store(store: ObjectStore, tmp_path: Path) -> None:
+    """With the files beside it, that say how documents end and chats are written."""
+    here = hugging_face(tmp_path, eos=TURN)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        store.put(f"hf/{name}", (tmp_path / name).read_bytes())
+    for place in ("hf", "hf/tokenizer.json"):
+        found = open_tokenizer(store.url(place))
+        assert found.path == store.url("hf/tokenizer.json") and found.fingerprint == here.fingerprint
+        assert (found.eod, found.chat_template) == (here.eod, here.chat_template)
 
 
 def test_the_disk_pays_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
