@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 
+from flm_megatron.cli.options.output import add_json, print_json
 from flm_megatron.cli.options.parser import path, processes, real, take_overrides
 
 
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hardware", type=path, metavar="FILE", help="YAML that changes what is assumed of the machine"
     )
-    parser.add_argument("--json", action="store_true", help="print plain data instead of text")
+    add_json(parser)
     take_overrides(parser)
 
 
@@ -53,5 +53,5 @@ def run(args: argparse.Namespace) -> int:
 
     given = {name: getattr(args, name) for name in ("laws", "credit", "budget", "gpu", "gpus", "nodes_of", "hardware")}
     advice = advise(open_run(args.run_file, args.overrides), pilots=args.pilot, **given)
-    print(json.dumps(advice.to_dict(), indent=1) if args.json else advice)
+    print_json(advice.to_dict()) if args.json else print(advice)
     return 0

@@ -6,9 +6,14 @@ With --from-hf, print a run file whose first stage is the model of a Hugging Fac
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
+from flm_megatron.cli.options.output import add_json, print_json
 from flm_megatron.cli.options.parser import path
 from flm_megatron.json_text import Json
+
+if TYPE_CHECKING:
+    from flm_megatron.config.fields import Field
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from-hf", metavar="DIR", type=path, help="print a run file that starts from this Hugging Face folder"
     )
+    add_json(parser)
     parser.epilog = (
         "With a run file, any field can be overridden: --stages.0.parallel.tensor 2. The rules of the run file and of "
         "its growths are checked, and exit status 2 lists what breaks them; data, tokenizers and checkpoints need not "
@@ -30,23 +36,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the fields or the resolved run."""
-    print(_from_folder(args) if args.from_hf else _resolved(args) if args.run_file else _fields(args), end="")
+    if args.from_hf:
+        found = _from_folder(args)
+        print_json(found) if args.json else print(_yaml(found), end="")
+    elif args.run_file:
+        found = _resolved(args)
+        print_json(found) if args.json else print(_yaml(found).removesuffix("...\n"), end="")  # after a single value
+    elif args.json:
+        print_json({"fields": [vars(field) for field in _chosen_fields(args)]})
+    else:
+        print(_fields(args), end="")
     return 0
 
 
-def _from_folder(args: argparse.Namespace) -> str:
+def _yaml(data: Json) -> str:
+    from flm_megatron.config.yaml_text import format_yaml
+
+    return format_yaml(data)
+
+
+def _from_folder(args: argparse.Namespace) -> Json:
     """A run file of a folder's model."""
     from flm_megatron.checkpoint.hugging_face.run_file import run_file_of_folder
-    from flm_megatron.config.yaml_text import format_yaml
     from flm_megatron.errors import RequestError
 
     if args.run_file or args.field or args.overrides:
         raise RequestError("--from-hf stands alone: override the fields of the run file that it prints")
-    return format_yaml(run_file_of_folder(args.from_hf))
+    return run_file_of_folder(args.from_hf)
 
 
 def _fields(args: argparse.Namespace) -> str:
     """One block for each field: path, type and default, then its help text."""
+    blocks = [_block(f.path, f.type, f.default, f.help) for f in _chosen_fields(args)]
+    return "\n".join(blocks if args.field else [*blocks, _merged_keys()])
+
+
+def _chosen_fields(args: argparse.Namespace) -> list[Field]:
+    """The fields that are asked for."""
     from flm_megatron.config.fields import all_fields
     from flm_megatron.config.messages import nearest
     from flm_megatron.errors import RequestError
@@ -57,8 +83,7 @@ def _fields(args: argparse.Namespace) -> str:
     found = [f for f in all_fields() if not wanted or f.path == wanted or f.path.startswith(f"{wanted}.")]
     if not found:
         raise RequestError(f"--field {args.field}: no such field, {nearest(wanted, [f.path for f in all_fields()])}")
-    blocks = [_block(f.path, f.type, f.default, f.help) for f in found]
-    return "\n".join(blocks if wanted else [*blocks, _merged_keys()])
+    return found
 
 
 def _merged_keys() -> str:
@@ -84,17 +109,15 @@ def _without_indices(path: str | None) -> str:
     return ".".join(part for part in (path or "").split(".") if not part.isdigit())
 
 
-def _resolved(args: argparse.Namespace) -> str:
+def _resolved(args: argparse.Namespace) -> Json:
     from flm_megatron.checkpoint.run_file import open_run
     from flm_megatron.config.loader import run_to_dict
-    from flm_megatron.config.yaml_text import format_yaml
     from flm_megatron.growth.foreseen import check_run_file
 
     config = open_run(args.run_file, args.overrides)
     check_run_file(config)
     data = run_to_dict(config)
-    picked = _picked(data, args.field.split(".")) if args.field else data
-    return format_yaml(picked).removesuffix("...\n")  # YAML's mark after a single value
+    return _picked(data, args.field.split(".")) if args.field else data
 
 
 def _picked(data: Json, keys: list[str]) -> Json:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from flm_megatron.cli.options.output import add_json, print_json
 from flm_megatron.cli.options.parser import path, real, whole
 
 if TYPE_CHECKING:
     from flm_megatron.config.schema import RunConfig
+    from flm_megatron.launch.doctor.findings import Finding
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rehearse", action="store_true", help="run a rank of every role through one step, without values"
     )
+    add_json(parser)
     parser.epilog = "Exit status 2 if something would stop the run. Start it as `flm train` would be, on every node."
     parser.set_defaults(accepts_overrides=True)
 
@@ -33,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     from flm_megatron.checkpoint.run_file import open_run
     from flm_megatron.distributed.world import launched
-    from flm_megatron.launch.doctor.findings import render, status_of
+    from flm_megatron.launch.doctor.findings import status_of
     from flm_megatron.launch.doctor.host import Place, examine_host, facts
     from flm_megatron.launch.run import local_processes
 
@@ -42,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if not launched():
         here = max((local_processes(config, stage) for stage in config.stages), default=1)
         findings = examine_host(config, Place(here, None, args.port, size), args.rehearse)
-        print(render(findings))
+        _show(findings, args.json)
         return status_of(findings)
     from flm_megatron.launch.doctor.peers import examine_together
 
@@ -54,8 +57,18 @@ def run(args: argparse.Namespace) -> int:
     own = examine_host(config, Place(here, world, None, size), rehearse) if leader else []
     findings, status = examine_together(config, own, facts(config) if leader else {}, args.timeout_s)
     if findings:
-        print(render(findings), flush=True)
+        _show(findings, args.json)
     return status
+
+
+def _show(findings: list[Finding], as_json: bool) -> None:
+    """Print the findings: each with level (ok, warn, stop), topic, text and host, or a line for each topic."""
+    from flm_megatron.launch.doctor.findings import render, status_of
+
+    if as_json:
+        print_json({"findings": [vars(finding) for finding in findings], "would_fail": bool(status_of(findings))})
+    else:
+        print(render(findings), flush=True)
 
 
 def largest_checkpoint(run: RunConfig) -> int | None:

@@ -43,14 +43,12 @@ COMMANDS = {
     "status": "how a run stands, live with --watch",
     "track": "send a run to its trackers: what is not sent yet",
     "report": "a run, or several compared, as one HTML page",
+    "completion": "print a script by which a shell completes commands and options",
 }
+ALL = "*"
 FOLDERS = {
-    "init": "setup.",
-    "distance": "shape.",
-    "grow": "shape.",
-    "importance": "shape.",
-    "refit": "shape.",
-    "shrink": "shape.",
+    **dict.fromkeys(("completion", "init"), "setup."),
+    **dict.fromkeys(("distance", "grow", "importance", "refit", "shrink"), "shape."),
 }
 """Folder of a command's file, where it is not `cli/` itself."""
 
@@ -118,6 +116,11 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
+def whole_parser() -> Parser:
+    """The parser with the arguments of every command."""
+    return _parser(ALL)
+
+
 def _parser(wanted: str | None) -> Parser:
     """The parser, with the arguments of the wanted command only, so that help starts fast."""
     from flm_megatron import __version__
@@ -127,7 +130,7 @@ def _parser(wanted: str | None) -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, allow_abbrev=False)
-        if name == wanted:
+        if wanted in (name, ALL):
             _fill(command, name)
     return parser
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from flm_megatron.cli.options.output import add_json, print_json
 from flm_megatron.cli.options.parser import path, positive, processes, real, take_overrides
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rehearse a rank of every role too, and show its memory, arithmetic and transfers beside the plan; with "
         "--search of each layout that it shows",
     )
-    parser.add_argument("--json", action="store_true", help="print plain data instead of tables")
+    add_json(parser)
     take_overrides(parser)
 
 
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         require_picture(args.plot, "--plot")
     chosen = _search if args.search else _plan if args.budget is None else _budget
     text, data = chosen(config, args)
-    print(json.dumps(data, indent=1) if args.json else text)
+    print_json(data) if args.json else print(text)
     return 0
 
 

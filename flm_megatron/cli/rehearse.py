@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 
+from flm_megatron.cli.options.output import add_json, print_json
 from flm_megatron.cli.options.parser import count, path, processes, take_overrides
 
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--trace", type=path, metavar="FILE", help="write the step as a Chrome trace (JSON)")
     parser.add_argument("--plot", type=path, metavar="FILE", help="draw the step of all pipeline ranks (.png, .svg)")
-    parser.add_argument("--json", action="store_true", help="print plain data instead of tables")
+    add_json(parser)
     take_overrides(parser)
 
 
@@ -39,6 +39,6 @@ def run(args: argparse.Namespace) -> int:
     which = {name: getattr(args, name) for name in ("gpus", "stage", "rank", "workers")}
     timed = {name: getattr(args, name) for name in ("gpu", "nodes_of", "hardware", "trace", "plot")}
     found = rehearse(config, **which, **timed)
-    print(json.dumps(found.to_dict(), indent=1) if args.json else found)
+    print_json(found.to_dict()) if args.json else print(found)
     found.require_fit()
     return 0

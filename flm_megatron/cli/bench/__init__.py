@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flm_megatron.cli.bench.calibrate import calibrate
+from flm_megatron.cli.options.output import add_json
 from flm_megatron.cli.options.parser import count, path, positive, processes, take_overrides
 from flm_megatron.errors import RequestError
 from flm_megatron.paths import require_folder
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--profile", type=count, default=3, metavar="STEPS", help="steps that are divided into parts (default 3)"
     )
     parser.add_argument("--out", type=path, metavar="DIR", help="also write bench-STAGE.md, .json and .svg here")
+    add_json(parser)
     take_overrides(parser)
 
 
@@ -58,10 +61,10 @@ def run(args: argparse.Namespace) -> int:
     report = benchmark(_request(config, args), wanted)
     if report is None:  # another rank reports
         return 0
-    print(report.markdown(), end="")
+    print(report.json() if args.json else report.markdown().rstrip("\n"))
     if args.out is not None:
         paths = report.write(args.out, f"bench-{config.stages[0].name}")
-        print("\nwritten: " + ", ".join(map(str, paths)))
+        print("\nwritten: " + ", ".join(map(str, paths)), file=sys.stderr if args.json else sys.stdout)
     return 0
 
 

@@ -16,7 +16,7 @@ def calibrate(args: argparse.Namespace) -> int:
     """
     from flm_megatron.benchmarking.calibrate import calibrate as measure
 
-    for name in ("run_file", "stage", "layers", "layouts", "compare", "out"):
+    for name in ("run_file", "stage", "layers", "layouts", "compare", "out", "json"):
         if getattr(args, name):
             shown = "a run file" if name == "run_file" else f"--{name}"
             raise RequestError(f"--calibrate measures this device alone: leave out {shown}")

@@ -9,6 +9,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from flm_megatron.cli.checkpoint.options import add_vocab_size
+from flm_megatron.cli.options.output import add_json, print_json
 from flm_megatron.cli.options.parser import location, real
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="allowed difference of values over the largest magnitude in the tensor (default 0: equal values)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser)
     add_vocab_size(parser)
 
 
@@ -37,22 +38,17 @@ def run(args: argparse.Namespace) -> int:
     comparison = compare(args.first, args.second, vocab_size=args.vocab_size)
     beyond = comparison.beyond(args.tolerance)
     if is_first_process():
-        print(_as_json(comparison, beyond) if args.json else _as_text(comparison, beyond))
+        print_json(_data(comparison, beyond)) if args.json else print(_as_text(comparison, beyond))
     return 1 if beyond else 0
 
 
-def _as_json(comparison: Comparison, beyond: list[str]) -> str:
-    import json
-
-    differences = {name: vars(difference) for name, difference in comparison.differences.items()}
-    return json.dumps(
-        {
-            "differences": differences,
-            "only_first": comparison.only_first,
-            "only_second": comparison.only_second,
-            "beyond_tolerance": beyond,
-        }
-    )
+def _data(comparison: Comparison, beyond: list[str]) -> dict[str, object]:
+    return {
+        "differences": {name: vars(difference) for name, difference in comparison.differences.items()},
+        "only_first": comparison.only_first,
+        "only_second": comparison.only_second,
+        "beyond_tolerance": beyond,
+    }
 
 
 def _as_text(comparison: Comparison, beyond: list[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from flm_megatron.cli.checkpoint.options import add_vocab_size
+from flm_megatron.cli.options.output import add_json, print_json
 from flm_megatron.cli.options.parser import location
 
 
@@ -12,13 +13,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm checkpoint verify`."""
     parser.add_argument("path", type=location, help="checkpoint")
     parser.add_argument("--quick", action="store_true", help="sizes and structure only, without reading values")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser)
     add_vocab_size(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print what is wrong; returns 1 if something is."""
-    import json
     import sys
 
     from flm_megatron.api.verify import verify
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     result = verify(args.path, quick=args.quick, vocab_size=args.vocab_size)
     if is_first_process() and args.json:
-        print(json.dumps({"path": str(args.path), "looked_at": result.looked_at, "problems": result.problems}))
+        print_json({"path": args.path, "looked_at": result.looked_at, "problems": result.problems})
     elif is_first_process():
         for problem in result.problems:
             print(f"flm checkpoint verify: {problem}", file=sys.stderr)

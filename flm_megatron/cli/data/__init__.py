@@ -11,6 +11,7 @@ from flm_megatron.cli.data import adopt as data_adopt
 from flm_megatron.cli.data import build as data_build
 from flm_megatron.cli.data import screen as data_screen
 from flm_megatron.cli.data import tokenizer as data_tokenizer
+from flm_megatron.cli.options.output import add_json, print_json
 from flm_megatron.cli.options.parser import path, place, vocabulary, whole
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def _add_corpus(parser: argparse.ArgumentParser, inputs: str = "+") -> None:
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prefixes", nargs="+", type=place, metavar="PREFIX", help="as given to `flm data build --out`")
+    add_json(parser)
     parser.set_defaults(run_data=_verify)
 
 
@@ -92,10 +94,14 @@ def _verify(args: argparse.Namespace) -> int:
 
     from flm_megatron.data.corpus.verify import verify_dataset
 
+    found = {}
     for prefix in args.prefixes:
         with tqdm(unit="B", unit_scale=True, desc="verify", disable=not sys.stderr.isatty()) as bar:
-            description = verify_dataset(prefix, bar.update)
-        print(f"nothing wrong: {described(str(prefix), description)}")
+            found[str(prefix)] = verify_dataset(prefix, bar.update)
+        if not args.json:
+            print(f"nothing wrong: {described(str(prefix), found[str(prefix)])}")
+    if args.json:
+        print_json({prefix: vars(description) for prefix, description in found.items()})
     return 0
 
 

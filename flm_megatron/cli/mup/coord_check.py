@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flm_megatron.cli.mup.stage import chosen_stage
+from flm_megatron.cli.options.output import add_json, print_json
 from flm_megatron.cli.options.parser import layers, path, positive, real, width
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=positive, default=4, help="runs of each width, averaged")
     parser.add_argument("--lr", type=real(0.0, above=True), default=2e-3, help="learning rate at the base width")
     parser.add_argument("--tolerance", type=real(0.0), default=0.2, help="largest deviation of a power of the width")
+    add_json(parser)
     parser.add_argument("--plot", type=path, default=Path("coord-check.png"), help="file of the plot")
 
 
@@ -42,10 +44,15 @@ def run(args: argparse.Namespace) -> int:
     results = {}
     for name, mup in (("muP", True), ("standard parametrization", False)):
         results[name] = coordinate_check(settings, mup)
-        print(f"{name}, {args.steps} steps, mean absolute values by width")
-        print("\n".join(table(settings.widths, results[name], args.tolerance if mup else None)), end="\n\n")
+        if not args.json:
+            print(f"{name}, {args.steps} steps, mean absolute values by width")
+            print("\n".join(table(settings.widths, results[name], args.tolerance if mup else None)), end="\n\n")
     plot(settings.widths, results, args.plot)
     broken = [found for found in results["muP"] if not found.holds(args.tolerance)]
+    if args.json:
+        measured = {name: [vars(each) for each in found] for name, found in results.items()}
+        print_json({"widths": settings.widths, "results": measured, "plot": args.plot, "holds": not broken})
+        return 1 if broken else 0
     print(f"plot: {args.plot}")
     if broken:
         print(f"muP is broken: {len(broken)} of {len(results['muP'])} sizes do not follow the width as they should")

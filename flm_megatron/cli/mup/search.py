@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flm_megatron.cli.mup.stage import chosen_stage
+from flm_megatron.cli.options.output import add_json, print_json
 from flm_megatron.cli.options.parser import layers, path, positive, real, seed, width
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=seed, default=1234, help="seed of the draws")
     parser.add_argument("--jobs", type=positive, default=1, help="processes that train trials at the same time")
+    add_json(parser)
     parser.add_argument(
         "--out", type=path, help="file that gets each run as a line of JSON when it ends; those in it are not run again"
     )
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print each trial and the values of the best; returns 1 if none is stable."""
     from flm_megatron.checkpoint.run_file import open_run
-    from flm_megatron.hyperparameters.search import SearchSettings, search
+    from flm_megatron.hyperparameters.search import SearchSettings, best, search
     from flm_megatron.launch.preflight import resolve
     from flm_megatron.paths import require_file
 
@@ -75,9 +77,13 @@ def run(args: argparse.Namespace) -> int:
         values = " ".join(f"{name} {value:.3g}" for name, value in trial.values.items())
         state = "stable" if trial.stable else "unstable"
         line = f"trial {trial.number:3} loss {trial.loss:.4f} gradient norm rise {trial.rise:+.2f} {state}: {values}"
-        print(line, flush=True)
+        print(line, flush=True, file=sys.stderr if args.json else sys.stdout)
         if args.out and trial.key not in known:
             _append(args.out, asdict(trial))
+    if args.json:
+        found = best(trials)
+        print_json({"trials": [asdict(trial) for trial in trials], "best": None if found is None else found.number})
+        return 0 if found else 1
     return _print_best(trials)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from flm_megatron.cli.options.output import add_json, print_json
 from flm_megatron.cli.options.parser import location, path, whole
 from flm_megatron.paths import require_file, require_picture
 
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=path, metavar="FILE", help="write the distances as JSON, for `flm grow --distances`"
     )
     parser.add_argument("--plot", type=path, metavar="FILE", help="draw the distances into a picture")
+    add_json(parser)
     parser.set_defaults(accepts_overrides=True)
 
 
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     config = open_run(args.run_file, args.overrides)
     found = layer_distances(args.checkpoint, config, text=args.text, samples=args.samples)
     if is_first_process():
-        print(distance_table(found))
+        print_json({"layers": [vars(layer) for layer in found]}) if args.json else print(distance_table(found))
         if args.out:
             write_distances(found, args.out)
         if args.plot:

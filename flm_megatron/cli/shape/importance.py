@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from flm_megatron.cli.options.output import add_json, print_json
 from flm_megatron.cli.options.parser import location, path, whole
 from flm_megatron.cli.shape.changed_stage import require_no_stage
 from flm_megatron.growth.shrink.rules import CRITERIA
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"criterion of {dimension} (default: that of the --stage, or {criteria[0]})",
         )
     parser.add_argument("--out", type=path, metavar="FILE", help="write the importance, to shrink by")
+    add_json(parser)
     parser.epilog = EPILOG
     parser.set_defaults(accepts_overrides=True)
 
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print, and write what the options ask for; returns 0."""
     from flm_megatron.api.shape.importance import measure_importance
     from flm_megatron.distributed.launched import is_first_process
-    from flm_megatron.growth.shrink.table import importance_table
+    from flm_megatron.growth.shrink.table import importance_data, importance_table
     from flm_megatron.paths import require_file
 
     if args.out:
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         args.checkpoint, run, stage=stage, text=args.text, samples=args.samples, criteria=criteria
     )
     if is_first_process():
-        print(importance_table(found))
+        print_json(importance_data(found)) if args.json else print(importance_table(found))
         if args.out:
             found.save(args.out)
     return 0

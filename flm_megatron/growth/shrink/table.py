@@ -28,6 +28,23 @@ def importance_table(importance: Importance) -> str:
     return "\n".join(rows)
 
 
+def importance_data(importance: Importance) -> dict[str, object]:
+    """The same numbers as plain data: `layers`, and mean and spread of `ffn` and `heads`, have an entry per layer."""
+    return {
+        "criteria": dict(importance.criteria),
+        "samples": importance.samples,
+        "tokens": importance.tokens,
+        "layers": importance.layers.tolist(),
+        "ffn": [_summary(units) for units in importance.ffn],
+        "heads": [_summary(units) for units in importance.heads],
+        "hidden": _summary(importance.hidden),
+    }
+
+
+def _summary(units: Tensor) -> dict[str, float]:
+    return {"mean": float(units.mean()), "spread": _spread(units)}
+
+
 def _spread(units: Tensor) -> float:
     """Standard deviation over the mean."""
     return float(units.std(correction=0) / units.mean())
