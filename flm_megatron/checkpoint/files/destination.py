@@ -94,7 +94,8 @@ def reserved(path: Path, processes: Processes, nbytes: int) -> Iterator[None]:
     process is writing it, or if `nbytes` do not fit on its disk.
     """
     if isinstance(path, ObjectPath):  # `new_folder` claims it, and a store has no end
-        yield
+        with _sigterm_is_an_error(processes):
+            yield
         return
     processes.on_first(lambda: _make_room_for_lease(path, nbytes))
     advice = "wait until it has ended, or choose another destination"
