@@ -73,7 +73,6 @@ class Writer:
             raise RequestError(f"dataset {self._prefix.name} would have no documents: give more text")
         lengths, data = file_of(self._prefix, "lengths"), file_of(self._prefix, "bin")
         write_index(file_of(self._prefix, "idx"), lengths, self._dtype)
-        lengths.unlink()
         description = Description(
             tokens=self.written.tokens,
             text_bytes=self.written.text_bytes,

@@ -105,6 +105,19 @@ def test_a_build_killed_among_its_renames_ends(
     assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
 
 
+def test_a_build_killed_after_its_last_document_ends(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When its files are finished, but not yet known to be: nothing that it goes on from is gone by then."""
+    straight = build(texts(), tokenizer, tmp_path / "straight" / "set", OPTIONS)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "sync_tree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        build(texts(), tokenizer, tmp_path / "killed" / "set", OPTIONS)
+    again = build(texts(), tokenizer, tmp_path / "killed" / "set", OPTIONS)
+    assert list(again.datasets.values()) == list(straight.datasets.values()) and again.resumed == len(texts())
+    assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
+
+
 def test_what_a_build_of_something_else_left_is_not_gone_on_with(tmp_path: Path, tokenizer: Tokenizer) -> None:
     def dying() -> Iterator[str]:
         yield from data_cases.texts(60)
