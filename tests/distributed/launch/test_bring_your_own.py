@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from flm_megatron.data.tokenizer import open_tokenizer
-from flm_megatron.engine.datasets import indexed_builder
+from flm_megatron.engine.prepare import prepare
 from flm_megatron.training.metrics.events import EvaluationEvent, GrowthEvent, RestartEvent, StepEvent, read_events
 from tests.support import REPOSITORY
 from tests.support.object_store import ObjectStore
@@ -30,19 +30,22 @@ KILLED_AFTER = 32
 """Steps of the first stage, of 80, after which the run is killed."""
 
 
-def blocks(folder: Path, port: int) -> tuple[str, list[list[str]]]:
-    """The page's run file, and its commands as they are typed in `folder`, with the bucket and port of the test."""
+def blocks(port: int) -> tuple[str, list[list[str]]]:
+    """The page's run file, and its commands as they are typed, with the bucket and port of the test."""
     text = (REPOSITORY / "docs" / "bring-your-own.md").read_text(encoding="utf-8")
     text = text.replace("BUCKET", os.environ["TEST_BUCKET"]).replace("9464", str(port))
-    (run_file,) = re.findall(r"^```yaml\n(.*?)^```", text, flags=re.M | re.S)
-    typed = re.findall(r"^```\n(.*?)^```", text, flags=re.M | re.S)
-    return run_file, [line.split()[1:] for block in typed for line in block.splitlines()]
+    found = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.M | re.S)
+    (run_file,) = (block for kind, block in found if kind == "yaml")
+    return run_file, [line.split()[1:] for kind, block in found if not kind for line in block.splitlines()]
 
 
 def preprocessed(folder: Path) -> None:
     """What preprocess_data.py leaves, with its tokenizer, and a text of its own."""
+    prepare()
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
     tokenizer = hugging_face(folder)
-    builder = indexed_builder(str(folder / "corpus_text_document.bin"), numpy.uint16)
+    builder = IndexedDatasetBuilder(str(folder / "corpus_text_document.bin"), dtype=numpy.uint16)
     for text in prose(60)[4:]:
         ids = numpy.array([*tokenizer.encode(text), tokenizer.eod], dtype=numpy.uint16)
         builder.add_document(ids, [len(ids)])
@@ -99,10 +102,11 @@ def wait_for_step(port: int, step: int, process: subprocess.Popen[str]) -> float
 @pytest.mark.slow
 def test_the_page(object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEST_BUCKET", object_store.url().removeprefix("s3://").strip("/"))
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     preprocessed(tmp_path)
-    run_file, (adopt, config, train, *after) = blocks(tmp_path, port)
+    run_file, (adopt, config, train, *after) = blocks(port)
     (tmp_path / "run.yaml").write_text(run_file)
     assert "documents end with id 0" in done(tmp_path, adopt)
     done(tmp_path, config)
