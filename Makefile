@@ -20,10 +20,12 @@ quickstart: $(INSTALLED)
 	$(BIN)/python examples/quickstart.py
 
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -m "not slow and not gpu" -n 2 tests/unit
+	$(BIN)/pytest -m "not slow and not gpu" --ignore tests/unit
 
 test-all: $(INSTALLED)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 tests/unit
+	$(BIN)/pytest --ignore tests/unit
 
 # The same tests on another Python, and so on the megatron-core that it gets: `make test-engine PYTHON=python3.12`.
 test-engine:
