@@ -201,6 +201,7 @@ class Building:
             writer.sync()
         if self._kept is not None:
             self._kept.sync()
+        sync(self._folder)  # the names of these files too, before what counts on them
         self.progress().write(self._folder)
         self._saved = time.monotonic()
 
