@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be bytes that are no text
     try:
-        args = _parsed(arguments)
+        args = parsed(arguments)
     except UsageError as error:
         print(error, file=sys.stderr)
         return error.status
@@ -105,7 +105,7 @@ def _has_joined() -> bool:
     return groups is not None and groups.joined
 
 
-def _parsed(arguments: list[str]) -> argparse.Namespace:
+def parsed(arguments: list[str]) -> argparse.Namespace:
     """The arguments, with what a command takes as `overrides` of its run file. Raises UsageError."""
     parser = _parser(arguments[0] if arguments else None)
     args, rest = parser.parse_known_args(arguments)
