@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,9 @@ class Samples:
 
     def check_budget(self, samples: int) -> None:
         """There is no end."""
+
+    def want(self, indices: Iterable[int]) -> None:
+        """They are made when they are asked for."""
 
 
 def teacher_tensors() -> dict[str, torch.Tensor]:
