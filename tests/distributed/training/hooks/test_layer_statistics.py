@@ -51,11 +51,12 @@ def test_they_are_those_of_the_whole_model(pool: Pool) -> None:
     assert len(single) == 4 * STAGE.model.num_layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [
         ParallelConfig(tensor=2, pipeline=2, sequence=True, data=1),
-        pytest.param(ParallelConfig(tensor=2, data=2, distributed_optimizer=True), marks=pytest.mark.slow),
+        ParallelConfig(tensor=2, data=2, distributed_optimizer=True),
     ],
 )
 def test_they_do_not_depend_on_the_layout(pool: Pool, layout: ParallelConfig) -> None:

@@ -65,6 +65,7 @@ def steps(data: DataConfig, count: int, start: int = 0) -> list[list[Batch]]:
     return found
 
 
+@pytest.mark.slow
 def test_samples_are_those_of_the_disk(store: ObjectStore, folder: Path) -> None:
     store.fail("get", r"\.bin$", status=500, after=3, times=2)
     store.drop("get", r"\.bin$", times=1)
