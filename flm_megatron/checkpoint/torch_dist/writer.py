@@ -153,13 +153,14 @@ def _finish(folder: Path, path: Path, results: list[Written], manifest: Manifest
 
 
 def _small_files(tensors: Mapping[str, TensorInfo], records: Iterable[Record], step: int) -> dict[str, bytes]:
-    """The other files of every folder of this format."""
+    """The other files of every folder of this format, to be written in this order: COMMON, which says that it is ours
+    and so needs a manifest, before METADATA, without which it is no checkpoint."""
     common = io.BytesIO()
     torch.save({"checkpoint_version": 3.0, "iteration": step, OURS: VERSION}, common)
     return {
+        COMMON: common.getvalue(),
         METADATA: pickle.dumps(_metadata(tensors, records)),
         FORMAT: json.dumps(KIND).encode(),
-        COMMON: common.getvalue(),
     }
 
 

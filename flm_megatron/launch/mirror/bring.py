@@ -9,7 +9,7 @@ from flm_megatron.checkpoint.files.manifest import MANIFEST, read_manifest
 from flm_megatron.checkpoint.store import STEP, CheckpointStore
 from flm_megatron.durable import make_folders, sync
 from flm_megatron.errors import DamagedError, RequestError
-from flm_megatron.launch.mirror.files import BROUGHT, checkpoint_of, checkpoints_of, in_a_step, is_kept
+from flm_megatron.launch.mirror.files import BROUGHT, checkpoint_of, checkpoints_of, in_a_step, in_order, is_kept
 from flm_megatron.storage.store import ObjectInfo, below, download
 
 CHECKPOINTS = "checkpoints"
@@ -65,8 +65,7 @@ def _bring_checkpoint(objects: dict[str, ObjectInfo], folder: Path, path: str) -
     wanted = {f"{path}/{name}": entry.size for name, entry in (manifest.files if manifest else {}).items()}
     if any(name not in objects or objects[name].size != size for name, size in wanted.items()):
         return False
-    others = [name for name in objects if name.startswith(f"{path}/") and name != f"{path}/{MANIFEST}"]
-    for name in (*others, f"{path}/{MANIFEST}"):
+    for name in in_order((name for name in objects if name.startswith(f"{path}/")), {path}):
         _fetch(objects[name], folder / name)
     return True
 

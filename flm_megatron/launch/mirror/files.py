@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from flm_megatron.checkpoint.files.destination import PARTIAL
 from flm_megatron.checkpoint.files.manifest import MANIFEST
 from flm_megatron.checkpoint.store import STEP
+from flm_megatron.checkpoint.torch_dist.common import COMMON
 
 BROUGHT = ".brought"
 """Suffix of a file while it is brought from the store."""
@@ -66,9 +67,13 @@ def checkpoint_of(name: str, checkpoints: set[str]) -> str | None:
 
 
 def in_order(names: Iterable[str], checkpoints: set[str]) -> Iterator[str]:
-    """Metrics and the like first, then each checkpoint, its manifest last: what is there was trained with metrics."""
+    """Metrics and the like first, then each checkpoint, its manifest last: what is there was trained with metrics.
 
-    def place(name: str) -> tuple[str, bool, str]:
-        return checkpoint_of(name, checkpoints) or "", PurePosixPath(name).name == MANIFEST, name
+    First of a checkpoint is COMMON, which tells readers that one without a manifest is half and not another program's.
+    """
+
+    def place(name: str) -> tuple[str, bool, bool, str]:
+        own = PurePosixPath(name).name
+        return checkpoint_of(name, checkpoints) or "", own == MANIFEST, own != COMMON, name
 
     yield from sorted(names, key=place)

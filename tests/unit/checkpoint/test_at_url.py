@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
+from flm_megatron.checkpoint.files.at_url import remove_at_url
 from flm_megatron.checkpoint.files.manifest import verify
 from flm_megatron.checkpoint.logical import Region
 from flm_megatron.checkpoint.manifest import Manifest, StagePosition
@@ -21,7 +22,7 @@ from flm_megatron.cli.main import main
 from flm_megatron.distributed.processes import Processes
 from flm_megatron.errors import DamagedError, RequestError
 from flm_megatron.storage import reading, retry, store, writing
-from flm_megatron.storage.path import location
+from flm_megatron.storage.path import ObjectPath, location
 from tests.support.checkpoint_cases import Memory
 from tests.support.object_store import ObjectStore
 from tests.support.pool import Pool, RankFailed
@@ -122,6 +123,32 @@ def test_what_a_killed_writer_leaves_is_no_checkpoint(object_store: ObjectStore,
     with pytest.raises(RequestError, match="left it half"):
         saved(url)
     assert object_store.get("step/.metadata") == b"half"
+
+
+def names_asked(object_store: ObjectStore, *operations: str) -> list[str]:
+    return [one.key.rpartition("/")[2] for one in object_store.requests if one.operation in operations]
+
+
+def test_at_no_moment_of_writing_or_removing_is_half_taken_for_whole(object_store: ObjectStore) -> None:
+    """Whatever object is the last that a process wrote or removed before it was killed."""
+    url = object_store.url("step")
+    saved(url)
+    written = names_asked(object_store, "put", "complete")
+    objects = {name: object_store.get(f"step/{name}") for name in written if name != ".writing"}
+    assert written[0] == ".writing" and written[-1] == "manifest.json" and len(objects) == len(written) - 1
+    object_store.requests.clear()
+    remove_at_url(ObjectPath(url))
+    removed = names_asked(object_store, "delete")
+    assert sorted(removed) == sorted(objects)
+    states = [written[1:count] for count in range(1, len(written))]
+    states += [removed[count:] for count in range(1, len(removed))]
+    for number, state in enumerate(states):
+        half = object_store.url(f"half-{number}")
+        for name in state:
+            object_store.put(f"half-{number}/{name}", objects[name])
+        with pytest.raises((DamagedError, RequestError)):
+            open_checkpoint(half)
+        assert main(["checkpoint", "verify", half]) != 0, state
 
 
 def test_two_writers_and_what_is_there(object_store: ObjectStore) -> None:

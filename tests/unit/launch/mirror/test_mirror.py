@@ -46,7 +46,7 @@ def save(folder: Path, step: int) -> Path:
     """A checkpoint that is whole by its manifest."""
     path = folder / f"checkpoints/small/step_{step:08d}"
     path.mkdir(parents=True)
-    data = {"__0_0.distcp": b"weights" * 1000 * step, ".metadata": b"rest"}
+    data = {"__0_0.distcp": b"weights" * 1000 * step, ".metadata": b"rest", "common.pt": b"ours"}
     for name, content in data.items():
         (path / name).write_bytes(content)
     manifest = Manifest(files={name: file_entry(content) for name, content in data.items()})
@@ -136,6 +136,7 @@ def test_the_manifest_goes_last_and_goes_first(
         _until(lambda: not [key for key in object_store.all_keys() if "step_00000001" in key])
     asked = [(one.method, one.key.rsplit("/", 1)[-1]) for one in object_store.requests if "step_00000001" in one.key]
     puts = [name for method, name in asked if method == "PUT"]
+    assert puts.index("common.pt") < puts.index(".metadata")  # by which half is not taken for another program's
     assert puts[-1] == "manifest.json" and puts.count("manifest.json") == 1 and puts.count("__0_0.distcp") == 4
     assert next(name for method, name in asked if method == "DELETE") == "manifest.json"
 
