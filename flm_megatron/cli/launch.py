@@ -12,6 +12,8 @@ TOOLS = {"torchrun": "bash", "slurm": "sbatch", "kubernetes": "kubectl"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `flm launch`; anything else of the form `--field value` overrides the run file."""
+    from flm_megatron.launch.cluster.site import APIS
+
     parser.add_argument("run_file", type=path, help="run file (YAML), under a path that every node sees")
     parser.add_argument("--on", required=True, choices=TOOLS, help="what starts the processes")
     parser.add_argument("--nodes", type=processes, default=1, help="nodes (default 1)")
@@ -34,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--endpoint", help="torchrun: HOST:PORT of the first node (default: $HEAD_NODE:29400)")
     parser.add_argument("--time", default="1-00:00:00", help="Slurm: time limit of one job (default a day)")
     parser.add_argument("--partition", help="Slurm: partition")
+    parser.add_argument(
+        "--api",
+        choices=APIS,
+        default="trainjob",
+        help="Kubernetes: kind of job (default trainjob, of Kubeflow Trainer)",
+    )
+    parser.add_argument("--queue", help="Kubernetes: Kueue's queue that admits the job")
     parser.add_argument("--image", default="flm-megatron:latest", help="Kubernetes: container image")
     parser.add_argument("--claim", default="flm-megatron", help="Kubernetes: volume claim with data and runs")
     parser.epilog = (
@@ -45,9 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the script, or start it in place of this process."""
+    from dataclasses import fields
+
     from flm_megatron.checkpoint.run_file import open_run
     from flm_megatron.launch.cluster.job import plan_job
-    from flm_megatron.launch.cluster.script import Site, render
+    from flm_megatron.launch.cluster.script import render
+    from flm_megatron.launch.cluster.site import Site
     from flm_megatron.paths import require_folder
 
     config = open_run(args.run_file, args.overrides)
@@ -71,9 +83,7 @@ def run(args: argparse.Namespace) -> int:
         restarts=args.max_restarts,
         branch=args.branch,
     )
-    site = Site(
-        args.fabric, args.interface, args.rendezvous, args.endpoint, args.time, args.partition, args.image, args.claim
-    )
+    site = Site(**{each.name: getattr(args, each.name) for each in fields(Site)})
     text = render(job, args.on, site)
     if args.rehearse:
         from flm_megatron.api.rehearse import rehearse

@@ -117,10 +117,9 @@ def as_shell(variables: list[Variable]) -> str:
     return "\n".join(f"{_comment(each)}\nexport {each.name}={shlex.quote(each.value)}" for each in variables)
 
 
-def as_yaml(variables: list[Variable], indent: int) -> str:
+def as_yaml(variables: list[Variable]) -> str:
     """Entries of a container's `env`, each under its reason."""
-    lines = [f'{_comment(each)}\n- {{name: {each.name}, value: "{each.value}"}}' for each in variables]
-    return "\n".join(lines).replace("\n", "\n" + " " * indent)
+    return "\n".join(f'{_comment(each)}\n- {{name: {each.name}, value: "{each.value}"}}' for each in variables)
 
 
 def _comment(variable: Variable) -> str:

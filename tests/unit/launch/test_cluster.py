@@ -6,10 +6,8 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from flm_megatron.cli.main import main
 from flm_megatron.launch.cluster.environment import FABRICS, VARIABLES, environment
@@ -20,7 +18,13 @@ SCRIPTS = {
     "tiny.torchrun.sh": "tiny.yaml --on torchrun --device cpu --processes-per-node 4",
     "tele-flm-52b.elastic.sh": "tele-flm-52b.yaml --on torchrun --nodes 112 --fabric roce --interface eth0",
     "tele-flm-52b.static.sh": "tele-flm-52b.yaml --on torchrun --nodes 112 --rendezvous static --interface eth0",
-    "tele-flm-102b.kubernetes.yaml": "tele-flm-102b.yaml --on kubernetes --nodes 112 --fabric roce --interface eth0",
+    "tele-flm-102b.trainjob.yaml": "tele-flm-102b.yaml --on kubernetes --nodes 112 --fabric roce --interface eth0",
+    "tele-flm-52b.jobset.yaml": (
+        "tele-flm-52b.yaml --on kubernetes --api jobset --nodes 112 --fabric roce --interface eth0 --queue training"
+    ),
+    "tele-flm-102b.pytorchjob.yaml": (
+        "tele-flm-102b.yaml --on kubernetes --api pytorchjob --nodes 112 --fabric roce --interface eth0"
+    ),
     "tele-flm-1t.slurm.sh": "tele-flm-1t.yaml --on slurm --nodes 112 --interface ib0 --grace-s 570",
     "tele-flm.slurm.sh": "tele-flm.yaml --on slurm --nodes 112 --interface ib0 --grace-s 570",
     "flm-101b.slurm.sh": "flm-101b.yaml --on slurm --nodes 24 --interface ib0",
@@ -100,30 +104,6 @@ def test_slurm_chains_a_job_of_its_own_size_for_every_stage(run_file: Path, caps
     assert re.findall(r"^ +submit (\w+) (\d+)$", text, re.M) == [("one", "4"), ("two", "2")]
     assert "#SBATCH --ntasks-per-node=4" in text and "#SBATCH --gpus-per-node=4" in text
     assert "#SBATCH --signal=B:USR1@150" in text and "TORCH_ELASTIC" not in text
-
-
-def worker(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A manifest's spec, and the pod's container."""
-    spec = yaml.safe_load(printed(capsys, *arguments, "--on", "kubernetes"))["spec"]
-    return spec, spec["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]
-
-
-def test_kubernetes_asks_for_pods_and_their_devices(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spec, container = worker(capsys, str(run_file), "--nodes", "4", "--stage", "one", "--grace-s", "60")
-    assert spec["nprocPerNode"] == "8" and spec["elasticPolicy"]["minReplicas"] == 4
-    assert spec["pytorchReplicaSpecs"]["Worker"]["replicas"] == 4
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
-    assert "train" in container["command"][-1] and "--stage one" in container["command"][-1]
-    pod = spec["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
-    variables = {each["name"]: each["value"] for each in container["env"]}
-    assert pod["terminationGracePeriodSeconds"] > int(variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) == 60
-    assert pod["securityContext"]["runAsNonRoot"] is True
-
-
-def test_a_pod_without_gpus_asks_for_none(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, container = worker(capsys, str(run_file), "--nodes", "4", "--stage", "one", "--device", "cpu")
-    assert "nvidia.com/gpu" not in str(container["resources"])
-    assert not any(each["name"].startswith(("NCCL", "CUDA")) for each in container["env"])
 
 
 @pytest.mark.parametrize(

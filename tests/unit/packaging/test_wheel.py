@@ -117,7 +117,7 @@ def test_script_starts(installed: Installed) -> None:
 def test_presets_and_templates_are_found(installed: Installed) -> None:
     run_file = ROOT / "examples" / "tele-flm-52b.yaml"
     assert "num_layers: 64" in installed.run("config", run_file)
-    for launcher, word in (("slurm", "#SBATCH"), ("torchrun", "torchrun"), ("kubernetes", "kind: PyTorchJob")):
+    for launcher, word in (("slurm", "#SBATCH"), ("torchrun", "torchrun"), ("kubernetes", "kind: TrainJob")):
         assert word in installed.run("launch", run_file, "--on", launcher, "--nodes", "2", "--dry-run")
 
 

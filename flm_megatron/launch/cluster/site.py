@@ -1,0 +1,31 @@
+"""What a cluster is like, as far as the run file does not say it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+APIS = ("trainjob", "jobset", "pytorchjob")
+"""Kinds of a job on Kubernetes: of Kubeflow Trainer, of JobSet, of the Kubeflow training operator before Trainer."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Options of a cluster."""
+
+    fabric: str = "infiniband"
+    interface: str | None = None
+    rendezvous: str = "c10d"
+    """torchrun: `c10d` (elastic) or `static`."""
+    endpoint: str | None = None
+    """torchrun: HOST:PORT of the first node; none leaves it to HEAD_NODE."""
+    time: str = "1-00:00:00"
+    """Slurm: time limit of one job; the job queues itself again until its stage is done."""
+    partition: str | None = None
+    api: str = "trainjob"
+    """Kubernetes: which kind of job, one of `APIS`."""
+    queue: str | None = None
+    """Kubernetes: the Kueue queue that admits the job."""
+    image: str = "flm-megatron:latest"
+    """Kubernetes: container image."""
+    claim: str = "flm-megatron"
+    """Kubernetes: volume claim that holds data and runs, mounted by all pods."""
