@@ -43,7 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Kubernetes: kind of job (default trainjob, of Kubeflow Trainer)",
     )
     parser.add_argument("--queue", help="Kubernetes: Kueue's queue that admits the job")
-    parser.add_argument("--image", default="flm-megatron:latest", help="Kubernetes: container image")
+    parser.add_argument(
+        "--container", choices=("pyxis", "apptainer"), help="Slurm: run the ranks in --image, by Pyxis or Apptainer"
+    )
+    parser.add_argument(
+        "--mounts", help="with --container: folders to mount beside this one, /FOLDER[:/FOLDER_INSIDE], by commas"
+    )
+    parser.add_argument("--image", default="flm-megatron:latest", help="container image, or with --container its file")
     parser.add_argument("--claim", default="flm-megatron", help="Kubernetes: volume claim with data and runs")
     parser.epilog = (
         "Slurm gets one job per stage, the others one for all stages. Without --dry-run what is printed is also "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from flm_megatron.errors import RequestError, one_line
+from flm_megatron.launch.cluster.container import container_words
 from flm_megatron.launch.cluster.environment import Variable, as_shell, environment, shutdown_timeout
 from flm_megatron.launch.cluster.job import Job
 from flm_megatron.launch.cluster.kubernetes import manifest
@@ -18,7 +19,7 @@ ELASTIC = (
     "# A failure starts the ranks of all nodes again from the last checkpoint; a node that comes back joins again."
 )
 STATIC = "# A failure ends the script on every node; started again on all, it goes on from the last checkpoint."
-WORD = re.compile(r"[\w.:/@,+=\[\]-]+")
+WORD = re.compile(r"[\w.:/@#,+=\[\]-]+")
 
 
 def render(job: Job, launcher: str, site: Site) -> str:
@@ -28,6 +29,8 @@ def render(job: Job, launcher: str, site: Site) -> str:
         RequestError: an option of the site does not fit.
     """
     _check_words(job, site)
+    if launcher != "slurm" and site.container:
+        raise RequestError(f"--container {site.container} is for --on slurm: {launcher} runs where it is started")
     if launcher == "kubernetes":
         return manifest(job, site, _variables(job, site))
     return _torchrun(job, site) if launcher == "torchrun" else _slurm(job, site)
@@ -38,7 +41,7 @@ def _check_words(job: Job, site: Site) -> None:
     for name in ("interface", "endpoint", "time", "partition", "image", "claim", "queue"):
         value = getattr(site, name)
         if value is not None and not WORD.fullmatch(value):
-            raise RequestError(f"--{name} {value!r} is no single word: use letters, digits and . : / @ _ , + = [ ] -")
+            raise RequestError(f"--{name} {value!r} is no single word: use letters, digits and . : / @ # _ , + = [ ] -")
     if one_line(job.run_file) != job.run_file:
         raise RequestError(f"run file {job.run_file!r} has a control character in its name: rename it")
 
@@ -78,6 +81,7 @@ def _slurm(job: Job, site: Site) -> str:
         "time": site.time,
         "partition": f"#SBATCH --partition={site.partition}\n" if site.partition else "",
         "devices": f"#SBATCH --gpus-per-node={job.per_node}\n" if job.gpu else "",
+        "container": container_words(job, site),
         "command": job.command(stage='"$stage"'),
     }
     return fill("slurm.sh", shared_values(job) | values)

@@ -26,6 +26,10 @@ class Site:
     queue: str | None = None
     """Kubernetes: the Kueue queue that admits the job."""
     image: str = "flm-megatron:latest"
-    """Kubernetes: container image."""
+    """Kubernetes, and Slurm with a container: the image."""
+    container: str | None = None
+    """Slurm: what runs the image, `pyxis` or `apptainer`; none runs the ranks on the node itself."""
+    mounts: str | None = None
+    """Slurm with a container: folders of the node to mount, /FOLDER or /FOLDER:/FOLDER_INSIDE, separated by commas."""
     claim: str = "flm-megatron"
     """Kubernetes: volume claim that holds data and runs, mounted by all pods."""

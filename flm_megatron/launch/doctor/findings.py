@@ -1,13 +1,15 @@
-"""Results of the checks and their report: one line per topic and kind, whatever the number of hosts."""
+"""Results of the checks and their report: one line per trouble, whatever the number of hosts."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 Level = Literal["ok", "warn", "stop"]
 NAMED_HOSTS = 3
+NUMBERS = re.compile(r"[+-]?\d[\d.,]*(?:, \d+)*")
 
 
 @dataclass(frozen=True)
@@ -26,16 +28,21 @@ def status_of(findings: Iterable[Finding]) -> int:
 
 
 def render(findings: list[Finding]) -> str:
-    """All findings as text, topics in the order of their first finding, each line with its hosts."""
+    """All findings as text, topics in the order of their first finding, each line with its hosts.
+
+    Findings that differ in numbers alone share a line, which shows those of the first.
+    """
     hosts = {finding.host for finding in findings if finding.host}
     width = max(len(finding.topic) for finding in findings)
     topics = list(dict.fromkeys(finding.topic for finding in findings))
     lines = []
     for topic in topics:
         for level in ("stop", "warn", "ok"):
-            alike = [finding for finding in findings if (finding.topic, finding.level) == (topic, level)]
-            if alike:
-                lines.append(f"{level:4}  {topic:{width}}  {alike[0].text}{_where(alike, hosts)}")
+            troubles: dict[str, list[Finding]] = {}
+            for finding in findings:
+                if (finding.topic, finding.level) == (topic, level):
+                    troubles.setdefault("" if level == "ok" else NUMBERS.sub("", finding.text), []).append(finding)
+            lines += [f"{level:4}  {topic:{width}}  {each[0].text}{_where(each, hosts)}" for each in troubles.values()]
     return "\n".join([*lines, _verdict(findings)])
 
 

@@ -21,6 +21,7 @@ from flm_megatron.device.hardware import find_hardware
 from flm_megatron.engine.version import require_engine
 from flm_megatron.errors import FlmError
 from flm_megatron.launch.doctor.findings import Finding, Level
+from flm_megatron.launch.doctor.machine import examine_machine
 from flm_megatron.launch.doctor.rehearsal import rehearsed
 from flm_megatron.url import is_url
 
@@ -65,6 +66,7 @@ class Place:
 def examine_host(run: RunConfig, place: Place, rehearse: bool = False) -> list[Finding]:
     """All findings on this host; with `rehearse` also what ranks run into in one step at their true size."""
     ranks_here, world = place.ranks_here, place.world
+    several_hosts = world is not None and world > ranks_here
     return [
         versions(),
         layout(run, world),
@@ -72,7 +74,8 @@ def examine_host(run: RunConfig, place: Place, rehearse: bool = False) -> list[F
         *implementations(run),
         shared_memory(ranks_here),
         limits(world or ranks_here),
-        network_name(world is not None and world > ranks_here),
+        network_name(several_hosts),
+        *examine_machine(run, ranks_here, several_hosts),
         *([] if place.port is None else [port_is_free(place.port)]),
         data(run),
         disk(run, place.checkpoint_bytes),

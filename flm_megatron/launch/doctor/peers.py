@@ -25,7 +25,8 @@ from flm_megatron.config.schema import RunConfig
 from flm_megatron.device import current
 from flm_megatron.distributed.addresses import own_address
 from flm_megatron.json_text import Json, JsonObject
-from flm_megatron.launch.doctor.findings import Finding, status_of
+from flm_megatron.launch.doctor.findings import Finding, Level, status_of
+from flm_megatron.launch.doctor.machine import machine_facts
 
 CONNECT_S = 5.0
 WORKERS = 32
@@ -35,11 +36,15 @@ PIECE_VALUES = 2**20
 
 
 class Report(TypedDict):
-    """What a rank says of itself: the address at which it listens, and, for its host, facts and findings."""
+    """What a rank says of itself: the address at which it listens, and, for its host, facts and findings.
+
+    `machine` has facts in which hosts should not differ, but may.
+    """
 
     host: str
     address: tuple[str, int]
     facts: dict[str, str]
+    machine: dict[str, str]
     findings: list[JsonObject]
 
 
@@ -100,6 +105,7 @@ def examine_together(
             "host": meeting.host,
             "address": [listener.address, listener.port],
             "facts": facts if leader else {},
+            "machine": machine_facts() if leader else {},
             "findings": [asdict(finding) for finding in own] if leader else [],
         }
         reports, missing = meeting.gather("report", report)
@@ -169,26 +175,34 @@ def _reported(reports: dict[int, Report], missing: list[int]) -> list[Finding]:
         findings.append(Finding("stop", "ranks", f"{_ranks(missing)} did not report: see that host's log"))
     elif reports:
         findings.append(Finding("ok", "ranks", f"all {len(reports)} ranks on {hosts} host(s) reported"))
-    return findings + different_facts([(r["host"], r["facts"]) for r in reports.values() if r["facts"]])
+    findings += different_facts([(r["host"], r["facts"]) for r in reports.values() if r["facts"]])
+    leaders = [reports[rank] for rank in sorted(_leaders(reports))]
+    return findings + different_facts([(r["host"], r["machine"]) for r in leaders], "warn", "drivers and devices")
 
 
-def different_facts(by_host: list[tuple[str, dict[str, str]]]) -> list[Finding]:
-    """One finding for each fact that differs between the first host and another."""
+def different_facts(
+    by_host: list[tuple[str, dict[str, str]]], level: Level = "stop", equal: str = "versions, tokenizer and data"
+) -> list[Finding]:
+    """One finding of `level` for each fact that differs between the first host and another.
+
+    `equal` names the facts where none does.
+    """
     findings = []
     first_host, first = by_host[0] if by_host else ("", {})
     for name in dict.fromkeys(key for _, facts in by_host for key in facts):
         for host, facts in by_host[1:]:
             if facts.get(name) != first.get(name):
                 values = f"{_short(first.get(name))} on {first_host} and {_short(facts.get(name))} on {host}"
-                findings.append(Finding("stop", "same on all hosts", f"{name} is {values}"))
+                findings.append(Finding(level, "same on all hosts", f"{name} is {values}"))
                 break
     if len(by_host) > 1 and not findings:
-        findings.append(Finding("ok", "same on all hosts", "versions, tokenizer and data"))
+        findings.append(Finding("ok", "same on all hosts", equal))
     return findings
 
 
 def _short(value: str | None) -> str:
-    return "missing" if value is None else value[:12]
+    """A value, or enough of a fingerprint."""
+    return "missing" if value is None else value if len(value) < 40 else value[:12]
 
 
 def _connections(reports: dict[int, Report], refused: dict[int, list[int]], lost: list[int]) -> list[Finding]:

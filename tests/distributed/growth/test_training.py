@@ -136,6 +136,7 @@ def run_by_entry(
     return losses
 
 
+@pytest.mark.slow
 def test_ages_and_rates_of_entries_give_the_same_run_under_another_layout_and_after_a_resume(
     pool: Pool, tmp_path: Path
 ) -> None:

@@ -71,7 +71,8 @@ def wait_for(true: Callable[[], bool], timeout_s: float = 20) -> bool:
     return done
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
 def test_a_lost_host_is_replaced_and_the_run_goes_on_from_its_neighbours_memory(
     data: Path, tmp_path: Path, count: int
 ) -> None:

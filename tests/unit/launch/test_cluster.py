@@ -27,6 +27,10 @@ SCRIPTS = {
     ),
     "tele-flm-1t.slurm.sh": "tele-flm-1t.yaml --on slurm --nodes 112 --interface ib0 --grace-s 570",
     "tele-flm.slurm.sh": "tele-flm.yaml --on slurm --nodes 112 --interface ib0 --grace-s 570",
+    "tele-flm-102b.pyxis.sh": (
+        "tele-flm-102b.yaml --on slurm --nodes 112 --interface ib0 --grace-s 570 --container pyxis "
+        "--image registry.example.com#flm-megatron:latest --mounts /scratch"
+    ),
     "flm-101b.slurm.sh": "flm-101b.yaml --on slurm --nodes 24 --interface ib0",
 }
 

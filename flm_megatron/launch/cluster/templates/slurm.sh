@@ -39,7 +39,7 @@ trap : TERM
 
 # A rank that ends first must not take the others with it; after a failure they notice by themselves.
 # shellcheck disable=SC2016 # the variables are the tasks'
-srun --kill-on-bad-exit=0 --wait=300 bash -c '
+srun --kill-on-bad-exit=0 --wait=300 {{container}}bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
     export LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
     exec python -m flm_megatron.cli.main "$@"' rank {{command}} &

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Jobs:
     """A run of two stages, each a job on two nodes with a rank each; the first is slow until `let_go`."""
 
-    def __init__(self, cluster: Slurm, data: Path, folder: Path) -> None:
+    def __init__(self, cluster: Slurm, data: Path, folder: Path, *options: str) -> None:
         self.cluster, self.folder = cluster, folder
         hooks = ["--hooks", "[tests.support.holding_hook.Holding]"]
         source, run = make_run(data, folder, "--stages.0.tokens", str(STEPS * 4 * SEQUENCE), *hooks)
@@ -48,7 +49,7 @@ class Jobs:
         (self.output / HOLD).touch()
         printed = flm(
             *("launch", source, "--on", "slurm", "--device", "cpu", "--nodes", "2", "--processes-per-node", "1"),
-            *("--grace-s", "90", "--time", "30", "--dry-run"),
+            *("--grace-s", "90", "--time", "30", *options, "--dry-run"),
         )
         assert printed.returncode == 0, printed.stderr
         (folder / "launch.sh").write_text(printed.stdout)
@@ -158,4 +159,24 @@ def test_a_wrong_request_is_not_tried_again(cluster: Slurm, data: Path, tmp_path
     cluster.run("scontrol", "update", "PartitionName=main", "State=UP")
     jobs.wait(jobs.small, "FAILED")
     assert (cluster.job(jobs.small)["ExitCode"], jobs.restarts()) == ("2:0", 0)
-    assert f"flm train: {lost}" in jobs.log(jobs.small)
+    assert f"flm train: tokenizer {lost}" in jobs.log(jobs.small)
+
+
+def test_ranks_run_in_a_container(cluster: Slurm, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = tmp_path / "bin" / "apptainer"
+    stand_in.parent.mkdir()
+    stand_in.write_text(
+        f'#!/bin/sh\necho "$1 $2 $3 $6" >> {tmp_path}/asked\nwhile [ "$1" != bash ]; do shift; done\nexec "$@"\n'
+    )
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stand_in.parent}:{os.environ['PATH']}")
+    image = tmp_path / "flm.sif"
+    image.touch()
+    mounts = f"{data},{tmp_path}"
+    jobs = Jobs(cluster, data, tmp_path, "--container", "apptainer", "--image", str(image), "--mounts", mounts)
+    jobs.let_go()
+    jobs.wait_for_the_end()
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert len(asked) == 4  # two stages on two nodes
+    own = ",".join(f"{each}:{each}" for each in (tmp_path, data, tmp_path))
+    assert set(asked) == {f"exec --bind {own} {image}"}
