@@ -71,16 +71,26 @@ def distinctly_named(histories: Sequence[History]) -> list[History]:
     ]
 
 
-def page(histories: Sequence[History], compared: Savings | None = None, live: bool = False) -> str:
-    """The page as HTML. It loads nothing from anywhere; if `live`, it asks the server it is from for what is new."""
-    title = escape(" against ".join(history.name for history in histories))
+def page(histories: Sequence[History], compared: Savings | None = None) -> str:
+    """The page as HTML. It loads nothing from anywhere."""
+    return framed(title_of(histories), main_part(histories, compared))
+
+
+def title_of(histories: Sequence[History]) -> str:
+    """The runs' names."""
+    return " against ".join(history.name for history in histories)
+
+
+def framed(title: str, main: str, live: bool = False) -> str:
+    """A page around its main part (HTML); if `live`, it asks the server it is from for what is new."""
+    title = escape(title)
     scripts = ["uplot.min.js", "charts.js", *(["live.js"] if live else [])]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n<title>{title}</title>\n'
         f"<style>\n{_asset('uplot.min.css')}{_asset('page.css')}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
-        f"{_controls()}\n<main>\n{main_part(histories, compared)}\n</main>\n"
+        f"{_controls()}\n<main>\n{main}\n</main>\n"
         + "".join(f"<script>\n{_asset(name)}</script>\n" for name in scripts)
         + "</body>\n</html>\n"
     )

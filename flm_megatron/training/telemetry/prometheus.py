@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ipaddress
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from http import HTTPStatus
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from flm_megatron.config.schema import RunConfig
+from flm_megatron.http_server import PLAIN, ReadHandler, ReadServer
 from flm_megatron.training.metrics.events import Line, SaveEvent, StepEvent, ValidationEvent
 from flm_megatron.training.metrics.goodput import Account, BeginLine, StepLine, read_account
 from flm_megatron.training.metrics.goodput import Line as TimeLine
@@ -37,10 +42,9 @@ class Exporter(Observer, Collector):
         self.refused = 0
         self.stalls_s: defaultdict[str, float] = defaultdict(float)
         self.account = read_account(Path(run.output)) if rank == 0 else Account()
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(self)
         assert run.logging.prometheus is not None, "asked for"
-        self.server, self.thread = start_http_server(port, run.logging.prometheus.address, registry)
+        self.server = _server(self, run.logging.prometheus.address, port)
+        threading.Thread(target=self.server.serve_forever, name="answers to Prometheus", daemon=True).start()
 
     def line(self, line: Line) -> None:
         """Keep the newest of its kind."""
@@ -145,3 +149,30 @@ class Exporter(Observer, Collector):
         family = CounterMetricFamily(PREFIX + name, text, labels=list(self.labels))
         family.add_metric(list(self.labels.values()), value)
         return family
+
+
+def _server(collector: Collector, address: str, port: int) -> ReadServer:
+    """A server of what a collector has. At an address that only this machine reaches it answers to its names alone."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(collector)
+
+    class Handler(ReadHandler):
+        """Answers Prometheus, in the format that it asks for."""
+
+        names = frozenset({"localhost", address.lower()}) if _is_loopback(address) else None
+
+        def answer(self) -> None:
+            """All that is known now."""
+            if self.path.partition("?")[0] not in ("/", "/metrics"):
+                return self.send(HTTPStatus.NOT_FOUND, b"numbers are at /metrics\n", PLAIN)
+            encode, kind = choose_encoder(self.headers.get("Accept", ""))
+            return self.send(HTTPStatus.OK, encode(registry), kind)
+
+    return ReadServer(address, port, Handler)
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address.lower() == "localhost"

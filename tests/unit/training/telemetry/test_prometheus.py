@@ -7,13 +7,16 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
+from flm_megatron import http_server
 from flm_megatron.config.schema import PrometheusConfig, RunConfig
 from flm_megatron.errors import RequestError
 from flm_megatron.training.metrics.events import SaveEvent, ValidationEvent
@@ -168,3 +171,20 @@ def test_nothing_is_imported_for_a_run_that_asks_for_nothing() -> None:
         "assert not {'wandb', 'mlflow', 'prometheus_client', 'opentelemetry'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_another_sites_page_and_slow_clients_reach_nothing(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "MOST_CLIENTS", 2)
+    assert run.logging.prometheus
+    port, before = run.logging.prometheus.port, threading.active_count()
+    with telemetry(run, 0, 1, lambda: 0.0):
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers={"Host": "evil.example"})
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(request, timeout=10)
+        slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
+        for client in slow[2:]:
+            client.settimeout(10)
+            assert client.recv(1) == b""
+        assert threading.active_count() <= before + 3
+        for client in slow:
+            client.close()
