@@ -26,6 +26,8 @@ from flm_megatron.training.trackers.process import RUN_FILE
 from flm_megatron.training.trackers.tracker import Status
 
 PROCESS = "flm_megatron.training.trackers.process"
+KILLED_S = 5.0
+"""Seconds that a process which was killed is waited for."""
 LONGEST_S = 86400
 """Seconds for a run that is sent when it is over."""
 SAID = 1
@@ -85,7 +87,8 @@ class TrackerProcess:
             self._say_status()
         with suppress(ProcessLookupError):  # also what a library started
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with suppress(subprocess.TimeoutExpired):  # a system call that does not come back, such as of a lost disk
+            self.process.wait(KILLED_S)
         self.listener.join(1.0)
         return self.process.returncode == 0
 
@@ -155,7 +158,8 @@ def _is_finished(run: RunConfig) -> bool:
 
 
 def _say(log: Path, line: str) -> None:
-    """Print a line, and add it to the run's log."""
-    print(line, file=sys.stderr, flush=True)
+    """Print a line, and add it to the run's log, as far as they can be written."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
     with suppress(OSError), log.open("a", encoding="utf-8") as file:
         print(line, file=file)

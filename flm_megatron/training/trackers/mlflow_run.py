@@ -29,6 +29,7 @@ class MlflowTracker(Tracker):
     def __init__(self) -> None:
         self.client: MlflowClient | None = None
         self.id, self.events = "", Path()
+        self.began, self.doubtful = time.time(), False
 
     def start(self, run: TrackedRun) -> str:
         """Begin the run in its experiment, or go on with it."""
@@ -52,12 +53,29 @@ class MlflowTracker(Tracker):
         return self.id
 
     def points(self, points: Sequence[Point]) -> None:
-        """Log all numbers in as few requests as the server takes."""
+        """Log all numbers in as few requests as the server takes; without those that it has, where that is in doubt."""
         assert self.client is not None, "`start` comes first"
-        now = int(1000 * time.time())
-        metrics = [Metric(name, value, now, point.step) for point in points for name, value in point.values.items()]
+        metrics = [
+            Metric(name, value, int(1000 * point.time), point.step)
+            for point in points
+            for name, value in point.values.items()
+        ]
+        if self.doubtful or any(point.time < self.began for point in points):
+            metrics = self._not_there(metrics)
+        self.doubtful = True
         for first in range(0, len(metrics), MOST_METRICS):
             self.client.log_batch(self.id, metrics=metrics[first : first + MOST_METRICS])
+        self.doubtful = False
+
+    def _not_there(self, metrics: Sequence[Metric]) -> list[Metric]:
+        """Those that an attempt which was cut off has not logged: folders keep twice what they are told twice."""
+        assert self.client is not None, "`start` comes first"
+        there = {
+            (each.key, each.step, each.timestamp)
+            for name in {metric.key for metric in metrics}
+            for each in self.client.get_metric_history(self.id, name)
+        }
+        return [metric for metric in metrics if (metric.key, metric.step, metric.timestamp) not in there]
 
     def event(self, event: Event) -> None:
         """Log the file of all events as an artifact, and tag the run with the newest of its kind."""

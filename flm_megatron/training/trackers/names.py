@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from flm_megatron.config.messages import nearest
 from flm_megatron.errors import RequestError
 from flm_megatron.training.trackers.tracker import Tracker
+from flm_megatron.training.trackers.trial import FIELD, require_own
 from flm_megatron.training.user_class import user_class
 
-FIELD = "logging.trackers"
 HERE = __name__.rpartition(".")[0]
 KNOWN = {
     "wandb": ("wandb", f"{HERE}.wandb_run.WandbTracker"),
@@ -23,18 +23,18 @@ def load_tracker(name: str) -> type[Tracker]:
     """The class of a tracker, whose library is imported; for the tracker's own process.
 
     Raises:
-        RequestError: as `require_tracker`, or the library cannot be imported.
+        RequestError: it is not installed, or the user's class cannot be used.
     """
-    require_tracker(name)
     if name not in KNOWN:
         return user_class(name, Tracker, FIELD)
+    require_tracker(name)
     module, _, found = KNOWN[name][1].rpartition(".")
     tracker: type[Tracker] = getattr(import_module(module), found)
     return tracker
 
 
 def require_tracker(name: str) -> None:
-    """Check that a tracker is there, without importing its library.
+    """Check that a tracker is there, without importing its library; the user's class is tried in another process.
 
     Raises:
         RequestError: no tracker has this name, its library is not installed, or the user's class cannot be used.
@@ -44,6 +44,6 @@ def require_tracker(name: str) -> None:
             raise RequestError(
                 f"{FIELD}: no tracker is called {name!r}, {nearest(name, KNOWN)}; or give PACKAGE.MODULE.CLASS of yours"
             )
-        user_class(name, Tracker, FIELD)
+        require_own(name)
     elif find_spec(KNOWN[name][0]) is None:
         raise RequestError(f"{FIELD}: {name} is not installed: pip install 'flm_megatron[trackers]'")

@@ -12,8 +12,10 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO, TextIO, TypeVar, cast
@@ -26,6 +28,7 @@ from flm_megatron.training.metrics.events import FILE, parse_line
 from flm_megatron.training.trackers.lines import Reading, Tail, kind_of
 from flm_megatron.training.trackers.names import load_tracker
 from flm_megatron.training.trackers.state import EVENTS, read_sent, sending, tracker_folder
+from flm_megatron.training.trackers.streams import private_streams
 from flm_megatron.training.trackers.tracker import Event, Point, Status, TrackedRun
 from flm_megatron.url import redacted
 
@@ -37,6 +40,10 @@ GRACE_S = 5
 """Seconds after its limit, at which the run has ended it."""
 ORPHAN_S = 30
 """Seconds that it lives on when the run was killed."""
+QUIET_S = 600.0
+"""Seconds after a warning in which no other is said: a tracker that fails now and then does not fill the log."""
+MOST_SAID = 2000
+"""Letters of a line."""
 T = TypeVar("T")
 
 
@@ -71,7 +78,7 @@ class Sender:
         events = self.folder / EVENTS
         self.written = set(events.read_text(encoding="utf-8").splitlines()) if events.exists() else set()
         self.tail, self.reading = Tail(output / FILE), Reading(self.config)
-        self.troubled = False
+        self.troubled, self.quiet_until = False, 0.0
         self.tracker = load_tracker(options.name)()
 
     def run(self) -> None:
@@ -104,12 +111,21 @@ class Sender:
         new = list(self._unsent(rows))
         points = [(kind, item) for kind, item in new if isinstance(item, Point)]
         if points:
-            self._tried(lambda: self.tracker.points([point for _, point in points]))
-            self._note(points)
+            self._send_points(points)
         for kind, event in new:
             if isinstance(event, Event):
                 self._send_event(kind, event)
         return bool(rows)
+
+    def _send_points(self, points: list[tuple[str, Point]]) -> None:
+        """Send numbers with the time of their first attempt, which is noted before: they may have to be sent again."""
+        tried = [(kind, point) for kind, point in points if self.sent.was_tried(kind, point)]
+        for batch in (tried, points[len(tried) :]):  # lines are in order, so that what was tried comes first
+            if batch:
+                timed = self.sent.begin(batch, time.time())
+                self._tried(lambda: self.sent.save(self.folder))
+                self._tried(partial(self.tracker.points, timed))
+                self._note(batch)
 
     def _send_event(self, kind: str, event: Event) -> None:
         self._tried(lambda: self._write_event(event))
@@ -153,9 +169,9 @@ class Sender:
             except (Exception, SystemExit) as error:
                 if over:
                     raise GaveUp(_said(error)) from None
-                if not self.troubled:
+                if not self.troubled and time.monotonic() >= self.quiet_until:
                     self.say(f"WARNING: {self.options.name}: {_said(error)}; it is tried again, the run goes on")
-                self.troubled = True
+                    self.troubled, self.quiet_until = True, time.monotonic() + QUIET_S
                 self.ending.come.wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
                 continue
@@ -167,11 +183,12 @@ class Sender:
 
 def main(folder: str, options: str) -> int:
     """Track the run in an output folder as `options` (JSON) say; returns 1 if something could not be sent."""
-    words, lines = _private_streams()
+    words, lines = private_streams()
     say = _speaker(lines)
     for number in (signal.SIGTERM, signal.SIGINT):  # meant for the run, whose end is told
         signal.signal(number, _ignore)
     os.nice(10)
+    _be_ended_first()
     output, tracker = Path(folder), TrackerConfig(**json.loads(options))
     ending = Ending(words, tracker.exit_wait_s)
     try:
@@ -184,21 +201,17 @@ def main(folder: str, options: str) -> int:
     return 0
 
 
-def _private_streams() -> tuple[BinaryIO, TextIO]:
-    """Input and output for this module alone: libraries find both closed, and what they print is lost."""
-    words = os.fdopen(os.dup(0), "rb")
-    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for number in (0, 1, 2):
-        os.dup2(nothing, number)
-    return words, lines
+def _be_ended_first() -> None:
+    """Where memory runs out, the system ends this process and what it starts, not the one that trains."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
 
 
 def _speaker(lines: TextIO) -> Callable[[str], None]:
     def say(text: str) -> None:
         """A line without secrets; nobody listens any more when the run is gone."""
         with suppress(OSError):
-            print(redacted(one_line(text)), file=lines, flush=True)
+            print(redacted(one_line(text[:MOST_SAID])), file=lines, flush=True)
 
     return say
 

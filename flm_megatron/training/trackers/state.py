@@ -6,9 +6,9 @@ import fcntl
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from flm_megatron.errors import RequestError
@@ -18,7 +18,8 @@ from flm_megatron.training.trackers.tracker import Event, Point
 FOLDER = "trackers"
 """Below a run's output folder."""
 FILE, LOCK, EVENTS = "sent.json", ".lock", "events.jsonl"
-FORMAT = 1
+FORMAT, READ = 2, (1, 2)
+"""What is written, and what is read: the first has no attempt."""
 
 
 def tracker_folder(output: Path, name: str) -> Path:
@@ -28,16 +29,33 @@ def tracker_folder(output: Path, name: str) -> Path:
 
 @dataclass
 class Sent:
-    """The run's id at the tracker, the last step that was sent of every kind of line, and which events were."""
+    """The run's id at the tracker, the last step that was sent of every kind of line, and which events were.
+
+    `attempt` has what is being sent: the last step of every kind, and since when (seconds since 1970).
+    """
 
     format: int = FORMAT
     id: str | None = None
     steps: dict[str, int] = field(default_factory=dict)
     events: list[str] = field(default_factory=list)
+    attempt: dict[str, tuple[int, float]] = field(default_factory=dict)
 
     def has(self, event: Event) -> bool:
         """Whether an event was sent before."""
         return event_key(event) in self.events
+
+    def was_tried(self, kind: str, point: Point) -> bool:
+        """Whether an earlier attempt may have sent it."""
+        return kind in self.attempt and point.step <= self.attempt[kind][0]
+
+    def begin(self, points: Sequence[tuple[str, Point]], now: float) -> list[Point]:
+        """Note an attempt to send points, all of which were tried before or none; returns them with its first time."""
+        timed = []
+        for kind, point in points:
+            if not self.was_tried(kind, point):
+                self.attempt[kind] = (point.step, now)
+            timed.append(replace(point, time=self.attempt[kind][1]))
+        return timed
 
     def add(self, kind: str, item: Point | Event) -> None:
         """Note that it was sent."""
@@ -45,6 +63,8 @@ class Sent:
             self.events.append(event_key(item))
         else:
             self.steps[kind] = item.step
+            if item.step >= self.attempt.get(kind, (-1, 0.0))[0]:
+                self.attempt.pop(kind, None)
 
     def save(self, folder: Path) -> None:
         """Write it, as a whole or not at all; a power cut may lose it, and then what it knew is sent again."""
@@ -69,10 +89,11 @@ def read_sent(folder: Path) -> Sent:
         raise RequestError(
             f"{path} is not what this program writes there: move it away, to track the run anew"
         ) from None
-    if sent.format != FORMAT:
+    if sent.format not in READ:
         raise RequestError(
             f"{path} has format {sent.format}, this version reads {FORMAT}: use the version that wrote it"
         )
+    sent.format = FORMAT
     return sent
 
 

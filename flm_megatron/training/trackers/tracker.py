@@ -16,10 +16,15 @@ Status = Literal["finished", "stopped", "failed", "killed"]
 
 @dataclass(frozen=True)
 class Point:
-    """Numbers by name at `step`, which counts the steps of all stages."""
+    """Numbers by name at `step`, which counts the steps of all stages.
+
+    `time` (seconds since 1970) is when they were first sent, or tried to be: whatever happened to the run and to the
+    tracker since then, it stays, so that numbers of the same name, step and time are the same ones sent again.
+    """
 
     step: int
     values: Mapping[str, float]
+    time: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Tracker:
         raise NotImplementedError
 
     def points(self, points: Sequence[Point]) -> None:
-        """Send numbers; steps never go back, and none is given twice."""
+        """Send numbers; steps never go back. None is given twice, unless it is not known whether it has arrived."""
         raise NotImplementedError
 
     def event(self, event: Event) -> None:

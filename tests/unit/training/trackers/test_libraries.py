@@ -58,6 +58,23 @@ def test_mlflow_has_one_run_with_every_step_once(tmp_path: Path, secrets: None) 
     assert files_with(tmp_path, SECRET) == []
 
 
+def test_mlflow_has_every_step_once_when_its_process_died_between_sending_and_noting(
+    tmp_path: Path, secrets: None
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    name, store = "tests.support.dying_mlflow.DyingMlflow", tmp_path / "store"
+    run = tracked_run(tmp_path, TrackerConfig(name=name, project="growing", uri=str(store)))
+    write_lines(tmp_path, steps("small", [1, 2, 3]))
+    track(run, "killed")
+    write_lines(tmp_path, steps("small", [1, 2, 3, 4]))
+    track(run)
+    client = mlflow.tracking.MlflowClient(store.as_uri())
+    (found,) = client.search_runs([client.get_experiment_by_name("growing").experiment_id])
+    history = client.get_metric_history(found.info.run_id, "train/loss")
+    assert [(each.step, each.value) for each in history] == [(1, 9), (2, 8), (3, 7), (4, 6)]
+    assert len({each.timestamp for each in history}) == 2
+
+
 @pytest.mark.slow
 def test_a_server_that_is_away_is_named_without_its_password(
     tmp_path: Path, secrets: None, monkeypatch: pytest.MonkeyPatch

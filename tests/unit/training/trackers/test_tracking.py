@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +17,7 @@ from flm_megatron.config.schema import TrackerConfig
 from flm_megatron.launch.preflight import require_installed
 from flm_megatron.launch.tracking import tracked
 from flm_megatron.training.metrics.events import FILE, RestartEvent, line_text
+from flm_megatron.training.trackers.process import Ending, Sender
 from flm_megatron.training.trackers.state import tracker_folder
 from tests.support import REPOSITORY
 from tests.support.trackers import WRONG, said, steps, track, tracked_run, two_stages, write_lines
@@ -156,6 +160,89 @@ def test_a_library_that_is_missing_is_named_with_its_extra(tmp_path: Path, monke
     monkeypatch.setattr("flm_megatron.training.trackers.names.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"mlflow is not installed: pip install 'flm_megatron\[trackers\]'"):
         require_installed(tracked_run(tmp_path, TrackerConfig(name="mlflow")))
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("import sys\nsys.exit(3)", "ends the process that imports it, status 3"),
+        ("while True:\n    pass", "was not imported within 2 s"),
+        ("print('noise' * 10**6)\nraise ValueError('at import')", "cannot be imported: at import"),
+    ],
+)
+def test_what_the_users_module_does_stays_in_another_process(
+    code: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own_module.py").write_text(
+        f"import pathlib\npathlib.Path({str(tmp_path / 'here')!r}).touch()\n{code}\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{REPOSITORY}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("flm_megatron.training.trackers.trial.LIMIT_S", 2)
+    with pytest.raises(ValueError, match=words):
+        require_installed(tracked_run(tmp_path, TrackerConfig(name="own_module.Tracker")))
+    assert (tmp_path / "here").exists() and "own_module" not in sys.modules
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(not Path("/proc/self/oom_score_adj").exists(), reason="a system without it")
+def test_where_memory_runs_out_the_tracker_is_ended_not_the_run(tmp_path: Path) -> None:
+    before = Path("/proc/self/oom_score_adj").read_text()
+    with tracked(tracked_run(tmp_path, RECORDING)) as tracking:
+        assert tracking
+        (process,) = tracking._processes
+        until(lambda: Path(f"/proc/{process.process.pid}/oom_score_adj").read_text().strip() == "1000")
+    assert Path("/proc/self/oom_score_adj").read_text() == before
+
+
+class Gone(io.StringIO):
+    """A terminal that was closed."""
+
+    def flush(self) -> None:
+        """Nobody reads it."""
+        raise BrokenPipeError
+
+
+def test_what_a_tracker_says_is_lost_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tracked_run(tmp_path, TrackerConfig(name=WRONG["Exiting"][0]))
+    monkeypatch.setattr("sys.stderr", Gone())
+    track(run)
+    assert "ended with status 7" in (tmp_path / "log.txt").read_text()
+
+
+class Endless(Ending):
+    """Of a run that goes on."""
+
+    def __init__(self) -> None:
+        self.come, self.status = Unhurried(), None
+
+
+class Unhurried(threading.Event):
+    """An end that does not come, and is not waited for."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """At once."""
+        return False
+
+
+def test_a_tracker_that_fails_every_other_time_does_not_fill_the_log(tmp_path: Path) -> None:
+    tracked_run(tmp_path, RECORDING)
+    log = list[str]()
+    sender = Sender(tmp_path, RECORDING, Endless(), log.append)
+    tries = iter(range(200))
+
+    def flapping() -> None:
+        if next(tries) % 2 == 0:
+            raise OSError("away")
+
+    for _ in range(100):
+        sender._tried(flapping)
+    assert log == [
+        f"WARNING: {RECORDING.name}: OSError: away; it is tried again, the run goes on",
+        f"{RECORDING.name}: works again",
+    ]
 
 
 def test_a_run_without_trackers_starts_no_process(tmp_path: Path) -> None:
