@@ -28,7 +28,8 @@ def parse_json(
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
         value = json.loads(text, object_pairs_hook=pairs, parse_int=integer)
-        _check_depth(value)
+        if text.count("[") + text.count("{") > DEEPEST:  # fewer cannot be deeper
+            _check_depth(value)
         return value
     except json.JSONDecodeError as problem:
         line = f"line {problem.lineno}, " if problem.lineno > 1 else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,8 +36,7 @@ class NewRun:
     @property
     def is_text(self) -> bool:
         """Whether the data have still to be made of text."""
-        path = Path(self.data)
-        return path.is_dir() or path.suffix in TEXT
+        return os.path.isdir(self.data) or Path(self.data).suffix in TEXT
 
     @property
     def is_preset(self) -> bool:
@@ -46,7 +46,7 @@ class NewRun:
     @property
     def is_folder(self) -> bool:
         """Whether the model is a Hugging Face folder."""
-        return not self.is_preset and (Path(self.model) / "config.json").is_file()
+        return not self.is_preset and os.path.isfile(os.path.join(self.model, "config.json"))
 
     @property
     def output(self) -> str:

@@ -21,7 +21,7 @@ LARGEST_RATE = 3e-3
 
 def parse_size(text: str) -> int | None:
     """Parameters of a size such as 125M or 7B; none if it is none."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)([KMBT]?)", text.strip().upper(), flags=re.ASCII)
     number = int(float(match[1]) * UNITS[match[2]]) if match else 0
     return number or None
 

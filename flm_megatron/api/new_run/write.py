@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -105,20 +106,20 @@ class Draft:
     def commands(self, out: Path) -> Iterator[str]:
         """What to do next, in order."""
         asked = self.asked
+        data, tokenizer, file = shlex.quote(asked.data), shlex.quote(self.tokenizer or ""), shlex.quote(str(out))
         if asked.is_text:
             if not tokenizer_exists(self.tokenizer or ""):
-                yield f"flm data tokenizer {asked.data} --out {self.tokenizer} --vocab-size {self.vocab_size}"
+                yield f"flm data tokenizer {data} --out {tokenizer} --vocab-size {self.vocab_size}"
             yield (
-                f"flm data build {asked.data} --tokenizer {self.tokenizer} --out {asked.output}/data/train "
-                "--validation-share 0.01"
+                f"flm data build {data} --tokenizer {tokenizer} --out {asked.output}/data/train --validation-share 0.01"
             )
-        yield f"flm config {out}"
+        yield f"flm config {file}"
         if asked.gpu is None:
-            yield f"flm train {out}"
+            yield f"flm train {file}"
         else:
-            yield f"flm plan {out} --gpu {asked.gpu} --gpus {asked.gpus}"
-            nodes = max(1, asked.gpus // 8)
-            yield f"flm launch {out} --on slurm --nodes {nodes} --processes-per-node {min(asked.gpus, 8)} --dry-run"
+            yield f"flm plan {file} --gpu {shlex.quote(asked.gpu)} --gpus {asked.gpus}"
+            each = max(count for count in range(1, 9) if asked.gpus % count == 0)
+            yield f"flm launch {file} --on slurm --nodes {asked.gpus // each} --processes-per-node {each} --dry-run"
 
     def _tokenizer(self) -> str | None:
         asked = self.asked

@@ -102,8 +102,11 @@ const Charts = (() => {
   };
 
   const heatRange = (chart) => {
-    const values = chart.heat.flatMap((row) => row.columns.at(-1) ?? []).filter((value) => value > 0);
-    return values.length ? [Math.min(...values), Math.max(...values)] : [1, 1];
+    let [least, most] = [Infinity, 0]; // values may be more than a call takes arguments
+    for (const row of chart.heat)
+      for (const value of row.columns.at(-1) ?? [])
+        if (value > 0) [least, most] = [Math.min(least, value), Math.max(most, value)];
+    return most ? [least, most] : [1, 1];
   };
 
   // Layers as rows: each value fills the stretch up to the next one; opacity is the place on a logarithmic scale.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,7 +65,8 @@ def line_of(values: Values) -> Line:
         return OtherEvent(values, problem)
     event = kind.read(values)
     known = event.to_json()
-    return replace(event, extra={key: value for key, value in values.items() if key not in known})
+    extra = {key: value for key, value in values.items() if key not in known}
+    return replace(event, extra=extra) if extra else event
 
 
 def parse_line(text: str) -> Line | None:
@@ -107,5 +109,5 @@ def _place_problem(values: Values) -> str:
         return " and ".join(f"no {key}" for key in missing)
     if not isinstance(values["stage"], str):
         return "no name as stage"
-    wrong = [key for key in PLACE[1:] if not is_number(values[key])]
+    wrong = [key for key in PLACE[1:] if not is_number(values[key]) or not math.isfinite(values[key])]
     return f"no number as {wrong[0]}" if wrong else ""

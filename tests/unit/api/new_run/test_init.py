@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import shlex
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,22 @@ def test_what_is_written_is_accepted(place: Path, options: str) -> None:
     assert "flm config run.yaml" in commands
 
 
+def test_commands_that_follow_can_be_pasted_into_a_shell(place: Path) -> None:
+    text = place / "a tëxt; touch pwned # [x]: $(id)" / "it's.txt"
+    text.parent.mkdir()
+    text.write_text("Once upon a time.\n")
+    out = "my run.yaml"
+    done = flm("init", "--yes", "--data", str(text), "--out", out, "--gpus", "12", "--gpu", "h100", "--model", "125M")
+    assert done.returncode == 0, done.stderr
+    commands = [shlex.split(line) for line in done.stdout.splitlines() if line.startswith("  flm ")]
+    assert [command[:3] for command in commands[:2]] == [["flm", "data", "tokenizer"], ["flm", "data", "build"]]
+    assert commands[0][3] == commands[1][3] == str(text) and commands[2] == ["flm", "config", out]
+    launch = commands[-1]
+    nodes, each = (int(launch[launch.index(option) + 1]) for option in ("--nodes", "--processes-per-node"))
+    assert (nodes, each) == (2, 6)
+    assert load_run(place / out).data.train[0].path == "runs/run/data/train"
+
+
 def test_a_hugging_face_folder_is_gone_on_with(place: Path) -> None:
     config = LlamaConfig(
         vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
@@ -105,6 +122,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "both budgets": ("--tokens 1e6 --hours 3", "not allowed with"),
     "hours of processors": ("--hours 3", "give tokens"),
     "too large": ("--model 70B --gpu h100 --gpus 1", "do not fit"),
+    "a number without end": (f"--model {'9' * 400}T", "no preset"),
     "unknown accelerator": ("--gpu abacus", "abacus"),
     "no tokenizer of a dataset": ("--data gone/train", "tokenizer is not given"),
     "a tokenizer that is not there": ("--data gone/train --tokenizer gone.model --model 3M", "not there"),

@@ -21,10 +21,12 @@ from flm_megatron.evaluation.report.curves import detail_charts
 from flm_megatron.evaluation.report.growth_charts import growth_charts
 from flm_megatron.evaluation.report.history import read_history
 from flm_megatron.evaluation.report.layers import layer_charts
+from flm_megatron.evaluation.report.page import ASSETS
 from flm_megatron.growth.record import Certificate
 from tests.unit.evaluation.report.drawn import drawn
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
+NODE = shutil.which("node") or ""
 CERTIFICATE = {
     "stage": "grown",
     "preserving": True,
@@ -282,6 +284,35 @@ def test_a_chart_leaves_out_what_is_not_finite() -> None:
         "name": "</script>", "colour": 0, "dots": False, "columns": [[0.0, 3.0], [1.0, 0.3333333]],
     }  # fmt: skip
     assert text.count("</script>") == 1 and "<h3>&lt;t&gt;</h3>" in text
+
+
+def test_a_step_that_is_nowhere_is_said_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path / "run")
+    lines = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = next(line for line in lines if line["stage"] == "small" and line["step"] == 20)
+    for number in (math.nan, math.inf):
+        last["tokens"] = number
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert main(["report", str(folder)]) == 1
+        said = capsys.readouterr().err
+        assert "has no number as tokens" in said and said.count("\n") == 1
+
+
+@pytest.mark.skipif(not NODE, reason="no Node.js on this machine")
+def test_a_map_of_many_layers_is_drawn(tmp_path: Path) -> None:
+    """A call has not as many arguments as a thousand layers have values."""
+    script = (
+        (ASSETS / "charts.js")
+        .read_text()
+        .replace("Charts.start();", "")
+        .replace("return { start, drawAll }", "return { heatRange }")
+    )
+    probe = """
+      const heat = Array.from({length: 1000}, (_, i) => ({columns: [[], Array.from({length: 800}, (_, j) => i + j)]}));
+      console.log(JSON.stringify([Charts.heatRange({heat}), Charts.heatRange({heat: [{columns: []}]})]));"""
+    (tmp_path / "probe.js").write_text(script + probe)
+    done = subprocess.run([NODE, str(tmp_path / "probe.js")], capture_output=True, text=True, timeout=60)
+    assert done.stderr == "" and json.loads(done.stdout) == [[1, 1798], [1, 1]]
 
 
 def test_folders_that_are_no_runs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
