@@ -12,7 +12,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tools.docs_site import links, megatron_lm, reference  # noqa: E402
+from tools.docs_site import links, other_programs, reference  # noqa: E402
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -32,8 +32,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     place = page.file.src_uri
     if place.startswith("reference/"):
         return markdown
-    if place == megatron_lm.PAGE:
-        markdown = markdown.replace(megatron_lm.MARK, megatron_lm.table())
+    for table in other_programs.TABLES:
+        if place == table.page:
+            markdown = markdown.replace(other_programs.MARK, table.text())
     elsewhere = place.startswith(f"{links.ELSEWHERE}/")
     path = place.removeprefix(f"{links.ELSEWHERE}/") if elsewhere else f"{links.DOCS}/{place}"
-    return links.rewritten(path, markdown)
+    return links.rewritten(path, links.with_dark_twins(path, markdown))

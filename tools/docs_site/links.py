@@ -12,6 +12,7 @@ DOCS = "docs"
 ELSEWHERE = "repository"
 """Folder of the site that holds files from outside docs/."""
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
+_LIGHT = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)-light(\.\w+)\)")
 _FENCE = re.compile(r"(^```.*?^```)", re.M | re.S)
 
 
@@ -69,6 +70,22 @@ def rewritten(page: str, text: str) -> str:
         return link if target is None else posixpath.relpath(place_of(target), here or ".")
 
     return _each(text, moved)
+
+
+def with_dark_twins(page: str, text: str) -> str:
+    """The text with the dark picture beside each light one that has it, so that the site shows what fits its theme.
+
+    Elsewhere the light picture alone is shown. One whose dark twin has a place of its own on the page is left alone.
+    """
+
+    def paired(at: re.Match[str]) -> str:
+        """Both pictures, marked for their themes."""
+        dark = f"{at[2]}-dark{at[3]}"
+        if dark in text or target_of(page, dark) is None:
+            return at[0]
+        return f"![{at[1]}]({at[2]}-light{at[3]}#only-light)\n![{at[1]}]({dark}#only-dark)"
+
+    return _LIGHT.sub(paired, text)
 
 
 def page_text(page: str) -> str:

@@ -1,4 +1,4 @@
-"""Pages that the program writes of itself: fields of the run file, commands, exit statuses."""
+"""Pages that the program writes of itself: fields of the run file, commands, exit statuses, errors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from flm_megatron import errors
 from flm_megatron.cli.main import COMMANDS, command_parser
 from flm_megatron.config.fields import all_fields
+from tools.docs_site import messages, not_run
 
 COLUMNS = "100"
 """Width of the help texts."""
@@ -20,6 +21,8 @@ def pages() -> dict[str, str]:
         "reference/run-file.md": _run_file(),
         "reference/commands.md": _commands(),
         "reference/exit-status.md": _exit_status(),
+        "reference/errors.md": messages.page(),
+        "reference/not-run.md": not_run.page(),
     }
 
 

@@ -6,6 +6,8 @@ are run by tests of their own (bring-your-own.md, surgery.md's in the README).
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 import shlex
 from collections.abc import Iterator
@@ -13,9 +15,11 @@ from pathlib import Path
 
 import pytest
 
+import flm_megatron
 from flm_megatron.cli.main import parsed
 from flm_megatron.config.loader import load_run
 from tests.support import REPOSITORY
+from tools.docs_site import not_run
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(<!-- not run: (?P<why>[^\n]+) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```", re.M | re.S)
@@ -54,3 +58,18 @@ def test_the_loader_takes_every_run_file(tmp_path: Path, page: str, text: str) -
 def test_what_is_not_taken_says_why() -> None:
     marks = [mark for page in PAGES for mark in re.findall(r"<!-- not run: (.*) -->\n(```)?", page.read_text())]
     assert marks and all(why.strip() and fence for why, fence in marks)
+    assert len(marks) == len(list(not_run.marked()))
+
+
+@pytest.mark.parametrize(("page", "text"), list(blocks({"python"})), ids=lambda value: value.splitlines()[0])
+def test_python_is_sound_and_imports_what_there_is(page: str, text: str) -> None:
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                importlib.import_module(alias.name)
+        if isinstance(node, ast.ImportFrom) and node.module:
+            module = importlib.import_module(node.module)
+            assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+    uses = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
+    assert [node.attr for node in uses if node.value.id == "flm" and not hasattr(flm_megatron, node.attr)] == []  # type: ignore[attr-defined]

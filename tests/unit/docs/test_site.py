@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from matplotlib.image import imread
 
 from flm_megatron.cli.main import COMMANDS
 from flm_megatron.config.fields import all_fields
 from tests.support import REPOSITORY
-from tools.docs_site import links, megatron_lm
+from tools.docs_site import growth_pictures, links, messages
+from tools.docs_site.other_programs import MEGATRON_LM, TABLES, TORCHTITAN, Table
 
 
 @pytest.fixture(scope="module")
@@ -50,23 +52,31 @@ def _leaves(nav: object) -> list[object]:
     return [leaf for entry in nav.values() for leaf in _leaves(entry)] if isinstance(nav, dict) else [nav]
 
 
-def test_every_flag_of_megatron_lm_leads_to_a_field_that_there_is(site: Path) -> None:
-    fields, flags = {field.path for field in all_fields()}, megatron_lm.flags()
-    assert [flag for flag in flags if flag.field is not None and flag.field not in fields] == []
-    assert all(sum(map(bool, (flag.field, flag.instead, flag.none))) == 1 for flag in flags)
-    page = (site / "from-megatron-lm" / "index.html").read_text()
-    assert [flag.name for flag in flags if f"<code>{flag.name}</code>" not in page] == []
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.file)
+def test_every_name_of_another_program_leads_to_a_field_that_there_is(site: Path, table: Table) -> None:
+    fields, names = {field.path for field in all_fields()}, table.names()
+    assert [each for each in names if each.field is not None and each.field not in fields] == []
+    assert all(sum(map(bool, (each.field, each.instead, each.none))) == 1 for each in names)
+    page = (site / table.page.removesuffix(".md") / "index.html").read_text()
+    assert [each.name for each in names if f"<code>{each.name}</code>" not in page] == []
 
 
-def test_a_flag_that_megatron_lm_does_not_have_is_noticed(tmp_path: Path) -> None:
-    names = [flag.name for flag in megatron_lm.flags()]
-    folder = tmp_path / "megatron" / "training"
-    folder.mkdir(parents=True)
-    (folder / "arguments.py").write_text("\n".join(f"add('{name}')" for name in names[1:]))
-    for other in ("megatron/core/transformer", "megatron/core/model_parallel_config.py"):
-        (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / "megatron/core/model_parallel_config.py").touch()
-    assert list(megatron_lm.missing(tmp_path)) == names[:1]
+def test_a_name_that_the_program_does_not_have_is_noticed(tmp_path: Path) -> None:
+    flags = [each.name for each in MEGATRON_LM.names()]
+    arguments = tmp_path / "megatron" / "training" / "arguments.py"
+    arguments.parent.mkdir(parents=True)
+    arguments.write_text("\n".join(f"add('{name}')" for name in flags[1:]))
+    assert list(MEGATRON_LM.missing(tmp_path)) == flags[:1]
+
+    options = [each.name for each in TORCHTITAN.names()]
+    for name in options[1:]:
+        section, field = name.split(".")
+        path = tmp_path / str(TORCHTITAN.said["sources"][section])
+        path = path if path.suffix else path / "base.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            print(f"    {field}: int = 1", file=file)
+    assert list(TORCHTITAN.missing(tmp_path)) == options[:1]
 
 
 @pytest.mark.parametrize(
@@ -87,3 +97,39 @@ def test_links_lead_to_the_places_of_the_site(page: str, link: str, moved: str) 
 def test_code_blocks_are_left_as_they_are() -> None:
     text = "```\n[x](../benchmarks/live/)\n```\n"
     assert links.rewritten("docs/growth.md", text) == text
+
+
+def test_the_site_shows_the_picture_of_its_theme(site: Path) -> None:
+    page = (site / "growth" / "index.html").read_text()
+    for name in ("matrix", "masks", "layers", "certificate"):
+        assert f"pictures/growth-{name}-light.png#only-light" in page
+        assert f"pictures/growth-{name}-dark.png#only-dark" in page
+    lone = "![x](pictures/report-light.png) ![y](pictures/report-dark.png)"
+    assert links.with_dark_twins("docs/report.md", lone) == lone
+    assert links.with_dark_twins("docs/report.md", "![x](none-light.png)") == "![x](none-light.png)"
+
+
+@pytest.mark.parametrize("name", growth_pictures.DRAWN)
+def test_pictures_are_what_the_program_does(tmp_path: Path, name: str) -> None:
+    growth_pictures.draw(name, *growth_pictures.DRAWN[name], tmp_path)
+    for theme in growth_pictures.THEMES:
+        drawn = imread(tmp_path / f"{name}-{theme}.png")
+        kept = imread(growth_pictures.PICTURES / f"{name}-{theme}.png")
+        assert drawn.shape == kept.shape and abs(drawn - kept).mean() < 0.01
+
+
+def test_the_old_block_stays_and_zero_writes_nothing_new() -> None:
+    before, zero, mask, clone = (pair for _, pair, _ in growth_pictures.matrices())
+    (rows, columns), (channels, units) = before[0].shape, before[1].shape
+    assert not zero[1][channels:].any() and not zero[1][:, units:].any() and mask[1][channels:].all()
+    assert (mask[0][:rows, :columns] == before[0]).all()
+    assert (clone[0][:rows, columns : 2 * columns] == clone[0][:rows, :columns]).all()
+
+
+def test_every_error_stands_in_the_reference(site: Path) -> None:
+    page = (site / "reference" / "errors" / "index.html").read_text()
+    for words in ("megatron-core is not installed; …", "is not in the container: add its folder to --mounts"):
+        assert words in page
+    found = messages.messages()
+    assert len(found) > 600 and {each.status for each in found} == {1, 2}
+    assert all("\n" not in each.text for each in found)
