@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grace-s", type=whole(1, 30 * 86400), default=120, help="seconds to save in after SIGTERM (default 120)"
     )
-    parser.add_argument("--max-restarts", type=count, default=10, help="torchrun: restarts after failures (default 10)")
+    parser.add_argument(
+        "--max-restarts", type=count, default=10, help="restarts of the ranks, and of all pods (default 10)"
+    )
     parser.add_argument("--fabric", choices=("infiniband", "roce", "tcp"), default="infiniband", help="network")
     parser.add_argument("--interface", help="network card for first contact and gloo, such as eth0")
     parser.add_argument("--rendezvous", choices=("c10d", "static"), default="c10d", help="torchrun: elastic or static")
@@ -50,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mounts", help="with --container: folders to mount beside this one, /FOLDER[:/FOLDER_INSIDE], by commas"
     )
     parser.add_argument("--image", default="flm-megatron:latest", help="container image, or with --container its file")
+    parser.add_argument("--image-pull-secret", help="Kubernetes: secret that opens the image's registry")
     parser.add_argument("--claim", default="flm-megatron", help="Kubernetes: volume claim with data and runs")
     parser.epilog = (
         "Slurm gets one job per stage, the others one for all stages. Without --dry-run what is printed is also "

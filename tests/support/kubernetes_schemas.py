@@ -44,6 +44,14 @@ LEFT_OUT = {
     *("livenessProbe", "readinessProbe", "startupProbe", "topologySpreadConstraints", "volumeClaimPolicies"),
     *("resourceClaims", "seLinuxOptions", "windowsOptions", "envFrom", "valueFrom", "dnsConfig"),
 }
+WORDS: JsonObject = {"type": "object", "additionalProperties": {"type": "string"}}
+METADATA: JsonObject = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "namespace": {"type": "string"}, "labels": WORDS, "annotations": WORDS},
+    "required": ["name"],
+    "additionalProperties": False,
+}
+"""What a user may say in `metadata`, which the API server knows by itself: definitions leave it open."""
 VOLUMES = {"name", "persistentVolumeClaim", "emptyDir", "hostPath", "nfs", "configMap", "secret"}
 
 
@@ -90,6 +98,7 @@ def main(*checkouts: str) -> None:
         fields.pop("status", None)
         fields["apiVersion"] = {"enum": [f"{definition['spec']['group']}/{version['name']}"]}
         fields["kind"] = {"enum": [kind]}
+        fields["metadata"] = METADATA
         schema["required"] = ["apiVersion", "kind", "metadata", "spec"]
         (FOLDER / f"{kind}.json").write_text(json.dumps(schema, separators=(",", ":"), sort_keys=True) + "\n")
 

@@ -14,7 +14,10 @@ PORT = 29400
 NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 """A job's name is also that of a service: RFC 1035."""
 LONGEST_NAME = 63
-QUEUE = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+SUBDOMAIN = re.compile(rf"{LABEL.pattern}(\.{LABEL.pattern})*")
+LONGEST_SUBDOMAIN = 253
+IMAGE = re.compile(r"[a-z0-9][\w./:-]*(@sha256:[0-9a-f]{64})?")
 FIRST_POD = "{job}-node-0-0.{job}"
 """The name that JobSet gives the first pod; Kubeflow Trainer makes a JobSet."""
 IS_HOST = "is_host=$([[ $JOB_COMPLETION_INDEX = 0 ]] && echo 1 || echo 0)"
@@ -31,7 +34,8 @@ def manifest(job: Job, site: Site, variables: list[Variable]) -> str:
     values = shared_values(job) | {
         "image": site.image,
         "claim": site.claim,
-        "queue": f"labels: {{kueue.x-k8s.io/queue-name: {site.queue}}}" if site.queue else "",
+        "pull_secret": f'imagePullSecrets: [{{name: "{site.image_pull_secret}"}}]' if site.image_pull_secret else "",
+        "queue": f'labels: {{kueue.x-k8s.io/queue-name: "{site.queue}"}}' if site.queue else "",
         # The queue lets it go.
         "suspend": "suspend: true" if site.queue else "",
     }
@@ -56,10 +60,18 @@ def _check_names(job: Job, site: Site) -> None:
             f"run name {job.run.name!r} becomes the job name {job.name}, which Kubernetes does not take: "
             f"begin it with a letter and keep it within {longest} characters"
         )
-    if site.queue is not None and not (QUEUE.fullmatch(site.queue) and len(site.queue) <= LONGEST_NAME):
+    if site.queue is not None and not (LABEL.fullmatch(site.queue) and len(site.queue) <= LONGEST_NAME):
         raise RequestError(
             f"--queue {site.queue} is no name of a queue: use up to {LONGEST_NAME} lower-case letters, digits and -"
         )
+    for option, name in (("--claim", site.claim), ("--image-pull-secret", site.image_pull_secret)):
+        if name is not None and not (SUBDOMAIN.fullmatch(name) and len(name) <= LONGEST_SUBDOMAIN):
+            raise RequestError(
+                f"{option} {name} is no name that Kubernetes takes: use up to {LONGEST_SUBDOMAIN} lower-case letters, "
+                "digits, - and ."
+            )
+    if not IMAGE.fullmatch(site.image):
+        raise RequestError(f"--image {site.image} is no image: give HOST/PATH/NAME:TAG")
 
 
 def _work(job: Job, site: Site, variables: list[Variable]) -> str:
@@ -68,6 +80,7 @@ def _work(job: Job, site: Site, variables: list[Variable]) -> str:
     first = FIRST_POD.format(job=job.name)
     values = {
         # The operator sets PET_RDZV_BACKEND and PET_RDZV_ENDPOINT.
+        "wait": "" if operator or job.nodes == 1 else _wait(first),
         "meeting": "" if operator else f"--rdzv-backend c10d --rdzv-endpoint {first}:{PORT} \\",
         "conf": "join_timeout=1800" if operator else f'"join_timeout=1800,{IS_HOST}"',
         "command": job.command(),
@@ -76,6 +89,11 @@ def _work(job: Job, site: Site, variables: list[Variable]) -> str:
         "resources": _resources(job, site),
     }
     return fill("kubernetes/work.yaml", shared_values(job) | values).rstrip()
+
+
+def _wait(first: str) -> str:
+    """Shell lines by which a pod waits for the first one."""
+    return fill("kubernetes/wait.sh", {"first": first, "port": str(PORT)}).rstrip()
 
 
 def _resources(job: Job, site: Site) -> str:

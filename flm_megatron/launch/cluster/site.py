@@ -31,5 +31,7 @@ class Site:
     """Slurm: what runs the image, `pyxis` or `apptainer`; none runs the ranks on the node itself."""
     mounts: str | None = None
     """Slurm with a container: folders of the node to mount, /FOLDER or /FOLDER:/FOLDER_INSIDE, separated by commas."""
+    image_pull_secret: str | None = None
+    """Kubernetes: the secret that opens the image's registry."""
     claim: str = "flm-megatron"
     """Kubernetes: volume claim that holds data and runs, mounted by all pods."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -55,6 +58,26 @@ def test_the_api_server_takes_it(
 
 
 @pytest.mark.parametrize("api", APIS)
+def test_the_registry_and_names_that_yaml_takes_for_numbers(
+    run_file: Path, capsys: pytest.CaptureFixture[str], api: str
+) -> None:
+    options = ["--image-pull-secret", "0x10", "--image", "1.5", "--claim", "007", "--queue", "2024-01-01"]
+    made = manifests(capsys, str(run_file), *FOUR_PODS, "--api", api, *options)
+    pod, container = pod_of(made)
+    assert pod["imagePullSecrets"] == [{"name": "0x10"}] and container["image"] == "1.5"
+    assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "007"}
+    assert made[-1]["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "2024-01-01"}
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_misspelt_metadata_is_noticed(run_file: Path, capsys: pytest.CaptureFixture[str], api: str) -> None:
+    job = manifests(capsys, str(run_file), *FOUR_PODS, "--api", api, "--queue", "training")[-1]
+    job["metadata"]["label"] = job["metadata"].pop("labels")
+    with pytest.raises(ValidationError, match="label"):
+        Draft7Validator(schema_of(job["kind"])).validate(job)
+
+
+@pytest.mark.parametrize("api", APIS)
 def test_a_misspelt_field_is_noticed(run_file: Path, capsys: pytest.CaptureFixture[str], api: str) -> None:
     made = manifests(capsys, str(run_file), *FOUR_PODS, "--api", api)
     wrong = deepcopy(made)
@@ -74,7 +97,10 @@ def test_pods_and_their_devices(run_file: Path, capsys: pytest.CaptureFixture[st
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 8, "rdma/hca": 8}
     variables = {each["name"]: each["value"] for each in container["env"]}
     assert pod["terminationGracePeriodSeconds"] > int(variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) == 60
-    assert pod["securityContext"] == {"runAsNonRoot": True, "runAsUser": 1000, "fsGroup": 1000}
+    user, privileges = pod["securityContext"], pod["containers"][0]["securityContext"]
+    assert (user["runAsNonRoot"], user["runAsUser"], user["fsGroup"]) == (True, 1000, 1000)
+    assert user["seccompProfile"] == {"type": "RuntimeDefault"}  # with the next line Kubernetes' level "restricted"
+    assert privileges == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
 
 @pytest.mark.parametrize("api", APIS)
@@ -90,7 +116,8 @@ def test_what_ends_a_pod_decides_what_follows(run_file: Path, capsys: pytest.Cap
     jobs = made[0]["spec"]["template"]["spec"] if api == "trainjob" else made[0]["spec"]
     job = jobs["replicatedJobs"][0]["template"]["spec"]
     assert (job["completionMode"], job["completions"], job["parallelism"], job["backoffLimit"]) == ("Indexed", 4, 4, 0)
-    evicted, wrong = job["podFailurePolicy"]["rules"]
+    evicted, stopped, wrong = job["podFailurePolicy"]["rules"]
+    assert (stopped["action"], stopped["onExitCodes"]["values"]) == ("Ignore", [3])
     assert (evicted["action"], evicted["onPodConditions"][0]["type"]) == ("Ignore", "DisruptionTarget")
     assert (wrong["action"], wrong["onExitCodes"]["values"]) == ("FailJob", [2])
     assert jobs["failurePolicy"]["rules"][0]["action"] == "FailJobSet"
@@ -98,6 +125,49 @@ def test_what_ends_a_pod_decides_what_follows(run_file: Path, capsys: pytest.Cap
     if api == "trainjob":
         assert made[1]["spec"]["runtimeRef"]["name"] == made[0]["metadata"]["name"]
         assert made[1]["spec"]["trainer"]["numNodes"] == 4
+
+
+def pod_command(capsys: pytest.CaptureFixture[str], run_file: Path, port: int) -> list[str]:
+    """The command of a pod, whose first pod is this machine at `port`."""
+    _, container = pod_of(manifests(capsys, str(run_file), *FOUR_PODS, "--api", "jobset"))
+    command: list[str] = container["command"]
+    assert "first=my-run-node-0-0.my-run\n" in command[-1] and "$first/29400" in command[-1]
+    return [*command[:-1], command[-1].replace("my-run-node-0-0.my-run", "127.0.0.1").replace("29400", str(port))]
+
+
+def surroundings(folder: Path, index: int) -> dict[str, str]:
+    """A pod's variables, under which `python` says that it was started."""
+    (folder / "python").write_text("#!/bin/sh\necho started\n")
+    (folder / "python").chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "JOB_COMPLETION_INDEX": str(index)}
+
+
+def test_a_pod_waits_until_the_first_one_listens(
+    run_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with socket.socket() as first:
+        first.bind(("127.0.0.1", 0))  # nobody listens yet
+        command = pod_command(capsys, run_file, first.getsockname()[1])
+        head = subprocess.run(command, env=surroundings(tmp_path, 0), capture_output=True, text=True, timeout=20)
+        assert (head.returncode, head.stdout, head.stderr) == (0, "started\n", "")
+        with subprocess.Popen(command, env=surroundings(tmp_path, 1), stdout=subprocess.PIPE, text=True) as pod:
+            with pytest.raises(subprocess.TimeoutExpired):
+                pod.wait(1)
+            first.listen()
+            said, _ = pod.communicate(timeout=20)
+    assert (pod.returncode, said) == (0, "started\n")
+
+
+def test_a_pod_that_waits_can_be_stopped(run_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with socket.socket() as first:
+        first.bind(("127.0.0.1", 0))
+        command = pod_command(capsys, run_file, first.getsockname()[1])
+        with subprocess.Popen(command, env=surroundings(tmp_path, 1), stdout=subprocess.PIPE, text=True) as pod:
+            with pytest.raises(subprocess.TimeoutExpired):
+                pod.wait(1)
+            pod.terminate()
+            said, _ = pod.communicate(timeout=20)
+    assert (pod.returncode, said) == (3, "")
 
 
 @pytest.mark.parametrize(
@@ -108,6 +178,10 @@ def test_what_ends_a_pod_decides_what_follows(run_file: Path, capsys: pytest.Cap
         (["--name", "1t"], "becomes the job name 1t, which Kubernetes does not take: begin it with a letter"),
         (["--name", "r" * 60], "keep it within 48 characters"),
         (["--api", "job"], "invalid choice: 'job'"),
+        (["--claim", "[data]"], "--claim [data] is no name that Kubernetes takes"),
+        (["--claim", "Data"], "--claim Data is no name that Kubernetes takes"),
+        (["--image-pull-secret", "a_b"], "--image-pull-secret a_b is no name that Kubernetes takes"),
+        (["--image", "@x"], "--image @x is no image: give HOST/PATH/NAME:TAG"),
     ],
 )
 def test_names_that_kubernetes_does_not_take(

@@ -51,7 +51,7 @@ def test_the_pods_of_a_job_set_meet(tmp_path: Path) -> None:
     with hosts(2) as machines:
         # Kubernetes gives the first pod this name, and every pod its number.
         assert "test-node-0-0.test:" in command[-1]
-        command[-1] = command[-1].replace("test-node-0-0.test:", f"{machines[0].name}:")
+        command[-1] = command[-1].replace("test-node-0-0.test", machines[0].name)
         job = [
             host.start(command, tmp_path / f"{host.name}.log", JOB_COMPLETION_INDEX=str(number), PATH=path)
             for number, host in enumerate(machines)

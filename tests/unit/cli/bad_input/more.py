@@ -91,6 +91,13 @@ ROWS = [
     Row("plan run.yaml --gpu h100 --gpus 4 --stages.0.parallel.pipeline 1000", "2 mistakes", mistakes=2),
     Row("launch run.yaml --on slurm --processes-per-node 1 --dry-run --image 'a b'", "--image"),
     Row("launch run.yaml --on kubernetes --processes-per-node 1 --dry-run --claim 'a: b'", "--claim"),
+    Row("launch run.yaml --on kubernetes --processes-per-node 1 --dry-run --queue Training", "--queue Training"),
+    Row("launch run.yaml --on kubernetes --processes-per-node 1 --dry-run --claim '[a]'", "--claim [a]"),
+    Row(
+        "launch run.yaml --on kubernetes --processes-per-node 1 --dry-run --image-pull-secret a_b",
+        "--image-pull-secret",
+    ),
+    Row("launch run.yaml --on kubernetes --processes-per-node 1 --dry-run --api job", "'job'"),
     Row("launch run.yaml --on torchrun --processes-per-node 1 --dry-run --interface '$(x)'", "--interface"),
     Row("launch run.yaml --on torchrun --processes-per-node 1 --nodes 2 --dry-run --endpoint 'a;b:1'", "--endpoint"),
     Row("launch run.yaml --on torchrun --processes-per-node 1048577 --dry-run", "is above 1048576"),
