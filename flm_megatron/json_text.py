@@ -1,9 +1,10 @@
-"""JSON from files of others: whatever they contain, an error is one line that names the place."""
+"""JSON from files of others, where an error is one line that names the place, and JSON for other programs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flm_megatron.errors import FlmError, RequestError
@@ -41,6 +42,22 @@ def parse_json(
         raise error(f"{where} is not {name} that can be read: brackets are nested more than {DEEPEST} deep") from None
     except ValueError as problem:  # a key that stands twice, or a number of more digits than are read
         raise error(f"{where} is not {name} that can be read: {str(problem).partition(';')[0]}") from None
+
+
+def json_document(data: object) -> str:
+    """A document for other programs. Numbers that JSON does not have, infinite ones and NaN, become null; what else it
+    does not have, such as paths, becomes text."""
+    return json.dumps(_plain(data), indent=1, default=str, allow_nan=False)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value
 
 
 def _unique(pairs: Iterable[tuple[str, Json]]) -> JsonObject:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from flm_megatron.benchmarking.flops import NOTE
 from flm_megatron.benchmarking.result import Measurement
 from flm_megatron.config.schema import StageConfig
 from flm_megatron.errors import RequestError
+from flm_megatron.json_text import json_document
 from flm_megatron.training.metrics.log import short
 
 MEMORY_NOTE = (
@@ -68,7 +68,7 @@ class Report:
 
     def json(self) -> str:
         """Everything as JSON, every step's time included."""
-        return json.dumps(
+        return json_document(
             {
                 "title": self.title,
                 "environment": dict(self.environment),
@@ -78,8 +78,7 @@ class Report:
                 "measurements": [found.to_json() for found in self.measurements],
                 "ratios": dict(self.ratios),
                 "notes": list(self.notes),
-            },
-            indent=1,
+            }
         )
 
     def write(self, folder: Path, name: str) -> list[Path]:

@@ -27,7 +27,8 @@ def layer_distances(
     `[layer.cosine for layer in ...]` is what `grow` takes as `distances`.
 
     Raises:
-        RequestError: the run file breaks a rule, there is no such checkpoint or stage, or too little text.
+        RequestError: the run file breaks a rule, there is no such checkpoint or stage, the tokenizer is not the
+            checkpoint's, or too little text.
         DamagedError: the checkpoint cannot be read.
     """
     opened, model, stage, tokens = checkpoint_on_text(checkpoint, run, text, samples)

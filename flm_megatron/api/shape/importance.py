@@ -7,9 +7,7 @@ from functools import partial
 
 from flm_megatron.api.shape.on_text import checkpoint_on_text
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
-from flm_megatron.checkpoint.own_tokenizer import check_tokenizer
 from flm_megatron.config.schema import RunConfig
-from flm_megatron.data.tokenizer import open_tokenizer, tokenizer_exists
 from flm_megatron.distributed.world import layout, tool_world
 from flm_megatron.growth.shrink.importance import Criterion, Dimension, Importance
 from flm_megatron.growth.shrink.measure import chosen_criteria
@@ -48,7 +46,5 @@ def measure_importance(
     """
     opened, model, of_run, tokens = checkpoint_on_text(checkpoint, run, text, samples, stage)
     chosen = chosen_criteria(criteria or {}, of_run.shrink if stage else None)
-    if run.tokenizer is not None and tokenizer_exists(run.tokenizer):
-        check_tokenizer(open_tokenizer(run.tokenizer), model, "the checkpoint", opened.manifest)
     with tool_world(run.distributed):
         return measured(opened, model, of_run, tokens, partial(layout, timeout_s=run.distributed.timeout_s), chosen)

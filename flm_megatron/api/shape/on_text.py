@@ -11,8 +11,10 @@ from flm_megatron.api.checkpoint import given_checkpoint
 from flm_megatron.api.values import require_whole
 from flm_megatron.checkpoint.described import recorded_model
 from flm_megatron.checkpoint.logical import LogicalCheckpoint
+from flm_megatron.checkpoint.own_tokenizer import check_tokenizer
 from flm_megatron.config.schema import ModelConfig, RunConfig, StageConfig
 from flm_megatron.config.stage_names import stage_index
+from flm_megatron.data.tokenizer import open_tokenizer, tokenizer_exists
 from flm_megatron.distributed.launched import launched_processes
 from flm_megatron.distributed.world import is_main_rank, tool_world
 from flm_megatron.growth.certificate.forward import Layout
@@ -64,7 +66,8 @@ def checkpoint_on_text(
     `samples` of the run's validation data are read, or of the file `text`.
 
     Raises:
-        RequestError: the run file breaks a rule, there is no such checkpoint or stage, or too little text.
+        RequestError: the run file breaks a rule, there is no such checkpoint or stage, the tokenizer is not the
+            checkpoint's, or too little text.
         DamagedError: the checkpoint cannot be read.
     """
     require_whole("samples", samples)
@@ -72,6 +75,8 @@ def checkpoint_on_text(
     opened = given_checkpoint(checkpoint)
     name = stage or opened.manifest.position.stage or run.stages[0].name
     chosen = run.stages[stage_index(run, name)]
-    tokens = run_tokens(run, samples) if text is None else file_tokens(given_path(text, "text"), run, samples)
     model = recorded_model(opened, chosen.model.vocab_size) or chosen.model
+    if run.tokenizer is not None and tokenizer_exists(run.tokenizer):
+        check_tokenizer(open_tokenizer(run.tokenizer), model, "the checkpoint", opened.manifest)
+    tokens = run_tokens(run, samples) if text is None else file_tokens(given_path(text, "text"), run, samples)
     return opened, model, chosen, tokens

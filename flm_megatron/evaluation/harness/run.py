@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -13,6 +15,7 @@ from flm_megatron.data.conversations.template import TELE_FLM, ChatTemplate
 from flm_megatron.evaluation.evaluated import EvaluatedCheckpoint, open_evaluated
 from flm_megatron.evaluation.harness.tasks import load_tasks, task_files
 from flm_megatron.evaluation.session import Session, hold_session
+from flm_megatron.json_text import json_document
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -109,16 +112,17 @@ def ask(questions: Questions, session: Session, context: int, template: ChatTemp
 
     from flm_megatron.evaluation.harness.model import HarnessModel
 
-    result = simple_evaluate(
-        HarnessModel(session, context, template),
-        tasks=list(questions.tasks),
-        task_manager=questions.manager,
-        num_fewshot=questions.fewshot,
-        limit=questions.limit,
-        apply_chat_template=questions.templated,
-        log_samples=questions.samples,
-        bootstrap_iters=1000,
-    )
+    with redirect_stdout(sys.stderr):  # what tasks print is no part of the result
+        result = simple_evaluate(
+            HarnessModel(session, context, template),
+            tasks=list(questions.tasks),
+            task_manager=questions.manager,
+            num_fewshot=questions.fewshot,
+            limit=questions.limit,
+            apply_chat_template=questions.templated,
+            log_samples=questions.samples,
+            bootstrap_iters=1000,
+        )
     assert result is not None
     return result
 
@@ -140,7 +144,7 @@ def _run(request: HarnessRequest, session: Session, evaluated: EvaluatedCheckpoi
 
 def _show(request: HarnessRequest, found: Mapping[str, Result]) -> None:
     scores = {name: result["results"] for name, result in found.items()}
-    text = json.dumps({"checkpoints": scores}, indent=2, default=str)
+    text = json_document({"checkpoints": scores})
     if request.samples:
         _write_samples(request.samples, found)
     if request.json == Path("-"):

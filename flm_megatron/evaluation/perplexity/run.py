@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from flm_megatron.evaluation.perplexity.bits_per_byte import (
     weighted,
 )
 from flm_megatron.evaluation.perplexity.windows import check_window
+from flm_megatron.json_text import json_document
 from flm_megatron.paths import FilePath
 from flm_megatron.storage.cache.whole import file_at
 from flm_megatron.url import is_url
@@ -118,7 +118,7 @@ def _score(request: BitsPerByteRequest, path: Path, documents: Mapping[str, list
 
 
 def _show(request: BitsPerByteRequest, scores: Sequence[CheckpointScore]) -> None:
-    result = json.dumps(to_json(scores, request.shares), indent=2)
+    result = json_document(to_json(scores, request.shares))
     if request.json == Path("-"):
         print(result)
         return

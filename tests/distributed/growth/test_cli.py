@@ -154,6 +154,16 @@ def test_importance_with_and_without_a_run_file(folder: Path, capsys: pytest.Cap
     check_importance(found, load_run(folder / "run.yaml").stages[0].model, "units")
 
 
+def test_measurements_as_json_are_all_of_standard_output(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    of_text = [str(folder / "small"), str(folder / "run.yaml"), "--text", str(folder / "text.txt"), "--samples", "2"]
+    assert main(["distance", *of_text, "--json"]) == 0
+    layers = json.loads(capfd.readouterr().out)["layers"]
+    assert len(layers) == 2 and {*layers[0]} == {"cosine", "l2"}
+    assert main(["importance", *of_text, "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert {*found} >= {"criteria", "samples", "tokens", "layers", "ffn", "heads", "hidden"} and found["tokens"] == 64
+
+
 def test_a_growth_beyond_the_tolerance_is_not_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = ["--stages.1.growth.loss_tolerance", "1e-30", "--certify", str(folder / "text.txt")]
     assert grow(folder, "refused", "--stage", "big", *wrong) == 1
