@@ -12,6 +12,7 @@ from flm_megatron.config.schema import RunConfig
 from flm_megatron.data.conversations.template import TELE_FLM, ChatTemplate
 from flm_megatron.data.tokenizer import open_tokenizer
 from flm_megatron.engine.data_parallel import unwrap
+from flm_megatron.errors import one_line
 from flm_megatron.evaluation.generation.generate import GenerationRequest
 from flm_megatron.evaluation.harness.run import Questions, ask, scores_of
 from flm_megatron.evaluation.harness.tasks import load_tasks, task_files
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
     from flm_megatron.model.teleflm import TeleFLM
     from flm_megatron.training.stage import StageTrainer
+
+
+MOST_SAID = 1000
+"""Letters of what a task raises."""
 
 
 def evaluation_hooks(run: RunConfig) -> list[Hook]:
@@ -107,9 +112,10 @@ class Evaluation(Hook):
             try:
                 result = ask(questions, session, length, ChatTemplate(TELE_FLM, tokenizer))
                 found.values |= scores_of(result["results"])
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 if trainer.log:
-                    trainer.log.say(f"WARNING: tasks are not evaluated: {type(error).__name__}: {error}")
+                    said = one_line(f"{type(error).__name__}: {error}")[:MOST_SAID]
+                    trainer.log.say(f"WARNING: tasks are not evaluated: {said}")
         room = max(1, length - self.asked.max_new_tokens)
         prompts = [(tokenizer.encode(text) or [tokenizer.eod])[-room:] for text in self.asked.prompts]
         requests = [GenerationRequest(at, ids, self.asked.max_new_tokens) for at, ids in enumerate(prompts)]
