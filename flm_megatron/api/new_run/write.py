@@ -30,6 +30,8 @@ TRAINED_TOKENS = 10**9
 VOCABULARIES = ((5 * 10**7, 4096), (5 * 10**9, 32000))
 """Ids of a tokenizer that has still to be trained, for models of up to so many parameters."""
 LARGE_VOCABULARY = 64000
+MOST_FITS, FIT = 12, 0.005
+"""How often a budget is made longer or shorter, and the share of the hours that it may be off then."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class Draft:
         self.tokens, self.why = self._budget()
         self.base = replace(self.base, tokens=self.tokens)
         self.advice = self._advice()
+        if asked.grow and asked.hours is not None:
+            self._fill_hours(asked.hours)
 
     def text(self) -> str:
         """The run file."""
@@ -173,6 +177,31 @@ class Draft:
                 raise
             return None
 
+    def _fill_hours(self, hours: float) -> None:
+        """Budget of all stages together: a smaller model is faster, and growth saves, so that more tokens fit."""
+        for _ in range(MOST_FITS):
+            small, last = self._split()
+            layouts = ((small.tokens, parts.layout_on(small, self.length, self.machine, self.asked.gpus)),
+                       (last, self.layout))  # fmt: skip
+            speeds = [(tokens, layout.tokens_per_s_per_device) for tokens, layout in layouts]
+            needed_s = sum(tokens / (speed * self.asked.gpus) for tokens, speed in speeds if speed)
+            share = hours * 3600 * parts.GOODPUT / needed_s
+            if abs(share - 1) < FIT:
+                return
+            self.tokens = max(1, int(self.tokens * share))
+            self.base = replace(self.base, tokens=self.tokens)
+            self.advice = self._advice()
+
+    def _split(self) -> tuple[StageConfig, int]:
+        """The first stage of a grown run, and the tokens of the last. Raises RequestError if nothing can grow."""
+        if self.advice is None or self.advice.best is None:
+            raise RequestError(f"grow: no smaller model can grow into {self.asked.model}")
+        point = self.advice.point
+        first = int(point.small_tokens) if point else self.tokens // 2
+        last = int(point.large_tokens) if point else self.tokens - first
+        model = self.advice.best.candidate.model
+        return replace(self.base, name="small", model=model, tokens=first, growth=None), last
+
     def _head(self) -> Iterator[str]:
         asked = self.asked
         yield "# Made by `flm init`. Every field with its default: `flm config`; this file resolved: `flm config FILE`."
@@ -197,18 +226,16 @@ class Draft:
         if not asked.grow:
             yield from _item(self._stage_lines(self.base, self.layout, self.tokens, self.why, None))
             return
-        if advice is None or advice.best is None:
-            raise RequestError(f"grow: no smaller model can grow into {asked.model}")
-        point, best = advice.point, advice.best
-        first = int(point.small_tokens) if point else self.tokens // 2
-        last = int(point.large_tokens) if point else self.tokens - first
-        small = replace(self.base, name="small", model=best.candidate.model, tokens=first, growth=None)
+        small, last = self._split()
+        assert advice is not None and advice.best is not None, "else it raises"
         layout = parts.layout_on(small, self.length, self.machine, asked.gpus)
-        when = "when growth pays most, by equality of losses" if point else "half of the budget"
-        yield from _item(self._stage_lines(small, layout, first, when, None))
-        growth = dict(advice.growth or dict.fromkeys(best.candidate.factors, "zero"))
+        when = "when growth pays most, by equality of losses" if advice.point else "half of the budget"
+        yield from _item(self._stage_lines(small, layout, int(small.tokens), when, None))
+        growth = dict(advice.growth or dict.fromkeys(advice.best.candidate.factors, "zero"))
         large = replace(self.base, name="large")
-        yield from _item(self._stage_lines(large, self.layout, last, "what is left", growth))
+        goodput = f"a goodput of {100 * parts.GOODPUT:.0f} %"
+        left = "what is left" if asked.hours is None else f"what is left of {asked.hours:g} hours at {goodput}"
+        yield from _item(self._stage_lines(large, self.layout, last, left, growth))
 
     def _stage_lines(
         self, stage: StageConfig, layout: parts.Layout, tokens: int, why: str, growth: dict[str, object] | None

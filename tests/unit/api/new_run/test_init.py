@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import re
 import shlex
 from pathlib import Path
 
@@ -57,6 +58,19 @@ def test_what_is_written_is_accepted(place: Path, options: str) -> None:
     commands = [line.strip() for line in done.stdout.splitlines() if line.startswith("  flm ")]
     assert any("data build" in command for command in commands)
     assert "flm config run.yaml" in commands
+
+
+def test_hours_are_those_of_all_stages_together(place: Path) -> None:
+    options = "--model 7B --gpu h100 --gpus 8 --hours 10 --grow"
+    done = flm("init", "--yes", "--data", "book.txt", *options.split())
+    assert done.returncode == 0, done.stderr
+    tokens = [stage.tokens for stage in load_run(place / "run.yaml").stages]
+    speeds = [
+        1e3 * float(found) for found in re.findall(r"([\d.]+)K tokens/s/device", (place / "run.yaml").read_text())
+    ]
+    assert len(speeds) == 2 and speeds[0] > 2 * speeds[1]
+    hours = sum(number / speed / 8 / 3600 for number, speed in zip(tokens, speeds, strict=True))
+    assert hours == pytest.approx(0.9 * 10, rel=0.015)
 
 
 def test_commands_that_follow_can_be_pasted_into_a_shell(place: Path) -> None:
