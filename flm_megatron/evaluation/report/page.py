@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flm_megatron.config.loader import dump_run
 from flm_megatron.errors import RequestError
+from flm_megatron.evaluation.report.bars import goodput_bars
 from flm_megatron.evaluation.report.chart import Chart
 from flm_megatron.evaluation.report.curves import AXES, detail_charts, loss_chart
 from flm_megatron.evaluation.report.growth_charts import growth_charts
@@ -109,7 +110,7 @@ def main_part(histories: Sequence[History], compared: Savings | None = None) -> 
         _titled("Course of training", _charts(detail_charts(histories))),
         _titled("Layers", _charts(layers) if layers else ""),
         _titled("Stages", stages_table(histories)),
-        _titled("Where the time went", goodput_table(histories) or "<p>Not metered.</p>"),
+        _titled("Where the time went", goodput_bars(histories) + (goodput_table(histories) or "<p>Not metered.</p>")),
         _titled("Restarts, changes and refused steps", events_table(histories) or "<p>None.</p>"),
         _titled("Run files", "".join(_run_file(history) for history in histories)),
     ]

@@ -315,6 +315,25 @@ def test_a_map_of_many_layers_is_drawn(tmp_path: Path) -> None:
     assert done.stderr == "" and json.loads(done.stdout) == [[1, 1798], [1, 1]]
 
 
+def test_bars_of_wall_time_are_as_long_as_what_took_it(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", name="<b>")
+    times = [
+        {"what": "begin", "time": 100.0, "index": 0, "stage": "small", "step": 0, "started": 100.0},
+        {"what": "step", "time": 150.0, "step": 1, "seconds": 50.0},
+        {"what": "save", "time": 180.0, "seconds": 30.0},
+        {"what": "step", "time": 200.0, "step": 2, "seconds": 15.0, "data_s": 5.0},
+    ]
+    (folder / "goodput.jsonl").write_text("".join(json.dumps(line) + "\n" for line in times))
+    assert main(["report", str(folder)]) == 0
+    text = (folder / "report.html").read_text()
+    bars = text.partition('<figure class="bars">')[2].partition("</figure>")[0]
+    widths = dict(re.findall(r'width:([\d.]+)%[^>]*title="([a-z ]+) ', bars))
+    assert {name: float(width) for width, name in widths.items()} == {
+        "steps that count": 65.0, "saving": 30.0, "waiting for data": 5.0,
+    }  # fmt: skip
+    assert "<figcaption>&lt;b&gt;</figcaption>" in bars and bars.count("<li>") == 3
+
+
 def test_folders_that_are_no_runs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert "is not a run's output folder" in capsys.readouterr().err
