@@ -211,6 +211,8 @@ class Manifest(Record):
     shrink: RecordedGrowth | None = None
     """The shrinking at its start, if it began with one."""
     tokenizer_sha256: str | None = None
+    chat_template_sha256: str | None = None
+    """Hash of the text of the template by which a fine-tuning's conversations were written."""
     history: list[dict[str, object]] | None = None
     """Segments of the run so far; `config.history` reads and writes them."""
     validation_sha256: dict[str, str] = {}

@@ -12,7 +12,7 @@ from flm_megatron.checkpoint.manifest import Manifest, RecordedRun, StagePositio
 from flm_megatron.config.loader import run_to_dict
 from flm_megatron.config.schema import DataConfig, ModelConfig, RunConfig, StageConfig
 from flm_megatron.data.tokenizer import tokenizer_fingerprint, tokenizer_in
-from flm_megatron.errors import RequestError
+from flm_megatron.errors import FlmError, RequestError
 from flm_megatron.model.limits import check_limits
 
 IMPORTED = "imported"
@@ -31,7 +31,20 @@ def stage_manifest(run: RunConfig, stage_index: int, model: ModelConfig, positio
         run=RecordedRun.model_validate(run_to_dict(replace(run, stages=stages))),
         position=replace(position, stage=stages[stage_index].name),
         tokenizer_sha256=tokenizer_fingerprint(run.tokenizer) if run.tokenizer else None,
+        chat_template_sha256=chat_template_fingerprint(run),
     )
+
+
+def chat_template_fingerprint(run: RunConfig) -> str | None:
+    """Hash of the chat template of a fine-tuning; none of another run, or where template or tokenizer are not there."""
+    if run.data.chat is None:
+        return None
+    from flm_megatron.data.conversations.template import template_fingerprint
+
+    try:
+        return template_fingerprint(run.data.chat.template, run.tokenizer)
+    except FlmError:
+        return None  # growing and planning go without it; training opens both before anything else
 
 
 def manifest_model(manifest: Manifest, where: str = "manifest.json") -> ModelConfig | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,6 +109,23 @@ class ChatTemplate:
     def encode(self, text: str) -> list[int]:
         """Ids of a rendered text."""
         return self._tokens.encode(text)
+
+
+def template_fingerprint(template: str, tokenizer: str | None) -> str | None:
+    """SHA-256 of a template's text, whatever it is called: what it makes of conversations follows from that.
+
+    `tokenizer` is the path of the one that the template may lie beside; none where that is not known.
+
+    Raises:
+        RequestError: no such file, or no template beside the tokenizer.
+    """
+    from flm_megatron.data.tokenizer import open_tokenizer
+
+    if template == OF_TOKENIZER:
+        text = _text(template, open_tokenizer(tokenizer)) if tokenizer else None
+    else:
+        text = TELE_FLM_TEMPLATE if template == TELE_FLM else _read(template)
+    return None if text is None else sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _text(template: str, tokenizer: Tokenizer) -> str:

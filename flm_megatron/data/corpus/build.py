@@ -233,8 +233,12 @@ class _Kept:
 
 
 def _identity(options: BuildOptions, tokenizer: Tokenizer) -> str:
-    """Stands for what a build makes; the number of workers does not change that."""
-    parts = (options.identity, options.validation_share, options.exact, options.near, tokenizer.fingerprint)
+    """Stands for what a build makes; the number of workers does not change that.
+
+    The id that ends a document may come from beside the tokenizer's file, whose fingerprint then does not tell.
+    """
+    made_by = (tokenizer.fingerprint, tokenizer.eod)
+    parts = (options.identity, options.validation_share, options.exact, options.near, *made_by)
     return sha256(repr(parts).encode()).hexdigest()
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from flm_megatron.checkpoint.manifest import Manifest
+from flm_megatron.checkpoint.stage_manifest import chat_template_fingerprint
 from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.history import History, Segment, SegmentSource, history_from_json
 from flm_megatron.config.loader import run_from_dict
@@ -222,6 +223,14 @@ def _chat_reasons(run: RunConfig, index: int, manifest: Manifest, past: History,
     ):
         if was != value:
             yield f"{field} was {was} and is {value}: it can change between stages of a fine-tuning, not in one; {BACK}"
+    assert run.data.chat is not None
+    before, present = manifest.chat_template_sha256, chat_template_fingerprint(run)
+    if None not in (before, present) and before != present:
+        yield (
+            f"data.chat.template {run.data.chat.template} has another text than it had when this stage began (SHA-256 "
+            f"{str(before)[:12]}, now {str(present)[:12]}): it can change between stages of a fine-tuning, not in one; "
+            f"{BACK}"
+        )
 
 
 def _identities(segment: Segment) -> list[str]:

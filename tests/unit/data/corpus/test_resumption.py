@@ -134,6 +134,19 @@ def test_what_a_build_of_something_else_left_is_not_gone_on_with(tmp_path: Path,
     assert built.resumed == 0 and len(contents(tmp_path)) == 6
 
 
+def test_another_end_of_documents_is_another_build(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dying() -> Iterator[str]:
+        yield from data_cases.texts(60)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(tokenizer), "eod", property(lambda self: 7))
+        build(dying(), tokenizer, tmp_path / "set", OPTIONS)
+    assert build(texts(), tokenizer, tmp_path / "set", OPTIONS).resumed == 0
+
+
 def test_two_builds_of_one_dataset_do_not_meet(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / ".set.partial").mkdir()
     with FileLock(tmp_path / ".set.partial" / "lock"), pytest.raises(RequestError, match="built by another process"):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flm_megatron.checkpoint.manifest import Manifest, RecordedTeacher
+from flm_megatron.checkpoint.manifest import Manifest, RecordedTeacher, StagePosition
+from flm_megatron.checkpoint.stage_manifest import stage_manifest
 from flm_megatron.config.budget import stage_budgets
 from flm_megatron.config.history import History, Segment, history_to_json
 from flm_megatron.config.loader import run_to_dict
@@ -393,6 +395,24 @@ def test_conversations_stay_within_a_stage(folder: Path, tmp_path: Path) -> None
     run.data.chat.packing = True
     with pytest.raises(RequestError, match=r"data\.chat\.packing was False and is True"):
         go_on(run, within)
+
+
+def test_a_chat_template_keeps_its_text_within_a_stage(folder: Path, tmp_path: Path) -> None:
+    """Its name stands in the run file; what counts is what it says."""
+    run = chat_run(folder)
+    assert run.data.chat is not None
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    run.data.chat.template = str(template)
+    known = stage_manifest(run, 0, run.stages[0].model, StagePosition()).chat_template_sha256
+    assert known == sha256(template.read_bytes()).hexdigest()
+    manifest, finished = (edited(saved_by(run, step), chat_template_sha256=known) for step in (5, 25))
+    assert len(go_on(run, manifest)) == 1
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}")
+    with pytest.raises(RequestError, match=r"data\.chat\.template .*template\.jinja has another text than it had"):
+        go_on(run, manifest)
+    assert len(go_on(run, saved_by(run))) == 1  # a version that kept no hash
+    assert [segment.stage for segment in go_on(run, finished)] == ["a", "b"]
 
 
 def test_masks_have_to_open_within_the_steps_that_are_left(folder: Path) -> None:
