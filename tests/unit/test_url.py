@@ -63,3 +63,12 @@ def test_bad_urls_are_refused_in_one_line(url: str, line: str) -> None:
 def test_a_missing_package_is_named() -> None:
     with patch.dict(sys.modules, {"gcsfs": None}), pytest.raises(RequestError, match="pip install gcsfs"):
         require_url("gs://bucket/key", "output")
+
+
+@pytest.mark.parametrize(
+    "name", ["DB_PASS", "DEPLOY_PRIVATE_KEY", "SSH_PASSPHRASE", "GITHUB_PAT", "MY_BEARER", "HF_TOKEN"]
+)
+def test_variables_that_are_secrets_by_their_names_are_hidden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "correct-horse")
+    monkeypatch.setenv("MODEL_PATH", "battery-staple")
+    assert redacted("correct-horse battery-staple") == "*** battery-staple"
