@@ -110,6 +110,7 @@ def test_the_proxy_is_narrow_and_the_rest_is_kept() -> None:
     assert changed.model.output_mult == 3.0
 
 
+@pytest.mark.slow
 def test_a_grid_tries_every_combination_and_keeps_the_rest(data: Path, tmp_path: Path) -> None:
     run = resolve(make_run(data, tmp_path, *MUP, "--stages.0.optimizer.lr", "5e-3")[1])
     grid = (("lr", (1e-3, 4e-3)), ("weight_decay", (0.0, 0.1)))
